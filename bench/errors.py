@@ -1,0 +1,60 @@
+"""The exception tree, in one place.
+
+PipetuneError
+├── UserError            exit 2: bad input; carries the place and the value, says the way out
+│   ├── ConfigError      a YAML file, a flag or a combination of them
+│   ├── PlanError        stages, maps and cuts that do not describe the model
+│   ├── ModelError       the model cannot be found, read or split
+│   └── StudyError       a folder that holds something else, a resume that does not fit
+├── NothingFeasibleError exit 3: the work was done and no plan ran
+└── FleetError           exit 4: workers that die, hang or answer nonsense; carries a Failure
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.record import Failure
+
+
+class PipetuneError(Exception):
+    """Base class of every error that pipetune raises on purpose."""
+
+    exit_code = 4
+
+
+class UserError(PipetuneError):
+    """Something the user gave is wrong; the message names the place, the value and the way out."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration file, a flag, or a combination of them is wrong."""
+
+
+class PlanError(UserError):
+    """A plan, a device map or a cut does not describe the model."""
+
+
+class ModelError(UserError):
+    """A model cannot be found, read or split."""
+
+
+class StudyError(UserError):
+    """A study folder holds something else, or a resume does not fit what was recorded."""
+
+
+class NothingFeasibleError(PipetuneError):
+    """The search ended and no plan produced a measurement."""
+
+    exit_code = 3
+
+
+class FleetError(PipetuneError):
+    """The workers failed; `failure` says which stage, when and why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure

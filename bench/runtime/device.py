@@ -1,0 +1,143 @@
+"""The device of one worker: where tensors live, how many threads compute, how spans are timed."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Protocol
+
+import torch
+
+from bench.spec import device_index, device_kind
+
+
+class Stamp(Protocol):
+    """A moment on the device's own timeline, known only once the device got there."""
+
+
+class Clock(Protocol):
+    """Takes stamps without stalling the device, and resolves them to monotonic seconds afterwards."""
+
+    def stamp(self) -> Stamp:
+        """Marks this moment in the order of the work issued so far."""
+
+    def resolve(self, stamps: list[Stamp]) -> list[float]:
+        """Seconds of `time.monotonic` for each stamp; waits for the device."""
+
+
+class HostClock:
+    """CPU: work is done when the call returns, so the host's monotonic clock tells the time."""
+
+    def stamp(self) -> float:
+        """Seconds of the monotonic clock, which all processes of a host share."""
+        return time.monotonic()
+
+    def resolve(self, stamps: list[float]) -> list[float]:
+        """Nothing to wait for."""
+        return stamps
+
+
+class CudaClock:
+    """GPU: events on the compute stream, tied to the host's clock by one anchor taken while the device was idle."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._anchor_event, self._anchor_s = self._anchor()
+
+    def _anchor(self) -> tuple[torch.cuda.Event, float]:
+        torch.cuda.synchronize(self._device)
+        event = torch.cuda.Event(enable_timing=True)
+        before = time.monotonic()
+        event.record(torch.cuda.current_stream(self._device))
+        event.synchronize()
+        return event, (before + time.monotonic()) / 2
+
+    def stamp(self) -> torch.cuda.Event:
+        """Records an event on the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def resolve(self, stamps: list[torch.cuda.Event]) -> list[float]:
+        """Waits for the device; the anchor is taken anew, since event times lose precision over long spans."""
+        torch.cuda.synchronize(self._device)
+        times = [self._anchor_s + self._anchor_event.elapsed_time(event) / 1e3 for event in stamps]
+        self._anchor_event, self._anchor_s = self._anchor()
+        return times
+
+
+class DeviceContext:
+    """What a worker knows of its own device."""
+
+    def __init__(self, name: str, *, num_threads: int) -> None:
+        """Claims the device.
+
+        Args:
+            name: `cpu:N` or `cuda:N`.
+            num_threads: cores of this worker's share, for intra-op parallelism.
+        """
+        self.name = name
+        self.kind = device_kind(name)
+        torch.set_num_threads(max(1, num_threads))
+        if self.kind == "cuda":
+            self.torch_device = torch.device("cuda", device_index(name))
+            torch.cuda.set_device(self.torch_device)
+        else:
+            self.torch_device = torch.device("cpu")
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.kind == "cuda"
+
+    def clock(self) -> Clock:
+        """A clock that times work on this device."""
+        return CudaClock(self.torch_device) if self.is_cuda else HostClock()
+
+    def synchronize(self) -> None:
+        """Waits until everything issued so far is done."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch_device)
+
+    def set_memory_fraction(self, fraction: float, outside_bytes: int = 0) -> None:
+        """CUDA: makes the allocator refuse what lies above `fraction` of the device, less what it cannot see.
+
+        Args:
+            outside_bytes: context, NCCL and graphs, measured beforehand.
+        """
+        if self.is_cuda:
+            total = torch.cuda.get_device_properties(self.torch_device).total_memory
+            torch.cuda.set_per_process_memory_fraction(
+                max(0.0, fraction - outside_bytes / total), self.torch_device
+            )
+
+    def free_cached(self) -> None:
+        """Gives unused memory back, so that the next plan's peak is its own."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+        else:
+            _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Asks glibc to return free pages: without it a plan would inherit the peak of the one before."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
+def limit_address_space(limit_bytes: int | None) -> None:
+    """Caps the address space of this process (`PIPETUNE_RLIMIT_AS`), for operators who want allocation to fail hard."""
+    if limit_bytes is None:
+        return
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def address_space_limit() -> int | None:
+    """The limit that the environment asks for, in bytes."""
+    text = os.environ.get("PIPETUNE_RLIMIT_AS")
+    return int(text) if text else None

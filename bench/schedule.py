@@ -1,0 +1,139 @@
+"""The pipeline's schedule: one pure function from sizes to the order in which every stage works.
+
+Every stage runs the same tasks in the same order, each as soon as its input is there. A task is one
+prefill piece or one decode step of a micro-batch. Two stages, three micro-batches (`m`), two tokens:
+
+    stage 0  m0.0 m1.0 m2.0 m0.1 m1.1 m2.1
+    stage 1       m0.0 m1.0 m2.0 m0.1 m1.1 m2.1
+
+`m0.1` on stage 0 needs the token that stage 1 sampled in `m0.0`: while at least as many micro-batches
+are in flight as there are stages, it is there in time, and no stage waits.
+
+With fewer slots than micro-batches a finished micro-batch hands its slot to the next that waits, in
+the middle of a round, so that the pipeline never drains in between.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One forward pass of a stage.
+
+    Step 0 is prefill, for the rows `[first_row, end_row)` of the micro-batch; step t > 0 decodes
+    token t for all rows. `slot` is the KV slot that the micro-batch occupies.
+    """
+
+    micro_batch: int
+    step: int
+    slot: int
+    first_row: int
+    end_row: int
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.step == 0
+
+    @property
+    def num_rows(self) -> int:
+        return self.end_row - self.first_row
+
+
+def micro_batch_sizes(num_prompts: int, micro_batch_size: int) -> tuple[int, ...]:
+    """Sizes of the micro-batches: all full but perhaps the last."""
+    full, rest = divmod(num_prompts, micro_batch_size)
+    return (micro_batch_size,) * full + ((rest,) if rest else ())
+
+
+def build_schedule(
+    sizes: Sequence[int], *, output_len: int, in_flight: int, prefill_size: int | None = None
+) -> tuple[Task, ...]:
+    """The order in which every stage works.
+
+    Args:
+        sizes: rows of each micro-batch.
+        output_len: tokens to generate for each row, at least 1; the first comes from prefill.
+        in_flight: micro-batches resident at once, which is the number of KV slots.
+        prefill_size: rows prefilled together; None prefills a micro-batch at once.
+
+    Returns:
+        Tasks in order; each micro-batch has its prefill pieces first, then steps 1 … output_len - 1.
+
+    Raises:
+        ValueError: a size, the output length or the number in flight is below 1.
+    """
+    if output_len < 1 or in_flight < 1 or any(size < 1 for size in sizes):
+        raise ValueError(f"sizes={tuple(sizes)}, output_len={output_len}, in_flight={in_flight}: all must be ≥ 1")
+    if prefill_size is not None and prefill_size < 1:
+        raise ValueError(f"prefill_size={prefill_size} must be ≥ 1")
+    waiting = deque(range(len(sizes)))
+    slots: list[tuple[int, int] | None] = [None] * min(in_flight, len(sizes))
+    tasks: list[Task] = []
+    while waiting or any(entry is not None for entry in slots):
+        for slot, entry in enumerate(slots):
+            if entry is None:
+                if not waiting:
+                    continue
+                entry = (waiting.popleft(), 0)
+            micro_batch, step = entry
+            rows = sizes[micro_batch]
+            piece = (prefill_size or rows) if step == 0 else rows
+            for first_row in range(0, rows, piece):
+                tasks.append(
+                    Task(
+                        micro_batch=micro_batch,
+                        step=step,
+                        slot=slot,
+                        first_row=first_row,
+                        end_row=min(first_row + piece, rows),
+                    )
+                )
+            slots[slot] = (micro_batch, step + 1) if step + 1 < output_len else None
+    return tuple(tasks)
+
+
+def simulate(
+    tasks: Sequence[Task], durations_s: Sequence[Sequence[float]], *, hop_s: float = 0.0
+) -> tuple[tuple[float, ...], ...]:
+    """Start time of every task on every stage when each takes a known time.
+
+    Args:
+        tasks: as from `build_schedule`.
+        durations_s: `[stage][task]`, seconds of compute.
+        hop_s: seconds for a message from one stage to the next, the return of tokens included.
+
+    Returns:
+        `[stage][task]` start times in seconds; the first task starts at 0.
+    """
+    num_stages = len(durations_s)
+    starts: list[list[float]] = [[] for _ in range(num_stages)]
+    free_at = [0.0] * num_stages
+    tokens_at: dict[int, float] = {}
+    for index, task in enumerate(tasks):
+        ready = 0.0 if task.is_prefill else tokens_at[task.micro_batch]
+        for stage in range(num_stages):
+            start = max(ready, free_at[stage])
+            starts[stage].append(start)
+            free_at[stage] = start + durations_s[stage][index]
+            ready = free_at[stage] + hop_s
+        if num_stages == 1:
+            ready = free_at[0]
+        tokens_at[task.micro_batch] = max(ready, tokens_at.get(task.micro_batch, 0.0))
+    return tuple(tuple(row) for row in starts)
+
+
+def draw_grid(tasks: Sequence[Task], num_stages: int) -> str:
+    """The schedule as text, a row per stage and a column per equal time step: `m1.0` is micro-batch 1, prefill."""
+    starts = simulate(tasks, [[1.0] * len(tasks)] * num_stages)
+    labels = [f"m{task.micro_batch}.{task.step}" for task in tasks]
+    width = max(len(label) for label in labels)
+    lines = []
+    for stage, row in enumerate(starts):
+        at = {round(start): label for start, label in zip(row, labels, strict=True)}
+        cells = [at.get(column, "").ljust(width) for column in range(round(row[-1]) + 1)]
+        lines.append(f"stage {stage}  " + " ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""What fits under a cap: exact at the boundary, never more under a smaller cap; refusals name stage and knob."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.errors import PlanError
+from bench.memory import LayerShape, ModelShape, check_plan, resolve, stage_bytes
+from bench.record import Failure, FailureKind
+from bench.spec import EffectivePlan, Plan
+
+MIB = 2**20
+
+
+def shape(
+    num_layers: int = 6, *, tied: bool = False, kv_bytes_per_token: int = 1024, forbidden_cuts: tuple[int, ...] = ()
+) -> ModelShape:
+    layer = LayerShape(weight_bytes=MIB, active_params=MIB // 4, kv_bytes_per_token=kv_bytes_per_token)
+    return ModelShape(
+        architecture="LlamaForCausalLM",
+        num_parameters=num_layers * MIB // 4,
+        layers_prefix="model.layers",
+        first_modules=("model.embed_tokens",),
+        last_modules=("model.norm", "lm_head"),
+        embedding_bytes=3 * MIB,
+        head_bytes=0 if tied else 3 * MIB,
+        other_bytes=4096,
+        tied=tied,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        vocab_size=512,
+        dtype_bytes=4,
+        layers=(layer,) * num_layers,
+        forbidden_cuts=forbidden_cuts,
+    )
+
+
+def plan(*counts: int, micro_batch_size: int = 2, **more: float | int | None) -> Plan:
+    devices = tuple(f"cpu:{index}" for index in range(len(counts)))
+    return Plan.from_layer_counts(counts, devices, micro_batch_size, **more)  # type: ignore[arg-type]
+
+
+def resolved(
+    model: ModelShape, wanted: Plan, device_bytes: int | dict[str, int], *, num_prompts: int = 16
+) -> EffectivePlan | Failure:
+    if isinstance(device_bytes, int):
+        device_bytes = {stage.device: device_bytes for stage in wanted.stages}
+    return resolve(model, wanted, num_prompts=num_prompts, prompt_len=32, output_len=8, device_bytes=device_bytes)
+
+
+def in_flight(outcome: EffectivePlan | Failure) -> int:
+    """0 for a refusal."""
+    return 0 if isinstance(outcome, Failure) else outcome.in_flight
+
+
+def test_weights_stand_where_the_modules_do() -> None:
+    def weights(model: ModelShape, *counts: int) -> list[int]:
+        wanted = plan(*counts)
+        return [
+            stage_bytes(model, wanted, index, prompt_len=32, output_len=8).weights - model.other_bytes
+            for index in range(len(counts))
+        ]
+
+    assert weights(shape(), 2, 3, 1) == [5 * MIB, 3 * MIB, 4 * MIB]
+    assert weights(shape(tied=True), 2, 3, 1) == [5 * MIB, 3 * MIB, 4 * MIB], "a tied embedding stands on both ends"
+    assert weights(shape(), 6) == [12 * MIB]
+    assert weights(shape(tied=True), 6) == [9 * MIB], "and once where the ends meet"
+
+
+@given(micro_batch_size=st.integers(1, 16), prompt_len=st.integers(1, 100), output_len=st.integers(1, 100))
+def test_a_slot_holds_every_position_of_every_row(micro_batch_size: int, prompt_len: int, output_len: int) -> None:
+    wanted = plan(2, 4, micro_batch_size=micro_batch_size)
+    slots = [
+        stage_bytes(shape(), wanted, index, prompt_len=prompt_len, output_len=output_len).kv_per_slot
+        for index in range(2)
+    ]
+    assert slots == [layers * 1024 * micro_batch_size * (prompt_len + output_len) for layers in (2, 4)]
+
+
+@given(prefill=st.integers(1, 16))
+def test_smaller_prefill_pieces_never_need_more(prefill: int) -> None:
+    whole = stage_bytes(shape(), plan(3, 3, micro_batch_size=16), 1, prompt_len=32, output_len=8)
+    pieces = stage_bytes(
+        shape(), plan(3, 3, micro_batch_size=16, prefill_micro_batch_size=prefill), 1, prompt_len=32, output_len=8
+    )
+    assert (pieces.weights, pieces.kv_per_slot) == (whole.weights, whole.kv_per_slot)
+    assert pieces.activations <= whole.activations
+
+
+@given(slots=st.integers(1, 8), short=st.booleans())
+def test_the_boundary_is_exact(slots: int, short: bool) -> None:
+    # With the whole device as the cap, one byte decides about a slot.
+    wanted = plan(6, memory_fraction=1.0)
+    need = stage_bytes(shape(), wanted, 0, prompt_len=32, output_len=8).total(slots)
+    assert in_flight(resolved(shape(), wanted, need - short)) == slots - short
+
+
+@given(fraction=st.floats(0.01, 1.0), other=st.floats(0.01, 1.0), num_prompts=st.integers(1, 40))
+def test_a_larger_cap_never_fits_less(fraction: float, other: float, num_prompts: int) -> None:
+    low, high = sorted((fraction, other))
+    fits = [
+        in_flight(resolved(shape(), plan(3, 3, memory_fraction=each), 40 * MIB, num_prompts=num_prompts))
+        for each in (low, high)
+    ]
+    assert fits[0] <= fits[1]
+
+
+@given(room=st.integers(0, 60 * MIB), counts=st.sampled_from([(6,), (3, 3), (1, 5), (2, 2, 2)]))
+def test_what_fits_stays_under_every_cap(room: int, counts: tuple[int, ...]) -> None:
+    wanted = plan(*counts)
+    outcome = resolved(shape(), wanted, room)
+    needs = [stage_bytes(shape(), wanted, index, prompt_len=32, output_len=8) for index in range(len(counts))]
+    cap = int(0.9 * room)
+    if isinstance(outcome, Failure):
+        assert any(need.total(1) > cap for need in needs)
+    else:
+        assert all(need.total(outcome.in_flight) <= cap for need in needs)
+        one_more = outcome.in_flight + 1
+        assert one_more > 8 or any(need.total(one_more) > cap for need in needs)
+
+
+def test_in_flight_is_no_more_than_micro_batches_nor_the_plan_s_own_limit() -> None:
+    assert in_flight(resolved(shape(), plan(3, 3), 2**40)) == 8
+    assert in_flight(resolved(shape(), plan(3, 3), 2**40, num_prompts=5)) == 3
+    limited = plan(3, 3).model_copy(update={"max_in_flight": 2})
+    assert in_flight(resolved(shape(), limited, 2**40)) == 2
+
+
+def test_a_model_without_kv_is_limited_by_micro_batches_alone() -> None:
+    model = shape(kv_bytes_per_token=0)
+    wanted = plan(6, memory_fraction=1.0)
+    need = stage_bytes(model, wanted, 0, prompt_len=32, output_len=8)
+    assert need.kv_per_slot == 0
+    assert in_flight(resolved(model, wanted, need.total(1))) == 8
+
+
+def test_a_refusal_names_the_stage_the_bytes_and_the_knob() -> None:
+    wanted = plan(3, 3, memory_fraction=0.5)
+    outcome = resolved(shape(), wanted, {"cpu:0": 2**30, "cpu:1": 8 * MIB})
+    assert isinstance(outcome, Failure)
+    assert (outcome.kind, outcome.stage, outcome.device) == (FailureKind.OVER_MEMORY_CAP, 1, "cpu:1")
+    assert outcome.bytes_wanted == stage_bytes(shape(), wanted, 1, prompt_len=32, output_len=8).total(1)
+    assert outcome.bytes_had == 4 * MIB
+    assert "stage 1 on cpu:1" in outcome.message
+    assert "memory_fraction than 0.5" in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("counts", "cuts", "message"),
+    [
+        ((3, 2), (), "layers 0-4 are given and LlamaForCausalLM has 6 layers (0-5); layer 5 is missing"),
+        ((4, 3), (), "layers 0-6 are given and LlamaForCausalLM has 6 layers (0-5); there are too many layers"),
+        ((4, 2), (4, 5), "must not be cut before layer 4; possible cuts: [1, 2, 3]"),
+    ],
+)
+def test_plans_that_do_not_fit_the_model(counts: tuple[int, ...], cuts: tuple[int, ...], message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        check_plan(shape(forbidden_cuts=cuts), plan(*counts))
+
+
+def test_a_device_that_is_not_there_is_an_error_even_where_another_stage_would_not_fit() -> None:
+    with pytest.raises(PlanError, match=re.escape("plan.stages[1].device: cpu:1 is not among the devices cpu:0")):
+        resolved(shape(), plan(3, 3), {"cpu:0": 1})

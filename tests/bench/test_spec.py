@@ -1,0 +1,206 @@
+"""Specs refuse what is wrong and say where; equal values have equal identities."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from bench.spec import (
+    EffectivePlan,
+    ModelSpec,
+    Plan,
+    Protocol,
+    RunSpec,
+    StagePlan,
+    Workload,
+    device_index,
+    device_kind,
+    parse_devices,
+)
+
+COUNTS = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple)
+
+
+def devices(num: int) -> tuple[str, ...]:
+    return tuple(f"cpu:{index}" for index in range(num))
+
+
+def stage(first_layer: int, end_layer: int, device: str = "cpu:0", **more: Any) -> StagePlan:
+    return StagePlan(device=device, first_layer=first_layer, end_layer=end_layer, **more)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cpu:0", ("cpu:0",)),
+        ("cpu:0-1", ("cpu:0", "cpu:1")),
+        ("cuda:0,cuda:2", ("cuda:0", "cuda:2")),
+        (" cuda:1-2 , cpu:0 ", ("cuda:1", "cuda:2", "cpu:0")),
+        ("cuda:00", ("cuda:0",)),
+    ],
+)
+def test_parse_devices(text: str, expected: tuple[str, ...]) -> None:
+    assert parse_devices(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is not a device; write cpu:0-1"),
+        ("gpu:0", "'gpu:0' is not a device"),
+        ("cuda:0,", "'' is not a device"),
+        ("cuda", "'cuda' is not a device"),
+        ("cuda:-1", "'cuda:-1' is not a device"),
+        ("cuda:3-1", "'cuda:3-1' runs backwards; write cuda:1-3"),
+        ("cpu:0-1,cpu:1", "cpu:1 named twice"),
+    ],
+)
+def test_parse_devices_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_devices(text)
+
+
+@given(kind=st.sampled_from(["cpu", "cuda"]), first=st.integers(0, 50), num=st.integers(1, 20))
+def test_device_ranges_name_each_device_once(kind: str, first: int, num: int) -> None:
+    found = parse_devices(f"{kind}:{first}-{first + num - 1}")
+    assert [device_kind(device) for device in found] == [kind] * num
+    assert [device_index(device) for device in found] == list(range(first, first + num))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:", "cuda:01", "cpu:00", "tpu:0", "cuda:0 ", "cuda:0-1", "cuda:١"])
+def test_a_stage_takes_only_the_one_spelling_of_a_device(device: str) -> None:
+    with pytest.raises(ValidationError, match="neither cpu:N nor cuda:N"):
+        stage(0, 1, device)
+
+
+@given(counts=COUNTS, micro_batch_size=st.integers(1, 64))
+def test_layer_counts_round_trip(counts: tuple[int, ...], micro_batch_size: int) -> None:
+    plan = Plan.from_layer_counts(counts, devices(len(counts)), micro_batch_size)
+    assert plan.layer_counts == counts
+    assert plan.num_layers == sum(counts)
+    assert plan.prefill_size == micro_batch_size
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_stages_may_be_fewer_than_devices_but_not_more() -> None:
+    assert len(Plan.from_layer_counts((3, 3), devices(4), 1).stages) == 2
+    with pytest.raises(ValueError, match="3 stages need as many devices; given are 2"):
+        Plan.from_layer_counts((1, 1, 1), devices(2), 1)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((stage(1, 4),), "plan.stages[0]: layer 0 is missing before 1"),
+        ((stage(0, 15), stage(16, 30, "cpu:1")), "plan.stages[1]: layer 15 is missing before 16"),
+        ((stage(0, 10), stage(14, 30, "cpu:1")), "plan.stages[1]: layer 10-13 is missing before 14"),
+        ((stage(0, 15), stage(14, 30, "cpu:1")), "plan.stages[1]: layer 14 is given twice"),
+        ((stage(0, 15), stage(15, 30)), "a device holds two stages: cpu:0, cpu:0"),
+    ],
+)
+def test_a_plan_names_the_layer_that_is_wrong(stages: tuple[StagePlan, ...], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        Plan(stages=stages, micro_batch_size=1)
+
+
+@given(counts=st.lists(st.integers(2, 9), min_size=2, max_size=5).map(tuple), data=st.data())
+def test_any_gap_or_overlap_is_refused(counts: tuple[int, ...], data: st.DataObject) -> None:
+    good = Plan.from_layer_counts(counts, devices(len(counts)), 1)
+    index = data.draw(st.integers(1, len(counts) - 1))
+    shift = data.draw(st.sampled_from([-1, 1]))
+    moved = good.stages[index].model_copy(update={"first_layer": good.stages[index].first_layer + shift})
+    bad = (*good.stages[:index], moved, *good.stages[index + 1 :])
+    layer = moved.first_layer if shift < 0 else moved.first_layer - 1
+    problem = "given twice" if shift < 0 else "missing"
+    with pytest.raises(ValidationError, match=rf"plan\.stages\[{index}\]: layer {layer} is {problem}"):
+        Plan(stages=bad, micro_batch_size=1)
+
+
+def test_empty_stages_and_plans_are_refused() -> None:
+    with pytest.raises(ValidationError, match="stage on cpu:0 holds no layer: first_layer=3, end_layer=3"):
+        stage(3, 3)
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        Plan(stages=(), micro_batch_size=1)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])
+def test_memory_fraction_is_a_share(fraction: float) -> None:
+    with pytest.raises(ValidationError, match="memory_fraction"):
+        stage(0, 1, memory_fraction=fraction)
+
+
+def test_prefill_pieces_fit_their_micro_batch() -> None:
+    with pytest.raises(ValidationError, match="prefill_micro_batch_size=8 is larger than micro_batch_size=4"):
+        Plan(stages=(stage(0, 1),), micro_batch_size=4, prefill_micro_batch_size=8)
+
+
+def test_a_plan_describes_itself() -> None:
+    plan = Plan.from_layer_counts((17, 13), devices(2), 16)
+    assert plan.describe() == "17+13 · micro-batch 16"
+    pieces = Plan.from_layer_counts((17, 13), devices(2), 16, prefill_micro_batch_size=8)
+    assert pieces.describe() == "17+13 · micro-batch 16 (prefill 8)"
+
+
+def test_caps_that_resolve_alike_are_one_plan() -> None:
+    loose = Plan.from_layer_counts((2, 2), devices(2), 4, memory_fraction=0.9)
+    tight = Plan.from_layer_counts((2, 2), devices(2), 4, memory_fraction=0.5)
+    spelled = Plan.from_layer_counts((2, 2), devices(2), 4, prefill_micro_batch_size=4)
+    keys = {EffectivePlan(plan=plan, in_flight=3).key for plan in (loose, tight, spelled)}
+    assert keys == {"cpu:0[0:2],cpu:1[2:4] mb=4 prefill=4 in_flight=3"}
+    assert EffectivePlan(plan=tight, in_flight=2).key not in keys
+
+
+@given(counts=COUNTS, other=COUNTS, sizes=st.tuples(st.integers(1, 3), st.integers(1, 3)))
+def test_plans_that_run_differently_have_different_keys(
+    counts: tuple[int, ...], other: tuple[int, ...], sizes: tuple[int, int]
+) -> None:
+    keys = [
+        EffectivePlan(plan=Plan.from_layer_counts(each, devices(len(each)), size), in_flight=1).key
+        for each, size in zip((counts, other), sizes, strict=True)
+    ]
+    assert (keys[0] == keys[1]) == ((counts, sizes[0]) == (other, sizes[1]))
+
+
+def test_digest_sees_every_field_and_nothing_else() -> None:
+    base = Workload(num_prompts=4)
+    assert base.digest() == Workload.model_validate(base.model_dump()).digest()
+    changed = [base.model_copy(update={name: value}) for name, value in {"seed": 1, "input_len": 65}.items()]
+    assert len({base.digest(), *(workload.digest() for workload in changed)}) == 3
+
+
+def test_values_are_frozen_and_closed() -> None:
+    model = ModelSpec(name="gpt2")
+    with pytest.raises(ValidationError, match="frozen"):
+        model.name = "other"
+    with pytest.raises(ValidationError, match="dtypo"):
+        ModelSpec.model_validate({"name": "gpt2", "dtypo": "float32"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (Workload, "num_prompts", 0),
+        (Workload, "output_len", 0),
+        (Workload, "random_range_ratio", 1.0),
+        (Protocol, "num_iters", 0),
+        (Protocol, "timeout_s", 0.0),
+        (Protocol, "timeout_s", float("inf")),
+    ],
+)
+def test_numbers_out_of_range_are_refused(kind: type[Workload] | type[Protocol], field: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=field):
+        kind.model_validate({field: value})
+
+
+def test_a_run_spec_round_trips() -> None:
+    spec = RunSpec(
+        model=ModelSpec(name="examples/dummy-llama-12l", load_format="dummy", seed=3),
+        workload=Workload(prompts_file="prompts.jsonl", prompts_sha256="ab"),
+        plan=Plan.from_layer_counts((7, 5), devices(2), 8, prefill_micro_batch_size=4),
+    )
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec

@@ -1,0 +1,40 @@
+"""What all tests share: hypothesis profiles, skips for what this machine lacks, and quiet offline third parties."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+from hypothesis import settings
+
+# The tests that load real models find them in the cache or build them; nothing may reach for the hub by accident.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Slow machines are not wrong machines: no deadline. CI draws the same examples each time.
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@cache
+def _num_gpus() -> int:
+    """GPUs that the driver names, without loading torch."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    listing = subprocess.run([tool, "--list-gpus"], capture_output=True, text=True, timeout=30, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips `gpu` tests where no NVIDIA GPU is at hand."""
+    if not any(item.get_closest_marker("gpu") for item in items) or _num_gpus() > 0:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))

@@ -1,0 +1,204 @@
+"""All settings of a study as one frozen value; its defaults are the only ones, its dump is `study.yaml`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
+
+from bench.errors import ConfigError
+from bench.metrics import LATENCIES, PERCENTILES, metric_names, samples_needed
+from bench.spec import (
+    SCHEMA_VERSION,
+    Device,
+    ModelSpec,
+    Protocol,
+    Value,
+    Workload,
+    device_kind,
+    parse_devices,
+)
+
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CONSTRAINT = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*")
+
+
+class Constraint(Value):
+    """A limit that a plan must keep: `p90_ttft_ms<=500`; written and read as that text."""
+
+    metric: str
+    operator: Literal["<=", ">="]
+    limit: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = _CONSTRAINT.fullmatch(value)
+        if not match:
+            raise ValueError(f"{value!r} is no constraint; write metric<=number, as in p90_ttft_ms<=500")
+        return {"metric": match[1], "operator": match[2], "limit": match[3]}
+
+    @model_serializer
+    def _text(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.operator}{self.limit:g}"
+
+    def excess(self, value: float) -> float:
+        """How far a value breaks the limit, as a share of it; zero or less when it is kept."""
+        distance = value - self.limit if self.operator == "<=" else self.limit - value
+        return distance / max(abs(self.limit), 1e-9)
+
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Sizes = Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_split)]
+Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1), BeforeValidator(_split)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+class SpaceConfig(Value):
+    """Bounds of what the search may propose."""
+
+    micro_batch_sizes: Sizes | None = None
+    """None: even divisions of the prompts, and powers of two."""
+    prefill_micro_batch_sizes: Sizes | None = None
+    """None: the same sizes as for decoding; a plan never prefills more rows together than it decodes."""
+    min_stages: Positive = 1
+    max_stages: Positive | None = None
+    """None: as many as there are devices."""
+    memory_fractions: Fractions = (0.5, 0.7, 0.9)
+    """Memory caps; those that let the same number of micro-batches be in flight are one plan."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_stages is not None and self.max_stages < self.min_stages:
+            raise ValueError(f"max_stages={self.max_stages} is less than min_stages={self.min_stages}")
+        return self
+
+
+class TuneConfig(Value):
+    """What `pipetune tune` needs to know."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str | None = None
+    """The study lands in `results/<name>`; None makes one of the model and the time."""
+    output_dir: str | None = None
+    """Any folder, instead of `results/<name>`."""
+    model: ModelSpec = ModelSpec(name="smollm2-135m")
+    workload: Workload = Workload()
+    protocol: Protocol = Protocol()
+    devices: Literal["auto"] | tuple[Device, ...] = "auto"
+    """`auto`: all GPUs of the machine, or else two CPU workers."""
+    n_trials: int = Field(default=20, ge=1)
+    """Plans to run; refusals of plans that cannot fit and interrupted ones are not counted."""
+    timeout_s: float | None = Field(default=None, gt=0.0)
+    """No further trial starts after so many seconds of search; the baseline and the finalists come on top."""
+    objectives: Annotated[Names, Field(min_length=1)] = ("output_throughput",)
+    constraints: tuple[Constraint, ...] = ()
+    seed: int = Field(default=0, ge=0)
+    """Seed of the search; the workload and dummy weights have their own."""
+    space: SpaceConfig = SpaceConfig()
+    baseline_batch_sizes: Sizes | None = None
+    """None: all prompts at once, a half and a quarter of them."""
+    finalists: int = Field(default=3, ge=0)
+    """Best plans that are measured again beside the baseline; 0 leaves the finals out."""
+    finalist_rounds: Positive = 3
+    storage: str | None = None
+    """Optuna storage URL; None is SQLite in the study's folder."""
+    device_names: Names = ()
+    """Names to write into device maps, stage by stage; empty writes those measured on."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str | None) -> str | None:
+        if value is not None and not STUDY_NAME.fullmatch(value):
+            raise ValueError(
+                f"{value!r} is no study name: up to 64 letters, digits, dots, dashes and underscores, "
+                "the first a letter or a digit; for any other folder use output_dir"
+            )
+        return value
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _parse_devices(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+            value = ",".join(value)
+        if isinstance(value, str) and value != "auto":
+            return parse_devices(value)
+        return value
+
+    @field_validator("objectives")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"an objective is given twice: {', '.join(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _stages_have_devices(self) -> Self:
+        if self.devices == "auto":
+            return self
+        for key in ("min_stages", "max_stages"):
+            wanted = getattr(self.space, key)
+            if wanted is not None and wanted > len(self.devices):
+                raise ValueError(
+                    f"space.{key}={wanted} needs as many devices; given are {len(self.devices)}: "
+                    f"{', '.join(self.devices)}"
+                )
+        return self
+
+    @property
+    def concrete_devices(self) -> tuple[str, ...]:
+        """The devices, once `auto` has been resolved."""
+        assert self.devices != "auto", "devices are resolved before anything runs"
+        return self.devices
+
+
+def check_metrics(config: TuneConfig) -> None:
+    """Refuses objectives and constraints on metrics that this workload will not yield.
+
+    Args:
+        config: with its devices resolved.
+
+    Raises:
+        ConfigError: names the metric, and the prompts that its percentile would need.
+    """
+    workload = config.workload
+    gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
+    known = set(metric_names(workload.num_prompts, workload.output_len, gpu=gpu))
+    if not config.protocol.instrument:
+        known -= {name for name in known if name.startswith("bubble") or name.endswith("_queue_ms")}
+        known -= {"comm_ms", "steady_utilization"}
+    places = [(f"objectives: {name}", name) for name in config.objectives]
+    places += [(f"constraints: {constraint}", constraint.metric) for constraint in config.constraints]
+    for place, metric in places:
+        if metric not in known:
+            raise ConfigError(f"{place}: {_why_absent(metric, config, known, gpu=gpu)}")
+
+
+def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) -> str:
+    workload = config.workload
+    label, _, rest = metric.partition("_")
+    if label in PERCENTILES and rest.removesuffix("_ms") in LATENCIES and rest.endswith("_ms"):
+        needed = samples_needed(PERCENTILES[label])
+        if workload.num_prompts < needed:
+            return (
+                f"{metric} needs at least {needed} prompts and this workload has {workload.num_prompts}; "
+                f"give --num-prompts {needed} or more, or use a lower percentile"
+            )
+    if "_tpot_" in metric and workload.output_len < 2:
+        return f"{metric} needs an output of at least 2 tokens, not {workload.output_len}; give --output-len 2 or more"
+    if not gpu and metric in metric_names(workload.num_prompts, workload.output_len, gpu=True):
+        return f"{metric} is only measured on GPUs, and the devices are {', '.join(config.concrete_devices)}"
+    if metric in metric_names(workload.num_prompts, workload.output_len, gpu=gpu):
+        return f"{metric} needs protocol.instrument: true"
+    return f"{metric} is no metric of this workload; there are: {', '.join(sorted(known))}"

@@ -1,0 +1,138 @@
+"""A ranking as frozen values: rows of plans, the baseline, the failures, and how sure the order is."""
+
+from __future__ import annotations
+
+from bench.record import Failure, Role
+from bench.spec import EffectivePlan, Plan, Value
+from tuner.objectives import Constraint, Objective
+
+
+class Spread(Value):
+    """A metric over repetitions."""
+
+    median: float
+    q1: float
+    q3: float
+    samples: int
+    """Iterations for throughput and duration, runs for other metrics."""
+    runs: int
+
+    @property
+    def iqr(self) -> float:
+        return self.q3 - self.q1
+
+
+class Ratio(Value):
+    """How many times better one thing is than another in the first objective."""
+
+    value: float
+    """Median of the rounds' ratios when paired, else the ratio of the two medians."""
+    low: float | None = None
+    """Least ratio of a round."""
+    high: float | None = None
+    rounds: int = 0
+    """Interleaved rounds in which both were measured; 0 means unpaired."""
+
+    @property
+    def paired(self) -> bool:
+        return self.rounds > 0
+
+
+class Row(Value):
+    """One effective plan with all of its runs."""
+
+    key: str
+    effective: EffectivePlan
+    rank: int | None
+    """1 is best; None when a constraint is broken or `unranked_because` says why."""
+    value: float | None
+    """The first objective's, median; None when it was not measured."""
+    spread: Spread | None
+    metrics: dict[str, float]
+    """Median of every metric over the runs used."""
+    confirmed: bool
+    """Measured in all finalist rounds but one at most; only such a plan is called best where there are any."""
+    roles: tuple[Role, ...]
+    records: tuple[int, ...]
+    """Numbers of all measurements of this plan."""
+    used_records: tuple[int, ...]
+    """Those that the values come from."""
+    typical_record: int
+    """The used one nearest to the median, with a timeline if any has one."""
+    broken_constraints: tuple[str, ...] = ()
+    on_front: bool = False
+    """No other ranked plan is at least as good in every objective and better in one."""
+    speedup_over_baseline: Ratio | None = None
+    speedup_over_single_stage: Ratio | None = None
+    unranked_because: str | None = None
+    notes: tuple[str, ...] = ()
+    disturbed_runs: int = 0
+    failed_runs: int = 0
+
+    @property
+    def plan(self) -> Plan:
+        return self.effective.plan
+
+    @property
+    def feasible(self) -> bool:
+        return not self.broken_constraints
+
+
+class BaselineRow(Value):
+    """The un-pipelined model at one batch size."""
+
+    batch_size: int
+    value: float | None
+    spread: Spread | None
+    metrics: dict[str, float]
+    confirmed: bool
+    records: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    disturbed_runs: int = 0
+
+
+class FailureRow(Value):
+    """One run that gave no measurement."""
+
+    record: int
+    role: Role
+    trial_number: int | None
+    plan: Plan | None
+    """None for the baseline."""
+    failure: Failure
+
+
+class Separation(Value):
+    """Whether the best plan is told apart from the second."""
+
+    separated: bool
+    text: str
+    wins: int = 0
+    rounds: int = 0
+
+
+class Ranking(Value):
+    """What a study found."""
+
+    objectives: tuple[Objective, ...]
+    constraints: tuple[Constraint, ...]
+    rows: tuple[Row, ...]
+    """Best first: those that keep the constraints, then those that break one."""
+    unranked: tuple[Row, ...]
+    """Measured, but no basis for a claim of speed."""
+    baseline: BaselineRow | None
+    """The un-pipelined model at its best batch size, which every speed-up is over."""
+    baseline_sweep: tuple[BaselineRow, ...]
+    single_stage: Row | None
+    """Our own runtime without a pipeline: what it gains over the baseline, pipelining did not."""
+    failures: tuple[FailureRow, ...]
+    separation: Separation
+
+    @property
+    def best(self) -> Row | None:
+        """The best plan that keeps every constraint; None when there is none."""
+        return next((row for row in self.rows if row.rank == 1), None)
+
+    @property
+    def front(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.on_front)
