@@ -146,7 +146,8 @@ def derive(measurement: Measurement) -> dict[str, float]:
 
     Throughput, duration and bubble are medians over the iterations; latencies are pooled over requests and
     iterations, and a percentile is given only if one iteration has requests enough for it. `comm_ms` is the sum
-    over stages, `peak_memory_bytes` and `peak_memory_fraction` (of the cap) the largest over stages.
+    over stages, `peak_memory_bytes` and `peak_memory_fraction` (of the cap, without what the process took before any
+    model was loaded) the largest over stages.
     """
     runs = range(len(measurement.iterations))
     output_tokens = len(measurement.prompt_lens) * measurement.output_len
@@ -179,7 +180,9 @@ def derive(measurement: Measurement) -> dict[str, float]:
         values["comm_ms"] = sum(per_stage["comm_ms"])
     if measurement.memory:
         values["peak_memory_bytes"] = float(max(stage.peak_bytes for stage in measurement.memory))
-        values["peak_memory_fraction"] = max(stage.peak_bytes / stage.cap_bytes for stage in measurement.memory)
+        values["peak_memory_fraction"] = max(
+            (stage.peak_bytes - stage.baseline_bytes) / stage.cap_bytes for stage in measurement.memory
+        )
     telemetry = measurement.telemetry
     if telemetry.gpu_utilization is not None:
         values["gpu_utilization"] = telemetry.gpu_utilization

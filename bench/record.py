@@ -14,9 +14,8 @@ from pydantic import Field
 
 from bench.spec import SCHEMA_VERSION, EffectivePlan, RunSpec, Value
 
-
-SHARED_DEVICE_NOTE = "stages share a GPU"
-"""How the note of such a measurement begins: it proves correctness, never speed, and is not ranked."""
+SHARED_DEVICE_NOTE = "shared_device"
+"""How the note begins of a run whose stages shared a GPU: it proves correctness, never speed, and is not ranked."""
 
 
 class FailureKind(StrEnum):

@@ -32,8 +32,10 @@ Device = Annotated[str, AfterValidator(_check_device)]
 def parse_devices(text: str) -> tuple[str, ...]:
     """Expands a list of devices: `cpu:0-1` → `("cpu:0", "cpu:1")`; `cuda:0,cuda:2` stays as it is.
 
+    A GPU may be named twice, for stages that share it: that proves correctness, never speed.
+
     Raises:
-        ValueError: a part is not `cpu:N`, `cuda:N` or a range of them, or a device is named twice.
+        ValueError: a part is not `cpu:N`, `cuda:N` or a range of them, or a CPU worker is named twice.
     """
     devices: list[str] = []
     for part in text.split(","):
@@ -44,7 +46,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
         if last < first:
             raise ValueError(f"devices: {part.strip()!r} runs backwards; write {kind}:{last}-{first}")
         devices += [f"{kind}:{index}" for index in range(first, last + 1)]
-    doubled = sorted({device for device in devices if devices.count(device) > 1})
+    doubled = sorted({device for device in devices if devices.count(device) > 1 and device_kind(device) == "cpu"})
     if doubled:
         raise ValueError(f"devices: {', '.join(doubled)} named twice")
     return tuple(devices)
@@ -154,9 +156,9 @@ class Plan(Value):
             if stage.first_layer < expected:
                 raise ValueError(f"plan.stages[{index}]: layer {stage.first_layer} is given twice")
             expected = stage.end_layer
-        devices = [stage.device for stage in self.stages]
-        if len(set(devices)) < len(devices):
-            raise ValueError(f"plan.stages: a device holds two stages: {', '.join(devices)}")
+        workers = [stage.device for stage in self.stages if device_kind(stage.device) == "cpu"]
+        if len(set(workers)) < len(workers):
+            raise ValueError(f"plan.stages: a CPU worker holds two stages: {', '.join(workers)}; give each its own")
         prefill = self.prefill_micro_batch_size
         if prefill is not None and prefill > self.micro_batch_size:
             raise ValueError(

@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, field_validator, model_serializer, 
 from bench.errors import ConfigError
 from bench.metrics import LATENCIES, PERCENTILES, metric_names, samples_needed
 from bench.spec import (
-    SCHEMA_VERSION,
     Device,
     ModelSpec,
     Protocol,
@@ -46,7 +45,7 @@ class Constraint(Value):
         return str(self)
 
     def __str__(self) -> str:
-        return f"{self.metric}{self.operator}{self.limit:g}"
+        return f"{self.metric}{self.operator}{self.limit:.12g}"
 
     def excess(self, value: float) -> float:
         """How far a value breaks the limit, as a share of it; zero or less when it is kept."""
@@ -88,12 +87,12 @@ class SpaceConfig(Value):
 class TuneConfig(Value):
     """What `pipetune tune` needs to know."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: str | None = None
     """The study lands in `results/<name>`; None makes one of the model and the time."""
     output_dir: str | None = None
     """Any folder, instead of `results/<name>`."""
-    model: ModelSpec = ModelSpec(name="smollm2-135m")
+    model: ModelSpec
     workload: Workload = Workload()
     protocol: Protocol = Protocol()
     devices: Literal["auto"] | tuple[Device, ...] = "auto"
@@ -103,7 +102,7 @@ class TuneConfig(Value):
     timeout_s: float | None = Field(default=None, gt=0.0)
     """No further trial starts after so many seconds of search; the baseline and the finalists come on top."""
     objectives: Annotated[Names, Field(min_length=1)] = ("output_throughput",)
-    constraints: tuple[Constraint, ...] = ()
+    constraints: Annotated[tuple[Constraint, ...], BeforeValidator(_split)] = ()
     seed: int = Field(default=0, ge=0)
     """Seed of the search; the workload and dummy weights have their own."""
     space: SpaceConfig = SpaceConfig()
@@ -115,7 +114,7 @@ class TuneConfig(Value):
     storage: str | None = None
     """Optuna storage URL; None is SQLite in the study's folder."""
     device_names: Names = ()
-    """Names to write into device maps, stage by stage; empty writes those measured on."""
+    """Names to write into device maps in place of the devices, in their order; empty keeps theirs."""
 
     @field_validator("name")
     @classmethod

@@ -13,21 +13,11 @@ from collections.abc import Mapping, Sequence
 
 from bench import metrics
 from bench.record import SHARED_DEVICE_NOTE, Failure, FailureKind, Measurement, Record
-from tuner.objectives import Constraint, Objective
-from tuner.standings import BaselineRow, FailureRow, Ranking, Ratio, Row, Separation, Spread
+from bench.spec import Plan
+from tuner.config import Constraint
+from tuner.standings import BaselineRow, FailureRow, Objective, Ranking, Ratio, Row, Separation, Spread
 
-__all__ = [
-    "BaselineRow",
-    "Constraint",
-    "FailureRow",
-    "Objective",
-    "Ranking",
-    "Ratio",
-    "Row",
-    "Separation",
-    "Spread",
-    "rank",
-]
+__all__ = ["Objective", "Ranking", "Row", "rank"]
 
 MIN_ROUNDS = 3
 """Rounds below which winning every one of them separates nothing."""
@@ -149,17 +139,19 @@ def _chosen(group: Sequence[_Run]) -> list[_Run]:
     return [run for run in group if not run.measurement.telemetry.disturbances] or list(group)
 
 
-def _spread(runs: Sequence[_Run], name: str) -> Spread | None:
+def _measured_spread(runs: Sequence[_Run], name: str) -> Spread | None:
+    """None where no run has the metric."""
+    return _spread(runs, name) if any(name in run.metrics for run in runs) else None
+
+
+def _spread(runs: Sequence[_Run], name: str) -> Spread:
     samples = [sample for run in runs for sample in run.samples(name)]
-    if not samples:
-        return None
     q1, median, q3 = (metrics.percentile(samples, quantile) for quantile in (0.25, 0.5, 0.75))
     return Spread(median=median, q1=q1, q3=q3, samples=len(samples), runs=len(runs))
 
 
 def _medians(runs: Sequence[_Run]) -> dict[str, float]:
-    names = dict.fromkeys(name for run in runs for name in run.metrics)
-    return {name: spread.median for name in names if (spread := _spread(runs, name))}
+    return {name: _spread(runs, name).median for name in dict.fromkeys(name for run in runs for name in run.metrics)}
 
 
 def _row(group: Sequence[_Run], objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> Row:
@@ -168,7 +160,7 @@ def _row(group: Sequence[_Run], objectives: Sequence[Objective], constraints: Se
     effective = group[0].record.effective
     assert effective is not None
     values = _medians(used)
-    spread = _spread(used, objective.metric)
+    spread = _measured_spread(used, objective.metric)
     value = spread.median if spread else None
     typical = min(
         used,
@@ -178,8 +170,6 @@ def _row(group: Sequence[_Run], objectives: Sequence[Objective], constraints: Se
         ),
     )
     notes = dict.fromkeys(note for run in group for note in run.measurement.notes)
-    if any(not run.measurement.steady for run in used):
-        notes["warm-up never got steady"] = None
     if all(run.measurement.check is None for run in group):
         notes["output not checked"] = None
     return Row(
@@ -188,15 +178,16 @@ def _row(group: Sequence[_Run], objectives: Sequence[Objective], constraints: Se
         rank=None,
         value=value,
         spread=spread,
+        throughput=_spread(used, "output_throughput"),
         metrics=values,
-        confirmed=False,
+        confirmed=False,  # the caller knows the other plans' rounds
         roles=tuple(sorted({run.record.role for run in group})),
         records=tuple(run.record.number for run in group),
         used_records=tuple(run.record.number for run in used),
         typical_record=typical.record.number,
-        broken_constraints=tuple(why for constraint in constraints if (why := constraint.why_broken(values))),
+        broken_constraints=tuple(why for constraint in constraints if (why := why_broken(constraint, values))),
         unranked_because=next(
-            (why for run in group if (why := _why_unranked(run.measurement))),
+            (why for run in group if (why := _why_unranked(run.measurement, effective.plan))),
             next((f"{goal} was not measured" for goal in objectives if goal.metric not in values), None),
         ),
         notes=tuple(notes),
@@ -204,7 +195,19 @@ def _row(group: Sequence[_Run], objectives: Sequence[Objective], constraints: Se
     )
 
 
-def _why_unranked(measurement: Measurement) -> str | None:
+def why_broken(constraint: Constraint, values: Mapping[str, float]) -> str | None:
+    """None when the measured values keep the constraint, else why not; what was not measured keeps nothing."""
+    if constraint.metric not in values:
+        return f"{constraint.metric} was not measured"
+    value = values[constraint.metric]
+    return (
+        None
+        if constraint.excess(value) <= 0
+        else f"{constraint.metric} is {value:.4g}, not {constraint.operator} {constraint.limit:g}"
+    )
+
+
+def _why_unranked(measurement: Measurement, plan: Plan) -> str | None:
     """Why a measurement is no basis for a claim of speed."""
     check = measurement.check
     if check is not None and (check.argmax_flips > 0 or check.max_logit_error > check.tolerance):
@@ -212,8 +215,10 @@ def _why_unranked(measurement: Measurement) -> str | None:
             f"wrong output: logits differ by {check.max_logit_error:.3g} (tolerance {check.tolerance:.3g}), "
             f"{check.argmax_flips} argmax flips"
         )
-    shared = next((note for note in measurement.notes if note.startswith(SHARED_DEVICE_NOTE)), None)
-    return f"{shared}: proves correctness, not speed" if shared else None
+    doubled = len({stage.device for stage in plan.stages}) < len(plan.stages)
+    if doubled or any(note.startswith(SHARED_DEVICE_NOTE) for note in measurement.notes):
+        return "stages share a GPU, which proves correctness and never speed"
+    return None
 
 
 def _baselines(
@@ -229,22 +234,24 @@ def _baselines(
     rows = []
     for size, group in sorted(by_size.items()):
         used = _chosen(group)
-        spread = _spread(used, objective.metric)
+        spread = _measured_spread(used, objective.metric)
         rows.append(
             BaselineRow(
                 batch_size=size,
                 value=spread.median if spread else None,
                 spread=spread,
+                throughput=_spread(used, "output_throughput"),
                 metrics=_medians(used),
                 confirmed=any(run.confirms for run in group),
                 records=tuple(run.record.number for run in group),
+                used_records=tuple(run.record.number for run in used),
                 notes=tuple(dict.fromkeys(note for run in group for note in run.measurement.notes)),
                 disturbed_runs=sum(bool(run.measurement.telemetry.disturbances) for run in used),
             )
         )
 
     def order(row: BaselineRow) -> tuple[bool, bool, bool, float, float]:
-        broken = any(constraint.why_broken(row.metrics) for constraint in constraints)
+        broken = any(why_broken(constraint, row.metrics) for constraint in constraints)
         cost = objective.cost(row.value) if row.value is not None else 0.0
         return not row.confirmed, broken, row.value is None, cost, -row.metrics["output_throughput"]
 

@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from bench.metrics import HIGHER_IS_BETTER
 from bench.record import Failure, Role
 from bench.spec import EffectivePlan, Plan, Value
-from tuner.objectives import Constraint, Objective
+from tuner.config import Constraint
+
+
+class Objective(Value):
+    """One metric to make better."""
+
+    metric: str
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric in HIGHER_IS_BETTER
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        """As Optuna spells it."""
+        return "maximize" if self.higher_is_better else "minimize"
+
+    def cost(self, value: float) -> float:
+        """The value turned so that less is better."""
+        return -value if self.higher_is_better else value
+
+    def gain(self, ours: float, theirs: float) -> float | None:
+        """How many times better `ours` is than `theirs`; None where a zero or a sign makes that meaningless."""
+        over, under = (ours, theirs) if self.higher_is_better else (theirs, ours)
+        return over / under if over > 0 and under > 0 else None
+
+    def __str__(self) -> str:
+        return self.metric
 
 
 class Spread(Value):
@@ -48,6 +78,8 @@ class Row(Value):
     value: float | None
     """The first objective's, median; None when it was not measured."""
     spread: Spread | None
+    throughput: Spread
+    """Of `output_throughput`, whatever the objective."""
     metrics: dict[str, float]
     """Median of every metric over the runs used."""
     confirmed: bool
@@ -84,9 +116,11 @@ class BaselineRow(Value):
     batch_size: int
     value: float | None
     spread: Spread | None
+    throughput: Spread
     metrics: dict[str, float]
     confirmed: bool
     records: tuple[int, ...]
+    used_records: tuple[int, ...]
     notes: tuple[str, ...] = ()
     disturbed_runs: int = 0
 

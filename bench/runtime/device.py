@@ -106,9 +106,7 @@ class DeviceContext:
         """
         if self.is_cuda:
             total = torch.cuda.get_device_properties(self.torch_device).total_memory
-            torch.cuda.set_per_process_memory_fraction(
-                max(0.0, fraction - outside_bytes / total), self.torch_device
-            )
+            torch.cuda.set_per_process_memory_fraction(max(0.0, fraction - outside_bytes / total), self.torch_device)
 
     def free_cached(self) -> None:
         """Gives unused memory back, so that the next plan's peak is its own."""

@@ -8,7 +8,7 @@ early, must know which micro-batches are done.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,16 @@ class Edges:
     """To every other stage; filled on the last alone."""
 
 
+@dataclass(slots=True)
+class Status:
+    """What a worker is doing, read by the thread that tells the driver; written without a lock, word by word."""
+
+    phase: str = "start"
+    activity: str = "idle"
+    """`idle`, `compute`, `receive` or `send`: if all stages receive or send and none moves, the pipeline is stuck."""
+    tasks_done: int = 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassResult:
     """What a stage knows after a pass."""
@@ -115,12 +125,20 @@ class PassResult:
 class StageLoop:
     """Runs jobs on one stage; KV slots are kept from job to job."""
 
-    def __init__(self, stage: Stage, device: DeviceContext, edges: Edges, *, instrument: bool = True) -> None:
+    def __init__(
+        self, stage: Stage, device: DeviceContext, edges: Edges, status: Status, *, instrument: bool = True
+    ) -> None:
         self._stage = stage
+        self._status = status
         self._device = device
         self._edges = edges
         self._timeline = Timeline(device.clock(), enabled=instrument)
         self._slots: list[SlotCache] = []
+
+    def rewire(self, edges: Edges, *, instrument: bool = True) -> None:
+        """Takes new edges, for a job of another size; KV slots are kept."""
+        self._edges = edges
+        self._timeline = Timeline(self._device.clock(), enabled=instrument)
 
     def kv_bytes(self) -> int:
         """Bytes allocated for KV over all slots."""
@@ -137,18 +155,22 @@ class StageLoop:
         fits = all(slot.rows >= job.micro_batch_size and slot.max_len >= max_len for slot in self._slots)
         if not fits or len(self._slots) < count:
             self._slots = []
-            self._slots = [
-                self._stage.new_cache(rows=job.micro_batch_size, max_len=max_len) for _ in range(count)
-            ]
+            self._slots = [self._stage.new_cache(rows=job.micro_batch_size, max_len=max_len) for _ in range(count)]
         if job.prefill_size < job.micro_batch_size and not self._slots[0].rows_are_separable:
             raise ValueError(
                 "this model keeps recurrent states for whole micro-batches: prefill_micro_batch_size must equal "
                 "micro_batch_size"
             )
 
-    def run(self, job: Job) -> PassResult:
-        """Works through the schedule; returns when this stage's part and all its messages are done."""
-        return _Pass(self._stage, self._device, self._edges, self._timeline, self._slots, job).run()
+    def run(self, job: Job, start: Callable[[], object] = lambda: None) -> PassResult:
+        """Works through the schedule; returns when this stage's part and all its messages are done.
+
+        Args:
+            start: called when the inputs lie ready; where the stages meet, so that time counts from there.
+        """
+        work = _Pass(self._stage, self._device, self._edges, self._timeline, self._slots, job, self._status)
+        start()
+        return work.run()
 
 
 class _Pass:
@@ -162,15 +184,10 @@ class _Pass:
         timeline: Timeline,
         slots: list[SlotCache],
         job: Job,
+        status: Status,
     ) -> None:
-        self.stage, self.device, self.edges, self.timeline, self.slots, self.job = (
-            stage,
-            device,
-            edges,
-            timeline,
-            slots,
-            job,
-        )
+        self.stage, self.device, self.edges = stage, device, edges
+        self.timeline, self.slots, self.job, self.status = timeline, slots, job, status
         self.tasks = job.tasks()
         rows = [job.prompts[index] for index in job.order]
         self.inputs: list[MicroBatchInputs] = []
@@ -206,18 +223,23 @@ class _Pass:
         for index, task in enumerate(self.tasks):
             if self.is_done(task.micro_batch):
                 continue
+            self.status.activity = "receive"
             self.timeline.receive_begins()
             if task.step > 0:
                 self.take_tokens(task.micro_batch)
                 if self.is_done(task.micro_batch):
                     continue
             self.run_task(task)
+            self.status.tasks_done += 1
             ran.append(index)
+        self.status.activity = "send"
         for sender in (self.edges.hidden_out, *self.edges.tokens_out):
             if sender is not None:
                 sender.drain()
+        timeline = self.timeline.resolve()
+        self.status.activity = "idle"
         return PassResult(
-            timeline=self.timeline.resolve(),
+            timeline=timeline,
             tokens=self.collect_tokens() if self.stage.is_last else None,
             logits=self.collect_logits() if self.stage.is_last and self.forced is not None else None,
             ran=tuple(ran),
@@ -238,6 +260,7 @@ class _Pass:
         rows = slice(task.first_row, task.end_row)
         cache = self.slots[task.slot]
         cache.seek(task.first_row, task.end_row, past)
+        self.status.activity = "compute"
         self.timeline.compute_begins()
         output = stage.forward(
             inputs.ids[rows, past:end], inputs.mask[rows, :end], inputs.positions[rows, past:end], cache, hidden
@@ -246,6 +269,7 @@ class _Pass:
         self.timeline.compute_ended()
         if tokens is not None:
             self.timeline.tokens_known()
+        self.status.activity = "send"
         sending = time.monotonic()
         if edges.hidden_out is not None:
             edges.hidden_out.send(output)

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.errors import ModelError
-from bench.models.describe import find_layers
+from bench.models.describe import build_on_meta
 from bench.models.dummy import init_dummy_weights
+from bench.models.layers import find_layers
 from bench.models.resolve import ResolvedModel
 from bench.runtime.cache import SlotCache
 
@@ -67,27 +68,6 @@ class _StageDone(Exception):
         self.hidden_states = hidden_states
 
 
-def model_class(resolved: ResolvedModel) -> tuple[type[PreTrainedModel], Any]:
-    """The class that `AutoModelForCausalLM` would build, and its config.
-
-    Raises:
-        ModelError: no causal LM class goes with the config.
-    """
-    spec = resolved.spec
-    config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=spec.trust_remote_code)
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=TORCH_DTYPES[spec.dtype],
-                attn_implementation=spec.attn_implementation,
-                trust_remote_code=spec.trust_remote_code,
-            )
-        except ValueError as error:
-            raise ModelError(f"model {spec.name!r}: {error}") from error
-    return type(model), model.config
-
-
 def _returned_tuple_length(model: PreTrainedModel, layers: nn.ModuleList) -> int:
     """0 if the model's layers return a tensor, else the length of their tuple.
 
@@ -125,7 +105,8 @@ class Stage:
         self.resolved = resolved
         self.device = device
         self.dtype = TORCH_DTYPES[resolved.spec.dtype]
-        self._class, self.config = model_class(resolved)
+        skeleton = build_on_meta(resolved)
+        self._class, self.config = type(skeleton), skeleton.config
         self.own_layers = range(0)
         self.is_first = False
         self.is_last = False
@@ -361,9 +342,7 @@ def load_unsplit(resolved: ResolvedModel, device: torch.device | None) -> PreTra
     """
     spec = resolved.spec
     if spec.load_format == "dummy":
-        cls, config = model_class(resolved)
-        with torch.device("meta"):
-            model = cls._from_config(config, dtype=TORCH_DTYPES[spec.dtype], attn_implementation=spec.attn_implementation)
+        model = build_on_meta(resolved)
         init_dummy_weights(model, spec.seed)
         if device is not None:
             return model.to(device).eval()  # type: ignore[no-any-return]

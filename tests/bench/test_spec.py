@@ -42,6 +42,7 @@ def stage(first_layer: int, end_layer: int, device: str = "cpu:0", **more: Any) 
         ("cuda:0,cuda:2", ("cuda:0", "cuda:2")),
         (" cuda:1-2 , cpu:0 ", ("cuda:1", "cuda:2", "cpu:0")),
         ("cuda:00", ("cuda:0",)),
+        ("cuda:0,cuda:0", ("cuda:0", "cuda:0")),
     ],
 )
 def test_parse_devices(text: str, expected: tuple[str, ...]) -> None:
@@ -100,7 +101,7 @@ def test_stages_may_be_fewer_than_devices_but_not_more() -> None:
         ((stage(0, 15), stage(16, 30, "cpu:1")), "plan.stages[1]: layer 15 is missing before 16"),
         ((stage(0, 10), stage(14, 30, "cpu:1")), "plan.stages[1]: layer 10-13 is missing before 14"),
         ((stage(0, 15), stage(14, 30, "cpu:1")), "plan.stages[1]: layer 14 is given twice"),
-        ((stage(0, 15), stage(15, 30)), "a device holds two stages: cpu:0, cpu:0"),
+        ((stage(0, 15), stage(15, 30)), "a CPU worker holds two stages: cpu:0, cpu:0; give each its own"),
     ],
 )
 def test_a_plan_names_the_layer_that_is_wrong(stages: tuple[StagePlan, ...], message: str) -> None:
@@ -119,6 +120,11 @@ def test_any_gap_or_overlap_is_refused(counts: tuple[int, ...], data: st.DataObj
     problem = "given twice" if shift < 0 else "missing"
     with pytest.raises(ValidationError, match=rf"plan\.stages\[{index}\]: layer {layer} is {problem}"):
         Plan(stages=bad, micro_batch_size=1)
+
+
+def test_stages_may_share_a_gpu() -> None:
+    plan = Plan(stages=(stage(0, 3, "cuda:0"), stage(3, 6, "cuda:0")), micro_batch_size=1)
+    assert EffectivePlan(plan=plan, in_flight=1).key == "cuda:0[0:3],cuda:0[3:6] mb=1 prefill=1 in_flight=1"
 
 
 def test_empty_stages_and_plans_are_refused() -> None:

@@ -1,0 +1,535 @@
+"""Starts a fleet of workers, talks to it, and turns death, hang and silence into a `Failure`. No torch here.
+
+The driver commands rank 0 alone. Every worker has a connection of its own for signs of life and for faults, so that
+one stuck rank cannot silence the diagnosis. A fleet that failed is killed, and started anew when it is next needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import TypeAdapter
+
+from bench.errors import ConfigError, FleetError, ModelError
+from bench.machine import available_devices
+from bench.memory import ModelShape
+from bench.record import Failure, FailureKind, Machine, Measurement, Outcome
+from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Value, Workload, device_kind
+
+__all__ = ["Fleet", "GenerationResult", "Progress", "available_devices"]
+
+_OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Outcome)
+START_TIMEOUT_S = 1800.0
+"""A first start may download and convert a model."""
+STUCK_AFTER_S = 30.0
+"""If every stage waits for another and no task ends for so long, messages were lost."""
+GRACE_S = 1.0
+"""How long to wait, after a worker fell, for the one that fell first to say why."""
+
+
+class Progress(Value):
+    """What a fleet is doing, for people who wait."""
+
+    phase: str
+    message: str = ""
+    stage: int | None = None
+    done: int | None = None
+    total: int | None = None
+
+
+class GenerationResult(Value):
+    """What one prompt gave."""
+
+    token_ids: tuple[int, ...]
+    """Generated tokens, the end-of-sequence token included."""
+    text: str | None
+    """None where the model has no tokenizer."""
+    prompt_token_ids: tuple[int, ...]
+    ttft_s: float
+    """From the call's prompts to this prompt's first token."""
+    e2el_s: float
+    """… to its last token."""
+    token_times_s: tuple[float, ...]
+
+
+class _Worker:
+    """The driver's view of one worker process."""
+
+    def __init__(self, rank: int, device: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.rank, self.device, self.process, self.log = rank, device, process, log
+        self.connection: socket.socket | None = None
+        self.buffer = b""
+        self.ready = False
+        self.beat_at = time.monotonic()
+        self.state: dict[str, Any] = {"phase": "start", "activity": "idle", "tasks_done": 0, "stage": None}
+
+    def log_tail(self, limit: int = 2000) -> str:
+        """The end of the worker's log."""
+        with contextlib.suppress(OSError):
+            return self.log.read_text(encoding="utf-8", errors="replace")[-limit:]
+        return ""
+
+
+class Fleet:
+    """One worker process per device, kept over plans; rebuilt by itself after a failure, when next used."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        devices: Sequence[str],
+        *,
+        log_dir: Path | None,
+        hang_timeout_s: float,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.model = model
+        self.devices = tuple(devices)
+        self.shape: ModelShape
+        self.machine: Machine
+        self.device_bytes: dict[str, int]
+        self._log_dir = log_dir
+        self._hang_timeout_s = hang_timeout_s
+        self._on_progress = on_progress or (lambda progress: None)
+        self._workers: list[_Worker] = []
+        self._folder: Path | None = None
+        self._listener: socket.socket | None = None
+        self._selector: selectors.BaseSelector | None = None
+        self._next_id = 0
+        self._answers: dict[int, Any] = {}
+        self._reference: Path | None = None
+        self._starts = 0
+
+    @classmethod
+    def start(
+        cls,
+        model: ModelSpec,
+        devices: Sequence[str],
+        *,
+        log_dir: Path | None = None,
+        hang_timeout_s: float = 10.0,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Self:
+        """Starts one worker per device and waits until the model is known to all.
+
+        Args:
+            devices: `cpu:N` or `cuda:N`, one worker each; a GPU named twice gets two.
+            log_dir: where `rank-N.log` go; by default a temporary folder that goes with the fleet.
+            hang_timeout_s: a worker that gives no sign of life for so long is taken for hung.
+
+        Raises:
+            ModelError: the model cannot be found, read or split.
+            ConfigError: a device that is not there.
+            FleetError: workers that do not start.
+        """
+        fleet = cls(model, devices, log_dir=log_dir, hang_timeout_s=hang_timeout_s, on_progress=on_progress)
+        fleet._check_devices()
+        fleet._launch()
+        return fleet
+
+    def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
+        """Length of every prompt in tokens.
+
+        Raises:
+            ConfigError: prompts that cannot be used.
+            FleetError: the workers failed.
+        """
+        answer = self._call("prompt_lens", {"workload": _dump(workload)})
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return tuple(answer["lens"])
+
+    def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
+        """Asks the unsplit model for the truth that plans are checked against, and keeps it in a file."""
+        try:
+            answer = self._call(
+                "reference", {"path": str(path.absolute()), "workload": _dump(workload), "protocol": _dump(protocol)}
+            )
+        except FleetError as error:
+            return error.failure
+        if answer["failure"] is not None:
+            return Failure.model_validate(answer["failure"])
+        self._reference = path.absolute()
+        return None
+
+    def use_reference(self, path: Path) -> None:
+        """Takes a reference made earlier, as on a resume."""
+        self._reference = path.absolute()
+        if self._workers:
+            self._call("use_reference", {"path": str(self._reference)})
+
+    def baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> Measurement | Failure:
+        """Measures HF `generate` un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`."""
+        return self._outcome(
+            "baseline",
+            {"workload": _dump(workload), "protocol": _dump(protocol), "batch_size": batch_size},
+            protocol.timeout_s,
+        )
+
+    def measure(self, spec: RunSpec, effective: EffectivePlan) -> Measurement | Failure:
+        """Moves to the plan, checks its output, warms up and measures."""
+        return self._outcome("measure", {"spec": _dump(spec), "effective": _dump(effective)}, spec.protocol.timeout_s)
+
+    def generate(
+        self,
+        plan: Plan,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int,
+        in_flight: int | None = None,
+        ignore_eos: bool = False,
+    ) -> tuple[GenerationResult, ...]:
+        """Generates greedily for use.
+
+        Args:
+            prompts: text, or token ids.
+            in_flight: micro-batches resident at once; by default all of them.
+            ignore_eos: generate `max_new_tokens` for every prompt.
+
+        Raises:
+            ConfigError: prompts that cannot be used.
+            FleetError: the workers failed.
+        """
+        if not prompts:
+            raise ConfigError("prompts: there is none; give at least one")
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        answer = self._call(
+            "generate",
+            {
+                "plan": _dump(plan),
+                "in_flight": in_flight or len(prompts),
+                "prompts": [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts],
+                "max_new_tokens": max_new_tokens,
+                "ignore_eos": ignore_eos,
+            },
+        )
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return tuple(
+            GenerationResult(
+                token_ids=tuple(row["token_ids"]),
+                text=row["text"],
+                prompt_token_ids=tuple(row["prompt_token_ids"]),
+                ttft_s=row["token_times_s"][0],
+                e2el_s=row["token_times_s"][-1],
+                token_times_s=tuple(row["token_times_s"]),
+            )
+            for row in answer["results"]
+        )
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids by rank; empty while the fleet is down."""
+        return tuple(worker.process.pid for worker in self._workers)
+
+    def interrupt(self) -> None:
+        """Kills the workers at once; the fleet starts anew when it is next used."""
+        self._kill()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._workers and all(worker.process.poll() is None and worker.ready for worker in self._workers):
+            with contextlib.suppress(OSError):
+                self._send({"id": -1, "command": "exit", "args": {}})
+                deadline = time.monotonic() + 2.0
+                while time.monotonic() < deadline and any(worker.process.poll() is None for worker in self._workers):
+                    time.sleep(0.01)
+        self._kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_devices(self) -> None:
+        if not self.devices:
+            raise ConfigError("devices: there is none; give cpu:0-1, cuda:0,cuda:1 or auto")
+        there = available_devices()
+        missing = [name for name in self.devices if device_kind(name) == "cuda" and name not in there]
+        if missing:
+            raise ConfigError(
+                f"devices: {missing[0]} is not on this machine; there are {', '.join(there)} and any cpu:N"
+            )
+
+    def _launch(self) -> None:
+        self._starts += 1
+        self._folder = Path(tempfile.mkdtemp(prefix="pipetune-"))
+        log_dir = self._log_dir or self._folder
+        log_dir.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "driver.sock"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        os.chmod(path, 0o600)
+        self._listener.listen(len(self.devices))
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        environment = {
+            **os.environ,
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        for rank, device in enumerate(self.devices):
+            log = log_dir / f"rank-{rank}.log"
+            with log.open("ab") as output:
+                process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-P", "-m", "bench.worker"),
+                        *("--rank", str(rank), "--devices", ",".join(self.devices)),
+                        *("--model", self.model.model_dump_json()),
+                        *("--socket", str(path), "--rendezvous", str(self._folder / "rendezvous")),
+                        *("--driver-pid", str(os.getpid())),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=environment,
+                    # A Ctrl-C at the terminal is the driver's to handle.
+                    start_new_session=True,
+                )
+            self._workers.append(_Worker(rank, device, process, log))
+        self._on_progress(Progress(phase="start", message=f"starting {len(self.devices)} workers"))
+        try:
+            self._await(lambda: all(worker.ready for worker in self._workers), START_TIMEOUT_S, "start")
+        except FleetError as error:
+            if error.failure.kind is FailureKind.UNSUPPORTED_MODEL:
+                raise ModelError(error.failure.message) from error
+            raise
+        described = self._request("describe", {}, START_TIMEOUT_S)
+        self.model = ModelSpec.model_validate(described["model"])
+        self.shape = ModelShape.model_validate(described["shape"])
+        self.machine = Machine.model_validate(described["machine"])
+        self.device_bytes = described["device_bytes"]
+        if self._reference is not None:
+            self._request("use_reference", {"path": str(self._reference)}, START_TIMEOUT_S)
+
+    def _outcome(self, command: str, args: dict[str, Any], timeout_s: float) -> Measurement | Failure:
+        try:
+            return _OUTCOME.validate_python(self._call(command, args, timeout_s)["outcome"])
+        except FleetError as error:
+            return error.failure
+
+    def _call(self, command: str, args: dict[str, Any], timeout_s: float = START_TIMEOUT_S) -> dict[str, Any]:
+        """Sends a command and waits for its answer, on a fleet that is started again if it is down.
+
+        Raises:
+            FleetError: the workers failed, and were killed.
+        """
+        if not self._workers:
+            self._launch()
+        return self._request(command, args, timeout_s)
+
+    def _request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        self._next_id += 1
+        number = self._next_id
+        for worker in self._workers:
+            worker.beat_at = time.monotonic()
+        self._send({"id": number, "command": command, "args": args})
+        self._await(lambda: number in self._answers, timeout_s, command)
+        answer: dict[str, Any] = self._answers.pop(number)
+        return answer
+
+    def _send(self, message: dict[str, Any]) -> None:
+        connection = self._workers[0].connection
+        assert connection is not None
+        try:
+            connection.sendall((json.dumps(message) + "\n").encode())
+        except OSError:
+            self._fail(self._find_dead() or self._silent(self._workers[0]))
+
+    def _await(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Listens until `done`; whatever goes wrong meanwhile ends the fleet and is raised."""
+        began = moved_at = time.monotonic()
+        tasks_done = -1
+        while not done():
+            self._listen(0.05)
+            now = time.monotonic()
+            dead = self._find_dead()
+            if dead is not None:
+                self._fail(dead)
+            silent = [
+                worker
+                for worker in self._workers
+                if worker.connection is not None and now - worker.beat_at > self._hang_timeout_s
+            ]
+            if silent:
+                self._fail(self._silent(silent[0]))
+            total = sum(worker.state["tasks_done"] for worker in self._workers)
+            stages = [worker for worker in self._workers if worker.state["activity"] != "idle"]
+            waiting = bool(stages) and all(worker.state["activity"] in ("receive", "send") for worker in stages)
+            if total != tasks_done or not waiting:
+                tasks_done, moved_at = total, now
+            elif now - moved_at > STUCK_AFTER_S:
+                self._fail(self._stuck(stages, now - moved_at))
+            if now - began > timeout_s:
+                self._fail(
+                    Failure(
+                        kind=FailureKind.TIMEOUT,
+                        phase=self._workers[0].state["phase"],
+                        message=(
+                            f"{what} took longer than {timeout_s:.0f} s; raise protocol.timeout_s or choose a smaller workload"
+                        ),
+                    )
+                )
+
+    def _listen(self, timeout_s: float) -> None:
+        assert self._selector is not None and self._listener is not None
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self._listener:
+                connection, _ = self._listener.accept()
+                connection.setblocking(True)
+                self._selector.register(connection, selectors.EVENT_READ, [b""])
+                continue
+            connection = key.fileobj  # type: ignore[assignment]
+            try:
+                data = connection.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                self._selector.unregister(connection)
+                continue
+            *lines, key.data[0] = (key.data[0] + data).split(b"\n")
+            for line in lines:
+                self._receive(json.loads(line), connection)
+
+    def _receive(self, message: dict[str, Any], connection: socket.socket) -> None:
+        worker = self._workers[message["rank"]]
+        worker.beat_at = time.monotonic()
+        kind = message["type"]
+        if kind == "hello":
+            worker.connection = connection
+        elif kind == "ready":
+            worker.ready = True
+        elif kind == "beat":
+            worker.state.update({name: message[name] for name in worker.state})
+        elif kind == "progress":
+            self._on_progress(
+                Progress(
+                    phase=message["phase"],
+                    message=message["message"],
+                    stage=worker.state["stage"],
+                    done=message["done"],
+                    total=message["total"],
+                )
+            )
+        elif kind == "answer":
+            self._answers[message["id"]] = message["result"]
+        elif kind == "fault":
+            self._fault(Failure.model_validate(message["failure"]))
+
+    def _fault(self, failure: Failure) -> None:
+        """A worker told of its own fault. A lost peer is a consequence: whoever was lost is looked for first."""
+        if failure.kind is FailureKind.COMMUNICATION_TIMEOUT:
+            deadline = time.monotonic() + GRACE_S
+            while time.monotonic() < deadline:
+                dead = self._find_dead(only_signals=True)
+                if dead is not None:
+                    self._fail(dead)
+                # Another worker's own fault, if it is on its way, is raised from within.
+                self._listen(0.05)
+        self._fail(failure)
+
+    def _find_dead(self, *, only_signals: bool = False) -> Failure | None:
+        for worker in self._workers:
+            code = worker.process.poll()
+            if code is None or (only_signals and code >= 0):
+                continue
+            if code > 0:
+                # It exits by itself only after it has told why: read that first.
+                deadline = time.monotonic() + GRACE_S
+                while time.monotonic() < deadline:
+                    self._listen(0.05)
+            return self._died(worker, code)
+        return None
+
+    def _died(self, worker: _Worker, code: int) -> Failure:
+        stage, phase = worker.state["stage"], worker.state["phase"]
+        where = f"stage {stage} on {worker.device}" if stage is not None else f"worker on {worker.device}"
+        if code < 0:
+            name = signal.Signals(-code).name
+            by = f"was killed by {name}"
+            hint = "look for the kernel's out-of-memory killer in dmesg" if name == "SIGKILL" else "see its log"
+        else:
+            by, hint = f"exited with code {code}", "see its log"
+        return Failure(
+            kind=FailureKind.WORKER_DIED,
+            stage=stage,
+            device=worker.device,
+            phase=phase,
+            message=f"{where} {by} during {phase}; {hint}",
+            detail=worker.log_tail(),
+        )
+
+    def _silent(self, worker: _Worker) -> Failure:
+        stage, phase = worker.state["stage"], worker.state["phase"]
+        where = f"stage {stage} on {worker.device}" if stage is not None else f"worker on {worker.device}"
+        return Failure(
+            kind=FailureKind.WORKER_HUNG,
+            stage=stage,
+            device=worker.device,
+            phase=phase,
+            message=(
+                f"{where} gave no sign of life for {self._hang_timeout_s:.0f} s during {phase}: it is stopped or stuck; "
+                "a slower machine may need a larger protocol.hang_timeout_s"
+            ),
+            detail=worker.log_tail(),
+        )
+
+    def _stuck(self, stages: Sequence[_Worker], waited_s: float) -> Failure:
+        doing = ", ".join(f"stage {worker.state['stage']} {worker.state['activity']}s" for worker in stages)
+        return Failure(
+            kind=FailureKind.COMMUNICATION_TIMEOUT,
+            stage=stages[0].state["stage"],
+            device=stages[0].device,
+            phase=stages[0].state["phase"],
+            message=(
+                f"nothing moved between the stages for {waited_s:.0f} s ({doing}): a message was lost; check the links, "
+                "or NCCL_DEBUG=INFO on GPUs"
+            ),
+        )
+
+    def _fail(self, failure: Failure) -> None:
+        """Ends the fleet and raises; a worker that died may have been the first victim of another's fault."""
+        self._kill()
+        raise FleetError(failure)
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            if worker.process.poll() is None:
+                worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+        if self._selector is not None:
+            for key in list(self._selector.get_map().values()):
+                if isinstance(key.fileobj, socket.socket):
+                    key.fileobj.close()
+            self._selector.close()
+        self._workers, self._selector, self._listener = [], None, None
+        self._answers = {}
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def _dump(value: Value) -> dict[str, Any]:
+    return value.model_dump(mode="json")

@@ -1,0 +1,230 @@
+"""What planning must know of a model, read from its modules on the meta device: no weights are touched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DummyLayer, DynamicCache, LinearAttentionLayer
+
+from bench.errors import ModelError
+from bench.memory import LayerShape, ModelShape
+from bench.models.layers import check_splittable, find_layers
+from bench.models.resolve import ResolvedModel
+from bench.spec import DTYPE_BYTES
+
+_BEHIND = re.compile(
+    r"(.*_)?head|(final_?|output_?)?(layer_?norm|norm|ln)(_f|_out)?|final_.*|output.*|proj(ect)?_out|embed_out"
+    r"|embedding_norm|cls|pooler|pred_layer|generator_.*|decoder|logit.*|.*unembed.*",
+    re.IGNORECASE,
+)
+"""Names of what runs behind the layers; everything else runs before them or is used by all."""
+
+
+def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
+    """The model that `AutoModelForCausalLM` would build, without memory.
+
+    Raises:
+        ModelError: no causal LM class goes with the config, or the config is inconsistent.
+    """
+    spec = resolved.spec
+    untyped: Any = AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=spec.trust_remote_code)
+        with torch.device("meta"):
+            model = untyped.from_config(
+                config,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation=spec.attn_implementation,
+                trust_remote_code=spec.trust_remote_code,
+            )
+    # Configs come from anywhere, and families fail on wrong ones in every way there is.
+    except Exception as error:
+        raise ModelError(f"model.name: {spec.name!r}: no model can be built from its config.json: {error}") from error
+    built: PreTrainedModel = model
+    return built
+
+
+def describe_model(resolved: ResolvedModel) -> ModelShape:
+    """Builds the model on the meta device and reads off sizes, layers and where it may be cut.
+
+    Raises:
+        ModelError: the model cannot be built from its config, or cannot be split.
+    """
+    check_splittable(resolved.model_type)
+    model: Any = build_on_meta(resolved)
+    config = model.config.get_text_config(decoder=True)
+    check_splittable(config.model_type)
+    prefix, layers = find_layers(model)
+    dtype_bytes = DTYPE_BYTES[resolved.spec.dtype]
+    layer_configs = _layer_configs(config, len(layers))
+    kinds = _layer_kinds(config, len(layers))
+    kept = _keeps_kv(config, len(layers))
+    shapes = tuple(
+        LayerShape(
+            weight_bytes=_bytes(_tensors(layer)),
+            active_params=_active_params(layer, layer_config),
+            kv_bytes_per_token=_kv_values(layer, layer_config) * dtype_bytes if keeps else 0,
+            kind=kind,
+        )
+        for layer, layer_config, kind, keeps in zip(layers, layer_configs, kinds, kept, strict=True)
+    )
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    embedding_bytes = _bytes(_tensors(embedding))
+    tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", embedding)
+    head_bytes = 0 if head is None or tied else _bytes(_tensors(head))
+    total = _bytes(_tensors(model))
+    first, last = _outer_modules(model, prefix)
+    return ModelShape(
+        architecture=resolved.architecture,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers_prefix=prefix,
+        first_modules=first,
+        last_modules=last,
+        embedding_bytes=embedding_bytes,
+        head_bytes=head_bytes,
+        other_bytes=total - embedding_bytes - head_bytes - _bytes(_tensors(layers)),
+        tied=tied,
+        hidden_size=_number(layer_configs, "hidden_size"),
+        intermediate_size=_intermediate_size(layer_configs),
+        num_attention_heads=_number(layer_configs, "num_attention_heads", default=1),
+        vocab_size=config.vocab_size,
+        dtype_bytes=dtype_bytes,
+        layers=shapes,
+        forbidden_cuts=_forbidden_cuts(config, kinds),
+        max_positions=getattr(config, "max_position_embeddings", None),
+        checkpoint_bytes=resolved.checkpoint_bytes,
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, shared ones once."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _layer_configs(config: Any, num_layers: int) -> list[Any]:
+    """One config per layer: they differ where a family's layers do."""
+    per_layer = getattr(config, "per_layer_config", None)
+    return list(per_layer) if per_layer is not None else [config] * num_layers
+
+
+def _number(configs: list[Any], name: str, default: int = 0) -> int:
+    """The largest value over the layers; some families give a list."""
+    values = [getattr(config, name, None) or default for config in configs]
+    return int(max(max(value) if isinstance(value, list | tuple) else value for value in values))
+
+
+def _intermediate_size(configs: list[Any]) -> int:
+    for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim"):
+        size = _number(configs, name)
+        if size:
+            return size
+    return 4 * _number(configs, "hidden_size")
+
+
+def _layer_kinds(config: Any, num_layers: int) -> list[str]:
+    kinds = getattr(config, "layer_types", None)
+    return [str(kind) for kind in kinds] if kinds is not None else ["full_attention"] * num_layers
+
+
+def _keeps_kv(config: Any, num_layers: int) -> list[bool]:
+    """Which layers keep keys and values: not recurrent ones, not those without attention or with another's keys."""
+    layers = DynamicCache(config=config).layers
+    if len(layers) != num_layers:
+        return [True] * num_layers
+    # Exact types: hybrids of attention and recurrence derive from the recurrent kind.
+    return [type(layer) not in (DummyLayer, LinearAttentionLayer) for layer in layers]
+
+
+def _kv_values(layer: nn.Module, config: Any) -> int:
+    """Numbers that one token leaves in the cache of this layer.
+
+    Read from the projections, which know best where layers differ: keys and values, or the one latent of multi-head
+    latent attention, which transformers caches as it is. Where they are fused with the queries, from the config.
+    """
+    widths: dict[str, int] = {}
+    for name, module in layer.named_modules():
+        path = name.split(".")
+        if any("cross" in part or part == "encoder_attn" for part in path):
+            continue
+        width = getattr(module, "out_features", None)
+        if isinstance(width, int):
+            widths.setdefault(path[-1], width)
+    if "kv_a_proj_with_mqa" in widths:
+        return widths["kv_a_proj_with_mqa"]
+    for keys, values in (("k_proj", "v_proj"), ("key", "value")):
+        if keys in widths and values in widths:
+            return widths[keys] + widths[values]
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        heads = 1
+    num_heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return 2 * int(heads or num_heads) * int(head_dim)
+
+
+def _active_params(layer: nn.Module, config: Any) -> int:
+    """Parameters that one token meets: of routed experts only as many as are chosen."""
+    routed = chosen = rest = 0
+    for name, parameter in layer.named_parameters():
+        if "experts" in name.split("."):
+            routed += parameter.numel()
+        else:
+            rest += parameter.numel()
+    if routed:
+        num_experts = _first_int(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        per_token = _first_int(config, "num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
+        chosen = routed * min(per_token, num_experts) // num_experts if num_experts and per_token else routed
+    return rest + chosen
+
+
+def _first_int(config: Any, *names: str) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, list | tuple):
+            value = max(value, default=None)
+        if value:
+            return int(value)
+    return 0
+
+
+def _forbidden_cuts(config: Any, kinds: list[str]) -> tuple[int, ...]:
+    """Cuts between a layer that stores keys and values and the later ones of its kind that use them again."""
+    modes = getattr(config, "kv_sharing_modes", None) or []
+    stored: dict[str, int] = {}
+    forbidden: set[int] = set()
+    for index, mode in enumerate(modes):
+        if mode == "store":
+            stored[kinds[index]] = index
+        elif mode == "reuse":
+            forbidden |= set(range(stored[kinds[index]] + 1, index + 1))
+    return tuple(sorted(forbidden))
+
+
+def _outer_modules(model: PreTrainedModel, layers_prefix: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Everything beside the layers, for the first and for the last device of a device map, in the model's order.
+
+    These are the children of every module on the way down to the layers, and parameters and buffers owned by those
+    modules themselves: with the layers they cover the model, each part once.
+    """
+    first: list[str] = []
+    last: list[str] = []
+    path = layers_prefix.split(".")
+    for depth in range(len(path)):
+        holder = model.get_submodule(".".join(path[:depth]))
+        prefix = "".join(f"{part}." for part in path[:depth])
+        owned = [name for name, _ in (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False))]
+        for name in (*(name for name, _ in holder.named_children()), *owned):
+            if name != path[depth]:
+                (last if _BEHIND.fullmatch(name) else first).append(prefix + name)
+    return tuple(first), tuple(last)

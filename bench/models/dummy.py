@@ -1,0 +1,92 @@
+"""Dummy weights: random values that depend on the seed and on each module's name alone.
+
+Whatever is cut out of a model, what is left has the values that the whole model has there: every rank and every split
+agree without talking. The values are the family's own initialisation (norms 1, biases 0, rotary tables computed …),
+drawn on the CPU in the tensor's own dtype: the same for every device, while another dtype is another set of values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bench.models.layers import find_layers
+
+
+def init_dummy_weights(model: PreTrainedModel, seed: int) -> None:
+    """Fills every parameter and buffer in place, and leaves the global random state as it was.
+
+    Args:
+        model: built on the meta device or on the CPU; layers, embedding and head may have been replaced by others
+            that own no parameters. Tensors on meta become real ones on the CPU; tied ones stay tied.
+        seed: equal seeds give equal weights.
+    """
+    _materialize(model)
+    prefix, _ = find_layers(model)
+    modules = list(_with_owners(model))
+    # A family's `_init_weights` may reach into a module's descendants. Around the layers the outcome would depend on
+    # which of them are there, so those modules go first, for the sake of tensors of their own alone, and whatever
+    # else they reach is drawn again. All others go inside out, as the families mean it.
+    around = [entry for entry in modules if not entry[0] or f"{prefix}.".startswith(f"{entry[0]}.")]
+    inside = [entry for entry in modules if entry not in around]
+    around = [entry for entry in around if _owns_tensors(entry[1])]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name, module, owner in (*around, *reversed(inside)):
+            torch.default_generator.manual_seed(_module_seed(seed, name))
+            _init_module(module, owner)
+
+
+def _owns_tensors(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+
+
+def _init_module(module: nn.Module, owner: Any) -> None:
+    parameters = list(module.parameters(recurse=False))
+    for tensor in (*parameters, *module.buffers(recurse=False)):
+        if hasattr(tensor, "_is_hf_initialized"):
+            del tensor._is_hf_initialized
+    for parameter in parameters:
+        parameter.zero_()
+    versions = [parameter._version for parameter in parameters]
+    owner._init_weights(module)
+    for parameter, version in zip(parameters, versions, strict=True):
+        if parameter._version == version and parameter.is_floating_point():
+            parameter.normal_(0.0, _std(owner))
+
+
+def _module_seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _std(model: Any) -> float:
+    return float(getattr(model.config.get_text_config(decoder=True), "initializer_range", None) or 0.02)
+
+
+def _with_owners(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """Every module by name, outside in, with the nearest `PreTrainedModel` around it, whose `_init_weights` counts."""
+    owners: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        parent = owners[name.rpartition(".")[0]] if name else model
+        owners[name] = module if isinstance(module, PreTrainedModel) else parent
+        yield name, module, owners[name]
+
+
+def _materialize(model: nn.Module) -> None:
+    """Gives every tensor on the meta device memory on the CPU; one shared by several modules stays shared."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    real: torch.Tensor = torch.zeros_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(real, tensor.requires_grad) if is_parameter else real
+                tensors[name] = made[id(tensor)]  # type: ignore[assignment]

@@ -1,0 +1,186 @@
+"""From a model's name to a local folder with everything that is needed, and to a revision that pins its content."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.errors import ModelError
+from bench.models import smollm2
+from bench.models.checkpoint import content_revision, read_config, weight_files
+from bench.spec import ModelSpec
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedModel:
+    """A model that was found: everything a worker needs to build it, without asking anyone again."""
+
+    spec: ModelSpec
+    """With `revision` filled in."""
+    folder: Path
+    """Holds `config.json`, and the weights and the tokenizer where there are any."""
+    config_only: bool
+    """No weights are read: they are random."""
+    architecture: str
+    """The class that `AutoModelForCausalLM` builds, by name."""
+    model_type: str
+    checkpoint_bytes: int | None = None
+    """Size of the weight files."""
+
+
+def resolve_model(spec: ModelSpec, *, on_progress: Callable[[str], None] | None = None) -> ResolvedModel:
+    """Finds a model: a local folder, `smollm2-135m`, or a Hugging Face id in the local cache or else on the hub.
+
+    The revision is the commit for models of the hub, else a hash of the folder's content (see `content_revision`).
+    If the spec has one already, exactly that is demanded.
+
+    Args:
+        spec: as the user gave it, or as an earlier call returned it.
+        on_progress: told, in words, what takes long.
+
+    Raises:
+        ModelError: there is no such model, its files are incomplete or of the wrong kind, or it is not a causal LM.
+    """
+    say = on_progress or (lambda message: None)
+    folder, revision = _locate(spec, say)
+    config = read_config(folder)
+    weights = () if spec.load_format == "dummy" else weight_files(folder)
+    if revision is None:
+        revision = content_revision(folder, weights)
+        if spec.revision not in (None, revision):
+            raise ModelError(
+                f"model.revision: {folder} now holds {revision} and {spec.revision} is asked for; "
+                "its files were changed since: bring the old ones back, or start anew without a revision"
+            )
+    return ResolvedModel(
+        spec=spec.model_copy(update={"revision": revision}),
+        folder=folder,
+        config_only=spec.load_format == "dummy",
+        architecture=_architecture(spec, config),
+        model_type=str(config.get("model_type", "")),
+        checkpoint_bytes=sum(file.stat().st_size for file in weights) if weights else None,
+    )
+
+
+def _locate(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | None]:
+    """Folder and, where it is known without reading the files, revision."""
+    name = spec.name
+    if name == smollm2.ALIAS:
+        return _locate_smollm2(spec, say)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve(), None
+    if path.is_file():
+        kind = "a GGUF file alone cannot be served; convert it to safetensors" if path.suffix == ".gguf" else "a file"
+        raise ModelError(f"model.name: {name!r} is {kind}; give the folder that holds config.json and the weights")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"model.name: {name!r} is no folder here and no Hugging Face id; "
+            f"give a folder, an id such as Qwen/Qwen3-0.6B, or {smollm2.ALIAS}"
+        )
+    folder = _from_cache(name, spec) or _from_hub(name, spec, say)
+    return folder, folder.name
+
+
+def _locate_smollm2(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | None]:
+    if spec.revision in (None, smollm2.REVISION):
+        cached = None if spec.revision else _from_cache(smollm2.HUB_ID, spec)
+        return (cached, cached.name) if cached else (smollm2.smollm2_folder(say), smollm2.REVISION)
+    folder = _from_cache(smollm2.HUB_ID, spec) or _from_hub(smollm2.HUB_ID, spec, say)
+    return folder, folder.name
+
+
+def _patterns(spec: ModelSpec) -> dict[str, Any]:
+    files = [*_CONFIG_FILES]
+    if spec.load_format != "dummy":
+        files.append("*.safetensors")
+    if spec.trust_remote_code:
+        files.append("*.py")
+    # Folders inside hold other formats of the same weights; `consolidated` files are such a format, too.
+    return {"allow_patterns": files, "ignore_patterns": ["*/*", "consolidated*"]}
+
+
+def _from_cache(hub_id: str, spec: ModelSpec) -> Path | None:
+    """The snapshot in the local Hugging Face cache, if it is there and whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(hub_id, revision=spec.revision, local_files_only=True, **_patterns(spec))
+    except HFValidationError as error:
+        raise ModelError(f"model.name: {hub_id!r} is no folder here and no Hugging Face id: {error}") from error
+    except LocalEntryNotFoundError:
+        return None
+    folder = Path(found)
+    # Snapshots that were fetched in part, for example for a tokenizer alone, look like others.
+    try:
+        read_config(folder)
+        if spec.load_format != "dummy":
+            weight_files(folder)
+    except ModelError:
+        return None
+    return folder
+
+
+def _from_hub(hub_id: str, spec: ModelSpec, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    say(f"{hub_id}: fetching from the Hugging Face hub")
+    where = f"model.name: {hub_id!r}"
+    try:
+        folder = Path(snapshot_download(hub_id, revision=spec.revision, **_patterns(spec)))
+    except GatedRepoError as error:
+        raise ModelError(f"{where} is gated; accept its terms on the hub and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{where} is neither a folder here nor a model on the hub (private ones need a login)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model.revision: {spec.revision!r} is no revision of {hub_id}") from error
+    # No network, no such host, a proxy, a full disk: the errors come from several libraries and share no class.
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ModelError(
+            f"{where} is neither a folder here nor in the local Hugging Face cache, and the hub did not give it "
+            f"({reason}); check the name, fetch it where there is a network with `hf download {hub_id}`, "
+            f"give a folder, or take {smollm2.ALIAS}"
+        ) from error
+    assert _COMMIT.fullmatch(folder.name), f"{folder} is not named after a commit"
+    return folder
+
+
+def _architecture(spec: ModelSpec, config: dict[str, Any]) -> str:
+    """The class name, after checks that need no more than the config's own words."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    own_code = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    if own_code and spec.trust_remote_code:
+        return str(own_code).rpartition(".")[2]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))
+    if known is None and own_code:
+        raise ModelError(
+            f"model.name: {spec.name!r} (model_type {model_type!r}) brings code of its own; "
+            "if you trust it, say --trust-remote-code"
+        )
+    if known is None:
+        raise ModelError(
+            f"model.name: {spec.name!r} has model_type {model_type!r}, which is no causal language model "
+            "that the installed transformers knows"
+        )
+    quantization = config.get("quantization_config")
+    if quantization and spec.load_format != "dummy":
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise ModelError(
+            f"model.name: {spec.name!r} is quantized ({method}); pipetune runs float32, bfloat16 and float16 "
+            "checkpoints: choose the unquantized one"
+        )
+    return known if isinstance(known, str) else str(known[0])

@@ -1,0 +1,108 @@
+"""The public way to use a plan: `with Pipeline.start(model, plan) as pipeline: pipeline.generate(prompts, …)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from bench.errors import PlanError
+from bench.launch import Fleet, GenerationResult, Progress
+from bench.memory import check_plan, resolve
+from bench.record import Failure
+from bench.spec import ModelSpec, Plan
+
+
+class Pipeline:
+    """A model split over devices as a plan says, ready to generate.
+
+    Example:
+        >>> plan = Plan.from_layer_counts((17, 13), ("cpu:0", "cpu:1"), micro_batch_size=8)
+        >>> with Pipeline.start("smollm2-135m", plan) as pipeline:
+        ...     results = pipeline.generate(["The capital of France is"], max_new_tokens=8)
+    """
+
+    def __init__(self, fleet: Fleet, plan: Plan) -> None:
+        self._fleet = fleet
+        self.plan = plan
+
+    @classmethod
+    def start(
+        cls,
+        model: ModelSpec | str,
+        plan: Plan,
+        *,
+        log_dir: Path | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Self:
+        """Starts a worker for each stage of the plan.
+
+        Args:
+            model: a spec, or a name alone: an HF id, a local folder, or `smollm2-135m`.
+            log_dir: where the workers' logs go; by default a temporary folder.
+
+        Raises:
+            ModelError: the model cannot be found, read or split.
+            PlanError: the plan does not cover the model.
+            FleetError: workers that do not start.
+        """
+        spec = ModelSpec(name=model) if isinstance(model, str) else model
+        fleet = Fleet.start(spec, [stage.device for stage in plan.stages], log_dir=log_dir, on_progress=on_progress)
+        try:
+            check_plan(fleet.shape, plan)
+        except PlanError:
+            fleet.close()
+            raise
+        return cls(fleet, plan)
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int, ignore_eos: bool = False
+    ) -> tuple[GenerationResult, ...]:
+        """Generates greedily for every prompt, in the order given.
+
+        Args:
+            prompts: strings (where the model has a tokenizer), or lists of token ids.
+            max_new_tokens: the most tokens to generate for a prompt.
+            ignore_eos: go on after an end-of-sequence token, as measurements do.
+
+        Raises:
+            ConfigError: prompts that cannot be used.
+            PlanError: not even one micro-batch fits under the plan's memory caps.
+            FleetError: the workers failed; the next call starts them again.
+        """
+        # Text has at most about a token a byte.
+        prompt_len = (
+            max((len(prompt) if not isinstance(prompt, str) else len(prompt.encode()) + 2) for prompt in prompts)
+            if prompts
+            else 1
+        )
+        effective = resolve(
+            self._fleet.shape,
+            self.plan,
+            num_prompts=max(1, len(prompts)),
+            prompt_len=prompt_len,
+            output_len=max_new_tokens,
+            device_bytes=self._fleet.device_bytes,
+        )
+        if isinstance(effective, Failure):
+            raise PlanError(effective.message)
+        return self._fleet.generate(
+            self.plan,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            in_flight=effective.in_flight,
+            ignore_eos=ignore_eos,
+        )
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._fleet.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,256 @@
+"""The truth a plan is checked against: the unsplit model's tokens, logits, margins and its own spread.
+
+A reference holds, for every prompt, the greedy tokens and the margin between the two largest logits at each; and for
+a few prompts all logits under those tokens. Its spread is the largest difference that the unsplit model itself shows
+between batch sizes and between cached and uncached passes, in the dtype at hand: kernels round differently by shape.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from bench.baseline import generate_once
+from bench.errors import StudyError
+from bench.record import OutputCheck
+from bench.runtime.generate import MicroBatchInputs, sort_by_length
+
+# Twice the spread seen: a handful of comparisons underestimates the largest difference that can occur.
+SPREAD_FACTOR = 2.0
+# Prompts whose logits over the whole vocabulary are held at once while margins are taken.
+MARGIN_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """T tokens a prompt, N prompts, k of them checked over t tokens, V vocabulary."""
+
+    source: str
+    """`unsplit`, or `plan` where the unsplit model does not fit."""
+    workload_digest: str
+    tokens: torch.Tensor
+    """`[N, T]`, greedy."""
+    margins: torch.Tensor
+    """`[N, T]`: largest less second largest logit."""
+    checked: tuple[int, ...]
+    """Given indices of the k prompts checked."""
+    logits: torch.Tensor
+    """`[k, t, V]`, fp32."""
+    spread: float
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of a logit that is put down to kernels and not to a wrong split."""
+        return SPREAD_FACTOR * self.spread
+
+    def save(self, path: Path) -> None:
+        """Writes the file under a temporary name first."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file(
+            {
+                "tokens": self.tokens,
+                "margins": self.margins,
+                "checked": torch.tensor(self.checked, dtype=torch.long),
+                "logits": self.logits,
+            },
+            temporary,
+            metadata={
+                "source": self.source,
+                "workload_digest": self.workload_digest,
+                "spread": repr(self.spread),
+            },
+        )
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, workload_digest: str) -> Reference:
+        """Reads a reference and makes sure that it belongs to this model and workload.
+
+        Raises:
+            StudyError: the file is missing, damaged, or of another workload.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise StudyError(f"{path}: not a reference ({error}); delete it and it is made anew") from error
+        if metadata["workload_digest"] != workload_digest:
+            raise StudyError(f"{path}: made for another model or workload; delete it and it is made anew")
+        return cls(
+            source=metadata["source"],
+            workload_digest=workload_digest,
+            tokens=tensors["tokens"],
+            margins=tensors["margins"],
+            checked=tuple(tensors["checked"].tolist()),
+            logits=tensors["logits"],
+            spread=float(metadata["spread"]),
+        )
+
+
+def choose_checked(prompts: Sequence[Sequence[int]], count: int) -> tuple[int, ...]:
+    """Prompts to check, spread over the lengths, shortest and longest included, so that padding is checked too."""
+    order = sort_by_length(prompts)
+    count = min(count, len(order))
+    if count == 1:
+        return (order[0],)
+    places = {round(place * (len(order) - 1) / (count - 1)) for place in range(count)}
+    return tuple(sorted(order[place] for place in places))
+
+
+def forced_logits(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens: torch.Tensor,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    cached: bool,
+    accepts_positions: bool,
+) -> torch.Tensor:
+    """Logits of the unsplit model when `tokens` `[n, t]` are fed after the prompts.
+
+    Args:
+        cached: step by step with a KV cache as in generation, else in one pass over prompt and tokens.
+
+    Returns:
+        `[n, t, V]` fp32 on the host, in the order given.
+    """
+    device = next(model.parameters()).device
+    steps = tokens.shape[1]
+    order = sort_by_length(prompts)
+    rows: dict[int, torch.Tensor] = {}
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        inputs = MicroBatchInputs.build(
+            [prompts[index] for index in chosen], output_len=steps, pad_token_id=pad_token_id, device=device
+        )
+        length = inputs.prompt_len
+        inputs.ids[:, length:] = tokens[list(chosen)].to(device)
+        pieces = [(0, length + steps - 1)]
+        if cached:
+            pieces = [(0, length), *((length + step, length + step + 1) for step in range(steps - 1))]
+        cache, parts = None, []
+        for first, end in pieces:
+            kwargs = {"position_ids": inputs.positions[:, first:end]} if accepts_positions else {}
+            output = model(
+                input_ids=inputs.ids[:, first:end],
+                attention_mask=inputs.mask[:, :end],
+                past_key_values=cache,
+                use_cache=cached,
+                **kwargs,
+            )
+            cache = output.past_key_values if cached else None
+            parts.append(output.logits[:, -1:] if cached else output.logits[:, length - 1 :])
+        logits = torch.cat(parts, dim=1).float().cpu()
+        for place, index in enumerate(chosen):
+            rows[index] = logits[place]
+    return torch.stack([rows[index] for index in range(len(prompts))])
+
+
+def margins_of(logits: torch.Tensor) -> torch.Tensor:
+    """Largest less second largest of the last dimension."""
+    top = logits.topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
+
+
+def compare_logits(reference: Reference, logits: dict[int, torch.Tensor]) -> OutputCheck:
+    """Compares a plan's forced logits, by place in `reference.checked`, with the reference's."""
+    largest, flips, compared = 0.0, 0, 0
+    for place, own in logits.items():
+        truth = reference.logits[place]
+        difference = (own - truth).abs().max().item()
+        # NaN compares as false: a plan that yields it must not pass.
+        largest = max(largest, difference) if difference == difference else float("inf")
+        apart = margins_of(truth) > 2 * reference.tolerance
+        flips += int(((own.argmax(-1) != truth.argmax(-1)) & apart).sum().item())
+        compared += own.numel()
+    return OutputCheck(
+        reference="unsplit" if reference.source == "unsplit" else "plan",
+        max_logit_error=min(largest, 3.4e38),
+        tolerance=reference.tolerance,
+        compared_logits=compared,
+        argmax_flips=flips,
+    )
+
+
+def compare_tokens(reference: Reference, tokens: dict[int, list[int]]) -> tuple[int, int]:
+    """Compares free-running greedy tokens with the reference's.
+
+    Returns:
+        Prompts that part from the reference where the top two are clearly apart, and prompts that part at a near tie.
+    """
+    wrong = near = 0
+    for index, own in tokens.items():
+        truth = reference.tokens[index].tolist()
+        parting = next((place for place, (a, b) in enumerate(zip(own, truth, strict=False)) if a != b), None)
+        if parting is None:
+            continue
+        if reference.margins[index, parting].item() <= 2 * reference.tolerance:
+            near += 1
+        else:
+            wrong += 1
+    return wrong, near
+
+
+def make_reference(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    output_len: int,
+    check_prompts: int,
+    check_tokens: int,
+    pad_token_id: int,
+    workload_digest: str,
+) -> Reference:
+    """Asks the unsplit model for its greedy tokens, their margins, the logits of a few prompts, and its spread."""
+    own = generate_once(model, prompts, output_len=output_len, batch_size=len(prompts), pad_token_id=pad_token_id)
+    tokens = torch.tensor([own.tokens[index] for index in range(len(prompts))], dtype=torch.long)
+    accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def ask(chosen: Sequence[int], steps: int, batch_size: int, *, cached: bool) -> torch.Tensor:
+        return forced_logits(
+            model,
+            [prompts[index] for index in chosen],
+            tokens[list(chosen), :steps],
+            batch_size=batch_size,
+            pad_token_id=pad_token_id,
+            cached=cached,
+            accepts_positions=accepts_positions,
+        )
+
+    with torch.inference_mode():
+        everyone = range(len(prompts))
+        margins = torch.cat(
+            [
+                margins_of(ask(everyone[begin : begin + MARGIN_BATCH], output_len, MARGIN_BATCH, cached=False))
+                for begin in range(0, len(prompts), MARGIN_BATCH)
+            ]
+        )
+        checked = choose_checked(prompts, check_prompts)
+        steps = min(check_tokens, output_len)
+        logits = ask(checked, steps, len(checked), cached=True)
+        others = [
+            ask(checked, steps, 1, cached=True),
+            ask(checked, steps, max(1, len(checked) // 2), cached=True),
+            ask(checked, steps, len(checked), cached=False),
+        ]
+    seen = max((other - logits).abs().max().item() for other in others)
+    # A few units in the last place, for a model that happens to agree bit for bit with itself.
+    floor = 4 * torch.finfo(model.dtype).eps * logits.abs().max().item()
+    return Reference(
+        source="unsplit",
+        workload_digest=workload_digest,
+        tokens=tokens,
+        margins=margins,
+        checked=checked,
+        logits=logits,
+        spread=max(seen, floor),
+    )

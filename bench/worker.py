@@ -1,0 +1,456 @@
+"""The worker process: one per device, commanded over a socket by way of rank 0, kept over all plans of a study.
+
+Started as `python -P -m bench.worker`. Before anything heavy is imported it arranges to die with its driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.control import DriverLink
+
+PR_SET_PDEATHSIG = 1
+HEARTBEAT_S = 0.5
+# Idle workers wait for commands in a collective, which must not time out over night.
+CONTROL_TIMEOUT_DAYS = 7
+
+
+def die_with_driver(driver_pid: int) -> None:
+    """Asks the kernel to kill this process when its driver ends; the driver may have ended already."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != driver_pid:
+        os._exit(1)
+
+
+class Worker:
+    """Holds what lives as long as the process, and carries out commands."""
+
+    def __init__(self, args: argparse.Namespace, link: DriverLink) -> None:
+        import datetime
+
+        import psutil
+        import torch
+        import torch.distributed as dist
+
+        from bench.control import ControlGroup
+        from bench.machine import cores_of, device_bytes
+        from bench.memory import ModelShape
+        from bench.models.describe import describe_model
+        from bench.models.resolve import ResolvedModel, resolve_model
+        from bench.runner import Runner
+        from bench.runtime.device import DeviceContext
+        from bench.runtime.generate import Status
+        from bench.spec import ModelSpec
+
+        self.link = link
+        self.rank: int = args.rank
+        self.devices: tuple[str, ...] = tuple(args.devices.split(","))
+        self.status = Status()
+        link.beat(HEARTBEAT_S, self._state)
+        device = DeviceContext(self.devices[self.rank], num_threads=cores_of(self.devices[self.rank], self.devices))
+        timeout = datetime.timedelta(days=CONTROL_TIMEOUT_DAYS)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{args.rendezvous}",
+            rank=self.rank,
+            world_size=len(self.devices),
+            timeout=timeout,
+        )
+        self.control = ControlGroup(dist.new_group(backend="gloo", timeout=timeout), self.rank, len(self.devices))
+        spec = ModelSpec.model_validate_json(args.model)
+        # Rank 0 finds the model (and may have to convert it); the others take its word.
+        found: dict[str, Any] = {}
+        if self.rank == 0:
+            resolved = resolve_model(spec, on_progress=lambda message: self._say(message))
+            shape = describe_model(resolved)
+            found = {
+                "resolved": {field.name: getattr(resolved, field.name) for field in dataclasses.fields(resolved)},
+                "shape": shape.model_dump(mode="json"),
+            }
+            found["resolved"]["spec"] = resolved.spec.model_dump(mode="json")
+            found["resolved"]["folder"] = str(resolved.folder)
+        found = self.control.broadcast(found)
+        plain = found["resolved"]
+        plain["spec"], plain["folder"] = ModelSpec.model_validate(plain["spec"]), Path(plain["folder"])
+        self.resolved = ResolvedModel(**plain)
+        self.shape = ModelShape.model_validate(found["shape"])
+        self.device_bytes = device_bytes(self.devices)
+        self._torch = torch
+        self.runner = Runner(
+            resolved=self.resolved,
+            shape=self.shape,
+            device=device,
+            devices=self.devices,
+            device_bytes=self.device_bytes[self.devices[self.rank]],
+            control=self.control,
+            status=self.status,
+            baseline_bytes=psutil.Process().memory_info().rss,
+            report=self._progress,
+        )
+        self.device = device
+        self.reference_path: str | None = None
+        self._prompts: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self._unsplit: Any = None
+        self._tokenizer: Any = None
+        self._tokenizer_sought = False
+
+    def serve(self) -> None:
+        """Carries out commands until told to exit."""
+        while True:
+            self.status.phase, self.status.activity = "idle", "idle"
+            command = self.link.receive() if self.rank == 0 else None
+            command = self.control.broadcast(command)
+            name = command["command"]
+            if name == "exit":
+                return
+            result = getattr(self, f"do_{name}")(**command["args"])
+            if self.rank == 0:
+                self.link.send("answer", id=command["id"], result=result)
+
+    def do_describe(self) -> dict[str, Any]:
+        """Model, shape, machine and memory."""
+        from bench.machine import read_machine
+
+        if self.rank != 0:
+            return {}
+        return {
+            "model": self.resolved.spec.model_dump(mode="json"),
+            "shape": self.shape.model_dump(mode="json"),
+            "machine": read_machine().model_dump(mode="json"),
+            "device_bytes": self.device_bytes,
+        }
+
+    def do_prompt_lens(self, workload: dict[str, Any]) -> dict[str, Any]:
+        """Lengths of the prompts in tokens."""
+        try:
+            return {"lens": [len(prompt) for prompt in self._load_prompts(workload)]}
+        except _UserFault as fault:
+            return {"error": str(fault)}
+
+    def do_reference(self, path: str, workload: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any] | None:
+        """Makes the study's reference with the unsplit model on rank 0."""
+        from bench.reference import make_reference
+        from bench.runner import reference_digest
+        from bench.spec import Protocol, Workload
+
+        prompts = self._load_prompts(workload)
+        self.runner.release()
+        failure = None
+        if self.rank == 0:
+            self.status.phase = "reference"
+            spec, limits = Workload.model_validate(workload), Protocol.model_validate(protocol)
+
+            def work() -> None:
+                make_reference(
+                    self._whole_model(),
+                    prompts,
+                    output_len=spec.output_len,
+                    check_prompts=limits.check_prompts,
+                    check_tokens=limits.check_tokens,
+                    pad_token_id=self._pad_token_id(),
+                    workload_digest=reference_digest(self.resolved.spec.digest(), spec.digest()),
+                ).save(Path(path))
+
+            self._progress("reference", 0, 1)
+            failure = self._unless_out_of_memory(work)
+        self.reference_path = path if not self.control.gather(failure)[0] else None
+        return {"failure": failure}
+
+    def do_use_reference(self, path: str) -> dict[str, Any]:
+        """Takes a reference made earlier."""
+        self.reference_path = path
+        return {}
+
+    def do_baseline(self, workload: dict[str, Any], protocol: dict[str, Any], batch_size: int) -> dict[str, Any]:
+        """Measures HF `generate` on rank 0: one CPU worker's cores, or all GPUs by `device_map`."""
+        from bench.runner import measure_baseline
+        from bench.spec import Protocol, Workload
+
+        prompts = self._load_prompts(workload)
+        self.runner.release()
+        result: dict[str, Any] = {}
+        if self.rank == 0:
+            outcome: list[Any] = []
+
+            def work() -> None:
+                model = self._whole_model()
+                self.status.phase = "baseline"
+                outcome.append(
+                    measure_baseline(
+                        model,
+                        prompts,
+                        output_len=Workload.model_validate(workload).output_len,
+                        protocol=Protocol.model_validate(protocol),
+                        batch_size=batch_size,
+                        pad_token_id=self._pad_token_id(),
+                        devices=self.devices,
+                        device_bytes=self.device_bytes,
+                        report=self._progress,
+                    )
+                )
+
+            failure = self._unless_out_of_memory(work)
+            result = failure if failure else outcome[0].model_dump(mode="json")
+        self.control.barrier()
+        return {"outcome": result}
+
+    def do_measure(self, spec: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
+        """Measures one plan."""
+        from bench.spec import EffectivePlan, RunSpec
+
+        run = RunSpec.model_validate(spec)
+        prompts = self._load_prompts(spec["workload"])
+        self._unsplit = None
+        outcome = self.runner.measure(
+            run,
+            EffectivePlan.model_validate(effective),
+            prompts,
+            pad_token_id=self._pad_token_id(),
+            reference_path=self.reference_path,
+        )
+        return {"outcome": outcome.model_dump(mode="json") if outcome is not None else None}
+
+    def do_generate(
+        self, plan: dict[str, Any], in_flight: int, prompts: list[Any], max_new_tokens: int, ignore_eos: bool
+    ) -> dict[str, Any]:
+        """Generates for use: stops at end-of-sequence tokens unless told otherwise."""
+        from bench.runtime.generate import Job
+        from bench.spec import Plan
+
+        rows = self._encode(prompts, max_new_tokens)
+        if isinstance(rows, str):
+            return {"error": rows}
+        self._unsplit = None
+        parsed = Plan.model_validate(plan)
+        if parsed != self.runner.plan:
+            self.runner.apply(parsed)
+        job = Job(
+            prompts=tuple(rows),
+            output_len=max_new_tokens,
+            micro_batch_size=parsed.micro_batch_size,
+            prefill_size=parsed.prefill_size,
+            in_flight=in_flight,
+            pad_token_id=self._pad_token_id(),
+            eos_token_ids=None if ignore_eos else self._eos_token_ids(),
+        )
+        self.status.phase = "generate"
+        self.runner.open(job)
+        return {"results": self._results(job, self.runner.run(job))}
+
+    def _results(self, job: Any, result: Any) -> list[dict[str, Any]]:
+        zero_s, _ = self.runner.window(result)
+        mine = None
+        if result is not None and result.tokens is not None:
+            tasks = job.tasks()
+            first_rows = [sum(job.sizes[:index]) for index in range(len(job.sizes))]
+            times: dict[int, list[float]] = {index: [] for index in job.order}
+            for index, moment in zip(result.ran, result.timeline.token_times_s, strict=True):
+                task = tasks[index]
+                for row in range(task.first_row, task.end_row):
+                    times[job.order[first_rows[task.micro_batch] + row]].append(round(moment - zero_s, 6))
+            mine = [
+                {"token_ids": result.tokens[index], "token_times_s": times[index][: len(result.tokens[index])]}
+                for index in range(len(job.prompts))
+            ]
+        rows = next(row for row in self.control.gather(mine) if row is not None)
+        if self.rank == 0:
+            tokenizer = self._get_tokenizer()
+            for prompt, row in zip(job.prompts, rows, strict=True):
+                row["prompt_token_ids"] = list(prompt)
+                row["text"] = (
+                    tokenizer.decode(row["token_ids"], skip_special_tokens=True) if tokenizer is not None else None
+                )
+        result_rows: list[dict[str, Any]] = rows
+        return result_rows
+
+    def _encode(self, prompts: list[Any], max_new_tokens: int) -> list[tuple[int, ...]] | str:
+        """Ids of given prompts on every rank, or what is wrong with them."""
+        from bench.errors import ConfigError
+        from bench.prompts import encode
+
+        reply: dict[str, Any] = {}
+        if self.rank == 0:
+            try:
+                rows = [
+                    encode(prompt, self._get_tokenizer(), self.shape.vocab_size, f"prompts[{index}]")
+                    for index, prompt in enumerate(prompts)
+                ]
+                longest = max(len(row) for row in rows)
+                limit = self.shape.max_positions
+                if limit is not None and longest + max_new_tokens > limit:
+                    raise ConfigError(
+                        f"the longest prompt has {longest} tokens and max_new_tokens={max_new_tokens}: more than the "
+                        f"model's {limit} positions"
+                    )
+                reply = {"rows": rows}
+            except ConfigError as error:
+                reply = {"error": str(error)}
+        reply = self.control.broadcast(reply)
+        return reply["error"] if "error" in reply else [tuple(row) for row in reply["rows"]]
+
+    def _load_prompts(self, workload: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+        """Prompts of a workload on every rank; rank 0 reads and tokenizes.
+
+        Raises:
+            _UserFault: on every rank, what is wrong with them.
+        """
+        from bench.errors import UserError
+        from bench.prompts import load_prompts
+        from bench.spec import Workload
+
+        spec = Workload.model_validate(workload)
+        digest = spec.digest()
+        if digest not in self._prompts:
+            reply: dict[str, Any] = {}
+            if self.rank == 0:
+                try:
+                    tokenizer = self._get_tokenizer() if spec.prompts_file else None
+                    reply["prompts"] = load_prompts(
+                        spec,
+                        tokenizer=tokenizer,
+                        vocab_size=self.shape.vocab_size,
+                        max_positions=self.shape.max_positions,
+                    )
+                except UserError as error:
+                    reply["error"] = str(error)
+            reply = self.control.broadcast(reply)
+            if "error" in reply:
+                raise _UserFault(reply["error"])
+            self._prompts[digest] = tuple(tuple(prompt) for prompt in reply["prompts"])
+        return self._prompts[digest]
+
+    def _whole_model(self) -> Any:
+        """The unsplit model, kept until a plan wants the memory."""
+        from bench.runtime.stage import load_unsplit
+
+        if self._unsplit is None:
+            self.status.phase = "load"
+            several_gpus = self.device.is_cuda and len(set(self.devices)) > 1
+            self._unsplit = load_unsplit(self.resolved, None if several_gpus else self.device.torch_device)
+        return self._unsplit
+
+    def _unless_out_of_memory(self, work: Any) -> dict[str, Any] | None:
+        """Runs something that may not fit; running out of memory is a result here, since the process lives on."""
+        from bench.faults import failure_of, is_out_of_memory
+
+        try:
+            work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._unsplit = None
+            self.runner.release()
+            failure = failure_of(error, stage=None, device=self.device.name, phase=self.status.phase)
+            dumped: dict[str, Any] = failure.model_dump(mode="json")
+            return dumped
+        return None
+
+    def _get_tokenizer(self) -> Any:
+        """The model's tokenizer, or None where its folder has none."""
+        if not self._tokenizer_sought:
+            from transformers import AutoTokenizer
+
+            self._tokenizer_sought = True
+            if any((self.resolved.folder / name).exists() for name in TOKENIZER_FILES):
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self.resolved.folder, trust_remote_code=self.resolved.spec.trust_remote_code
+                )
+        return self._tokenizer
+
+    def _pad_token_id(self) -> int:
+        config = self.runner.stage.config.get_text_config(decoder=True)
+        pad = getattr(config, "pad_token_id", None)
+        # Padded places are masked, so that any id of the vocabulary will do.
+        return int(pad) if isinstance(pad, int) and 0 <= pad < self.shape.vocab_size else 0
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        from transformers import GenerationConfig
+
+        config = self.runner.stage.config
+        ids = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+        if (self.resolved.folder / "generation_config.json").exists():
+            ids = GenerationConfig.from_pretrained(self.resolved.folder).eos_token_id or ids
+        return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "phase": self.status.phase,
+            "activity": self.status.activity,
+            "tasks_done": self.status.tasks_done,
+            "stage": self.runner.index if hasattr(self, "runner") else None,
+        }
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        if self.rank == 0:
+            self.link.send("progress", phase=phase, message="", done=done, total=total)
+
+    def _say(self, message: str) -> None:
+        self.link.send("progress", phase="model", message=message, done=None, total=None)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+class _UserFault(Exception):
+    """Bad input, known alike on every rank."""
+
+
+def main() -> None:
+    """Entry of the process: everything that goes wrong is told to the driver before it ends."""
+    parser = argparse.ArgumentParser(prog="bench.worker")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--devices", required=True, help="of all ranks, separated by commas")
+    parser.add_argument("--model", required=True, help="a ModelSpec as JSON")
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--rendezvous", required=True)
+    parser.add_argument("--driver-pid", type=int, required=True)
+    args = parser.parse_args()
+    die_with_driver(args.driver_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    from bench.control import DriverLink
+    from bench.runtime.device import address_space_limit, limit_address_space
+
+    link = DriverLink(args.socket, args.rank)
+    if args.rank != 0:
+        link.end_with_driver()
+    worker = None
+    try:
+        limit_address_space(address_space_limit())
+        worker = Worker(args, link)
+        link.send("ready")
+        worker.serve()
+    except BaseException as error:
+        _report(link, worker, args, error)
+        # Threads of gloo or NCCL may hang in messages that will never come.
+        os._exit(1)
+    os._exit(0)
+
+
+def _report(link: DriverLink, worker: Worker | None, args: argparse.Namespace, error: BaseException) -> None:
+    from bench.faults import failure_of
+
+    traceback.print_exc()
+    sys.stderr.flush()
+    status = worker.status if worker is not None else None
+    failure = failure_of(
+        error,
+        stage=worker.runner.index if worker is not None else None,
+        device=args.devices.split(",")[args.rank],
+        phase=status.phase if status is not None else "start",
+    )
+    link.send("fault", failure=json.loads(failure.model_dump_json()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Pipelined greedy output equals the unsplit model's, token for token in fp32, over real processes and gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from bench.launch import Fleet
+from bench.spec import ModelSpec, Plan
+from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
+
+DEVICES = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
+OUTPUT_LEN = 7
+# Layers per stage, micro-batch size, prefill micro-batch size, micro-batches in flight.
+PLANS = [
+    ((6,), 5, None, None),
+    ((3, 3), 3, None, None),
+    ((1, 5), 2, 1, 2),
+    ((4, 2), 5, 2, 1),
+    ((2, 1, 3), 2, None, None),
+    ((1, 2, 1, 2), 1, None, 3),
+    ((3, 1, 1, 1), 4, 3, None),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bloom", "gemma2", "mixtral"])
+def test_every_plan_gives_the_unsplit_models_tokens(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / family, family)
+    prompts = tiny_prompts(9)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = unsplit_tokens(model, prompts, output_len=OUTPUT_LEN)
+    assert len({tuple(row) for row in expected}) > 3, "the model repeats itself: the test would prove little"
+    eos = expected[0][2]
+    expected_until_eos = unsplit_tokens(model, prompts, output_len=OUTPUT_LEN, eos_token_id=eos)
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
+        for counts, size, prefill, in_flight in PLANS:
+            plan = Plan.from_layer_counts(counts, DEVICES, size, prefill_micro_batch_size=prefill)
+            results = fleet.generate(
+                plan, prompts, max_new_tokens=OUTPUT_LEN, in_flight=in_flight, ignore_eos=True
+            )
+            assert [list(result.token_ids) for result in results] == expected, plan.describe()
+        set_eos(folder, eos)
+        for counts, size, prefill, in_flight in PLANS:
+            plan = Plan.from_layer_counts(counts, DEVICES, size, prefill_micro_batch_size=prefill)
+            results = fleet.generate(plan, prompts, max_new_tokens=OUTPUT_LEN, in_flight=in_flight)
+            assert [list(result.token_ids) for result in results] == expected_until_eos, plan.describe()
+            assert all(len(result.token_times_s) == len(result.token_ids) for result in results)
+            assert all(list(result.token_times_s) == sorted(result.token_times_s) for result in results)
+
+
+def set_eos(folder: Path, eos: int) -> None:
+    """Generation for use reads its end-of-sequence tokens from the folder each time."""
+    from transformers import GenerationConfig
+
+    GenerationConfig(eos_token_id=eos, pad_token_id=0).save_pretrained(folder)

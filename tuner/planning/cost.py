@@ -1,0 +1,156 @@
+"""An analytic cost of plans: good for the order in which to try them, never for a claim.
+
+A task is one forward pass of a stage over some rows. Every layer costs
+
+    overhead + bytes / bandwidth + 2 · active parameters · tokens / compute
+
+where the bytes are its weights, read once a task, and the KV cache of its rows. Prefill meets many tokens a task and
+is bound by the last term, so pieces may be small; decode meets one token a row and is bound by the middle one, so
+its micro-batches want to be large. The head runs on one position a row, on the last stage.
+
+Rates are nominal. Their ratios decide the order, so they need not be those of the machine; measured stages can
+replace them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from bench.memory import ModelShape
+from bench.spec import Plan, Workload, device_kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a device does in a second."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    """Of weights, at the batch sizes where decode is bound by them."""
+    layer_overhead_s: float
+    """What one layer costs however few its rows: launches from Python, matrices too narrow for the cores."""
+    hop_s: float
+    """A message to the next stage."""
+
+
+RATES = {
+    "cpu": Rates(flops_per_s=9e10, bytes_per_s=8e9, layer_overhead_s=3e-3, hop_s=1.5e-3),
+    "cuda": Rates(flops_per_s=2e14, bytes_per_s=2e12, layer_overhead_s=1.5e-4, hop_s=5e-5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Predicts how long a workload takes under a plan.
+
+    Args:
+        prompt_len: mean length of the prompts, tokens.
+    """
+
+    shape: ModelShape
+    num_prompts: int
+    prompt_len: float
+    output_len: int
+
+    @classmethod
+    def of_workload(cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int]) -> CostModel:
+        """A model for these prompts; `prompt_lens` in tokens."""
+        return cls(
+            shape=shape,
+            num_prompts=workload.num_prompts,
+            prompt_len=sum(prompt_lens) / len(prompt_lens),
+            output_len=workload.output_len,
+        )
+
+    @cached_property
+    def _params_before(self) -> tuple[int, ...]:
+        return (0, *itertools.accumulate(layer.active_params for layer in self.shape.layers))
+
+    @cached_property
+    def _kv_bytes_before(self) -> tuple[int, ...]:
+        return (0, *itertools.accumulate(layer.kv_bytes_per_token for layer in self.shape.layers))
+
+    @cached_property
+    def _weight_bytes_before(self) -> dict[float, tuple[float, ...]]:
+        return {}
+
+    def _weight_bytes(self, first: int, end: int, tokens: float) -> float:
+        """Weights that one task reads: of routed experts no more than its tokens choose."""
+        before = self._weight_bytes_before.get(tokens)
+        if before is None:
+            each = (
+                min(layer.weight_bytes, tokens * layer.active_params * self.shape.dtype_bytes)
+                for layer in self.shape.layers
+            )
+            before = self._weight_bytes_before[tokens] = (0, *itertools.accumulate(each))
+        return before[end] - before[first]
+
+    def task_s(self, device: str, first: int, end: int, *, rows: float, tokens_a_row: float, context: float) -> float:
+        """Time of one task of the layers `[first, end)`; the head is counted where `end` is the last layer.
+
+        Args:
+            tokens_a_row: new positions of each row: the prompt's in prefill, 1 in decode.
+            context: positions whose KV each row reads.
+        """
+        rates = RATES[device_kind(device)]
+        tokens = rows * tokens_a_row
+        params = self._params_before[end] - self._params_before[first]
+        kv = self._kv_bytes_before[end] - self._kv_bytes_before[first]
+        seconds = (end - first) * rates.layer_overhead_s
+        seconds += (self._weight_bytes(first, end, tokens) + rows * context * kv) / rates.bytes_per_s
+        seconds += 2 * params * tokens / rates.flops_per_s
+        if end == self.shape.num_layers:
+            head = self.shape.hidden_size * self.shape.vocab_size
+            seconds += head * self.shape.dtype_bytes / rates.bytes_per_s + 2 * head * rows / rates.flops_per_s
+        return seconds
+
+    def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:
+        """Time of the whole workload.
+
+        Prefill is a pipe of pieces: the slowest stage sets its beat, the others add their fill. Decode goes round
+        the micro-batches in flight: a round takes as long as the slowest stage needs for all of them, but no less
+        than one of them needs to pass all stages and come back.
+
+        Args:
+            in_flight: micro-batches resident at once; None means all.
+        """
+        bounds = [(stage.device, stage.first_layer, stage.end_layer) for stage in plan.stages]
+        return self.split_s(
+            bounds, micro_batch_size=plan.micro_batch_size, prefill_size=plan.prefill_size, in_flight=in_flight
+        )
+
+    def split_s(
+        self,
+        bounds: Sequence[tuple[str, int, int]],
+        *,
+        micro_batch_size: int,
+        prefill_size: int,
+        in_flight: int | None = None,
+    ) -> float:
+        """As `duration_s`, for stages given as `(device, first layer, end layer)`."""
+        rows = min(micro_batch_size, self.num_prompts)
+        return self.prefill_s(bounds, rows, min(prefill_size, rows)) + self.decode_s(bounds, rows, in_flight)
+
+    def prefill_s(self, bounds: Sequence[tuple[str, int, int]], rows: int, piece: int) -> float:
+        """Time until all prompts are prefilled, in pieces of micro-batches of `rows`."""
+        pieces = self.num_prompts / rows * math.ceil(rows / piece)
+        times = [
+            self.task_s(*bound, rows=piece, tokens_a_row=self.prompt_len, context=self.prompt_len / 2)
+            for bound in bounds
+        ]
+        hops = sum(RATES[device_kind(device)].hop_s for device, _, _ in bounds[1:])
+        return max(pieces - 1, 0.0) * max(times) + sum(times) + hops
+
+    def decode_s(self, bounds: Sequence[tuple[str, int, int]], rows: int, in_flight: int | None = None) -> float:
+        """Time of all decode steps in micro-batches of `rows`."""
+        micro_batches = math.ceil(self.num_prompts / rows)
+        resident = min(in_flight or micro_batches, micro_batches)
+        context = self.prompt_len + self.output_len / 2
+        times = [self.task_s(*bound, rows=rows, tokens_a_row=1, context=context) for bound in bounds]
+        hops = sum(RATES[device_kind(device)].hop_s for device, _, _ in bounds) if len(bounds) > 1 else 0.0
+        round_s = max(resident * max(times), sum(times) + hops)
+        return micro_batches / resident * (self.output_len - 1) * round_s

@@ -1,0 +1,154 @@
+"""What a command says while it works: one live line on a terminal, plain lines elsewhere, always on stderr."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from bench.launch import Progress
+
+
+class Reporter(Protocol):
+    """Who waits is told what runs, how far it is, and what came out."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+
+    def begin(self, text: str) -> None:
+        """What runs now: `trial 3 of 20 · 17+13 · micro-batch 8`."""
+
+    def end(self, text: str) -> None:
+        """What came of it."""
+
+    def best(self, text: str) -> None:
+        """The best so far."""
+
+    def fleet(self, progress: Progress) -> None:
+        """What the workers are doing."""
+
+
+def make_reporter(console: Console, *, silent: bool = False) -> Reporter:
+    """Live on a terminal, plain lines otherwise; silent if asked."""
+    if silent:
+        return SilentReporter()
+    return LiveReporter(console) if console.is_terminal and not console.is_dumb_terminal else PlainReporter(console)
+
+
+def progress_text(progress: Progress) -> str:
+    """`stage 1 · measure 2/3`, or the worker's own words."""
+    counted = progress.total is not None and progress.done is not None and progress.total > 1
+    parts = [
+        f"stage {progress.stage}" if progress.stage is not None else "",
+        f"{progress.phase} {(progress.done or 0) + 1}/{progress.total}" if counted else progress.phase,
+        progress.message,
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+class SilentReporter:
+    """Says nothing; for `--no-progress`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exit_info: object) -> None: ...
+    def say(self, text: str) -> None: ...
+    def begin(self, text: str) -> None: ...
+    def end(self, text: str) -> None: ...
+    def best(self, text: str) -> None: ...
+    def fleet(self, progress: Progress) -> None: ...
+
+
+class PlainReporter:
+    """Whole lines, for logs: what begins, what came of it, and long first steps such as a download."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last_message = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exit_info: object) -> None: ...
+
+    def say(self, text: str) -> None:
+        self._line(text)
+
+    def begin(self, text: str) -> None:
+        self._line(text)
+
+    def end(self, text: str) -> None:
+        self._line(f"  {text}")
+
+    def best(self, text: str) -> None: ...
+
+    def fleet(self, progress: Progress) -> None:
+        if progress.message and progress.message != self._last_message:
+            self._last_message = progress.message
+            self._line(f"  {progress_text(progress)}")
+
+    def _line(self, text: str) -> None:
+        # Text may come from a model or a path: it is never markup.
+        self._console.print(Text(text), soft_wrap=True)
+
+
+class LiveReporter:
+    """Lines that stay scroll by above two that change: what runs now, and the best so far."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._now, self._fleet, self._best = "", "", ""
+        self._began = time.monotonic()
+        self._spinner = Spinner("dots")
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *exit_info: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def begin(self, text: str) -> None:
+        self._now, self._fleet, self._began = text, "", time.monotonic()
+
+    def end(self, text: str) -> None:
+        self._console.print(Text.assemble((self._now, ""), "\n  ", (text, "dim")))
+        self._now, self._fleet = "", ""
+
+    def best(self, text: str) -> None:
+        self._best = text
+
+    def fleet(self, progress: Progress) -> None:
+        self._fleet = progress_text(progress)
+
+    def _render(self) -> RenderableType:
+        lines: list[RenderableType] = []
+        if self._now or self._fleet:
+            seconds = time.monotonic() - self._began
+            self._spinner.update(text=_one_line(self._now or self._fleet))
+            lines.append(self._spinner)
+            doing = f"  {self._fleet} · {seconds:.0f} s" if self._now and self._fleet else f"  {seconds:.0f} s"
+            lines.append(_one_line(doing, "dim"))
+        if self._best:
+            lines.append(_one_line(f"  best so far: {self._best}", "green"))
+        return Group(*lines)
+
+
+def _one_line(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")

@@ -1,0 +1,95 @@
+"""What every report of a study is made from: its settings, its machine, its records and their ranking."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from bench.memory import ModelShape
+from bench.record import Machine, Measurement, Record
+from tuner.config import TuneConfig
+from tuner.ranking import rank
+from tuner.standings import Objective, Ranking, Row
+
+
+class StudyLike(Protocol):
+    """A study as it was loaded from its folder."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def config(self) -> TuneConfig: ...
+    @property
+    def machine(self) -> Machine | None: ...
+    @property
+    def shape(self) -> ModelShape | None: ...
+    @property
+    def records(self) -> Sequence[Record]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """A study, ranked."""
+
+    folder: Path
+    config: TuneConfig
+    machine: Machine | None
+    shape: ModelShape | None
+    records: tuple[Record, ...]
+    ranking: Ranking
+
+    @classmethod
+    def of(cls, study: StudyLike) -> Report:
+        """Ranks a study by its own objectives and constraints."""
+        objectives = [Objective(metric=name) for name in study.config.objectives]
+        return cls(
+            folder=study.folder,
+            config=study.config,
+            machine=study.machine,
+            shape=study.shape,
+            records=tuple(study.records),
+            ranking=rank(study.records, objectives, study.config.constraints),
+        )
+
+    @property
+    def name(self) -> str:
+        return self.config.name or self.folder.resolve().name
+
+    @property
+    def prompt_lens(self) -> tuple[int, ...]:
+        """Tokens of each prompt; empty when nothing was measured."""
+        results = (record.result for record in self.records)
+        return next((result.prompt_lens for result in results if isinstance(result, Measurement)), ())
+
+    @property
+    def objective(self) -> Objective:
+        return self.ranking.objectives[0]
+
+    @property
+    def shown(self) -> Row | None:
+        """The row whose run is drawn: the best, or without one the first that was measured at all."""
+        return self.ranking.best or next(iter((*self.ranking.rows, *self.ranking.unranked)), None)
+
+    def typical(self, row: Row) -> Measurement:
+        """The measurement of the row that lies nearest to its median."""
+        result = next(record.result for record in self.records if record.number == row.typical_record)
+        assert isinstance(result, Measurement), f"record {row.typical_record} of row {row.key} holds no measurement"
+        return result
+
+
+def typical_iteration(measurement: Measurement) -> int:
+    """Index of the iteration whose duration lies nearest to the median."""
+    durations = [run.duration_s for run in measurement.iterations]
+    median = statistics.median(durations)
+    return min(range(len(durations)), key=lambda index: abs(durations[index] - median))
+
+
+def has_timeline(measurement: Measurement) -> bool:
+    """Whether the run was instrumented: every stage has a span for every task."""
+    return all(
+        run.stages and all(len(trace.compute_start_s) == len(measurement.tasks) for trace in run.stages)
+        for run in measurement.iterations
+    )

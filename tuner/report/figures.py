@@ -1,0 +1,154 @@
+"""What the figures of a study show, as values: points, trials and spans, before anything is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.metrics import derive
+from bench.record import Measurement
+from tuner.report.data import Report, has_timeline, typical_iteration
+from tuner.report.wording import column_title, layers_text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One plan in a scatter."""
+
+    x: float
+    y: float
+    label: str
+    is_confirmed: bool = False
+    is_best: bool = False
+    is_single_stage: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scatter:
+    """Throughput against another metric."""
+
+    title: str
+    x_label: str
+    y_label: str
+    points: tuple[Point, ...]
+    baseline_y: float | None
+    """Drawn as a line: the un-pipelined model may have no x."""
+    baseline_x: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+    """The objective trial by trial."""
+
+    title: str
+    y_label: str
+    trials: tuple[tuple[int, float], ...]
+    best_so_far: tuple[tuple[int, float], ...]
+    failed: tuple[int, ...]
+    baseline_y: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """One task on one stage."""
+
+    stage: int
+    start_s: float
+    width_s: float
+    label: str
+    is_prefill: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeline:
+    """What every stage of one plan did in one iteration."""
+
+    title: str
+    stages: tuple[str, ...]
+    bars: tuple[Bar, ...]
+    end_s: float
+
+
+def scatter_of(report: Report, metric: str, x_label: str, scale: float) -> Scatter | None:
+    """Every ranked plan's throughput against a metric; None when no plan has it."""
+    ranking = report.ranking
+    points = tuple(
+        Point(
+            x=row.metrics[metric] * scale,
+            y=row.throughput.median,
+            label=f"{layers_text(row.plan)}, mb {row.plan.micro_batch_size}",
+            is_confirmed=row.confirmed,
+            is_best=row.rank == 1,
+            is_single_stage=bool(ranking.single_stage and row.key == ranking.single_stage.key),
+        )
+        for row in ranking.rows
+        if metric in row.metrics
+    )
+    base = ranking.baseline
+    if not points:
+        return None
+    return Scatter(
+        title=f"Throughput against {column_title(metric)}",
+        x_label=x_label,
+        y_label="output tokens / s",
+        points=points,
+        baseline_y=base.throughput.median if base else None,
+        baseline_x=base.metrics[metric] * scale if base and metric in base.metrics else None,
+    )
+
+
+def history_of(report: Report) -> History | None:
+    """The objective of every trial of the search; None when there was no trial."""
+    objective = report.objective
+    trials, best_so_far, failed = [], [], []
+    best: float | None = None
+    for record in sorted(report.records, key=lambda record: record.number):
+        if record.role != "trial":
+            continue
+        number = record.trial_number if record.trial_number is not None else record.number
+        value = derive(record.result).get(objective.metric) if isinstance(record.result, Measurement) else None
+        if value is None:
+            failed.append(number)
+            continue
+        trials.append((number, value))
+        if best is None or objective.cost(value) < objective.cost(best):
+            best = value
+        best_so_far.append((number, best))
+    if not trials and not failed:
+        return None
+    base = report.ranking.baseline
+    return History(
+        title="The search, trial by trial",
+        y_label="output tokens / s" if objective.metric == "output_throughput" else objective.metric,
+        trials=tuple(trials),
+        best_so_far=tuple(best_so_far),
+        failed=tuple(failed),
+        baseline_y=base.value if base else None,
+    )
+
+
+def timeline_of(report: Report) -> Timeline | None:
+    """One typical iteration of the best plan; None when no run was instrumented."""
+    row = report.shown
+    if row is None or not has_timeline(report.typical(row)):
+        return None
+    measurement = report.typical(row)
+    run = measurement.iterations[typical_iteration(measurement)]
+    bars = tuple(
+        Bar(
+            stage=index,
+            start_s=start,
+            width_s=end - start,
+            label=f"m{task.micro_batch}",
+            is_prefill=task.step == 0,
+        )
+        for index, trace in enumerate(run.stages)
+        for task, start, end in zip(measurement.tasks, trace.compute_start_s, trace.compute_end_s, strict=True)
+    )
+    return Timeline(
+        title=f"One iteration of {row.plan.describe()}",
+        stages=tuple(
+            f"stage {i}\n{stage.device}\n{stage.num_layers} layers" for i, stage in enumerate(row.plan.stages)
+        ),
+        bars=bars,
+        end_s=run.duration_s,
+    )

@@ -1,0 +1,192 @@
+"""Draws the figures of a study as PNG, on light paper or on dark.
+
+Colours are those of Okabe and Ito, which people tell apart whatever their colour vision; marks differ in shape as well.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+
+from tuner.report.data import Report
+from tuner.report.figures import Bar, History, Scatter, Timeline, history_of, scatter_of, timeline_of
+
+DPI = 160
+BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#8C8C8C"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Theme:
+    """Colours of paper and ink."""
+
+    paper: str
+    ink: str
+    faint: str
+    plan: str
+
+
+LIGHT = Theme(paper="#ffffff", ink="#1f2328", faint="#d0d7de", plan=BLUE)
+DARK = Theme(paper="#161b22", ink="#e6edf3", faint="#3d444d", plan=SKY)
+
+
+def render_plots(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
+    """All figures that the study has data for, by file name without ending, as PNG."""
+    figures: dict[str, Figure] = {}
+    bubble = scatter_of(report, "bubble_ratio", "bubble ratio, % of stage time without compute", 100.0)
+    memory = scatter_of(report, "peak_memory_bytes", "peak memory of the fullest stage, MiB", 2.0**-20)
+    history, timeline = history_of(report), timeline_of(report)
+    if bubble:
+        figures["throughput_vs_bubble"] = draw_scatter(bubble, theme)
+    if memory:
+        figures["throughput_vs_memory"] = draw_scatter(memory, theme)
+    if history:
+        figures["history"] = draw_history(history, theme)
+    if timeline:
+        figures["timeline"] = draw_timeline(timeline, theme)
+    return {name: _png(figure) for name, figure in figures.items()}
+
+
+def draw_scatter(data: Scatter, theme: Theme) -> Figure:
+    """Plans as dots, confirmed ones filled; the best a star, our single stage a diamond, the baseline a line."""
+    figure, axes = _figure(data.title, theme, size=(6.4, 4.6))
+    plain = [point for point in data.points if not point.is_best and not point.is_single_stage]
+    for is_confirmed, face, label in ((True, theme.plan, "confirmed plan"), (False, theme.paper, "plan of the search")):
+        chosen = [point for point in plain if point.is_confirmed is is_confirmed]
+        if chosen:
+            axes.scatter(
+                [point.x for point in chosen],
+                [point.y for point in chosen],
+                s=42,
+                facecolors=face,
+                edgecolors=theme.plan,
+                linewidths=1.6,
+                label=label,
+                zorder=3,
+            )
+    for point in data.points:
+        if point.is_single_stage and not point.is_best:
+            axes.scatter([point.x], [point.y], s=60, marker="D", color=GREEN, label="single stage", zorder=4)
+        if point.is_best:
+            axes.scatter(
+                [point.x], [point.y], s=230, marker="*", color=ORANGE, edgecolors=theme.ink, linewidths=0.7,
+                label="best plan", zorder=5,
+            )  # fmt: skip
+            axes.annotate(
+                point.label, (point.x, point.y), xytext=(0, 11), textcoords="offset points", ha="center", fontsize=9,
+                fontweight="bold", color=theme.ink, parse_math=False,
+            )  # fmt: skip
+    if data.baseline_y is not None:
+        if data.baseline_x is not None:
+            axes.scatter([data.baseline_x], [data.baseline_y], s=52, marker="s", color=VERMILION, zorder=4)
+        axes.axhline(data.baseline_y, color=VERMILION, linestyle="--", linewidth=1.3, label="device_map", zorder=2)
+    axes.set_xlabel(data.x_label)
+    axes.set_ylabel(data.y_label)
+    axes.margins(x=0.08, y=0.14)
+    _legend(figure, theme)
+    return figure
+
+
+def draw_history(data: History, theme: Theme) -> Figure:
+    """Trials as dots, the best so far as a staircase, failures as crosses at the foot."""
+    figure, axes = _figure(data.title, theme, size=(6.4, 4.2))
+    if data.trials:
+        trials, reached = zip(*data.trials, strict=True)
+        axes.scatter(trials, reached, s=34, color=theme.plan, label="trial", zorder=3)
+        numbers, values = zip(*data.best_so_far, strict=True)
+        last = max([*numbers, *data.failed])
+        axes.step(
+            [*numbers, last],
+            [*values, values[-1]],
+            where="post",
+            color=ORANGE,
+            linewidth=2,
+            label="best so far",
+            zorder=2,
+        )
+    if data.baseline_y is not None:
+        axes.axhline(data.baseline_y, color=VERMILION, linestyle="--", linewidth=1.3, label="device_map", zorder=1)
+    if data.failed:
+        axes.plot(
+            data.failed, [0.03] * len(data.failed), "x", transform=axes.get_xaxis_transform(), color=VERMILION,
+            markersize=8, markeredgewidth=2, label="no measurement", clip_on=False, zorder=4,
+        )  # fmt: skip
+    axes.set_xlabel("trial")
+    axes.set_ylabel(data.y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.04, y=0.14)
+    _legend(figure, theme)
+    return figure
+
+
+def draw_timeline(data: Timeline, theme: Theme) -> Figure:
+    """A row per stage, time to the right; labels only where they fit."""
+    height = 1.5 + 0.62 * len(data.stages)
+    figure, axes = _figure(data.title, theme, size=(10.0, height))
+    prefill, decode = ORANGE, theme.plan
+    for is_prefill, color, label in ((True, prefill, "prefill"), (False, decode, "decode")):
+        chosen = [bar for bar in data.bars if bar.is_prefill is is_prefill]
+        patches = [Rectangle((bar.start_s, bar.stage - 0.36), bar.width_s, 0.72) for bar in chosen]
+        axes.add_collection(
+            PatchCollection(patches, facecolor=color, edgecolor=theme.paper, linewidth=0.5, label=label)
+        )
+    axes.set_xlim(0, data.end_s * 1.005)
+    axes.set_ylim(len(data.stages) - 0.45, -0.55)
+    axes.set_yticks(range(len(data.stages)), data.stages, fontsize=8)
+    axes.set_xlabel("seconds since the prompts were given")
+    axes.grid(visible=False)
+    axes.tick_params(axis="y", length=0)
+    _label_bars(figure, axes, data.bars, data.end_s)
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in (prefill, decode)]
+    axes.legend(
+        handles, ["prefill", "decode"], loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False,
+        fontsize=9, labelcolor=theme.ink,
+    )  # fmt: skip
+    return figure
+
+
+def _label_bars(figure: Figure, axes: Axes, bars: Sequence[Bar], end_s: float) -> None:
+    inches_per_s = figure.get_size_inches()[0] * 0.85 / end_s
+    for bar in bars:
+        if bar.width_s * inches_per_s > 0.085 * len(bar.label):
+            axes.text(
+                bar.start_s + bar.width_s / 2, bar.stage, bar.label, ha="center", va="center", fontsize=7,
+                color="#000000" if bar.is_prefill else "#ffffff", parse_math=False,
+            )  # fmt: skip
+
+
+def _figure(title: str, theme: Theme, *, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, dpi=DPI, facecolor=theme.paper, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor(theme.paper)
+    heading: Text = axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.ink)
+    heading.set_parse_math(False)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(theme.faint)
+    axes.tick_params(colors=theme.ink, labelsize=9)
+    axes.xaxis.label.set_color(theme.ink)
+    axes.yaxis.label.set_color(theme.ink)
+    axes.grid(visible=True, color=theme.faint, linewidth=0.6, alpha=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _legend(figure: Figure, theme: Theme) -> None:
+    """Below the axes, where it hides nothing."""
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, labelcolor=theme.ink, frameon=False)
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()

@@ -1,0 +1,132 @@
+"""The timeline of one iteration in Chrome's trace format, which Perfetto opens: a process per stage.
+
+The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU. Times are in µs from the
+moment the prompts were given. A record keeps how long a stage waited before and after each task, not when: a receive
+wait is drawn up to the task's compute, a send wait from its end on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from typing import Any
+
+from bench.record import Measurement, StageTrace, TaskShape
+from bench.spec import Plan
+from tuner.report.data import Report, has_timeline, typical_iteration
+from tuner.report.wording import clean, row_text
+
+_COMPUTE, _RECEIVE, _SEND = 1, 2, 3
+_TRACKS = {_COMPUTE: "compute", _RECEIVE: "receive wait", _SEND: "send wait"}
+_MIN_WAIT_US = 1.0
+"""Shorter waits are no events: they cannot be seen and would swell the file."""
+
+Event = dict[str, Any]
+
+
+def render_trace(report: Report) -> bytes | None:
+    """The gzipped trace of the best plan's typical iteration; None when no run was instrumented."""
+    row = report.shown
+    if row is None or not has_timeline(report.typical(row)):
+        return None
+    measurement = report.typical(row)
+    iteration = typical_iteration(measurement)
+    document = {
+        "displayTimeUnit": "ms",
+        "otherData": {
+            "study": clean(report.name),
+            "model": clean(report.config.model.name),
+            "plan": row_text(row),
+            "record": row.typical_record,
+            "iteration": iteration,
+        },
+        "traceEvents": trace_events(measurement, iteration, row.plan),
+    }
+    return gzip.compress(json.dumps(document, separators=(",", ":")).encode(), mtime=0)
+
+
+def trace_events(measurement: Measurement, iteration: int, plan: Plan) -> list[Event]:
+    """All events of one iteration, metadata first."""
+    traces = measurement.iterations[iteration].stages
+    events: list[Event] = []
+    for index, stage in enumerate(plan.stages):
+        layers = f"layers {stage.first_layer}–{stage.end_layer - 1}"
+        name = f"stage {index} · {stage.device} · {layers}"
+        events.append({"ph": "M", "pid": index, "name": "process_name", "args": {"name": name}})
+        events.append({"ph": "M", "pid": index, "name": "process_sort_index", "args": {"sort_index": index}})
+        for track, title in _TRACKS.items():
+            meta: Event = {"ph": "M", "pid": index, "tid": track}
+            events.append({**meta, "name": "thread_name", "args": {"name": title}})
+            events.append({**meta, "name": "thread_sort_index", "args": {"sort_index": track}})
+    for index, trace in enumerate(traces):
+        events += _stage_events(index, trace, measurement.tasks)
+    return events + _flow_events(traces, measurement.tasks)
+
+
+def task_name(task: TaskShape) -> str:
+    """`prefill m1 rows 0–7`, `decode m1 step 3`."""
+    if task.step == 0:
+        return f"prefill m{task.micro_batch} rows {task.first_row}–{task.end_row - 1}"
+    return f"decode m{task.micro_batch} step {task.step}"
+
+
+def _stage_events(stage: int, trace: StageTrace, tasks: tuple[TaskShape, ...]) -> list[Event]:
+    events: list[Event] = []
+    received_until = sent_until = 0.0
+    for index, task in enumerate(tasks):
+        start, end = trace.compute_start_s[index], trace.compute_end_s[index]
+        args = {"micro_batch": task.micro_batch, "step": task.step, "rows": task.end_row - task.first_row}
+        category = "decode" if task.step else "prefill"
+        events.append(_span(stage, _COMPUTE, task_name(task), category, start, end, args))
+        # Events of one track must not overlap, or a viewer takes them for calls within calls.
+        waited_from = max(start - trace.recv_wait_s[index], received_until)
+        sends_from = max(end, sent_until)
+        sends_until = sends_from + trace.send_wait_s[index]
+        if (start - waited_from) * 1e6 >= _MIN_WAIT_US:
+            events.append(_span(stage, _RECEIVE, f"before {task_name(task)}", "wait", waited_from, start, args))
+        if (sends_until - sends_from) * 1e6 >= _MIN_WAIT_US:
+            events.append(_span(stage, _SEND, f"after {task_name(task)}", "wait", sends_from, sends_until, args))
+        received_until, sent_until = max(received_until, start), sends_until
+    return events
+
+
+def _span(
+    stage: int, track: int, name: str, category: str, start_s: float, end_s: float, args: dict[str, int]
+) -> Event:
+    return {
+        "ph": "X",
+        "pid": stage,
+        "tid": track,
+        "name": name,
+        "cat": category,
+        "ts": round(start_s * 1e6, 3),
+        "dur": round((end_s - start_s) * 1e6, 3),
+        "args": args,
+    }
+
+
+def _flow_events(traces: tuple[StageTrace, ...], tasks: tuple[TaskShape, ...]) -> list[Event]:
+    """Arrows along the path of each task from stage to stage, and of its tokens back to the first."""
+    events: list[Event] = []
+
+    def arrow(name: str, sender: int, sent: int, receiver: int, received: int) -> None:
+        common = {"cat": "flow", "name": name, "id": len(events) // 2, "tid": _COMPUTE}
+        # Viewers bind an end to the span around it: the middle of both spans is safely inside.
+        begin, end = _middle_s(traces[sender], sent), _middle_s(traces[receiver], received)
+        events.append({**common, "ph": "s", "pid": sender, "ts": round(begin * 1e6, 3)})
+        events.append({**common, "ph": "f", "bp": "e", "pid": receiver, "ts": round(end * 1e6, 3)})
+
+    if len(traces) < 2:
+        return events
+    last_of: dict[int, int] = {}
+    for index, task in enumerate(tasks):
+        if task.step > 0:
+            arrow("tokens", len(traces) - 1, last_of[task.micro_batch], 0, index)
+        for stage in range(len(traces) - 1):
+            arrow("hidden states", stage, index, stage + 1, index)
+        last_of[task.micro_batch] = index
+    return events
+
+
+def _middle_s(trace: StageTrace, index: int) -> float:
+    return (trace.compute_start_s[index] + trace.compute_end_s[index]) / 2
