@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from bench.runtime.generate import MicroBatchInputs, sort_by_length
 from bench.schedule import micro_batch_sizes
 
 
-class _TokenClock(StoppingCriteria):  # type: ignore[misc]
+class _TokenClock(StoppingCriteria):
     """Called by `generate` after every token; notes when that was and never stops."""
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class BaselinePass:
 
 
 def generate_once(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, output_len: int, batch_size: int, pad_token_id: int
+    model: Any, prompts: Sequence[Sequence[int]], *, output_len: int, batch_size: int, pad_token_id: int
 ) -> BaselinePass:
     """Runs `generate` over the prompts, longest first, `batch_size` at a time, with a fixed output length."""
     device = model.get_input_embeddings().weight.device
     order = sort_by_length(prompts)
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=output_len, do_sample=False, eos_token_id=None, pad_token_id=pad_token_id, use_cache=True
     )
     # `generate` fills what the given config leaves open from the model's own.

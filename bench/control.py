@@ -1,4 +1,4 @@
-"""How commands and answers travel: JSON over a Unix socket to the driver, JSON over gloo among the workers; no pickle."""
+"""How commands and answers travel: JSON over a Unix socket to the driver and over gloo among workers; no pickle."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _LOST_PEER = re.compile(r"Connection (closed|reset)|peer|Broken pipe|gloo|NCCL",
 
 KNOBS = {
     FailureKind.OUT_OF_MEMORY: (
-        "give this stage fewer layers, use smaller micro-batches, or let fewer be in flight with a lower memory_fraction"
+        "give this stage fewer layers, use smaller micro-batches, or let fewer be in flight by memory_fraction"
     ),
     FailureKind.COMMUNICATION_TIMEOUT: "see the other stages' logs: one of them stopped answering",
     FailureKind.UNSUPPORTED_MODEL: "choose another model or another cut",

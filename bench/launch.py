@@ -276,7 +276,7 @@ class Fleet:
         path = self._folder / "driver.sock"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
-        os.chmod(path, 0o600)
+        path.chmod(0o600)
         self._listener.listen(len(self.devices))
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
@@ -387,13 +387,15 @@ class Fleet:
                         kind=FailureKind.TIMEOUT,
                         phase=self._workers[0].state["phase"],
                         message=(
-                            f"{what} took longer than {timeout_s:.0f} s; raise protocol.timeout_s or choose a smaller workload"
+                            f"{what} took longer than {timeout_s:.0f} s; raise protocol.timeout_s or choose a smaller "
+                            "workload"
                         ),
                     )
                 )
 
     def _listen(self, timeout_s: float) -> None:
-        assert self._selector is not None and self._listener is not None
+        assert self._selector is not None
+        assert self._listener is not None
         for key, _ in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
                 connection, _ = self._listener.accept()
@@ -407,6 +409,7 @@ class Fleet:
                 data = b""
             if not data:
                 self._selector.unregister(connection)
+                connection.close()
                 continue
             *lines, key.data[0] = (key.data[0] + data).split(b"\n")
             for line in lines:
@@ -489,8 +492,8 @@ class Fleet:
             device=worker.device,
             phase=phase,
             message=(
-                f"{where} gave no sign of life for {self._hang_timeout_s:.0f} s during {phase}: it is stopped or stuck; "
-                "a slower machine may need a larger protocol.hang_timeout_s"
+                f"{where} gave no sign of life for {self._hang_timeout_s:.0f} s during {phase}: it is stopped or "
+                "stuck; a slower machine may need a larger protocol.hang_timeout_s"
             ),
             detail=worker.log_tail(),
         )
@@ -503,8 +506,8 @@ class Fleet:
             device=stages[0].device,
             phase=stages[0].state["phase"],
             message=(
-                f"nothing moved between the stages for {waited_s:.0f} s ({doing}): a message was lost; check the links, "
-                "or NCCL_DEBUG=INFO on GPUs"
+                f"nothing moved between the stages for {waited_s:.0f} s ({doing}): a message was lost; check the "
+                "links, or NCCL_DEBUG=INFO on GPUs"
             ),
         )
 

@@ -46,8 +46,8 @@ def load_prompts(
     longest = max(len(prompt) for prompt in prompts)
     if max_positions is not None and longest + workload.output_len > max_positions:
         raise ConfigError(
-            f"workload: the longest prompt has {longest} tokens, and with output_len={workload.output_len} that is more "
-            f"than the model's {max_positions} positions; shorten one of them"
+            f"workload: the longest prompt has {longest} tokens, and with output_len={workload.output_len} that is "
+            f"more than the model's {max_positions} positions; shorten one of them"
         )
     return prompts
 

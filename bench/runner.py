@@ -344,7 +344,8 @@ class Runner:
         )
 
     def _memory(self, job: Job, plan: Plan) -> StageMemory:
-        assert self._loop is not None and self.index is not None
+        assert self._loop is not None
+        assert self.index is not None
         weights, kv = self.stage.weights_bytes(), self._loop.kv_bytes()
         cap = int(plan.stages[self.index].memory_fraction * self._device_bytes)
         if self.device.is_cuda:
@@ -467,23 +468,23 @@ def wrong_output(check: OutputCheck) -> Failure | None:
         kind=FailureKind.WRONG_OUTPUT,
         phase="check",
         message=(
-            f"under the reference's tokens the logits are off by {check.max_logit_error:.3g}, and kernels explain no more "
-            f"than {check.tolerance:.3g} ({check.argmax_flips} of the most likely tokens differ): this plan computes "
-            "something else than the model; do not use it"
+            f"under the reference's tokens the logits are off by {check.max_logit_error:.3g}, and kernels explain no "
+            f"more than {check.tolerance:.3g} ({check.argmax_flips} of the most likely tokens differ): this plan "
+            "computes something else than the model; do not use it"
         ),
     )
 
 
 def wrong_tokens(wrong: int, num_prompts: int, dtype_bytes: int) -> Failure | None:
-    """The failure that differing greedy tokens amount to: in fp32 alone, since batch shapes change half-precision kernels."""
+    """The failure that differing greedy tokens amount to: in fp32 alone, since shapes change half-precision kernels."""
     if wrong == 0 or dtype_bytes < 4:
         return None
     return Failure(
         kind=FailureKind.WRONG_OUTPUT,
         phase="measure",
         message=(
-            f"the greedy tokens of {wrong} of {num_prompts} prompts differ from the reference's where it is not near a tie: "
-            "this plan computes something else than the model; do not use it"
+            f"the greedy tokens of {wrong} of {num_prompts} prompts differ from the reference's where it is not near a "
+            "tie: this plan computes something else than the model; do not use it"
         ),
     )
 

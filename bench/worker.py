@@ -36,7 +36,7 @@ class Worker:
     """Holds what lives as long as the process, and carries out commands."""
 
     def __init__(self, args: argparse.Namespace, link: DriverLink) -> None:
-        import datetime
+        import datetime as dt
 
         import psutil
         import torch
@@ -58,7 +58,7 @@ class Worker:
         self.status = Status()
         link.beat(HEARTBEAT_S, self._state)
         device = DeviceContext(self.devices[self.rank], num_threads=cores_of(self.devices[self.rank], self.devices))
-        timeout = datetime.timedelta(days=CONTROL_TIMEOUT_DAYS)
+        timeout = dt.timedelta(days=CONTROL_TIMEOUT_DAYS)
         dist.init_process_group(
             "gloo",
             init_method=f"file://{args.rendezvous}",
@@ -379,7 +379,8 @@ class Worker:
         config = self.runner.stage.config
         ids = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
         if (self.resolved.folder / "generation_config.json").exists():
-            ids = GenerationConfig.from_pretrained(self.resolved.folder).eos_token_id or ids
+            given = GenerationConfig.from_pretrained(self.resolved.folder).eos_token_id
+            ids = ids if given is None else given
         return frozenset([ids] if isinstance(ids, int) else ids or [])
 
     def _state(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TEMPLATE = '''
+TEMPLATE = """
 import importlib.util
 import sys
 
@@ -37,7 +37,7 @@ class Finder:
 
 
 sys.meta_path.insert(0, Finder())
-'''
+"""
 
 
 def break_workers(folder: Path, monkeypatch: pytest.MonkeyPatch, *, target: str, body: str) -> None:

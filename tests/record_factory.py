@@ -204,11 +204,14 @@ def make_record(
     trial_number: int | None = None,
 ) -> Record:
     """A record around an outcome; `plan` is None for the baseline."""
+    params: dict[str, int | float | str] | None = {"cut_rank": number} if trial_number is not None else None
+    if isinstance(result, Measurement) and result.batch_size is not None:
+        params = {"batch_size": result.batch_size}
     return Record(
         number=number,
         role=role,
         trial_number=trial_number,
-        params={"cut_rank": number} if trial_number is not None else None,
+        params=params,
         round=round_,
         spec=RunSpec(model=MODEL, workload=workload, plan=plan, protocol=Protocol()) if plan else None,
         effective=make_effective(plan, workload) if plan else None,

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of real architectures, saved with transformers, and what the unsplit model makes of prompts."""
+"""Tiny random checkpoints of real architectures, and what the unsplit model makes of prompts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMMON: dict[str, Any] = {
 def tiny_config(family: str, num_layers: int = 6) -> PreTrainedConfig:
     """A config of a few thousand parameters; windows are short enough to be exceeded in a test."""
     special: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    configs = {
+    configs: dict[str, Any] = {
         "llama": lambda: LlamaConfig(num_hidden_layers=num_layers, **COMMON, **special),
         "qwen3": lambda: Qwen3Config(
             num_hidden_layers=num_layers, head_dim=16, tie_word_embeddings=True, **COMMON, **special
@@ -43,9 +43,7 @@ def tiny_config(family: str, num_layers: int = 6) -> PreTrainedConfig:
         "gpt2": lambda: GPT2Config(
             n_embd=64, n_layer=num_layers, n_head=4, n_positions=128, vocab_size=VOCAB_SIZE, **special
         ),
-        "bloom": lambda: BloomConfig(
-            hidden_size=64, n_layer=num_layers, n_head=4, vocab_size=VOCAB_SIZE, **special
-        ),
+        "bloom": lambda: BloomConfig(hidden_size=64, n_layer=num_layers, n_head=4, vocab_size=VOCAB_SIZE, **special),
         "gemma2": lambda: Gemma2Config(
             num_hidden_layers=num_layers, head_dim=16, sliding_window=8, **COMMON, **special
         ),
@@ -58,7 +56,9 @@ def tiny_config(family: str, num_layers: int = 6) -> PreTrainedConfig:
 def save_tiny_model(folder: Path, family: str, num_layers: int = 6) -> Path:
     """Saves a random model whose weights are large enough that its tokens vary."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, num_layers))
+    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        tiny_config(family, num_layers)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -83,7 +83,7 @@ def unsplit_tokens(
     inputs = MicroBatchInputs.build(
         [prompts[index] for index in order], output_len=0, pad_token_id=0, device=torch.device("cpu")
     )
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=output_len, do_sample=False, eos_token_id=eos_token_id, pad_token_id=0
     )
     model.generation_config = config

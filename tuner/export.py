@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from bench.errors import PlanError
 from bench.memory import ModelShape
 from bench.record import write_durably
-from bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value
+from bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value, Workload
 from tuner.planning.device_map import hf_map, seed_map
 
 Format = Literal["plan", "hf", "seed", "vllm", "sglang"]
@@ -28,6 +28,10 @@ class PlanFile(Value):
     schema_version: int = SCHEMA_VERSION
     plan: Plan
     model: ModelSpec | None = None
+    workload: Workload | None = None
+    """What it was measured with; a prompts file lies beside this one."""
+    devices: tuple[str, ...] = ()
+    """All devices of that fleet, those without a stage as well: they took their share of the cores."""
     in_flight: int | None = None
     """Micro-batches resident at once when it was measured."""
     metrics: dict[str, float] = Field(default_factory=dict)

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from bench.errors import StudyError
+from bench.record import GpuInfo
 from bench.spec import device_index, device_kind
 
 
@@ -47,22 +48,27 @@ def hold(path: Path, what: str, *, way_out: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold_gpus(devices: Sequence[str], study: Path) -> Iterator[None]:
+def hold_gpus(devices: Sequence[str], gpus: Sequence[GpuInfo]) -> Iterator[None]:
     """Holds every GPU among the devices by its UUID, for this user; CPU workers need no lock.
+
+    Args:
+        gpus: of the machine, in CUDA's order.
 
     Raises:
         StudyError: another study runs on one of them.
     """
-    gpus = dict.fromkeys(device for device in devices if device_kind(device) == "cuda")
+    used = sorted({device_index(device) for device in devices if device_kind(device) == "cuda"})
     with contextlib.ExitStack() as stack:
-        if gpus:
+        if used:
             folder = _runtime_folder()
-            for name, device in sorted((_gpu_identity(device_index(device)), device) for device in gpus):
+            # In the order of UUIDs, so that two studies cannot each hold what the other waits for.
+            for index in sorted(used, key=lambda index: gpus[index].uuid):
+                name = gpus[index].uuid or f"cuda-{index}"
                 stack.enter_context(
                     hold(
-                        folder / f"{name}.lock",
-                        f"{device} ({name})",
-                        way_out=f"two studies on one GPU would spoil each other: wait for it before {study} starts",
+                        folder / f"{name.replace('/', '_')}.lock",
+                        f"cuda:{index} ({name})",
+                        way_out="two studies on one GPU would spoil each other: wait for it, or take other devices",
                     )
                 )
         yield
@@ -77,24 +83,3 @@ def _runtime_folder() -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
         raise StudyError(f"{folder} belongs to somebody else or is writable by others; remove it, it holds our locks")
     return folder
-
-
-def _gpu_identity(index: int) -> str:
-    """UUID of `cuda:<index>`, with CUDA_VISIBLE_DEVICES applied; `cuda-<index>` where NVML is of no help."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = [part.strip() for part in visible.split(",") if part.strip()] if visible is not None else None
-    name = str(index)
-    if chosen is not None and index < len(chosen):
-        name = chosen[index]
-    if not name.isdigit():
-        return name.replace("/", "_")
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            return str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(int(name))))
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return f"cuda-{name}"

@@ -7,47 +7,19 @@ search values are set aside. Gains are ratios within a round, where the machine'
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from bench import metrics
 from bench.record import SHARED_DEVICE_NOTE, Failure, FailureKind, Measurement, Record
 from bench.spec import Plan
 from tuner.config import Constraint
-from tuner.standings import BaselineRow, FailureRow, Objective, Ranking, Ratio, Row, Separation, Spread
+from tuner.pairing import gain_over, separation_of
+from tuner.pooling import Run, chosen_runs, measured_spread, medians_of, spread_of
+from tuner.standings import BaselineRow, FailureRow, Objective, Ranking, Row
 
 __all__ = ["Objective", "Ranking", "Row", "rank"]
 
-MIN_ROUNDS = 3
-"""Rounds below which winning every one of them separates nothing."""
-
-_PER_ITERATION = frozenset({"output_throughput", "total_token_throughput", "request_throughput", "duration_s"})
 _DEFAULT_OBJECTIVE = Objective(metric="output_throughput")
-
-
-class _Run:
-    """A record that holds a measurement, with its metrics derived once."""
-
-    def __init__(self, record: Record, measurement: Measurement) -> None:
-        self.record = record
-        self.measurement = measurement
-        self.metrics = metrics.derive(measurement)
-
-    @property
-    def confirms(self) -> bool:
-        return self.record.role == "finalist"
-
-    def samples(self, name: str) -> tuple[float, ...]:
-        """Of each iteration where one iteration yields the metric, else of the run."""
-        if name not in self.metrics:
-            return ()
-        if name not in _PER_ITERATION:
-            return (self.metrics[name],)
-        durations = [run.duration_s for run in self.measurement.iterations]
-        if name == "duration_s":
-            return tuple(durations)
-        return tuple(self.metrics[name] * self.metrics["duration_s"] / duration for duration in durations)
 
 
 def rank(
@@ -59,8 +31,8 @@ def rank(
 
     Records of one effective plan are one row. Its values are medians over all iterations of its finalist rounds,
     or where it has none, of its search runs (undisturbed ones, if any was). Rows that keep the constraints come
-    first; of those the confirmed ones, which missed one finalist round at most; of those the Pareto front; then the
-    objectives in turn decide.
+    first; of those the confirmed ones, which missed one round of the last finals at most; of those the Pareto front;
+    then the objectives in turn decide.
 
     Args:
         records: of one study: one model, workload and machine.
@@ -70,8 +42,8 @@ def rank(
     assert objectives, "a ranking needs an objective"
     first = objectives[0]
     records = sorted(records, key=lambda record: record.number)
-    runs = [_Run(record, record.result) for record in records if isinstance(record.result, Measurement)]
-    plans: dict[str, list[_Run]] = {}
+    runs = [Run(record, record.result) for record in records if isinstance(record.result, Measurement)]
+    plans: dict[str, list[Run]] = {}
     for run in runs:
         if run.measurement.method == "pipeline" and run.record.effective is not None:
             plans.setdefault(run.record.effective.key, []).append(run)
@@ -80,7 +52,7 @@ def rank(
         for record in records
         if record.effective and isinstance(record.result, Failure) and record.result.kind != FailureKind.INTERRUPTED
     )
-    rounds = {key: len({run.record.round for run in group if run.confirms}) for key, group in plans.items()}
+    rounds = _final_rounds(records, plans)
     enough = max(1, max(rounds.values(), default=0) - 1)
     rows = [
         _row(group, objectives, constraints).model_copy(
@@ -98,9 +70,9 @@ def rank(
     def complete(row: Row, position: int | None) -> Row:
         update: dict[str, object] = {"rank": position}
         if baseline:
-            update["speedup_over_baseline"] = _ratio(first, plans[row.key], row.value, base_runs, baseline.value)
+            update["speedup_over_baseline"] = gain_over(first, plans[row.key], row.value, base_runs, baseline.value)
         if single:
-            update["speedup_over_single_stage"] = _ratio(
+            update["speedup_over_single_stage"] = gain_over(
                 first, plans[row.key], row.value, plans[single.key], single.value
             )
         return row.model_copy(update=update)
@@ -122,45 +94,40 @@ def rank(
                 role=record.role,
                 trial_number=record.trial_number,
                 plan=record.spec.plan if record.spec else None,
+                batch_size=_batch_size(record),
                 failure=record.result,
             )
             for record in records
             if isinstance(record.result, Failure)
         ),
-        separation=_separation([row for row in ranked if row.feasible], plans, first),
+        separation=separation_of([row for row in ranked if row.feasible], plans, first),
     )
 
 
-def _chosen(group: Sequence[_Run]) -> list[_Run]:
-    """The runs that a row's values come from."""
-    confirming = [run for run in group if run.confirms]
-    if confirming:
-        return confirming
-    return [run for run in group if not run.measurement.telemetry.disturbances] or list(group)
+def _batch_size(record: Record) -> int | None:
+    size = (record.params or {}).get("batch_size")
+    return size if isinstance(size, int) else None
 
 
-def _measured_spread(runs: Sequence[_Run], name: str) -> Spread | None:
-    """None where no run has the metric."""
-    return _spread(runs, name) if any(name in run.metrics for run in runs) else None
+def _final_rounds(records: Sequence[Record], plans: Mapping[str, Sequence[Run]]) -> dict[str, int]:
+    """In how many rounds of the last finals each plan was measured.
+
+    Trials that came after a finals were not among those it chose from: it confirms nothing any more.
+    """
+    last_trial = max((record.number for record in records if record.role == "trial"), default=-1)
+    return {
+        key: len({run.record.round for run in group if run.confirms and run.record.number > last_trial})
+        for key, group in plans.items()
+    }
 
 
-def _spread(runs: Sequence[_Run], name: str) -> Spread:
-    samples = [sample for run in runs for sample in run.samples(name)]
-    q1, median, q3 = (metrics.percentile(samples, quantile) for quantile in (0.25, 0.5, 0.75))
-    return Spread(median=median, q1=q1, q3=q3, samples=len(samples), runs=len(runs))
-
-
-def _medians(runs: Sequence[_Run]) -> dict[str, float]:
-    return {name: _spread(runs, name).median for name in dict.fromkeys(name for run in runs for name in run.metrics)}
-
-
-def _row(group: Sequence[_Run], objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> Row:
+def _row(group: Sequence[Run], objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> Row:
     objective = objectives[0]
-    used = _chosen(group)
+    used = chosen_runs(group)
     effective = group[0].record.effective
     assert effective is not None
-    values = _medians(used)
-    spread = _measured_spread(used, objective.metric)
+    values = medians_of(used)
+    spread = measured_spread(used, objective.metric)
     value = spread.median if spread else None
     typical = min(
         used,
@@ -178,7 +145,7 @@ def _row(group: Sequence[_Run], objectives: Sequence[Objective], constraints: Se
         rank=None,
         value=value,
         spread=spread,
-        throughput=_spread(used, "output_throughput"),
+        throughput=spread_of(used, "output_throughput"),
         metrics=values,
         confirmed=False,  # the caller knows the other plans' rounds
         roles=tuple(sorted({run.record.role for run in group})),
@@ -222,26 +189,26 @@ def _why_unranked(measurement: Measurement, plan: Plan) -> str | None:
 
 
 def _baselines(
-    runs: Sequence[_Run], objective: Objective, constraints: Sequence[Constraint]
+    runs: Sequence[Run], objective: Objective, constraints: Sequence[Constraint]
 ) -> tuple[tuple[BaselineRow, ...], BaselineRow | None]:
     """The un-pipelined model at every batch size tried, and at its best one.
 
     That is the one measured again with the finalists; else the best of those that keep the constraints.
     """
-    by_size: dict[int, list[_Run]] = {}
+    by_size: dict[int, list[Run]] = {}
     for run in runs:
         by_size.setdefault(run.measurement.batch_size or len(run.measurement.order), []).append(run)
     rows = []
     for size, group in sorted(by_size.items()):
-        used = _chosen(group)
-        spread = _measured_spread(used, objective.metric)
+        used = chosen_runs(group)
+        spread = measured_spread(used, objective.metric)
         rows.append(
             BaselineRow(
                 batch_size=size,
                 value=spread.median if spread else None,
                 spread=spread,
-                throughput=_spread(used, "output_throughput"),
-                metrics=_medians(used),
+                throughput=spread_of(used, "output_throughput"),
+                metrics=medians_of(used),
                 confirmed=any(run.confirms for run in group),
                 records=tuple(run.record.number for run in group),
                 used_records=tuple(run.record.number for run in used),
@@ -287,56 +254,3 @@ def _pareto_front(rows: Sequence[Row], objectives: Sequence[Objective]) -> froze
         return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
     return frozenset(key for key, own in costs.items() if not any(dominates(cost, own) for cost in costs.values()))
-
-
-def _rounds(runs: Sequence[_Run], objective: Objective) -> Mapping[int, float]:
-    """The objective in each interleaved round."""
-    by_round: dict[int, list[float]] = {}
-    for run in runs:
-        if run.confirms and run.record.round is not None and objective.metric in run.metrics:
-            by_round.setdefault(run.record.round, []).append(run.metrics[objective.metric])
-    return {number: statistics.median(values) for number, values in by_round.items()}
-
-
-def _ratio(
-    objective: Objective,
-    ours: Sequence[_Run],
-    our_value: float | None,
-    theirs: Sequence[_Run],
-    their_value: float | None,
-) -> Ratio | None:
-    our_rounds, their_rounds = _rounds(ours, objective), _rounds(theirs, objective)
-    gains = [
-        gain
-        for number in sorted(our_rounds.keys() & their_rounds.keys())
-        if (gain := objective.gain(our_rounds[number], their_rounds[number])) is not None
-    ]
-    if gains:
-        return Ratio(value=statistics.median(gains), low=min(gains), high=max(gains), rounds=len(gains))
-    if our_value is None or their_value is None or (gain := objective.gain(our_value, their_value)) is None:
-        return None
-    return Ratio(value=gain)
-
-
-def _separation(ranked: Sequence[Row], plans: Mapping[str, Sequence[_Run]], objective: Objective) -> Separation:
-    """Best against second by their common rounds: separated only when the best won every one of them."""
-    if not ranked:
-        return Separation(separated=False, text="no plan was measured that can be ranked")
-    if len(ranked) == 1:
-        return Separation(separated=False, text="only one plan was ranked, there is no second to compare with")
-    best, second = ranked[:2]
-    names = [f"{row.plan.describe()} · {row.effective.in_flight} in flight" for row in (best, second)]
-    ours, theirs = (_rounds(plans[row.key], objective) for row in (best, second))
-    common = sorted(ours.keys() & theirs.keys())
-    won = [objective.cost(ours[number]) < objective.cost(theirs[number]) for number in common]
-    if not common:
-        text = f"{names[0]} is not told apart from {names[1]}: the two were not measured side by side"
-        return Separation(separated=False, text=text)
-    if len(common) < MIN_ROUNDS:
-        text = f"{names[0]} is not told apart from {names[1]}: {len(common)} common rounds are too few"
-    elif all(won):
-        text = f"{names[0]} beat {names[1]} in all {len(common)} interleaved rounds"
-    else:
-        text = f"tie within noise: {names[0]} won {sum(won)} of {len(common)} rounds against {names[1]}"
-    separated = len(common) >= MIN_ROUNDS and all(won)
-    return Separation(separated=separated, text=text, wins=sum(won), rounds=len(common))

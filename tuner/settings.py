@@ -95,6 +95,8 @@ def resolve(
     flags: Mapping[str, object] | None = None,
     environ: Mapping[str, str] | None = None,
     recorded: Path | None = None,
+    below: Mapping[KeyPath, object] | None = None,
+    below_name: str = "",
 ) -> Resolved:
     """Merges all sources into one config.
 
@@ -103,20 +105,17 @@ def resolve(
         flags: values by the names of `FLAGS`; None means not given.
         environ: None reads the process's environment.
         recorded: `study.yaml` of a study that is resumed; it lies below the file.
+        below: values that lie below the file as well, such as those of a plan file called `below_name`.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key, or a value that does not fit; names key and place.
     """
     layers = _Layers()
-    for path in (recorded, file):
-        if path is not None:
-            for key, value, place in _read_yaml(path):
-                layers.put(key, value, place)
-    warnings = _put_environment(layers, os.environ if environ is None else environ)
-    for name, value in (flags or {}).items():
-        if value is not None:
-            for key in FLAGS[name]:
-                layers.put(key, value, f"--{name.replace('_', '-')}")
+    if recorded is not None:
+        _put_file(layers, recorded)
+    for key, value in (below or {}).items():
+        layers.put(key, value, below_name)
+    warnings = _put_given(layers, file, flags or {}, os.environ if environ is None else environ)
     source = layers.sources.get(_COMMAND_LINE_ONLY, "")
     if source and not source.startswith("--") and layers.values["model"]["trust_remote_code"] is not False:
         raise ConfigError(
@@ -130,6 +129,20 @@ def resolve(
     except ValidationError as error:
         raise ConfigError(_explain(error, layers.sources)) from None
     return Resolved(config=config, sources=layers.sources, warnings=tuple(warnings))
+
+
+def place_of(
+    file: Path | None, flags: Mapping[str, object], environ: Mapping[str, str] | None = None
+) -> tuple[str | None, str | None]:
+    """`output_dir` and `name` as given, before anything else is known: a resume reads the rest from there.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    layers = _Layers()
+    _put_given(layers, file, flags, os.environ if environ is None else environ)
+    output_dir, name = layers.values.get("output_dir"), layers.values.get("name")
+    return (str(output_dir) if output_dir is not None else None, str(name) if name is not None else None)
 
 
 def show(resolved: Resolved) -> str:
@@ -162,12 +175,29 @@ def load(path: Path) -> TuneConfig:
         ConfigError: the file cannot be read or is no config.
     """
     layers = _Layers()
-    for key, value, place in _read_yaml(path):
-        layers.put(key, value, place)
+    _put_file(layers, path)
     try:
         return TuneConfig.model_validate(layers.values)
     except ValidationError as error:
         raise ConfigError(_explain(error, layers.sources)) from None
+
+
+def _put_given(
+    layers: _Layers, file: Path | None, flags: Mapping[str, object], environ: Mapping[str, str]
+) -> list[str]:
+    if file is not None:
+        _put_file(layers, file)
+    warnings = _put_environment(layers, environ)
+    for name, value in flags.items():
+        if value is not None:
+            for key in FLAGS[name]:
+                layers.put(key, value, f"--{name.replace('_', '-')}")
+    return warnings
+
+
+def _put_file(layers: _Layers, path: Path) -> None:
+    for key, value, place in _read_yaml(path):
+        layers.put(key, value, place)
 
 
 def _put_environment(layers: _Layers, environ: Mapping[str, str]) -> list[str]:

@@ -83,7 +83,7 @@ class Row(Value):
     metrics: dict[str, float]
     """Median of every metric over the runs used."""
     confirmed: bool
-    """Measured in all finalist rounds but one at most; only such a plan is called best where there are any."""
+    """Measured in the last finals, one round missed at most; where there are such plans, only they are called best."""
     roles: tuple[Role, ...]
     records: tuple[int, ...]
     """Numbers of all measurements of this plan."""
@@ -133,6 +133,8 @@ class FailureRow(Value):
     trial_number: int | None
     plan: Plan | None
     """None for the baseline."""
+    batch_size: int | None
+    """Of the baseline, where it is known."""
     failure: Failure
 
 

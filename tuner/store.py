@@ -13,7 +13,7 @@ from typing import Self
 
 from bench.errors import StudyError
 from bench.memory import ModelShape
-from bench.record import Machine, Outcome, Record, Role, write_durably
+from bench.record import Machine, Measurement, Outcome, Record, Role, write_durably
 from bench.spec import EffectivePlan, RunSpec, Workload
 from tuner import locks, settings
 from tuner.config import STUDY_NAME, TuneConfig
@@ -27,6 +27,7 @@ from tuner.study_files import (
     RECORDS_FOLDER,
     REFERENCE_FILE,
     SHAPE_FILE,
+    SPACE_FILE,
     StudyContents,
     load_records,
     load_study,
@@ -67,6 +68,7 @@ class StudyStore:
         self._records = list(records)
         self._lock = lock
         self._fresh = False
+        self._recorded_revision: str | None = None
         self._first_of_key: dict[str, int] = {}
         for record in records:
             if record.effective is not None:
@@ -126,10 +128,14 @@ class StudyStore:
             records = load_records(folder)
             (folder / RECORDS_FOLDER).mkdir(exist_ok=True)
             (folder / LOGS_FOLDER).mkdir(exist_ok=True)
-            model = config.model.model_copy(update={"revision": recorded.model.revision})
-            config = config.model_copy(update={"model": model})
-            write_durably(folder / CONFIG_FILE, settings.dump(config))
-            return cls(folder, config, records, stack.pop_all())
+            revision = recorded.model.revision
+            if config.model.revision is None:
+                config = _with_revision(config, revision)
+            store = cls(folder, config, records, stack.pop_all())
+            store._recorded_revision = revision if (folder / MACHINE_FILE).exists() else None
+            # A revision that was given anew is not written before the fleet has shown that it is the recorded one.
+            write_durably(folder / CONFIG_FILE, settings.dump(_with_revision(config, revision)))
+            return store
         raise AssertionError("unreachable")
 
     def __enter__(self) -> Self:
@@ -148,7 +154,7 @@ class StudyStore:
         """Takes a study away that was just made and recorded nothing: a corrected command may use the folder."""
         if self._records or not self._fresh:
             return
-        for name in (CONFIG_FILE, MACHINE_FILE, PROMPTS_FILE, SHAPE_FILE, REFERENCE_FILE, DATABASE_FILE):
+        for name in (CONFIG_FILE, MACHINE_FILE, PROMPTS_FILE, SHAPE_FILE, REFERENCE_FILE, DATABASE_FILE, SPACE_FILE):
             (self.folder / name).unlink(missing_ok=True)
         for name in (RECORDS_FOLDER, LOGS_FOLDER):
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -162,12 +168,20 @@ class StudyStore:
         return tuple(self._records)
 
     @property
+    def has_measurements(self) -> bool:
+        return any(isinstance(record.result, Measurement) for record in self._records)
+
+    @property
     def log_dir(self) -> Path:
         return self.folder / LOGS_FOLDER
 
     @property
     def reference_path(self) -> Path:
         return self.folder / REFERENCE_FILE
+
+    @property
+    def space_path(self) -> Path:
+        return self.folder / SPACE_FILE
 
     @property
     def workload(self) -> Workload:
@@ -211,16 +225,14 @@ class StudyStore:
         Raises:
             StudyError: the checkpoint changed since the study began.
         """
-        recorded = self.config.model.revision
+        recorded = self._recorded_revision
         if recorded is not None and revision != recorded:
             raise StudyError(
                 f"{self.folder} was measured with revision {recorded} of {self.config.model.name}, "
                 f"and it is now {revision}; take another folder"
             )
-        if revision != recorded:
-            model = self.config.model.model_copy(update={"revision": revision})
-            self.config = self.config.model_copy(update={"model": model})
-            write_durably(self.folder / CONFIG_FILE, settings.dump(self.config))
+        self.config = _with_revision(self.config, revision)
+        write_durably(self.folder / CONFIG_FILE, settings.dump(self.config))
 
     def add(
         self,
@@ -310,12 +322,13 @@ def _sha256(path: Path) -> str:
 
 
 def _changed(recorded: TuneConfig, wanted: TuneConfig) -> list[str]:
-    if wanted.model.revision is None:
-        # The fleet fills it in; `set_revision` compares it then.
-        recorded = recorded.model_copy(update={"model": recorded.model.model_copy(update={"revision": None})})
-    return [
-        line for line in differences(recorded, wanted) if line.partition(":")[0].partition(".")[0] not in MAY_CHANGE
-    ]
+    # `main` may be the commit that was recorded: the fleet finds out, and `set_revision` compares.
+    lines = differences(recorded, _with_revision(wanted, recorded.model.revision))
+    return [line for line in lines if line.partition(":")[0].partition(".")[0] not in MAY_CHANGE]
+
+
+def _with_revision(config: TuneConfig, revision: str | None) -> TuneConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
 
 
 def _some(names: Sequence[str]) -> str:

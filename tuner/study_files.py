@@ -17,6 +17,7 @@ from tuner.config import TuneConfig
 CONFIG_FILE = "study.yaml"
 MACHINE_FILE = "machine.json"
 SHAPE_FILE = "shape.json"
+SPACE_FILE = "space.json"
 PROMPTS_FILE = "prompts.jsonl"
 REFERENCE_FILE = "reference.safetensors"
 DATABASE_FILE = "study.db"

@@ -160,11 +160,13 @@ def _kv_values(layer: nn.Module, config: Any) -> int:
         width = getattr(module, "out_features", None)
         if isinstance(width, int):
             widths.setdefault(path[-1], width)
+    indexed = any("indexer" in name.split(".") for name, _ in layer.named_modules())
+    index_keys = _first_int(config, "index_head_dim") if indexed else 0
     if "kv_a_proj_with_mqa" in widths:
-        return widths["kv_a_proj_with_mqa"]
+        return widths["kv_a_proj_with_mqa"] + index_keys
     for keys, values in (("k_proj", "v_proj"), ("key", "value")):
         if keys in widths and values in widths:
-            return widths[keys] + widths[values]
+            return widths[keys] + widths[values] + index_keys
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         heads = 1
@@ -175,17 +177,20 @@ def _kv_values(layer: nn.Module, config: Any) -> int:
 
 def _active_params(layer: nn.Module, config: Any) -> int:
     """Parameters that one token meets: of routed experts only as many as are chosen."""
-    routed = chosen = rest = 0
-    for name, parameter in layer.named_parameters():
-        if "experts" in name.split("."):
-            routed += parameter.numel()
-        else:
-            rest += parameter.numel()
-    if routed:
-        num_experts = _first_int(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-        per_token = _first_int(config, "num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
-        chosen = routed * min(per_token, num_experts) // num_experts if num_experts and per_token else routed
-    return rest + chosen
+    num_experts = _first_int(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    chosen = _first_int(config, "num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts") or num_experts
+    total = 0
+    for owner_name, owner in layer.named_modules():
+        path = owner_name.split(".")
+        routed = "experts" in path or type(owner).__name__.endswith("Experts")
+        for parameter in owner.parameters(recurse=False):
+            # Experts are stacked in one tensor, or numbered modules; a router beside them is neither.
+            stacked = parameter.shape[:1] == (num_experts,) or any(part.isdecimal() for part in path)
+            if num_experts and routed and stacked and "shared_experts" not in path:
+                total += parameter.numel() * chosen // num_experts
+            else:
+                total += parameter.numel()
+    return total
 
 
 def _first_int(config: Any, *names: str) -> int:

@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 )
 
 
-class SlotLayer(DynamicLayer):
+class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one attention layer, `[rows, heads, max_len, head_dim]`, written in place.
 
     `seek` says which rows the next forward pass works on and how many positions they hold already. A layer that
@@ -24,7 +24,7 @@ class SlotLayer(DynamicLayer):
     """
 
     def __init__(self, *, rows: int, max_len: int, sliding_window: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows = rows
         self.max_len = max_len
         self.sliding_window = sliding_window
@@ -57,6 +57,8 @@ class SlotLayer(DynamicLayer):
         begin, end = self._length, self._length + key_states.shape[-2]
         assert end <= self.max_len, f"KV slot of {self.max_len} positions cannot take position {end}"
         start = 0 if self.sliding_window is None else max(begin - self.sliding_window + 1, 0)
+        assert self.keys is not None
+        assert self.values is not None
         views = []
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             rows = buffer[self._first_row : self._end_row]
@@ -79,7 +81,7 @@ class SlotLayer(DynamicLayer):
 
     def nbytes(self) -> int:
         """Bytes allocated; 0 before the first use and on other stages."""
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             return 0
         return int(self.keys.nbytes + self.values.nbytes)
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from bench.spec import device_index, device_kind
 
-
-class Stamp(Protocol):
-    """A moment on the device's own timeline, known only once the device got there."""
+Stamp = Any
+"""A moment on the device's own timeline, known only once the device got there; what it is, only its clock knows."""
 
 
 class Clock(Protocol):
@@ -32,7 +31,7 @@ class HostClock:
         """Seconds of the monotonic clock, which all processes of a host share."""
         return time.monotonic()
 
-    def resolve(self, stamps: list[float]) -> list[float]:
+    def resolve(self, stamps: list[Stamp]) -> list[float]:
         """Nothing to wait for."""
         return stamps
 
@@ -46,7 +45,7 @@ class CudaClock:
 
     def _anchor(self) -> tuple[torch.cuda.Event, float]:
         torch.cuda.synchronize(self._device)
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         before = time.monotonic()
         event.record(torch.cuda.current_stream(self._device))
         event.synchronize()
@@ -54,11 +53,11 @@ class CudaClock:
 
     def stamp(self) -> torch.cuda.Event:
         """Records an event on the current stream."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def resolve(self, stamps: list[torch.cuda.Event]) -> list[float]:
+    def resolve(self, stamps: list[Stamp]) -> list[float]:
         """Waits for the device; the anchor is taken anew, since event times lose precision over long spans."""
         torch.cuda.synchronize(self._device)
         times = [self._anchor_s + self._anchor_event.elapsed_time(event) / 1e3 for event in stamps]

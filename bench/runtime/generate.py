@@ -64,7 +64,7 @@ def sort_by_length(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatchInputs:
-    """Ids, mask and positions of a micro-batch for all its steps: `[rows, prompt_len + output_len]`, padded on the left."""
+    """Ids, mask and positions of a micro-batch for all steps: `[rows, prompt_len + output_len]`, padded on the left."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -319,7 +319,7 @@ class _Pass:
         return not any(self.unfinished[micro_batch])
 
     def post_hidden(self, *, in_use: int) -> None:
-        """Posts receives for the tasks that come next, as far as the ring goes and as it is known that they will run."""
+        """Posts receives for the tasks that come next, as far as the ring goes and it is known that they will run."""
         receiver = self.edges.hidden_in
         if receiver is None:
             return

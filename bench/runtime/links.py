@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,16 @@ HIDDEN_TAG, TOKENS_TAG = 1, 2
 HIDDEN_DEPTH = 2
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Messages:
+    """What travels on one kind of edge."""
+
+    tag: int
+    depth: int
+    numel: int
+    dtype: torch.dtype
+
+
 class Links:
     """Makes the edges of a plan on this rank; NCCL groups are kept over plans, since making one is slow."""
 
@@ -46,7 +58,7 @@ class Links:
 
     def kind(self, ranks: Sequence[int]) -> str:
         """One word for a plan: `local` for a single stage, else the transports between neighbours."""
-        used = {self.transport(a, b) for a, b in zip(ranks, ranks[1:], strict=False)}
+        used = {self.transport(a, b) for a, b in itertools.pairwise(ranks)}
         return ", ".join(sorted(used)) if used else "local"
 
     def edges(
@@ -66,20 +78,20 @@ class Links:
             tokens_depth: token messages that may be under way to one stage.
         """
         last = ranks[-1]
-        directed = [*zip(ranks, ranks[1:], strict=False), *((last, rank) for rank in ranks[:-1])]
+        directed = [*itertools.pairwise(ranks), *((last, rank) for rank in ranks[:-1])]
         for source, destination in directed:
             self._open(source, destination)
         if self._rank not in ranks:
             return None
         index = list(ranks).index(self._rank)
-        hidden = {"depth": HIDDEN_DEPTH, "numel": hidden_numel, "dtype": hidden_dtype}
-        tokens = {"depth": max(1, tokens_depth), "numel": tokens_numel, "dtype": torch.long}
+        hidden = _Messages(tag=HIDDEN_TAG, depth=HIDDEN_DEPTH, numel=hidden_numel, dtype=hidden_dtype)
+        tokens = _Messages(tag=TOKENS_TAG, depth=max(1, tokens_depth), numel=tokens_numel, dtype=torch.long)
         is_last = self._rank == last
         return Edges(
-            hidden_in=self._receiver(ranks[index - 1], HIDDEN_TAG, **hidden) if index > 0 else None,
-            hidden_out=self._sender(ranks[index + 1], HIDDEN_TAG, **hidden) if not is_last else None,
-            tokens_in=self._receiver(last, TOKENS_TAG, **tokens) if not is_last else None,
-            tokens_out=tuple(self._sender(rank, TOKENS_TAG, **tokens) for rank in ranks[:-1]) if is_last else (),
+            hidden_in=self._receiver(ranks[index - 1], hidden) if index > 0 else None,
+            hidden_out=self._sender(ranks[index + 1], hidden) if not is_last else None,
+            tokens_in=self._receiver(last, tokens) if not is_last else None,
+            tokens_out=tuple(self._sender(rank, tokens) for rank in ranks[:-1]) if is_last else (),
         )
 
     def _open(self, source: int, destination: int) -> None:
@@ -87,7 +99,7 @@ class Links:
         key = (source, destination)
         if self.transport(source, destination) != "nccl" or key in self._groups:
             return
-        group = dist.new_group([source, destination], backend="nccl", timeout=datetime.timedelta(hours=1))
+        group = dist.new_group([source, destination], backend="nccl", timeout=dt.timedelta(hours=1))
         self._groups[key] = group
         if self._rank in key:
             # The first message sets the communicator up, which both sides must do at the same time.
@@ -101,19 +113,19 @@ class Links:
             work.wait()
             torch.cuda.synchronize(self._device)
 
-    def _receiver(self, source: int, tag: int, *, depth: int, numel: int, dtype: torch.dtype) -> Receiver:
-        transport = self.transport(source, self._rank)
-        if transport == "nccl":
+    def _receiver(self, source: int, messages: _Messages) -> Receiver:
+        depth, numel, dtype = messages.depth, messages.numel, messages.dtype
+        if self.transport(source, self._rank) == "nccl":
             group = self._groups[source, self._rank]
             return NcclReceiver(source, group, depth=depth, numel=numel, dtype=dtype, device=self._device)
         if self._device.type == "cuda":
-            return StagedReceiver(source, tag, depth=depth, numel=numel, dtype=dtype, device=self._device)
-        return GlooReceiver(source, tag, depth=depth, numel=numel, dtype=dtype)
+            return StagedReceiver(source, messages.tag, depth=depth, numel=numel, dtype=dtype, device=self._device)
+        return GlooReceiver(source, messages.tag, depth=depth, numel=numel, dtype=dtype)
 
-    def _sender(self, destination: int, tag: int, *, depth: int, numel: int, dtype: torch.dtype) -> Sender:
-        transport = self.transport(self._rank, destination)
-        if transport == "nccl":
+    def _sender(self, destination: int, messages: _Messages) -> Sender:
+        depth, numel, dtype = messages.depth, messages.numel, messages.dtype
+        if self.transport(self._rank, destination) == "nccl":
             return NcclSender(destination, self._groups[self._rank, destination], depth=depth)
         if self._device.type == "cuda":
-            return StagedSender(destination, tag, depth=depth, numel=numel, dtype=dtype)
-        return GlooSender(destination, tag, depth=depth)
+            return StagedSender(destination, messages.tag, depth=depth, numel=numel, dtype=dtype)
+        return GlooSender(destination, messages.tag, depth=depth)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from bench.errors import ModelError
 from bench.models.describe import build_on_meta
@@ -55,6 +55,7 @@ class StubEmbedding(nn.Module):
         super().__init__()
         self._hidden_size = hidden_size
         # Some models read the dtype of this weight.
+        self.weight: torch.Tensor
         self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -68,7 +69,7 @@ class _StageDone(Exception):
         self.hidden_states = hidden_states
 
 
-def _returned_tuple_length(model: PreTrainedModel, layers: nn.ModuleList) -> int:
+def _returned_tuple_length(model: Any, layers: nn.ModuleList) -> int:
     """0 if the model's layers return a tensor, else the length of their tuple.
 
     Asked of the model itself on the meta device; where a kernel has no meta form, of the annotation.
@@ -93,7 +94,7 @@ def _returned_tuple_length(model: PreTrainedModel, layers: nn.ModuleList) -> int
     raise AssertionError(f"{type(model).__name__} never called its first layer")
 
 
-def _hidden_size(model: PreTrainedModel) -> int:
+def _hidden_size(model: Any) -> int:
     embedding = model.get_input_embeddings()
     return int(embedding.weight.shape[-1])
 
@@ -112,7 +113,7 @@ class Stage:
         self.is_last = False
         self.loaded_layers: tuple[int, ...] = ()
         self.load_s = 0.0
-        self._model: PreTrainedModel | None = None
+        self._model: Any = None
         self._returns_tuple_of = -1
         self._hooks: list[Any] = []
         self._received: torch.Tensor | None = None
@@ -124,7 +125,7 @@ class Stage:
         return int(text_config.hidden_size)
 
     @property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> Any:
         assert self._model is not None, "no layers were assigned to this stage"
         return self._model
 
@@ -227,12 +228,12 @@ class Stage:
             getattr(self._class, "_tied_weights_keys", None)
         )
 
-    def _load(self, own: Iterable[int], *, embedding: bool, head: bool) -> PreTrainedModel:
+    def _load(self, own: Iterable[int], *, embedding: bool, head: bool) -> Any:
         """Builds the model with only these parts real, and reads only their weights."""
         keep = set(own)
         stage = self
 
-        def prune(model: PreTrainedModel) -> None:
+        def prune(model: Any) -> None:
             _, layers = find_layers(model)
             if stage._returns_tuple_of < 0:
                 stage._returns_tuple_of = _returned_tuple_length(model, layers)
@@ -279,19 +280,19 @@ class Stage:
                 f"model {self.resolved.spec.name!r}: the checkpoint lacks {len(missing)} weights, {missing[0]} first; "
                 "it is incomplete or of another architecture than its config says"
             )
-        loaded: PreTrainedModel = model.eval()
-        return loaded
+        return model.eval()
 
-    def _build_dummy(self, prune: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
+    def _build_dummy(self, prune: Callable[[Any], None]) -> Any:
+        family: Any = self._class
         with torch.device("meta"):
-            model = self._class._from_config(
+            model = family._from_config(
                 self.config, dtype=self.dtype, attn_implementation=self.resolved.spec.attn_implementation
             )
         prune(model)
         init_dummy_weights(model, self.resolved.spec.seed)
-        return model.to(self.device).eval()  # type: ignore[no-any-return]
+        return model.to(self.device).eval()
 
-    def _graft(self, donor: PreTrainedModel, layers: Iterable[int], *, embedding: bool, head: bool) -> None:
+    def _graft(self, donor: Any, layers: Iterable[int], *, embedding: bool, head: bool) -> None:
         _, own = find_layers(self.model)
         _, given = find_layers(donor)
         for index in layers:
@@ -334,7 +335,7 @@ class Stage:
         raise _StageDone(output[0] if isinstance(output, tuple) else output)
 
 
-def load_unsplit(resolved: ResolvedModel, device: torch.device | None) -> PreTrainedModel:
+def load_unsplit(resolved: ResolvedModel, device: torch.device | None) -> Any:
     """The whole model as transformers itself builds it: the truth that every plan is compared with.
 
     Args:
@@ -342,14 +343,14 @@ def load_unsplit(resolved: ResolvedModel, device: torch.device | None) -> PreTra
     """
     spec = resolved.spec
     if spec.load_format == "dummy":
-        model = build_on_meta(resolved)
+        model: Any = build_on_meta(resolved)
         init_dummy_weights(model, spec.seed)
         if device is not None:
-            return model.to(device).eval()  # type: ignore[no-any-return]
+            return model.to(device).eval()
         device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
-        return dispatch_model(model, device_map).eval()  # type: ignore[no-any-return]
+        return dispatch_model(model, device_map).eval()
     placement: Any = "auto" if device is None else {"": str(device)} if device.type == "cuda" else None
-    whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    whole: Any = AutoModelForCausalLM.from_pretrained(
         resolved.folder,
         dtype=TORCH_DTYPES[spec.dtype],
         attn_implementation=spec.attn_implementation,

@@ -137,7 +137,7 @@ class StagedSender:
         """Blocks for the copy to the host, not for the send."""
         staged = self._ring.view(tuple(tensor.shape))
         staged.copy_(tensor, non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
         copied.synchronize()
         self._gloo.send(staged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -71,7 +72,7 @@ def test_a_measurement_holds_what_the_run_was(fleet: Fleet) -> None:
             spans = list(zip(trace.compute_start_s, trace.compute_end_s, strict=True))
             assert len(spans) == len(outcome.tasks)
             assert all(start <= end for start, end in spans)
-            assert all(end <= following for (_, end), (following, _) in zip(spans, spans[1:], strict=False))
+            assert all(end <= following for (_, end), (following, _) in itertools.pairwise(spans))
         first, last = iteration.stages
         assert all(a <= b for a, b in zip(first.compute_end_s, last.compute_start_s, strict=True))
     assert outcome.check is not None
@@ -97,7 +98,8 @@ def test_only_layers_that_change_hands_are_loaded_again(fleet: Fleet) -> None:
     run(fleet, (3, 3), 2)
     moved = run(fleet, (4, 2), 2)
     again = run(fleet, (4, 2), 3)
-    assert isinstance(moved, Measurement) and isinstance(again, Measurement)
+    assert isinstance(moved, Measurement)
+    assert isinstance(again, Measurement)
     assert moved.loaded_layers == (3,)
     assert again.loaded_layers == ()
 
@@ -162,9 +164,7 @@ def test_a_run_past_its_time_is_a_timeout(fleet: Fleet) -> None:
     assert outcome.kind is FailureKind.TIMEOUT
 
 
-def test_out_of_memory_names_stage_and_bytes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_names_stage_and_bytes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = """
     forward = module.Stage.forward
     def hungry(self, *args, **kwargs):
@@ -182,9 +182,7 @@ def test_out_of_memory_names_stage_and_bytes(
     assert outcome.bytes_wanted == 1 << 46
 
 
-def test_a_broken_stage_is_wrong_output(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_stage_is_wrong_output(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = """
     forward = module.Stage.forward
     def off(self, *args, **kwargs):
@@ -213,15 +211,14 @@ def test_nothing_outlives_a_killed_driver(folder: Path, tmp_path: Path) -> None:
         "time.sleep(600)\n"
     )
     root = str(Path(__file__).parents[2])
-    driver = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
-    )
-    assert driver.stdout is not None
-    pids = [int(pid) for pid in driver.stdout.readline().split()]
-    assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
-    driver.kill()
-    driver.wait()
-    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=2)
+    environment = {**os.environ, "PYTHONPATH": root}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as driver:
+        assert driver.stdout is not None
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(psutil.pid_exists(pid) for pid in pids)
+        driver.kill()
+    _gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=2)
     assert not alive
 
 

@@ -124,7 +124,7 @@ def plan_from_map(
     Raises:
         PlanError: layers missing or doubled, unknown names or devices, or a placement that is no pipeline.
     """
-    devices = {name: _device(value, name, place) for name, value in device_map.items()}
+    devices = {name: device_of(value, name, place) for name, value in device_map.items()}
     exact, covering = _expand(devices, shape, place)
     layers = [f"{shape.layers_prefix}.{index}" for index in range(shape.num_layers)]
     placed = {name: _lookup(name, exact, covering) for name in (*shape.first_modules, *layers, *shape.last_modules)}
@@ -219,7 +219,12 @@ def _check_ends(placed: Mapping[str, str | None], shape: ModelShape, stages: Seq
             )
 
 
-def _device(value: Any, name: str, place: str) -> str:
+def device_of(value: Any, name: str, place: str) -> str:
+    """A map's value as a device: `0`, `"cuda"` and `"cuda:0"` are one.
+
+    Raises:
+        PlanError: no device that a stage can run on.
+    """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"cuda:{value}"
     match = _DEVICE.fullmatch(value) if isinstance(value, str) else None

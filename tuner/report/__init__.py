@@ -7,10 +7,11 @@ from pathlib import Path
 
 from bench.record import write_durably
 from tuner.report.data import Report
+from tuner.report.markdown import render_markdown
 from tuner.report.spreadsheet import render_csv
-from tuner.report.tables import build_table, render_markdown
+from tuner.report.tables import build_table
 from tuner.report.trace import render_trace
-from tuner.store import load_study
+from tuner.study_files import load_study
 
 PLOTS_FOLDER = "plots"
 TRACE_FILE = "trace.json.gz"

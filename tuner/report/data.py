@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.memory import ModelShape
-from bench.record import Machine, Measurement, Record
+from bench.record import Machine, Measurement, OutputCheck, Record
 from tuner.config import TuneConfig
 from tuner.ranking import rank
 from tuner.standings import Objective, Ranking, Row
@@ -78,6 +78,12 @@ class Report:
         result = next(record.result for record in self.records if record.number == row.typical_record)
         assert isinstance(result, Measurement), f"record {row.typical_record} of row {row.key} holds no measurement"
         return result
+
+    def checks(self, row: Row) -> tuple[OutputCheck, ...]:
+        """All comparisons of the plan's output with the reference, the one of most logits first."""
+        results = [record.result for record in self.records if record.number in row.records]
+        checks = [result.check for result in results if isinstance(result, Measurement) and result.check]
+        return tuple(sorted(checks, key=lambda check: -check.compared_logits))
 
 
 def typical_iteration(measurement: Measurement) -> int:

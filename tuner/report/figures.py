@@ -97,7 +97,7 @@ def scatter_of(report: Report, metric: str, x_label: str, scale: float) -> Scatt
 
 
 def history_of(report: Report) -> History | None:
-    """The objective of every trial of the search; None when there was no trial."""
+    """The objective of every trial of the search; None when no trial was measured."""
     objective = report.objective
     trials, best_so_far, failed = [], [], []
     best: float | None = None
@@ -113,7 +113,7 @@ def history_of(report: Report) -> History | None:
         if best is None or objective.cost(value) < objective.cost(best):
             best = value
         best_so_far.append((number, best))
-    if not trials and not failed:
+    if not trials:
         return None
     base = report.ranking.baseline
     return History(

@@ -91,27 +91,26 @@ def draw_scatter(data: Scatter, theme: Theme) -> Figure:
     axes.set_xlabel(data.x_label)
     axes.set_ylabel(data.y_label)
     axes.margins(x=0.08, y=0.14)
-    _legend(figure, theme)
+    _legend(figure, theme, 3)
     return figure
 
 
 def draw_history(data: History, theme: Theme) -> Figure:
     """Trials as dots, the best so far as a staircase, failures as crosses at the foot."""
-    figure, axes = _figure(data.title, theme, size=(6.4, 4.2))
-    if data.trials:
-        trials, reached = zip(*data.trials, strict=True)
-        axes.scatter(trials, reached, s=34, color=theme.plan, label="trial", zorder=3)
-        numbers, values = zip(*data.best_so_far, strict=True)
-        last = max([*numbers, *data.failed])
-        axes.step(
-            [*numbers, last],
-            [*values, values[-1]],
-            where="post",
-            color=ORANGE,
-            linewidth=2,
-            label="best so far",
-            zorder=2,
-        )
+    figure, axes = _figure(data.title, theme, size=(10.0, 3.6))
+    trials, reached = zip(*data.trials, strict=True)
+    axes.scatter(trials, reached, s=34, color=theme.plan, label="trial", zorder=3)
+    numbers, values = zip(*data.best_so_far, strict=True)
+    last = max([*numbers, *data.failed])
+    axes.step(
+        [*numbers, last],
+        [*values, values[-1]],
+        where="post",
+        color=ORANGE,
+        linewidth=2,
+        label="best so far",
+        zorder=2,
+    )
     if data.baseline_y is not None:
         axes.axhline(data.baseline_y, color=VERMILION, linestyle="--", linewidth=1.3, label="device_map", zorder=1)
     if data.failed:
@@ -123,7 +122,7 @@ def draw_history(data: History, theme: Theme) -> Figure:
     axes.set_ylabel(data.y_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.04, y=0.14)
-    _legend(figure, theme)
+    _legend(figure, theme, 4)
     return figure
 
 
@@ -181,9 +180,9 @@ def _figure(title: str, theme: Theme, *, size: tuple[float, float]) -> tuple[Fig
     return figure, axes
 
 
-def _legend(figure: Figure, theme: Theme) -> None:
+def _legend(figure: Figure, theme: Theme, columns: int) -> None:
     """Below the axes, where it hides nothing."""
-    figure.legend(loc="outside lower center", ncols=3, fontsize=9, labelcolor=theme.ink, frameon=False)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=9, labelcolor=theme.ink, frameon=False)
 
 
 def _png(figure: Figure) -> bytes:

@@ -114,7 +114,7 @@ def _baseline_entry(row: BaselineRow) -> dict[str, Cell]:
 def _failure_entry(row: FailureRow) -> dict[str, Cell]:
     return {
         "entry": "failure",
-        **(_plan_cells(row.plan) if row.plan else {}),
+        **(_plan_cells(row.plan) if row.plan else {"micro_batch_size": row.batch_size}),
         "records": f"{row.record:04}",
         "failure_kind": row.failure.kind.value,
         "failure_stage": row.failure.stage,

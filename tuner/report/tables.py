@@ -1,8 +1,7 @@
-"""The ranking as a table: computed once as text cells, then drawn by the terminal, Markdown and HTML alike."""
+"""The ranking as a table: computed once as text cells, which the terminal, Markdown and HTML draw alike."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -157,31 +156,6 @@ def render_rich(table: RankingTable, *, max_lines: int = 12, max_failures: int =
     return Padding(Group(*parts), (0, 0))
 
 
-def render_markdown(table: RankingTable) -> str:
-    """Draws the table as GitHub-flavoured Markdown."""
-    out = [f"# {_md(table.title)}", ""]
-    out += [f"- **{_md(label)}**: {_md(text)}" for label, text in table.facts]
-    if table.lines:
-        out += ["", "| " + " | ".join(_md(column) for column in table.columns) + " |"]
-        out += ["|" + "|".join(" :--- " if column == "plan" else " ---: " for column in table.columns) + "|"]
-        for line in table.lines:
-            cells = [_md(cell) for cell in line.cells]
-            if line.kind == "best":
-                cells = [f"**{cell}**" for cell in cells]
-            out.append("| " + " | ".join(cells) + " |")
-        out += ["", _md(table.legend)]
-    if table.remarks:
-        out += ["", *(f"- {_md(remark)}" for remark in table.remarks)]
-    if table.failures:
-        out += ["", "## Runs without a measurement", "", "| record | plan | kind | where | what happened |"]
-        out += ["| ---: | :--- | :--- | :--- | :--- |"]
-        out += [
-            f"| {line.record:04} | {_md(line.plan)} | {line.kind} | {_md(line.where)} | {_md(line.message)} |"
-            for line in table.failures
-        ]
-    return "\n".join([*out, "", *(f"{_md(line)}  " for line in table.closing), ""])
-
-
 def _cells(row: Row, extras: Sequence[str], *, several: bool) -> tuple[str, ...]:
     own = row.metrics
     mark = ("✓" if row.confirmed else "") + ("◆" if several and row.on_front else "")
@@ -314,8 +288,3 @@ def _rich_lines(table: RankingTable, max_lines: int) -> Table:
 
 def _shortened(texts: Sequence[str], limit: int, rest: str) -> list[str]:
     return [*texts[:limit], *([f"… {len(texts) - limit} {rest}"] if len(texts) > limit else [])]
-
-
-def _md(text: str) -> str:
-    """Escapes what Markdown would read as markup, table cells included."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))

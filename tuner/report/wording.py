@@ -138,7 +138,10 @@ def failure_where(failure: FailureRow) -> str:
 
 
 def failure_plan(failure: FailureRow) -> str:
-    return failure.plan.describe() if failure.plan else "baseline (device_map)"
+    """`17+13 · micro-batch 16`, or `device_map, batch 32` for the baseline."""
+    if failure.plan:
+        return failure.plan.describe()
+    return "device_map" if failure.batch_size is None else f"device_map, batch {failure.batch_size}"
 
 
 def gain_warning(ratio: Ratio | None) -> str | None:

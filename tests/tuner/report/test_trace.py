@@ -1,0 +1,83 @@
+"""The trace against the rules of its format and against the record it shows."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import metrics
+from tests.record_factory import make_measurement, make_plan
+from tests.study_factory import write_study
+from tuner.report import write_report
+from tuner.report.trace import trace_events
+
+PLAN = make_plan((8, 12, 10), 8, prefill=4)
+MEASUREMENT = make_measurement(PLAN)
+EVENTS = trace_events(MEASUREMENT, 0, PLAN)
+
+
+def spans(stage: int, track: int) -> list[dict[str, Any]]:
+    return [event for event in EVENTS if event["ph"] == "X" and (event["pid"], event["tid"]) == (stage, track)]
+
+
+def test_every_stage_is_a_named_process_with_named_tracks() -> None:
+    names = {event["pid"]: event["args"]["name"] for event in EVENTS if event["name"] == "process_name"}
+    assert names == {
+        0: "stage 0 · cpu:0 · layers 0–7",
+        1: "stage 1 · cpu:1 · layers 8–19",
+        2: "stage 2 · cpu:2 · layers 20–29",
+    }
+    tracks = [event["args"]["name"] for event in EVENTS if event["name"] == "thread_name" and event["pid"] == 1]
+    assert tracks == ["compute", "receive wait", "send wait"]
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_compute_spans_are_the_records_in_microseconds(stage: int) -> None:
+    own = spans(stage, 1)
+    trace = MEASUREMENT.iterations[0].stages[stage]
+    assert len(own) == len(MEASUREMENT.tasks)
+    assert [event["ts"] for event in own] == pytest.approx([start * 1e6 for start in trace.compute_start_s], abs=1e-3)
+    total_us = sum(event["dur"] for event in own)
+    assert total_us == pytest.approx(metrics.stage_busy_s(MEASUREMENT, 0)[stage] * 1e6, rel=1e-6)
+    for event, task in zip(own, MEASUREMENT.tasks, strict=True):
+        assert event["args"] == {
+            "micro_batch": task.micro_batch,
+            "step": task.step,
+            "rows": task.end_row - task.first_row,
+        }
+
+
+@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("track", [1, 2, 3])
+def test_spans_of_a_track_do_not_overlap(stage: int, track: int) -> None:
+    own = sorted(spans(stage, track), key=lambda event: event["ts"])
+    for before, after in itertools.pairwise(own):
+        assert before["ts"] + before["dur"] <= after["ts"] + 2e-3
+
+
+def test_arrows_run_forward_in_time_between_spans_that_exist() -> None:
+    starts = {event["id"]: event for event in EVENTS if event["ph"] == "s"}
+    ends = {event["id"]: event for event in EVENTS if event["ph"] == "f"}
+    assert starts.keys() == ends.keys()
+    prefills = sum(task.step == 0 for task in MEASUREMENT.tasks)
+    names = Counter(event["name"] for event in starts.values())
+    assert names == {"hidden states": 2 * len(MEASUREMENT.tasks), "tokens": len(MEASUREMENT.tasks) - prefills}
+    for number, start in starts.items():
+        assert start["ts"] < ends[number]["ts"]
+        for end in (start, ends[number]):
+            around = [e for e in spans(end["pid"], end["tid"]) if e["ts"] <= end["ts"] <= e["ts"] + e["dur"]]
+            assert around
+
+
+def test_the_file_is_gzipped_json_and_says_what_it_shows(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study")
+    write_report(folder)
+    document = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
+    assert document["otherData"]["plan"].startswith("16+14 · micro-batch 16")
+    assert {event["ph"] for event in document["traceEvents"]} == {"M", "X", "s", "f"}

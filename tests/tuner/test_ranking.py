@@ -1,0 +1,311 @@
+"""What a ranking must not get wrong: order, pooling, pairing, constraints, the front, and how sure it is."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import metrics
+from bench.record import SHARED_DEVICE_NOTE, FailureKind, Measurement, Record
+from bench.spec import Plan, StagePlan
+from tests.record_factory import (
+    make_baseline_measurement,
+    make_check,
+    make_failure,
+    make_measurement,
+    make_plan,
+    make_record,
+    make_study_records,
+)
+from tuner.config import Constraint
+from tuner.ranking import rank
+from tuner.standings import Objective
+
+THROUGHPUT = Objective(metric="output_throughput")
+TTFT = Objective(metric="mean_ttft_ms")
+STUDY = make_study_records()
+
+
+def throughput(record: Record) -> float:
+    assert isinstance(record.result, Measurement)
+    return metrics.derive(record.result)["output_throughput"]
+
+
+def finalists(rounds: int, moods: dict[Plan | None, list[float]]) -> list[Record]:
+    """Interleaved rounds in which a plan's times are multiplied by its mood of that round."""
+    records: list[Record] = []
+    for round_, (plan, factors) in itertools.product(range(rounds), moods.items()):
+        mood = factors[round_]
+        result = (
+            make_measurement(plan, noise=0.0, mood=mood)
+            if plan
+            else make_baseline_measurement(32, noise=0.0, mood=mood)
+        )
+        records.append(make_record(len(records), "finalist", plan, result, round_=round_))
+    return records
+
+
+@settings(max_examples=20)
+@given(st.permutations(STUDY), st.booleans())
+def test_the_order_of_records_does_not_matter(records: list[Record], several: bool) -> None:
+    objectives = [THROUGHPUT, TTFT] if several else [THROUGHPUT]
+    constraints = [Constraint.model_validate("p90_ttft_ms<=4700")]
+    assert rank(records, objectives, constraints) == rank(STUDY, objectives, constraints)
+
+
+def test_a_study_is_ranked_whole() -> None:
+    ranking = rank(STUDY)
+    plans = {record.effective.key for record in STUDY if record.effective and isinstance(record.result, Measurement)}
+    assert {row.key for row in ranking.rows} == plans
+    assert [row.rank for row in ranking.rows] == list(range(1, len(plans) + 1))
+    assert [row.batch_size for row in ranking.baseline_sweep] == [8, 16, 32]
+    assert ranking.baseline is not None
+    assert ranking.baseline.batch_size == 32
+    assert ranking.single_stage is not None
+    assert ranking.single_stage.plan.layer_counts == (30,)
+    assert [failure.failure.kind for failure in ranking.failures] == ["worker_died", "over_memory_cap"]
+
+
+def test_confirmed_rows_come_first_each_group_by_value() -> None:
+    rows = rank(STUDY).rows
+    assert [row.confirmed for row in rows] == sorted((row.confirmed for row in rows), reverse=True)
+    for _, group in itertools.groupby(rows, key=lambda row: row.confirmed):
+        values = [row.value or 0.0 for row in group]
+        assert values == sorted(values, reverse=True)
+
+
+def test_replicates_are_pooled_over_their_iterations() -> None:
+    plan = make_plan()
+    runs = [make_measurement(plan, seed=seed, noise=0.1) for seed in range(3)]
+    row = rank([make_record(index, "trial", plan, run) for index, run in enumerate(runs)]).rows[0]
+    pooled = sorted(value for run in runs for value in metrics.throughputs(run))
+    assert row.records == (0, 1, 2)
+    assert row.value == pytest.approx(statistics.median(pooled))
+    assert row.spread is not None
+    assert (row.spread.samples, row.spread.runs) == (9, 3)
+    assert row.spread.q1 <= row.spread.median <= row.spread.q3
+
+
+def test_finalist_rounds_take_the_place_of_the_search() -> None:
+    plan = make_plan()
+    records = [make_record(0, "trial", plan, make_measurement(plan, mood=0.5))]
+    records += [make_record(n, "finalist", plan, make_measurement(plan, seed=n), round_=n) for n in (1, 2, 3)]
+    row = rank(records).rows[0]
+    assert row.confirmed
+    assert row.records == (0, 1, 2, 3)
+    assert row.used_records == (1, 2, 3)
+    assert row.value is not None
+    assert row.value < 0.6 * throughput(records[0])
+
+
+def test_a_lucky_search_value_is_not_called_best_once_finalists_were_measured() -> None:
+    lucky, sound = make_plan((10, 20)), make_plan((17, 13))
+    records = [make_record(0, "trial", lucky, make_measurement(lucky, mood=0.1))]
+    records += [make_record(n, "finalist", sound, make_measurement(sound, seed=n), round_=n) for n in (1, 2, 3)]
+    best = rank(records).best
+    assert best is not None
+    assert best.plan == sound
+
+
+def test_trials_after_the_finals_may_outrank_their_winner() -> None:
+    old, new = make_plan((20, 10)), make_plan((17, 13))
+    records = [make_record(n, "finalist", old, make_measurement(old, seed=n), round_=n) for n in range(3)]
+    records.append(make_record(3, "trial", new, make_measurement(new)))
+    rows = rank(records).rows
+    assert [row.plan for row in rows] == [new, old]
+    assert not any(row.confirmed for row in rows)
+    records += [make_record(n, "finalist", new, make_measurement(new, mood=2.0), round_=n) for n in (4, 5, 6)]
+    rows = rank(records).rows
+    assert [(row.plan, row.confirmed) for row in rows] == [(new, True), (old, False)]
+
+
+def test_disturbed_search_runs_give_way_to_undisturbed_ones() -> None:
+    plan = make_plan()
+    disturbed = make_measurement(plan, mood=3.0, disturbances=("cpu:0 was shared with 'make'",))
+    only = rank([make_record(0, "trial", plan, disturbed)]).rows[0]
+    assert (only.used_records, only.disturbed_runs) == ((0,), 1)
+    both = rank([make_record(0, "trial", plan, disturbed), make_record(1, "trial", plan, make_measurement(plan))])
+    assert (both.rows[0].used_records, both.rows[0].disturbed_runs) == ((1,), 0)
+
+
+def test_speedup_is_the_median_of_ratios_within_rounds() -> None:
+    # The machine gets slower over the rounds, which unpaired medians would mix up.
+    plan = make_plan()
+    machine = [1.0, 1.5, 2.0]
+    records = finalists(3, {plan: [0.9 * machine[0], 1.0 * machine[1], 1.1 * machine[2]], None: machine})
+    ratio = rank(records).rows[0].speedup_over_baseline
+    assert ratio is not None
+    steady = throughput(make_record(0, "trial", plan, make_measurement(plan, noise=0.0)))
+    base = throughput(make_record(0, "baseline", None, make_baseline_measurement(32, noise=0.0)))
+    assert ratio.rounds == 3
+    assert ratio.value == pytest.approx(steady / base, rel=0.01)
+    assert ratio.low == pytest.approx(steady / base / 1.1, rel=0.01)
+    assert ratio.high == pytest.approx(steady / base / 0.9, rel=0.01)
+
+
+def test_without_common_rounds_a_speedup_is_marked_unpaired() -> None:
+    plan = make_plan()
+    records = [
+        make_record(0, "baseline", None, make_baseline_measurement(32)),
+        make_record(1, "trial", plan, make_measurement(plan)),
+    ]
+    ratio = rank(records).rows[0].speedup_over_baseline
+    assert ratio is not None
+    assert not ratio.paired
+    assert (ratio.low, ratio.high) == (None, None)
+    assert ratio.value == pytest.approx(throughput(records[1]) / throughput(records[0]))
+
+
+def test_the_gain_of_a_latency_is_above_one_when_it_falls() -> None:
+    plan = make_plan()
+    records = [
+        make_record(0, "baseline", None, make_baseline_measurement(32)),
+        make_record(1, "trial", plan, make_measurement(plan)),
+    ]
+    row = rank(records, [TTFT]).rows[0]
+    assert row.speedup_over_baseline is not None
+    assert row.metrics["mean_ttft_ms"] < metrics.derive(records[0].result)["mean_ttft_ms"]  # type: ignore[arg-type]
+    assert row.speedup_over_baseline.value > 1
+
+
+def test_the_baseline_is_the_un_pipelined_model_at_its_best_batch() -> None:
+    records = [
+        make_record(index, "baseline", None, make_baseline_measurement(size)) for index, size in enumerate((8, 32, 16))
+    ]
+    baseline = rank(records).baseline
+    assert baseline is not None
+    assert baseline.value == max(throughput(record) for record in records)
+
+
+def test_over_the_single_stage_counts_what_pipelining_gained() -> None:
+    single, plan = make_plan((30,), 32), make_plan()
+    records = [
+        make_record(0, "single_stage", single, make_measurement(single)),
+        make_record(1, "trial", plan, make_measurement(plan)),
+    ]
+    rows = {row.plan: row for row in rank(records).rows}
+    own, over = rows[single].speedup_over_single_stage, rows[plan].speedup_over_single_stage
+    assert own is not None
+    assert own.value == 1.0
+    assert over is not None
+    assert over.value == pytest.approx(throughput(records[1]) / throughput(records[0]))
+
+
+@pytest.mark.parametrize(
+    ("result", "why"),
+    [
+        (make_measurement(make_plan(), check=make_check(argmax_flips=1)), "wrong output"),
+        (make_measurement(make_plan(), check=make_check(max_logit_error=1.0)), "wrong output"),
+        (make_measurement(make_plan(), notes=(f"{SHARED_DEVICE_NOTE}: all on cuda:0",)), "share a GPU"),
+    ],
+)
+def test_what_proves_no_speed_is_listed_without_a_rank(result: Measurement, why: str) -> None:
+    ranking = rank([make_record(0, "trial", make_plan(), result)])
+    assert ranking.rows == ()
+    assert ranking.best is None
+    assert why in (ranking.unranked[0].unranked_because or "")
+    assert ranking.unranked[0].speedup_over_baseline is None
+
+
+def test_two_stages_on_one_gpu_have_no_rank() -> None:
+    stages = tuple(StagePlan(device="cuda:0", first_layer=first, end_layer=first + 15) for first in (0, 15))
+    plan = Plan(stages=stages, micro_batch_size=16)
+    assert rank([make_record(0, "trial", plan, make_measurement(plan))]).rows == ()
+
+
+def test_a_plan_that_breaks_a_constraint_has_no_rank_and_says_why() -> None:
+    limit = 4300
+    ranking = rank(STUDY, constraints=[Constraint.model_validate(f"p90_ttft_ms<={limit}")])
+    for row in ranking.rows:
+        keeps = row.metrics["p90_ttft_ms"] <= limit
+        assert row.feasible == keeps
+        assert (row.rank is not None) == keeps
+    broken = [row for row in ranking.rows if not row.feasible]
+    assert broken
+    assert all("p90_ttft_ms" in row.broken_constraints[0] for row in broken)
+    assert ranking.rows[-len(broken) :] == tuple(broken)
+
+
+def test_a_metric_that_was_not_measured_keeps_no_constraint() -> None:
+    plan = make_plan()
+    records = [make_record(0, "trial", plan, make_measurement(plan, instrument=False))]
+    row = rank(records, constraints=[Constraint.model_validate("bubble_ratio<=0.9")]).rows[0]
+    assert row.broken_constraints == ("bubble_ratio was not measured",)
+    assert (
+        rank(records, [Objective(metric="bubble_ratio")]).unranked[0].unranked_because
+        == "bubble_ratio was not measured"
+    )
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10_000), st.integers(1, 7))
+def test_the_front_is_what_brute_force_finds(seed: int, count: int) -> None:
+    rng = random.Random(seed)
+    records = []
+    for index in range(count):
+        cut = rng.randint(1, 29)
+        plan = make_plan((cut, 30 - cut), rng.choice([4, 8, 16, 32]))
+        result = make_measurement(plan, num_iters=1, mood=rng.uniform(0.8, 1.2), seed=index)
+        records.append(make_record(index, "trial", plan, result))
+    objectives = [THROUGHPUT, TTFT, Objective(metric="peak_memory_bytes")]
+    rows = rank(records, objectives).rows
+
+    def no_worse(one: dict[str, float], other: dict[str, float]) -> bool:
+        return all(goal.cost(one[goal.metric]) <= goal.cost(other[goal.metric]) for goal in objectives)
+
+    for row in rows:
+        dominated = any(
+            no_worse(other.metrics, row.metrics) and not no_worse(row.metrics, other.metrics) for other in rows
+        )
+        assert row.on_front == (not dominated)
+    assert [row.on_front for row in rows] == sorted((row.on_front for row in rows), reverse=True)
+
+
+def test_best_is_separated_only_by_winning_every_round() -> None:
+    ours, theirs = make_plan((17, 13)), make_plan((16, 14))
+    clear = rank(finalists(3, {ours: [1.0, 1.1, 1.0], theirs: [2.0, 2.0, 2.0]})).separation
+    assert clear.separated
+    assert (clear.wins, clear.rounds) == (3, 3)
+    tie = rank(finalists(3, {ours: [1.0, 1.0, 1.6], theirs: [1.2, 1.2, 1.2]})).separation
+    assert not tie.separated
+    assert "tie within noise" in tie.text
+    assert (tie.wins, tie.rounds) == (2, 3)
+
+
+def test_two_rounds_are_too_few_and_none_is_no_comparison() -> None:
+    ours, theirs = make_plan((17, 13)), make_plan((16, 14))
+    few = rank(finalists(2, {ours: [1.0, 1.0], theirs: [2.0, 2.0]})).separation
+    assert not few.separated
+    assert "too few" in few.text
+    apart = rank([make_record(n, "trial", plan, make_measurement(plan)) for n, plan in enumerate((ours, theirs))])
+    assert not apart.separation.separated
+    assert "not measured side by side" in apart.separation.text
+
+
+def test_failed_runs_of_a_measured_plan_are_counted_but_not_interrupted_ones() -> None:
+    plan = make_plan()
+    records = [
+        make_record(0, "trial", plan, make_failure()),
+        make_record(1, "trial", plan, make_failure(FailureKind.INTERRUPTED)),
+        make_record(2, "trial", plan, make_measurement(plan)),
+    ]
+    ranking = rank(records)
+    assert ranking.rows[0].failed_runs == 1
+    assert [failure.record for failure in ranking.failures] == [0, 1]
+
+
+def test_nothing_at_all_is_a_ranking_too() -> None:
+    ranking = rank([])
+    assert ranking.best is None
+    assert ranking.baseline is None
+    assert not ranking.separation.separated
+
+
+def test_a_ranking_survives_json() -> None:
+    ranking = rank(STUDY, [THROUGHPUT, TTFT], [Constraint.model_validate("p90_ttft_ms<=4700")])
+    assert type(ranking).model_validate_json(ranking.model_dump_json()) == ranking

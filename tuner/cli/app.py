@@ -1,0 +1,42 @@
+"""The commands by name; each lives in a file of its own and loads what it needs when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tuner.cli.bench import bench
+from tuner.cli.doctor import doctor
+from tuner.cli.export import export
+from tuner.cli.report import report
+from tuner.cli.tune import tune
+
+app = typer.Typer(
+    name="pipetune",
+    help="Finds, by measuring, the best way to split a causal language model over several devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for command in (tune, bench, report, export, doctor):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        typer.echo(f"pipetune {importlib.metadata.version('pipetune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Finds, by measuring, the best way to split a causal language model over several devices."""

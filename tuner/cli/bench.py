@@ -1,0 +1,106 @@
+"""`pipetune bench`: measures one plan, serves prompts with it, or compares it with the un-pipelined model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuner.cli import options as o
+
+_PLAN = "Plan (one of --plan, --device-map and --layers)"
+
+
+def bench(
+    ctx: typer.Context,
+    config: o.Config = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="best_plan.json, or a bare plan.", rich_help_panel=_PLAN),
+    ] = None,
+    device_map: Annotated[
+        Path | None,
+        typer.Option("--device-map", metavar="FILE", help="JSON, names or ranges.", rich_help_panel=_PLAN),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="17,13", help="Layers of each stage.", rich_help_panel=_PLAN)
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option("--micro-batch-size", help="Sequences a stage.", min=1, rich_help_panel=_PLAN)
+    ] = None,
+    prefill_micro_batch_size: Annotated[
+        int | None, typer.Option("--prefill-micro-batch-size", help="… in prefill.", min=1, rich_help_panel=_PLAN)
+    ] = None,
+    memory_fraction: Annotated[
+        float | None, typer.Option("--memory-fraction", help="Cap of each device.", rich_help_panel=_PLAN)
+    ] = None,
+    model: o.Model = None,
+    dtype: o.DtypeFlag = None,
+    load_format: o.LoadFormatFlag = None,
+    attention: o.Attention = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    num_prompts: o.NumPrompts = None,
+    input_len: o.InputLen = None,
+    output_len: o.OutputLen = None,
+    random_range_ratio: o.RandomRangeRatio = None,
+    prompts: o.Prompts = None,
+    num_iters: o.NumIters = None,
+    num_iters_warmup: o.NumItersWarmup = None,
+    check: o.Check = None,
+    devices: o.Devices = None,
+    seed: o.Seed = None,
+    compare_baseline: Annotated[
+        bool, typer.Option("--compare-baseline", help="Beside the un-pipelined model, in rounds.")
+    ] = False,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of the comparison.")] = 5,
+    baseline_batch_sizes: o.BaselineBatchSizes = None,
+    save_outputs: Annotated[
+        Path | None, typer.Option("--save-outputs", metavar="FILE", help="Write what is generated, as JSONL.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="… and go on after an end-of-sequence token.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the records, as JSONL.")
+    ] = None,
+    show_config: o.ShowConfig = False,
+    json: o.Json = False,
+    no_progress: o.NoProgress = False,
+) -> int:
+    """Measure one plan; with --compare-baseline, beside the un-pipelined model in interleaved rounds."""
+    from tuner import settings
+    from tuner.cli import bench_view, common
+    from tuner.one_plan import Bench
+    from tuner.plan_request import PlanRequest
+    from tuner.progress import make_reporter
+
+    request = PlanRequest.of(
+        plan=plan,
+        device_map=device_map,
+        layers=layers,
+        micro_batch_size=micro_batch_size,
+        prefill_micro_batch_size=prefill_micro_batch_size,
+        memory_fraction=memory_fraction,
+    )
+    below, below_name = request.settings_below()
+    resolved = common.resolve_settings(ctx.params, below=below, below_name=below_name)
+    if show_config:
+        typer.echo(settings.show(resolved), nl=False)
+        return 0
+    job = Bench(
+        config=resolved.config,
+        request=request,
+        output=output,
+        save_outputs=save_outputs,
+        ignore_eos=ignore_eos,
+        rounds=rounds if compare_baseline else 0,
+    )
+    reporter = make_reporter(common.err(), silent=no_progress)
+    result = job.run(reporter)
+    if json:
+        common.print_json(bench_view.document(result))
+    else:
+        bench_view.show(result, common.out())
+    return bench_view.exit_code(result)

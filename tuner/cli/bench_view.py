@@ -1,0 +1,106 @@
+"""What `bench` found, for people and for machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench import metrics
+from bench.record import Failure, FailureKind, Measurement
+from tuner.one_plan import BenchResult
+from tuner.progress import values_text
+
+_PLANS_FAULT = frozenset(
+    {FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY, FailureKind.WRONG_OUTPUT, FailureKind.TIMEOUT}
+)
+_SHOWN = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "bubble_ratio")
+
+
+def exit_code(result: BenchResult) -> int:
+    """0 with a measurement; 3 where the plan is at fault, 2 the model, 4 the machine or we."""
+    if isinstance(result.outcome, Measurement):
+        return 0
+    if result.outcome.kind == FailureKind.UNSUPPORTED_MODEL:
+        return 2
+    return 3 if result.outcome.kind in _PLANS_FAULT else 4
+
+
+def document(result: BenchResult) -> dict[str, Any]:
+    """For `--json`."""
+    outcome = result.outcome
+    values: dict[str, Any] = {
+        "schema_version": 1,
+        "exit_code": exit_code(result),
+        "plan": result.plan.model_dump(mode="json"),
+        "in_flight": result.in_flight,
+        "metrics": None,
+        "stages": None,
+        "check": None,
+        "notes": [],
+        "failure": None,
+        "comparison": result.comparison.model_dump(mode="json") if result.comparison else None,
+    }
+    if isinstance(outcome, Failure):
+        return values | {"failure": outcome.model_dump(mode="json")}
+    return values | {
+        "metrics": metrics.derive(outcome),
+        "stages": {name: list(row) for name, row in metrics.stage_metrics(outcome).items()},
+        "check": outcome.check.model_dump(mode="json") if outcome.check else None,
+        "notes": [*outcome.notes, *outcome.telemetry.disturbances],
+    }
+
+
+def show(result: BenchResult, console: Console) -> None:
+    """For people, in 80 columns."""
+    outcome = result.outcome
+    if isinstance(outcome, Failure):
+        console.print(f"{result.plan.describe()}: {outcome.kind.value}: {outcome.message}", markup=False)
+        return
+    if result.comparison is not None:
+        result.comparison.print(console)
+        if result.single_stage_missing:
+            console.print(f"Without our single stage: {result.single_stage_missing}", markup=False)
+    else:
+        _show_one(result, outcome, console)
+    _show_check(outcome, console)
+    for note in (*outcome.notes, *outcome.telemetry.disturbances):
+        console.print(f"note: {note}", markup=False)
+
+
+def _show_one(result: BenchResult, outcome: Measurement, console: Console) -> None:
+    derived = metrics.derive(outcome)
+    console.print(f"{result.plan.describe()} · {result.in_flight} in flight", markup=False)
+    console.print(values_text(derived, _SHOWN), markup=False)
+    console.print()
+    stages = metrics.stage_metrics(outcome)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("stage", "device", "layers", "busy", "waits", "peak memory", "cap"):
+        table.add_column(name, justify="left" if name in ("stage", "device", "layers") else "right")
+    for index, stage in enumerate(result.plan.stages):
+        memory = outcome.memory[index] if index < len(outcome.memory) else None
+        table.add_row(
+            str(index),
+            escape(stage.device),
+            f"{stage.first_layer}-{stage.end_layer - 1}",
+            f"{stages['stage_busy_ms'][index] / 1e3:.2f} s" if stages else "–",
+            f"{stages['comm_ms'][index] / 1e3:.2f} s" if stages else "–",
+            f"{memory.peak_bytes / 2**20:.0f} MiB" if memory else "–",
+            f"{memory.cap_bytes / 2**20:.0f} MiB" if memory else "–",
+        )
+    console.print(table)
+
+
+def _show_check(outcome: Measurement, console: Console) -> None:
+    check = outcome.check
+    if check is None:
+        console.print("output: not checked", markup=False)
+        return
+    tokens = {True: ", tokens equal", False: ", free-running tokens differ at near ties", None: ""}[check.tokens_equal]
+    console.print(
+        f"output: as the {check.reference} model says, logits within {check.max_logit_error:.1e} "
+        f"(allowed {check.tolerance:.1e}){tokens}",
+        markup=False,
+    )

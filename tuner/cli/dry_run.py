@@ -1,0 +1,126 @@
+"""What `tune --dry-run` prints: devices, baselines, the size of the space, and the plans that would run first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.memory import ModelShape
+from bench.spec import Plan
+from tuner.config import TuneConfig
+from tuner.planning.cost import CostModel
+from tuner.progress import Reporter
+from tuner.search.driver import baseline_batch_sizes
+from tuner.search.space import Resolver, SearchSpace, build_space, count_raw_partitions, head
+
+if TYPE_CHECKING:
+    from bench.launch import Fleet
+
+_SHOWN = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """A study that did not run."""
+
+    folder: Path
+    config: TuneConfig
+    shape: ModelShape
+    baseline_batch_sizes: tuple[int, ...]
+    num_partitions: int
+    space: SearchSpace
+    queue: tuple[tuple[Plan, float], ...]
+    """Plans that would run first, with the seconds that the cost model predicts for the workload."""
+
+    def document(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "schema_version": 1,
+            "study": str(self.folder),
+            "model": self.config.model.model_dump(mode="json"),
+            "architecture": self.shape.architecture,
+            "layers": self.shape.num_layers,
+            "devices": list(self.config.concrete_devices),
+            "baseline_batch_sizes": list(self.baseline_batch_sizes),
+            "space": {
+                "partitions": self.num_partitions,
+                "ranked_partitions": len(self.space.partitions),
+                "micro_batch_sizes": list(self.space.micro_batch_sizes),
+                "prefill_micro_batch_sizes": list(self.space.prefill_sizes),
+                "memory_fractions": list(self.space.memory_fractions),
+                "points": self.space.num_points,
+            },
+            "n_trials": self.config.n_trials,
+            "queue": [
+                {"plan": plan.model_dump(mode="json"), "predicted_s": round(seconds, 3)} for plan, seconds in self.queue
+            ],
+        }
+
+    def print(self, console: Console) -> None:
+        """For people."""
+        space, config = self.space, self.config
+        finals = (
+            f"{config.finalists} best plans and the baseline, {config.finalist_rounds} rounds"
+            if config.finalists
+            else "none"
+        )
+        facts = {
+            "model": f"{config.model.name} ({self.shape.architecture}, {self.shape.num_layers} layers)",
+            "devices": ", ".join(config.concrete_devices),
+            "study": str(self.folder),
+            "baseline": f"batch sizes {_joined(self.baseline_batch_sizes)}",
+            "partitions": f"{self.num_partitions}, of which the best {len(space.partitions)} are ranked",
+            "micro-batches": _joined(space.micro_batch_sizes),
+            "prefill": _joined(space.prefill_sizes),
+            "memory caps": _joined(space.memory_fractions)
+            + (" (others make no difference)" if len(space.memory_fractions) == 1 else ""),
+            "space": f"{space.num_points} points, {config.n_trials} trials",
+            "finals": finals,
+        }
+        grid = Table.grid(padding=(0, 2))
+        for name, text in facts.items():
+            grid.add_row(name, escape(text))
+        console.print(grid)
+        console.print(f"\nfirst of the queue (of {len(self.queue)}):")
+        for plan, seconds in self.queue[:_SHOWN]:
+            console.print(f"  {plan.describe()}   predicted {seconds:.2f} s", markup=False)
+        console.print("Predictions order the queue and are no claim: nothing was run.")
+
+
+def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
+    """Plans a study without running it. The model is read by a fleet, which ends again; nothing is written.
+
+    Raises:
+        UserError: a model, prompts or bounds that cannot be used.
+    """
+    from bench.launch import Fleet
+
+    reporter.begin(f"reading {config.model.name}")
+    with Fleet.start(config.model, config.concrete_devices, on_progress=reporter.fleet) as fleet:
+        return _plan(folder, config, fleet)
+
+
+def _plan(folder: Path, config: TuneConfig, fleet: Fleet) -> DryRun:
+    lens = fleet.prompt_lens(config.workload)
+    resolve = Resolver.of_workload(fleet.shape, config.workload, lens, fleet.device_bytes)
+    cost = CostModel.of_workload(fleet.shape, config.workload, lens)
+    space = build_space(config.space, fleet.devices, fleet.shape, cost, resolve)
+    plans = [space.plan(point) for point in head(space, cost, resolve, config.n_trials)]
+    return DryRun(
+        folder=folder,
+        config=config,
+        shape=fleet.shape,
+        baseline_batch_sizes=baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts),
+        num_partitions=count_raw_partitions(config.space, fleet.shape, len(fleet.devices)),
+        space=space,
+        queue=tuple((plan, cost.duration_s(plan)) for plan in plans),
+    )
+
+
+def _joined(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,46 @@
+"""`pipetune export`: prints or writes one plan of a study in the form that another stack loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuner.cli import options as o
+
+
+def export(
+    study: o.StudyArgument,
+    form: Annotated[
+        str, typer.Option("--format", "-f", metavar="FORMAT", help="hf, seed, plan, vllm or sglang.")
+    ] = "hf",
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Which plan of the ranking.")] = 1,
+    device_names: o.DeviceNames = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of stdout.")] = None,
+) -> int:
+    """Print the best plan as a device map (hf, seed), a plan, or a line for vLLM or SGLang."""
+    from bench.errors import ConfigError, NothingFeasibleError
+    from tuner.cli import common
+    from tuner.conclusion import plan_file
+    from tuner.export import FORMATS, render
+    from tuner.one_plan import write_new
+    from tuner.report.data import Report
+    from tuner.store import load_study
+
+    known = next((name for name in FORMATS if name == form), None)
+    if known is None:
+        raise ConfigError(f"--format: {form!r} is none of {', '.join(FORMATS)}")
+    contents = load_study(common.study_at(study))
+    ranked = [row for row in Report.of(contents).ranking.rows if row.rank is not None]
+    if not ranked:
+        raise NothingFeasibleError(f"{contents.folder}: no plan is ranked, so there is none to export")
+    if rank > len(ranked):
+        raise ConfigError(f"--rank {rank}: {contents.folder} has {len(ranked)} ranked plans")
+    names = tuple(name.strip() for name in device_names.split(",")) if device_names else contents.config.device_names
+    text = render(plan_file(contents, ranked[rank - 1]), contents.shape, known, names)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write_new(output, text)
+    return 0

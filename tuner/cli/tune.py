@@ -1,0 +1,132 @@
+"""`pipetune tune`: searches for the best plan by running plans, or goes on with a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from tuner.cli import options as o
+
+if TYPE_CHECKING:
+    from tuner.config import TuneConfig
+    from tuner.progress import Reporter
+
+
+def tune(
+    ctx: typer.Context,
+    config: o.Config = None,
+    model: o.Model = None,
+    dtype: o.DtypeFlag = None,
+    load_format: o.LoadFormatFlag = None,
+    attention: o.Attention = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    num_prompts: o.NumPrompts = None,
+    input_len: o.InputLen = None,
+    output_len: o.OutputLen = None,
+    random_range_ratio: o.RandomRangeRatio = None,
+    prompts: o.Prompts = None,
+    num_iters: o.NumIters = None,
+    num_iters_warmup: o.NumItersWarmup = None,
+    check: o.Check = None,
+    devices: o.Devices = None,
+    seed: o.Seed = None,
+    n_trials: o.NTrials = None,
+    timeout: o.Timeout = None,
+    objective: o.Objective = None,
+    constraint: o.Constraint = None,
+    micro_batch_sizes: o.MicroBatchSizes = None,
+    prefill_micro_batch_sizes: o.PrefillMicroBatchSizes = None,
+    min_stages: o.MinStages = None,
+    max_stages: o.MaxStages = None,
+    memory_fractions: o.MemoryFractions = None,
+    baseline_batch_sizes: o.BaselineBatchSizes = None,
+    finalists: o.Finalists = None,
+    finalist_rounds: o.FinalistRounds = None,
+    output_dir: o.OutputDir = None,
+    study_name: o.StudyName = None,
+    resume: o.Resume = False,
+    storage: o.Storage = None,
+    device_names: o.DeviceNames = None,
+    show_config: o.ShowConfig = False,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+    no_progress: o.NoProgress = False,
+) -> int:
+    """Find the best plan for a model: measure the un-pipelined baseline, then plans, then the best ones again."""
+    from tuner import settings
+    from tuner.cli import common
+    from tuner.cli.dry_run import dry_run_of
+    from tuner.progress import make_reporter
+    from tuner.store import study_folder
+
+    recorded = _recorded(ctx.params) if resume else None
+    resolved = common.resolve_settings(ctx.params, recorded=recorded / "study.yaml" if recorded else None)
+    if show_config:
+        if json:
+            sources = {".".join(path): source for path, source in resolved.sources.items()}
+            common.print_json({"config": resolved.config.model_dump(mode="json"), "sources": sources})
+        else:
+            typer.echo(settings.show(resolved), nl=False)
+        return 0
+    folder = recorded or study_folder(resolved.config)
+    reporter = make_reporter(common.err(), silent=no_progress)
+    if dry_run:
+        with reporter:
+            intended = dry_run_of(folder, resolved.config, reporter)
+        if json:
+            common.print_json(intended.document())
+        else:
+            intended.print(common.out())
+        return 0
+    return _tune(folder, resolved.config, reporter, resume=resume, json=json)
+
+
+def _tune(folder: Path, config: TuneConfig, reporter: Reporter, *, resume: bool, json: bool) -> int:
+    from bench.errors import PipetuneError, UserError
+    from bench.launch import Fleet
+    from tuner.cli import common
+    from tuner.conclusion import conclude
+    from tuner.search.driver import run_study
+    from tuner.store import StudyStore
+
+    with StudyStore.resume(folder, config) if resume else StudyStore.create(folder, config) as store:
+        try:
+            with reporter:
+                finished = run_study(store, Fleet.start, reporter)
+        except UserError:
+            store.discard_if_empty()
+            raise
+        except PipetuneError:
+            # What was measured before the fault is kept, and shown.
+            if store.has_measurements:
+                common.err().print(f"what was measured so far is reported in {folder}", markup=False, soft_wrap=True)
+                conclude(folder)
+            raise
+        if not store.records:
+            store.discard_if_empty()
+            raise KeyboardInterrupt
+        return common.show_study(conclude(folder), json=json, interrupted=not finished)
+
+
+def _recorded(params: Mapping[str, Any]) -> Path:
+    """The folder of the study to resume.
+
+    Raises:
+        ConfigError: nothing says which.
+        StudyError: it holds no study.
+    """
+    from bench.errors import ConfigError, StudyError
+    from tuner import settings
+    from tuner.cli import common
+
+    output_dir, name = settings.place_of(params.get("config"), common.given(params))
+    if output_dir is None and name is None:
+        raise ConfigError("--resume: which study? Give its folder with -o, or its name with --study-name")
+    folder = Path(output_dir) if output_dir is not None else Path("results") / str(name)
+    if not (folder / "study.yaml").is_file():
+        raise StudyError(f"{folder} holds no study to resume; leave --resume out to begin one there")
+    return folder

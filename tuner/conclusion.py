@@ -1,0 +1,139 @@
+"""The end of a study: best plan and device map exported, reports written, and what is to be said of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.record import FailureKind
+from tuner.export import DEVICE_MAP_FILE, PLAN_FILE, PlanFile, write_best
+from tuner.standings import Ranking, Ratio, Row
+from tuner.study_files import StudyContents, load_study
+
+if TYPE_CHECKING:
+    from tuner.report.data import Report
+
+DONE, NOTHING_FEASIBLE, FAULT, INTERRUPTED = 0, 3, 4, 130
+
+_PLANS_FAULT = frozenset(
+    {
+        FailureKind.OVER_MEMORY_CAP,
+        FailureKind.OUT_OF_MEMORY,
+        FailureKind.WRONG_OUTPUT,
+        FailureKind.UNSUPPORTED_MODEL,
+        FailureKind.TIMEOUT,
+    }
+)
+"""Failures that lie with a plan or its model; all others lie with the machine or with us."""
+
+
+def conclude(folder: Path) -> Report:
+    """Writes the exports and the reports of a study as it stands.
+
+    Raises:
+        StudyError: the folder holds no study that can be read.
+    """
+    from tuner.report import write_reports
+    from tuner.report.data import Report
+
+    contents = load_study(folder)
+    report = Report.of(contents)
+    best = report.ranking.best
+    if best is None:
+        for name in (PLAN_FILE, DEVICE_MAP_FILE):
+            (folder / name).unlink(missing_ok=True)
+    else:
+        write_best(folder, plan_file(contents, best), contents.shape, contents.config.device_names)
+    write_reports(report)
+    return report
+
+
+def plan_file(contents: StudyContents, row: Row) -> PlanFile:
+    """A ranked plan as it is exported."""
+    return PlanFile(
+        plan=row.plan,
+        model=contents.config.model,
+        workload=contents.config.workload,
+        devices=contents.config.concrete_devices,
+        in_flight=row.effective.in_flight,
+        metrics=row.metrics,
+    )
+
+
+def exit_code(ranking: Ranking, *, interrupted: bool = False) -> int:
+    """0 with a best plan, 3 without one, 4 if that was never a plan's fault, 130 if somebody stopped the study."""
+    if interrupted:
+        return INTERRUPTED
+    if ranking.best is not None:
+        return DONE
+    kinds = {row.failure.kind for row in ranking.failures if row.role == "trial"}
+    return FAULT if kinds and not ranking.rows and not kinds & _PLANS_FAULT else NOTHING_FEASIBLE
+
+
+def why_nothing(ranking: Ranking) -> str | None:
+    """Why there is no best plan; None if there is one."""
+    if ranking.best is not None:
+        return None
+    if ranking.rows:
+        broken = Counter(why.partition(" ")[0] for row in ranking.rows for why in row.broken_constraints)
+        most = broken.most_common(1)[0][0] if broken else "a constraint"
+        nearest = ranking.rows[0]
+        return (
+            f"all {len(ranking.rows)} plans that were measured break a constraint, most often on {most}; the first of "
+            f"them: {nearest.plan.describe()}: {'; '.join(nearest.broken_constraints)}"
+        )
+    if ranking.unranked:
+        return f"no plan can be ranked: {ranking.unranked[0].unranked_because}"
+    trials = [row.failure for row in ranking.failures if row.role in ("trial", "single_stage")]
+    if not trials:
+        return "no plan was run"
+    kind, count = Counter(failure.kind for failure in trials).most_common(1)[0]
+    example = next(failure for failure in trials if failure.kind == kind)
+    return f"no plan ran: {count} of {len(trials)} failed with {kind.value}, the first so: {example.message}"
+
+
+def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
+    """The study for machines: what `--json` prints."""
+    ranking = report.ranking
+    files = sorted(path.name for path in report.folder.iterdir() if not path.name.startswith("."))
+    return {
+        "schema_version": 1,
+        "study": str(report.folder),
+        "exit_code": exit_code(ranking, interrupted=interrupted),
+        "interrupted": interrupted,
+        "objectives": [str(objective) for objective in ranking.objectives],
+        "constraints": [str(constraint) for constraint in ranking.constraints],
+        "best": _row(ranking.best),
+        "baseline": ranking.baseline
+        and {"batch_size": ranking.baseline.batch_size, "metrics": ranking.baseline.metrics},
+        "single_stage": _row(ranking.single_stage),
+        "separation": ranking.separation.text,
+        "ranking": [_row(row) for row in ranking.rows],
+        "failures": [
+            {"record": row.record, "role": row.role, "kind": row.failure.kind.value, "message": row.failure.message}
+            for row in ranking.failures
+        ],
+        "files": files,
+    }
+
+
+def _row(row: Row | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    return {
+        "rank": row.rank,
+        "plan": row.plan.model_dump(mode="json"),
+        "layers": list(row.plan.layer_counts),
+        "in_flight": row.effective.in_flight,
+        "confirmed": row.confirmed,
+        "metrics": row.metrics,
+        "speedup_over_baseline": _ratio(row.speedup_over_baseline),
+        "speedup_over_single_stage": _ratio(row.speedup_over_single_stage),
+        "broken_constraints": list(row.broken_constraints),
+        "records": list(row.records),
+    }
+
+
+def _ratio(ratio: Ratio | None) -> dict[str, Any] | None:
+    return None if ratio is None else ratio.model_dump(mode="json")

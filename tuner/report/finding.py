@@ -1,0 +1,241 @@
+"""What a report says of the best plan: its stages, where time and memory go, and what gained what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.metrics import stage_metrics
+from bench.record import Measurement, OutputCheck, StageMemory
+from tuner.report.data import Report
+from tuner.report.tables import BASELINE_NAME
+from tuner.report.wording import (
+    MISSING,
+    bytes_text,
+    column_title,
+    gain_warning,
+    metric_text,
+    ms_text,
+    percent_text,
+    ratio_evidence,
+    ratio_text,
+    row_text,
+    sentence,
+    spread_text,
+)
+from tuner.standings import Row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A piece of a bar."""
+
+    label: str
+    text: str
+    percent: float
+    style: str
+    """Its CSS class."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageView:
+    """One stage of the best plan."""
+
+    name: str
+    device: str
+    layers: str
+    share: float
+    """Of all layers, in percent."""
+    busy: str
+    waits: str
+    utilization: str
+    memory: tuple[Segment, ...]
+    memory_text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GainBar:
+    """One step from the un-pipelined model to the best plan."""
+
+    label: str
+    what: str
+    text: str
+    percent: float
+    style: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """The best plan, or the plan shown for lack of one."""
+
+    plan: str
+    stages: tuple[StageView, ...]
+    numbers: tuple[tuple[str, str, str], ...]
+    """Label, number, remark."""
+    bubble: tuple[Segment, ...]
+    gains: tuple[GainBar, ...]
+    gains_text: str
+    warning: str | None
+    check: str
+
+
+def find(report: Report) -> Finding | None:
+    """What to show of the best plan; None when nothing was measured."""
+    row = report.shown
+    if row is None:
+        return None
+    measurement = report.typical(row)
+    return Finding(
+        plan=row_text(row),
+        stages=_stages(row, measurement),
+        numbers=tuple(_numbers(report, row)),
+        bubble=_bubble(row),
+        gains=tuple(_gains(report, row)),
+        gains_text=_gains_text(report, row),
+        warning=gain_warning(row.speedup_over_baseline),
+        check=_check(report.checks(row)),
+    )
+
+
+def _stages(row: Row, measurement: Measurement) -> tuple[StageView, ...]:
+    timed = stage_metrics(measurement)
+    views = []
+    for index, stage in enumerate(row.plan.stages):
+        memory = measurement.memory[index] if index < len(measurement.memory) else None
+        used = memory.peak_bytes - memory.baseline_bytes if memory else 0
+        views.append(
+            StageView(
+                name=f"stage {index}",
+                device=stage.device,
+                layers=f"{stage.first_layer}–{stage.end_layer - 1}",
+                share=100 * stage.num_layers / row.plan.num_layers,
+                busy=ms_text(timed["stage_busy_ms"][index]) if timed else MISSING,
+                waits=ms_text(timed["comm_ms"][index]) if timed else MISSING,
+                utilization=percent_text(timed["stage_utilization"][index]) if timed else MISSING,
+                memory=_memory(memory) if memory else (),
+                memory_text=(
+                    f"{bytes_text(used)} of {bytes_text(memory.cap_bytes)} ({percent_text(used / memory.cap_bytes)})"
+                    if memory
+                    else MISSING
+                ),
+            )
+        )
+    return tuple(views)
+
+
+def _memory(memory: StageMemory) -> tuple[Segment, ...]:
+    """The peak against the cap, in parts; what the process took before any model was loaded is left out."""
+    used = max(memory.peak_bytes - memory.baseline_bytes, 0)
+    scale = max(memory.cap_bytes, used) / 100
+    parts = [
+        ("weights", memory.weights_bytes, "c1"),
+        ("KV cache", memory.kv_bytes, "c2"),
+        ("activations", memory.activation_bytes, "c3"),
+    ]
+    rest = used - sum(size for _, size, _ in parts)
+    if rest > 0:
+        parts.append(("other", rest, "c4"))
+    return tuple(
+        Segment(label=label, text=bytes_text(size), percent=size / scale, style=style) for label, size, style in parts
+    )
+
+
+def _numbers(report: Report, row: Row) -> list[tuple[str, str, str]]:
+    own = row.metrics
+    shown = [
+        ("throughput, tok/s", spread_text(row.throughput), f"± interquartile range, {_runs_text(row)}"),
+        ("bubble ratio", percent_text(own.get("bubble_ratio")), "stage time without compute"),
+        ("time to first token", ms_text(own.get("mean_ttft_ms")), "mean, all prompts given at once"),
+        ("time per output token", ms_text(own.get("median_tpot_ms")), "median"),
+        ("peak memory", bytes_text(own.get("peak_memory_bytes")), "of the fullest stage"),
+    ]
+    if "output_tokens_per_joule" in own:
+        shown.append(("energy", metric_text("output_tokens_per_joule", own["output_tokens_per_joule"]), "all GPUs"))
+    extra = [goal.metric for goal in report.ranking.objectives] + [limit.metric for limit in report.ranking.constraints]
+    known = {"output_throughput", "bubble_ratio", "mean_ttft_ms", "median_tpot_ms", "peak_memory_bytes"}
+    for name in dict.fromkeys(extra):
+        if name not in known:
+            shown.append((column_title(name), metric_text(name, own.get(name)), ""))
+    return shown
+
+
+def _runs_text(row: Row) -> str:
+    return "1 run" if len(row.used_records) == 1 else f"{len(row.used_records)} runs"
+
+
+def _bubble(row: Row) -> tuple[Segment, ...]:
+    own = row.metrics
+    if "bubble_ratio" not in own:
+        return ()
+    parts = (
+        ("compute", 1 - own["bubble_ratio"], "c1"),
+        ("fill and drain", own["bubble_fill_drain"], "c2"),
+        ("imbalance", own["bubble_imbalance"], "c3"),
+        ("waiting", own["bubble_wait"], "c4"),
+    )
+    # Medians of parts need not add up to the whole: the bar is drawn to their sum.
+    total = sum(max(share, 0.0) for _, share, _ in parts) / 100
+    return tuple(
+        Segment(label=label, text=percent_text(share), percent=max(share, 0.0) / total, style=style)
+        for label, share, style in parts
+    )
+
+
+def _gains(report: Report, row: Row) -> list[GainBar]:
+    ranking, metric = report.ranking, report.objective.metric
+    single = ranking.single_stage
+    bars = []
+    if ranking.baseline and ranking.baseline.value is not None:
+        what = f"HF generate un-pipelined, batch {ranking.baseline.batch_size}"
+        bars.append((BASELINE_NAME, what, ranking.baseline.value, "c4"))
+    if single and single.value is not None and single.key != row.key:
+        bars.append(("single stage", f"our runtime on one device, {single.plan.describe()}", single.value, "c2"))
+    if row.value is not None:
+        bars.append(("best plan" if row.rank == 1 else "plan", row_text(row), row.value, "c1"))
+    largest = max((value for *_, value, _ in bars), default=0.0)
+    return [
+        GainBar(
+            label=label,
+            what=what,
+            text=metric_text(metric, value),
+            percent=100 * value / largest if largest > 0 else 0.0,
+            style=style,
+        )
+        for label, what, value, style in bars
+    ]
+
+
+def _gains_text(report: Report, row: Row) -> str:
+    single = report.ranking.single_stage
+    total, pipelining = row.speedup_over_baseline, row.speedup_over_single_stage
+    if single is None:
+        return "Our single stage was not measured, so the gain of pipelining cannot be told from that of the runtime."
+    if single.key == row.key:
+        return "The best plan is a single stage: here pipelining gains nothing, and all of the gain is the runtime's."
+    if pipelining is None:
+        return ""
+    runtime = single.speedup_over_baseline
+    if total is None or runtime is None:
+        return f"Pipelining gives {ratio_text(pipelining)} over our own single stage ({ratio_evidence(pipelining)})."
+    return (
+        f"Of {ratio_text(total)} in all, our runtime gives {ratio_text(runtime)} without a pipeline, "
+        f"and pipelining {ratio_text(pipelining)} on top ({ratio_evidence(pipelining)})."
+    )
+
+
+def _check(checks: Sequence[OutputCheck]) -> str:
+    """What is known of the plan's output; finalist rounds compare tokens alone."""
+    if not checks:
+        return "The output of this plan was not checked."
+    check = checks[0]
+    against = "the unsplit model's" if check.reference == "unsplit" else "those of the first plan"
+    parts = []
+    if check.compared_logits:
+        parts.append(f"logits lie within {check.max_logit_error:.2g} of {against} (allowed: {check.tolerance:.2g})")
+    tokens = [other.tokens_equal for other in checks if other.tokens_equal is not None]
+    ties = max(other.near_ties for other in checks)
+    but = f" but for {ties} prompts that part where the two likeliest tokens are too close to call" if ties else ""
+    if tokens:
+        equal = f"the greedy tokens are equal{but}"
+        parts.append(equal if all(tokens) else "greedy tokens differ, as they may in this dtype")
+    return sentence("; ".join(parts)) if parts else "The output of this plan was not checked."

@@ -1,0 +1,145 @@
+"""The trials of a study: what must be repeated, then the head of the analytic ranking, then what TPE proposes."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import math
+import time
+
+from bench.record import Failure, FailureKind, Record
+from bench.spec import EffectivePlan
+from tuner.planning.cost import CostModel
+from tuner.progress import values_text
+from tuner.ranking import rank
+from tuner.search.proposals import Proposals
+from tuner.search.runs import TRANSIENT, Runs, interruption, timestamp
+from tuner.search.space import Point, Resolver, SearchSpace, head, identity
+from tuner.search.stop import Interrupted
+from tuner.standings import Objective
+from tuner.store import was_interrupted
+
+
+class Search:
+    """Runs trials until there are enough, time is up, or nothing new is left."""
+
+    def __init__(self, runs: Runs, space: SearchSpace, cost: CostModel, resolve: Resolver) -> None:
+        self._runs = runs
+        self._config = runs.store.config
+        self._space = space
+        self._cost = cost
+        self._resolve = resolve
+        self._by_identity: dict[str, list[Record]] = {}
+        self._refused = 0
+        self._counted = 0
+        for record in runs.store.records:
+            self._note(record)
+
+    def run(self) -> None:
+        """Goes on from what is recorded.
+
+        Raises:
+            Interrupted: somebody asked to stop; the running trial has its record.
+        """
+        proposals = Proposals(
+            self._runs.store.storage_url,
+            self._space,
+            objectives=self._config.objectives,
+            constraints=self._config.constraints,
+            seed=self._config.seed,
+        )
+        with contextlib.closing(proposals):
+            self._restore(proposals)
+            queue = [*self._repeats(), *head(self._space, self._cost, self._resolve, self._config.n_trials)]
+            deadline = time.monotonic() + (self._config.timeout_s or math.inf)
+            while self._counted < self._config.n_trials:
+                if time.monotonic() >= deadline:
+                    self._runs.reporter.say(f"the search ends after {self._config.timeout_s:.0f} s, as asked")
+                    return
+                point = self._next(queue, proposals)
+                if point is None:
+                    self._runs.reporter.say("the search ends early: every plan of the space was tried")
+                    return
+                self._run_trial(point, proposals)
+
+    def _next(self, queue: list[Point], proposals: Proposals) -> Point | None:
+        while queue:
+            point = queue.pop(0)
+            if self._is_due(point):
+                return point
+        return proposals.suggest(self._is_due)
+
+    def _run_trial(self, point: Point, proposals: Proposals) -> None:
+        plan = self._space.plan(point)
+        number = proposals.start(point)
+        label = f"trial {self._counted + 1} of {self._config.n_trials} · {plan.describe()}"
+        record = self._runs.measure("trial", label, plan, self._resolve(plan), trial_number=number, params=point)
+        self._note(record)
+        proposals.tell(record)
+        self._show_best()
+        if was_interrupted(record):
+            raise Interrupted
+
+    def _show_best(self) -> None:
+        objectives = [Objective(metric=name) for name in self._config.objectives]
+        best = rank(self._runs.store.records, objectives, self._config.constraints).best
+        if best is not None:
+            values = values_text(best.metrics, self._config.objectives)
+            self._runs.reporter.best(f"{best.plan.describe()} · {values}")
+
+    def _restore(self, proposals: Proposals) -> None:
+        """Makes database and records agree; a trial whose driver died gets its record now."""
+        for trial in proposals.restore(self._runs.store.records):
+            point = {name: int(value) for name, value in trial.params.items()}
+            plan = self._space.plan(point) if point else None
+            resolved = self._resolve(plan) if plan else None
+            record = self._runs.store.add(
+                role="trial",
+                result=interruption("the driver died while this ran; --resume ran the plan again"),
+                hardware_id=self._runs.fleet.machine.hardware_id,
+                started_at=timestamp(trial.datetime_start or dt.datetime.now(dt.UTC)),
+                wall_s=0.0,
+                spec=self._runs.spec(plan) if plan else None,
+                effective=resolved if isinstance(resolved, EffectivePlan) else None,
+                trial_number=trial.number,
+                params=dict(point),
+            )
+            self._note(record)
+            proposals.tell(record)
+
+    def _note(self, record: Record) -> None:
+        """Keeps count of what is known of each plan."""
+        if record.role != "trial" or record.spec is None:
+            return
+        if is_refusal(record):
+            self._refused += 1
+        elif not was_interrupted(record):
+            self._counted += 1
+        plan = record.spec.plan
+        self._by_identity.setdefault(identity(plan, record.effective or self._resolve(plan)), []).append(record)
+
+    def _repeats(self) -> list[Point]:
+        """Points of the records, in order; few of them are due again."""
+        return [
+            {name: int(value) for name, value in records[0].params.items()}
+            for records in self._by_identity.values()
+            if records[0].params
+        ]
+
+    def _is_due(self, point: Point) -> bool:
+        """Whether the plan is new, was only ever interrupted, or lost its workers once: a second chance, no third."""
+        plan = self._space.plan(point)
+        resolved = self._resolve(plan)
+        known = self._by_identity.get(identity(plan, resolved), [])
+        finished = [record.result for record in known if not was_interrupted(record)]
+        if not finished:
+            # What cannot fit costs no time, but shall not go on for ever.
+            return isinstance(resolved, EffectivePlan) or self._refused < 2 * self._config.n_trials
+        first = finished[0]
+        return len(finished) == 1 and isinstance(first, Failure) and first.kind in TRANSIENT
+
+
+def is_refusal(record: Record) -> bool:
+    """Whether a plan was found too large before it ran."""
+    result = record.result
+    return isinstance(result, Failure) and result.kind == FailureKind.OVER_MEMORY_CAP and record.effective is None
