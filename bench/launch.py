@@ -165,6 +165,22 @@ class Fleet:
         self._reference = path.absolute()
         return None
 
+    def make_reference_from_plan(self, path: Path, spec: RunSpec, effective: EffectivePlan) -> Failure | None:
+        """Takes a plan's own output for the truth, where the unsplit model fits on no device.
+
+        Later plans can be told apart from it; whether it was right itself cannot be told.
+        """
+        try:
+            self._call(
+                "reference_from_plan",
+                {"path": str(path.absolute()), "spec": _dump(spec), "effective": _dump(effective)},
+                spec.protocol.timeout_s,
+            )
+        except FleetError as error:
+            return error.failure
+        self._reference = path.absolute()
+        return None
+
     def use_reference(self, path: Path) -> None:
         """Takes a reference made earlier, as on a resume."""
         self._reference = path.absolute()

@@ -73,7 +73,8 @@ def available_devices() -> tuple[str, ...]:
 
 
 def device_bytes(devices: Sequence[str]) -> dict[str, int]:
-    """Memory of each device: all of a GPU's; of the host's, limits of the cgroup respected, an even share per `cpu:N`.
+    """Memory of each device: a GPU's, or an even share of it where several workers share the GPU; of the host's, limits
+    of the cgroup respected, an even share per `cpu:N`.
 
     Raises:
         ValueError: a GPU is named that is not there.
@@ -86,7 +87,8 @@ def device_bytes(devices: Sequence[str]) -> dict[str, int]:
             if device_kind(device) == "cpu":
                 sizes[device] = host_memory_bytes() // num_cpus
             elif device_index(device) in gpus:
-                sizes[device] = int(pynvml.nvmlDeviceGetMemoryInfo(gpus[device_index(device)]).total)
+                total = int(pynvml.nvmlDeviceGetMemoryInfo(gpus[device_index(device)]).total)
+                sizes[device] = total // list(devices).count(device)
             else:
                 there = ", ".join(f"cuda:{index}" for index in gpus) or "no GPU"
                 raise ValueError(f"devices: {device} is not on this machine; NVML sees {there}")

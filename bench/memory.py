@@ -65,9 +65,7 @@ class StageBytes(Value):
         return self.weights + self.activations + in_flight * self.kv_per_slot
 
 
-def stage_bytes(
-    shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, output_len: int, in_flight: int = 1
-) -> StageBytes:
+def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, output_len: int) -> StageBytes:
     """Accounts for one stage of a plan.
 
     Weights are counted exactly. A KV slot holds `micro_batch_size` rows of `prompt_len + output_len` positions.

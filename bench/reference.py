@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from bench.baseline import generate_once
 from bench.errors import StudyError
 from bench.record import OutputCheck
-from bench.runtime.generate import MicroBatchInputs, sort_by_length
+from bench.runtime.generate import MicroBatchInputs, margins_of, sort_by_length
 
 # Twice the spread seen: a handful of comparisons underestimates the largest difference that can occur.
 SPREAD_FACTOR = 2.0
@@ -155,12 +155,6 @@ def forced_logits(
     return torch.stack([rows[index] for index in range(len(prompts))])
 
 
-def margins_of(logits: torch.Tensor) -> torch.Tensor:
-    """Largest less second largest of the last dimension."""
-    top = logits.topk(2, dim=-1).values
-    return top[..., 0] - top[..., 1]
-
-
 def compare_logits(reference: Reference, logits: dict[int, torch.Tensor]) -> OutputCheck:
     """Compares a plan's forced logits, by place in `reference.checked`, with the reference's."""
     largest, flips, compared = 0.0, 0, 0
@@ -242,9 +236,6 @@ def make_reference(
             ask(checked, steps, max(1, len(checked) // 2), cached=True),
             ask(checked, steps, len(checked), cached=False),
         ]
-    seen = max((other - logits).abs().max().item() for other in others)
-    # A few units in the last place, for a model that happens to agree bit for bit with itself.
-    floor = 4 * torch.finfo(model.dtype).eps * logits.abs().max().item()
     return Reference(
         source="unsplit",
         workload_digest=workload_digest,
@@ -252,5 +243,11 @@ def make_reference(
         margins=margins,
         checked=checked,
         logits=logits,
-        spread=max(seen, floor),
+        spread=spread_of(logits, others, model.dtype),
     )
+
+
+def spread_of(logits: torch.Tensor, others: Sequence[torch.Tensor], dtype: torch.dtype) -> float:
+    """Largest difference between passes of the same work; a few units in the last place if they agree bit for bit."""
+    seen = max((other - logits).abs().max().item() for other in others)
+    return max(seen, 4 * torch.finfo(dtype).eps * logits.abs().max().item())

@@ -6,6 +6,7 @@ rank decides, so that all decide alike.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from bench.record import (
     TaskShape,
     Telemetry,
 )
-from bench.reference import Reference, compare_logits, compare_tokens
+from bench.reference import Reference, choose_checked, compare_logits, compare_tokens, spread_of
 from bench.runtime.device import DeviceContext
 from bench.runtime.generate import Edges, Job, PassResult, StageLoop, Status, sort_by_length
 from bench.runtime.links import Links
@@ -107,7 +108,7 @@ class Runner:
             self.stage.release()
         else:
             own = plan.stages[self.index]
-            self.device.set_memory_fraction(own.memory_fraction)
+            self.device.set_memory_fraction(own.memory_fraction / self.devices.count(own.device))
             loaded = self.stage.assign(
                 own.first_layer,
                 own.end_layer,
@@ -169,6 +170,18 @@ class Runner:
         last_s: float = gathered[ranks[-1]][1]
         return zero_s, last_s - zero_s
 
+    @staticmethod
+    def job(spec: RunSpec, effective: EffectivePlan, prompts: tuple[tuple[int, ...], ...], pad_token_id: int) -> Job:
+        """The pass over all prompts that a run spec asks for."""
+        return Job(
+            prompts=prompts,
+            output_len=spec.workload.output_len,
+            micro_batch_size=spec.plan.micro_batch_size,
+            prefill_size=spec.plan.prefill_size,
+            in_flight=effective.in_flight,
+            pad_token_id=pad_token_id,
+        )
+
     def measure(
         self,
         spec: RunSpec,
@@ -181,14 +194,7 @@ class Runner:
         """Measures one plan; every rank calls it, rank 0 gets the outcome, the others None."""
         plan, protocol = spec.plan, spec.protocol
         load_s, loaded = self.apply(plan)
-        job = Job(
-            prompts=prompts,
-            output_len=spec.workload.output_len,
-            micro_batch_size=plan.micro_batch_size,
-            prefill_size=plan.prefill_size,
-            in_flight=effective.in_flight,
-            pad_token_id=pad_token_id,
-        )
+        job = self.job(spec, effective, prompts, pad_token_id)
         self.open(job, instrument=protocol.instrument)
         reference = None
         check: OutputCheck | None = None
@@ -230,25 +236,71 @@ class Runner:
         )
 
     def _check(self, reference: Reference, job: Job) -> OutputCheck:
-        """Feeds the reference's tokens through the plan and compares logits, in micro-batches small enough to pad."""
+        """Feeds the reference's tokens through the plan and compares logits."""
         count, steps = reference.logits.shape[0], reference.logits.shape[1]
-        small = min(job.micro_batch_size, max(1, count // 2))
-        check_job = Job(
-            prompts=tuple(job.prompts[index] for index in reference.checked),
-            output_len=steps,
-            micro_batch_size=small,
-            prefill_size=small if job.prefill_size == job.micro_batch_size else 1,
-            in_flight=min(job.in_flight, math.ceil(count / small)),
-            pad_token_id=job.pad_token_id,
-            forced=tuple(tuple(reference.tokens[index, :steps].tolist()) for index in reference.checked),
-        )
-        self.open(check_job)
-        result = self.run(check_job)
-        mine = None
-        if result is not None and result.logits is not None:
-            mine = compare_logits(reference, result.logits).model_dump(mode="json")
+        tokens = reference.tokens[list(reference.checked), :steps]
+        logits = self._forced(job, reference.checked, tokens, max(1, count // 2))
+        mine = compare_logits(reference, logits).model_dump(mode="json") if logits is not None else None
         found = next(row for row in self.control.gather(mine) if row is not None)
         return OutputCheck.model_validate(found)
+
+    def _forced(
+        self, job: Job, checked: Sequence[int], tokens: torch.Tensor, rows: int
+    ) -> dict[int, torch.Tensor] | None:
+        """Logits `[t, V]` of some prompts by place in `checked` when `tokens` `[k, t]` are fed; on the last stage alone.
+
+        Args:
+            rows: of a micro-batch at most; few, so that prompts of unlike length are padded against each other.
+        """
+        small = min(job.micro_batch_size, rows)
+        forced = Job(
+            prompts=tuple(job.prompts[index] for index in checked),
+            output_len=tokens.shape[1],
+            micro_batch_size=small,
+            prefill_size=small if job.prefill_size == job.micro_batch_size else 1,
+            in_flight=min(job.in_flight, math.ceil(len(checked) / small)),
+            pad_token_id=job.pad_token_id,
+            forced=tuple(tuple(row) for row in tokens.tolist()),
+        )
+        self.open(forced)
+        result = self.run(forced)
+        return result.logits if result is not None else None
+
+    def make_reference(
+        self, job: Job, plan: Plan, path: Path, digest: str, *, check_prompts: int, check_tokens: int
+    ) -> None:
+        """Takes a plan's own output for the truth, where the unsplit model does not fit on any device.
+
+        Later plans are compared with this one: that tells them apart, and cannot tell whether the first was right.
+        """
+        self.apply(plan)
+        self.status.phase = "reference"
+        job = dataclasses.replace(job, keep_margins=True)
+        self.open(job)
+        result = self.run(job)
+        mine = None
+        if result is not None and result.tokens is not None:
+            mine = [result.tokens[index] for index in range(len(job.prompts))]
+        rows = next(row for row in self.control.gather(mine) if row is not None)
+        tokens = torch.tensor(rows, dtype=torch.long)
+        checked = choose_checked(job.prompts, check_prompts)
+        chosen = tokens[list(checked), :check_tokens]
+        passes = [self._forced(job, checked, chosen, size) for size in (len(checked), max(1, len(checked) // 2), 1)]
+        if result is not None and result.margins is not None:
+            margins = result.margins
+            logits, *others = [
+                torch.stack([one[place] for place in range(len(checked))]) for one in passes if one is not None
+            ]
+            Reference(
+                source="plan",
+                workload_digest=digest,
+                tokens=tokens,
+                margins=torch.stack([margins[index] for index in range(len(job.prompts))]),
+                checked=checked,
+                logits=logits,
+                spread=spread_of(logits, others, self.stage.dtype),
+            ).save(path)
+        self.control.barrier()
 
     def _warm_up(self, job: Job, protocol: Protocol) -> list[float]:
         """Repeats `num_iters_warmup` times, and with two or more until two in a row take alike, up to `max_warmup`."""
@@ -361,9 +413,7 @@ class Runner:
                 cap_bytes=cap,
                 nvml_used_bytes=sensors_for([self.device.name]).state()[0].memory_used_bytes,
             )
-        predicted = stage_bytes(
-            self.shape, plan, self.index, prompt_len=job.longest, output_len=job.output_len, in_flight=job.in_flight
-        )
+        predicted = stage_bytes(self.shape, plan, self.index, prompt_len=job.longest, output_len=job.output_len)
         return StageMemory(
             device=self.device.name,
             weights_bytes=weights,

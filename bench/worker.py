@@ -166,6 +166,27 @@ class Worker:
         self.reference_path = path if not self.control.gather(failure)[0] else None
         return {"failure": failure}
 
+    def do_reference_from_plan(self, path: str, spec: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
+        """Makes the study's reference with a plan, where the unsplit model does not fit."""
+        from bench.runner import reference_digest
+        from bench.spec import EffectivePlan, RunSpec
+
+        run = RunSpec.model_validate(spec)
+        job = self.runner.job(
+            run, EffectivePlan.model_validate(effective), self._load_prompts(spec["workload"]), self._pad_token_id()
+        )
+        self._unsplit = None
+        self.runner.make_reference(
+            job,
+            run.plan,
+            Path(path),
+            reference_digest(run.model.digest(), run.workload.digest()),
+            check_prompts=run.protocol.check_prompts,
+            check_tokens=run.protocol.check_tokens,
+        )
+        self.reference_path = path
+        return {}
+
     def do_use_reference(self, path: str) -> dict[str, Any]:
         """Takes a reference made earlier."""
         self.reference_path = path
@@ -335,8 +356,8 @@ class Worker:
 
         if self._unsplit is None:
             self.status.phase = "load"
-            several_gpus = self.device.is_cuda and len(set(self.devices)) > 1
-            self._unsplit = load_unsplit(self.resolved, None if several_gpus else self.device.torch_device)
+            gpus = tuple(dict.fromkeys(name for name in self.devices if name.startswith("cuda")))
+            self._unsplit = load_unsplit(self.resolved, gpus or (self.devices[0],))
         return self._unsplit
 
     def _unless_out_of_memory(self, work: Any) -> dict[str, Any] | None:

@@ -74,8 +74,11 @@ class Bench:
                 on_progress=reporter.fleet,
             ) as fleet:
                 reporter.end(f"{fleet.shape.architecture}, {fleet.shape.num_layers} layers")
-                with locks.hold_gpus(fleet.devices, fleet.machine.hardware.gpus):
-                    result = _Session(self, fleet, reporter).run()
+                with (
+                    locks.hold_gpus(fleet.devices, fleet.machine.hardware.gpus),
+                    tempfile.TemporaryDirectory(prefix="pipetune-") as folder,
+                ):
+                    result = _Session(self, fleet, reporter, Path(folder) / "reference.safetensors").run()
         if self.output is not None:
             write_new(self.output, "".join(f"{record.model_dump_json()}\n" for record in result.records))
         return result
@@ -88,6 +91,7 @@ class _Session:
     job: Bench
     fleet: Fleet
     reporter: Reporter
+    reference: Path
     records: list[Record] = field(default_factory=list)
 
     def run(self) -> BenchResult:
@@ -136,10 +140,7 @@ class _Session:
 
     def _make_reference(self) -> None:
         self.reporter.begin("reference: what the unsplit model says")
-        # The fleet reads it again for every plan, so it lives as long as this process may need it.
-        self._folder = tempfile.TemporaryDirectory(prefix="pipetune-reference-")
-        path = Path(self._folder.name) / "reference.safetensors"
-        failure = self.fleet.make_reference(path, self.job.config.workload, self.job.config.protocol)
+        failure = self.fleet.make_reference(self.reference, self.job.config.workload, self.job.config.protocol)
         if failure is None:
             self.reporter.end("kept for the check")
         elif failure.kind == FailureKind.OUT_OF_MEMORY:

@@ -70,8 +70,8 @@ class PlanRequest:
         """Settings that a file brings along, for those that nobody gives: model, workload and devices."""
         values: dict[KeyPath, object] = {}
         if self.device_map is not None:
-            devices = dict.fromkeys(device_of(value, name, self.source) for name, value in self.device_map.items())
-            values[("devices",)] = list(devices)
+            named = dict.fromkeys(device_of(value, name, self.source) for name, value in self.device_map.items())
+            values[("devices",)] = list(named)
         if self.plan_file is not None:
             for section in ("model", "workload"):
                 part = getattr(self.plan_file, section)

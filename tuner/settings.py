@@ -88,6 +88,12 @@ class _Layers:
         inner[path[-1]] = value
         self.sources[path] = source
 
+    def drop(self, section: str, source: str) -> None:
+        """Forgets what one source said of a section."""
+        for path in [path for path, place in self.sources.items() if path[0] == section and place == source]:
+            del self.sources[path]
+            del self.values[section][path[1]]
+
 
 def resolve(
     *,
@@ -116,6 +122,9 @@ def resolve(
     for key, value in (below or {}).items():
         layers.put(key, value, below_name)
     warnings = _put_given(layers, file, flags or {}, os.environ if environ is None else environ)
+    if layers.sources.get(("model", "name")) != below_name:
+        # Another model is meant than the one that the plan file knows: its revision and the like do not go with it.
+        layers.drop("model", below_name)
     source = layers.sources.get(_COMMAND_LINE_ONLY, "")
     if source and not source.startswith("--") and layers.values["model"]["trust_remote_code"] is not False:
         raise ConfigError(

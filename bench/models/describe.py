@@ -13,7 +13,7 @@ from transformers.cache_utils import DummyLayer, DynamicCache, LinearAttentionLa
 
 from bench.errors import ModelError
 from bench.memory import LayerShape, ModelShape
-from bench.models.layers import check_splittable, find_layers
+from bench.models.layers import check_family, check_splittable, find_layers
 from bench.models.resolve import ResolvedModel
 from bench.spec import DTYPE_BYTES
 
@@ -55,11 +55,11 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
     Raises:
         ModelError: the model cannot be built from its config, or cannot be split.
     """
-    check_splittable(resolved.model_type)
+    check_family(resolved.model_type)
     model: Any = build_on_meta(resolved)
-    config = model.config.get_text_config(decoder=True)
-    check_splittable(config.model_type)
     prefix, layers = find_layers(model)
+    check_splittable(model)
+    config = model.config.get_text_config(decoder=True)
     dtype_bytes = DTYPE_BYTES[resolved.spec.dtype]
     layer_configs = _layer_configs(config, len(layers))
     kinds = _layer_kinds(config, len(layers))
@@ -142,8 +142,7 @@ def _keeps_kv(config: Any, num_layers: int) -> list[bool]:
     layers = DynamicCache(config=config).layers
     if len(layers) != num_layers:
         return [True] * num_layers
-    # Exact types: hybrids of attention and recurrence derive from the recurrent kind.
-    return [type(layer) not in (DummyLayer, LinearAttentionLayer) for layer in layers]
+    return [not isinstance(layer, DummyLayer | LinearAttentionLayer) for layer in layers]
 
 
 def _kv_values(layer: nn.Module, config: Any) -> int:

@@ -36,6 +36,8 @@ class Job:
     """None generates exactly `output_len` tokens for every prompt."""
     forced: tuple[tuple[int, ...], ...] | None = None
     """Tokens to feed instead of the sampled ones, per prompt; the logits are then kept."""
+    keep_margins: bool = False
+    """Keep the margin between the two largest logits of every token sampled."""
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -60,6 +62,12 @@ class Job:
 def sort_by_length(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Indices of the prompts, longest first, equal ones in the order given."""
     return tuple(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
+
+
+def margins_of(logits: torch.Tensor) -> torch.Tensor:
+    """Largest less second largest of the last dimension."""
+    top = logits.topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +126,8 @@ class PassResult:
     """Last stage: tokens of each prompt, by given index."""
     logits: dict[int, torch.Tensor] | None
     """Last stage with forced tokens: `[output_len, V]` of each prompt, fp32 on the host."""
+    margins: dict[int, torch.Tensor] | None
+    """Last stage, where asked for: `[output_len]` of each prompt."""
     ran: tuple[int, ...]
     """Indices of the tasks that ran; all of them unless generation ended early."""
 
@@ -215,6 +225,7 @@ class _Pass:
         self.next_post = 0
         self.outstanding = 0
         self.logits: list[tuple[Task, torch.Tensor]] = []
+        self.margins: list[tuple[Task, torch.Tensor]] = []
 
     def run(self) -> PassResult:
         self.timeline.reset()
@@ -241,7 +252,8 @@ class _Pass:
         return PassResult(
             timeline=timeline,
             tokens=self.collect_tokens() if self.stage.is_last else None,
-            logits=self.collect_logits() if self.stage.is_last and self.forced is not None else None,
+            logits=self.by_prompt(self.logits) if self.stage.is_last and self.forced is not None else None,
+            margins=self.by_prompt(self.margins) if self.stage.is_last and self.job.keep_margins else None,
             ran=tuple(ran),
         )
 
@@ -286,6 +298,8 @@ class _Pass:
 
     def sample(self, task: Task, logits: torch.Tensor) -> torch.Tensor:
         """Greedy tokens `[rows]`, or the forced ones; writes them where the next step reads its ids."""
+        if self.job.keep_margins:
+            self.margins.append((task, margins_of(logits.float()).cpu()))
         if self.forced is None:
             tokens = logits.argmax(-1)
         else:
@@ -348,11 +362,11 @@ class _Pass:
                 tokens[next(order)] = row[: stop + 1]
         return tokens
 
-    def collect_logits(self) -> dict[int, torch.Tensor]:
-        """Logits of each prompt by given index, `[output_len, V]`."""
+    def by_prompt(self, kept: list[tuple[Task, torch.Tensor]]) -> dict[int, torch.Tensor]:
+        """What was kept of every task, `[rows, …]`, as `[output_len, …]` of each prompt by given index."""
         rows: dict[int, list[torch.Tensor]] = {index: [] for index in self.job.order}
-        for task, logits in self.logits:
+        for task, values in kept:
             first = self.first_rows[task.micro_batch] + task.first_row
-            for offset, row in enumerate(logits):
+            for offset, row in enumerate(values):
                 rows[self.job.order[first + offset]].append(row)
         return {index: torch.stack(steps) for index, steps in rows.items()}

@@ -14,11 +14,12 @@ import inspect
 import logging
 import time
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,7 @@ from bench.models.dummy import init_dummy_weights
 from bench.models.layers import find_layers
 from bench.models.resolve import ResolvedModel
 from bench.runtime.cache import SlotCache
+from bench.spec import device_index, device_kind
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -335,30 +337,35 @@ class Stage:
         raise _StageDone(output[0] if isinstance(output, tuple) else output)
 
 
-def load_unsplit(resolved: ResolvedModel, device: torch.device | None) -> Any:
+def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
     """The whole model as transformers itself builds it: the truth that every plan is compared with.
 
     Args:
-        device: where it goes; None spreads it over all GPUs with `device_map="auto"`.
+        devices: one device, or several GPUs over which `device_map="auto"` spreads the layers.
     """
     spec = resolved.spec
+    kind = device_kind(devices[0])
+    limits = {device_index(name): torch.cuda.mem_get_info(device_index(name))[0] for name in devices if kind == "cuda"}
     if spec.load_format == "dummy":
         model: Any = build_on_meta(resolved)
         init_dummy_weights(model, spec.seed)
-        if device is not None:
-            return model.to(device).eval()
-        device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
+        if len(devices) == 1:
+            return model.to(torch.device(devices[0]) if kind == "cuda" else torch.device("cpu")).eval()
+        whole = model._no_split_modules
+        balanced = get_balanced_memory(model, max_memory=limits, no_split_module_classes=whole)
+        device_map = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
         return dispatch_model(model, device_map).eval()
-    placement: Any = "auto" if device is None else {"": str(device)} if device.type == "cuda" else None
-    whole: Any = AutoModelForCausalLM.from_pretrained(
+    placement: Any = "auto" if len(devices) > 1 else {"": devices[0]} if kind == "cuda" else None
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         resolved.folder,
         dtype=TORCH_DTYPES[spec.dtype],
         attn_implementation=spec.attn_implementation,
         use_safetensors=True,
         trust_remote_code=spec.trust_remote_code,
         device_map=placement,
+        max_memory=limits if len(devices) > 1 else None,
     )
-    return whole.eval()
+    return loaded.eval()
 
 
 def _quiet_transformers() -> None:

@@ -164,6 +164,42 @@ def test_a_run_past_its_time_is_a_timeout(fleet: Fleet) -> None:
     assert outcome.kind is FailureKind.TIMEOUT
 
 
+def test_a_lost_message_is_a_communication_timeout(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+    send = module.GlooSender.send
+    def lossy(self, tensor):
+        if tensor.dtype.is_floating_point:
+            send(self, tensor)
+    module.GlooSender.send = lossy
+"""
+    break_workers(tmp_path / "hook", monkeypatch, target="bench.runtime.transport", body=body)
+    monkeypatch.setattr("bench.launch.STUCK_AFTER_S", 2.0)
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as broken:
+        outcome = run(broken, (3, 3), 2)
+    assert isinstance(outcome, Failure)
+    assert outcome.kind is FailureKind.COMMUNICATION_TIMEOUT
+    assert "message was lost" in outcome.message
+
+
+def test_a_plan_can_be_the_reference_where_the_model_does_not_fit(fleet: Fleet, tmp_path: Path) -> None:
+    plan = Plan.from_layer_counts((3, 3), DEVICES, 2)
+    spec = RunSpec(model=fleet.model, workload=WORKLOAD, plan=plan, protocol=PROTOCOL)
+    unsplit = fleet._reference
+    assert unsplit is not None
+    try:
+        failure = fleet.make_reference_from_plan(tmp_path / "reference", spec, EffectivePlan(plan=plan, in_flight=3))
+        assert failure is None
+        outcome = run(fleet, (5, 1), 4)
+    finally:
+        fleet.use_reference(unsplit)
+    assert isinstance(outcome, Measurement)
+    assert outcome.check is not None
+    assert outcome.check.reference == "plan"
+    assert outcome.check.tokens_equal is True
+
+
 def test_out_of_memory_names_stage_and_bytes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = """
     forward = module.Stage.forward

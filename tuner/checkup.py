@@ -1,0 +1,179 @@
+"""What `doctor` looks at: each check is a name, a verdict and a text; workers are really started."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.errors import FleetError, PipetuneError
+from bench.spec import ModelSpec, Plan, Value, device_kind
+from tuner import settings
+from tuner.config import TuneConfig
+from tuner.progress import Reporter
+
+if TYPE_CHECKING:
+    from bench.launch import Fleet
+
+PACKAGES = ("pipetune", "torch", "transformers", "accelerate", "optuna", "pydantic", "typer")
+_LOW_DISK_BYTES = 2 * 2**30
+_TINY_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""With a layer for each device: enough to pass tokens through all workers."""
+
+
+class Check(Value):
+    """One thing that was looked at."""
+
+    name: str
+    verdict: Literal["ok", "warning", "failed"]
+    text: str
+
+
+class Checkup(Value):
+    """All checks, and the exit code they amount to."""
+
+    checks: tuple[Check, ...]
+    fault_code: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        return self.fault_code if any(check.verdict == "failed" for check in self.checks) else 0
+
+    def print(self, console: Console) -> None:
+        """For people."""
+        marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failed": "[red]failed[/]"}
+        grid = Table.grid(padding=(0, 2))
+        for check in self.checks:
+            grid.add_row(check.name, marks[check.verdict], escape(check.text))
+        console.print(grid)
+
+
+def run_checkup(flags: Mapping[str, Any], config_file: Path | None, reporter: Reporter) -> Checkup:
+    """Looks at software, disk, devices and, with real workers, at what is needed to run.
+
+    Raises:
+        ConfigError: settings that cannot be used at all.
+    """
+    tiny = "model" not in flags and config_file is None
+    resolved = settings.resolve(file=config_file, flags={**flags, **({"model": "tiny"} if tiny else {})})
+    checks = [*_software(), *_disk()]
+    try:
+        with reporter, tempfile.TemporaryDirectory(prefix="pipetune-doctor-") as folder:
+            checks += _fleet(resolved.config, Path(folder) if tiny else None, reporter)
+    except PipetuneError as error:
+        checks.append(Check(name="workers", verdict="failed", text=_reason(error)))
+        return Checkup(checks=tuple(checks), fault_code=error.exit_code)
+    return Checkup(checks=tuple(checks))
+
+
+def _software() -> Iterator[Check]:
+    yield Check(name="python", verdict="ok", text=f"{platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        try:
+            yield Check(name=package, verdict="ok", text=importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            # A checkout that is run in place has no version of its own.
+            verdict: Literal["warning", "failed"] = "warning" if package == "pipetune" else "failed"
+            yield Check(name=package, verdict=verdict, text="not installed")
+
+
+def _disk() -> Iterator[Check]:
+    free = shutil.disk_usage(Path.cwd()).free
+    verdict: Literal["ok", "warning"] = "ok" if free >= _LOW_DISK_BYTES else "warning"
+    yield Check(name="disk", verdict=verdict, text=f"{free / 2**30:.1f} GiB free here")
+
+
+def _fleet(config: TuneConfig, tiny_folder: Path | None, reporter: Reporter) -> Iterator[Check]:
+    from bench.launch import Fleet, available_devices
+
+    there = available_devices()
+    yield Check(name="devices", verdict="ok", text=f"auto takes {', '.join(there)}")
+    devices = there if config.devices == "auto" else config.devices
+    model = config.model
+    if tiny_folder is not None:
+        values = {**_TINY_MODEL, "num_hidden_layers": len(devices)}
+        (tiny_folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        model = ModelSpec(name=str(tiny_folder), load_format="dummy", dtype=config.model.dtype)
+    reporter.begin(f"starting {len(devices)} workers")
+    with Fleet.start(model, devices, on_progress=reporter.fleet) as fleet:
+        yield from _machine(fleet)
+        if tiny_folder is None:
+            yield _model(fleet)
+        else:
+            yield _talk(fleet)
+
+
+def _machine(fleet: Fleet) -> Iterator[Check]:
+    hardware, software = fleet.machine.hardware, fleet.machine.software
+    yield Check(
+        name="cpu",
+        verdict="ok",
+        text=f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB",
+    )
+    for index, gpu in enumerate(hardware.gpus):
+        yield Check(name=f"cuda:{index}", verdict="ok", text=f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB")
+    if hardware.gpus:
+        versions = {"driver": software.driver, "CUDA": software.cuda, "NCCL": software.nccl}
+        text = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        yield Check(name="gpu software", verdict="ok", text=text or "unknown")
+        if hardware.links:
+            yield Check(name="links", verdict="ok", text=", ".join(hardware.links))
+    shares = ", ".join(f"{device} {size / 2**30:.1f} GiB" for device, size in fleet.device_bytes.items())
+    yield Check(name="memory", verdict="ok", text=shares)
+    cpus = sum(device_kind(device) == "cpu" for device in fleet.devices)
+    crowded = cpus > hardware.cpu_cores
+    yield Check(
+        name="workers",
+        verdict="warning" if crowded else "ok",
+        text=f"{len(fleet.devices)} started"
+        + (f"; {cpus} CPU workers share {hardware.cpu_cores} cores, times will mean little" if crowded else ""),
+    )
+
+
+def _model(fleet: Fleet) -> Check:
+    shape = fleet.shape
+    weights = shape.embedding_bytes + shape.head_bytes + shape.other_bytes
+    weights += sum(layer.weight_bytes for layer in shape.layers)
+    cuts = shape.num_layers - 1 - len(set(shape.forbidden_cuts))
+    return Check(
+        name="model",
+        verdict="ok",
+        text=f"{shape.architecture}, {shape.num_layers} layers at {shape.layers_prefix}, {cuts} places to cut, "
+        f"{shape.num_parameters / 1e6:.0f} M parameters, {weights / 2**20:.0f} MiB"
+        + (", head tied to the embedding" if shape.tied else ""),
+    )
+
+
+def _talk(fleet: Fleet) -> Check:
+    """Passes tokens of the tiny model through all workers."""
+    plan = Plan.from_layer_counts((1,) * len(fleet.devices), fleet.devices, 1)
+    results = fleet.generate(plan, [[5, 6, 7], [8, 9]], max_new_tokens=4, ignore_eos=True)
+    assert all(len(result.token_ids) == 4 for result in results)
+    return Check(name="pipeline", verdict="ok", text=f"tokens went through {len(fleet.devices)} stages and back")
+
+
+def _reason(error: PipetuneError) -> str:
+    if isinstance(error, FleetError) and error.failure.detail:
+        return f"{error}; the last it said: {error.failure.detail.strip().splitlines()[-1]}"
+    return str(error)
