@@ -6,10 +6,11 @@ rank decides, so that all decide alike.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,11 @@ class Runner:
 
     def run(self, job: Job) -> PassResult | None:
         """One pass over the job; None on ranks without a stage."""
-        gc.collect()
         if self._loop is None or self.index is None:
             self.control.barrier()
             return None
-        return self._loop.run(job, start=self.control.barrier)
+        with undisturbed():
+            return self._loop.run(job, start=self.control.barrier)
 
     def window(self, result: PassResult | None) -> tuple[float, float]:
         """When the prompts were given and how long the pass took until its last token, alike on every rank."""
@@ -247,7 +248,7 @@ class Runner:
     def _forced(
         self, job: Job, checked: Sequence[int], tokens: torch.Tensor, rows: int
     ) -> dict[int, torch.Tensor] | None:
-        """Logits `[t, V]` of some prompts by place in `checked` when `tokens` `[k, t]` are fed; on the last stage alone.
+        """Logits `[t, V]` by place in `checked` when `tokens` `[k, t]` are fed; on the last stage alone.
 
         Args:
             rows: of a micro-batch at most; few, so that prompts of unlike length are padded against each other.
@@ -426,6 +427,17 @@ class Runner:
         )
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Collects garbage beforehand, so that no collection falls into the pass."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def measure_baseline(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -443,8 +455,10 @@ def measure_baseline(
     used = gpus or (devices[0],)
 
     def once() -> BaselinePass:
-        gc.collect()
-        return generate_once(model, prompts, output_len=output_len, batch_size=batch_size, pad_token_id=pad_token_id)
+        with undisturbed():
+            return generate_once(
+                model, prompts, output_len=output_len, batch_size=batch_size, pad_token_id=pad_token_id
+            )
 
     warmup = []
     for number in range(protocol.num_iters_warmup):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -450,6 +451,9 @@ def main() -> None:
     try:
         limit_address_space(address_space_limit())
         worker = Worker(args, link)
+        # What was imported stays for ever: collections between passes need not look at it.
+        gc.collect()
+        gc.freeze()
         link.send("ready")
         worker.serve()
     except BaseException as error:

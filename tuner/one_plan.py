@@ -66,7 +66,7 @@ class Bench:
         if self.save_outputs is not None and self.config.workload.prompts_file is None:
             raise ConfigError("--save-outputs: what shall be generated? Give --prompts FILE.jsonl")
         with reporter:
-            reporter.begin(f"starting {len(self.config.concrete_devices)} workers for {self.config.model.name}")
+            reporter.begin(f"starting {len(self.config.concrete_devices)} workers")
             with Fleet.start(
                 self.config.model,
                 self.config.concrete_devices,

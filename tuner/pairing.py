@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from tuner.pooling import Run
+from tuner.pooling import Run, chosen_runs, measured_spread, searched_runs
 from tuner.standings import Objective, Ratio, Row, Separation
 
 MIN_ROUNDS = 3
@@ -21,14 +21,12 @@ def by_round(runs: Sequence[Run], objective: Objective) -> dict[int, float]:
     return {number: statistics.median(values) for number, values in values_of.items()}
 
 
-def gain_over(
-    objective: Objective,
-    ours: Sequence[Run],
-    our_value: float | None,
-    theirs: Sequence[Run],
-    their_value: float | None,
-) -> Ratio | None:
-    """How many times better ours is: over their common rounds, else by the two medians; None where neither is there."""
+def gain_over(objective: Objective, ours: Sequence[Run], theirs: Sequence[Run]) -> Ratio | None:
+    """How many times better ours is: over common rounds, else by the medians of the search; None without either.
+
+    A machine may be in another mood during the finals than it was during the search, so a value of the one is never
+    set against a value of the other where that can be helped.
+    """
     our_rounds, their_rounds = by_round(ours, objective), by_round(theirs, objective)
     gains = [
         gain
@@ -37,9 +35,14 @@ def gain_over(
     ]
     if gains:
         return Ratio(value=statistics.median(gains), low=min(gains), high=max(gains), rounds=len(gains))
-    if our_value is None or their_value is None or (gain := objective.gain(our_value, their_value)) is None:
+    sides = [searched_runs(ours), searched_runs(theirs)]
+    if not all(sides):
+        sides = [chosen_runs(ours), chosen_runs(theirs)]
+    our_spread, their_spread = (measured_spread(side, objective.metric) for side in sides)
+    if our_spread is None or their_spread is None:
         return None
-    return Ratio(value=gain)
+    gain = objective.gain(our_spread.median, their_spread.median)
+    return None if gain is None else Ratio(value=gain)
 
 
 def separation_of(ranked: Sequence[Row], plans: Mapping[str, Sequence[Run]], objective: Objective) -> Separation:
@@ -59,7 +62,11 @@ def separation_of(ranked: Sequence[Row], plans: Mapping[str, Sequence[Run]], obj
     if len(common) < MIN_ROUNDS:
         text = f"{names[0]} is not told apart from {names[1]}: {len(common)} common rounds are too few"
     elif all(won):
-        text = f"{names[0]} beat {names[1]} in all {len(common)} interleaved rounds"
+        odds = 2 ** (len(common) - 1)
+        text = (
+            f"{names[0]} beat {names[1]} in all {len(common)} interleaved rounds "
+            f"(of two equal plans one would do so 1 time in {odds})"
+        )
     else:
         text = f"tie within noise: {names[0]} won {sum(won)} of {len(common)} rounds against {names[1]}"
     separated = len(common) >= MIN_ROUNDS and all(won)

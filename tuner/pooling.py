@@ -36,11 +36,14 @@ class Run:
 
 
 def chosen_runs(group: Sequence[Run]) -> list[Run]:
-    """Those that a plan's values come from: its finalist rounds, else its undisturbed runs, else all of them."""
-    confirming = [run for run in group if run.confirms]
-    if confirming:
-        return confirming
-    return [run for run in group if not run.measurement.telemetry.disturbances] or list(group)
+    """Those that a plan's values come from: its finalist rounds, else its runs of the search."""
+    return [run for run in group if run.confirms] or searched_runs(group)
+
+
+def searched_runs(group: Sequence[Run]) -> list[Run]:
+    """Those before the finals; undisturbed ones, if any was."""
+    searched = [run for run in group if not run.confirms]
+    return [run for run in searched if not run.measurement.telemetry.disturbances] or searched
 
 
 def measured_spread(runs: Sequence[Run], name: str) -> Spread | None:

@@ -101,6 +101,7 @@ class PlainReporter:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last_message = ""
+        self._begun = ""
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +112,7 @@ class PlainReporter:
         self._line(text)
 
     def begin(self, text: str) -> None:
+        self._begun = text
         self._line(text)
 
     def end(self, text: str) -> None:
@@ -119,7 +121,7 @@ class PlainReporter:
     def best(self, text: str) -> None: ...
 
     def fleet(self, progress: Progress) -> None:
-        if progress.message and progress.message != self._last_message:
+        if progress.message and progress.message not in (self._last_message, self._begun):
             self._last_message = progress.message
             self._line(f"  {progress_text(progress)}")
 

@@ -14,7 +14,7 @@ from bench.record import SHARED_DEVICE_NOTE, Failure, FailureKind, Measurement, 
 from bench.spec import Plan
 from tuner.config import Constraint
 from tuner.pairing import gain_over, separation_of
-from tuner.pooling import Run, chosen_runs, measured_spread, medians_of, spread_of
+from tuner.pooling import Run, chosen_runs, measured_spread, medians_of, searched_runs, spread_of
 from tuner.standings import BaselineRow, FailureRow, Objective, Ranking, Row
 
 __all__ = ["Objective", "Ranking", "Row", "rank"]
@@ -65,16 +65,15 @@ def rank(
 
     sweep, baseline = _baselines([run for run in runs if run.measurement.method == "hf_generate"], first, constraints)
     base_runs = [run for run in runs if baseline and run.record.number in baseline.records]
-    single = next((row for row in rows if "single_stage" in row.roles), None)
+    rows.sort(key=lambda row: row.unranked_because is not None)
+    single = next((row for row in rows if len(row.plan.stages) == 1), None)
 
     def complete(row: Row, position: int | None) -> Row:
         update: dict[str, object] = {"rank": position}
-        if baseline:
-            update["speedup_over_baseline"] = gain_over(first, plans[row.key], row.value, base_runs, baseline.value)
+        if base_runs:
+            update["speedup_over_baseline"] = gain_over(first, plans[row.key], base_runs)
         if single:
-            update["speedup_over_single_stage"] = gain_over(
-                first, plans[row.key], row.value, plans[single.key], single.value
-            )
+            update["speedup_over_single_stage"] = gain_over(first, plans[row.key], plans[single.key])
         return row.model_copy(update=update)
 
     for_speed = [row for row in rows if not row.unranked_because]
@@ -193,36 +192,42 @@ def _baselines(
 ) -> tuple[tuple[BaselineRow, ...], BaselineRow | None]:
     """The un-pipelined model at every batch size tried, and at its best one.
 
-    That is the one measured again with the finalists; else the best of those that keep the constraints.
+    The best is chosen by the sweep, among those that keep the constraints if any does, unless the finals chose already.
     """
     by_size: dict[int, list[Run]] = {}
     for run in runs:
         by_size.setdefault(run.measurement.batch_size or len(run.measurement.order), []).append(run)
-    rows = []
-    for size, group in sorted(by_size.items()):
-        used = chosen_runs(group)
-        spread = measured_spread(used, objective.metric)
-        rows.append(
-            BaselineRow(
-                batch_size=size,
-                value=spread.median if spread else None,
-                spread=spread,
-                throughput=spread_of(used, "output_throughput"),
-                metrics=medians_of(used),
-                confirmed=any(run.confirms for run in group),
-                records=tuple(run.record.number for run in group),
-                used_records=tuple(run.record.number for run in used),
-                notes=tuple(dict.fromkeys(note for run in group for note in run.measurement.notes)),
-                disturbed_runs=sum(bool(run.measurement.telemetry.disturbances) for run in used),
-            )
-        )
+    sweep = {
+        size: _baseline_row(size, group, searched_runs(group) or group, objective) for size, group in by_size.items()
+    }
 
-    def order(row: BaselineRow) -> tuple[bool, bool, bool, float, float]:
+    def order(size: int) -> tuple[bool, bool, bool, float, float]:
+        row = sweep[size]
         broken = any(why_broken(constraint, row.metrics) for constraint in constraints)
         cost = objective.cost(row.value) if row.value is not None else 0.0
         return not row.confirmed, broken, row.value is None, cost, -row.metrics["output_throughput"]
 
-    return tuple(rows), min(rows, key=order, default=None)
+    if not sweep:
+        return (), None
+    best = min(sweep, key=order)
+    rows = tuple(sweep[size] for size in sorted(sweep))
+    return rows, _baseline_row(best, by_size[best], chosen_runs(by_size[best]), objective)
+
+
+def _baseline_row(size: int, group: Sequence[Run], used: Sequence[Run], objective: Objective) -> BaselineRow:
+    spread = measured_spread(used, objective.metric)
+    return BaselineRow(
+        batch_size=size,
+        value=spread.median if spread else None,
+        spread=spread,
+        throughput=spread_of(used, "output_throughput"),
+        metrics=medians_of(used),
+        confirmed=any(run.confirms for run in group),
+        records=tuple(run.record.number for run in group),
+        used_records=tuple(run.record.number for run in used),
+        notes=tuple(dict.fromkeys(note for run in group for note in run.measurement.notes)),
+        disturbed_runs=sum(bool(run.measurement.telemetry.disturbances) for run in used),
+    )
 
 
 def _costs(row: Row, objectives: Sequence[Objective]) -> tuple[float, ...]:

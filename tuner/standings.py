@@ -159,8 +159,9 @@ class Ranking(Value):
     baseline: BaselineRow | None
     """The un-pipelined model at its best batch size, which every speed-up is over."""
     baseline_sweep: tuple[BaselineRow, ...]
+    """At every batch size tried, with the values from before the finals, so that they compare with each other."""
     single_stage: Row | None
-    """Our own runtime without a pipeline: what it gains over the baseline, pipelining did not."""
+    """The best plan of one stage, our own runtime without a pipeline: what it gains, pipelining did not."""
     failures: tuple[FailureRow, ...]
     separation: Separation
 

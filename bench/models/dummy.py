@@ -27,18 +27,29 @@ def init_dummy_weights(model: PreTrainedModel, seed: int) -> None:
         seed: equal seeds give equal weights.
     """
     _materialize(model)
-    prefix, _ = find_layers(model)
     modules = list(_with_owners(model))
-    # A family's `_init_weights` may reach into a module's descendants. Around the layers the outcome would depend on
-    # which of them are there, so those modules go first, for the sake of tensors of their own alone, and whatever
-    # else they reach is drawn again. All others go inside out, as the families mean it.
-    around = [entry for entry in modules if not entry[0] or f"{prefix}.".startswith(f"{entry[0]}.")]
-    inside = [entry for entry in modules if entry not in around]
-    around = [entry for entry in around if _owns_tensors(entry[1])]
+    # A family's `_init_weights` may reach into a module's descendants. Around what may have been cut out, the outcome
+    # would depend on it: such modules go first, for the sake of tensors of their own alone, and whatever else they
+    # reach is drawn again. All others go inside out, as the families mean it.
+    names = _names_around_cuts(model)
+    around = [entry for entry in modules if entry[0] in names and _owns_tensors(entry[1])]
+    inside = [entry for entry in modules if entry[0] not in names]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name, module, owner in (*around, *reversed(inside)):
             torch.default_generator.manual_seed(_module_seed(seed, name))
             _init_module(module, owner)
+
+
+def _names_around_cuts(model: Any) -> set[str]:
+    """Names of the modules that hold the layers, the embedding or the head, at any depth."""
+    replaceable = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    parts = [name for name, module in model.named_modules() if id(module) in replaceable]
+    prefix, _ = find_layers(model)
+    names = {""}
+    for part in (f"{prefix}.0", *parts):
+        path = part.split(".")
+        names |= {".".join(path[:depth]) for depth in range(1, len(path))}
+    return names
 
 
 def _owns_tensors(module: nn.Module) -> bool:

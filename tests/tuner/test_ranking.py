@@ -161,6 +161,24 @@ def test_without_common_rounds_a_speedup_is_marked_unpaired() -> None:
     assert ratio.value == pytest.approx(throughput(records[1]) / throughput(records[0]))
 
 
+def test_values_of_the_search_are_not_set_against_those_of_the_finals() -> None:
+    # The machine is half as fast during the finals, in which `late` takes no part.
+    plan, late = make_plan(), make_plan((10, 20))
+    quiet = [
+        make_record(0, "baseline", None, make_baseline_measurement(32, noise=0.0)),
+        make_record(1, "trial", late, make_measurement(late, noise=0.0)),
+    ]
+    finals = finalists(3, {plan: [2.0] * 3, None: [2.0] * 3})
+    ranking = rank([*quiet, *(record.model_copy(update={"number": record.number + 2}) for record in finals)])
+    ratios = {row.plan: row.speedup_over_baseline for row in ranking.rows}
+    expected = throughput(quiet[1]) / throughput(quiet[0])
+    assert ratios[late] is not None
+    assert ratios[late].value == pytest.approx(expected)  # type: ignore[union-attr]
+    assert ranking.baseline is not None
+    assert ranking.baseline.throughput.median == pytest.approx(throughput(quiet[0]) / 2)
+    assert ranking.baseline_sweep[0].throughput.median == pytest.approx(throughput(quiet[0]))
+
+
 def test_the_gain_of_a_latency_is_above_one_when_it_falls() -> None:
     plan = make_plan()
     records = [
@@ -194,6 +212,17 @@ def test_over_the_single_stage_counts_what_pipelining_gained() -> None:
     assert own.value == 1.0
     assert over is not None
     assert over.value == pytest.approx(throughput(records[1]) / throughput(records[0]))
+
+
+def test_the_single_stage_is_the_best_plan_of_one_stage() -> None:
+    small, large = make_plan((30,), 8), make_plan((30,), 32)
+    records = [
+        make_record(0, "single_stage", small, make_measurement(small)),
+        make_record(1, "trial", large, make_measurement(large)),
+    ]
+    single = rank(records).single_stage
+    assert single is not None
+    assert single.plan == large
 
 
 @pytest.mark.parametrize(

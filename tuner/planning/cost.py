@@ -30,16 +30,18 @@ class Rates:
 
     flops_per_s: float
     bytes_per_s: float
-    """Of weights, at the batch sizes where decode is bound by them."""
+    """Of a layer's weights, at the batch sizes where decode is bound by them."""
+    head_bytes_per_s: float
+    """Of the head's: one wide matrix is read faster than a layer's many."""
     layer_overhead_s: float
-    """What one layer costs however few its rows: launches from Python, matrices too narrow for the cores."""
+    """What one layer costs however small it is: launches from Python."""
     hop_s: float
     """A message to the next stage."""
 
 
 RATES = {
-    "cpu": Rates(flops_per_s=9e10, bytes_per_s=8e9, layer_overhead_s=3e-3, hop_s=1.5e-3),
-    "cuda": Rates(flops_per_s=2e14, bytes_per_s=2e12, layer_overhead_s=1.5e-4, hop_s=5e-5),
+    "cpu": Rates(flops_per_s=9e10, bytes_per_s=3e9, head_bytes_per_s=1e10, layer_overhead_s=6e-4, hop_s=1.5e-3),
+    "cuda": Rates(flops_per_s=2e14, bytes_per_s=2e12, head_bytes_per_s=2e12, layer_overhead_s=1.5e-4, hop_s=5e-5),
 }
 
 
@@ -105,7 +107,7 @@ class CostModel:
         seconds += 2 * params * tokens / rates.flops_per_s
         if end == self.shape.num_layers:
             head = self.shape.hidden_size * self.shape.vocab_size
-            seconds += head * self.shape.dtype_bytes / rates.bytes_per_s + 2 * head * rows / rates.flops_per_s
+            seconds += head * self.shape.dtype_bytes / rates.head_bytes_per_s + 2 * head * rows / rates.flops_per_s
         return seconds
 
     def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:

@@ -8,6 +8,7 @@ from bench.metrics import derive
 from bench.record import Measurement
 from tuner.report.data import Report, has_timeline, typical_iteration
 from tuner.report.wording import column_title, layers_text
+from tuner.standings import BaselineRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,31 +70,42 @@ class Timeline:
 
 
 def scatter_of(report: Report, metric: str, x_label: str, scale: float) -> Scatter | None:
-    """Every ranked plan's throughput against a metric; None when no plan has it."""
-    ranking = report.ranking
-    points = tuple(
-        Point(
-            x=row.metrics[metric] * scale,
-            y=row.throughput.median,
-            label=f"{layers_text(row.plan)}, mb {row.plan.micro_batch_size}",
-            is_confirmed=row.confirmed,
-            is_best=row.rank == 1,
-            is_single_stage=bool(ranking.single_stage and row.key == ranking.single_stage.key),
-        )
-        for row in ranking.rows
-        if metric in row.metrics
-    )
-    base = ranking.baseline
-    if not points:
+    """Every ranked plan's throughput against a metric; None when no plan has it.
+
+    Where there is a baseline, throughput is drawn as the gain over it: a machine may be in another mood during the
+    finals than it was during the search, and then tokens per second of the two do not compare.
+    """
+    ranking, base = report.ranking, report.ranking.baseline
+    rows = [row for row in ranking.rows if metric in row.metrics]
+    if not rows:
         return None
+    gains = [row.speedup_over_baseline for row in rows if row.speedup_over_baseline]
+    relative = report.objective.metric == "output_throughput" and len(gains) == len(rows)
+    heights = [gain.value for gain in gains] if relative else [row.throughput.median for row in rows]
     return Scatter(
         title=f"Throughput against {column_title(metric)}",
         x_label=x_label,
-        y_label="output tokens / s",
-        points=points,
-        baseline_y=base.throughput.median if base else None,
+        y_label="throughput, × over device_map" if relative else "output tokens / s",
+        points=tuple(
+            Point(
+                x=row.metrics[metric] * scale,
+                y=height,
+                label=f"{layers_text(row.plan)}, mb {row.plan.micro_batch_size}",
+                is_confirmed=row.confirmed,
+                is_best=row.rank == 1,
+                is_single_stage=bool(ranking.single_stage and row.key == ranking.single_stage.key),
+            )
+            for row, height in zip(rows, heights, strict=True)
+        ),
+        baseline_y=1.0 if relative else base.throughput.median if base else None,
         baseline_x=base.metrics[metric] * scale if base and metric in base.metrics else None,
     )
+
+
+def sweep_row(report: Report) -> BaselineRow | None:
+    """The baseline as it was measured before the finals, like the trials."""
+    best = report.ranking.baseline
+    return next((row for row in report.ranking.baseline_sweep if best and row.batch_size == best.batch_size), None)
 
 
 def history_of(report: Report) -> History | None:
@@ -115,7 +127,7 @@ def history_of(report: Report) -> History | None:
         best_so_far.append((number, best))
     if not trials:
         return None
-    base = report.ranking.baseline
+    base = sweep_row(report)
     return History(
         title="The search, trial by trial",
         y_label="output tokens / s" if objective.metric == "output_throughput" else objective.metric,

@@ -13,7 +13,6 @@ from tuner.report.wording import (
     MISSING,
     bytes_text,
     column_title,
-    gain_warning,
     metric_text,
     ms_text,
     percent_text,
@@ -22,8 +21,9 @@ from tuner.report.wording import (
     row_text,
     sentence,
     spread_text,
+    warnings_of,
 )
-from tuner.standings import Row
+from tuner.standings import Ratio, Row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ class Finding:
     bubble: tuple[Segment, ...]
     gains: tuple[GainBar, ...]
     gains_text: str
-    warning: str | None
+    warnings: tuple[str, ...]
     check: str
 
 
@@ -92,7 +92,7 @@ def find(report: Report) -> Finding | None:
         bubble=_bubble(row),
         gains=tuple(_gains(report, row)),
         gains_text=_gains_text(report, row),
-        warning=gain_warning(row.speedup_over_baseline),
+        warnings=warnings_of(row) if row.rank == 1 else (),
         check=_check(report.checks(row)),
     )
 
@@ -182,26 +182,30 @@ def _bubble(row: Row) -> tuple[Segment, ...]:
 
 
 def _gains(report: Report, row: Row) -> list[GainBar]:
+    """From the un-pipelined model over our single stage to the best plan, by gains where all have one."""
     ranking, metric = report.ranking, report.objective.metric
-    single = ranking.single_stage
-    bars = []
-    if ranking.baseline and ranking.baseline.value is not None:
-        what = f"HF generate un-pipelined, batch {ranking.baseline.batch_size}"
-        bars.append((BASELINE_NAME, what, ranking.baseline.value, "c4"))
-    if single and single.value is not None and single.key != row.key:
-        bars.append(("single stage", f"our runtime on one device, {single.plan.describe()}", single.value, "c2"))
-    if row.value is not None:
-        bars.append(("best plan" if row.rank == 1 else "plan", row_text(row), row.value, "c1"))
-    largest = max((value for *_, value, _ in bars), default=0.0)
+    single, base = ranking.single_stage, ranking.baseline
+    steps: list[tuple[str, str, float | None, Ratio | None, str]] = []
+    if base:
+        what = f"HF generate un-pipelined, batch {base.batch_size}"
+        steps.append((BASELINE_NAME, what, base.value, Ratio(value=1.0, rounds=1), "c4"))
+    if single and single.key != row.key:
+        what = f"our runtime on one device, {single.plan.describe()}"
+        steps.append(("single stage", what, single.value, single.speedup_over_baseline, "c2"))
+    label = "best plan" if row.rank == 1 else "plan"
+    steps.append((label, row_text(row), row.value, row.speedup_over_baseline, "c1"))
+    relative = all(gain is not None for *_, gain, _ in steps)
+    lengths = [gain.value if relative and gain else value or 0.0 for _, _, value, gain, _ in steps]
+    largest = max(lengths)
     return [
         GainBar(
             label=label,
             what=what,
-            text=metric_text(metric, value),
-            percent=100 * value / largest if largest > 0 else 0.0,
+            text=f"{ratio_text(gain)} · {metric_text(metric, value)}" if relative else metric_text(metric, value),
+            percent=100 * length / largest if largest > 0 else 0.0,
             style=style,
         )
-        for label, what, value, style in bars
+        for (label, what, value, gain, style), length in zip(steps, lengths, strict=True)
     ]
 
 
@@ -210,8 +214,8 @@ def _gains_text(report: Report, row: Row) -> str:
     total, pipelining = row.speedup_over_baseline, row.speedup_over_single_stage
     if single is None:
         return "Our single stage was not measured, so the gain of pipelining cannot be told from that of the runtime."
-    if single.key == row.key:
-        return "The best plan is a single stage: here pipelining gains nothing, and all of the gain is the runtime's."
+    if len(row.plan.stages) == 1:
+        return "All of the gain is the runtime's."
     if pipelining is None:
         return ""
     runtime = single.speedup_over_baseline

@@ -24,6 +24,7 @@ from tuner.report.wording import (
     sentence,
     spread_text,
 )
+from tuner.standings import BaselineRow
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -80,20 +81,25 @@ def _headline(report: Report, table: RankingTable) -> tuple[str, str]:
 
 
 def _sweep(report: Report) -> list[tuple[bool, tuple[str, ...]]]:
-    baseline = report.ranking.baseline
-    return [
-        (
-            baseline is not None and row.batch_size == baseline.batch_size,
-            (
-                str(row.batch_size),
-                str(len(row.used_records)),
-                spread_text(row.throughput),
-                ms_text(row.metrics.get("mean_ttft_ms")),
-                bytes_text(row.metrics.get("peak_memory_bytes")),
-            ),
-        )
+    """Whether a line is the chosen baseline, and its cells."""
+    best = report.ranking.baseline
+    lines = [
+        (best is not None and row.batch_size == best.batch_size, _baseline_cells(str(row.batch_size), row))
         for row in report.ranking.baseline_sweep
     ]
+    if best is not None and best.confirmed:
+        lines.append((True, _baseline_cells(f"{best.batch_size}, finals", best)))
+    return lines
+
+
+def _baseline_cells(label: str, row: BaselineRow) -> tuple[str, ...]:
+    return (
+        label,
+        str(len(row.used_records)),
+        spread_text(row.throughput),
+        ms_text(row.metrics.get("mean_ttft_ms")),
+        bytes_text(row.metrics.get("peak_memory_bytes")),
+    )
 
 
 def _machine(report: Report) -> list[tuple[str, str]]:
@@ -137,8 +143,9 @@ def _uses(report: Report) -> list[tuple[str, str]]:
         return []
     folder = clean(str(report.folder))
     model = shlex.quote(clean(report.config.model.name))
+    dummy = " --load-format dummy" if report.config.model.load_format == "dummy" else ""
     uses = [
-        ("Measure it again", f"pipetune bench --model {model} --plan {shlex.quote(f'{folder}/best_plan.json')}"),
+        ("Measure it again", f"pipetune bench --model {model}{dummy} --plan {shlex.quote(f'{folder}/best_plan.json')}"),
         (
             "Load the same split with transformers, model being the checkpoint's id or folder",
             f"device_map = json.load(open({f'{folder}/best_device_map.json'!r}))\n"
@@ -153,9 +160,8 @@ def _uses(report: Report) -> list[tuple[str, str]]:
                 f"export VLLM_PP_LAYER_PARTITION={counts}\nexport SGLANG_PP_LAYER_PARTITION={counts}",
             )
         )
-    uses.append(
-        ("Write the exports once more, for other device names", f"pipetune export {shlex.quote(folder)} --help")
-    )
+    names = ",".join(f"cuda:{index}" for index in range(len(best.plan.stages)))
+    uses.append(("Export it for other devices", f"pipetune export {shlex.quote(folder)} --device-names {names}"))
     return uses
 
 

@@ -63,7 +63,10 @@ def render_csv(report: Report) -> str:
     entries: list[dict[str, Cell]] = [
         {"objective": objective, **_plan_entry(row)} for row in (*ranking.rows, *ranking.unranked)
     ]
-    entries += [{"objective": objective, **_baseline_entry(row)} for row in ranking.baseline_sweep]
+    baselines = [(row, False) for row in ranking.baseline_sweep]
+    if ranking.baseline and ranking.baseline.confirmed:
+        baselines.append((ranking.baseline, True))
+    entries += [{"objective": objective, **_baseline_entry(row, confirmed)} for row, confirmed in baselines]
     entries += [_failure_entry(row) for row in ranking.failures]
     workload = report.config.workload
     names = dict.fromkeys(metric_names(workload.num_prompts, workload.output_len, gpu=True))
@@ -97,16 +100,16 @@ def _plan_entry(row: Row) -> dict[str, Cell]:
     }
 
 
-def _baseline_entry(row: BaselineRow) -> dict[str, Cell]:
+def _baseline_entry(row: BaselineRow, confirmed: bool) -> dict[str, Cell]:
     return {
         "entry": "baseline",
-        "confirmed": row.confirmed,
+        "confirmed": confirmed,
         "micro_batch_size": row.batch_size,
         "value": row.value,
         **_spread_cells(row.spread),
         **row.metrics,
         "disturbed_runs": row.disturbed_runs,
-        "records": _joined(f"{number:04}" for number in row.records),
+        "records": _joined(f"{number:04}" for number in row.used_records),
         "notes": "; ".join(row.notes),
     }
 

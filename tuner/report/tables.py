@@ -21,7 +21,6 @@ from tuner.report.wording import (
     column_title,
     failure_plan,
     failure_where,
-    gain_warning,
     layers_text,
     metric_text,
     model_text,
@@ -33,6 +32,7 @@ from tuner.report.wording import (
     row_text,
     sentence,
     spread_text,
+    warnings_of,
     workload_text,
 )
 from tuner.standings import BaselineRow, Row
@@ -231,7 +231,7 @@ def _legend(report: Report) -> str:
     if any(row.speedup_over_baseline for row in rows):
         legend += "; ×: over device_map" + ("" if metric == "output_throughput" else f" in {metric}")
         if any(row.speedup_over_baseline and not row.speedup_over_baseline.paired for row in rows):
-            legend += " (~: not in common rounds)"
+            legend += " (~: not in common rounds, both sides as measured during the search)"
     if any(row.confirmed for row in rows):
         legend += "; ✓: confirmed in interleaved rounds after the search"
     return legend + ("; ◆: Pareto front" if len(report.ranking.objectives) > 1 else "")
@@ -251,7 +251,7 @@ def _closing(report: Report) -> list[str]:
         value = metric_text(report.objective.metric, best.value)
         over = f", {ratio_text(gain)} over device_map ({ratio_evidence(gain)})" if gain else ""
         lines = [f"Best plan: {row_text(best)}: {value}{over}"]
-        lines += [warning] if (warning := gain_warning(gain)) else []
+        lines += warnings_of(best)
         lines.append(sentence(ranking.separation.text))
     return lines
 

@@ -56,7 +56,7 @@ def ratio_text(ratio: Ratio | None) -> str:
 def ratio_evidence(ratio: Ratio) -> str:
     """What stands behind a ratio, for brackets."""
     if not ratio.paired:
-        return "unpaired: the two were measured at different times"
+        return "unpaired: by their medians, not in common rounds"
     if ratio.rounds == 1:
         return "in one interleaved round"
     return f"{ratio.low:.2f}–{ratio.high:.2f} over {ratio.rounds} interleaved rounds"
@@ -144,12 +144,14 @@ def failure_plan(failure: FailureRow) -> str:
     return "device_map" if failure.batch_size is None else f"device_map, batch {failure.batch_size}"
 
 
-def gain_warning(ratio: Ratio | None) -> str | None:
-    """What must be said beside a gain that is none; None when every round gained."""
-    if ratio is None:
-        return None
-    if ratio.value < 1:
-        return "The un-pipelined model is faster here: this plan does not pay for this workload on these devices."
-    if ratio.low is not None and ratio.low <= 1:
-        return "Not every round gained: the plan is not told apart from the un-pipelined model."
-    return None
+def warnings_of(row: Row) -> tuple[str, ...]:
+    """What must be said beside the best plan where something gained nothing."""
+    warnings = []
+    gain = row.speedup_over_baseline
+    if len(row.plan.stages) == 1:
+        warnings.append("The best plan is a single stage: pipelining gains nothing for this workload on these devices.")
+    if gain is not None and gain.value < 1:
+        warnings.append("The un-pipelined model is faster here: this plan does not pay for this workload.")
+    elif gain is not None and gain.low is not None and gain.low <= 1:
+        warnings.append("Not every round gained: the plan is not told apart from the un-pipelined model.")
+    return tuple(warnings)

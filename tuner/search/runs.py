@@ -42,7 +42,7 @@ class Runs:
     def open_fleet(self, stack: contextlib.ExitStack) -> Fleet:
         """Starts a fleet that ends with the stack."""
         config = self.store.config
-        self.reporter.begin(f"starting {len(config.concrete_devices)} workers for {config.model.name}")
+        self.reporter.begin(f"starting {len(config.concrete_devices)} workers")
         with self.stop.interruptible():
             self.fleet = self._start_fleet(
                 config.model,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -35,8 +36,8 @@ MAX_HEAD = 16
 _ENUMERABLE = 20_000
 _JOINT_PARTITIONS = 30
 """Partitions that the joint ranking looks at; the worse ones are left to TPE."""
-_DIVERSE_WITHIN = 1.5
-"""Each micro-batch size is tried early if its best plan is predicted within this factor of the best of all."""
+_ALIKE_PENALTY = 1.15
+"""Each further plan of one stage count and micro-batch size is taken for so much slower than it is predicted."""
 
 
 class SearchSpace(Value):
@@ -204,30 +205,25 @@ def overrun(failure: Failure) -> float:
 def head(space: SearchSpace, cost: CostModel, resolve: Resolver, n_trials: int) -> tuple[Point, ...]:
     """What to try before TPE knows anything, most promising first; all that fits when that is no more than `n_trials`.
 
-    Balanced partitions lead by themselves, since the slowest stage sets the beat. The best plan of each promising
-    micro-batch size comes first, since the cost model knows bubbles better than it knows kernels; then the joint
-    ranking in order.
+    Balanced partitions lead by themselves, since the slowest stage sets the beat. The cost model knows bubbles better
+    than it knows kernels: so the further plans of a stage count and micro-batch size, which differ from the first in
+    small ways, wait until other sizes had their turn.
     """
     distinct = distinct_points(space, resolve, limit=n_trials)
-    points = distinct if distinct is not None else _joint_points(space)
     predicted: dict[str, tuple[float, Point]] = {}
-    for point in points:
+    for point in distinct if distinct is not None else _joint_points(space):
         plan = space.plan(point)
         resolved = resolve(plan)
         if isinstance(resolved, EffectivePlan):
             predicted.setdefault(resolved.key, (cost.duration_s(plan, resolved.in_flight), point))
-    ranked = [
-        (seconds, point)
-        for seconds, point in sorted(predicted.values(), key=lambda entry: (entry[0], *entry[1].values()))
-    ]
-    if distinct is not None:
-        return tuple(point for _, point in ranked)
-    diverse: dict[int, Point] = {}
-    for seconds, point in ranked:
-        if seconds <= _DIVERSE_WITHIN * ranked[0][0]:
-            diverse.setdefault(point["micro_batch_index"], point)
-    ordered = [*diverse.values(), *(point for _, point in ranked if point not in diverse.values())]
-    return tuple(ordered[: min(MAX_HEAD, max(1, math.ceil(n_trials * 2 / 3)))])
+    alike: Counter[tuple[int, int]] = Counter()
+    ranked: list[tuple[float, tuple[int, ...], Point]] = []
+    for seconds, point in sorted(predicted.values(), key=lambda entry: (entry[0], *entry[1].values())):
+        kind = (len(space.partitions[point["partition_rank"] - 1]), point["micro_batch_index"])
+        ranked.append((seconds * _ALIKE_PENALTY ** alike[kind], tuple(point.values()), point))
+        alike[kind] += 1
+    count = n_trials if distinct is not None else min(MAX_HEAD, max(1, math.ceil(n_trials * 2 / 3)))
+    return tuple(point for _, _, point in sorted(ranked, key=lambda entry: entry[:2])[:count])
 
 
 def distinct_points(space: SearchSpace, resolve: Resolver, *, limit: int) -> tuple[Point, ...] | None:

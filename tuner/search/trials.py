@@ -60,7 +60,9 @@ class Search:
                 if point is None:
                     self._runs.reporter.say("the search ends early: every plan of the space was tried")
                     return
-                self._run_trial(point, proposals)
+                record = self._run_trial(point, proposals)
+                if is_lost(record) and self._is_due(point):
+                    queue.insert(0, point)
 
     def _next(self, queue: list[Point], proposals: Proposals) -> Point | None:
         while queue:
@@ -69,7 +71,7 @@ class Search:
                 return point
         return proposals.suggest(self._is_due)
 
-    def _run_trial(self, point: Point, proposals: Proposals) -> None:
+    def _run_trial(self, point: Point, proposals: Proposals) -> Record:
         plan = self._space.plan(point)
         number = proposals.start(point)
         label = f"trial {self._counted + 1} of {self._config.n_trials} · {plan.describe()}"
@@ -79,6 +81,7 @@ class Search:
         self._show_best()
         if was_interrupted(record):
             raise Interrupted
+        return record
 
     def _show_best(self) -> None:
         objectives = [Objective(metric=name) for name in self._config.objectives]
@@ -111,12 +114,17 @@ class Search:
         """Keeps count of what is known of each plan."""
         if record.role != "trial" or record.spec is None:
             return
+        plan = record.spec.plan
+        known = self._by_identity.setdefault(identity(plan, record.effective or self._resolve(plan)), [])
+        known.append(record)
         if is_refusal(record):
             self._refused += 1
-        elif not was_interrupted(record):
+        elif not was_interrupted(record) and not (is_lost(record) and self._is_first(record, known)):
             self._counted += 1
-        plan = record.spec.plan
-        self._by_identity.setdefault(identity(plan, record.effective or self._resolve(plan)), []).append(record)
+
+    def _is_first(self, record: Record, known: list[Record]) -> bool:
+        """Whether no earlier run of the plan came to an end."""
+        return next(other for other in known if not was_interrupted(other)) is record
 
     def _repeats(self) -> list[Point]:
         """Points of the records, in order; few of them are due again."""
@@ -131,12 +139,16 @@ class Search:
         plan = self._space.plan(point)
         resolved = self._resolve(plan)
         known = self._by_identity.get(identity(plan, resolved), [])
-        finished = [record.result for record in known if not was_interrupted(record)]
+        finished = [record for record in known if not was_interrupted(record)]
         if not finished:
             # What cannot fit costs no time, but shall not go on for ever.
             return isinstance(resolved, EffectivePlan) or self._refused < 2 * self._config.n_trials
-        first = finished[0]
-        return len(finished) == 1 and isinstance(first, Failure) and first.kind in TRANSIENT
+        return len(finished) == 1 and is_lost(finished[0])
+
+
+def is_lost(record: Record) -> bool:
+    """Whether the run lost its workers, which may have been chance."""
+    return isinstance(record.result, Failure) and record.result.kind in TRANSIENT
 
 
 def is_refusal(record: Record) -> bool:

@@ -99,7 +99,7 @@ def test_partial_studies_are_reported_honestly(tmp_path: Path, name: str) -> Non
         "no_baseline": "none was measured, so there is no ×",
         "no_finals": "were not measured side by side",
         "no_instrumentation": "1✓",
-        "single_stage_alone": "only one plan was ranked",
+        "single_stage_alone": "pipelining gains nothing",
         "one_slow_plan": "The un-pipelined model is faster here",
     }[name]
     for text in (markdown, " ".join(page.shown.split()), screen):
@@ -202,7 +202,8 @@ def test_the_csv_has_a_line_for_every_plan_baseline_and_failure(tmp_path: Path) 
     rows = list(csv.DictReader(io.StringIO((folder / "ranking.csv").read_text(encoding="utf-8"))))
     ranking = Report.of(load_study(folder)).ranking
     counts = {name: sum(row["entry"] == name for row in rows) for name in ("plan", "baseline", "failure")}
-    assert counts == {"plan": len(ranking.rows), "baseline": 3, "failure": 2}
+    assert counts == {"plan": len(ranking.rows), "baseline": 3 + 1, "failure": 2}
+    assert [row["confirmed"] for row in rows if row["entry"] == "baseline"] == ["false", "false", "false", "true"]
     assert rows[0]["layers"] == "16+14"
     assert rows[0]["devices"] == "cpu:0 cpu:1"
     assert float(rows[0]["speedup_over_baseline_low"]) <= float(rows[0]["speedup_over_baseline"])
