@@ -196,8 +196,8 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
             )
     if "_tpot_" in metric and workload.output_len < 2:
         return f"{metric} needs an output of at least 2 tokens, not {workload.output_len}; give --output-len 2 or more"
-    if not gpu and metric in metric_names(workload.num_prompts, workload.output_len, gpu=True):
-        return f"{metric} is only measured on GPUs, and the devices are {', '.join(config.concrete_devices)}"
     if metric in metric_names(workload.num_prompts, workload.output_len, gpu=gpu):
         return f"{metric} needs protocol.instrument: true"
+    if not gpu and metric in metric_names(workload.num_prompts, workload.output_len, gpu=True):
+        return f"{metric} is only measured on GPUs, and the devices are {', '.join(config.concrete_devices)}"
     return f"{metric} is no metric of this workload; there are: {', '.join(sorted(known))}"

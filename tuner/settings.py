@@ -217,10 +217,14 @@ def _put_environment(layers: _Layers, environ: Mapping[str, str]) -> list[str]:
             for key in FLAGS[names[variable]]:
                 layers.put(key, value, variable)
         elif variable.startswith(ENVIRONMENT_PREFIX):
-            near = difflib.get_close_matches(variable, names, n=1, cutoff=0.85)
+            near = difflib.get_close_matches(_tail(variable), map(_tail, names), n=1, cutoff=0.85)
             if near:
-                warnings.append(f"{variable} is not read; did you mean {near[0]}?")
+                warnings.append(f"{variable} is not read; did you mean {ENVIRONMENT_PREFIX}{near[0]}?")
     return warnings
+
+
+def _tail(variable: str) -> str:
+    return variable.removeprefix(ENVIRONMENT_PREFIX)
 
 
 def _read_yaml(path: Path) -> Iterator[tuple[KeyPath, Any, str]]:

@@ -38,7 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = ""
+        hint = "; give the folder of a checkpoint"
         if any(folder.glob("*.gguf")):
             hint = "; a GGUF file alone is not enough: convert it to a safetensors checkpoint folder first"
         raise ModelError(f"model.name: {folder} holds no config.json{hint}") from error

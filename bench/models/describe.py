@@ -223,12 +223,15 @@ def _outer_modules(model: PreTrainedModel, layers_prefix: str) -> tuple[tuple[st
     """
     first: list[str] = []
     last: list[str] = []
-    path = layers_prefix.split(".")
-    for depth in range(len(path)):
-        holder = model.get_submodule(".".join(path[:depth]))
-        prefix = "".join(f"{part}." for part in path[:depth])
-        owned = [name for name, _ in (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False))]
-        for name in (*(name for name, _ in holder.named_children()), *owned):
-            if name != path[depth]:
+
+    def sort_children(holder: nn.Module, prefix: str, path: list[str]) -> None:
+        owned = (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False))
+        for name, child in (*owned, *holder.named_children()):
+            if name != path[0]:
                 (last if _BEHIND.fullmatch(name) else first).append(prefix + name)
+            elif len(path) > 1:
+                assert isinstance(child, nn.Module)
+                sort_children(child, f"{prefix}{name}.", path[1:])
+
+    sort_children(model, "", layers_prefix.split("."))
     return tuple(first), tuple(last)

@@ -125,7 +125,21 @@ def read_shape(model: Any) -> ModelShape:
             )
             for layer in layers
         ),
+        forbidden_cuts=_forbidden_cuts(config),
     )
+
+
+def _forbidden_cuts(config: Any) -> tuple[int, ...]:
+    """Cuts between a layer that stores keys and values and the later ones of its kind that use them again."""
+    stored: dict[str, int] = {}
+    forbidden: set[int] = set()
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    for index, (mode, kind) in enumerate(zip(modes, getattr(config, "layer_types", ()), strict=False)):
+        if mode == "store":
+            stored[kind] = index
+        elif mode == "reuse":
+            forbidden |= set(range(stored[kind] + 1, index + 1))
+    return tuple(sorted(forbidden))
 
 
 def _find_layers(modules: dict[str, Any], num_layers: int | None, architecture: str) -> str:
