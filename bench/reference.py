@@ -163,7 +163,7 @@ def compare_logits(reference: Reference, logits: dict[int, torch.Tensor]) -> Out
         difference = (own - truth).abs().max().item()
         # NaN compares as false: a plan that yields it must not pass.
         largest = max(largest, difference) if difference == difference else float("inf")
-        apart = margins_of(truth) > 2 * reference.tolerance
+        apart = margins_of(truth) > reference.tolerance
         flips += int(((own.argmax(-1) != truth.argmax(-1)) & apart).sum().item())
         compared += own.numel()
     return OutputCheck(
@@ -187,7 +187,7 @@ def compare_tokens(reference: Reference, tokens: dict[int, list[int]]) -> tuple[
         parting = next((place for place, (a, b) in enumerate(zip(own, truth, strict=False)) if a != b), None)
         if parting is None:
             continue
-        if reference.margins[index, parting].item() <= 2 * reference.tolerance:
+        if reference.margins[index, parting].item() <= reference.tolerance:
             near += 1
         else:
             wrong += 1

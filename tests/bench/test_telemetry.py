@@ -14,18 +14,8 @@ import psutil
 import pytest
 
 from bench.record import DeviceState
-from bench.telemetry import (
-    CpuSensors,
-    NvmlSensors,
-    Reading,
-    family,
-    foreign_gpu_processes,
-    judge,
-    peak_rss_bytes,
-    read_telemetry,
-    reset_peak_rss,
-    sensors_for,
-)
+from bench.sensors import CpuSensors, NvmlSensors, Reading, family, foreign_gpu_processes
+from bench.telemetry import judge, peak_rss_bytes, read_telemetry, reset_peak_rss, sensors_for
 
 CPU = (DeviceState(device="cpu:0"),)
 GPU = (DeviceState(device="cuda:0", ecc_errors=2),)

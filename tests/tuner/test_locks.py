@@ -21,9 +21,11 @@ def _own_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_gpu_serves_one_study_at_a_time(tmp_path: Path) -> None:
     with locks.hold_gpus(("cuda:0", "cuda:1"), GPUS):
         assert {path.name for path in (tmp_path / "pipetune").glob("*.lock")} == {"GPU-0000.lock", "GPU-0001.lock"}
-        with pytest.raises(StudyError, match=r"cuda:1 \(GPU-0001\) is in use by pid \d+"):
-            with locks.hold_gpus(("cuda:1", "cuda:2"), GPUS):
-                pass
+        with (
+            pytest.raises(StudyError, match=r"cuda:1 \(GPU-0001\) is in use by pid \d+"),
+            locks.hold_gpus(("cuda:1", "cuda:2"), GPUS),
+        ):
+            pass
         with locks.hold_gpus(("cuda:2",), GPUS):
             pass
     with locks.hold_gpus(("cuda:1",), GPUS):

@@ -68,14 +68,14 @@ def test_a_folder_with_a_study_is_left_as_it_is(tmp_path: Path) -> None:
     with StudyStore.create(tmp_path / "s", config()) as store:
         add(store)
     before = files(tmp_path / "s")
-    with pytest.raises(StudyError, match="holds a study already; .*--resume"):
+    with pytest.raises(StudyError, match=r"holds a study already; .*--resume"):
         StudyStore.create(tmp_path / "s", config(seed=9))
     assert files(tmp_path / "s") == before
 
 
 def test_a_folder_with_other_files_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("dear", encoding="utf-8")
-    with pytest.raises(StudyError, match="not empty: it holds thesis.tex"):
+    with pytest.raises(StudyError, match=r"not empty: it holds thesis\.tex"):
         StudyStore.create(tmp_path, config())
     assert list(files(tmp_path)) == ["thesis.tex"]
 
@@ -147,9 +147,11 @@ def test_the_checkpoint_is_pinned(tmp_path: Path) -> None:
     with StudyStore.resume(tmp_path, config()) as store:
         assert store.config.model.revision == "commit1"
         store.set_revision("commit1")
-    with StudyStore.resume(tmp_path, named) as store:
-        with pytest.raises(StudyError, match="revision commit1 of m, and it is now commit2"):
-            store.set_revision("commit2")
+    with (
+        StudyStore.resume(tmp_path, named) as store,
+        pytest.raises(StudyError, match="revision commit1 of m, and it is now commit2"),
+    ):
+        store.set_revision("commit2")
     assert load_config(tmp_path).model.revision == "commit1"
 
 

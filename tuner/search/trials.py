@@ -7,11 +7,11 @@ import datetime as dt
 import math
 import time
 
-from bench.record import Failure, FailureKind, Record
+from bench import metrics
+from bench.record import Failure, FailureKind, Measurement, Record
 from bench.spec import EffectivePlan
 from tuner.planning.cost import CostModel
 from tuner.progress import values_text
-from tuner.ranking import rank
 from tuner.search.proposals import Proposals
 from tuner.search.runs import TRANSIENT, Runs, interruption, timestamp
 from tuner.search.space import Point, Resolver, SearchSpace, head, identity
@@ -32,8 +32,10 @@ class Search:
         self._by_identity: dict[str, list[Record]] = {}
         self._refused = 0
         self._counted = 0
+        self._best_cost = math.inf
         for record in runs.store.records:
             self._note(record)
+            self._show_best(record)
 
     def run(self) -> None:
         """Goes on from what is recorded.
@@ -78,17 +80,25 @@ class Search:
         record = self._runs.measure("trial", label, plan, self._resolve(plan), trial_number=number, params=point)
         self._note(record)
         proposals.tell(record)
-        self._show_best()
+        self._show_best(record)
         if was_interrupted(record):
             raise Interrupted
         return record
 
-    def _show_best(self) -> None:
-        objectives = [Objective(metric=name) for name in self._config.objectives]
-        best = rank(self._runs.store.records, objectives, self._config.constraints).best
-        if best is not None:
-            values = values_text(best.metrics, self._config.objectives)
-            self._runs.reporter.best(f"{best.plan.describe()} · {values}")
+    def _show_best(self, record: Record) -> None:
+        """Says it when a plan keeps the constraints and is better than all before in the first objective."""
+        if not isinstance(record.result, Measurement) or record.spec is None:
+            return
+        derived = metrics.derive(record.result)
+        objective = Objective(metric=self._config.objectives[0])
+        kept = all(
+            limit.metric in derived and limit.excess(derived[limit.metric]) <= 0 for limit in self._config.constraints
+        )
+        if not kept or objective.metric not in derived or objective.cost(derived[objective.metric]) >= self._best_cost:
+            return
+        self._best_cost = objective.cost(derived[objective.metric])
+        values = values_text(derived, self._config.objectives)
+        self._runs.reporter.best(f"{record.spec.plan.describe()} · {values}")
 
     def _restore(self, proposals: Proposals) -> None:
         """Makes database and records agree; a trial whose driver died gets its record now."""

@@ -1,0 +1,332 @@
+"""A whole study on a fake fleet: its order, its records, its failures, and every way to stop and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench.errors import FleetError, ModelError, NothingFeasibleError
+from bench.record import Failure, FailureKind, Measurement, Record
+from bench.spec import RunSpec
+from tests.tuner.fake_fleet import Lab, failure
+from tuner.config import TuneConfig
+from tuner.progress import PlainReporter, SilentReporter
+from tuner.search.driver import baseline_batch_sizes, rank_study, run_study
+from tuner.store import StudyStore, load_records, was_interrupted
+
+MIB = 2**20
+
+
+class Killed(BaseException):
+    """The driver's end, as by `kill -9`: nothing handles it."""
+
+
+def config(**values: Any) -> TuneConfig:
+    return TuneConfig.model_validate(
+        {"model": {"name": "m"}, "devices": "cpu:0-1", "n_trials": 5, "finalist_rounds": 2, "finalists": 2, **values}
+    )
+
+
+def study(folder: Path, lab: Lab, wanted: TuneConfig, *, resume: bool = False) -> tuple[bool, tuple[Record, ...]]:
+    with StudyStore.resume(folder, wanted) if resume else StudyStore.create(folder, wanted) as store:
+        finished = run_study(store, lab.start, SilentReporter())
+        return finished, store.records
+
+
+def roles(records: Sequence[Record]) -> Counter[str]:
+    return Counter(record.role for record in records)
+
+
+def test_a_study_runs_in_its_order(tmp_path: Path) -> None:
+    lab = Lab()
+    finished, records = study(tmp_path / "s", lab, config())
+    assert finished
+    order = list(dict.fromkeys(record.role for record in records))
+    assert order == ["baseline", "single_stage", "trial", "finalist"]
+    assert roles(records) == {"baseline": 3, "single_stage": 1, "trial": 5, "finalist": 6}
+    assert [record.params["batch_size"] for record in records[:3] if record.params] == [32, 16, 8]
+    assert lab.calls[0] == "reference"
+    assert lab.calls.count("reference") == 1
+    # The finals run on a fresh fleet that knows the reference.
+    assert lab.starts == 2
+    assert lab.calls.count("use_reference") == 1
+    assert load_records(tmp_path / "s") == records
+    trials = [record for record in records if record.role == "trial"]
+    assert [record.trial_number for record in trials] == [0, 1, 2, 3, 4]
+    assert len({record.effective.key for record in trials if record.effective}) == 5
+    assert {record.spec.model.revision for record in trials if record.spec} == {lab.revision}
+
+
+def test_the_single_stage_takes_the_best_batch_of_the_baseline(tmp_path: Path) -> None:
+    lab = Lab()
+    _, records = study(tmp_path / "s", lab, config())
+    best = max(
+        (record for record in records if record.role == "baseline"),
+        key=lambda record: -record.result.iterations[0].duration_s if isinstance(record.result, Measurement) else 0,
+    )
+    single = next(record for record in records if record.role == "single_stage")
+    assert single.spec is not None
+    assert best.params is not None
+    assert single.spec.plan.layer_counts == (30,)
+    assert single.spec.plan.micro_batch_size == best.params["batch_size"]
+
+
+def test_finals_are_rounds_of_the_best_and_the_baseline(tmp_path: Path) -> None:
+    _, records = study(tmp_path / "s", Lab(), config())
+    finals = [record for record in records if record.role == "finalist"]
+    by_round = {number: [record for record in finals if record.round == number] for number in (0, 1)}
+    for rows in by_round.values():
+        assert len(rows) == 3
+        assert sum(record.spec is None for record in rows) == 1
+        assert all(isinstance(record.result, Measurement) and len(record.result.iterations) == 1 for record in rows)
+        assert all(record.replicate_of is not None for record in rows if record.spec)
+
+
+def test_finals_may_be_left_out(tmp_path: Path) -> None:
+    lab = Lab()
+    _, records = study(tmp_path / "s", lab, config(finalists=0))
+    assert "finalist" not in roles(records)
+    assert lab.starts == 1
+
+
+def test_a_failed_plan_is_recorded_and_not_run_again(tmp_path: Path) -> None:
+    lab = Lab()
+    lab.fault = lambda spec, number: (
+        failure(FailureKind.WRONG_OUTPUT) if spec.plan.micro_batch_size == 16 and len(spec.plan.stages) == 2 else None
+    )
+    _, records = study(tmp_path / "s", lab, config(n_trials=12))
+    trials = [record for record in records if record.role == "trial"]
+    broken = [record for record in trials if isinstance(record.result, Failure)]
+    assert broken
+    assert len(trials) == 12
+    assert len({record.effective.key for record in trials if record.effective}) == 12
+
+
+def test_a_plan_that_lost_its_worker_gets_a_second_chance(tmp_path: Path) -> None:
+    lab = Lab()
+    lab.fault = lambda spec, number: failure(FailureKind.WORKER_DIED) if number == 2 else None
+    _, records = study(tmp_path / "s", lab, config())
+    trials = [record for record in records if record.role == "trial"]
+    lost = next(index for index, record in enumerate(trials) if isinstance(record.result, Failure))
+    assert trials[lost + 1].params == trials[lost].params
+    assert isinstance(trials[lost + 1].result, Measurement)
+    assert trials[lost + 1].replicate_of == trials[lost].number
+    # The loss costs a retry, not a trial.
+    assert sum(isinstance(record.result, Measurement) for record in trials) == 5
+
+
+def test_a_plan_that_always_kills_its_worker_gets_no_third_chance(tmp_path: Path) -> None:
+    lab = Lab()
+    lab.fault = lambda spec, number: (
+        failure(FailureKind.WORKER_DIED) if spec.plan.micro_batch_size == 32 and len(spec.plan.stages) == 2 else None
+    )
+    _, records = study(tmp_path / "s", lab, config(n_trials=10))
+    runs = Counter(record.effective.key for record in records if record.role == "trial" and record.effective)
+    assert max(runs.values()) == 2
+    finished, again = study(tmp_path / "s", lab, config(n_trials=10), resume=True)
+    assert finished
+    assert again == records
+
+
+def test_a_machine_that_loses_every_worker_ends_the_study(tmp_path: Path) -> None:
+    lab = Lab()
+    lab.fault = lambda spec, number: failure(FailureKind.WORKER_HUNG)
+    with pytest.raises(FleetError, match="made worker_hung"):
+        study(tmp_path / "s", lab, config(n_trials=50))
+    records = load_records(tmp_path / "s")
+    assert 5 <= len(records) < 12
+
+
+def test_out_of_memory_costs_the_plan_only(tmp_path: Path) -> None:
+    lab = Lab()
+    lab.fault = lambda spec, number: (
+        failure(FailureKind.OUT_OF_MEMORY, bytes_wanted=3, bytes_had=2) if spec.plan.micro_batch_size > 8 else None
+    )
+    finished, records = study(tmp_path / "s", lab, config(n_trials=15))
+    best = next(record for record in reversed(records) if record.role == "finalist" and record.spec)
+    assert finished
+    assert best.spec is not None
+    assert best.spec.plan.micro_batch_size <= 8
+
+
+def test_predicted_overruns_are_recorded_without_running(tmp_path: Path) -> None:
+    lab = Lab()
+    lab.device_bytes = 420 * MIB
+    _, records = study(tmp_path / "s", lab, config(n_trials=8))
+    refused = [record for record in records if isinstance(record.result, Failure)]
+    assert all(record.result.phase == "plan" for record in refused if isinstance(record.result, Failure))
+    assert any(record.role == "single_stage" for record in refused)
+    ran = [record for record in records if record.role == "trial" and isinstance(record.result, Measurement)]
+    assert len(ran) == 8
+
+
+def test_nothing_fits_is_no_search(tmp_path: Path) -> None:
+    lab = Lab()
+    lab.device_bytes = 20 * MIB
+    with pytest.raises(NothingFeasibleError, match="fits into memory"):
+        study(tmp_path / "s", lab, config())
+
+
+def test_a_baseline_that_does_not_fit_is_tried_smaller(tmp_path: Path) -> None:
+    lab = Lab()
+    lab.baseline_fault = lambda size: failure(FailureKind.OUT_OF_MEMORY) if size > 3 else None
+    _, records = study(tmp_path / "s", lab, config(finalists=0))
+    sizes = [record.params["batch_size"] for record in records if record.role == "baseline" and record.params]
+    assert sizes == [32, 16, 8, 4, 2]
+    single = next(record for record in records if record.role == "single_stage")
+    assert single.spec is not None
+    assert single.spec.plan.micro_batch_size == 2
+
+
+def test_a_small_space_is_tried_whole_and_the_search_ends(tmp_path: Path) -> None:
+    space = {"min_stages": 2, "micro_batch_sizes": [16], "prefill_micro_batch_sizes": [8], "memory_fractions": [0.9]}
+    _, records = study(tmp_path / "s", Lab(), config(n_trials=99, space=space, finalists=0))
+    cuts = {record.spec.plan.layer_counts for record in records if record.role == "trial" and record.spec}
+    assert cuts == {(first, 30 - first) for first in range(1, 30)}
+    assert roles(records)["trial"] == 29
+
+
+def test_a_timeout_bounds_the_trials_and_not_the_rest(tmp_path: Path) -> None:
+    _, records = study(tmp_path / "s", Lab(), config(timeout_s=1e-6))
+    assert roles(records) == {"baseline": 3, "single_stage": 1, "finalist": 4}
+
+
+def test_several_objectives_and_constraints(tmp_path: Path) -> None:
+    wanted = config(objectives=["output_throughput", "mean_ttft_ms"], constraints=["mean_ttft_ms<=2600"], n_trials=10)
+    with StudyStore.create(tmp_path / "s", wanted) as store:
+        run_study(store, Lab().start, SilentReporter())
+        best = rank_study(store).best
+    assert best is not None
+    assert best.metrics["mean_ttft_ms"] <= 2600
+
+
+def test_a_model_that_cannot_be_split_is_the_models_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.tuner.fake_fleet import FakeFleet
+
+    monkeypatch.setattr(FakeFleet, "make_reference", lambda *args: failure(FailureKind.WRONG_OUTPUT))
+    with pytest.raises(ModelError, match="made wrong_output"):
+        study(tmp_path / "s", Lab(), config())
+    assert load_records(tmp_path / "s") == ()
+
+
+def test_a_reference_that_does_not_fit_leaves_outputs_unchecked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.tuner.fake_fleet import FakeFleet
+
+    monkeypatch.setattr(FakeFleet, "make_reference", lambda *args: failure(FailureKind.OUT_OF_MEMORY))
+    with StudyStore.create(tmp_path / "s", config(n_trials=1, finalists=0)) as store:
+        assert run_study(store, Lab().start, PlainReporter(Console()))
+    assert "outputs of plans go unchecked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 5, 8, 9, 12])
+def test_a_killed_driver_goes_on_with_what_it_had(tmp_path: Path, after: int) -> None:
+    """Whenever it dies, the resumed study ends with every run done once, and at most the running one is lost."""
+    lab = Lab()
+
+    def die(spec: RunSpec, number: int) -> Failure | None:
+        if number == after:
+            raise Killed
+        return None
+
+    lab.fault = die
+    with pytest.raises(Killed):
+        study(tmp_path / "s", lab, config(n_trials=8))
+    before = load_records(tmp_path / "s")
+    lab.fault = lambda spec, number: None
+    finished, records = study(tmp_path / "s", lab, config(n_trials=8), resume=True)
+    assert finished
+    assert records[: len(before)] == before
+    interrupted = [record for record in records if was_interrupted(record)]
+    measured = [record for record in records if isinstance(record.result, Measurement)]
+    assert roles(measured) == {"baseline": 3, "single_stage": 1, "trial": 8, "finalist": 6}
+    assert len(interrupted) == (1 if 1 <= after <= 8 else 0)
+    trials = [record for record in records if record.role == "trial"]
+    assert sorted(record.trial_number or 0 for record in trials) == list(range(len(trials)))
+    for record in interrupted:
+        again = [other for other in measured if other.role == "trial" and other.params == record.params]
+        assert len(again) == 1
+    if after > 0:
+        assert lab.calls.count("reference") == 1
+
+
+def test_a_resumed_study_may_go_further(tmp_path: Path) -> None:
+    lab = Lab()
+    _, first = study(tmp_path / "s", lab, config(n_trials=4))
+    finished, records = study(tmp_path / "s", lab, config(n_trials=7), resume=True)
+    assert finished
+    assert records[: len(first)] == first
+    assert roles(records)["trial"] == 7
+    # New plans came in, so that the finals are held again.
+    assert {record.round for record in records if record.role == "finalist"} == {0, 1, 2, 3}
+
+
+def test_a_finished_study_has_nothing_left_to_do(tmp_path: Path) -> None:
+    lab = Lab()
+    _, first = study(tmp_path / "s", lab, config())
+    calls = len(lab.calls)
+    finished, records = study(tmp_path / "s", lab, config(), resume=True)
+    assert finished
+    assert records == first
+    assert len(lab.calls) == calls
+
+
+def test_a_lost_database_is_made_anew(tmp_path: Path) -> None:
+    lab = Lab()
+    study(tmp_path / "s", lab, config(n_trials=4))
+    (tmp_path / "s/study.db").unlink()
+    _, records = study(tmp_path / "s", lab, config(n_trials=6), resume=True)
+    trials = [record for record in records if record.role == "trial"]
+    assert [record.trial_number for record in trials] == list(range(6))
+    assert len({record.effective.key for record in trials if record.effective}) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_study_with_a_record(tmp_path: Path, number: signal.Signals) -> None:
+    lab = Lab()
+
+    def interrupt(spec: RunSpec, count: int) -> Failure | None:
+        if count == 3:
+            os.kill(os.getpid(), number)
+        return None
+
+    lab.fault = interrupt
+    before = signal.getsignal(number)
+    finished, records = study(tmp_path / "s", lab, config())
+    assert not finished
+    assert signal.getsignal(number) == before
+    assert records[-1].role == "trial"
+    assert was_interrupted(records[-1])
+    assert lab.calls[-1] == "interrupt"
+    lab.fault = lambda spec, count: None
+    finished, records = study(tmp_path / "s", lab, config(), resume=True)
+    assert finished
+    assert sum(isinstance(record.result, Measurement) for record in records if record.role == "trial") == 5
+
+
+def test_a_signal_outside_a_trial_leaves_no_record(tmp_path: Path) -> None:
+    lab = Lab()
+
+    def interrupt(size: int) -> Failure | None:
+        if size == 16:
+            os.kill(os.getpid(), signal.SIGINT)
+        return None
+
+    lab.baseline_fault = interrupt
+    finished, records = study(tmp_path / "s", lab, config())
+    assert not finished
+    assert roles(records) == {"baseline": 1}
+
+
+def test_baseline_batch_sizes() -> None:
+    assert baseline_batch_sizes(None, 32) == (32, 16, 8)
+    assert baseline_batch_sizes(None, 1) == (1,)
+    assert baseline_batch_sizes((4, 64, 4), 10) == (10, 4)
