@@ -298,6 +298,8 @@ class Fleet:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         environment = {
             **os.environ,
+            # NVML counts GPUs by bus; CUDA would count the fastest first.
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
             "TOKENIZERS_PARALLELISM": "false",

@@ -161,7 +161,7 @@ class LiveReporter:
         self._best = text
 
     def fleet(self, progress: Progress) -> None:
-        self._fleet = progress_text(progress)
+        self._fleet = progress_text(progress) if progress.message != self._now else ""
 
     def _render(self) -> RenderableType:
         lines: list[RenderableType] = []

@@ -308,7 +308,9 @@ def _explain(error: ValidationError, sources: Mapping[KeyPath, str]) -> str:
         key = ".".join(path or location)
         place = f"{sources[path]}: " if path else ""
         message = problem["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
-        line = f"{place}{key}: {message}" if key else message
+        # A flag or a variable says which setting it is; a line of a file does not.
+        named = place.startswith(("--", ENVIRONMENT_PREFIX)) or not key
+        line = f"{place}{message}" if named else f"{place}{key}: {message}"
         given = problem["input"]
         shown = json.dumps(given, default=str, ensure_ascii=False)
         if isinstance(given, (str, int, float)) and str(given) not in message:

@@ -86,9 +86,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_flag_or_environment_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"--num-prompts: workload\.num_prompts"):
+    with pytest.raises(ConfigError, match="--num-prompts: Input should be greater than or equal to 1"):
         settings.resolve(flags={"model": "m", "num_prompts": 0}, environ={})
-    with pytest.raises(ConfigError, match="PIPETUNE_N_TRIALS: n_trials"):
+    with pytest.raises(ConfigError, match="PIPETUNE_N_TRIALS: Input should be"):
         settings.resolve(flags={"model": "m"}, environ={"PIPETUNE_N_TRIALS": "0"})
 
 
@@ -130,7 +130,11 @@ def test_a_dumped_config_reads_back_without_places(tmp_path: Path) -> None:
 
 
 def test_values_of_a_plan_file_lie_below_and_go_with_its_model_only() -> None:
-    below = {("model", "name"): "a", ("model", "revision"): "abc", ("workload", "num_prompts"): 5}
+    below: dict[settings.KeyPath, object] = {
+        ("model", "name"): "a",
+        ("model", "revision"): "abc",
+        ("workload", "num_prompts"): 5,
+    }
     kept = settings.resolve(environ={}, below=below, below_name="best.json")
     assert (kept.config.model.revision, kept.source("model", "name")) == ("abc", "best.json")
     other = settings.resolve(environ={}, flags={"model": "b"}, below=below, below_name="best.json")

@@ -27,9 +27,12 @@ for command in (tune, bench, report, export, doctor):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import importlib.metadata
+        from importlib.metadata import PackageNotFoundError, version
 
-        typer.echo(f"pipetune {importlib.metadata.version('pipetune')}")
+        try:
+            typer.echo(f"pipetune {version('pipetune')}")
+        except PackageNotFoundError:
+            typer.echo("pipetune, run in place: not installed")
         raise typer.Exit
 
 

@@ -131,7 +131,8 @@ def _measure_single_stage(runs: Runs, resolve: Resolver) -> None:
 def _run_finals(runs: Runs, stack: contextlib.ExitStack) -> None:
     config = runs.store.config
     ranking = rank_study(runs.store)
-    chosen = {effective.key: effective for effective in finalists.choose(ranking, config.finalists)}
+    best = finalists.choose(ranking, config.finalists, min_stages=config.space.min_stages)
+    chosen = {effective.key: effective for effective in best}
     if not chosen:
         return
     first_round, done = finalists.finished(runs.store.records)

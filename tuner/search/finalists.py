@@ -17,9 +17,10 @@ BASELINE = "baseline"
 """Stands in a schedule for the un-pipelined model; all other entries are keys of effective plans."""
 
 
-def choose(ranking: Ranking, count: int) -> tuple[EffectivePlan, ...]:
-    """The best plans that keep every constraint."""
-    return tuple(row.effective for row in ranking.rows if row.feasible)[:count]
+def choose(ranking: Ranking, count: int, *, min_stages: int = 1) -> tuple[EffectivePlan, ...]:
+    """The best plans that keep the constraints and the bounds of the search; the single stage may lie outside these."""
+    rows = [row for row in ranking.rows if row.feasible and len(row.plan.stages) >= min_stages]
+    return tuple(row.effective for row in rows[:count])
 
 
 def side_by_side(protocol: Protocol) -> Protocol:

@@ -122,11 +122,14 @@ class Search:
 
     def _note(self, record: Record) -> None:
         """Keeps count of what is known of each plan."""
-        if record.role != "trial" or record.spec is None:
+        if record.role not in ("trial", "single_stage") or record.spec is None:
             return
         plan = record.spec.plan
         known = self._by_identity.setdefault(identity(plan, record.effective or self._resolve(plan)), [])
         known.append(record)
+        if record.role == "single_stage":
+            # Measured already, so that no trial need repeat it.
+            return
         if is_refusal(record):
             self._refused += 1
         elif not was_interrupted(record) and not (is_lost(record) and self._is_first(record, known)):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bench.spec import Protocol
 from tests.record_factory import make_baseline_measurement, make_measurement, make_plan, make_record
+from tuner.ranking import rank
 from tuner.search import finalists
 
 NAMES = ("a", "b", "c", finalists.BASELINE)
@@ -34,7 +35,7 @@ def test_trials_after_the_finals_call_for_new_finals() -> None:
     assert trial.effective is not None
     assert finalists.finished([trial]) == (0, frozenset())
     key = trial.effective.key
-    assert finalists.finished([trial, first, base]) == (0, {(0, key), (0, finalists.BASELINE)})
+    assert finalists.finished([trial, first, base]) == (0, frozenset({(0, key), (0, finalists.BASELINE)}))
     later = make_record(3, "trial", make_plan((16, 14)), make_measurement(make_plan((16, 14))), trial_number=1)
     assert finalists.finished([trial, first, base, later]) == (1, frozenset())
 
@@ -42,3 +43,14 @@ def test_trials_after_the_finals_call_for_new_finals() -> None:
 def test_a_round_is_one_repetition_without_a_check() -> None:
     protocol = finalists.side_by_side(Protocol(num_iters=7))
     assert (protocol.num_iters, protocol.check_outputs) == (1, False)
+
+
+def test_the_single_stage_is_no_finalist_where_the_search_is_bound_to_more() -> None:
+    single, split = make_plan((30,)), make_plan()
+    records = [
+        make_record(0, "single_stage", single, make_measurement(single, mood=0.1)),
+        make_record(1, "trial", split, make_measurement(split), trial_number=0),
+    ]
+    ranking = rank(records)
+    assert [len(one.plan.stages) for one in finalists.choose(ranking, 2)] == [1, 2]
+    assert [len(one.plan.stages) for one in finalists.choose(ranking, 2, min_stages=2)] == [2]

@@ -96,7 +96,7 @@ def test_nothing_fits_is_said_with_the_nearest_plan() -> None:
 
 
 @pytest.mark.parametrize(("bounds", "named"), [({"min_stages": 31}, "min_stages=31"), ({"max_stages": 40}, "40")])
-def test_more_stages_than_layers_are_refused(bounds: dict[str, int], named: str) -> None:
+def test_more_stages_than_layers_are_refused(bounds: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"{named}.* has 30 layers"):
         build(40, **bounds)
 

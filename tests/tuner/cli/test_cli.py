@@ -1,0 +1,239 @@
+"""The command line from outside: exit codes, one clear message, nothing overwritten, nothing heavy loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.record import FailureKind
+from tests.record_factory import make_failure, make_plan, make_record
+from tests.study_factory import write_study
+from tuner.cli import run
+from tuner.export import read_plan
+
+MODEL = ("--model", "m", "--devices", "cpu:0-1")
+
+
+def pipetune(*args: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tuner", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "80", "PYTHONPATH": str(Path.cwd()), **environ},
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("studies") / "s")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tuner", "--help"], capture_output=True, text=True, check=True
+    )
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert "typer" in loaded
+    assert not loaded & {"torch", "transformers", "optuna", "pandas", "matplotlib", "numpy", "pydantic", "sqlalchemy"}
+    for command in ("tune", "bench", "report", "export", "doctor"):
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", ["tune", "bench", "report", "export", "doctor"])
+def test_every_command_has_help_within_80_columns(command: str) -> None:
+    result = pipetune(command, "--help")
+    assert result.returncode == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("tune",), "model.name: no model is given"),
+        (("tune", *MODEL, "--num-prompts", "0"), "--num-prompts: Input should be greater"),
+        (("tune", *MODEL, "--num-prompts", "many"), "valid integer"),
+        (("tune", *MODEL, "--devices", "gpu:0"), "--devices: 'gpu:0' is not a device"),
+        (("tune", *MODEL, "--objective", "speed"), "objectives: speed: speed is no metric"),
+        (("tune", *MODEL, "--constraint", "p99_ttft_ms<=5"), "p99_ttft_ms needs at least 100 prompts"),
+        (("tune", *MODEL, "--constraint", "fast"), "'fast' is no constraint"),
+        (("tune", *MODEL, "--max-stages", "3"), "needs as many devices"),
+        (("tune", *MODEL, "--dtype", "int3"), "--dtype: Input should be 'float32'"),
+        (("tune", *MODEL, "--study-name", "../x"), "no study name"),
+        (("tune", *MODEL, "--config", "none.yaml"), "none.yaml: cannot read the config"),
+        (("tune", *MODEL, "--resume"), "--resume: which study?"),
+        (("tune", *MODEL, "--resume", "-o", "none"), "none holds no study to resume"),
+        (("tune", *MODEL, "--prompts", "none.jsonl", "-o", "x"), "none.jsonl: cannot read the prompts"),
+        (("tune", *MODEL, "--no-such-flag"), "No such option"),
+        (("nonsense",), "No such command"),
+        (("report", "none"), "none holds no study"),
+        (("export", "none"), "none holds no study"),
+        (("bench", *MODEL), "which plan?"),
+        (("bench", *MODEL, "--layers", "1", "--plan", "p"), "not --plan and --layers"),
+        (("bench", *MODEL, "--plan", "p"), "p: cannot read the plan"),
+        (("bench", *MODEL, "--layers", "a,b"), "write a count of layers for each stage"),
+        (("bench", *MODEL, "--layers", "0,3"), "one layer at least"),
+        (("bench", *MODEL, "--layers", "3", "--save-outputs", "o"), "Give --prompts"),
+        (("bench", *MODEL, "--layers", "3", "-o", "."), "exists; name a new file"),
+        (("bench", *MODEL, "--device-map", "none.json"), "none.json: cannot read the device map"),
+    ],
+)
+def test_bad_input_exits_2_with_one_message_and_leaves_nothing(
+    args: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    result = pipetune(*args, cwd=tmp_path)
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert result.returncode == 2, said
+    assert message in said
+    assert "Traceback" not in said
+    assert result.stdout == ""
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".lock")] == []
+
+
+def test_a_misspelt_key_is_named_with_file_place_and_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("model: {name: m}\nworkload:\n  num_promts: 3\n", encoding="utf-8")
+    result = pipetune("tune", "-c", "t.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "pipetune: t.yaml:3: unknown key 'workload.num_promts'; did you mean num_prompts?\n"
+
+
+def test_malformed_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("model: {name: m\nseed: 3\n", encoding="utf-8")
+    result = pipetune("tune", "-c", "t.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("pipetune: t.yaml:2:5: malformed YAML")
+
+
+def test_the_config_is_shown_with_sources(tmp_path: Path) -> None:
+    result = pipetune("tune", *MODEL, "--show-config", "--seed", "5", PIPETUNE_INPUT_LEN="7")
+    assert result.returncode == 0
+    lines = {line.split(":")[0].strip(): line for line in result.stdout.splitlines()}
+    assert lines["input_len"].endswith("# PIPETUNE_INPUT_LEN")
+    assert lines["seed"].endswith("# --seed")
+    as_json = json.loads(pipetune("tune", *MODEL, "--show-config", "--json").stdout)
+    assert as_json["config"]["devices"] == ["cpu:0", "cpu:1"]
+    assert as_json["sources"]["devices"] == "--devices"
+
+
+def test_a_file_with_few_prompts_is_used_whole(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n', encoding="utf-8")
+    result = pipetune("tune", *MODEL, "--prompts", "p.jsonl", "--show-config", "--json", cwd=tmp_path)
+    assert json.loads(result.stdout)["config"]["workload"]["num_prompts"] == 2
+
+
+def test_a_folder_that_holds_another_study_is_left_alone(study: Path) -> None:
+    before = {path: path.read_bytes() for path in study.rglob("*.json")}
+    result = pipetune("tune", *MODEL, "-o", str(study))
+    assert result.returncode == 2
+    assert "holds a study already" in result.stderr
+    assert {path: path.read_bytes() for path in study.rglob("*.json")} == before
+
+
+def test_a_report_is_printed_and_written(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s")
+    result = pipetune("report", str(folder))
+    assert result.returncode == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for name in ("ranking.csv", "ranking.md", "report.html", "trace.json.gz", "best_plan.json", "best_device_map.json"):
+        assert (folder / name).stat().st_size > 0
+    assert read_plan(folder / "best_plan.json").devices == ("cpu:0", "cpu:1")
+
+
+def test_a_study_is_found_by_its_name(tmp_path: Path) -> None:
+    write_study(tmp_path / "results/mine")
+    assert pipetune("export", "mine", cwd=tmp_path).returncode == 0
+
+
+def test_json_is_one_document(study: Path) -> None:
+    document = json.loads(pipetune("report", str(study), "--json").stdout)
+    assert document["exit_code"] == 0
+    assert document["best"]["rank"] == 1
+    assert document["best"]["speedup_over_baseline"]["value"] > 1
+    assert document["baseline"]["batch_size"] == 32
+    assert len(document["failures"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("hf", '"lm_head": "cpu"'),
+        ("seed", "model.layers.0-"),
+        ("plan", '"micro_batch_size"'),
+        ("vllm", "VLLM_PP_"),
+        ("sglang", "SGLANG_PP_LAYER_PARTITION="),
+    ],
+)
+def test_every_form_is_exported(study: Path, form: str, expected: str, tmp_path: Path) -> None:
+    printed = pipetune("export", str(study), "--format", form)
+    assert printed.returncode == 0
+    assert expected in printed.stdout
+    path = tmp_path / "out"
+    assert pipetune("export", str(study), "--format", form, "-o", str(path)).returncode == 0
+    assert path.read_text(encoding="utf-8") == printed.stdout
+    assert pipetune("export", str(study), "--format", form, "-o", str(path)).returncode == 2
+
+
+def test_lines_for_engines_say_that_they_were_not_measured_there(study: Path) -> None:
+    assert pipetune("export", str(study), "-f", "vllm").stdout.startswith("# Not measured on vLLM")
+    assert pipetune("export", str(study), "-f", "sglang").stdout.startswith("# Not measured on SGLang")
+
+
+def test_export_knows_its_bounds(study: Path) -> None:
+    assert "is none of plan, hf" in pipetune("export", str(study), "-f", "xml").stderr
+    assert "ranked plans" in pipetune("export", str(study), "--rank", "99").stderr
+    named = pipetune("export", str(study), "--device-names", "cuda:4,cuda:5")
+    assert set(json.loads(named.stdout).values()) == {"cuda:4", "cuda:5"}
+    assert pipetune("export", str(study), "--device-names", "cuda:4").returncode == 2
+
+
+def test_without_a_feasible_plan_the_exit_code_is_3(tmp_path: Path) -> None:
+    records = [
+        make_record(index, "trial", make_plan(), make_failure(FailureKind.OUT_OF_MEMORY), trial_number=index)
+        for index in range(3)
+    ]
+    folder = write_study(tmp_path / "s", records)
+    result = pipetune("report", str(folder))
+    assert result.returncode == 3
+    assert "no plan ran: 3 of 3 failed with out_of_memory" in result.stderr
+    assert pipetune("export", str(folder)).returncode == 3
+
+
+def test_constraints_that_nothing_keeps_exit_3(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", constraints=["mean_ttft_ms<=1"])
+    result = pipetune("report", str(folder))
+    assert result.returncode == 3
+    assert "break a constraint, most often on mean_ttft_ms" in result.stderr
+
+
+def test_a_machine_that_failed_every_trial_exits_4(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", [make_record(0, "trial", make_plan(), make_failure(), trial_number=0)])
+    assert pipetune("report", str(folder)).returncode == 4
+
+
+def test_what_nobody_foresaw_exits_4_with_a_traceback_in_a_file(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("[bold]what[/bold] is this")
+
+    monkeypatch.setattr("tuner.conclusion.conclude", fail)
+    assert run(["report", str(study)]) == 4
+    said = capsys.readouterr().err
+    assert "RuntimeError: [bold]what[/bold] is this" in said
+    path = Path(said.rpartition(" in ")[2].strip().removesuffix("."))
+    assert "RuntimeError" in path.read_text(encoding="utf-8")
+    path.unlink()
+
+
+def test_a_reader_who_leaves_early_is_no_error(study: Path) -> None:
+    command = f"{sys.executable} -m tuner report {study} --json | head -c 10"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
