@@ -8,8 +8,13 @@ import traceback
 from bench.errors import UserError
 from bench.record import Failure, FailureKind
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.I)
-_WANTED = re.compile(r"(?:tried to allocate|you tried to allocate) ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.I)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory|CU\w+_STATUS_ALLOC_FAILED", re.I
+)
+_SIZE = r"([\d.]+) ?(bytes|KiB|MiB|GiB)"
+_WANTED = re.compile(rf"tried to allocate {_SIZE}", re.I)
+_FREE = re.compile(rf"of which {_SIZE} is free", re.I)
+_ALLOWED = re.compile(rf"{_SIZE} allowed;.*?allocated memory {_SIZE} is allocated", re.I | re.S)
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _LOST_PEER = re.compile(r"Connection (closed|reset)|peer|Broken pipe|gloo|NCCL", re.I)
 
@@ -55,6 +60,20 @@ def failure_of(error: BaseException, *, stage: int | None, device: str | None, p
         device=device,
         phase=phase,
         message=first_line if isinstance(error, UserError) else f"{where}, {phase}: {first_line}{knob}",
-        bytes_wanted=int(float(wanted[1]) * _UNITS[wanted[2].lower()]) if wanted else None,
+        bytes_wanted=_bytes(wanted[1], wanted[2]) if wanted else None,
+        bytes_had=_bytes_had(str(error)),
         detail="".join(traceback.format_exception(error))[-4000:],
     )
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit.lower()])
+
+
+def _bytes_had(text: str) -> int | None:
+    """What was left: free on the GPU, or under the process's own limit if that is less; the CPU does not say."""
+    free, allowed = _FREE.search(text), _ALLOWED.search(text)
+    left = [_bytes(free[1], free[2])] if free else []
+    if allowed:
+        left.append(max(0, _bytes(allowed[1], allowed[2]) - _bytes(allowed[3], allowed[4])))
+    return min(left, default=None)

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter
 
-from bench.errors import ConfigError, FleetError, ModelError
+from bench.errors import ConfigError, FleetError, ModelError, PlanError
 from bench.machine import available_devices
 from bench.memory import ModelShape
 from bench.record import Failure, FailureKind, Machine, Measurement, Outcome
@@ -37,6 +37,8 @@ START_TIMEOUT_S = 1800.0
 """A first start may download and convert a model."""
 STUCK_AFTER_S = 30.0
 """If every stage waits for another and no task ends for so long, messages were lost."""
+KILL_TIMEOUT_S = 60.0
+"""A killed worker that is not gone after so long is left to the kernel."""
 GRACE_S = 1.0
 """How long to wait, after a worker fell, for the one that fell first to say why."""
 
@@ -170,6 +172,7 @@ class Fleet:
 
         Later plans can be told apart from it; whether it was right itself cannot be told.
         """
+        self._check_stages(spec.plan)
         try:
             self._call(
                 "reference_from_plan",
@@ -196,7 +199,12 @@ class Fleet:
         )
 
     def measure(self, spec: RunSpec, effective: EffectivePlan) -> Measurement | Failure:
-        """Moves to the plan, checks its output, warms up and measures."""
+        """Moves to the plan, checks its output, warms up and measures.
+
+        Raises:
+            PlanError: the plan names a device more often than this fleet has workers on it.
+        """
+        self._check_stages(spec.plan)
         return self._outcome("measure", {"spec": _dump(spec), "effective": _dump(effective)}, spec.protocol.timeout_s)
 
     def generate(
@@ -217,8 +225,10 @@ class Fleet:
 
         Raises:
             ConfigError: prompts that cannot be used.
+            PlanError: the plan names a device more often than this fleet has workers on it.
             FleetError: the workers failed.
         """
+        self._check_stages(plan)
         if not prompts:
             raise ConfigError("prompts: there is none; give at least one")
         if max_new_tokens < 1:
@@ -284,7 +294,24 @@ class Fleet:
                 f"devices: {missing[0]} is not on this machine; there are {', '.join(there)} and any cpu:N"
             )
 
+    def _check_stages(self, plan: Plan) -> None:
+        named = [stage.device for stage in plan.stages]
+        for device in named:
+            if named.count(device) > self.devices.count(device):
+                raise PlanError(
+                    f"plan.stages: {device} holds {named.count(device)} stages, and the fleet has "
+                    f"{self.devices.count(device)} workers on it; its devices are {', '.join(self.devices)}"
+                )
+
     def _launch(self) -> None:
+        try:
+            self._start_workers()
+        except BaseException:
+            # Whatever it is, an interrupt among them: nobody else knows of these processes and this folder yet.
+            self._kill()
+            raise
+
+    def _start_workers(self) -> None:
         self._starts += 1
         self._folder = Path(tempfile.mkdtemp(prefix="pipetune-"))
         log_dir = self._log_dir or self._folder
@@ -307,6 +334,10 @@ class Fleet:
             "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
             "PYTHONUNBUFFERED": "1",
         }
+        if sum(device_kind(device) == "cuda" for device in self.devices) > 1:
+            # A kernel that is loaded at its first use waits for all that runs, and a posted NCCL receive runs until its
+            # message comes: two stages that wait so for each other wait for ever.
+            environment.setdefault("CUDA_MODULE_LOADING", "EAGER")
         for rank, device in enumerate(self.devices):
             log = log_dir / f"rank-{rank}.log"
             with log.open("ab") as output:
@@ -539,7 +570,9 @@ class Fleet:
             if worker.process.poll() is None:
                 worker.process.kill()
         for worker in self._workers:
-            worker.process.wait()
+            # A process that hangs in a GPU's driver cannot even be killed.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(KILL_TIMEOUT_S)
         if self._selector is not None:
             for key in list(self._selector.get_map().values()):
                 if isinstance(key.fileobj, socket.socket):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from bench.baseline import generate_once
-from bench.errors import StudyError
+from bench.errors import ModelError, StudyError
 from bench.record import OutputCheck
 from bench.runtime.generate import MicroBatchInputs, margins_of, sort_by_length
 
@@ -248,6 +248,15 @@ def make_reference(
 
 
 def spread_of(logits: torch.Tensor, others: Sequence[torch.Tensor], dtype: torch.dtype) -> float:
-    """Largest difference between passes of the same work; a few units in the last place if they agree bit for bit."""
+    """Largest difference between passes of the same work; a few units in the last place if they agree bit for bit.
+
+    Raises:
+        ModelError: there are no numbers to compare: the model overflows in this dtype.
+    """
+    if not all(bool(one.isfinite().all()) for one in (logits, *others)):
+        raise ModelError(
+            f"model.dtype: in {str(dtype).removeprefix('torch.')} the model's own logits are not finite, so that no "
+            "plan could be checked; choose bfloat16 or float32"
+        )
     seen = max((other - logits).abs().max().item() for other in others)
     return max(seen, 4 * torch.finfo(dtype).eps * logits.abs().max().item())

@@ -126,6 +126,12 @@ class Runner:
         """Frees the stage and its KV, before something else wants the memory."""
         self._loop = self.plan = self.index = None
         self.stage.release()
+        # The last plan's cap is not meant for what comes now.
+        self.device.set_memory_fraction(1.0)
+        self.free()
+
+    def free(self) -> None:
+        """Gives memory that nothing holds any more back to the device, where other workers may want it."""
         gc.collect()
         self.device.free_cached()
 
@@ -321,9 +327,10 @@ class Runner:
         sensors = sensors_for([self.device.name])
         before = sensors.state()
         self.device.synchronize()
-        reset_peak_rss()
         if self.device.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device.torch_device)
+        else:
+            reset_peak_rss()
         sensors.start()
         iterations, tokens = [], None
         for number in range(protocol.num_iters):
@@ -360,6 +367,8 @@ class Runner:
             failure = wrong_tokens(wrong[0], len(job.prompts), self.shape.dtype_bytes)
             if failure is not None:
                 return failure
+        # Stages that share a GPU saw the same sensors.
+        watchers = {self.devices[rank]: rank for rank in ranks}.values()
         memory = tuple(StageMemory.model_validate(rows[rank]["memory"]) for rank in ranks)
         over = over_cap(memory)
         if over is not None:
@@ -376,7 +385,7 @@ class Runner:
             iterations=tuple(iterations),
             memory=memory,
             check=check,
-            telemetry=merge_telemetry([Telemetry.model_validate(rows[rank]["telemetry"]) for rank in ranks]),
+            telemetry=merge_telemetry([Telemetry.model_validate(rows[rank]["telemetry"]) for rank in watchers]),
         )
 
     def _compare(
@@ -466,7 +475,8 @@ def measure_baseline(
         warmup.append(round(once().duration_s, 6))
     sensors = sensors_for(used)
     before = sensors.state()
-    reset_peak_rss()
+    if not gpus:
+        reset_peak_rss()
     for name in gpus:
         torch.cuda.reset_peak_memory_stats(device_index(name))
     sensors.start()

@@ -24,6 +24,7 @@ PR_SET_PDEATHSIG = 1
 HEARTBEAT_S = 0.5
 # Idle workers wait for commands in a collective, which must not time out over night.
 CONTROL_TIMEOUT_DAYS = 7
+STARTING = {"phase": "start", "activity": "idle", "tasks_done": 0, "stage": None}
 
 
 def die_with_driver(driver_pid: int) -> None:
@@ -57,7 +58,6 @@ class Worker:
         self.rank: int = args.rank
         self.devices: tuple[str, ...] = tuple(args.devices.split(","))
         self.status = Status()
-        link.beat(HEARTBEAT_S, self._state)
         device = DeviceContext(self.devices[self.rank], num_threads=cores_of(self.devices[self.rank], self.devices))
         timeout = dt.timedelta(days=CONTROL_TIMEOUT_DAYS)
         dist.init_process_group(
@@ -146,6 +146,8 @@ class Worker:
 
         prompts = self._load_prompts(workload)
         self.runner.release()
+        # Rank 0 is about to use the memory of all.
+        self.control.barrier()
         failure = None
         if self.rank == 0:
             self.status.phase = "reference"
@@ -176,7 +178,7 @@ class Worker:
         job = self.runner.job(
             run, EffectivePlan.model_validate(effective), self._load_prompts(spec["workload"]), self._pad_token_id()
         )
-        self._unsplit = None
+        self._drop_unsplit()
         self.runner.make_reference(
             job,
             run.plan,
@@ -200,6 +202,8 @@ class Worker:
 
         prompts = self._load_prompts(workload)
         self.runner.release()
+        # Rank 0 is about to use the memory of all.
+        self.control.barrier()
         result: dict[str, Any] = {}
         if self.rank == 0:
             outcome: list[Any] = []
@@ -232,7 +236,7 @@ class Worker:
 
         run = RunSpec.model_validate(spec)
         prompts = self._load_prompts(spec["workload"])
-        self._unsplit = None
+        self._drop_unsplit()
         outcome = self.runner.measure(
             run,
             EffectivePlan.model_validate(effective),
@@ -252,7 +256,7 @@ class Worker:
         rows = self._encode(prompts, max_new_tokens)
         if isinstance(rows, str):
             return {"error": rows}
-        self._unsplit = None
+        self._drop_unsplit()
         parsed = Plan.model_validate(plan)
         if parsed != self.runner.plan:
             self.runner.apply(parsed)
@@ -361,21 +365,29 @@ class Worker:
             self._unsplit = load_unsplit(self.resolved, gpus or (self.devices[0],))
         return self._unsplit
 
+    def _drop_unsplit(self) -> None:
+        """Frees the unsplit model, which may lie on every GPU, before any rank loads a stage."""
+        if self._unsplit is not None:
+            self._unsplit = None
+            self.runner.free()
+        self.control.barrier()
+
     def _unless_out_of_memory(self, work: Any) -> dict[str, Any] | None:
         """Runs something that may not fit; running out of memory is a result here, since the process lives on."""
         from bench.faults import failure_of, is_out_of_memory
 
         try:
             work()
+            return None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._unsplit = None
-            self.runner.release()
             failure = failure_of(error, stage=None, device=self.device.name, phase=self.status.phase)
-            dumped: dict[str, Any] = failure.model_dump(mode="json")
-            return dumped
-        return None
+        # Not before the exception is gone: its traceback holds what was allocated so far.
+        self._unsplit = None
+        self.runner.release()
+        dumped: dict[str, Any] = failure.model_dump(mode="json")
+        return dumped
 
     def _get_tokenizer(self) -> Any:
         """The model's tokenizer, or None where its folder has none."""
@@ -405,12 +417,13 @@ class Worker:
             ids = ids if given is None else given
         return frozenset([ids] if isinstance(ids, int) else ids or [])
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What the worker is doing, for its sign of life."""
         return {
             "phase": self.status.phase,
             "activity": self.status.activity,
             "tasks_done": self.status.tasks_done,
-            "stage": self.runner.index if hasattr(self, "runner") else None,
+            "stage": self.runner.index,
         }
 
     def _progress(self, phase: str, done: int, total: int) -> None:
@@ -447,7 +460,9 @@ def main() -> None:
     link = DriverLink(args.socket, args.rank)
     if args.rank != 0:
         link.end_with_driver()
-    worker = None
+    worker: Worker | None = None
+    # From now on silence counts, and what is imported next may take longer than a worker may be silent.
+    link.beat(HEARTBEAT_S, lambda: worker.state() if worker is not None else STARTING)
     try:
         limit_address_space(address_space_limit())
         worker = Worker(args, link)

@@ -247,6 +247,8 @@ class _Pass:
         for sender in (self.edges.hidden_out, *self.edges.tokens_out):
             if sender is not None:
                 sender.drain()
+        # Where the host ran ahead, the device still computes: to wait for it is not to wait for a message.
+        self.status.activity = "compute"
         timeline = self.timeline.resolve()
         self.status.activity = "idle"
         return PassResult(
@@ -294,6 +296,7 @@ class _Pass:
                 self.awaited[task.micro_batch].append(task)
         self.timeline.sent(time.monotonic() - sending)
         if tokens is not None:
+            self.status.activity = "compute"
             self.learn(task, tokens)
 
     def sample(self, task: Task, logits: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ from bench.spec import device_kind
 HIDDEN_TAG, TOKENS_TAG = 1, 2
 # One buffer computes while the next one fills.
 HIDDEN_DEPTH = 2
+# NCCL 2.30 and later let ranks share a GPU if told so: the way to run this path on a machine with a single one.
+NCCL_SHARES_GPUS = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +55,7 @@ class Links:
         kinds = {device_kind(self._devices[source]), device_kind(self._devices[destination])}
         if kinds == {"cpu"}:
             return "gloo"
-        if kinds == {"cuda"} and self._devices[source] != self._devices[destination]:
+        if kinds == {"cuda"} and (self._devices[source] != self._devices[destination] or NCCL_SHARES_GPUS):
             return "nccl"
         return "gloo+staging"
 

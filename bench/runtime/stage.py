@@ -96,11 +96,6 @@ def _returned_tuple_length(model: Any, layers: nn.ModuleList) -> int:
     raise AssertionError(f"{type(model).__name__} never called its first layer")
 
 
-def _hidden_size(model: Any) -> int:
-    embedding = model.get_input_embeddings()
-    return int(embedding.weight.shape[-1])
-
-
 class Stage:
     """The part of a model between two cuts, on one device, changed in place when the plan changes."""
 
@@ -110,6 +105,9 @@ class Stage:
         self.dtype = TORCH_DTYPES[resolved.spec.dtype]
         skeleton = build_on_meta(resolved)
         self._class, self.config = type(skeleton), skeleton.config
+        # Not always the width between the layers: some families project in between.
+        embedding: Any = skeleton.get_input_embeddings()
+        self._embedding_size = int(embedding.weight.shape[-1])
         self.own_layers = range(0)
         self.is_first = False
         self.is_last = False
@@ -150,6 +148,9 @@ class Stage:
         load_embedding = need_embedding and not have_embedding
         load_head = is_last and not have_head
         self._remove_hooks()
+        if self._model is not None:
+            # First of all: what was held and what comes may not fit the device together.
+            self._drop(set(self.own_layers) - set(wanted), embedding=not need_embedding, head=not is_last)
         if missing or load_embedding or load_head:
             # The head of a tied model needs its embedding beside it while it is loaded.
             with_embedding = load_embedding or (load_head and self._is_tied())
@@ -158,7 +159,6 @@ class Stage:
                 self._model = donor
             else:
                 self._graft(donor, missing, embedding=with_embedding, head=load_head)
-        self._drop(set(self.own_layers) - set(wanted), embedding=not need_embedding, head=not is_last)
         self.own_layers, self.is_first, self.is_last = wanted, is_first, is_last
         self._add_hooks()
         self.loaded_layers = missing
@@ -243,7 +243,7 @@ class Stage:
                 if index not in keep:
                     layers[index] = SkipLayer(layer, stage._returns_tuple_of)
             if not embedding:
-                model.set_input_embeddings(StubEmbedding(_hidden_size(model), stage.dtype))
+                model.set_input_embeddings(StubEmbedding(stage._embedding_size, stage.dtype))
             if not head:
                 model.set_output_embeddings(nn.Identity())
             if not (embedding and head):
@@ -309,7 +309,7 @@ class Stage:
         for index in layers:
             own[index] = SkipLayer(own[index], self._returns_tuple_of)
         if embedding and not isinstance(self.model.get_input_embeddings(), StubEmbedding):
-            stub = StubEmbedding(self.hidden_size, self.dtype).to(self.device)
+            stub = StubEmbedding(self._embedding_size, self.dtype).to(self.device)
             self.model.set_input_embeddings(stub)
         if head and not isinstance(self.model.get_output_embeddings(), nn.Identity):
             self.model.set_output_embeddings(nn.Identity())
@@ -334,28 +334,31 @@ class Stage:
         return args, {**kwargs, "hidden_states": self._received}
 
     def _extract(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        raise _StageDone(output[0] if isinstance(output, tuple) else output)
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        # The next stage's buffers have this dtype; NCCL would hang or tear on another.
+        assert hidden_states.dtype == self.dtype, f"{self._class.__name__} hands on {hidden_states.dtype}"
+        raise _StageDone(hidden_states)
 
 
 def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
     """The whole model as transformers itself builds it: the truth that every plan is compared with.
 
     Args:
-        devices: one device, or several GPUs over which `device_map="auto"` spreads the layers.
+        devices: one device, or several GPUs over which the layers are spread as `device_map="auto"` does.
+
+    Raises:
+        MemoryError: it does not fit on these GPUs.
     """
     spec = resolved.spec
     kind = device_kind(devices[0])
-    limits = {device_index(name): torch.cuda.mem_get_info(device_index(name))[0] for name in devices if kind == "cuda"}
+    skeleton: Any = build_on_meta(resolved)
+    spread = spread_over(skeleton, devices) if len(devices) > 1 else None
     if spec.load_format == "dummy":
-        model: Any = build_on_meta(resolved)
-        init_dummy_weights(model, spec.seed)
-        if len(devices) == 1:
-            return model.to(torch.device(devices[0]) if kind == "cuda" else torch.device("cpu")).eval()
-        whole = model._no_split_modules
-        balanced = get_balanced_memory(model, max_memory=limits, no_split_module_classes=whole)
-        device_map = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
-        return dispatch_model(model, device_map).eval()
-    placement: Any = "auto" if len(devices) > 1 else {"": devices[0]} if kind == "cuda" else None
+        init_dummy_weights(skeleton, spec.seed)
+        if spread is None:
+            return skeleton.to(torch.device(devices[0]) if kind == "cuda" else torch.device("cpu")).eval()
+        return dispatch_model(skeleton, spread, skip_keys=skeleton._skip_keys_device_placement).eval()
+    placement: Any = spread or ({"": devices[0]} if kind == "cuda" else None)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         resolved.folder,
         dtype=TORCH_DTYPES[spec.dtype],
@@ -363,9 +366,24 @@ def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
         use_safetensors=True,
         trust_remote_code=spec.trust_remote_code,
         device_map=placement,
-        max_memory=limits if len(devices) > 1 else None,
     )
     return loaded.eval()
+
+
+def spread_over(model: Any, gpus: Sequence[str]) -> dict[str, int]:
+    """The map that `device_map="auto"` makes over these GPUs alone, with a tenth of what is free left for the KV cache.
+
+    Raises:
+        MemoryError: part of the model would end on the host or on disk.
+    """
+    limits = {device_index(name): int(0.9 * torch.cuda.mem_get_info(device_index(name))[0]) for name in gpus}
+    whole = model._no_split_modules
+    balanced = get_balanced_memory(model, max_memory=dict(limits), no_split_module_classes=whole)
+    device_map: dict[str, Any] = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
+    if not set(device_map.values()) <= set(limits):
+        free = sum(limits.values()) / 2**30
+        raise MemoryError(f"not enough memory: the unsplit model does not fit into {free:.1f} GiB of {', '.join(gpus)}")
+    return device_map
 
 
 def _quiet_transformers() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.errors import ConfigError, ModelError
+from bench.errors import ConfigError, ModelError, PlanError
 from bench.launch import Fleet, Progress
 from bench.memory import resolve
 from bench.record import Failure, FailureKind, Measurement
@@ -276,3 +276,28 @@ def test_progress_is_told(folder: Path) -> None:
     with Fleet.start(ModelSpec(name=str(folder)), DEVICES, on_progress=told.append) as started:
         run(started, (3, 3), 2)
     assert {"start", "warmup", "measure"} <= {progress.phase for progress in told}
+
+
+def test_an_interrupted_start_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Fleet] = []
+    pids: list[int] = []
+
+    def interrupt(self: Fleet, *args: object) -> None:
+        started.append(self)
+        pids.extend(self.worker_pids)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fleet, "_await", interrupt)
+    monkeypatch.setenv("TMPDIR", str(folder.parent))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(KeyboardInterrupt):
+        Fleet.start(ModelSpec(name=str(folder)), DEVICES)
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not list(folder.parent.glob("pipetune-*"))
+
+
+def test_a_plan_with_more_stages_on_a_device_than_workers_is_refused(fleet: Fleet) -> None:
+    plan = Plan.from_layer_counts((3, 3), ("cuda:0", "cuda:0"), 2)
+    with pytest.raises(PlanError, match="cuda:0 holds 2 stages"):
+        fleet.generate(plan, [[3, 4]], max_new_tokens=2)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.launch import Fleet
 from bench.spec import ModelSpec, Plan
+from tests.hooks import break_workers
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 
 DEVICES = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
@@ -47,6 +48,55 @@ def test_every_plan_gives_the_unsplit_models_tokens(family: str, tmp_path: Path)
             assert [list(result.token_ids) for result in results] == expected_until_eos, plan.describe()
             assert all(len(result.token_times_s) == len(result.token_ids) for result in results)
             assert all(list(result.token_times_s) == sorted(result.token_times_s) for result in results)
+
+
+# The edges that only GPUs use, over what a CPU has: the order of groups and messages is theirs.
+NCCL_BY_GLOO = """
+    import types
+    real = module.dist
+    module.dist = types.SimpleNamespace(
+        isend=real.isend,
+        irecv=real.irecv,
+        ProcessGroup=real.ProcessGroup,
+        new_group=lambda ranks, backend, timeout: real.new_group(ranks, backend="gloo", timeout=timeout),
+    )
+    module.Links.transport = lambda self, source, destination: "nccl"
+    module.torch.cuda.synchronize = lambda device: None
+"""
+STAGED_BY_GLOO = """
+    from unittest import mock
+    from bench.runtime import transport
+    module.torch.cuda.Event = mock.Mock
+    init = transport._Ring.__init__
+    transport._Ring.__init__ = lambda self, *args, pin=False: init(self, *args)
+    def receiver(self, source, messages):
+        return transport.StagedReceiver(source, messages.tag, depth=messages.depth, numel=messages.numel,
+                                        dtype=messages.dtype, device=self._device)
+    def sender(self, destination, messages):
+        return transport.StagedSender(destination, messages.tag, depth=messages.depth, numel=messages.numel,
+                                      dtype=messages.dtype)
+    module.Links._receiver, module.Links._sender = receiver, sender
+"""
+
+
+@pytest.mark.parametrize("body", [NCCL_BY_GLOO, STAGED_BY_GLOO], ids=["nccl", "staged"])
+def test_the_edges_of_gpus_carry_the_same_tokens(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny_model(tmp_path / "llama", "llama")
+    prompts = tiny_prompts(9)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    expected = unsplit_tokens(model, prompts, output_len=OUTPUT_LEN)
+    eos = expected[0][2]
+    until_eos = unsplit_tokens(model, prompts, output_len=OUTPUT_LEN, eos_token_id=eos)
+    set_eos(folder, eos)
+    break_workers(tmp_path / "hook", monkeypatch, target="bench.runtime.links", body=body)
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
+        for counts, size, prefill, in_flight in PLANS[1:]:
+            plan = Plan.from_layer_counts(counts, DEVICES, size, prefill_micro_batch_size=prefill)
+            for ignore_eos, wanted in ((True, expected), (False, until_eos)):
+                results = fleet.generate(
+                    plan, prompts, max_new_tokens=OUTPUT_LEN, in_flight=in_flight, ignore_eos=ignore_eos
+                )
+                assert [list(result.token_ids) for result in results] == wanted, plan.describe()
 
 
 def set_eos(folder: Path, eos: int) -> None:

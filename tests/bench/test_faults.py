@@ -1,0 +1,31 @@
+"""What an exception in a worker is called, and what is read from its words."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.faults import failure_of
+from bench.record import FailureKind
+
+GIB, MIB = 2**30, 2**20
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.81 GiB of which {free} is "
+    "free. Including non-PyTorch memory, this process has 9.50 GiB memory in use. {allowed}Of the allocated memory "
+    "8.75 GiB is allocated by PyTorch, and 256.00 MiB is reserved by PyTorch but unallocated."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "had"),
+    [
+        (CUDA.format(free="12.00 MiB", allowed=""), 20 * MIB, 12 * MIB),
+        (CUDA.format(free="130.00 GiB", allowed="9.00 GiB allowed; "), 20 * MIB, GIB // 4),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.", 4096, None),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", None, None),
+    ],
+)
+def test_out_of_memory_tells_the_bytes_wanted_and_had(text: str, wanted: int | None, had: int | None) -> None:
+    failure = failure_of(RuntimeError(text), stage=1, device="cuda:1", phase="load")
+    assert failure.kind is FailureKind.OUT_OF_MEMORY
+    assert (failure.bytes_wanted, failure.bytes_had) == (wanted, had)
+    assert failure.message.startswith("stage 1 on cuda:1, load: ")
