@@ -25,12 +25,13 @@ from typing import Any, Self
 from pydantic import TypeAdapter
 
 from bench.errors import ConfigError, FleetError, ModelError, PlanError
-from bench.machine import available_devices
+from bench.faults import KNOBS
+from bench.machine import available_devices, device_bytes
 from bench.memory import ModelShape
 from bench.record import Failure, FailureKind, Machine, Measurement, Outcome
 from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Value, Workload, device_kind
 
-__all__ = ["Fleet", "GenerationResult", "Progress", "available_devices"]
+__all__ = ["Fleet", "GenerationResult", "Progress", "available_devices", "device_bytes"]
 
 _OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Outcome)
 START_TIMEOUT_S = 1800.0
@@ -39,6 +40,7 @@ STUCK_AFTER_S = 30.0
 """If every stage waits for another and no task ends for so long, messages were lost."""
 KILL_TIMEOUT_S = 60.0
 """A killed worker that is not gone after so long is left to the kernel."""
+FOLDER_PREFIX = "pipetune-"
 GRACE_S = 1.0
 """How long to wait, after a worker fell, for the one that fell first to say why."""
 
@@ -113,7 +115,7 @@ class Fleet:
         self._next_id = 0
         self._answers: dict[int, Any] = {}
         self._reference: Path | None = None
-        self._starts = 0
+        self._oom_kills_before = 0
 
     @classmethod
     def start(
@@ -142,17 +144,21 @@ class Fleet:
         fleet._launch()
         return fleet
 
-    def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
-        """Length of every prompt in tokens.
+    def prompts(self, workload: Workload) -> tuple[tuple[int, ...], ...]:
+        """Token ids of every prompt, in the order given.
 
         Raises:
             ConfigError: prompts that cannot be used.
             FleetError: the workers failed.
         """
-        answer = self._call("prompt_lens", {"workload": _dump(workload)})
+        answer = self._call("prompts", {"workload": _dump(workload)})
         if "error" in answer:
             raise ConfigError(answer["error"])
-        return tuple(answer["lens"])
+        return tuple(tuple(prompt) for prompt in answer["prompts"])
+
+    def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
+        """Length of every prompt in tokens; raises as `prompts` does."""
+        return tuple(len(prompt) for prompt in self.prompts(workload))
 
     def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
         """Asks the unsplit model for the truth that plans are checked against, and keeps it in a file."""
@@ -312,8 +318,9 @@ class Fleet:
             raise
 
     def _start_workers(self) -> None:
-        self._starts += 1
-        self._folder = Path(tempfile.mkdtemp(prefix="pipetune-"))
+        self._oom_kills_before = _oom_kills()
+        _sweep_leftovers()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
         log_dir = self._log_dir or self._folder
         log_dir.mkdir(parents=True, exist_ok=True)
         path = self._folder / "driver.sock"
@@ -517,14 +524,19 @@ class Fleet:
     def _died(self, worker: _Worker, code: int) -> Failure:
         stage, phase = worker.state["stage"], worker.state["phase"]
         where = f"stage {stage} on {worker.device}" if stage is not None else f"worker on {worker.device}"
+        kind = FailureKind.WORKER_DIED
         if code < 0:
             name = signal.Signals(-code).name
-            by = f"was killed by {name}"
-            hint = "look for the kernel's out-of-memory killer in dmesg" if name == "SIGKILL" else "see its log"
+            by, hint = f"was killed by {name}", "see its log"
+            if name == "SIGKILL" and _oom_kills() > self._oom_kills_before:
+                kind = FailureKind.OUT_OF_MEMORY
+                hint = "the host ran out of memory, as the kernel's log says; " + KNOBS[FailureKind.OUT_OF_MEMORY]
+            elif name == "SIGKILL":
+                hint = "somebody killed it: the kernel has not killed anyone for memory meanwhile"
         else:
             by, hint = f"exited with code {code}", "see its log"
         return Failure(
-            kind=FailureKind.WORKER_DIED,
+            kind=kind,
             stage=stage,
             device=worker.device,
             phase=phase,
@@ -583,6 +595,24 @@ class Fleet:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+def _sweep_leftovers() -> None:
+    """Removes the folders of drivers that were killed: they could not do it themselves."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}[0-9]*-*"):
+        pid = int(folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0])
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed a process for memory since it booted; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _dump(value: Value) -> dict[str, Any]:

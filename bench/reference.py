@@ -11,14 +11,16 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from bench.baseline import generate_once
+from bench.baseline import BaselinePass, generate_once
 from bench.errors import ModelError, StudyError
+from bench.faults import is_out_of_memory
 from bench.record import OutputCheck
 from bench.runtime.generate import MicroBatchInputs, margins_of, sort_by_length
 
@@ -113,7 +115,6 @@ def forced_logits(
     batch_size: int,
     pad_token_id: int,
     cached: bool,
-    accepts_positions: bool,
 ) -> torch.Tensor:
     """Logits of the unsplit model when `tokens` `[n, t]` are fed after the prompts.
 
@@ -124,6 +125,7 @@ def forced_logits(
         `[n, t, V]` fp32 on the host, in the order given.
     """
     device = next(model.parameters()).device
+    accepted = inspect.signature(model.forward).parameters
     steps = tokens.shape[1]
     order = sort_by_length(prompts)
     rows: dict[int, torch.Tensor] = {}
@@ -139,7 +141,12 @@ def forced_logits(
             pieces = [(0, length), *((length + step, length + step + 1) for step in range(steps - 1))]
         cache, parts = None, []
         for first, end in pieces:
-            kwargs = {"position_ids": inputs.positions[:, first:end]} if accepts_positions else {}
+            kwargs: dict[str, Any] = {}
+            if "position_ids" in accepted:
+                kwargs["position_ids"] = inputs.positions[:, first:end]
+            if "logits_to_keep" in accepted:
+                # Over the whole prompt they would take more memory than the model.
+                kwargs["logits_to_keep"] = 1 if cached else steps
             output = model(
                 input_ids=inputs.ids[:, first:end],
                 attention_mask=inputs.mask[:, :end],
@@ -148,7 +155,7 @@ def forced_logits(
                 **kwargs,
             )
             cache = output.past_key_values if cached else None
-            parts.append(output.logits[:, -1:] if cached else output.logits[:, length - 1 :])
+            parts.append(output.logits[:, -1:] if cached else output.logits[:, -steps:])
         logits = torch.cat(parts, dim=1).float().cpu()
         for place, index in enumerate(chosen):
             rows[index] = logits[place]
@@ -205,9 +212,8 @@ def make_reference(
     workload_digest: str,
 ) -> Reference:
     """Asks the unsplit model for its greedy tokens, their margins, the logits of a few prompts, and its spread."""
-    own = generate_once(model, prompts, output_len=output_len, batch_size=len(prompts), pad_token_id=pad_token_id)
+    own = _greedy(model, prompts, output_len=output_len, pad_token_id=pad_token_id)
     tokens = torch.tensor([own.tokens[index] for index in range(len(prompts))], dtype=torch.long)
-    accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def ask(chosen: Sequence[int], steps: int, batch_size: int, *, cached: bool) -> torch.Tensor:
         return forced_logits(
@@ -217,7 +223,6 @@ def make_reference(
             batch_size=batch_size,
             pad_token_id=pad_token_id,
             cached=cached,
-            accepts_positions=accepts_positions,
         )
 
     with torch.inference_mode():
@@ -245,6 +250,21 @@ def make_reference(
         logits=logits,
         spread=spread_of(logits, others, model.dtype),
     )
+
+
+def _greedy(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, output_len: int, pad_token_id: int
+) -> BaselinePass:
+    """Greedy tokens at the largest batch that fits: all prompts, a half, a quarter …"""
+    size = len(prompts)
+    while True:
+        try:
+            return generate_once(model, prompts, output_len=output_len, batch_size=size, pad_token_id=pad_token_id)
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        # Behind the except: its traceback holds what was allocated.
+        size = (size + 1) // 2
 
 
 def spread_of(logits: torch.Tensor, others: Sequence[torch.Tensor], dtype: torch.dtype) -> float:

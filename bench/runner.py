@@ -22,6 +22,7 @@ from bench.control import ControlGroup
 from bench.memory import ModelShape, stage_bytes
 from bench.models.resolve import ResolvedModel
 from bench.record import (
+    SHARED_DEVICE_NOTE,
     Failure,
     FailureKind,
     Iteration,
@@ -38,10 +39,20 @@ from bench.runtime.generate import Edges, Job, PassResult, StageLoop, Status, so
 from bench.runtime.links import Links
 from bench.runtime.stage import Stage
 from bench.schedule import micro_batch_sizes
-from bench.spec import EffectivePlan, Plan, Protocol, RunSpec, device_index, device_kind
+from bench.spec import (
+    EffectivePlan,
+    ModelSpec,
+    Plan,
+    Protocol,
+    RunSpec,
+    Workload,
+    device_index,
+    device_kind,
+)
 from bench.telemetry import peak_rss_bytes, read_telemetry, reset_peak_rss, sensors_for
 
 BYTES_PER_MIB = 2**20
+PEAK_NOT_RESET_NOTE = "peak memory is that of the process so far, not of this run: the kernel does not let it be reset"
 
 
 class Runner:
@@ -109,7 +120,7 @@ class Runner:
             self.stage.release()
         else:
             own = plan.stages[self.index]
-            self.device.set_memory_fraction(own.memory_fraction / self.devices.count(own.device))
+            self.device.cap_memory(int(own.memory_fraction * self._device_bytes))
             loaded = self.stage.assign(
                 own.first_layer,
                 own.end_layer,
@@ -127,7 +138,7 @@ class Runner:
         self._loop = self.plan = self.index = None
         self.stage.release()
         # The last plan's cap is not meant for what comes now.
-        self.device.set_memory_fraction(1.0)
+        self.device.cap_memory(None)
         self.free()
 
     def free(self) -> None:
@@ -206,7 +217,7 @@ class Runner:
         reference = None
         check: OutputCheck | None = None
         if reference_path is not None:
-            digest = reference_digest(spec.model.digest(), spec.workload.digest())
+            digest = reference_digest(spec.model, spec.workload)
             reference = Reference.load(Path(reference_path), digest)
             if protocol.check_outputs:
                 self.status.phase = "check"
@@ -230,7 +241,9 @@ class Runner:
             notes.append(f"never steady: passes of the same work differ by more than {protocol.steady_tolerance:.0%}")
         shared = {d for d in self.devices if device_kind(d) == "cuda" and self.devices.count(d) > 1}
         if shared & {stage.device for stage in plan.stages} and len(plan.stages) > 1:
-            notes.append("shared_device: stages share a GPU, which proves correctness and never speed; not ranked")
+            notes.append(
+                f"{SHARED_DEVICE_NOTE}: stages share a GPU, which proves correctness and never speed; not ranked"
+            )
         return outcome.model_copy(
             update={
                 "load_s": round(load_s, 4),
@@ -326,11 +339,12 @@ class Runner:
     ) -> Measurement | Failure | None:
         sensors = sensors_for([self.device.name])
         before = sensors.state()
+        peak_was_reset = True
         self.device.synchronize()
         if self.device.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device.torch_device)
         else:
-            reset_peak_rss()
+            peak_was_reset = reset_peak_rss()
         sensors.start()
         iterations, tokens = [], None
         for number in range(protocol.num_iters):
@@ -351,7 +365,7 @@ class Runner:
             if self.rank == 0:
                 iterations.append(self._iteration(plan, rows, duration_s))
         telemetry = read_telemetry(sensors, before)
-        mine = {"telemetry": telemetry.model_dump(mode="json"), "tokens": tokens}
+        mine = {"telemetry": telemetry.model_dump(mode="json"), "tokens": tokens, "peak_was_reset": peak_was_reset}
         if self.index is not None:
             mine["memory"] = self._memory(job, plan).model_dump(mode="json")
         rows = self.control.gather(mine)
@@ -385,6 +399,7 @@ class Runner:
             iterations=tuple(iterations),
             memory=memory,
             check=check,
+            notes=() if all(rows[rank]["peak_was_reset"] for rank in ranks) else (PEAK_NOT_RESET_NOTE,),
             telemetry=merge_telemetry([Telemetry.model_validate(rows[rank]["telemetry"]) for rank in watchers]),
         )
 
@@ -524,9 +539,11 @@ def measure_baseline(
     )
 
 
-def reference_digest(model_digest: str, workload_digest: str) -> str:
-    """What ties a reference to its model and workload."""
-    return f"{model_digest}-{workload_digest}"
+def reference_digest(model: ModelSpec, workload: Workload) -> str:
+    """What ties a reference to its model and workload; a prompts file counts by its content, wherever it lies."""
+    if workload.prompts_sha256 is not None:
+        workload = workload.model_copy(update={"prompts_file": None})
+    return f"{model.digest()}-{workload.digest()}"
 
 
 def is_steady(durations: Sequence[float], tolerance: float) -> bool:

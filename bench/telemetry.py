@@ -83,13 +83,17 @@ class _Together:
         return merged
 
 
-def reset_peak_rss() -> None:
+def reset_peak_rss() -> bool:
     """Makes `peak_rss_bytes` start anew from what is resident now; it never falls by itself.
 
-    Raises:
-        OSError: the kernel was built without it.
+    Returns:
+        False where the kernel was built without it, or a container forbids it.
     """
-    Path("/proc/self/clear_refs").write_text("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def peak_rss_bytes() -> int:

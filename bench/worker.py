@@ -85,7 +85,11 @@ class Worker:
         plain["spec"], plain["folder"] = ModelSpec.model_validate(plain["spec"]), Path(plain["folder"])
         self.resolved = ResolvedModel(**plain)
         self.shape = ModelShape.model_validate(found["shape"])
-        self.device_bytes = device_bytes(self.devices)
+        nominal = device_bytes(self.devices)
+        self.control.barrier()
+        name = self.devices[self.rank]
+        available = device.available_bytes(nominal[name], self.devices.count(name))
+        self.device_bytes: dict[str, int] = dict(zip(self.devices, self.control.gather(available), strict=True))
         self._torch = torch
         self.runner = Runner(
             resolved=self.resolved,
@@ -131,10 +135,10 @@ class Worker:
             "device_bytes": self.device_bytes,
         }
 
-    def do_prompt_lens(self, workload: dict[str, Any]) -> dict[str, Any]:
-        """Lengths of the prompts in tokens."""
+    def do_prompts(self, workload: dict[str, Any]) -> dict[str, Any]:
+        """Token ids of the prompts."""
         try:
-            return {"lens": [len(prompt) for prompt in self._load_prompts(workload)]}
+            return {"prompts": self._load_prompts(workload)}
         except _UserFault as fault:
             return {"error": str(fault)}
 
@@ -161,7 +165,7 @@ class Worker:
                     check_prompts=limits.check_prompts,
                     check_tokens=limits.check_tokens,
                     pad_token_id=self._pad_token_id(),
-                    workload_digest=reference_digest(self.resolved.spec.digest(), spec.digest()),
+                    workload_digest=reference_digest(self.resolved.spec, spec),
                 ).save(Path(path))
 
             self._progress("reference", 0, 1)
@@ -183,7 +187,7 @@ class Worker:
             job,
             run.plan,
             Path(path),
-            reference_digest(run.model.digest(), run.workload.digest()),
+            reference_digest(run.model, run.workload),
             check_prompts=run.protocol.check_prompts,
             check_tokens=run.protocol.check_tokens,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -200,4 +201,6 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
         return f"{metric} needs protocol.instrument: true"
     if not gpu and metric in metric_names(workload.num_prompts, workload.output_len, gpu=True):
         return f"{metric} is only measured on GPUs, and the devices are {', '.join(config.concrete_devices)}"
-    return f"{metric} is no metric of this workload; there are: {', '.join(sorted(known))}"
+    near = difflib.get_close_matches(metric, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(known))}"
+    return f"{metric} is no metric of this workload; {hint}"

@@ -63,8 +63,6 @@ class Bench:
 
         for path in (self.output, self.save_outputs):
             refuse_existing(path)
-        if self.save_outputs is not None and self.config.workload.prompts_file is None:
-            raise ConfigError("--save-outputs: what shall be generated? Give --prompts FILE.jsonl")
         with reporter:
             reporter.begin(f"starting {len(self.config.concrete_devices)} workers")
             with Fleet.start(
@@ -224,8 +222,9 @@ class _Session:
 
     def _save_outputs(self, effective: EffectivePlan, path: Path) -> None:
         workload = self.job.config.workload
-        assert workload.prompts_file is not None
-        prompts = _read_prompts(Path(workload.prompts_file), workload.num_prompts)
+        prompts: Sequence[str | Sequence[int]] = self.fleet.prompts(workload)
+        if workload.prompts_file is not None:
+            prompts = _read_prompts(Path(workload.prompts_file), workload.num_prompts)
         self.reporter.begin(f"generating for {len(prompts)} prompts")
         results = self.fleet.generate(
             effective.plan,
@@ -272,7 +271,7 @@ def _read_prompts(path: Path, count: int) -> list[str | list[int]]:
     return [line["prompt"] if "prompt" in line else line["prompt_token_ids"] for line in lines[:count]]
 
 
-def _output_line(prompt: str | list[int], row: GenerationResult) -> str:
+def _output_line(prompt: str | Sequence[int], row: GenerationResult) -> str:
     given: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {}
     values = {
         **given,

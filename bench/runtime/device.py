@@ -104,15 +104,25 @@ class DeviceContext:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch_device)
 
-    def set_memory_fraction(self, fraction: float, outside_bytes: int = 0) -> None:
-        """CUDA: makes the allocator refuse what lies above `fraction` of the device, less what it cannot see.
-
-        Args:
-            outside_bytes: context, NCCL and graphs, measured beforehand.
-        """
+    def cap_memory(self, limit_bytes: int | None) -> None:
+        """CUDA: makes this process's allocator refuse what lies above a limit; None lifts it."""
         if self.is_cuda:
             total = torch.cuda.get_device_properties(self.torch_device).total_memory
-            torch.cuda.set_per_process_memory_fraction(max(0.0, fraction - outside_bytes / total), self.torch_device)
+            share = 1.0 if limit_bytes is None else min(1.0, limit_bytes / total)
+            torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+
+    def available_bytes(self, nominal_bytes: int, workers: int) -> int:
+        """Memory that tensors of this worker may take: on a GPU, what contexts and others leave of it.
+
+        Args:
+            nominal_bytes: this worker's share of the device, and the answer for a CPU.
+            workers: on this device; each gets an even share.
+        """
+        if not self.is_cuda:
+            return nominal_bytes
+        torch.zeros(1, device=self.torch_device)
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return min(nominal_bytes, int(free + torch.cuda.memory_reserved(self.torch_device)) // workers)
 
     def free_cached(self) -> None:
         """Gives unused memory back, so that the next plan's peak is its own."""

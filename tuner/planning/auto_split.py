@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.errors import ModelError, PlanError
 from bench.memory import LayerShape, ModelShape
-from bench.spec import Plan, device_index, device_kind
+from bench.spec import Plan, device_kind
 from tuner.planning.cost import CostModel
 from tuner.planning.device_map import DeviceMap, seed_map
 from tuner.planning.partition import Partition, best_partitions
@@ -215,26 +215,13 @@ def _devices(
         kind = device_kind(available_devices()[0])
         devices = [f"{kind}:{index}" for index in range(count)]
     if device_bytes is None:
-        device_bytes = [_memory_bytes(device, count) for device in devices]
+        from bench.launch import device_bytes as bytes_of
+
+        try:
+            sizes = bytes_of(devices)
+        except ValueError as error:
+            raise PlanError(f"{error}; give device_bytes to split for other machines") from None
+        device_bytes = [sizes[device] for device in devices]
     if len(devices) < count or len(device_bytes) < count:
         raise PlanError(f"num_devices={count}: as many devices and sizes are needed, not {len(devices)}")
     return tuple(devices[:count]), tuple(device_bytes[:count])
-
-
-def _memory_bytes(device: str, num_devices: int) -> int:
-    """All of a GPU's memory; of the host's, an even share."""
-    if device_kind(device) == "cpu":
-        import psutil
-
-        return int(psutil.virtual_memory().total) // num_devices
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(device_index(device))
-            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        raise PlanError(f"{device} is not on this machine ({error}); give device_bytes to split for others") from None

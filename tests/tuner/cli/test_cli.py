@@ -81,7 +81,6 @@ def test_every_command_has_help_within_80_columns(command: str) -> None:
         (("bench", *MODEL, "--plan", "p"), "p: cannot read the plan"),
         (("bench", *MODEL, "--layers", "a,b"), "write a count of layers for each stage"),
         (("bench", *MODEL, "--layers", "0,3"), "one layer at least"),
-        (("bench", *MODEL, "--layers", "3", "--save-outputs", "o"), "Give --prompts"),
         (("bench", *MODEL, "--layers", "3", "-o", "."), "exists; name a new file"),
         (("bench", *MODEL, "--device-map", "none.json"), "none.json: cannot read the device map"),
     ],
