@@ -482,6 +482,9 @@ class Fleet:
         elif kind == "beat":
             worker.state.update({name: message[name] for name in worker.state})
         elif kind == "progress":
+            # All ranks take the same steps, and signs of life come seldom: a fault shall name the phase it fell into.
+            for other in self._workers:
+                other.state["phase"] = message["phase"]
             self._on_progress(
                 Progress(
                     phase=message["phase"],

@@ -127,7 +127,7 @@ def during_measurement(fleet: Fleet, act: Callable[[int], None]) -> Measurement 
 
     def strike() -> None:
         assert begun.wait(60)
-        time.sleep(0.05)
+        time.sleep(0.7)
         act(pids[1])
 
     thread = threading.Thread(target=strike)
