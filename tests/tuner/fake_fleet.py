@@ -42,6 +42,11 @@ class FakeFleet:
         path.write_bytes(b"reference")
         return None
 
+    def make_reference_from_plan(self, path: Path, spec: RunSpec, effective: EffectivePlan) -> Failure | None:
+        self._lab.calls.append(f"reference {effective.key}")
+        path.write_bytes(b"reference")
+        return None
+
     def use_reference(self, path: Path) -> None:
         assert path.exists()
         self._lab.calls.append("use_reference")

@@ -37,7 +37,7 @@ class Runs:
         self._start_fleet = start_fleet
         self._lost_in_a_row = 0
         self._fleet_has_reference = False
-        self._made_reference = False
+        self._plan_must_be_reference = False
 
     def open_fleet(self, stack: contextlib.ExitStack) -> Fleet:
         """Starts a fleet that ends with the stack."""
@@ -68,22 +68,29 @@ class Runs:
             return
         self._fleet_has_reference = True
         path = self.store.reference_path
-        # A reference is tied to the full path of the prompts, and a study may have been moved since.
-        if path.exists() and (self._made_reference or self.store.workload.prompts_file is None):
+        if path.exists():
             self.fleet.use_reference(path)
             return
         self.reporter.begin("reference: what the unsplit model says")
         with self.stop.interruptible():
             failure = self.fleet.make_reference(path, self.store.workload, self.store.config.protocol)
         if failure is None:
-            self._made_reference = True
             self.reporter.end("kept; every plan's output is compared with it")
         elif failure.kind in (FailureKind.UNSUPPORTED_MODEL, FailureKind.WRONG_OUTPUT):
             raise ModelError(failure.message)
         elif failure.kind == FailureKind.OUT_OF_MEMORY:
-            self.reporter.end(f"{failure.message}; outputs of plans go unchecked, and their records say so")
+            self._plan_must_be_reference = True
+            self.reporter.end(f"{failure.message}; the first plan that runs will be what the others are compared with")
         else:
             raise FleetError(failure)
+
+    def _refer_to(self, spec: RunSpec, effective: EffectivePlan) -> None:
+        """Makes a plan the reference where the unsplit model fits nowhere; a plan that fails leaves it to the next."""
+        self.reporter.begin(f"reference: {spec.plan.describe()} in place of the unsplit model")
+        with self.stop.interruptible():
+            failure = self.fleet.make_reference_from_plan(self.store.reference_path, spec, effective)
+        self._plan_must_be_reference = failure is not None
+        self.reporter.end("kept; every later plan's output is compared with it" if failure is None else failure.message)
 
     def spec(self, plan: Plan, protocol: Protocol | None = None) -> RunSpec:
         """The whole run of a plan."""
@@ -111,9 +118,11 @@ class Runs:
         Raises:
             Interrupted: see `run`.
         """
+        spec = self.spec(plan, protocol)
         if isinstance(resolved, EffectivePlan):
             self.ensure_reference()
-        spec = self.spec(plan, protocol)
+            if self._plan_must_be_reference:
+                self._refer_to(spec, resolved)
         effective = resolved if isinstance(resolved, EffectivePlan) else None
         return self.run(
             role,

@@ -216,15 +216,20 @@ def test_a_model_that_cannot_be_split_is_the_models_fault(tmp_path: Path, monkey
     assert load_records(tmp_path / "s") == ()
 
 
-def test_a_reference_that_does_not_fit_leaves_outputs_unchecked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_first_plan_that_runs_is_the_reference_where_the_model_fits_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.tuner.fake_fleet import FakeFleet
 
     monkeypatch.setattr(FakeFleet, "make_reference", lambda *args: failure(FailureKind.OUT_OF_MEMORY))
-    with StudyStore.create(tmp_path / "s", config(n_trials=1, finalists=0)) as store:
-        assert run_study(store, Lab().start, PlainReporter(Console()))
-    assert "outputs of plans go unchecked" in capsys.readouterr().out
+    lab = Lab()
+    with StudyStore.create(tmp_path / "s", config(n_trials=3, finalists=0)) as store:
+        assert run_study(store, lab.start, PlainReporter(Console()))
+        first = next(record for record in store.records if record.role == "single_stage")
+    assert first.effective is not None
+    asked = [call for call in lab.calls if call.startswith(("reference", "measure"))]
+    assert asked[:2] == [f"reference {first.effective.key}", f"measure {first.effective.key}"]
+    assert not any(call.startswith("reference") for call in asked[1:])
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 5, 8, 9, 12])
