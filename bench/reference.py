@@ -22,7 +22,8 @@ from bench.baseline import BaselinePass, generate_once
 from bench.errors import ModelError, StudyError
 from bench.faults import is_out_of_memory
 from bench.record import OutputCheck
-from bench.runtime.generate import MicroBatchInputs, margins_of, sort_by_length
+from bench.runtime.job import MicroBatchInputs, margins_of, sort_by_length
+from bench.spec import ModelSpec, Workload
 
 # Twice the spread seen: a handful of comparisons underestimates the largest difference that can occur.
 SPREAD_FACTOR = 2.0
@@ -280,3 +281,10 @@ def spread_of(logits: torch.Tensor, others: Sequence[torch.Tensor], dtype: torch
         )
     seen = max((other - logits).abs().max().item() for other in others)
     return max(seen, 4 * torch.finfo(dtype).eps * logits.abs().max().item())
+
+
+def reference_digest(model: ModelSpec, workload: Workload) -> str:
+    """What ties a reference to its model and workload; a prompts file counts by its content, wherever it lies."""
+    if workload.prompts_sha256 is not None:
+        workload = workload.model_copy(update={"prompts_file": None})
+    return f"{model.digest()}-{workload.digest()}"

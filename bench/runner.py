@@ -6,25 +6,21 @@ rank decides, so that all decide alike.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from bench.baseline import BaselinePass, generate_once
 from bench.control import ControlGroup
 from bench.memory import ModelShape, stage_bytes
 from bench.models.resolve import ResolvedModel
 from bench.record import (
     SHARED_DEVICE_NOTE,
     Failure,
-    FailureKind,
     Iteration,
     Measurement,
     OutputCheck,
@@ -33,25 +29,22 @@ from bench.record import (
     TaskShape,
     Telemetry,
 )
-from bench.reference import Reference, choose_checked, compare_logits, compare_tokens, spread_of
-from bench.runtime.device import DeviceContext
-from bench.runtime.generate import Edges, Job, PassResult, StageLoop, Status, sort_by_length
+from bench.reference import Reference, choose_checked, compare_logits, compare_tokens, reference_digest, spread_of
+from bench.runtime.device import DeviceContext, undisturbed
+from bench.runtime.generate import Edges, PassResult, StageLoop, Status
+from bench.runtime.job import Job
 from bench.runtime.links import Links
 from bench.runtime.stage import Stage
-from bench.schedule import micro_batch_sizes
 from bench.spec import (
     EffectivePlan,
-    ModelSpec,
     Plan,
     Protocol,
     RunSpec,
-    Workload,
-    device_index,
     device_kind,
 )
-from bench.telemetry import peak_rss_bytes, read_telemetry, reset_peak_rss, sensors_for
+from bench.telemetry import merge_telemetry, peak_rss_bytes, read_telemetry, reset_peak_rss, sensors_for
+from bench.verdicts import is_steady, over_cap, wrong_output, wrong_tokens
 
-BYTES_PER_MIB = 2**20
 PEAK_NOT_RESET_NOTE = "peak memory is that of the process so far, not of this run: the kernel does not let it be reset"
 
 
@@ -449,165 +442,3 @@ class Runner:
             baseline_bytes=self._baseline_bytes,
             cap_bytes=cap,
         )
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Collects garbage beforehand, so that no collection falls into the pass."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def measure_baseline(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    output_len: int,
-    protocol: Protocol,
-    batch_size: int,
-    pad_token_id: int,
-    devices: Sequence[str],
-    device_bytes: dict[str, int],
-    report: Callable[[str, int, int], None],
-) -> Measurement:
-    """Measures HF `generate` on the un-pipelined model: warm-up, then timed passes, as for a plan."""
-    gpus = tuple(dict.fromkeys(name for name in devices if device_kind(name) == "cuda"))
-    used = gpus or (devices[0],)
-
-    def once() -> BaselinePass:
-        with undisturbed():
-            return generate_once(
-                model, prompts, output_len=output_len, batch_size=batch_size, pad_token_id=pad_token_id
-            )
-
-    warmup = []
-    for number in range(protocol.num_iters_warmup):
-        report("baseline warmup", number, protocol.num_iters_warmup)
-        warmup.append(round(once().duration_s, 6))
-    sensors = sensors_for(used)
-    before = sensors.state()
-    if not gpus:
-        reset_peak_rss()
-    for name in gpus:
-        torch.cuda.reset_peak_memory_stats(device_index(name))
-    sensors.start()
-    passes = []
-    for number in range(protocol.num_iters):
-        report("baseline", number, protocol.num_iters)
-        passes.append(once())
-    telemetry = read_telemetry(sensors, before)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    memory = tuple(
-        StageMemory(
-            device=name,
-            weights_bytes=weights // len(used),
-            kv_bytes=0,
-            activation_bytes=0,
-            peak_bytes=torch.cuda.max_memory_allocated(device_index(name)) if gpus else peak_rss_bytes(),
-            peak_source="cuda_allocator" if gpus else "vm_hwm",
-            cap_bytes=device_bytes[name],
-        )
-        for name in used
-    )
-    sizes = micro_batch_sizes(len(prompts), batch_size)
-    durations = [one.duration_s for one in passes]
-    steady = is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, protocol.steady_tolerance)
-    return Measurement(
-        method="hf_generate",
-        batch_size=batch_size,
-        prompt_lens=tuple(len(prompt) for prompt in prompts),
-        order=sort_by_length(prompts),
-        output_len=output_len,
-        micro_batch_sizes=sizes,
-        tasks=tuple(
-            TaskShape(micro_batch=batch, step=step, first_row=0, end_row=size)
-            for batch, size in enumerate(sizes)
-            for step in range(output_len)
-        ),
-        iterations=tuple(
-            Iteration(duration_s=round(one.duration_s, 6), token_times_s=one.token_times_s, stages=()) for one in passes
-        ),
-        warmup_s=tuple(warmup),
-        steady=steady,
-        memory=memory,
-        telemetry=telemetry,
-        transport="device_map" if len(gpus) > 1 else "local",
-    )
-
-
-def reference_digest(model: ModelSpec, workload: Workload) -> str:
-    """What ties a reference to its model and workload; a prompts file counts by its content, wherever it lies."""
-    if workload.prompts_sha256 is not None:
-        workload = workload.model_copy(update={"prompts_file": None})
-    return f"{model.digest()}-{workload.digest()}"
-
-
-def is_steady(durations: Sequence[float], tolerance: float) -> bool:
-    """Whether passes of the same work differ by no more than a share of the shortest."""
-    return max(durations) - min(durations) <= tolerance * min(durations)
-
-
-def wrong_output(check: OutputCheck) -> Failure | None:
-    """The failure that a logit check amounts to, if any."""
-    if check.max_logit_error <= check.tolerance and check.argmax_flips == 0:
-        return None
-    return Failure(
-        kind=FailureKind.WRONG_OUTPUT,
-        phase="check",
-        message=(
-            f"under the reference's tokens the logits are off by {check.max_logit_error:.3g}, and kernels explain no "
-            f"more than {check.tolerance:.3g} ({check.argmax_flips} of the most likely tokens differ): this plan "
-            "computes something else than the model; do not use it"
-        ),
-    )
-
-
-def wrong_tokens(wrong: int, num_prompts: int, dtype_bytes: int) -> Failure | None:
-    """The failure that differing greedy tokens amount to: in fp32 alone, since shapes change half-precision kernels."""
-    if wrong == 0 or dtype_bytes < 4:
-        return None
-    return Failure(
-        kind=FailureKind.WRONG_OUTPUT,
-        phase="measure",
-        message=(
-            f"the greedy tokens of {wrong} of {num_prompts} prompts differ from the reference's where it is not near a "
-            "tie: this plan computes something else than the model; do not use it"
-        ),
-    )
-
-
-def over_cap(memory: Sequence[StageMemory]) -> Failure | None:
-    """The failure of a stage whose real peak lies above its cap, if there is one."""
-    for index, stage in enumerate(memory):
-        used = stage.peak_bytes - stage.baseline_bytes
-        if used > stage.cap_bytes:
-            return Failure(
-                kind=FailureKind.OVER_MEMORY_CAP,
-                stage=index,
-                device=stage.device,
-                phase="measure",
-                bytes_wanted=used,
-                bytes_had=stage.cap_bytes,
-                message=(
-                    f"stage {index} on {stage.device} peaked at {used / BYTES_PER_MIB:.0f} MiB, above its cap of "
-                    f"{stage.cap_bytes / BYTES_PER_MIB:.0f} MiB; give it fewer layers or smaller micro-batches"
-                ),
-            )
-    return None
-
-
-def merge_telemetry(parts: Sequence[Telemetry]) -> Telemetry:
-    """One telemetry over the stages' devices: states in a row, energies added, utilisation averaged."""
-    energies = [part.energy_j for part in parts if part.energy_j is not None]
-    utilizations = [part.gpu_utilization for part in parts if part.gpu_utilization is not None]
-    return Telemetry(
-        before=tuple(state for part in parts for state in part.before),
-        after=tuple(state for part in parts for state in part.after),
-        energy_j=sum(energies) if len(energies) == len(parts) else None,
-        gpu_utilization=sum(utilizations) / len(utilizations) if utilizations else None,
-        disturbances=tuple(dict.fromkeys(text for part in parts for text in part.disturbances)),
-    )

@@ -102,3 +102,16 @@ def peak_rss_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("/proc/self/status has no VmHWM")
+
+
+def merge_telemetry(parts: Sequence[Telemetry]) -> Telemetry:
+    """One telemetry over the stages' devices: states in a row, energies added, utilisation averaged."""
+    energies = [part.energy_j for part in parts if part.energy_j is not None]
+    utilizations = [part.gpu_utilization for part in parts if part.gpu_utilization is not None]
+    return Telemetry(
+        before=tuple(state for part in parts for state in part.before),
+        after=tuple(state for part in parts for state in part.after),
+        energy_j=sum(energies) if len(energies) == len(parts) else None,
+        gpu_utilization=sum(utilizations) / len(utilizations) if utilizations else None,
+        disturbances=tuple(dict.fromkeys(text for part in parts for text in part.disturbances)),
+    )

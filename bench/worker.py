@@ -53,6 +53,7 @@ class Worker:
         from bench.runtime.device import DeviceContext
         from bench.runtime.generate import Status
         from bench.spec import ModelSpec
+        from bench.tokens import Tokens
 
         self.link = link
         self.rank: int = args.rank
@@ -104,10 +105,8 @@ class Worker:
         )
         self.device = device
         self.reference_path: str | None = None
-        self._prompts: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self.tokens = Tokens(self.resolved, self.shape, self.runner.stage.config, self.control)
         self._unsplit: Any = None
-        self._tokenizer: Any = None
-        self._tokenizer_sought = False
 
     def serve(self) -> None:
         """Carries out commands until told to exit."""
@@ -137,18 +136,20 @@ class Worker:
 
     def do_prompts(self, workload: dict[str, Any]) -> dict[str, Any]:
         """Token ids of the prompts."""
+        from bench.errors import ConfigError
+        from bench.spec import Workload
+
         try:
-            return {"prompts": self._load_prompts(workload)}
-        except _UserFault as fault:
-            return {"error": str(fault)}
+            return {"prompts": self.tokens.of_workload(Workload.model_validate(workload))}
+        except ConfigError as error:
+            return {"error": str(error)}
 
     def do_reference(self, path: str, workload: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any] | None:
         """Makes the study's reference with the unsplit model on rank 0."""
-        from bench.reference import make_reference
-        from bench.runner import reference_digest
+        from bench.reference import make_reference, reference_digest
         from bench.spec import Protocol, Workload
 
-        prompts = self._load_prompts(workload)
+        prompts = self.tokens.of_workload(Workload.model_validate(workload))
         self.runner.release()
         # Rank 0 is about to use the memory of all.
         self.control.barrier()
@@ -164,7 +165,7 @@ class Worker:
                     output_len=spec.output_len,
                     check_prompts=limits.check_prompts,
                     check_tokens=limits.check_tokens,
-                    pad_token_id=self._pad_token_id(),
+                    pad_token_id=self.tokens.pad_token_id,
                     workload_digest=reference_digest(self.resolved.spec, spec),
                 ).save(Path(path))
 
@@ -175,12 +176,15 @@ class Worker:
 
     def do_reference_from_plan(self, path: str, spec: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
         """Makes the study's reference with a plan, where the unsplit model does not fit."""
-        from bench.runner import reference_digest
+        from bench.reference import reference_digest
         from bench.spec import EffectivePlan, RunSpec
 
         run = RunSpec.model_validate(spec)
         job = self.runner.job(
-            run, EffectivePlan.model_validate(effective), self._load_prompts(spec["workload"]), self._pad_token_id()
+            run,
+            EffectivePlan.model_validate(effective),
+            self.tokens.of_workload(run.workload),
+            self.tokens.pad_token_id,
         )
         self._drop_unsplit()
         self.runner.make_reference(
@@ -201,10 +205,10 @@ class Worker:
 
     def do_baseline(self, workload: dict[str, Any], protocol: dict[str, Any], batch_size: int) -> dict[str, Any]:
         """Measures HF `generate` on rank 0: one CPU worker's cores, or all GPUs by `device_map`."""
-        from bench.runner import measure_baseline
+        from bench.baseline import measure_baseline
         from bench.spec import Protocol, Workload
 
-        prompts = self._load_prompts(workload)
+        prompts = self.tokens.of_workload(Workload.model_validate(workload))
         self.runner.release()
         # Rank 0 is about to use the memory of all.
         self.control.barrier()
@@ -222,7 +226,7 @@ class Worker:
                         output_len=Workload.model_validate(workload).output_len,
                         protocol=Protocol.model_validate(protocol),
                         batch_size=batch_size,
-                        pad_token_id=self._pad_token_id(),
+                        pad_token_id=self.tokens.pad_token_id,
                         devices=self.devices,
                         device_bytes=self.device_bytes,
                         report=self._progress,
@@ -239,13 +243,13 @@ class Worker:
         from bench.spec import EffectivePlan, RunSpec
 
         run = RunSpec.model_validate(spec)
-        prompts = self._load_prompts(spec["workload"])
+        prompts = self.tokens.of_workload(run.workload)
         self._drop_unsplit()
         outcome = self.runner.measure(
             run,
             EffectivePlan.model_validate(effective),
             prompts,
-            pad_token_id=self._pad_token_id(),
+            pad_token_id=self.tokens.pad_token_id,
             reference_path=self.reference_path,
         )
         return {"outcome": outcome.model_dump(mode="json") if outcome is not None else None}
@@ -254,24 +258,26 @@ class Worker:
         self, plan: dict[str, Any], in_flight: int, prompts: list[Any], max_new_tokens: int, ignore_eos: bool
     ) -> dict[str, Any]:
         """Generates for use: stops at end-of-sequence tokens unless told otherwise."""
-        from bench.runtime.generate import Job
+        from bench.errors import ConfigError
+        from bench.runtime.job import Job
         from bench.spec import Plan
 
-        rows = self._encode(prompts, max_new_tokens)
-        if isinstance(rows, str):
-            return {"error": rows}
+        try:
+            rows = self.tokens.encode(prompts, max_new_tokens)
+        except ConfigError as error:
+            return {"error": str(error)}
         self._drop_unsplit()
         parsed = Plan.model_validate(plan)
         if parsed != self.runner.plan:
             self.runner.apply(parsed)
         job = Job(
-            prompts=tuple(rows),
+            prompts=rows,
             output_len=max_new_tokens,
             micro_batch_size=parsed.micro_batch_size,
             prefill_size=parsed.prefill_size,
             in_flight=in_flight,
-            pad_token_id=self._pad_token_id(),
-            eos_token_ids=None if ignore_eos else self._eos_token_ids(),
+            pad_token_id=self.tokens.pad_token_id,
+            eos_token_ids=None if ignore_eos else self.tokens.eos_token_ids(),
         )
         self.status.phase = "generate"
         self.runner.open(job)
@@ -294,7 +300,7 @@ class Worker:
             ]
         rows = next(row for row in self.control.gather(mine) if row is not None)
         if self.rank == 0:
-            tokenizer = self._get_tokenizer()
+            tokenizer = self.tokens.tokenizer()
             for prompt, row in zip(job.prompts, rows, strict=True):
                 row["prompt_token_ids"] = list(prompt)
                 row["text"] = (
@@ -303,65 +309,9 @@ class Worker:
         result_rows: list[dict[str, Any]] = rows
         return result_rows
 
-    def _encode(self, prompts: list[Any], max_new_tokens: int) -> list[tuple[int, ...]] | str:
-        """Ids of given prompts on every rank, or what is wrong with them."""
-        from bench.errors import ConfigError
-        from bench.prompts import encode
-
-        reply: dict[str, Any] = {}
-        if self.rank == 0:
-            try:
-                rows = [
-                    encode(prompt, self._get_tokenizer(), self.shape.vocab_size, f"prompts[{index}]")
-                    for index, prompt in enumerate(prompts)
-                ]
-                longest = max(len(row) for row in rows)
-                limit = self.shape.max_positions
-                if limit is not None and longest + max_new_tokens > limit:
-                    raise ConfigError(
-                        f"the longest prompt has {longest} tokens and max_new_tokens={max_new_tokens}: more than the "
-                        f"model's {limit} positions"
-                    )
-                reply = {"rows": rows}
-            except ConfigError as error:
-                reply = {"error": str(error)}
-        reply = self.control.broadcast(reply)
-        return reply["error"] if "error" in reply else [tuple(row) for row in reply["rows"]]
-
-    def _load_prompts(self, workload: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
-        """Prompts of a workload on every rank; rank 0 reads and tokenizes.
-
-        Raises:
-            _UserFault: on every rank, what is wrong with them.
-        """
-        from bench.errors import UserError
-        from bench.prompts import load_prompts
-        from bench.spec import Workload
-
-        spec = Workload.model_validate(workload)
-        digest = spec.digest()
-        if digest not in self._prompts:
-            reply: dict[str, Any] = {}
-            if self.rank == 0:
-                try:
-                    tokenizer = self._get_tokenizer() if spec.prompts_file else None
-                    reply["prompts"] = load_prompts(
-                        spec,
-                        tokenizer=tokenizer,
-                        vocab_size=self.shape.vocab_size,
-                        max_positions=self.shape.max_positions,
-                    )
-                except UserError as error:
-                    reply["error"] = str(error)
-            reply = self.control.broadcast(reply)
-            if "error" in reply:
-                raise _UserFault(reply["error"])
-            self._prompts[digest] = tuple(tuple(prompt) for prompt in reply["prompts"])
-        return self._prompts[digest]
-
     def _whole_model(self) -> Any:
         """The unsplit model, kept until a plan wants the memory."""
-        from bench.runtime.stage import load_unsplit
+        from bench.runtime.unsplit import load_unsplit
 
         if self._unsplit is None:
             self.status.phase = "load"
@@ -393,34 +343,6 @@ class Worker:
         dumped: dict[str, Any] = failure.model_dump(mode="json")
         return dumped
 
-    def _get_tokenizer(self) -> Any:
-        """The model's tokenizer, or None where its folder has none."""
-        if not self._tokenizer_sought:
-            from transformers import AutoTokenizer
-
-            self._tokenizer_sought = True
-            if any((self.resolved.folder / name).exists() for name in TOKENIZER_FILES):
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    self.resolved.folder, trust_remote_code=self.resolved.spec.trust_remote_code
-                )
-        return self._tokenizer
-
-    def _pad_token_id(self) -> int:
-        config = self.runner.stage.config.get_text_config(decoder=True)
-        pad = getattr(config, "pad_token_id", None)
-        # Padded places are masked, so that any id of the vocabulary will do.
-        return int(pad) if isinstance(pad, int) and 0 <= pad < self.shape.vocab_size else 0
-
-    def _eos_token_ids(self) -> frozenset[int]:
-        from transformers import GenerationConfig
-
-        config = self.runner.stage.config
-        ids = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
-        if (self.resolved.folder / "generation_config.json").exists():
-            given = GenerationConfig.from_pretrained(self.resolved.folder).eos_token_id
-            ids = ids if given is None else given
-        return frozenset([ids] if isinstance(ids, int) else ids or [])
-
     def state(self) -> dict[str, Any]:
         """What the worker is doing, for its sign of life."""
         return {
@@ -436,13 +358,6 @@ class Worker:
 
     def _say(self, message: str) -> None:
         self.link.send("progress", phase="model", message=message, done=None, total=None)
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-
-
-class _UserFault(Exception):
-    """Bad input, known alike on every rank."""
 
 
 def main() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 
 from bench.spec import device_index, device_kind
 
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ANCHOR_TRIES = 5
 Stamp = Any
 """A moment on the device's own timeline, known only once the device got there; what it is, only its clock knows."""
@@ -155,3 +159,14 @@ def address_space_limit() -> int | None:
     """The limit that the environment asks for, in bytes."""
     text = os.environ.get("PIPETUNE_RLIMIT_AS")
     return int(text) if text else None
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Collects garbage beforehand, so that no collection falls into the pass."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -14,14 +14,11 @@ import inspect
 import logging
 import time
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.utils import get_balanced_memory
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from bench.errors import ModelError
 from bench.models.describe import build_on_meta
@@ -29,39 +26,8 @@ from bench.models.dummy import init_dummy_weights
 from bench.models.layers import find_layers
 from bench.models.resolve import ResolvedModel
 from bench.runtime.cache import SlotCache
-from bench.spec import device_index, device_kind
-
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class SkipLayer(nn.Module):
-    """Stands in for a layer of another stage: same plain attributes, same kind of return value, no weights."""
-
-    def __init__(self, layer: nn.Module, returns_tuple_of: int) -> None:
-        super().__init__()
-        for name, value in vars(layer).items():
-            if not name.startswith("_") and name != "training" and isinstance(value, str | int | float | bool | None):
-                setattr(self, name, value)
-        self._returns_tuple_of = returns_tuple_of
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._returns_tuple_of == 0:
-            return hidden_states
-        return (hidden_states,) + (None,) * (self._returns_tuple_of - 1)
-
-
-class StubEmbedding(nn.Module):
-    """Stands in for the embedding of another stage: zeros of the right shape, since the result is replaced."""
-
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._hidden_size = hidden_size
-        # Some models read the dtype of this weight.
-        self.weight: torch.Tensor
-        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
-
-    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.weight.new_zeros((*input_ids.shape, self._hidden_size))
+from bench.runtime.device import TORCH_DTYPES
+from bench.runtime.standins import SkipLayer, StubEmbedding
 
 
 class _StageDone(Exception):
@@ -338,52 +304,6 @@ class Stage:
         # The next stage's buffers have this dtype; NCCL would hang or tear on another.
         assert hidden_states.dtype == self.dtype, f"{self._class.__name__} hands on {hidden_states.dtype}"
         raise _StageDone(hidden_states)
-
-
-def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
-    """The whole model as transformers itself builds it: the truth that every plan is compared with.
-
-    Args:
-        devices: one device, or several GPUs over which the layers are spread as `device_map="auto"` does.
-
-    Raises:
-        MemoryError: it does not fit on these GPUs.
-    """
-    spec = resolved.spec
-    kind = device_kind(devices[0])
-    skeleton: Any = build_on_meta(resolved)
-    spread = spread_over(skeleton, devices) if len(devices) > 1 else None
-    if spec.load_format == "dummy":
-        init_dummy_weights(skeleton, spec.seed)
-        if spread is None:
-            return skeleton.to(torch.device(devices[0]) if kind == "cuda" else torch.device("cpu")).eval()
-        return dispatch_model(skeleton, spread, skip_keys=skeleton._skip_keys_device_placement).eval()
-    placement: Any = spread or ({"": devices[0]} if kind == "cuda" else None)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        resolved.folder,
-        dtype=TORCH_DTYPES[spec.dtype],
-        attn_implementation=spec.attn_implementation,
-        use_safetensors=True,
-        trust_remote_code=spec.trust_remote_code,
-        device_map=placement,
-    )
-    return loaded.eval()
-
-
-def spread_over(model: Any, gpus: Sequence[str]) -> dict[str, int]:
-    """The map that `device_map="auto"` makes over these GPUs alone, with a tenth of what is free left for the KV cache.
-
-    Raises:
-        MemoryError: part of the model would end on the host or on disk.
-    """
-    limits = {device_index(name): int(0.9 * torch.cuda.mem_get_info(device_index(name))[0]) for name in gpus}
-    whole = model._no_split_modules
-    balanced = get_balanced_memory(model, max_memory=dict(limits), no_split_module_classes=whole)
-    device_map: dict[str, Any] = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
-    if not set(device_map.values()) <= set(limits):
-        free = sum(limits.values()) / 2**30
-        raise MemoryError(f"not enough memory: the unsplit model does not fit into {free:.1f} GiB of {', '.join(gpus)}")
-    return device_map
 
 
 def _quiet_transformers() -> None:

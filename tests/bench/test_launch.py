@@ -20,6 +20,7 @@ from bench.launch import Fleet, Progress
 from bench.memory import resolve
 from bench.record import Failure, FailureKind, Measurement
 from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from bench.supervisor import Supervisor
 from tests.hooks import break_workers
 from tests.tiny_models import save_tiny_model
 
@@ -123,7 +124,7 @@ def during_measurement(fleet: Fleet, act: Callable[[int], None]) -> Measurement 
     """Runs a long plan and does something to the pid of rank 1 once it is being measured."""
     begun = threading.Event()
     pids = fleet.worker_pids
-    fleet._on_progress = lambda progress: begun.set() if progress.phase == "measure" else None
+    fleet._supervisor.on_progress = lambda progress: begun.set() if progress.phase == "measure" else None
 
     def strike() -> None:
         assert begun.wait(60)
@@ -148,11 +149,11 @@ def test_a_killed_worker_is_named_and_the_fleet_comes_back(fleet: Fleet) -> None
 
 
 def test_a_stopped_worker_is_found_by_its_silence(folder: Path, fleet: Fleet) -> None:
-    fleet._hang_timeout_s = 2.0
+    fleet._supervisor.hang_timeout_s = 2.0
     try:
         outcome = during_measurement(fleet, lambda pid: os.kill(pid, signal.SIGSTOP))
     finally:
-        fleet._hang_timeout_s = 10.0
+        fleet._supervisor.hang_timeout_s = 10.0
     assert isinstance(outcome, Failure)
     assert outcome.kind is FailureKind.WORKER_HUNG
     assert (outcome.stage, outcome.device) == (1, "cpu:1")
@@ -175,7 +176,7 @@ def test_a_lost_message_is_a_communication_timeout(
     module.GlooSender.send = lossy
 """
     break_workers(tmp_path / "hook", monkeypatch, target="bench.runtime.transport", body=body)
-    monkeypatch.setattr("bench.launch.STUCK_AFTER_S", 2.0)
+    monkeypatch.setattr("bench.supervisor.STUCK_AFTER_S", 2.0)
     with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as broken:
         outcome = run(broken, (3, 3), 2)
     assert isinstance(outcome, Failure)
@@ -279,15 +280,15 @@ def test_progress_is_told(folder: Path) -> None:
 
 
 def test_an_interrupted_start_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Fleet] = []
+    started: list[Supervisor] = []
     pids: list[int] = []
 
-    def interrupt(self: Fleet, *args: object) -> None:
+    def interrupt(self: Supervisor, *args: object) -> None:
         started.append(self)
-        pids.extend(self.worker_pids)
+        pids.extend(self.pids)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Fleet, "_await", interrupt)
+    monkeypatch.setattr(Supervisor, "_await", interrupt)
     monkeypatch.setenv("TMPDIR", str(folder.parent))
     monkeypatch.setattr("tempfile.tempdir", None)
     with pytest.raises(KeyboardInterrupt):

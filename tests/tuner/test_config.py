@@ -64,7 +64,8 @@ def test_a_percentile_without_enough_prompts_is_refused_with_what_it_needs() -> 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"objectives": ["throughput"]}, "throughput is no metric of this workload; there are: .*output_throughput"),
+        ({"objectives": ["throughput"]}, "throughput is no metric of this workload; did you mean output_throughput"),
+        ({"objectives": ["speed"]}, "speed is no metric of this workload; there are: .*output_throughput"),
         ({"objectives": ["energy_j"]}, "only measured on GPUs"),
         ({"objectives": ["mean_tpot_ms"], "workload": {"output_len": 1}}, "at least 2 tokens"),
         ({"objectives": ["bubble_ratio"], "protocol": {"instrument": False}}, "needs protocol.instrument"),

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from bench.models.describe import build_on_meta
 from bench.models.resolve import ResolvedModel, resolve_model
-from bench.runtime.generate import MicroBatchInputs
-from bench.runtime.stage import SkipLayer, Stage, load_unsplit, spread_over
+from bench.runtime.job import MicroBatchInputs
+from bench.runtime.stage import Stage
+from bench.runtime.standins import SkipLayer
+from bench.runtime.unsplit import load_unsplit, spread_over
 from bench.spec import LoadFormat, ModelSpec
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_config
 
