@@ -178,7 +178,7 @@ class Supervisor:
     def close(self) -> None:
         """Asks the workers to exit, and ends those that do not."""
         if self._workers and all(worker.process.poll() is None and worker.ready for worker in self._workers):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, FleetError):
                 self._send({"id": -1, "command": "exit", "args": {}})
                 deadline = time.monotonic() + 2.0
                 while time.monotonic() < deadline and any(worker.process.poll() is None for worker in self._workers):
