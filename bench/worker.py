@@ -374,7 +374,6 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     from bench.control import DriverLink
-    from bench.runtime.device import address_space_limit, limit_address_space
 
     link = DriverLink(args.socket, args.rank)
     if args.rank != 0:
@@ -383,7 +382,6 @@ def main() -> None:
     # From now on silence counts, and what is imported next may take longer than a worker may be silent.
     link.beat(HEARTBEAT_S, lambda: worker.state() if worker is not None else STARTING)
     try:
-        limit_address_space(address_space_limit())
         worker = Worker(args, link)
         # What was imported stays for ever: collections between passes need not look at it.
         gc.collect()

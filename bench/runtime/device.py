@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -144,21 +143,6 @@ def _trim_heap() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         return
-
-
-def limit_address_space(limit_bytes: int | None) -> None:
-    """Caps the address space of this process (`PIPETUNE_RLIMIT_AS`), for operators who want allocation to fail hard."""
-    if limit_bytes is None:
-        return
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
-def address_space_limit() -> int | None:
-    """The limit that the environment asks for, in bytes."""
-    text = os.environ.get("PIPETUNE_RLIMIT_AS")
-    return int(text) if text else None
 
 
 @contextlib.contextmanager
