@@ -239,7 +239,7 @@ class Fleet:
             )
 
     def _check_stages(self, plan: Plan) -> None:
-        named = [stage.device for stage in plan.stages]
+        named = list(plan.devices)
         for device in named:
             if named.count(device) > self.devices.count(device):
                 raise PlanError(

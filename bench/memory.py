@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field
 
 from bench.errors import PlanError
 from bench.record import Failure, FailureKind
 from bench.schedule import micro_batch_sizes
-from bench.spec import EffectivePlan, Plan, Value
+from bench.spec import EffectivePlan, Plan, Value, device_kind
 
 
 class LayerShape(Value):
@@ -46,6 +48,10 @@ class ModelShape(Value):
     layers: tuple[LayerShape, ...] = Field(min_length=1)
     forbidden_cuts: tuple[int, ...] = ()
     """Layer indices before which the model must not be cut."""
+    recurrent: bool = False
+    """Some layers keep a state for whole micro-batches: prefill cannot be cut, neither by rows nor by tokens."""
+    embedding_on_every_stage: bool = False
+    """Its layers read the embedding of the tokens, too: each stage holds it and embeds for itself."""
     max_positions: int | None = None
     checkpoint_bytes: int | None = None
 
@@ -71,29 +77,33 @@ def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, o
     Weights are counted exactly. A KV slot holds `micro_batch_size` rows of `prompt_len + output_len` positions.
     Activations are the larger of prefill and decode: residual stream, attention projections and the gated
     MLP's intermediates live together (6 H + 3 I values a token), attention scores for eager kernels are not
-    counted, and the last stage adds fp32 logits of one position a row. Receive buffers take H values a token for
-    each of two ring slots.
+    counted, and the last stage adds fp32 logits of one position a row; of all positions where texts are scored.
+    Receive buffers take H values a token for each of two ring slots.
 
     Args:
         prompt_len: longest prompt after padding, tokens.
-        output_len: tokens generated, tokens.
+        output_len: tokens generated, tokens; 0 where texts are scored.
     """
     stage = plan.stages[index]
     own = shape.layers[stage.first_layer : stage.end_layer]
     is_first, is_last = index == 0, index == len(plan.stages) - 1
     weights = shape.other_bytes + sum(layer.weight_bytes for layer in own)
-    if is_first or (is_last and shape.tied):
+    if is_first or shape.embedding_on_every_stage or (is_last and shape.tied):
         weights += shape.embedding_bytes
     if is_last:
         weights += shape.head_bytes
+    if is_first and is_last and shape.tied and plan.packed_weights and device_kind(stage.device) == "cpu":
+        # Packed, the head lies in a layout of its own, which the embedding cannot share.
+        weights += shape.embedding_bytes
     max_len = prompt_len + output_len
     kv_per_slot = plan.micro_batch_size * max_len * sum(layer.kv_bytes_per_token for layer in own)
-    tokens = max(plan.prefill_size * prompt_len, plan.micro_batch_size)
+    tokens = max(plan.prefill_size * min(plan.prefill_chunk_size or prompt_len, prompt_len), plan.micro_batch_size)
     activations = tokens * (6 * shape.hidden_size + 3 * shape.intermediate_size) * shape.dtype_bytes
     if len(plan.stages) > 1:
         activations += 2 * tokens * shape.hidden_size * shape.dtype_bytes
     if is_last:
-        activations += 2 * plan.micro_batch_size * shape.vocab_size * 4
+        positions = plan.micro_batch_size if output_len else tokens
+        activations += 2 * positions * shape.vocab_size * 4
     return StageBytes(weights=weights, kv_per_slot=kv_per_slot, activations=activations)
 
 
@@ -109,27 +119,30 @@ def resolve(
         PlanError: the plan does not cover the model's layers, cuts where it must not, or names an unknown device.
     """
     check_plan(shape, plan)
-    for index, stage in enumerate(plan.stages):
-        if stage.device not in device_bytes:
-            raise PlanError(
-                f"plan.stages[{index}].device: {stage.device} is not among the devices {', '.join(device_bytes)}"
-            )
-    in_flight = len(micro_batch_sizes(num_prompts, plan.micro_batch_size))
+    for place, device in enumerate(plan.devices):
+        if device not in device_bytes:
+            replica, index = divmod(place, len(plan.stages))
+            where = f"stages[{index}].device" if replica == 0 else f"replica_devices[{replica - 1}][{index}]"
+            raise PlanError(f"plan.{where}: {device} is not among the devices {', '.join(device_bytes)}")
+    in_flight = len(micro_batch_sizes(math.ceil(num_prompts / plan.replicas), plan.micro_batch_size))
     if plan.max_in_flight is not None:
         in_flight = min(in_flight, plan.max_in_flight)
+    replicas = [plan.replica(number) for number in range(plan.replicas)]
     for index, stage in enumerate(plan.stages):
         need = stage_bytes(shape, plan, index, prompt_len=prompt_len, output_len=output_len)
-        cap = int(stage.memory_fraction * device_bytes[stage.device])
+        # Of its devices in all replicas, the one with the least memory decides.
+        device = min((row.stages[index].device for row in replicas), key=lambda name: device_bytes[name])
+        cap = int(stage.memory_fraction * device_bytes[device])
         if need.total(1) > cap:
             return Failure(
                 kind=FailureKind.OVER_MEMORY_CAP,
                 stage=index,
-                device=stage.device,
+                device=device,
                 phase="plan",
                 bytes_wanted=need.total(1),
                 bytes_had=cap,
                 message=(
-                    f"stage {index} on {stage.device} needs {need.total(1) / 2**20:.0f} MiB for one micro-batch "
+                    f"stage {index} on {device} needs {need.total(1) / 2**20:.0f} MiB for one micro-batch "
                     f"(weights {need.weights / 2**20:.0f}, KV {need.kv_per_slot / 2**20:.0f}, activations "
                     f"{need.activations / 2**20:.0f}) and its cap is {cap / 2**20:.0f} MiB; give it fewer layers, "
                     f"a smaller micro-batch or a larger memory_fraction than {stage.memory_fraction}"
@@ -144,7 +157,7 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
     """Refuses a plan that does not fit the model.
 
     Raises:
-        PlanError: too few or too many layers, or a forbidden cut.
+        PlanError: too few or too many layers, a forbidden cut, or prefill cut where a state covers the micro-batch.
     """
     if plan.num_layers != shape.num_layers:
         what = (
@@ -154,6 +167,19 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
             f"plan.stages: layers 0-{plan.num_layers - 1} are given and {shape.architecture} has "
             f"{shape.num_layers} layers (0-{shape.num_layers - 1}); {what}"
         )
+    cut = (
+        ("prefill_micro_batch_size", plan.prefill_size < plan.micro_batch_size),
+        (
+            "prefill_chunk_size",
+            plan.prefill_chunk_size is not None,
+        ),
+    )
+    for name, used in cut:
+        if used and shape.recurrent:
+            raise PlanError(
+                f"plan.{name}: {shape.architecture} keeps recurrent states for whole micro-batches, so that prefill "
+                "cannot be cut; leave it out"
+            )
     cuts = {stage.first_layer for stage in plan.stages[1:]}
     bad = sorted(cuts & set(shape.forbidden_cuts))
     if bad:

@@ -1,8 +1,10 @@
 """Metrics by vLLM's flat names, derived from raw samples; pure, so that a corrected formula re-reads old records.
 
-Definitions, with W the duration of an iteration, S the number of stages and busy_s a stage's compute time:
+Definitions, with W the duration of an iteration, S the number of stages of all replicas and busy_s a stage's compute
+time:
 
-* `output_throughput` = generated tokens / W, median over iterations.
+* `output_throughput` = generated tokens / W, median over iterations; where texts are scored it is absent, as are TTFT
+  and TPOT.
 * TTFT of a request: from the prompts to its first token. TPOT: (last − first token) / (tokens − 1). E2EL: last token.
 * `bubble_ratio` = 1 − Σ busy_s / (S · W). It is the sum of
   `bubble_fill_drain` (before a stage's first and after its last task),
@@ -40,9 +42,11 @@ def samples_needed(quantile: float) -> int:
 
 def metric_names(num_prompts: int, output_len: int, *, gpu: bool = False) -> tuple[str, ...]:
     """Names of the scalar metrics that a run of this size yields; percentiles with too few samples are absent."""
-    names = ["output_throughput", "total_token_throughput", "request_throughput", "duration_s"]
+    names = ["total_token_throughput", "request_throughput", "duration_s"]
+    if output_len > 0:
+        names.insert(0, "output_throughput")
     for latency in LATENCIES:
-        if latency == "tpot" and output_len < 2:
+        if (latency == "tpot" and output_len < 2) or (latency == "ttft" and output_len < 1):
             continue
         names += [f"mean_{latency}_ms", f"median_{latency}_ms"]
         names += [f"{name}_{latency}_ms" for name, q in PERCENTILES.items() if num_prompts >= samples_needed(q)]
@@ -69,19 +73,22 @@ def request_times_s(measurement: Measurement, iteration: int) -> dict[str, tuple
     count = len(measurement.order)
     first = [0.0] * count
     last = [0.0] * count
-    queue = [0.0] * count
-    starts = run.stages[0].compute_start_s if run.stages else ()
+    queue: list[float | None] = [None] * count
+    starts = first_stage_starts_s(measurement, iteration)
     for index, task in enumerate(measurement.tasks):
         for row in range(task.first_row, task.end_row):
             prompt = measurement.order[first_rows[task.micro_batch] + row]
             last[prompt] = max(last[prompt], run.token_times_s[index])
             if task.step == 0:
-                first[prompt] = run.token_times_s[index]
-                if starts:
+                # Of several chunks the last one gives the token, and the first one ends the wait.
+                first[prompt] = max(first[prompt], run.token_times_s[index])
+                if starts and queue[prompt] is None:
                     queue[prompt] = starts[index]
-    times = {"ttft": tuple(first), "e2el": tuple(last)}
+    times = {"e2el": tuple(last)}
+    if measurement.output_len > 0:
+        times["ttft"] = tuple(first)
     if starts:
-        times["queue"] = tuple(queue)
+        times["queue"] = tuple(wait or 0.0 for wait in queue)
     if measurement.output_len > 1:
         times["tpot"] = tuple(
             (end - begin) / (measurement.output_len - 1) for begin, end in zip(first, last, strict=True)
@@ -89,12 +96,21 @@ def request_times_s(measurement: Measurement, iteration: int) -> dict[str, tuple
     return times
 
 
+def first_stage_starts_s(measurement: Measurement, iteration: int) -> tuple[float, ...]:
+    """When each task began on its replica's first stage, along `Measurement.tasks`; empty without instrumentation."""
+    stages = measurement.iterations[iteration].stages
+    width = len(stages) // len(measurement.replica_tasks or (0,))
+    return tuple(start for trace in stages[:: width or 1] for start in trace.compute_start_s)
+
+
 def stage_busy_s(measurement: Measurement, iteration: int) -> tuple[float, ...]:
     """Compute time of each stage in one iteration; empty without instrumentation."""
+    stages = measurement.iterations[iteration].stages
+    if not any(trace.compute_start_s for trace in stages):
+        return ()
     return tuple(
         sum(end - start for start, end in zip(trace.compute_start_s, trace.compute_end_s, strict=True))
-        for trace in measurement.iterations[iteration].stages
-        if trace.compute_start_s
+        for trace in stages
     )
 
 
@@ -106,7 +122,10 @@ def bubble(measurement: Measurement, iteration: int) -> dict[str, float]:
     run = measurement.iterations[iteration]
     area = len(busy) * run.duration_s
     ratio = 1.0 - sum(busy) / area
-    active = [trace.compute_end_s[-1] - trace.compute_start_s[0] for trace in run.stages]
+    # A replica without prompts has idle stages.
+    active = [
+        trace.compute_end_s[-1] - trace.compute_start_s[0] if trace.compute_start_s else 0.0 for trace in run.stages
+    ]
     fill_drain = sum(run.duration_s - span for span in active) / area
     imbalance = min(sum(max(busy) - own for own in busy) / area, max(ratio - fill_drain, 0.0))
     return {
@@ -154,8 +173,8 @@ def derive(measurement: Measurement) -> dict[str, float]:
     total_tokens = sum(measurement.prompt_lens) + output_tokens
     durations = [run.duration_s for run in measurement.iterations]
     duration = statistics.median(durations)
-    values: dict[str, float] = {
-        "output_throughput": output_tokens / duration,
+    values: dict[str, float] = {"output_throughput": output_tokens / duration} if output_tokens else {}
+    values |= {
         "total_token_throughput": total_tokens / duration,
         "request_throughput": len(measurement.prompt_lens) / duration,
         "duration_s": duration,
@@ -188,11 +207,12 @@ def derive(measurement: Measurement) -> dict[str, float]:
         values["gpu_utilization"] = telemetry.gpu_utilization
     if telemetry.energy_j is not None and telemetry.energy_j > 0:
         values["energy_j"] = telemetry.energy_j
-        values["output_tokens_per_joule"] = output_tokens * len(durations) / telemetry.energy_j
+        if output_tokens:
+            values["output_tokens_per_joule"] = output_tokens * len(durations) / telemetry.energy_j
     return values
 
 
 def throughputs(measurement: Measurement) -> tuple[float, ...]:
-    """`output_throughput` of every iteration, tokens per second."""
-    output_tokens = len(measurement.prompt_lens) * measurement.output_len
-    return tuple(output_tokens / run.duration_s for run in measurement.iterations)
+    """Of every iteration, tokens per second: those generated, or all where texts are scored."""
+    tokens = len(measurement.prompt_lens) * measurement.output_len or sum(measurement.prompt_lens)
+    return tuple(tokens / run.duration_s for run in measurement.iterations)

@@ -65,10 +65,13 @@ class TaskShape(Value):
     step: int
     first_row: int
     end_row: int
+    first_token: int | None = None
+    end_token: int | None = None
+    """Positions of the padded prompts that a prefill worked on; None for whole prompts and for decode."""
 
 
 class StageTrace(Value):
-    """What one stage did in one iteration. Arrays run along `Measurement.tasks`; empty without instrumentation."""
+    """What one stage did in one iteration. Arrays run along its replica's tasks; empty without instrumentation."""
 
     compute_start_s: tuple[float, ...] = ()
     compute_end_s: tuple[float, ...] = ()
@@ -84,8 +87,10 @@ class Iteration(Value):
     duration_s: float
     """From the prompts to the last token."""
     token_times_s: tuple[float, ...]
-    """When the tokens of each task were known at the last stage; along `Measurement.tasks`."""
+    """When the tokens of each task were known at the last stage (of a chunk without any: when it was done there);
+    along `Measurement.tasks`."""
     stages: tuple[StageTrace, ...]
+    """Stage by stage; of several replicas, one replica after the other."""
     host_gap_s: tuple[float, ...] = ()
     """Per stage: time inside the loop that was neither compute nor waiting."""
 
@@ -165,10 +170,16 @@ class Measurement(Value):
     prompt_lens: tuple[int, ...]
     """Tokens of each prompt, in the order given."""
     order: tuple[int, ...]
-    """`order[i]` is the given index of the prompt in sorted row i; rows fill micro-batches in order."""
+    """`order[i]` is the given index of the prompt in row i; rows fill micro-batches in order. Each replica's are sorted
+    by length."""
     output_len: int
+    """Tokens generated for each prompt; 0 where texts were scored."""
     micro_batch_sizes: tuple[int, ...]
+    """Of all replicas, one after the other."""
     tasks: tuple[TaskShape, ...]
+    """Of all replicas, one after the other; micro-batches are counted through."""
+    replica_tasks: tuple[int, ...] | None = None
+    """How many of `tasks` each replica has; None for a single one."""
     iterations: tuple[Iteration, ...] = Field(min_length=1)
     warmup_s: tuple[float, ...] = ()
     steady: bool = True
@@ -178,6 +189,10 @@ class Measurement(Value):
     load_s: float = 0.0
     """Time to move to this plan; only layers that changed hands are loaded."""
     loaded_layers: tuple[int, ...] = ()
+    check_s: float | None = None
+    """Time of the comparison with the reference; None where there was none."""
+    prepare_s: float | None = None
+    """Time of compiling and of capturing CUDA graphs, which no iteration contains; None where there was neither."""
     notes: tuple[str, ...] = ()
     """What a reader must know: fallbacks, stages that share a device, a machine that never got steady."""
     transport: str | None = None
@@ -209,7 +224,7 @@ class Hardware(Value):
     def hardware_id(self) -> str:
         """Digest of everything here but the UUIDs."""
         anonymous = tuple(gpu.model_copy(update={"uuid": ""}) for gpu in self.gpus)
-        return self.model_copy(update={"gpus": anonymous}).digest()
+        return self.model_copy(update={"gpus": anonymous}).digest(exclude_defaults=False)
 
 
 class Software(Value):

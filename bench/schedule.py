@@ -9,6 +9,9 @@ prefill piece or one decode step of a micro-batch. Two stages, three micro-batch
 `m0.1` on stage 0 needs the token that stage 1 sampled in `m0.0`: while at least as many micro-batches
 are in flight as there are stages, it is there in time, and no stage waits.
 
+Prefill may be cut by rows, into pieces, and by tokens, into chunks whose KV is kept: chunk c of a piece needs chunk
+c - 1 on its own stage alone, so that a single long prompt fills the stages as well as many short ones do.
+
 With fewer slots than micro-batches a finished micro-batch hands its slot to the next that waits, in
 the middle of a round, so that the pipeline never drains in between.
 """
@@ -16,7 +19,7 @@ the middle of a round, so that the pipeline never drains in between.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -24,8 +27,9 @@ from dataclasses import dataclass
 class Task:
     """One forward pass of a stage.
 
-    Step 0 is prefill, for the rows `[first_row, end_row)` of the micro-batch; step t > 0 decodes
-    token t for all rows. `slot` is the KV slot that the micro-batch occupies.
+    Step 0 is prefill, for the rows `[first_row, end_row)` of the micro-batch and the positions
+    `[first_token, end_token)` of its padded prompts; step t > 0 decodes token t for all rows.
+    `slot` is the KV slot that the micro-batch occupies.
     """
 
     micro_batch: int
@@ -33,6 +37,10 @@ class Task:
     slot: int
     first_row: int
     end_row: int
+    first_token: int
+    end_token: int
+    samples: bool
+    """Whether tokens come of it: not of a chunk of the prompt that is not the last."""
 
     @property
     def is_prefill(self) -> bool:
@@ -42,6 +50,11 @@ class Task:
     def num_rows(self) -> int:
         return self.end_row - self.first_row
 
+    @property
+    def num_tokens(self) -> int:
+        """Positions of each row."""
+        return self.end_token - self.first_token
+
 
 def micro_batch_sizes(num_prompts: int, micro_batch_size: int) -> tuple[int, ...]:
     """Sizes of the micro-batches: all full but perhaps the last."""
@@ -50,26 +63,38 @@ def micro_batch_sizes(num_prompts: int, micro_batch_size: int) -> tuple[int, ...
 
 
 def build_schedule(
-    sizes: Sequence[int], *, output_len: int, in_flight: int, prefill_size: int | None = None
+    sizes: Sequence[int],
+    *,
+    prompt_lens: Sequence[int],
+    output_len: int,
+    in_flight: int,
+    prefill_size: int | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[Task, ...]:
     """The order in which every stage works.
 
     Args:
         sizes: rows of each micro-batch.
+        prompt_lens: tokens of each micro-batch's padded prompts.
         output_len: tokens to generate for each row, at least 1; the first comes from prefill.
         in_flight: micro-batches resident at once, which is the number of KV slots.
         prefill_size: rows prefilled together; None prefills a micro-batch at once.
+        chunk_size: tokens of a prompt prefilled at once; None prefills whole prompts.
 
     Returns:
-        Tasks in order; each micro-batch has its prefill pieces first, then steps 1 … output_len - 1.
+        Tasks in order; each micro-batch has its prefill first, piece by piece and in each piece chunk by chunk, then
+        steps 1 … output_len - 1.
 
     Raises:
-        ValueError: a size, the output length or the number in flight is below 1.
+        ValueError: a size, a length or the number in flight is below 1.
     """
-    if output_len < 1 or in_flight < 1 or any(size < 1 for size in sizes):
-        raise ValueError(f"sizes={tuple(sizes)}, output_len={output_len}, in_flight={in_flight}: all must be ≥ 1")
-    if prefill_size is not None and prefill_size < 1:
-        raise ValueError(f"prefill_size={prefill_size} must be ≥ 1")
+    if output_len < 1 or in_flight < 1 or any(size < 1 for size in (*sizes, *prompt_lens)):
+        raise ValueError(
+            f"sizes={tuple(sizes)}, prompt_lens={tuple(prompt_lens)}, output_len={output_len}, in_flight={in_flight}: "
+            "all must be ≥ 1"
+        )
+    if (prefill_size is not None and prefill_size < 1) or (chunk_size is not None and chunk_size < 1):
+        raise ValueError(f"prefill_size={prefill_size}, chunk_size={chunk_size}: both must be ≥ 1")
     waiting = deque(range(len(sizes)))
     slots: list[tuple[int, int] | None] = [None] * min(in_flight, len(sizes))
     tasks: list[Task] = []
@@ -80,20 +105,40 @@ def build_schedule(
                     continue
                 entry = (waiting.popleft(), 0)
             micro_batch, step = entry
-            rows = sizes[micro_batch]
-            piece = (prefill_size or rows) if step == 0 else rows
-            for first_row in range(0, rows, piece):
+            rows, length = sizes[micro_batch], prompt_lens[micro_batch]
+            if step == 0:
+                tasks += _prefill(micro_batch, slot, rows, length, prefill_size or rows, chunk_size or length)
+            else:
                 tasks.append(
                     Task(
                         micro_batch=micro_batch,
                         step=step,
                         slot=slot,
-                        first_row=first_row,
-                        end_row=min(first_row + piece, rows),
+                        first_row=0,
+                        end_row=rows,
+                        first_token=length + step - 1,
+                        end_token=length + step,
+                        samples=True,
                     )
                 )
             slots[slot] = (micro_batch, step + 1) if step + 1 < output_len else None
     return tuple(tasks)
+
+
+def _prefill(micro_batch: int, slot: int, rows: int, length: int, piece: int, chunk: int) -> Iterator[Task]:
+    for first_row in range(0, rows, piece):
+        for first_token in range(0, length, chunk):
+            end_token = min(first_token + chunk, length)
+            yield Task(
+                micro_batch=micro_batch,
+                step=0,
+                slot=slot,
+                first_row=first_row,
+                end_row=min(first_row + piece, rows),
+                first_token=first_token,
+                end_token=end_token,
+                samples=end_token == length,
+            )
 
 
 def simulate(

@@ -13,7 +13,8 @@ SCHEMA_VERSION = 1
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
-AttentionKernel = Literal["auto", "sdpa", "eager"]
+AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+WorkloadKind = Literal["generate", "score"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -67,9 +68,14 @@ class Value(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def digest(self) -> str:
-        """sha256 of the canonical JSON, 16 hex digits: equal values have equal digests."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    def digest(self, *, exclude_defaults: bool = True) -> str:
+        """sha256 of the canonical JSON, 16 hex digits: equal values have equal digests.
+
+        Args:
+            exclude_defaults: leaves out what is at its default, so that a field added later changes no digest.
+        """
+        values = self.model_dump(mode="json", exclude_defaults=exclude_defaults)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -79,6 +85,9 @@ class ModelSpec(Value):
     name: str = Field(min_length=1)
     """A Hugging Face id, a local folder, or a name that pipetune knows (`smollm2-135m`)."""
     dtype: Dtype = "float32"
+    """What is computed in."""
+    storage_dtype: Dtype | None = None
+    """What weights are kept in, where it differs: `float32` under half-precision compute; None means `dtype`."""
     load_format: LoadFormat = "auto"
     """`auto` reads the checkpoint; `dummy` builds random weights from the config alone."""
     seed: int = 0
@@ -89,20 +98,50 @@ class ModelSpec(Value):
     """Checkpoint revision or content hash; filled in when the model is resolved."""
     trust_remote_code: bool = False
 
+    @model_validator(mode="after")
+    def _storage_is_wider(self) -> Self:
+        if self.storage_dtype not in (None, self.dtype, "float32"):
+            raise ValueError(
+                f"model.storage_dtype={self.storage_dtype} under dtype={self.dtype}: weights are kept in float32 or in "
+                "the dtype itself"
+            )
+        return self
+
+    @property
+    def kept_dtype(self) -> Dtype:
+        """What weights, and the hidden states between layers, are kept in."""
+        return self.storage_dtype or self.dtype
+
     @property
     def attn_implementation(self) -> str | None:
         """In the words of transformers."""
         return None if self.attention == "auto" else self.attention
 
 
-class Workload(Value):
-    """Prompts, how many, and how much to generate for each."""
+class Sampling(Value):
+    """How tokens are drawn: each draw depends on the seed, the prompt and the place alone, and not on the plan."""
 
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Divides the logits."""
+    top_k: int = Field(default=0, ge=0)
+    """Only the k likeliest tokens can be drawn; 0 for all."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Only the fewest likeliest tokens that together have this probability can be drawn."""
+    seed: int = 0
+
+
+class Workload(Value):
+    """Prompts, how many, and what to do with each."""
+
+    kind: WorkloadKind = "generate"
+    """`generate` tokens, or `score` the given texts: log-probabilities of their tokens, forward passes alone."""
     num_prompts: int = Field(default=32, ge=1)
     input_len: int = Field(default=64, ge=1)
     """Length in tokens of random prompts; ignored when `prompts_file` is given."""
     output_len: int = Field(default=16, ge=1)
-    """Tokens generated for each prompt."""
+    """Tokens generated for each prompt; of no meaning for `score`."""
+    sampling: Sampling | None = None
+    """None takes the likeliest token."""
     random_range_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Random prompt lengths are uniform in `input_len · (1 ± ratio)`."""
     seed: int = 0
@@ -111,6 +150,17 @@ class Workload(Value):
     """JSONL with `{"prompt": …}` or `{"prompt_token_ids": […]}` a line; the first `num_prompts` are used."""
     prompts_sha256: str | None = None
     """Hash of that file, part of the workload's identity."""
+
+    @model_validator(mode="after")
+    def _scores_are_not_sampled(self) -> Self:
+        if self.kind == "score" and self.sampling is not None:
+            raise ValueError("workload.sampling: nothing is sampled where texts are scored; leave it out")
+        return self
+
+    @property
+    def generated_len(self) -> int:
+        """Tokens generated for each prompt: none where texts are scored."""
+        return 0 if self.kind == "score" else self.output_len
 
 
 class StagePlan(Value):
@@ -143,8 +193,20 @@ class Plan(Value):
     """Sequences that travel through the stages together while decoding; one KV slot holds them."""
     prefill_micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences prefilled together, at most `micro_batch_size`; None means the same."""
+    prefill_chunk_size: int | None = Field(default=None, ge=1)
+    """Tokens of a prompt prefilled at a time, its KV kept in between; None prefills whole prompts."""
     max_in_flight: int | None = Field(default=None, ge=1)
-    """Upper limit of micro-batches resident at once; None leaves it to the memory caps."""
+    """Upper limit of micro-batches resident at once, in each replica; None leaves it to the memory caps."""
+    replicas: int = Field(default=1, ge=1)
+    """Equal pipelines side by side, among which the prompts are shared out."""
+    replica_devices: tuple[tuple[Device, ...], ...] = ()
+    """Devices of the second replica and further ones, stage by stage; the first one's stand in `stages`."""
+    packed_weights: bool = True
+    """CPU: linear weights are laid out once for oneDNN's kernels; without effect on GPUs."""
+    cuda_graphs: bool = True
+    """GPU: decode steps are captured as CUDA graphs; without effect on CPUs."""
+    compile: bool = False
+    """Layers are compiled by `torch.compile`; the time it takes is recorded and not measured."""
 
     @model_validator(mode="after")
     def _contiguous(self) -> Self:
@@ -156,9 +218,18 @@ class Plan(Value):
             if stage.first_layer < expected:
                 raise ValueError(f"plan.stages[{index}]: layer {stage.first_layer} is given twice")
             expected = stage.end_layer
-        workers = [stage.device for stage in self.stages if device_kind(stage.device) == "cpu"]
-        if len(set(workers)) < len(workers):
-            raise ValueError(f"plan.stages: a CPU worker holds two stages: {', '.join(workers)}; give each its own")
+        if len(self.replica_devices) != self.replicas - 1:
+            raise ValueError(
+                f"plan.replica_devices: replicas={self.replicas} needs devices for {self.replicas - 1} further "
+                f"replicas; given are {len(self.replica_devices)}"
+            )
+        for index, devices in enumerate(self.replica_devices):
+            if len(devices) != len(self.stages):
+                raise ValueError(f"plan.replica_devices[{index}]: {len(devices)} devices for {len(self.stages)} stages")
+        workers = [device for device in self.devices if device_kind(device) == "cpu"]
+        doubled = sorted({device for device in workers if workers.count(device) > 1})
+        if doubled:
+            raise ValueError(f"plan.stages: {', '.join(doubled)} would hold two stages; give each its own CPU worker")
         prefill = self.prefill_micro_batch_size
         if prefill is not None and prefill > self.micro_batch_size:
             raise ValueError(
@@ -178,6 +249,19 @@ class Plan(Value):
     def prefill_size(self) -> int:
         return self.prefill_micro_batch_size or self.micro_batch_size
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Of all replicas, one after the other, stage by stage."""
+        return (*(stage.device for stage in self.stages), *(name for row in self.replica_devices for name in row))
+
+    def replica(self, index: int) -> Plan:
+        """One replica as a plan of its own."""
+        devices = self.devices[index * len(self.stages) : (index + 1) * len(self.stages)]
+        stages = tuple(
+            stage.model_copy(update={"device": device}) for stage, device in zip(self.stages, devices, strict=True)
+        )
+        return self.model_copy(update={"stages": stages, "replicas": 1, "replica_devices": ()})
+
     @classmethod
     def from_layer_counts(
         cls,
@@ -186,15 +270,20 @@ class Plan(Value):
         micro_batch_size: int,
         *,
         prefill_micro_batch_size: int | None = None,
+        prefill_chunk_size: int | None = None,
+        replicas: int = 1,
+        compile: bool = False,  # noqa: A002  the name of the field
         memory_fraction: float = 0.9,
     ) -> Plan:
-        """Builds a plan from a count of layers per stage: stage i lands on `devices[i]`.
+        """Builds a plan from a count of layers per stage: stage i lands on `devices[i]`, replicas on those that follow.
 
         Raises:
             ValueError: more stages than devices, or a count below one.
         """
-        if len(counts) > len(devices):
-            raise ValueError(f"{len(counts)} stages need as many devices; given are {len(devices)}: {devices}")
+        width = len(counts)
+        if width * replicas > len(devices):
+            what = f"{width} stages" if replicas == 1 else f"{replicas} replicas of {width} stages"
+            raise ValueError(f"{what} need as many devices; given are {len(devices)}: {devices}")
         stages, first = [], 0
         for count, device in zip(counts, devices, strict=False):
             stages.append(
@@ -205,12 +294,32 @@ class Plan(Value):
             stages=tuple(stages),
             micro_batch_size=micro_batch_size,
             prefill_micro_batch_size=prefill_micro_batch_size,
+            prefill_chunk_size=prefill_chunk_size,
+            replicas=replicas,
+            replica_devices=tuple(devices[width * index : width * (index + 1)] for index in range(1, replicas)),
+            compile=compile,
         )
 
     def describe(self) -> str:
-        """One short line for people: `17+13 · micro-batch 16 (prefill 8)`."""
-        text = "+".join(str(count) for count in self.layer_counts) + f" · micro-batch {self.micro_batch_size}"
-        return text if self.prefill_size == self.micro_batch_size else f"{text} (prefill {self.prefill_size})"
+        """One short line for people: `2 × 17+13 · micro-batch 16 (prefill 8, chunk 64) · compiled`."""
+        text = "+".join(str(count) for count in self.layer_counts)
+        if self.replicas > 1:
+            text = f"{self.replicas} × {text}"
+        prefill = [f"prefill {self.prefill_size}"] if self.prefill_size != self.micro_batch_size else []
+        if self.prefill_chunk_size is not None:
+            prefill.append(f"chunk {self.prefill_chunk_size}")
+        text += f" · micro-batch {self.micro_batch_size}" + (f" ({', '.join(prefill)})" if prefill else "")
+        return f"{text} · {', '.join(self._switches())}" if self._switches() else text
+
+    def _switches(self) -> list[str]:
+        """Execution switches that are not at their defaults and matter on these devices."""
+        kinds = {device_kind(device) for device in self.devices}
+        switches = ["compiled"] if self.compile else []
+        if "cpu" in kinds and not self.packed_weights:
+            switches.append("unpacked")
+        if "cuda" in kinds and not self.cuda_graphs:
+            switches.append("no graphs")
+        return switches
 
 
 class EffectivePlan(Value):
@@ -222,8 +331,14 @@ class EffectivePlan(Value):
     @property
     def key(self) -> str:
         """Identity: equal for plans that run the same way on the same devices."""
-        stages = ",".join(f"{stage.device}[{stage.first_layer}:{stage.end_layer}]" for stage in self.plan.stages)
-        return f"{stages} mb={self.plan.micro_batch_size} prefill={self.plan.prefill_size} in_flight={self.in_flight}"
+        plan = self.plan
+        stages = ",".join(f"{stage.device}[{stage.first_layer}:{stage.end_layer}]" for stage in plan.stages)
+        text = f"{stages} mb={plan.micro_batch_size} prefill={plan.prefill_size} in_flight={self.in_flight}"
+        if plan.prefill_chunk_size is not None:
+            text += f" chunk={plan.prefill_chunk_size}"
+        if plan.replicas > 1:
+            text += f" replicas={'|'.join(','.join(row) for row in plan.replica_devices)}"
+        return "".join((text, *(f" {switch.replace(' ', '_')}" for switch in plan._switches())))
 
 
 class Protocol(Value):

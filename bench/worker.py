@@ -176,6 +176,7 @@ class Worker:
 
     def do_reference_from_plan(self, path: str, spec: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
         """Makes the study's reference with a plan, where the unsplit model does not fit."""
+        from bench.measured_run import make_reference_from_plan
         from bench.reference import reference_digest
         from bench.spec import EffectivePlan, RunSpec
 
@@ -187,7 +188,8 @@ class Worker:
             self.tokens.pad_token_id,
         )
         self._drop_unsplit()
-        self.runner.make_reference(
+        make_reference_from_plan(
+            self.runner,
             job,
             run.plan,
             Path(path),
@@ -240,12 +242,14 @@ class Worker:
 
     def do_measure(self, spec: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
         """Measures one plan."""
+        from bench.measured_run import measure
         from bench.spec import EffectivePlan, RunSpec
 
         run = RunSpec.model_validate(spec)
         prompts = self.tokens.of_workload(run.workload)
         self._drop_unsplit()
-        outcome = self.runner.measure(
+        outcome = measure(
+            self.runner,
             run,
             EffectivePlan.model_validate(effective),
             prompts,
@@ -275,30 +279,37 @@ class Worker:
             output_len=max_new_tokens,
             micro_batch_size=parsed.micro_batch_size,
             prefill_size=parsed.prefill_size,
+            chunk_size=parsed.prefill_chunk_size,
             in_flight=in_flight,
             pad_token_id=self.tokens.pad_token_id,
             eos_token_ids=None if ignore_eos else self.tokens.eos_token_ids(),
         )
         self.status.phase = "generate"
-        self.runner.open(job)
-        return {"results": self._results(job, self.runner.run(job))}
+        jobs = self.runner.parts(job)
+        self.runner.open(jobs)
+        return {"results": self._results(job, jobs, self.runner.run(jobs))}
 
-    def _results(self, job: Any, result: Any) -> list[dict[str, Any]]:
+    def _results(self, job: Any, jobs: Any, result: Any) -> list[dict[str, Any]]:
         zero_s, _ = self.runner.window(result)
-        mine = None
+        mine: dict[int, dict[str, Any]] = {}
         if result is not None and result.tokens is not None:
-            tasks = job.tasks()
-            first_rows = [sum(job.sizes[:index]) for index in range(len(job.sizes))]
-            times: dict[int, list[float]] = {index: [] for index in job.order}
+            own = self.runner.own_job(jobs)
+            assert own is not None
+            numbers = own.numbers or range(len(own.prompts))
+            tasks, first_rows, order = own.tasks(), own.first_rows, own.order
+            times: dict[int, list[float]] = {index: [] for index in order}
             for index, moment in zip(result.ran, result.timeline.token_times_s, strict=True):
                 task = tasks[index]
+                if not task.samples:
+                    continue
                 for row in range(task.first_row, task.end_row):
-                    times[job.order[first_rows[task.micro_batch] + row]].append(round(moment - zero_s, 6))
-            mine = [
-                {"token_ids": result.tokens[index], "token_times_s": times[index][: len(result.tokens[index])]}
-                for index in range(len(job.prompts))
-            ]
-        rows = next(row for row in self.control.gather(mine) if row is not None)
+                    times[order[first_rows[task.micro_batch] + row]].append(round(moment - zero_s, 6))
+            mine = {
+                numbers[index]: {"token_ids": tokens, "token_times_s": times[index][: len(tokens)]}
+                for index, tokens in result.tokens.items()
+            }
+        found = {int(number): row for part in self.control.gather(mine) for number, row in part.items()}
+        rows = [found[index] for index in range(len(job.prompts))]
         if self.rank == 0:
             tokenizer = self.tokens.tokenizer()
             for prompt, row in zip(job.prompts, rows, strict=True):
@@ -306,8 +317,7 @@ class Worker:
                 row["text"] = (
                     tokenizer.decode(row["token_ids"], skip_special_tokens=True) if tokenizer is not None else None
                 )
-        result_rows: list[dict[str, Any]] = rows
-        return result_rows
+        return rows
 
     def _whole_model(self) -> Any:
         """The unsplit model, kept until a plan wants the memory."""

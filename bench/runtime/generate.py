@@ -16,10 +16,12 @@ import torch
 from bench.runtime.cache import SlotCache
 from bench.runtime.device import DeviceContext
 from bench.runtime.job import Job, MicroBatchInputs, margins_of
+from bench.runtime.sampling import draw, draw_margins, uniforms
 from bench.runtime.stage import Stage
 from bench.runtime.timeline import ResolvedTimeline, Timeline
 from bench.runtime.transport import Receiver, Sender
 from bench.schedule import Task
+from bench.spec import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,8 @@ class PassResult:
     """Last stage: tokens of each prompt, by given index."""
     logits: dict[int, torch.Tensor] | None
     """Last stage with forced tokens: `[output_len, V]` of each prompt, fp32 on the host."""
+    scores: dict[int, torch.Tensor] | None
+    """Last stage where prompts are scored: `[length - 1]` log-probabilities of all but the first token, on the host."""
     margins: dict[int, torch.Tensor] | None
     """Last stage, where asked for: `[output_len]` of each prompt."""
     ran: tuple[int, ...]
@@ -82,22 +86,13 @@ class StageLoop:
         return sum(slot.nbytes() for slot in self._slots)
 
     def prepare(self, job: Job) -> None:
-        """Makes the KV slots that the job needs; those that fit are kept.
-
-        Raises:
-            ValueError: prefill in pieces is asked of a model whose state cannot be split by rows.
-        """
+        """Makes the KV slots that the job needs; those that fit are kept."""
         max_len = job.longest + job.output_len
         count = min(job.in_flight, len(job.sizes))
         fits = all(slot.rows >= job.micro_batch_size and slot.max_len >= max_len for slot in self._slots)
         if not fits or len(self._slots) < count:
             self._slots = []
             self._slots = [self._stage.new_cache(rows=job.micro_batch_size, max_len=max_len) for _ in range(count)]
-        if job.prefill_size < job.micro_batch_size and not self._slots[0].rows_are_separable:
-            raise ValueError(
-                "this model keeps recurrent states for whole micro-batches: prefill_micro_batch_size must equal "
-                "micro_batch_size"
-            )
 
     def run(self, job: Job, start: Callable[[], object] = lambda: None) -> PassResult:
         """Works through the schedule; returns when this stage's part and all its messages are done.
@@ -127,24 +122,25 @@ class _Pass:
         self.timeline, self.slots, self.job, self.status = timeline, slots, job, status
         self.tasks = job.tasks()
         rows = [job.prompts[index] for index in job.order]
-        self.inputs: list[MicroBatchInputs] = []
-        self.first_rows: list[int] = []
-        first = 0
-        for size in job.sizes:
-            self.first_rows.append(first)
-            self.inputs.append(
-                MicroBatchInputs.build(
-                    rows[first : first + size],
-                    output_len=job.output_len,
-                    pad_token_id=job.pad_token_id,
-                    device=device.torch_device,
-                )
+        self.first_rows = job.first_rows
+        self.inputs = [
+            MicroBatchInputs.build(
+                rows[first : first + size],
+                output_len=job.output_len,
+                pad_token_id=job.pad_token_id,
+                device=device.torch_device,
             )
-            first += size
+            for first, size in zip(self.first_rows, job.sizes, strict=True)
+        ]
         self.forced = None
         if job.forced is not None:
             in_order = torch.tensor([job.forced[index] for index in job.order], dtype=torch.long)
             self.forced = in_order.to(device.torch_device)
+        self.uniforms = None
+        if job.sampling is not None and stage.is_last:
+            numbers = job.numbers or range(len(job.prompts))
+            in_rows = [numbers[index] for index in job.order]
+            self.uniforms = uniforms(job.sampling, in_rows, job.output_len).to(device.torch_device)
         # Rows that have not met an end-of-sequence token yet; with fixed length, always all.
         self.unfinished = [[True] * size for size in job.sizes]
         self.known_step = [-1] * len(job.sizes)
@@ -153,6 +149,7 @@ class _Pass:
         self.outstanding = 0
         self.logits: list[tuple[Task, torch.Tensor]] = []
         self.margins: list[tuple[Task, torch.Tensor]] = []
+        self.scores: list[tuple[Task, torch.Tensor]] = []
 
     def run(self) -> PassResult:
         self.timeline.reset()
@@ -180,9 +177,10 @@ class _Pass:
         self.status.activity = "idle"
         return PassResult(
             timeline=timeline,
-            tokens=self.collect_tokens() if self.stage.is_last else None,
+            tokens=self.collect_tokens() if self.stage.is_last and not self.job.scores else None,
             logits=self.by_prompt(self.logits) if self.stage.is_last and self.forced is not None else None,
             margins=self.by_prompt(self.margins) if self.stage.is_last and self.job.keep_margins else None,
+            scores=self.collect_scores() if self.stage.is_last and self.job.scores else None,
             ran=tuple(ran),
         )
 
@@ -195,26 +193,23 @@ class _Pass:
             hidden = edges.hidden_in.take()
             self.outstanding -= 1
             self.post_hidden(in_use=1)
-        inputs = self.inputs[task.micro_batch]
-        past = 0 if task.is_prefill else inputs.prompt_len + task.step - 1
-        end = past + (inputs.prompt_len if task.is_prefill else 1)
-        rows = slice(task.first_row, task.end_row)
-        cache = self.slots[task.slot]
-        cache.seek(task.first_row, task.end_row, past)
+        self.slots[task.slot].seek(task.first_row, task.end_row, task.first_token)
         self.status.activity = "compute"
         self.timeline.compute_begins()
-        output = stage.forward(
-            inputs.ids[rows, past:end], inputs.mask[rows, :end], inputs.positions[rows, past:end], cache, hidden
-        )
-        tokens = self.sample(task, output) if stage.is_last else None
+        output = self.forward(task, hidden)
+        tokens = None
+        if stage.is_last and self.job.scores:
+            self.score(task, output)
+        elif stage.is_last and task.samples:
+            tokens = self.sample(task, output)
         self.timeline.compute_ended()
-        if tokens is not None:
+        if stage.is_last:
             self.timeline.tokens_known()
         self.status.activity = "send"
         sending = time.monotonic()
         if edges.hidden_out is not None:
             edges.hidden_out.send(output)
-        if task.step + 1 < self.job.output_len:
+        if task.samples and task.step + 1 < self.job.output_len:
             if tokens is not None:
                 for sender in edges.tokens_out:
                     sender.send(tokens)
@@ -226,17 +221,45 @@ class _Pass:
             self.status.activity = "compute"
             self.learn(task, tokens)
 
+    def forward(self, task: Task, hidden: torch.Tensor | None) -> torch.Tensor:
+        """The stage's output for a task."""
+        inputs = self.inputs[task.micro_batch]
+        rows = slice(task.first_row, task.end_row)
+        span = slice(task.first_token, task.end_token)
+        return self.stage.forward(
+            inputs.ids[rows, span],
+            inputs.mask[rows, : task.end_token],
+            inputs.positions[rows, span],
+            self.slots[task.slot],
+            hidden,
+            all_logits=self.job.scores,
+        )
+
     def sample(self, task: Task, logits: torch.Tensor) -> torch.Tensor:
-        """Greedy tokens `[rows]`, or the forced ones; writes them where the next step reads its ids."""
+        """The tokens `[rows]` that follow: the likeliest, drawn, or forced ones."""
+        first = self.first_rows[task.micro_batch]
+        rows = slice(first + task.first_row, first + task.end_row)
+        sampling = self.job.sampling or Sampling()
+        u = None if self.uniforms is None else self.uniforms[rows, task.step]
         if self.job.keep_margins:
-            self.margins.append((task, margins_of(logits.float()).cpu()))
-        if self.forced is None:
-            tokens = logits.argmax(-1)
-        else:
+            margins = margins_of(logits.float()) if u is None else draw_margins(logits, u, sampling)
+            self.margins.append((task, margins.cpu()))
+        if self.forced is not None:
             self.logits.append((task, logits.float().cpu()))
-            first = self.first_rows[task.micro_batch]
-            tokens = self.forced[first + task.first_row : first + task.end_row, task.step]
-        return tokens
+            return self.forced[rows, task.step]
+        return logits.argmax(-1) if u is None else draw(logits, u, sampling)
+
+    def score(self, task: Task, logits: torch.Tensor) -> None:
+        """Keeps the log-probability of the token behind each position, `[rows, tokens]`; the last one has none."""
+        inputs = self.inputs[task.micro_batch]
+        end = min(task.end_token, inputs.prompt_len - 1)
+        behind = inputs.ids[task.first_row : task.end_row, task.first_token + 1 : end + 1]
+        # Row by row: in fp32 the logits of all of them at once would be the largest tensor of the whole run.
+        rows = [
+            row[: behind.shape[1]].float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            for row, ids in zip(logits, behind, strict=True)
+        ]
+        self.scores.append((task, torch.stack(rows)))
 
     def take_tokens(self, micro_batch: int) -> None:
         """Waits for the tokens that the micro-batch's last step gave, piece by piece."""
@@ -275,8 +298,7 @@ class _Pass:
                     continue
                 if self.known_step[task.micro_batch] < task.step - 1:
                     return
-            tokens = 1 if task.step > 0 else self.inputs[task.micro_batch].prompt_len
-            receiver.post((task.num_rows, tokens, self.stage.hidden_size))
+            receiver.post((task.num_rows, task.num_tokens, self.stage.message_values))
             self.next_post += 1
             self.outstanding += 1
 
@@ -291,6 +313,17 @@ class _Pass:
                 stop = next((place for place, token in enumerate(row) if token in eos), len(row) - 1)
                 tokens[next(order)] = row[: stop + 1]
         return tokens
+
+    def collect_scores(self) -> dict[int, torch.Tensor]:
+        """Log-probabilities of each prompt's tokens but the first, by given index; padding cut off."""
+        rows: dict[int, list[torch.Tensor]] = {index: [] for index in self.job.order}
+        for task, values in self.scores:
+            first = self.first_rows[task.micro_batch] + task.first_row
+            for offset, row in enumerate(values.cpu()):
+                rows[self.job.order[first + offset]].append(row)
+        lengths = {index: len(prompt) - 1 for index, prompt in enumerate(self.job.prompts)}
+        whole = {index: torch.cat(parts) for index, parts in rows.items()}
+        return {index: values[len(values) - lengths[index] :] for index, values in whole.items()}
 
     def by_prompt(self, kept: list[tuple[Task, torch.Tensor]]) -> dict[int, torch.Tensor]:
         """What was kept of every task, `[rows, …]`, as `[output_len, …]` of each prompt by given index."""

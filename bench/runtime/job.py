@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bench.schedule import Task, build_schedule, micro_batch_sizes
+from bench.spec import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,16 +20,28 @@ class Job:
     prompts: tuple[tuple[int, ...], ...]
     """Token ids, in the order given."""
     output_len: int
+    """Tokens to generate for each; 0 scores the prompts instead."""
     micro_batch_size: int
     prefill_size: int
     in_flight: int
     pad_token_id: int
+    chunk_size: int | None = None
+    """Tokens of a prompt prefilled at once; None prefills whole prompts."""
+    sampling: Sampling | None = None
+    """None takes the likeliest token."""
+    numbers: tuple[int, ...] | None = None
+    """Each prompt's number, on which draws depend; None counts them from 0."""
     eos_token_ids: frozenset[int] | None = None
     """None generates exactly `output_len` tokens for every prompt."""
     forced: tuple[tuple[int, ...], ...] | None = None
     """Tokens to feed instead of the sampled ones, per prompt; the logits are then kept."""
     keep_margins: bool = False
     """Keep the margin between the two largest logits of every token sampled."""
+
+    @property
+    def scores(self) -> bool:
+        """Whether the prompts are scored, and nothing is generated."""
+        return self.output_len == 0
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -37,15 +52,50 @@ class Job:
     def sizes(self) -> tuple[int, ...]:
         return micro_batch_sizes(len(self.prompts), self.micro_batch_size)
 
+    @property
+    def first_rows(self) -> tuple[int, ...]:
+        """Of each micro-batch, counted over all."""
+        return tuple(itertools.accumulate(self.sizes[:-1], initial=0))
+
+    @property
+    def prompt_lens(self) -> tuple[int, ...]:
+        """Of each micro-batch, padded."""
+        return tuple(len(self.prompts[self.order[row]]) for row in self.first_rows)
+
     def tasks(self) -> tuple[Task, ...]:
         """The schedule."""
         return build_schedule(
-            self.sizes, output_len=self.output_len, in_flight=self.in_flight, prefill_size=self.prefill_size
+            self.sizes,
+            prompt_lens=self.prompt_lens,
+            output_len=max(1, self.output_len),
+            in_flight=self.in_flight,
+            prefill_size=self.prefill_size,
+            chunk_size=self.chunk_size,
         )
 
     @property
     def longest(self) -> int:
         return max(len(prompt) for prompt in self.prompts)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest task."""
+        chunk = min(self.chunk_size or self.longest, self.longest)
+        return max(min(self.prefill_size, len(self.prompts)) * chunk, min(self.micro_batch_size, len(self.prompts)))
+
+    def share(self, replica: int, replicas: int) -> tuple[int, ...]:
+        """Given indices of the prompts that one of several replicas works on: of every length its part."""
+        return self.order[replica::replicas]
+
+    def part(self, share: Sequence[int]) -> Job:
+        """The pass over some of the prompts, by given index; draws stay what they are in the whole."""
+        numbers = self.numbers or range(len(self.prompts))
+        return dataclasses.replace(
+            self,
+            prompts=tuple(self.prompts[index] for index in share),
+            numbers=tuple(numbers[index] for index in share),
+            forced=None if self.forced is None else tuple(self.forced[index] for index in share),
+        )
 
 
 def sort_by_length(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:

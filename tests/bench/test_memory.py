@@ -59,8 +59,8 @@ def in_flight(outcome: EffectivePlan | Failure) -> int:
 
 
 def test_weights_stand_where_the_modules_do() -> None:
-    def weights(model: ModelShape, *counts: int) -> list[int]:
-        wanted = plan(*counts)
+    def weights(model: ModelShape, *counts: int, packed: bool = True) -> list[int]:
+        wanted = plan(*counts).model_copy(update={"packed_weights": packed})
         return [
             stage_bytes(model, wanted, index, prompt_len=32, output_len=8).weights - model.other_bytes
             for index in range(len(counts))
@@ -69,7 +69,8 @@ def test_weights_stand_where_the_modules_do() -> None:
     assert weights(shape(), 2, 3, 1) == [5 * MIB, 3 * MIB, 4 * MIB]
     assert weights(shape(tied=True), 2, 3, 1) == [5 * MIB, 3 * MIB, 4 * MIB], "a tied embedding stands on both ends"
     assert weights(shape(), 6) == [12 * MIB]
-    assert weights(shape(tied=True), 6) == [9 * MIB], "and once where the ends meet"
+    assert weights(shape(tied=True), 6) == [12 * MIB], "a packed head lies beside the embedding"
+    assert weights(shape(tied=True), 6, packed=False) == [9 * MIB], "and once where the ends meet"
 
 
 @given(micro_batch_size=st.integers(1, 16), prompt_len=st.integers(1, 100), output_len=st.integers(1, 100))

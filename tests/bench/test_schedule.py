@@ -15,12 +15,18 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=7)
 OUTPUT_LEN = st.integers(1, 5)
 IN_FLIGHT = st.integers(1, 8)
 PREFILL = st.none() | st.integers(1, 6)
+CHUNK = st.none() | st.integers(1, 9)
 STAGES = st.integers(1, 4)
 
 
 def whole(num: int, *, output_len: int, in_flight: int) -> tuple[Task, ...]:
     """A schedule of `num` micro-batches, each prefilled at once."""
-    return build_schedule([1] * num, output_len=output_len, in_flight=in_flight)
+    return build_schedule([1] * num, prompt_lens=[1] * num, output_len=output_len, in_flight=in_flight)
+
+
+def lens_of(sizes: list[int]) -> list[int]:
+    """A prompt length for each micro-batch; none like its neighbour's."""
+    return [3 + 2 * (index % 4) for index in range(len(sizes))]
 
 
 def test_grid_in_docstring_is_the_grid_drawn() -> None:
@@ -46,10 +52,27 @@ def test_grid_with_fewer_micro_batches_than_stages_shows_the_bubble() -> None:
 
 
 def test_pieces_of_prefill() -> None:
-    tasks = build_schedule([5], output_len=2, in_flight=1, prefill_size=2)
+    tasks = build_schedule([5], prompt_lens=[4], output_len=2, in_flight=1, prefill_size=2)
     assert [(task.step, task.first_row, task.end_row) for task in tasks] == [(0, 0, 2), (0, 2, 4), (0, 4, 5), (1, 0, 5)]
     assert [task.num_rows for task in tasks] == [2, 2, 1, 5]
     assert [task.is_prefill for task in tasks] == [True, True, True, False]
+    assert [(task.first_token, task.end_token) for task in tasks] == [(0, 4), (0, 4), (0, 4), (4, 5)]
+    assert all(task.samples for task in tasks)
+
+
+def test_chunks_of_a_long_prompt_fill_the_stages() -> None:
+    tasks = build_schedule([1], prompt_lens=[10], output_len=2, in_flight=1, chunk_size=4)
+    spans = [(task.first_token, task.end_token, task.samples) for task in tasks]
+    assert spans == [(0, 4, False), (4, 8, False), (8, 10, True), (10, 11, True)]
+    assert draw_grid(tasks, 2).splitlines() == [
+        "stage 0  m0.0 m0.0 m0.0      m0.1",
+        "stage 1       m0.0 m0.0 m0.0      m0.1",
+    ]
+
+
+def test_chunks_of_one_piece_come_before_the_next_piece() -> None:
+    tasks = build_schedule([2], prompt_lens=[5], output_len=1, in_flight=1, prefill_size=1, chunk_size=3)
+    assert [(task.first_row, task.first_token) for task in tasks] == [(0, 0), (0, 3), (1, 0), (1, 3)]
 
 
 @given(num_prompts=st.integers(1, 200), micro_batch_size=st.integers(1, 64))
@@ -60,20 +83,43 @@ def test_micro_batch_sizes_are_full_but_the_last(num_prompts: int, micro_batch_s
     assert 1 <= sizes[-1] <= micro_batch_size
 
 
-@given(sizes=SIZES, output_len=OUTPUT_LEN, in_flight=IN_FLIGHT, prefill_size=PREFILL)
-def test_every_row_is_prefilled_once_and_steps_come_in_order(
-    sizes: list[int], output_len: int, in_flight: int, prefill_size: int | None
+@given(sizes=SIZES, output_len=OUTPUT_LEN, in_flight=IN_FLIGHT, prefill_size=PREFILL, chunk_size=CHUNK)
+def test_every_token_of_every_row_is_prefilled_once_and_steps_come_in_order(
+    sizes: list[int], output_len: int, in_flight: int, prefill_size: int | None, chunk_size: int | None
 ) -> None:
-    tasks = build_schedule(sizes, output_len=output_len, in_flight=in_flight, prefill_size=prefill_size)
+    lens = lens_of(sizes)
+    tasks = build_schedule(
+        sizes,
+        prompt_lens=lens,
+        output_len=output_len,
+        in_flight=in_flight,
+        prefill_size=prefill_size,
+        chunk_size=chunk_size,
+    )
     of_micro_batch: dict[int, list[Task]] = defaultdict(list)
     for task in tasks:
         of_micro_batch[task.micro_batch].append(task)
     assert sorted(of_micro_batch) == list(range(len(sizes)))
     for micro_batch, own in of_micro_batch.items():
         prefill = [task for task in own if task.step == 0]
-        rows = [row for task in prefill for row in range(task.first_row, task.end_row)]
-        assert rows == list(range(sizes[micro_batch]))
+        length = lens[micro_batch]
+        places = [
+            (row, token)
+            for task in prefill
+            for row in range(task.first_row, task.end_row)
+            for token in range(task.first_token, task.end_token)
+        ]
+        assert sorted(places) == [(row, token) for row in range(sizes[micro_batch]) for token in range(length)]
+        # A row's tokens come in order, whatever lies in between.
+        for row in range(sizes[micro_batch]):
+            assert [token for place, token in places if place == row] == list(range(length))
         assert all(1 <= task.num_rows <= (prefill_size or sizes[micro_batch]) for task in prefill)
+        assert all(1 <= task.num_tokens <= (chunk_size or length) for task in prefill)
+        sampled = [row for task in prefill if task.samples for row in range(task.first_row, task.end_row)]
+        assert sampled == list(range(sizes[micro_batch])), "one token of every row comes of its last chunk"
+        decode = own[len(prefill) :]
+        assert [task.first_token for task in decode] == [length + step for step in range(output_len - 1)]
+        assert all(task.samples and task.num_tokens == 1 for task in decode)
         assert [task.step for task in own] == [0] * len(prefill) + list(range(1, output_len))
         assert all((task.first_row, task.end_row) == (0, sizes[micro_batch]) for task in own[len(prefill) :])
         assert len({task.slot for task in own}) == 1
@@ -83,7 +129,9 @@ def test_every_row_is_prefilled_once_and_steps_come_in_order(
 def test_no_slot_is_shared_by_live_micro_batches(
     sizes: list[int], output_len: int, in_flight: int, prefill_size: int | None
 ) -> None:
-    tasks = build_schedule(sizes, output_len=output_len, in_flight=in_flight, prefill_size=prefill_size)
+    tasks = build_schedule(
+        sizes, prompt_lens=lens_of(sizes), output_len=output_len, in_flight=in_flight, prefill_size=prefill_size
+    )
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for index, task in enumerate(tasks):
@@ -120,7 +168,9 @@ def test_simulated_times_respect_every_dependency(
     hop_s: float,
     data: st.DataObject,
 ) -> None:
-    tasks = build_schedule(sizes, output_len=output_len, in_flight=in_flight, prefill_size=prefill_size)
+    tasks = build_schedule(
+        sizes, prompt_lens=lens_of(sizes), output_len=output_len, in_flight=in_flight, prefill_size=prefill_size
+    )
     # Multiples of a quarter are exact in binary, so times compare without a tolerance.
     quarters = st.lists(st.integers(1, 8).map(lambda value: value / 4), min_size=len(tasks), max_size=len(tasks))
     durations = [data.draw(quarters) for _ in range(num_stages)]
@@ -147,7 +197,9 @@ def test_pipeline_never_drains_while_micro_batches_wait(
     num: int, output_len: int, num_stages: int, extra: int, rows: int
 ) -> None:
     num += num_stages
-    tasks = build_schedule([rows] * num, output_len=output_len, in_flight=num_stages + extra, prefill_size=1)
+    tasks = build_schedule(
+        [rows] * num, prompt_lens=[2] * num, output_len=output_len, in_flight=num_stages + extra, prefill_size=1
+    )
     starts = simulate(tasks, [[1.0] * len(tasks)] * num_stages)
     last_prefill = max(index for index, task in enumerate(tasks) if task.is_prefill)
     for stage, row in enumerate(starts):
@@ -164,11 +216,24 @@ def test_no_stage_waits_when_all_are_in_flight(num_stages: int, extra: int, outp
 
 
 @pytest.mark.parametrize(
-    ("sizes", "output_len", "in_flight", "prefill_size"),
-    [([0], 1, 1, None), ([1], 0, 1, None), ([1], 1, 0, None), ([1], 1, 1, 0)],
+    ("sizes", "output_len", "in_flight", "prefill_size", "chunk_size"),
+    [
+        ([0], 1, 1, None, None),
+        ([1], 0, 1, None, None),
+        ([1], 1, 0, None, None),
+        ([1], 1, 1, 0, None),
+        ([1], 1, 1, 1, 0),
+    ],
 )
 def test_sizes_below_one_are_refused(
-    sizes: list[int], output_len: int, in_flight: int, prefill_size: int | None
+    sizes: list[int], output_len: int, in_flight: int, prefill_size: int | None, chunk_size: int | None
 ) -> None:
     with pytest.raises(ValueError, match="must be ≥ 1"):
-        build_schedule(sizes, output_len=output_len, in_flight=in_flight, prefill_size=prefill_size)
+        build_schedule(
+            sizes,
+            prompt_lens=[3],
+            output_len=output_len,
+            in_flight=in_flight,
+            prefill_size=prefill_size,
+            chunk_size=chunk_size,
+        )

@@ -101,7 +101,7 @@ def test_stages_may_be_fewer_than_devices_but_not_more() -> None:
         ((stage(0, 15), stage(16, 30, "cpu:1")), "plan.stages[1]: layer 15 is missing before 16"),
         ((stage(0, 10), stage(14, 30, "cpu:1")), "plan.stages[1]: layer 10-13 is missing before 14"),
         ((stage(0, 15), stage(14, 30, "cpu:1")), "plan.stages[1]: layer 14 is given twice"),
-        ((stage(0, 15), stage(15, 30)), "a CPU worker holds two stages: cpu:0, cpu:0; give each its own"),
+        ((stage(0, 15), stage(15, 30)), "cpu:0 would hold two stages; give each its own CPU worker"),
     ],
 )
 def test_a_plan_names_the_layer_that_is_wrong(stages: tuple[StagePlan, ...], message: str) -> None:

@@ -15,16 +15,22 @@ from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 
 DEVICES = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
 OUTPUT_LEN = 7
-# Layers per stage, micro-batch size, prefill micro-batch size, micro-batches in flight.
-PLANS = [
-    ((6,), 5, None, None),
-    ((3, 3), 3, None, None),
-    ((1, 5), 2, 1, 2),
-    ((4, 2), 5, 2, 1),
-    ((2, 1, 3), 2, None, None),
-    ((1, 2, 1, 2), 1, None, 3),
-    ((3, 1, 1, 1), 4, 3, None),
+# Micro-batches in flight, and the plan.
+PLANS: list[tuple[int | None, Plan]] = [
+    (in_flight, Plan.from_layer_counts(counts, DEVICES, size, prefill_micro_batch_size=prefill, **more))
+    for counts, size, prefill, in_flight, more in [
+        ((6,), 5, None, None, {}),
+        ((3, 3), 3, None, None, {}),
+        ((1, 5), 2, 1, 2, {"prefill_chunk_size": 3}),
+        ((4, 2), 5, 2, 1, {}),
+        ((2, 1, 3), 2, None, None, {"prefill_chunk_size": 1}),
+        ((1, 2, 1, 2), 1, None, 3, {}),
+        ((3, 1, 1, 1), 4, 3, None, {"prefill_chunk_size": 100}),
+        ((2, 4), 2, 1, 2, {"replicas": 2, "prefill_chunk_size": 4}),
+        ((6,), 2, None, None, {"replicas": 4}),
+    ]
 ]
+PLANS += [(None, plan.model_copy(update={"packed_weights": False})) for _, plan in PLANS[1:2]]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bloom", "gemma2", "mixtral"])
@@ -37,13 +43,11 @@ def test_every_plan_gives_the_unsplit_models_tokens(family: str, tmp_path: Path)
     eos = expected[0][2]
     expected_until_eos = unsplit_tokens(model, prompts, output_len=OUTPUT_LEN, eos_token_id=eos)
     with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
-        for counts, size, prefill, in_flight in PLANS:
-            plan = Plan.from_layer_counts(counts, DEVICES, size, prefill_micro_batch_size=prefill)
+        for in_flight, plan in PLANS:
             results = fleet.generate(plan, prompts, max_new_tokens=OUTPUT_LEN, in_flight=in_flight, ignore_eos=True)
             assert [list(result.token_ids) for result in results] == expected, plan.describe()
         set_eos(folder, eos)
-        for counts, size, prefill, in_flight in PLANS[1:6:2]:
-            plan = Plan.from_layer_counts(counts, DEVICES, size, prefill_micro_batch_size=prefill)
+        for in_flight, plan in PLANS[1::2]:
             results = fleet.generate(plan, prompts, max_new_tokens=OUTPUT_LEN, in_flight=in_flight)
             assert [list(result.token_ids) for result in results] == expected_until_eos, plan.describe()
             assert all(len(result.token_times_s) == len(result.token_ids) for result in results)
@@ -90,8 +94,7 @@ def test_the_edges_of_gpus_carry_the_same_tokens(body: str, tmp_path: Path, monk
     set_eos(folder, eos)
     break_workers(tmp_path / "hook", monkeypatch, target="bench.runtime.links", body=body)
     with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
-        for counts, size, prefill, in_flight in PLANS[1:]:
-            plan = Plan.from_layer_counts(counts, DEVICES, size, prefill_micro_batch_size=prefill)
+        for in_flight, plan in PLANS[1:]:
             for ignore_eos, wanted in ((True, expected), (False, until_eos)):
                 results = fleet.generate(
                     plan, prompts, max_new_tokens=OUTPUT_LEN, in_flight=in_flight, ignore_eos=ignore_eos

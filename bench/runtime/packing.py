@@ -1,0 +1,83 @@
+"""Linear weights laid out once for oneDNN's kernels, where the eager CPU path lays them out anew in every call.
+
+What it gains depends on the machine: on AMD processors much, since MKL, which eager fp32 goes through, keeps to AVX2
+there; see docs/performance.md. The packed weight takes the place of the plain one, so that memory stays what it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a weight in oneDNN's own layout: `[..., in_features]` → `[..., out_features]`."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """
+        Args:
+            weight: `[out_features, in_features]`; not kept.
+        """
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.packed_bytes = int(weight.nbytes)
+        # Neither a parameter nor a buffer: nothing but the kernel can read its layout.
+        self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The plain weight, made anew: for the few models that read one beside using the layer."""
+        return self._packed.to_dense()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  as in nn.Linear
+        """`input @ weight.T + bias`."""
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
+        return output
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of torch and this processor have the kernels for weights of a dtype."""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not (available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32
+
+
+def pack_linears(model: Any) -> int:
+    """Packs every plain linear layer (and GPT-2's transposed kind) that is not packed yet, in place.
+
+    Subclasses of `nn.Linear` have a forward of their own and are left alone, as are the embeddings of a tied head.
+
+    Returns:
+        How many were packed.
+    """
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            packed = _packed(child)
+            if packed is not None:
+                setattr(parent, name, packed)
+                count += 1
+    return count
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of all packed weights, which are no parameters."""
+    return sum(module.packed_bytes for module in model.modules() if isinstance(module, PackedLinear))
+
+
+def _packed(module: nn.Module) -> PackedLinear | None:
+    if type(module) not in (nn.Linear, Conv1D):
+        return None
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    # Hooks (of accelerate and others) would be lost.
+    if weight.is_meta or weight.device.type != "cpu" or not can_pack(weight.dtype) or module._forward_pre_hooks:
+        return None
+    bias: Any = module.bias
+    return PackedLinear(weight if type(module) is nn.Linear else weight.T, bias)
