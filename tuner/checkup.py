@@ -7,17 +7,18 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.errors import FleetError, PipetuneError
+from bench.errors import ConfigError, FleetError, ModelError, NothingFeasibleError, PipetuneError, UserError
 from bench.spec import ModelSpec, Plan, Value, device_kind
-from tuner import settings
+from tuner.anatomy import Anatomy, Wanted, dissect
 from tuner.config import TuneConfig
 from tuner.progress import Reporter
 
@@ -50,10 +51,19 @@ class Check(Value):
     text: str
 
 
+class Fitting(Value):
+    """How a model is to be fitted onto the devices."""
+
+    micro_batch_size: int | None = None
+    """None: one micro-batch a stage, or smaller ones if those do not fit."""
+    memory_fraction: float = 0.9
+
+
 class Checkup(Value):
-    """All checks, and the exit code they amount to."""
+    """All checks, the model if one was named, and the exit code they amount to."""
 
     checks: tuple[Check, ...]
+    anatomy: Anatomy | None = None
     fault_code: int = 0
 
     @property
@@ -69,22 +79,42 @@ class Checkup(Value):
         console.print(grid)
 
 
-def run_checkup(flags: Mapping[str, Any], config_file: Path | None, reporter: Reporter) -> Checkup:
+@dataclass
+class _Findings:
+    """What was found so far."""
+
+    checks: list[Check]
+    anatomy: Anatomy | None = None
+    fault_code: int = 0
+
+    def fail(self, name: str, text: str, code: int) -> None:
+        """The first fault decides the exit code."""
+        self.checks.append(Check(name=name, verdict="failed", text=text))
+        self.fault_code = self.fault_code or code
+
+
+def run_checkup(config: TuneConfig, fitting: Fitting | None, reporter: Reporter) -> Checkup:
     """Looks at software, disk, devices and, with real workers, at what is needed to run.
+
+    Args:
+        config: with its devices resolved.
+        fitting: None leaves the model out: the workers pass tokens of a tiny one.
 
     Raises:
         ConfigError: settings that cannot be used at all.
     """
-    tiny = "model" not in flags and config_file is None
-    resolved = settings.resolve(file=config_file, flags={**flags, **({"model": "tiny"} if tiny else {})})
-    checks = [*_software(), *_disk()]
+    if fitting is not None and not 0.0 < fitting.memory_fraction <= 1.0:
+        raise ConfigError(f"--memory-fraction {fitting.memory_fraction}: must be above 0 and up to 1")
+    found = _Findings([*_software(), *_disk()])
     try:
         with reporter, tempfile.TemporaryDirectory(prefix="pipetune-doctor-") as folder:
-            checks += _fleet(resolved.config, Path(folder) if tiny else None, reporter)
+            if fitting is None:
+                _look_at_workers(config, Path(folder), reporter, found)
+            else:
+                _look_at_model(config, fitting, reporter, found)
     except PipetuneError as error:
-        checks.append(Check(name="workers", verdict="failed", text=_reason(error)))
-        return Checkup(checks=tuple(checks), fault_code=error.exit_code)
-    return Checkup(checks=tuple(checks))
+        found.fail("model" if isinstance(error, ModelError) else "workers", _reason(error), error.exit_code)
+    return Checkup(checks=tuple(found.checks), anatomy=found.anatomy, fault_code=found.fault_code)
 
 
 def _software() -> Iterator[Check]:
@@ -104,24 +134,77 @@ def _disk() -> Iterator[Check]:
     yield Check(name="disk", verdict=verdict, text=f"{free / 2**30:.1f} GiB free here")
 
 
-def _fleet(config: TuneConfig, tiny_folder: Path | None, reporter: Reporter) -> Iterator[Check]:
-    from bench.launch import Fleet, available_devices
+def _devices() -> Check:
+    from bench.launch import available_devices
 
-    there = available_devices()
-    yield Check(name="devices", verdict="ok", text=f"auto takes {', '.join(there)}")
-    devices = there if config.devices == "auto" else config.devices
-    model = config.model
-    if tiny_folder is not None:
-        values = {**_TINY_MODEL, "num_hidden_layers": len(devices)}
-        (tiny_folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        model = ModelSpec(name=str(tiny_folder), load_format="dummy", dtype=config.model.dtype)
+    return Check(name="devices", verdict="ok", text=f"auto takes {', '.join(available_devices())}")
+
+
+def _look_at_workers(config: TuneConfig, folder: Path, reporter: Reporter, found: _Findings) -> None:
+    """Starts workers on a model with a layer for each."""
+    from bench.launch import Fleet
+
+    found.checks.append(_devices())
+    devices = config.concrete_devices
+    values = {**_TINY_MODEL, "num_hidden_layers": len(devices)}
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    tiny = ModelSpec(name=str(folder), load_format="dummy", dtype=config.model.dtype)
     reporter.begin(f"starting {len(devices)} workers")
-    with Fleet.start(model, devices, on_progress=reporter.fleet) as fleet:
-        yield from _machine(fleet)
-        if tiny_folder is None:
-            yield _model(fleet)
-        else:
-            yield _talk(fleet)
+    with Fleet.start(tiny, devices, on_progress=reporter.fleet) as fleet:
+        found.checks += _machine(fleet)
+        found.checks.append(_talk(fleet))
+
+
+def _look_at_model(config: TuneConfig, fitting: Fitting, reporter: Reporter, found: _Findings) -> None:
+    """Starts workers on the model, which describe it; no weights are loaded."""
+    found.checks.append(_devices())
+    with _start(config, reporter, found) as fleet:
+        found.checks += _machine(fleet)
+        found.checks.append(_model(fleet))
+        lens: tuple[int, ...] = (config.workload.input_len,)
+        try:
+            lens = fleet.prompt_lens(config.workload)
+        except UserError as error:
+            found.fail("workload", str(error), error.exit_code)
+        wanted = Wanted(
+            workload=config.workload,
+            prompt_lens=lens,
+            devices=fleet.devices,
+            device_bytes=fleet.device_bytes,
+            micro_batch_size=fitting.micro_batch_size,
+            memory_fraction=fitting.memory_fraction,
+        )
+        found.anatomy = dissect(fleet.shape, wanted)
+    if found.anatomy.way_out is not None:
+        text = f"not even one micro-batch fits: {found.anatomy.way_out}"
+        found.fail("fit", text, NothingFeasibleError.exit_code)
+
+
+def _start(config: TuneConfig, reporter: Reporter, found: _Findings) -> Fleet:
+    """The model's fleet; where only its config is at hand, that is a fault, and the model is described all the same.
+
+    Raises:
+        ModelError: the model cannot be found, read or split.
+        FleetError: workers that do not start.
+    """
+    from bench.launch import Fleet
+
+    model, devices = config.model, config.concrete_devices
+    reporter.begin(f"starting {len(devices)} workers")
+    try:
+        return Fleet.start(model, devices, on_progress=reporter.fleet)
+    except ModelError as error:
+        if model.load_format == "dummy" or not (Path(model.name).expanduser() / "config.json").is_file():
+            raise
+        try:
+            fleet = Fleet.start(model.model_copy(update={"load_format": "dummy"}), devices, on_progress=reporter.fleet)
+        except ModelError as without_weights:
+            if str(without_weights) == str(error):
+                raise error from None
+            found.fail("weights", str(error), error.exit_code)
+            raise
+        found.fail("weights", str(error), error.exit_code)
+        return fleet
 
 
 def _machine(fleet: Fleet) -> Iterator[Check]:

@@ -38,10 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        hint = "; give the folder of a checkpoint"
-        if any(folder.glob("*.gguf")):
-            hint = "; a GGUF file alone is not enough: convert it to a safetensors checkpoint folder first"
-        raise ModelError(f"model.name: {folder} holds no config.json{hint}") from error
+        raise ModelError(f"model.name: {folder} holds no config.json; give the folder of a checkpoint") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
@@ -55,20 +52,36 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     Raises:
         ModelError: the weights are missing, in another format, or damaged.
     """
-    index = folder / INDEX
-    if index.is_file():
+    named = read_config(folder).get("transformers_weights")
+    candidates = [str(named)] if named else [SINGLE, INDEX]
+    found = next((name for name in candidates if (folder / name).is_file()), None)
+    if found is not None and found.endswith(".index.json"):
+        index = folder / found
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index}: is no safetensors index: {error!r}") from error
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
+    elif found is not None:
+        names = [found]
     else:
-        raise ModelError(f"model.name: {folder} holds no {SINGLE}{_why_not(folder)}")
+        raise ModelError(f"model.name: {folder} holds no {candidates[0]}{_why_not(folder)}")
     files = tuple(folder / name for name in names)
     for file in files:
         _read_header(file)
     return files
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuses a LoRA adapter, alone or beside weights: transformers would load another model than the folder's.
+
+    Raises:
+        ModelError: says how to merge it.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.name: {folder} is a LoRA adapter (adapter_config.json); merge it into its base model with "
+            "`PeftModel.from_pretrained(base, …).merge_and_unload().save_pretrained(…)` and give the result"
+        )
 
 
 def content_revision(folder: Path, weights: tuple[Path, ...]) -> str:
@@ -123,6 +136,4 @@ def _why_not(folder: Path) -> str:
             f", but {others[0]}: pipetune reads safetensors only, since pickles can run code; "
             "convert it with `AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)` if you trust it"
         )
-    if any(folder.glob("*.gguf")):
-        return "; a GGUF file is not enough: convert it to a safetensors checkpoint folder first"
     return "; for random weights from its config.json alone say --load-format dummy"

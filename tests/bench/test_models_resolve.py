@@ -162,12 +162,34 @@ def test_pickles_are_refused(folder: Path) -> None:
         resolve(folder)
 
 
-def test_gguf_alone_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="GGUF file alone"):
-        resolve(tmp_path)
-    with pytest.raises(ModelError, match="GGUF file alone"):
-        resolve(tmp_path / "model.gguf")
+def test_adapters_are_refused_with_the_way_to_merge_them(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    for load_format in ("auto", "dummy"):
+        with pytest.raises(ModelError, match=r"is a LoRA adapter.*merge_and_unload"):
+            resolve(folder, load_format)
+
+
+def test_of_two_layouts_the_one_that_transformers_reads_counts(folder: Path, sharded: Path) -> None:
+    for file in sharded.glob("model*"):
+        shutil.copy(file, folder)
+    assert checkpoint.weight_files(folder) == (folder / "model.safetensors",)
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "other.safetensors.index.json"])
+def test_weights_under_another_name_are_found_by_the_config(folder: Path, sharded: Path, name: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+    with pytest.raises(ModelError, match=f"holds no {name}"):
+        resolve(folder)
+    if name.endswith(".json"):
+        for file in sharded.glob("model-*"):
+            shutil.copy(file, folder)
+        shutil.copy(sharded / checkpoint.INDEX, folder / name)
+        assert checkpoint.weight_files(folder) == tuple(sorted(folder.glob("model-*")))
+    else:
+        (folder / "model.safetensors").rename(folder / name)
+        assert checkpoint.weight_files(folder) == (folder / name,)
+    AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

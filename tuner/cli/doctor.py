@@ -1,10 +1,14 @@
-"""`pipetune doctor`: looks at the machine, starts real workers on it, and says what a study would use."""
+"""`pipetune doctor`: looks at the machine, starts real workers on it, and says what a study would use and refuse."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import typer
 
 from tuner.cli import options as o
+
+_FIT = "Fit (with --model)"
 
 
 def doctor(
@@ -12,21 +16,40 @@ def doctor(
     config: o.Config = None,
     model: o.Model = None,
     dtype: o.DtypeFlag = None,
+    storage_dtype: o.StorageDtype = None,
     load_format: o.LoadFormatFlag = None,
+    attention: o.Attention = None,
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = None,
     devices: o.Devices = None,
+    workload_kind: o.WorkloadKind = None,
+    num_prompts: o.NumPrompts = None,
+    input_len: o.InputLen = None,
+    output_len: o.OutputLen = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option("--micro-batch-size", help="Sequences a stage.", min=1, rich_help_panel=_FIT)
+    ] = None,
+    memory_fraction: Annotated[
+        float | None, typer.Option("--memory-fraction", help="Cap of each device.", rich_help_panel=_FIT)
+    ] = None,
     json: o.Json = False,
     no_progress: o.NoProgress = False,
 ) -> int:
-    """Check this machine: devices, memory, software, and workers that really talk to each other."""
-    from tuner.checkup import run_checkup
-    from tuner.cli import common
+    """Check this machine, with workers that really talk to each other; with --model, what a model is made of and
+    what of it would fit."""
+    from tuner.checkup import Fitting, run_checkup
+    from tuner.cli import common, doctor_view
     from tuner.progress import make_reporter
 
-    checkup = run_checkup(common.given(ctx.params), config, make_reporter(common.err(), silent=no_progress))
+    named = model is not None or config is not None
+    resolved = common.resolve_settings({**ctx.params, "model": model if named else "tiny"})
+    given = {"micro_batch_size": micro_batch_size, "memory_fraction": memory_fraction}
+    fitting = Fitting.model_validate({name: value for name, value in given.items() if value is not None})
+    checkup = run_checkup(resolved.config, fitting if named else None, make_reporter(common.err(), silent=no_progress))
     if json:
-        common.print_json(checkup.model_dump(mode="json") | {"exit_code": checkup.exit_code})
+        common.print_json(checkup.model_dump(mode="json") | {"schema_version": 1, "exit_code": checkup.exit_code})
     else:
         checkup.print(common.out())
+        if checkup.anatomy is not None:
+            doctor_view.show(checkup.anatomy, common.out())
     return checkup.exit_code
