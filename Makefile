@@ -1,11 +1,17 @@
 # make demo     tune a small real model on this machine; the study lands in results/demo
 # make test     the tests
+# make test-families   every causal-LM family that transformers knows; make models-table writes docs/models.md
 # make check    all that CI runs: lint, types, import contracts, tests
+# make bench-peers   our runtime beside its peers, in rounds, for up to an hour; QUICK=1 takes some minutes
+# make gpu-check     what only a machine with an NVIDIA GPU can show, in 8 minutes; results/gpu/<machine>
 # make lint     check without tests; make format rewrites; make clean removes .venv and caches, never results
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= results/demo
 PYTEST_ARGS ?=
+QUICK ?=
+PEERS_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -13,10 +19,10 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint format hooks clean
+.PHONY: help demo bench-peers gpu-check test test-families models-table check lint format hooks clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 4
+	@sed -n 's/^# //p' Makefile | head -n 7
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -46,8 +52,22 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 demo: $(VENV)/.installed-run
 	$(BIN)/pipetune tune --config examples/demo.yaml -o $(DEMO) $(if $(wildcard $(DEMO)/study.yaml),--resume)
 
+# A second `make bench-peers` goes on with what the first one measured. PEERS_ARGS: see `python -m bench.peers --help`.
+bench-peers: $(VENV)/.installed-run
+	$(BIN)/python -m bench.peers $(if $(QUICK),--quick) $(PEERS_ARGS)
+
+# GPU_CHECK_ARGS: see `python -m bench.gpu_check --help`.
+gpu-check: $(VENV)/.installed-run
+	$(BIN)/python -m bench.gpu_check $(GPU_CHECK_ARGS)
+
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-families: $(VENV)/.installed-test
+	PIPETUNE_FAMILY_SHARD=all $(BIN)/python -m pytest tests/families $(PYTEST_ARGS)
+
+models-table: $(VENV)/.installed-test
+	$(BIN)/python -m tests.families.survey --write docs/models.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
