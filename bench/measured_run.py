@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bench.checking import Comparison, check_output, wrong_logits
 from bench.memory import stage_bytes
 from bench.record import (
     SHARED_DEVICE_NOTE,
@@ -26,12 +25,7 @@ from bench.record import (
 )
 from bench.reference import (
     Reference,
-    choose_checked,
-    compare_logits,
-    compare_tokens,
     reference_digest,
-    spread_of,
-    worst_check,
 )
 from bench.runner import Runner
 from bench.runtime.generate import PassResult
@@ -40,7 +34,7 @@ from bench.runtime.packing import packed_bytes
 from bench.schedule import Task
 from bench.spec import EffectivePlan, Plan, Protocol, RunSpec, device_kind
 from bench.telemetry import merge_telemetry, peak_rss_bytes, read_telemetry, reset_peak_rss, sensors_for
-from bench.verdicts import is_steady, over_cap, wrong_output, wrong_tokens
+from bench.verdicts import is_steady, over_cap
 
 PEAK_NOT_RESET_NOTE = "peak memory is that of the process so far, not of this run: the kernel does not let it be reset"
 
@@ -62,18 +56,20 @@ class MeasuredRun:
         """Rank 0 gets the outcome, the others None."""
         runner, protocol = self.runner, self.protocol
         load_s, loaded = runner.apply(self.plan)
+        jobs = runner.parts(self.job)
+        # First of all, since what comes before can use these KV slots: they are the largest.
+        runner.open(jobs, instrument=protocol.instrument)
         check, check_s = None, None
         if self.reference is not None and protocol.check_outputs:
             runner.status.phase = "check"
             runner.report("check", 0, 1)
             began = time.monotonic()
-            check = self._check(self.reference)
+            check = check_output(runner, self.plan, self.job, self.reference)
             check_s = time.monotonic() - began
-            failure = wrong_output(check)
+            failure = wrong_logits(check, self.job, runner.shape)
             if failure is not None:
                 return failure
-        jobs = runner.parts(self.job)
-        runner.open(jobs, instrument=protocol.instrument)
+            runner.open(jobs, instrument=protocol.instrument)
         runner.status.phase = "warmup"
         warmup = self._warm_up(jobs)
         runner.status.phase = "measure"
@@ -109,15 +105,6 @@ class MeasuredRun:
             )
         return notes
 
-    def _check(self, reference: Reference) -> OutputCheck:
-        """Feeds the reference's tokens through every replica and compares logits; the worst replica counts."""
-        count, steps = reference.logits.shape[0], reference.logits.shape[1]
-        tokens = reference.tokens[list(reference.checked), :steps]
-        logits = forced_pass(self.runner, self.plan, self.job, reference.checked, tokens, max(1, count // 2))
-        mine = compare_logits(reference, logits).model_dump(mode="json") if logits is not None else None
-        rows = self.control.gather(mine)
-        return worst_check([OutputCheck.model_validate(row) for row in rows if row is not None])
-
     def _warm_up(self, jobs: Sequence[Job | None]) -> list[float]:
         """Repeats `num_iters_warmup` times, and with two or more until two in a row take alike, up to `max_warmup`."""
         protocol = self.protocol
@@ -144,20 +131,22 @@ class MeasuredRun:
             peak_was_reset = reset_peak_rss()
         sensors.start()
         iterations: list[Iteration] = []
-        wrong: list[int] | None = None
+        comparison = Comparison(runner, self.plan, self.job, self.reference)
         for number in range(self.protocol.num_iters):
             runner.report("measure", number, self.protocol.num_iters)
             result = runner.run(jobs)
             zero_s, duration_s = runner.window(result)
-            wrong = self._compare(result, wrong)
+            comparison.add(result)
             rows = self.control.gather(_seen(result, zero_s))
             if runner.rank == 0:
                 iterations.append(self._iteration(rows, duration_s))
         telemetry = read_telemetry(sensors, before)
         mine: dict[str, Any] = {
             "telemetry": telemetry.model_dump(mode="json"),
-            "wrong": wrong,
+            "compared": comparison.seen(),
             "peak_was_reset": peak_was_reset,
+            "notes": runner.loop.graphs.notes if runner.loop is not None and runner.loop.graphs is not None else (),
+            "prepare_s": runner.loop.graphs.report.capture_s if runner.loop and runner.loop.graphs else 0.0,
         }
         if runner.index is not None:
             mine["memory"] = self._memory().model_dump(mode="json")
@@ -165,16 +154,9 @@ class MeasuredRun:
         if runner.rank != 0:
             return None
         ranks = runner.placement.ranks
-        compared = [rows[rank]["wrong"] for rank in runner.placement.last_ranks if rows[rank]["wrong"] is not None]
-        if compared:
-            wrong_rows, near_ties = (sum(column) for column in zip(*compared, strict=True))
-            base = check or OutputCheck(
-                reference="unsplit", max_logit_error=0.0, tolerance=0.0, compared_logits=0, argmax_flips=0
-            )
-            check = base.model_copy(update={"tokens_equal": wrong_rows == 0, "near_ties": near_ties})
-            failure = wrong_tokens(wrong_rows, len(self.job.prompts), runner.shape.dtype_bytes)
-            if failure is not None:
-                return failure
+        check, failure = comparison.conclude(check, [row["compared"] for row in rows])
+        if failure is not None:
+            return failure
         # Stages that share a GPU saw the same sensors.
         watchers = {runner.devices[rank]: rank for rank in ranks}.values()
         memory = tuple(StageMemory.model_validate(rows[rank]["memory"]) for rank in ranks)
@@ -188,7 +170,11 @@ class MeasuredRun:
             iterations=tuple(iterations),
             memory=memory,
             check=check,
-            notes=() if all(rows[rank]["peak_was_reset"] for rank in ranks) else (PEAK_NOT_RESET_NOTE,),
+            prepare_s=max(rows[rank]["prepare_s"] for rank in ranks) or None,
+            notes=(
+                *(() if all(rows[rank]["peak_was_reset"] for rank in ranks) else (PEAK_NOT_RESET_NOTE,)),
+                *(note for rank in ranks for note in rows[rank]["notes"]),
+            ),
             telemetry=merge_telemetry([Telemetry.model_validate(rows[rank]["telemetry"]) for rank in watchers]),
         )
 
@@ -213,18 +199,6 @@ class MeasuredRun:
             "replica_tasks": tuple(counts) if len(jobs) > 1 else None,
         }
 
-    def _compare(self, result: PassResult | None, so_far: list[int] | None) -> list[int] | None:
-        """Prompts of this replica whose tokens are wrong, and near ties; the worst of all iterations."""
-        if result is None or result.tokens is None or self.reference is None:
-            return so_far
-        placement = self.runner.placement
-        assert placement is not None
-        assert placement.replica is not None
-        share = self.job.share(placement.replica, self.plan.replicas)
-        given = {index if self.plan.replicas == 1 else share[index]: row for index, row in result.tokens.items()}
-        wrong, near = compare_tokens(self.reference, given)
-        return [max(wrong, so_far[0]), max(near, so_far[1])] if so_far else [wrong, near]
-
     def _iteration(self, rows: list[Any], duration_s: float) -> Iteration:
         placement = self.runner.placement
         assert placement is not None
@@ -245,7 +219,9 @@ class MeasuredRun:
         kv = runner.loop.kv_bytes() if runner.loop is not None else 0
         cap = int(self.plan.stages[runner.index].memory_fraction * runner.device_bytes)
         if runner.device.is_cuda:
-            peak = torch.cuda.max_memory_allocated(runner.device.torch_device)
+            graphs = runner.loop.graphs.report if runner.loop is not None and runner.loop.graphs is not None else None
+            uncounted, driver = (graphs.uncounted_bytes, graphs.driver_bytes) if graphs is not None else (0, 0)
+            peak = torch.cuda.max_memory_allocated(runner.device.torch_device) + uncounted
             return StageMemory(
                 device=runner.device.name,
                 weights_bytes=weights,
@@ -254,6 +230,7 @@ class MeasuredRun:
                 peak_bytes=peak,
                 peak_source="cuda_allocator",
                 baseline_bytes=0,
+                graphs_bytes=uncounted + driver,
                 cap_bytes=cap,
                 nvml_used_bytes=sensors_for([runner.device.name]).state()[0].memory_used_bytes,
             )
@@ -287,70 +264,6 @@ def measure(
         reference = Reference.load(Path(reference_path), reference_digest(spec.model, spec.workload))
     job = runner.job(spec, effective, prompts, pad_token_id)
     return MeasuredRun(runner, spec.plan, job, spec.protocol, reference).measure()
-
-
-def forced_pass(
-    runner: Runner, plan: Plan, job: Job, checked: Sequence[int], tokens: torch.Tensor, rows: int
-) -> dict[int, torch.Tensor] | None:
-    """Logits `[t, V]` by place in `checked` when `tokens` `[k, t]` are fed; on the last stage of every replica.
-
-    Args:
-        rows: of a micro-batch at most; few, so that prompts of unlike length are padded against each other.
-    """
-    small = min(job.micro_batch_size, rows)
-    forced = Job(
-        prompts=tuple(job.prompts[index] for index in checked),
-        output_len=tokens.shape[1],
-        micro_batch_size=small,
-        prefill_size=small if job.prefill_size == job.micro_batch_size else 1,
-        chunk_size=job.chunk_size,
-        in_flight=min(job.in_flight, math.ceil(len(checked) / small)),
-        pad_token_id=job.pad_token_id,
-        forced=tuple(tuple(row) for row in tokens.tolist()),
-    )
-    jobs = (forced,) * plan.replicas
-    runner.open(jobs)
-    result = runner.run(jobs)
-    return result.logits if result is not None else None
-
-
-def make_reference_from_plan(
-    runner: Runner, job: Job, plan: Plan, path: Path, digest: str, *, check_prompts: int, check_tokens: int
-) -> None:
-    """Takes a plan's own output for the truth, where the unsplit model does not fit on any device.
-
-    Later plans are compared with this one: that tells them apart, and cannot tell whether the first was right.
-    """
-    plan = plan.replica(0)
-    runner.apply(plan)
-    runner.status.phase = "reference"
-    jobs = (dataclasses.replace(job, keep_margins=True),)
-    runner.open(jobs)
-    result = runner.run(jobs)
-    mine = None
-    if result is not None and result.tokens is not None:
-        mine = [result.tokens[index] for index in range(len(job.prompts))]
-    rows = next(row for row in runner.control.gather(mine) if row is not None)
-    tokens = torch.tensor(rows, dtype=torch.long)
-    checked = choose_checked(job.prompts, check_prompts)
-    chosen = tokens[list(checked), :check_tokens]
-    sizes = (len(checked), max(1, len(checked) // 2), 1)
-    passes = [forced_pass(runner, plan, job, checked, chosen, size) for size in sizes]
-    if result is not None and result.margins is not None:
-        margins = result.margins
-        logits, *others = [
-            torch.stack([one[place] for place in range(len(checked))]) for one in passes if one is not None
-        ]
-        Reference(
-            source="plan",
-            workload_digest=digest,
-            tokens=tokens,
-            margins=torch.stack([margins[index] for index in range(len(job.prompts))]),
-            checked=checked,
-            logits=logits,
-            spread=spread_of(logits, others, runner.stage.dtype),
-        ).save(path)
-    runner.control.barrier()
 
 
 def _seen(result: PassResult | None, zero_s: float) -> dict[str, Any] | None:

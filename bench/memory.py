@@ -12,6 +12,10 @@ from bench.schedule import micro_batch_sizes
 from bench.spec import EffectivePlan, Plan, Value, device_kind
 
 
+KV_ALIGNMENT = 16
+"""On GPUs KV slots have a multiple of so many positions: kernels of attention pad them in every call otherwise."""
+
+
 class LayerShape(Value):
     """One decoder layer."""
 
@@ -45,6 +49,9 @@ class ModelShape(Value):
     num_attention_heads: int
     vocab_size: int
     dtype_bytes: int
+    """Of a number computed with."""
+    storage_bytes: int | None = None
+    """Of a weight, and of a hidden state between layers, where they are kept in another dtype."""
     layers: tuple[LayerShape, ...] = Field(min_length=1)
     forbidden_cuts: tuple[int, ...] = ()
     """Layer indices before which the model must not be cut."""
@@ -58,6 +65,11 @@ class ModelShape(Value):
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of a weight, and of a hidden state between layers."""
+        return self.storage_bytes or self.dtype_bytes
 
 
 class StageBytes(Value):
@@ -78,7 +90,8 @@ def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, o
     Activations are the larger of prefill and decode: residual stream, attention projections and the gated
     MLP's intermediates live together (6 H + 3 I values a token), attention scores for eager kernels are not
     counted, and the last stage adds fp32 logits of one position a row; of all positions where texts are scored.
-    Receive buffers take H values a token for each of two ring slots.
+    Receive buffers take H values a token for each of two ring slots. Where weights are kept in a wider dtype, the
+    largest of them is there in the narrower one as well while it is used, and weights are not packed.
 
     Args:
         prompt_len: longest prompt after padding, tokens.
@@ -92,15 +105,21 @@ def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, o
         weights += shape.embedding_bytes
     if is_last:
         weights += shape.head_bytes
-    if is_first and is_last and shape.tied and plan.packed_weights and device_kind(stage.device) == "cpu":
+    mixed = shape.kept_bytes != shape.dtype_bytes
+    if is_first and is_last and shape.tied and plan.packed_weights and not mixed and device_kind(stage.device) == "cpu":
         # Packed, the head lies in a layout of its own, which the embedding cannot share.
         weights += shape.embedding_bytes
     max_len = prompt_len + output_len
+    if device_kind(stage.device) == "cuda":
+        max_len = -(-max_len // KV_ALIGNMENT) * KV_ALIGNMENT
     kv_per_slot = plan.micro_batch_size * max_len * sum(layer.kv_bytes_per_token for layer in own)
     tokens = max(plan.prefill_size * min(plan.prefill_chunk_size or prompt_len, prompt_len), plan.micro_batch_size)
-    activations = tokens * (6 * shape.hidden_size + 3 * shape.intermediate_size) * shape.dtype_bytes
+    activations = tokens * (6 * shape.hidden_size * shape.kept_bytes + 3 * shape.intermediate_size * shape.dtype_bytes)
+    if mixed:
+        widest = max(shape.intermediate_size, shape.vocab_size if is_last else 0)
+        activations += widest * shape.hidden_size * shape.dtype_bytes
     if len(plan.stages) > 1:
-        activations += 2 * tokens * shape.hidden_size * shape.dtype_bytes
+        activations += 2 * tokens * shape.hidden_size * shape.kept_bytes
     if is_last:
         positions = plan.micro_batch_size if output_len else tokens
         activations += 2 * positions * shape.vocab_size * 4

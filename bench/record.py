@@ -110,6 +110,9 @@ class StageMemory(Value):
     peak_source: Literal["cuda_allocator", "vm_hwm"]
     baseline_bytes: int = 0
     """What the process or context took before any model was loaded; part of `peak_bytes` on CPU."""
+    graphs_bytes: int = 0
+    """Taken by CUDA graphs: of their pool what the allocator's peak lacks, which is part of `peak_bytes`, and what the
+    driver keeps for them, which is not."""
     cap_bytes: int
     """memory_fraction × what the device has."""
     nvml_used_bytes: int | None = None
@@ -120,15 +123,25 @@ class OutputCheck(Value):
 
     reference: Literal["unsplit", "plan"]
     max_logit_error: float
+    """Of logits under forced tokens; where texts are scored, of log-probabilities."""
     tolerance: float
     """From the reference's own spread over batch sizes in this dtype."""
     compared_logits: int
     argmax_flips: int
     """Positions whose argmax differs though the top two are further apart than the tolerance."""
+    typical_error: float | None = None
+    """Median over positions of the largest error at each; None in records from before it was looked at."""
+    typical_tolerance: float | None = None
+    """From the medians of the reference's own passes, which no single expert routed otherwise can widen."""
+    positions: int = 0
+    """Compared: steps under forced tokens, or tokens scored."""
+    outliers: int = 0
+    """Positions with an error beyond the tolerance."""
     tokens_equal: bool | None = None
-    """Free-running greedy tokens of the timed runs equal the reference's; None where not compared."""
+    """Free-running tokens of the timed runs, greedy or drawn, equal the reference's; None where not compared."""
     near_ties: int = 0
-    """Prompts whose tokens part from the reference at a position where the top two are within the tolerance."""
+    """Prompts whose tokens part from the reference where its margin is within the tolerance: where the top two are, or
+    where the number that a token is drawn by lies so near to another token's."""
 
 
 class DeviceState(Value):
@@ -164,9 +177,10 @@ class Measurement(Value):
     """One plan, measured."""
 
     outcome: Literal["measurement"] = "measurement"
-    method: Literal["pipeline", "hf_generate"] = "pipeline"
+    method: Literal["pipeline", "hf_generate", "hf_forward"] = "pipeline"
+    """Our runtime, or the un-pipelined model: Hugging Face `generate`, or its forward pass where texts are scored."""
     batch_size: int | None = None
-    """Of `hf_generate`; a pipeline's sizes stand in its plan."""
+    """Of the un-pipelined model; a pipeline's sizes stand in its plan."""
     prompt_lens: tuple[int, ...]
     """Tokens of each prompt, in the order given."""
     order: tuple[int, ...]

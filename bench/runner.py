@@ -17,9 +17,11 @@ from bench.models.resolve import ResolvedModel
 from bench.placement import Placement
 from bench.runtime.device import DeviceContext, undisturbed
 from bench.runtime.generate import Edges, PassResult, StageLoop, Status
+from bench.runtime.graphs import DecodeGraphs
 from bench.runtime.job import Job
 from bench.runtime.links import Links
 from bench.runtime.packing import pack_linears
+from bench.runtime.precision import is_mixed
 from bench.runtime.stage import Stage
 from bench.spec import EffectivePlan, Plan, RunSpec
 
@@ -77,11 +79,12 @@ class Runner:
         self.status.phase = "load"
         self.plan = plan
         self.placement = Placement.of(plan, self.devices, self.rank)
-        self.loop = None
+        self._close_loop()
         gc.collect()
         loaded: tuple[int, ...] = ()
         load_s = 0.0
-        packed = plan.packed_weights and not self.device.is_cuda
+        # Packed kernels compute in the dtype that weights are kept in.
+        packed = plan.packed_weights and not self.device.is_cuda and not is_mixed(self.stage.resolved.spec)
         if self.index is None or (self._packed and not packed):
             self.stage.release()
         self._packed = packed
@@ -104,11 +107,17 @@ class Runner:
 
     def release(self) -> None:
         """Frees the stage and its KV, before something else wants the memory."""
-        self.loop = self.plan = self.placement = None
+        self._close_loop()
+        self.plan = self.placement = None
         self.stage.release()
         # The last plan's cap is not meant for what comes now.
         self.device.cap_memory(None)
         self.free()
+
+    def _close_loop(self) -> None:
+        if self.loop is not None:
+            self.loop.close()
+        self.loop = None
 
     def free(self) -> None:
         """Gives memory that nothing holds any more back to the device, where other workers may want it."""
@@ -132,7 +141,7 @@ class Runner:
             edges = self._links.edges(
                 ranks,
                 hidden_numel=job.most_tokens * self.stage.message_values,
-                hidden_dtype=self.stage.dtype,
+                hidden_dtype=self.stage.message_dtype,
                 tokens_numel=job.micro_batch_size,
                 tokens_depth=job.in_flight * math.ceil(job.micro_batch_size / job.prefill_size),
             )
@@ -141,10 +150,18 @@ class Runner:
         if job is None:
             return
         if self.loop is None:
-            self.loop = StageLoop(self.stage, self.device, own or Edges(), self.status, instrument=instrument)
+            self.loop = StageLoop(
+                self.stage, self.device, own or Edges(), self.status, instrument=instrument, graphs=self._graphs()
+            )
         else:
             self.loop.rewire(own or Edges(), instrument=instrument)
         self.loop.prepare(job)
+
+    def _graphs(self) -> DecodeGraphs | None:
+        assert self.plan is not None
+        if not (self.plan.cuda_graphs and self.device.is_cuda):
+            return None
+        return DecodeGraphs(self.stage, self.device, where=f"stage {self.index}")
 
     def own_job(self, jobs: Sequence[Job | None]) -> Job | None:
         """The job of this rank's replica; None on ranks without work."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.runtime.streams import to_device
 from bench.schedule import Task, build_schedule, micro_batch_sizes
 from bench.spec import Sampling
 
@@ -131,4 +132,9 @@ class MicroBatchInputs:
             ids[row, prompt_len - len(prompt) : prompt_len] = torch.tensor(prompt, dtype=torch.long)
             mask[row, : prompt_len - len(prompt)] = 0
         positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        return cls(ids=ids.to(device), mask=mask.to(device), positions=positions.to(device), prompt_len=prompt_len)
+        return cls(
+            ids=to_device(ids, device),
+            mask=to_device(mask, device),
+            positions=to_device(positions, device),
+            prompt_len=prompt_len,
+        )

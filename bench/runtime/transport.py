@@ -6,9 +6,14 @@ send has ended is the classic way to ship garbage.
 
 Three kinds of edge with one shape of use:
 
-* `GlooEdge`: CPU tensors.
-* `StagedEdge`: CUDA tensors over pinned host memory and gloo, where two stages share a GPU or kinds of device mix.
-* `NcclEdge`: GPU to GPU, one two-rank group per directed edge, waits on the stream and not on the host.
+* `Gloo…`: CPU tensors.
+* `Staged…`: CUDA tensors over pinned host memory and gloo, where two stages share a GPU or kinds of device mix.
+* `Nccl…`: GPU to GPU, one two-rank group per directed edge, waits on the stream and not on the host.
+
+On GPUs a buffer is read and written by several streams. What holds for all of them: a ring is allocated once and lives
+as long as its edge, so the allocator never gives its memory to others while a message is under way; and a buffer is
+written again only behind the mark of the compute that read it last (`consumed`), or, where nobody says so, behind
+everything that the compute stream was given until then.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+
+from bench.runtime.streams import Mark, SideStream
 
 
 class Receiver(Protocol):
@@ -30,6 +37,9 @@ class Receiver(Protocol):
 
     def take(self) -> torch.Tensor:
         """Waits for the oldest receive posted. The tensor is valid until `depth` more are posted."""
+
+    def consumed(self) -> None:
+        """Says that all compute that reads the tensor taken last has been issued; sooner than anyone could guess."""
 
 
 class Sender(Protocol):
@@ -50,9 +60,36 @@ class _Ring:
         self._next = 0
 
     def view(self, shape: tuple[int, ...]) -> torch.Tensor:
-        buffer = self._buffers[self._next]
-        self._next = (self._next + 1) % len(self._buffers)
-        return buffer[: torch.Size(shape).numel()].view(shape)
+        return self.next(shape)[1]
+
+    def next(self, shape: tuple[int, ...]) -> tuple[int, torch.Tensor]:
+        """The next buffer in turn: its place, and so much of it as the shape needs."""
+        place = self._next
+        self._next = (place + 1) % len(self._buffers)
+        return place, self._buffers[place][: torch.Size(shape).numel()].view(shape)
+
+
+class _Marks:
+    """Who reads the buffers of a ring on the compute stream, and until when."""
+
+    def __init__(self, depth: int, side: SideStream) -> None:
+        self._side = side
+        self._consumed: list[Mark] = [None] * depth
+        self._taken: int | None = None
+
+    def take(self, place: int) -> None:
+        """A buffer is about to be read."""
+        self._taken = place
+
+    def consumed(self) -> None:
+        """All that reads the buffer taken last has been issued."""
+        if self._taken is not None:
+            self._consumed[self._taken] = self._side.mark()
+
+    def free(self, place: int) -> Mark:
+        """Behind this, the buffer may be written. Used once: what reads the buffer next is not known yet."""
+        mark, self._consumed[place] = self._consumed[place], None
+        return self._side.mark() if mark is None else mark
 
 
 class GlooReceiver:
@@ -76,6 +113,9 @@ class GlooReceiver:
         work, tensor = self._posted.popleft()
         work.wait()
         return tensor
+
+    def consumed(self) -> None:
+        """Nothing to remember: on a CPU, compute has ended once it was issued."""
 
 
 class GlooSender:
@@ -101,28 +141,54 @@ class GlooSender:
 
 
 class StagedReceiver:
-    """Receives over gloo into pinned memory, then copies to the GPU."""
+    """Receives over gloo into pinned memory; a stream of its own copies to the GPU.
+
+    Two rings, place for place: pinned buffers that gloo writes, and buffers on the GPU that the compute reads.
+    """
 
     def __init__(
         self, source: int, tag: int, *, depth: int, numel: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.depth = depth
-        self._source, self._tag, self._device = source, tag, device
-        self._ring = _Ring(depth, numel, dtype, torch.device("cpu"), pin=True)
-        self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._source, self._tag = source, tag
+        self._host = _Ring(depth, numel, dtype, torch.device("cpu"), pin=True)
+        self._device = _Ring(depth, numel, dtype, device)
+        self._side = SideStream(device)
+        self._marks = _Marks(depth, self._side)
+        self._copied: list[Mark] = [None] * depth
+        self._posted: deque[tuple[dist.Work, int, torch.Tensor]] = deque()
 
     def post(self, shape: tuple[int, ...]) -> None:
-        """Posts a receive into the next pinned buffer."""
-        tensor = self._ring.view(shape)
+        """Posts a receive into the next pinned buffer, once the copy that read it last has ended.
+
+        gloo writes from a thread of the host, which no stream orders: the host itself must know that the copy is over.
+        It was issued `depth` messages ago and waits for nothing but its own buffer: there is little to wait for.
+        """
+        place, tensor = self._host.next(shape)
+        copied = self._copied[place]
+        if copied is not None:
+            copied.synchronize()
         work = dist.irecv(tensor, src=self._source, tag=self._tag)
         assert work is not None
-        self._posted.append((work, tensor))
+        self._posted.append((work, place, tensor))
 
     def take(self) -> torch.Tensor:
-        """Blocks until the oldest message is on the GPU: its pinned buffer may be posted again at once."""
-        work, tensor = self._posted.popleft()
+        """Blocks until the oldest message is on the host; for its way to the GPU the compute stream alone waits."""
+        work, place, staged = self._posted.popleft()
         work.wait()
-        return tensor.to(self._device)
+        there, tensor = self._device.next(tuple(staged.shape))
+        assert there == place
+        with self._side.behind(self._marks.free(place)):
+            tensor.copy_(staged, non_blocking=True)
+            copied = self._side.mark()
+        self._side.join(copied)
+        self._copied[place] = copied
+        self._marks.take(place)
+        return tensor
+
+    def consumed(self) -> None:
+        """Marks the point of the compute stream behind which the buffer taken last may be written again."""
+        self._marks.consumed()
 
 
 class StagedSender:
@@ -163,20 +229,32 @@ class NcclReceiver:
         self.depth = depth
         self._source, self._group = source, group
         self._ring = _Ring(depth, numel, dtype, device)
-        self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._side = SideStream(device)
+        self._marks = _Marks(depth, self._side)
+        self._posted: deque[tuple[dist.Work, int, torch.Tensor]] = deque()
 
     def post(self, shape: tuple[int, ...]) -> None:
-        """Queues a receive behind the compute that used this buffer last."""
-        tensor = self._ring.view(shape)
-        work = dist.irecv(tensor, src=self._source, group=self._group)
+        """Queues a receive behind the compute that used this buffer last, and behind no other.
+
+        NCCL's own stream waits for the stream that is current when the receive is issued. Were that the compute stream,
+        the receive would wait for whatever was given to it since, such as its wait for tokens.
+        """
+        place, tensor = self._ring.next(shape)
+        with self._side.behind(self._marks.free(place)):
+            work = dist.irecv(tensor, src=self._source, group=self._group)
         assert work is not None
-        self._posted.append((work, tensor))
+        self._posted.append((work, place, tensor))
 
     def take(self) -> torch.Tensor:
         """Makes the compute stream wait for the oldest message."""
-        work, tensor = self._posted.popleft()
+        work, place, tensor = self._posted.popleft()
         work.wait()
+        self._marks.take(place)
         return tensor
+
+    def consumed(self) -> None:
+        """Marks the point of the compute stream behind which the buffer taken last may be written again."""
+        self._marks.consumed()
 
 
 class NcclSender:
@@ -187,10 +265,11 @@ class NcclSender:
         self._under_way: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def send(self, tensor: torch.Tensor) -> None:
-        """Queues a send behind the compute that made the tensor.
+        """Queues a send, on NCCL's own stream, behind the compute that made the tensor.
 
-        The wait for an older send is a wait of the compute stream, so that its memory, once given back to the
-        allocator, is not written before the send has read it.
+        The tensor is held until its send was waited for. That wait is one of the compute stream: the memory goes back
+        to the allocator, which gives it to later work of that stream, and so never before the send has read it. With
+        `depth` sends under way the stream is meant to wait: the stages behind are that far behind.
         """
         while len(self._under_way) >= self._depth:
             self._under_way.popleft()[0].wait()
