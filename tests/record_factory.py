@@ -6,6 +6,7 @@ the row, so that micro-batches trade bubbles for intensity as they do on real ma
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ from bench.record import (
     TaskShape,
     Telemetry,
 )
-from bench.schedule import build_schedule, micro_batch_sizes, simulate
+from bench.schedule import Task, build_schedule, micro_batch_sizes, simulate
 from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
 
 DEVICES = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
@@ -45,14 +46,30 @@ BASELINE_OVERHEAD = 1.3
 """How much slower HF generate is than our single stage."""
 
 
-def make_plan(counts: Sequence[int] = (17, 13), micro_batch_size: int = 16, prefill: int | None = None) -> Plan:
+def make_plan(
+    counts: Sequence[int] = (17, 13),
+    micro_batch_size: int = 16,
+    prefill: int | None = None,
+    *,
+    chunk: int | None = None,
+    replicas: int = 1,
+    compile: bool = False,  # noqa: A002  the name of the field
+) -> Plan:
     """A plan over the first devices of `DEVICES`."""
-    return Plan.from_layer_counts(tuple(counts), DEVICES, micro_batch_size, prefill_micro_batch_size=prefill)
+    return Plan.from_layer_counts(
+        tuple(counts),
+        DEVICES,
+        micro_batch_size,
+        prefill_micro_batch_size=prefill,
+        prefill_chunk_size=chunk,
+        replicas=replicas,
+        compile=compile,
+    )
 
 
 def make_effective(plan: Plan, workload: Workload = WORKLOAD) -> EffectivePlan:
     """The plan with as many micro-batches in flight as there are."""
-    count = len(micro_batch_sizes(workload.num_prompts, plan.micro_batch_size))
+    count = len(micro_batch_sizes(math.ceil(workload.num_prompts / plan.replicas), plan.micro_batch_size))
     return EffectivePlan(plan=plan, in_flight=min(count, plan.max_in_flight or count))
 
 
@@ -78,65 +95,108 @@ def make_measurement(
         mood: factor on all times, for a machine that is slower today.
         check: None makes a passed one.
     """
-    rng = random.Random(repr((plan.describe(), workload, seed)))
-    sizes = micro_batch_sizes(workload.num_prompts, plan.micro_batch_size)
+    rng = random.Random(
+        f"{plan.describe()} {workload.num_prompts}×{workload.input_len} {workload.generated_len} {seed}"
+    )
     in_flight = make_effective(plan, workload).in_flight
-    tasks = build_schedule(sizes, output_len=workload.output_len, in_flight=in_flight, prefill_size=plan.prefill_size)
     prompt_lens = make_prompt_lens(workload)
+    by_length = tuple(sorted(range(len(prompt_lens)), key=lambda index: -prompt_lens[index]))
+    shares = [by_length[replica :: plan.replicas] for replica in range(plan.replicas)]
+    sizes = [micro_batch_sizes(len(share), plan.micro_batch_size) for share in shares]
+    schedules = [
+        build_schedule(
+            own,
+            prompt_lens=[workload.input_len] * len(own),
+            output_len=max(1, workload.generated_len),
+            in_flight=in_flight,
+            prefill_size=plan.prefill_size,
+            chunk_size=plan.prefill_chunk_size,
+        )
+        for own in sizes
+    ]
     iterations = []
     for _ in range(num_iters):
         today = mood * rng.uniform(1 - noise, 1 + noise)
-        durations = [
-            [
-                today
-                * rng.uniform(1 - noise, 1 + noise)
-                * (count + HEAD_LAYERS * (index == len(plan.stages) - 1))
-                * _layer_s(task.is_prefill, task.num_rows, workload.input_len)
-                for task in tasks
-            ]
-            for index, count in enumerate(plan.layer_counts)
-        ]
-        starts = simulate(tasks, durations, hop_s=hop_s)
-        stages, gaps = [], []
-        for own_starts, own_durations in zip(starts, durations, strict=True):
-            ends = [start + took for start, took in zip(own_starts, own_durations, strict=True)]
-            idle = [max(0.0, now - before) for before, now in zip([0.0, *ends[:-1]], own_starts, strict=True)]
-            stages.append(
-                StageTrace(
-                    compute_start_s=own_starts,
-                    compute_end_s=tuple(ends),
-                    recv_wait_s=tuple(0.9 * gap for gap in idle),
-                    send_wait_s=(0.1 * hop_s,) * len(tasks),
-                )
-            )
-            gaps.append(0.1 * sum(idle))
-        token_times = stages[-1].compute_end_s
+        seen = [_replica_run(plan, tasks, rng, today, noise, hop_s) for tasks in schedules]
+        stages = tuple(trace for traces, _ in seen for trace in traces)
+        token_times = tuple(moment for traces, _ in seen for moment in traces[-1].compute_end_s)
         iterations.append(
             Iteration(
                 duration_s=max(token_times),
                 token_times_s=token_times,
-                stages=tuple(stages) if instrument else (StageTrace(),) * len(stages),
-                host_gap_s=tuple(gaps) if instrument else (),
+                stages=stages if instrument else (StageTrace(),) * len(stages),
+                host_gap_s=tuple(gap for _, gaps in seen for gap in gaps) if instrument else (),
             )
         )
     return Measurement(
         prompt_lens=prompt_lens,
-        order=tuple(sorted(range(len(prompt_lens)), key=lambda index: -prompt_lens[index])),
-        output_len=workload.output_len,
-        micro_batch_sizes=sizes,
+        order=tuple(index for share in shares for index in share),
+        output_len=workload.generated_len,
+        micro_batch_sizes=tuple(size for own in sizes for size in own),
         tasks=tuple(
-            TaskShape(micro_batch=task.micro_batch, step=task.step, first_row=task.first_row, end_row=task.end_row)
+            _task_shape(task, sum(map(len, sizes[:replica])), plan)
+            for replica, tasks in enumerate(schedules)
             for task in tasks
         ),
+        replica_tasks=tuple(map(len, schedules)) if plan.replicas > 1 else None,
         iterations=tuple(iterations),
         warmup_s=(1.3 * iterations[0].duration_s,),
-        memory=tuple(_stage_memory(plan, index, in_flight, workload) for index in range(len(plan.stages))),
+        memory=tuple(
+            _stage_memory(plan, index, in_flight, workload, replica)
+            for replica in range(plan.replicas)
+            for index in range(len(plan.stages))
+        ),
         check=check or make_check(),
         telemetry=telemetry or Telemetry(disturbances=disturbances),
         load_s=0.8,
         loaded_layers=(13, 14, 15, 16),
+        check_s=1.9,
+        prepare_s=21.5 if plan.compile else None,
         notes=notes,
         transport="gloo" if len(plan.stages) > 1 else "local",
+    )
+
+
+def _replica_run(
+    plan: Plan, tasks: Sequence[Task], rng: random.Random, today: float, noise: float, hop_s: float
+) -> tuple[list[StageTrace], list[float]]:
+    """One iteration of one replica: what its stages did, and their host gaps."""
+    durations = [
+        [
+            today
+            * rng.uniform(1 - noise, 1 + noise)
+            * (count + HEAD_LAYERS * (index == len(plan.stages) - 1))
+            * _layer_s(task)
+            for task in tasks
+        ]
+        for index, count in enumerate(plan.layer_counts)
+    ]
+    starts = simulate(tasks, durations, hop_s=hop_s)
+    stages, gaps = [], []
+    for own_starts, own_durations in zip(starts, durations, strict=True):
+        ends = [start + took for start, took in zip(own_starts, own_durations, strict=True)]
+        idle = [max(0.0, now - before) for before, now in zip([0.0, *ends[:-1]], own_starts, strict=True)]
+        stages.append(
+            StageTrace(
+                compute_start_s=own_starts,
+                compute_end_s=tuple(ends),
+                recv_wait_s=tuple(0.9 * gap for gap in idle),
+                send_wait_s=(0.1 * hop_s,) * len(tasks),
+            )
+        )
+        gaps.append(0.1 * sum(idle))
+    return stages, gaps
+
+
+def _task_shape(task: Task, first_micro_batch: int, plan: Plan) -> TaskShape:
+    chunked = task.is_prefill and plan.prefill_chunk_size is not None
+    return TaskShape(
+        micro_batch=first_micro_batch + task.micro_batch,
+        step=task.step,
+        first_row=task.first_row,
+        end_row=task.end_row,
+        first_token=task.first_token if chunked else None,
+        end_token=task.end_token if chunked else None,
     )
 
 
@@ -158,10 +218,11 @@ def make_baseline_measurement(
     iterations = tuple(iteration.model_copy(update={"stages": (), "host_gap_s": ()}) for iteration in run.iterations)
     return run.model_copy(
         update={
-            "method": "hf_generate",
+            "method": "hf_forward" if workload.kind == "score" else "hf_generate",
             "batch_size": batch_size,
             "iterations": iterations,
             "check": None,
+            "check_s": None,
             "transport": None,
             "loaded_layers": (),
             "notes": notes,
@@ -341,16 +402,16 @@ def make_shape() -> ModelShape:
     )
 
 
-def _layer_s(is_prefill: bool, rows: int, input_len: int) -> float:
-    if is_prefill:
-        return PREFILL_LAYER_ROW_S * rows * input_len / 64 + 2e-3
-    return DECODE_LAYER_S + DECODE_LAYER_ROW_S * rows
+def _layer_s(task: Task) -> float:
+    if task.is_prefill:
+        return PREFILL_LAYER_ROW_S * task.num_rows * task.num_tokens / 64 + 2e-3
+    return DECODE_LAYER_S + DECODE_LAYER_ROW_S * task.num_rows
 
 
-def _stage_memory(plan: Plan, index: int, in_flight: int, workload: Workload) -> StageMemory:
-    stage = plan.stages[index]
+def _stage_memory(plan: Plan, index: int, in_flight: int, workload: Workload, replica: int) -> StageMemory:
+    stage = plan.replica(replica).stages[index]
     weights = stage.num_layers * 14_160_384 + 113_246_208
-    kv = in_flight * plan.micro_batch_size * (workload.input_len + workload.output_len) * stage.num_layers * 1536
+    kv = in_flight * plan.micro_batch_size * (workload.input_len + workload.generated_len) * stage.num_layers * 1536
     activations = plan.prefill_size * workload.input_len * 8064 * 4
     base = 310 * 2**20
     return StageMemory(

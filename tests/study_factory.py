@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.record import Machine, Record, write_durably
+from bench.spec import Workload
 from tests.record_factory import MODEL, WORKLOAD, make_machine, make_shape, make_study_records
 from tuner import settings
 from tuner.config import TuneConfig
@@ -17,17 +18,19 @@ def write_study(
     records: Sequence[Record] | None = None,
     *,
     machine: Machine | None = None,
-    objectives: Sequence[str] = ("output_throughput",),
+    objectives: Sequence[str] | None = None,
     constraints: Sequence[str] = (),
+    workload: Workload = WORKLOAD,
+    devices: Sequence[str] = ("cpu:0", "cpu:1"),
 ) -> Path:
-    """Writes `study.yaml`, `machine.json`, `shape.json` and the records; None is a whole study."""
+    """Writes `study.yaml`, `machine.json`, `shape.json` and the records; no records are a whole study's."""
     config = TuneConfig.model_validate(
         {
             "model": MODEL,
-            "workload": WORKLOAD,
-            "devices": ("cpu:0", "cpu:1"),
-            "objectives": tuple(objectives),
+            "workload": workload,
+            "devices": tuple(devices),
             "constraints": tuple(constraints),
+            **({"objectives": tuple(objectives)} if objectives is not None else {}),
         }
     )
     (folder / RECORDS_FOLDER).mkdir(parents=True)

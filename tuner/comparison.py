@@ -14,13 +14,17 @@ from bench.spec import Value
 from tuner.progress import Reporter, describe
 from tuner.search import finalists
 
+_MOST_SHOWN = 4
+"""Stages whose times fit side by side."""
+
 
 class Contender(Value):
     """One row of the comparison: medians over the rounds."""
 
     name: str
     title: str
-    output_throughput: float
+    throughput: float
+    """Tokens put out in a second; where texts are scored, all tokens."""
     q1: float
     q3: float
     ratio: float
@@ -28,8 +32,11 @@ class Contender(Value):
     ratio_low: float
     ratio_high: float
     bubble_ratio: float | None
-    mean_ttft_ms: float
+    mean_ttft_ms: float | None
+    """None where texts are scored."""
+    mean_e2el_ms: float
     stage_busy_ms: tuple[float, ...]
+    """Of the stages of all replicas."""
     throughputs: tuple[float, ...]
     """Of each round, in tokens per second."""
 
@@ -48,18 +55,20 @@ class Comparison(Value):
         """As a table of at most 80 columns."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("")
-        for name in ("tok/s", "IQR", "×", "worst–best", "bubble", "TTFT", "busy/stage"):
+        generates = all(row.mean_ttft_ms is not None for row in self.contenders)
+        latency = "TTFT" if generates else "E2EL"
+        for name in ("tok/s", "IQR", "×", "worst–best", "bubble", latency, "busy/stage"):
             table.add_column(name, justify="right")
         for row in self.contenders:
             table.add_row(
                 row.name,
-                f"{row.output_throughput:.1f}",
+                f"{row.throughput:.1f}",
                 f"{row.iqr:.1f}",
                 f"{row.ratio:.2f}",
                 f"{row.ratio_low:.2f}–{row.ratio_high:.2f}",
                 f"{100 * row.bubble_ratio:.0f} %" if row.bubble_ratio is not None else "–",
-                f"{row.mean_ttft_ms / 1e3:.2f} s",
-                " ".join(f"{busy / 1e3:.2f}" for busy in row.stage_busy_ms) + (" s" if row.stage_busy_ms else "–"),
+                f"{(row.mean_ttft_ms if generates and row.mean_ttft_ms else row.mean_e2el_ms) / 1e3:.2f} s",
+                _busy_text(row.stage_busy_ms),
             )
         for row in self.contenders:
             console.print(f"{row.name}: {row.title}", markup=False)
@@ -79,7 +88,7 @@ def run_rounds(
     for round_, name in finalists.schedule(tuple(contenders), rounds=rounds, seed=seed):
         reporter.begin(f"round {round_ + 1} of {rounds} · {name}")
         outcome = contenders[name]()
-        reporter.end(describe(outcome, ("output_throughput",)))
+        reporter.end(describe(outcome, ()))
         if isinstance(outcome, Failure):
             return outcome
         measured[name].append(outcome)
@@ -99,19 +108,19 @@ def _contender(name: str, title: str, runs: Sequence[Measurement], base: Sequenc
     derived = [metrics.derive(run) for run in runs]
     throughputs = [_throughput(run) for run in runs]
     ratios = [own / other for own, other in zip(throughputs, base, strict=True)]
-    bubbles = [values["bubble_ratio"] for values in derived if "bubble_ratio" in values]
     busy = [row["stage_busy_ms"] for run in runs if (row := metrics.stage_metrics(run))]
     return Contender(
         name=name,
         title=title,
-        output_throughput=statistics.median(throughputs),
+        throughput=statistics.median(throughputs),
         q1=metrics.percentile(throughputs, 0.25),
         q3=metrics.percentile(throughputs, 0.75),
         ratio=statistics.median(ratios),
         ratio_low=min(ratios),
         ratio_high=max(ratios),
-        bubble_ratio=statistics.median(bubbles) if bubbles else None,
-        mean_ttft_ms=statistics.median(values["mean_ttft_ms"] for values in derived),
+        bubble_ratio=_median(derived, "bubble_ratio"),
+        mean_ttft_ms=_median(derived, "mean_ttft_ms"),
+        mean_e2el_ms=statistics.median(values["mean_e2el_ms"] for values in derived),
         stage_busy_ms=tuple(statistics.median(column) for column in zip(*busy, strict=True)) if busy else (),
         throughputs=tuple(throughputs),
     )
@@ -119,3 +128,18 @@ def _contender(name: str, title: str, runs: Sequence[Measurement], base: Sequenc
 
 def _throughput(measurement: Measurement) -> float:
     return statistics.median(metrics.throughputs(measurement))
+
+
+def _median(derived: Sequence[Mapping[str, float]], name: str) -> float | None:
+    values = [row[name] for row in derived if name in row]
+    return statistics.median(values) if values else None
+
+
+def _busy_text(stage_busy_ms: Sequence[float]) -> str:
+    """Of each stage, or of very many the least and the largest."""
+    if not stage_busy_ms:
+        return "–"
+    shown = [f"{busy / 1e3:.2f}" for busy in stage_busy_ms]
+    if len(shown) > _MOST_SHOWN:
+        shown = [f"{min(stage_busy_ms) / 1e3:.2f}–{max(stage_busy_ms) / 1e3:.2f}"]
+    return " ".join(shown) + " s"

@@ -109,6 +109,8 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
         and {"batch_size": ranking.baseline.batch_size, "metrics": ranking.baseline.metrics},
         "single_stage": _row(ranking.single_stage),
         "separation": ranking.separation.text,
+        "rival": ranking.rival
+        and {"plan": ranking.rival.row.plan.model_dump(mode="json"), "gain_over_it": _ratio(ranking.rival.gain)},
         "ranking": [_row(row) for row in ranking.rows],
         "failures": [
             {"record": row.record, "role": row.role, "kind": row.failure.kind.value, "message": row.failure.message}

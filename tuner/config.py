@@ -58,11 +58,36 @@ def _split(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
+def _parse_chunks(value: Any) -> Any:
+    """`whole` and null, the prompt in one go, are one choice; so `64,whole` is a list of two."""
+    parts = _split(value)
+    if not isinstance(parts, (list, tuple)):
+        return parts
+    chunks = [None if isinstance(part, str) and part.lower() == "whole" else part for part in parts]
+    for chunk in chunks:
+        if isinstance(chunk, str) and not chunk.isdecimal():
+            raise ValueError(f"{chunk!r} is neither a number of tokens nor whole")
+    return tuple(chunks)
+
+
+def _parse_compile(value: Any) -> Any:
+    words = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+    value = words.get(value.lower(), value.lower()) if isinstance(value, str) else value
+    if not isinstance(value, bool) and value != "search":
+        raise ValueError("neither true nor false nor search")
+    return value
+
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Sizes = Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_split)]
 Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1), BeforeValidator(_split)]
+Chunks = Annotated[tuple[Positive | None, ...], Field(min_length=1), BeforeValidator(_parse_chunks)]
+Compile = Annotated[bool | Literal["search"], BeforeValidator(_parse_compile)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+GENERATE_OBJECTIVE, SCORE_OBJECTIVE = "output_throughput", "total_token_throughput"
+"""What is made better when nothing is said: where texts are scored, nothing is put out."""
 
 
 class SpaceConfig(Value):
@@ -72,11 +97,23 @@ class SpaceConfig(Value):
     """None: even divisions of the prompts, and powers of two."""
     prefill_micro_batch_sizes: Sizes | None = None
     """None: the same sizes as for decoding; a plan never prefills more rows together than it decodes."""
+    prefill_chunk_sizes: Chunks | None = None
+    """Tokens of a prompt prefilled at a time, `whole` among them; None: whole prompts, and where they are long and
+    few also a half, a quarter and an eighth of the longest."""
+    replicas: Sizes | None = None
+    """Pipelines side by side; None: every division of the devices whose pipelines fit into memory."""
     min_stages: Positive = 1
+    """Of one pipeline."""
     max_stages: Positive | None = None
-    """None: as many as there are devices."""
+    """Of one pipeline; None: as many as there are devices."""
     memory_fractions: Fractions = (0.5, 0.7, 0.9)
     """Memory caps; those that let the same number of micro-batches be in flight are one plan."""
+    compile: Compile = False
+    """Whether layers are compiled by `torch.compile`; `search` tries both."""
+    cuda_graphs: bool = True
+    """GPU: whether decode steps are captured as CUDA graphs."""
+    packed_weights: bool = True
+    """CPU: whether linear weights are laid out for oneDNN's kernels."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -102,7 +139,8 @@ class TuneConfig(Value):
     """Plans to run; refusals of plans that cannot fit and interrupted ones are not counted."""
     timeout_s: float | None = Field(default=None, gt=0.0)
     """No further trial starts after so many seconds of search; the baseline and the finalists come on top."""
-    objectives: Annotated[Names, Field(min_length=1)] = ("output_throughput",)
+    objectives: Annotated[Names, Field(min_length=1)] = (GENERATE_OBJECTIVE,)
+    """When none is given: `total_token_throughput` where texts are scored."""
     constraints: Annotated[tuple[Constraint, ...], BeforeValidator(_split)] = ()
     seed: int = Field(default=0, ge=0)
     """Seed of the search; the workload and dummy weights have their own."""
@@ -116,6 +154,14 @@ class TuneConfig(Value):
     """Optuna storage URL; None is SQLite in the study's folder."""
     device_names: Names = ()
     """Names to write into device maps in place of the devices, in their order; empty keeps theirs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_the_workload(cls, values: Any) -> Any:
+        """Where texts are scored nothing is put out, so that the default objective is another."""
+        workload = values.get("workload") if isinstance(values, dict) else None
+        kind = workload.get("kind") if isinstance(workload, dict) else getattr(workload, "kind", None)
+        return {"objectives": (SCORE_OBJECTIVE,), **values} if kind == "score" else values
 
     @field_validator("name")
     @classmethod
@@ -147,13 +193,20 @@ class TuneConfig(Value):
     def _stages_have_devices(self) -> Self:
         if self.devices == "auto":
             return self
-        for key in ("min_stages", "max_stages"):
-            wanted = getattr(self.space, key)
-            if wanted is not None and wanted > len(self.devices):
+        wanted = {"min_stages": self.space.min_stages, "max_stages": self.space.max_stages}
+        wanted["replicas"] = max(self.space.replicas, default=None) if self.space.replicas else None
+        for key, count in wanted.items():
+            if count is not None and count > len(self.devices):
                 raise ValueError(
-                    f"space.{key}={wanted} needs as many devices; given are {len(self.devices)}: "
+                    f"space.{key}={count} needs as many devices; given are {len(self.devices)}: "
                     f"{', '.join(self.devices)}"
                 )
+        fewest = min(self.space.replicas or (1,))
+        if fewest * self.space.min_stages > len(self.devices):
+            raise ValueError(
+                f"space.replicas={fewest} of at least {self.space.min_stages} stages (space.min_stages) need "
+                f"{fewest * self.space.min_stages} devices; given are {len(self.devices)}: {', '.join(self.devices)}"
+            )
         return self
 
     @property
@@ -174,7 +227,7 @@ def check_metrics(config: TuneConfig) -> None:
     """
     workload = config.workload
     gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
-    known = set(metric_names(workload.num_prompts, workload.output_len, gpu=gpu))
+    known = set(metric_names(workload.num_prompts, workload.generated_len, gpu=gpu))
     if not config.protocol.instrument:
         known -= {name for name in known if name.startswith("bubble") or name.endswith("_queue_ms")}
         known -= {"comm_ms", "steady_utilization"}
@@ -187,6 +240,13 @@ def check_metrics(config: TuneConfig) -> None:
 
 def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) -> str:
     workload = config.workload
+    if workload.kind == "score" and metric in set(metric_names(workload.num_prompts, 2, gpu=gpu)) - set(
+        metric_names(workload.num_prompts, 0, gpu=gpu)
+    ):
+        return (
+            f"{metric} counts generated tokens, and where texts are scored there are none; take {SCORE_OBJECTIVE}, "
+            "request_throughput or mean_e2el_ms, or --workload-kind generate"
+        )
     label, _, rest = metric.partition("_")
     if label in PERCENTILES and rest.removesuffix("_ms") in LATENCIES and rest.endswith("_ms"):
         needed = samples_needed(PERCENTILES[label])
@@ -197,9 +257,9 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
             )
     if "_tpot_" in metric and workload.output_len < 2:
         return f"{metric} needs an output of at least 2 tokens, not {workload.output_len}; give --output-len 2 or more"
-    if metric in metric_names(workload.num_prompts, workload.output_len, gpu=gpu):
+    if metric in metric_names(workload.num_prompts, workload.generated_len, gpu=gpu):
         return f"{metric} needs protocol.instrument: true"
-    if not gpu and metric in metric_names(workload.num_prompts, workload.output_len, gpu=True):
+    if not gpu and metric in metric_names(workload.num_prompts, workload.generated_len, gpu=True):
         return f"{metric} is only measured on GPUs, and the devices are {', '.join(config.concrete_devices)}"
     near = difflib.get_close_matches(metric, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(known))}"

@@ -45,7 +45,7 @@ def write_best(folder: Path, plan_file: PlanFile, shape: ModelShape, device_name
 
 
 def render(plan_file: PlanFile, shape: ModelShape, form: Format, device_names: Sequence[str] = ()) -> str:
-    """One form of a plan as text, the last newline included.
+    """One form of a plan as text, the last newline included. Maps describe one model: of several replicas the first.
 
     Args:
         device_names: what to call the stages' devices in maps; empty keeps their names.
@@ -62,10 +62,18 @@ def render(plan_file: PlanFile, shape: ModelShape, form: Format, device_names: S
     counts = ",".join(str(count) for count in plan_file.plan.layer_counts)
     stages = len(plan_file.plan.stages)
     engine, flag = ("vLLM", "--pipeline-parallel-size") if form == "vllm" else ("SGLang", "--pp-size")
-    return (
-        f"# Not measured on {engine}, whose kernels and schedule differ. Use it with {flag} {stages}.\n"
-        f"{engine.upper()}_PP_LAYER_PARTITION={counts}\n"
-    )
+    lines = [f"# Not measured on {engine}, whose kernels and schedule differ. Use it with {flag} {stages}."]
+    copies = engine_replicas(plan_file.plan).get(engine)
+    if copies is not None:
+        lines.append(f"# The plan runs {plan_file.plan.replicas} replicas side by side: {copies}, not measured either.")
+    return "\n".join([*lines, f"{engine.upper()}_PP_LAYER_PARTITION={counts}", ""])
+
+
+def engine_replicas(plan: Plan) -> dict[str, str]:
+    """How other engines are told of a plan's replicas, by engine; empty where there is one pipeline."""
+    if plan.replicas == 1:
+        return {}
+    return {"vLLM": f"--data-parallel-size {plan.replicas}", "SGLang": f"--dp-size {plan.replicas}"}
 
 
 def read_plan(path: Path) -> PlanFile:

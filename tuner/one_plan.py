@@ -20,11 +20,12 @@ from tuner.comparison import Comparison, compare, run_rounds
 from tuner.config import TuneConfig
 from tuner.plan_request import PlanRequest
 from tuner.progress import Reporter, describe
+from tuner.report.wording import peer_name
 from tuner.search import finalists
 from tuner.search.driver import baseline_batch_sizes
 
 if TYPE_CHECKING:
-    from bench.launch import Fleet, GenerationResult
+    from bench.launch import Fleet, GenerationResult, ScoreResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ class _Session:
             plan,
             num_prompts=workload.num_prompts,
             prompt_len=max(lens),
-            output_len=workload.output_len,
+            output_len=workload.generated_len,
             device_bytes=self.fleet.device_bytes,
         )
 
@@ -151,7 +152,7 @@ class _Session:
     def _measure(self, label: str, effective: EffectivePlan, protocol: Protocol) -> Outcome:
         self.reporter.begin(label)
         outcome = self._recorded(effective, protocol)
-        self.reporter.end(describe(outcome, ("output_throughput",)))
+        self.reporter.end(describe(outcome, ()))
         return outcome
 
     def _recorded(self, effective: EffectivePlan, protocol: Protocol) -> Outcome:
@@ -189,8 +190,11 @@ class _Session:
             return batch_size, None
         plan = effective.plan
         contenders: dict[str, Callable[[], Outcome]] = {"baseline": lambda: self._baseline(once, batch_size)}
-        titles = {"baseline": f"un-pipelined Hugging Face generate, batch size {batch_size}"}
+        peer = peer_name(self.job.config.workload)
+        titles = {"baseline": f"un-pipelined Hugging Face {peer}, batch size {batch_size}"}
+        switches = {name: getattr(plan, name) for name in ("compile", "cuda_graphs", "packed_weights")}
         whole = Plan.from_layer_counts((self.fleet.shape.num_layers,), self.fleet.devices, batch_size)
+        whole = whole.model_copy(update=switches)
         single = self._resolve(whole, lens)
         missing = single.message if isinstance(single, Failure) else None
         if isinstance(single, EffectivePlan) and single.key != effective.key:
@@ -198,7 +202,7 @@ class _Session:
             contenders["single stage"] = lambda: self._recorded(alone, once)
             titles["single stage"] = f"our runtime on {self.fleet.devices[0]} alone, {whole.describe()}"
         contenders["plan"] = lambda: self._recorded(effective, once)
-        titles["plan"] = f"{plan.describe()} · on {', '.join(stage.device for stage in plan.stages)}"
+        titles["plan"] = f"{plan.describe()} · on {', '.join(plan.devices)}"
         measured = run_rounds(contenders, rounds=self.job.rounds, seed=self.job.config.seed, reporter=self.reporter)
         return (measured if isinstance(measured, Failure) else compare(measured, titles)), missing
 
@@ -212,7 +216,7 @@ class _Session:
         for size in sizes:
             self.reporter.begin(f"baseline: un-pipelined, batch size {size}")
             outcome = self._baseline(once, size)
-            self.reporter.end(describe(outcome, ("output_throughput",)))
+            self.reporter.end(describe(outcome, ()))
             if isinstance(outcome, Measurement):
                 found.append((outcome.iterations[0].duration_s, size))
         if found:
@@ -225,15 +229,22 @@ class _Session:
         prompts: Sequence[str | Sequence[int]] = self.fleet.prompts(workload)
         if workload.prompts_file is not None:
             prompts = _read_prompts(Path(workload.prompts_file), workload.num_prompts)
-        self.reporter.begin(f"generating for {len(prompts)} prompts")
-        results = self.fleet.generate(
-            effective.plan,
-            prompts,
-            max_new_tokens=workload.output_len,
-            in_flight=effective.in_flight,
-            ignore_eos=self.job.ignore_eos,
-        )
-        write_new(path, "".join(_output_line(prompt, row) for prompt, row in zip(prompts, results, strict=True)))
+        if workload.kind == "score":
+            self.reporter.begin(f"scoring {len(prompts)} texts")
+            scored = self.fleet.score(effective.plan, prompts, in_flight=effective.in_flight)
+            lines = [_score_line(text, row) for text, row in zip(prompts, scored, strict=True)]
+        else:
+            self.reporter.begin(f"generating for {len(prompts)} prompts")
+            results = self.fleet.generate(
+                effective.plan,
+                prompts,
+                max_new_tokens=workload.output_len,
+                in_flight=effective.in_flight,
+                ignore_eos=self.job.ignore_eos,
+                sampling=workload.sampling,
+            )
+            lines = [_output_line(prompt, row) for prompt, row in zip(prompts, results, strict=True)]
+        write_new(path, "".join(lines))
         self.reporter.end(f"written to {path}")
 
 
@@ -281,4 +292,10 @@ def _output_line(prompt: str | Sequence[int], row: GenerationResult) -> str:
         "ttft_ms": round(row.ttft_s * 1e3, 3),
         "e2el_ms": round(row.e2el_s * 1e3, 3),
     }
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _score_line(text: str | Sequence[int], row: ScoreResult) -> str:
+    given: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {}
+    values = {**given, "prompt_token_ids": list(row.token_ids), "logprobs": list(row.logprobs)}
     return json.dumps(values, ensure_ascii=False) + "\n"

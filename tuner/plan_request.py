@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ class PlanRequest:
     layers: tuple[int, ...] | None = None
     micro_batch_size: int | None = None
     prefill_micro_batch_size: int | None = None
+    prefill_chunk_size: int | None = None
+    replicas: int | None = None
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    """Those of `Plan` that are given: `compile`, `cuda_graphs`, `packed_weights`."""
     memory_fraction: float | None = None
 
     @classmethod
@@ -41,6 +45,9 @@ class PlanRequest:
         layers: str | None,
         micro_batch_size: int | None,
         prefill_micro_batch_size: int | None,
+        prefill_chunk_size: int | None = None,
+        replicas: int | None = None,
+        switches: Mapping[str, bool | None] | None = None,
         memory_fraction: float | None,
     ) -> PlanRequest:
         """From flags.
@@ -63,6 +70,9 @@ class PlanRequest:
             layers=_counts(layers) if layers is not None else None,
             micro_batch_size=micro_batch_size,
             prefill_micro_batch_size=prefill_micro_batch_size,
+            prefill_chunk_size=prefill_chunk_size,
+            replicas=replicas,
+            switches={name: value for name, value in (switches or {}).items() if value is not None},
             memory_fraction=memory_fraction,
         )
 
@@ -76,8 +86,8 @@ class PlanRequest:
             for section in ("model", "workload"):
                 part = getattr(self.plan_file, section)
                 if part is not None:
-                    values |= {(section, key): value for key, value in part.model_dump(mode="json").items()}
-            devices = self.plan_file.devices or tuple(stage.device for stage in self.plan_file.plan.stages)
+                    values |= _leaves(part.model_dump(mode="json"), (section,))
+            devices = self.plan_file.devices or self.plan_file.plan.devices
             values[("devices",)] = list(devices)
             prompts = values.get(("workload", "prompts_file"))
             if prompts is not None:
@@ -86,43 +96,40 @@ class PlanRequest:
         return values, self.source
 
     def complete(self, shape: ModelShape, devices: tuple[str, ...], num_prompts: int) -> Plan:
-        """The plan itself; micro-batches default to as many as there are stages.
+        """The plan itself; each replica's prompts default to as many micro-batches as there are stages.
 
         Raises:
             PlanError: it does not describe the model, or does not go with the devices.
         """
-        prefill = self.prefill_micro_batch_size
         if self.plan_file is not None:
-            return self._changed(self.plan_file.plan)
+            return self._changed(self.plan_file.plan, devices)
+        share = math.ceil(num_prompts / (self.replicas or 1))
         if self.device_map is not None:
             stages = len({device_of(value, name, self.source) for name, value in self.device_map.items()})
-            return plan_from_map(
-                self.device_map,
-                shape,
-                micro_batch_size=self.micro_batch_size or math.ceil(num_prompts / stages),
-                prefill_micro_batch_size=prefill,
-                memory_fraction=self.memory_fraction or 0.9,
-                place=self.source,
-            )
+            micro_batch_size = self.micro_batch_size or math.ceil(share / stages)
+            plan = plan_from_map(self.device_map, shape, micro_batch_size=micro_batch_size, place=self.source)
+            return self._changed(plan, devices)
         assert self.layers is not None
         try:
-            return Plan.from_layer_counts(
-                self.layers,
-                devices,
-                self.micro_batch_size or math.ceil(num_prompts / len(self.layers)),
-                prefill_micro_batch_size=prefill,
-                memory_fraction=self.memory_fraction or 0.9,
+            plan = Plan.from_layer_counts(
+                self.layers, devices, self.micro_batch_size or math.ceil(share / len(self.layers))
             )
         except ValueError as error:
             raise PlanError(f"{self.source}: {_reason(error)}") from None
+        return self._changed(plan, devices)
 
-    def _changed(self, plan: Plan) -> Plan:
-        """The plan of a file, with what flags say instead."""
+    def _changed(self, plan: Plan, devices: tuple[str, ...]) -> Plan:
+        """The plan, with what flags say instead."""
         values = plan.model_dump()
         if self.micro_batch_size is not None:
             values |= {"micro_batch_size": self.micro_batch_size, "prefill_micro_batch_size": None}
         if self.prefill_micro_batch_size is not None:
             values["prefill_micro_batch_size"] = self.prefill_micro_batch_size
+        if self.prefill_chunk_size is not None:
+            values["prefill_chunk_size"] = self.prefill_chunk_size
+        if self.replicas is not None and self.replicas != plan.replicas:
+            values |= {"replicas": self.replicas, "replica_devices": self._replica_devices(plan, devices)}
+        values |= self.switches
         if self.memory_fraction is not None:
             for stage in values["stages"]:
                 stage["memory_fraction"] = self.memory_fraction
@@ -130,6 +137,29 @@ class PlanRequest:
             return Plan.model_validate(values)
         except ValueError as error:
             raise PlanError(f"{self.source}: {_reason(error)}") from None
+
+    def _replica_devices(self, plan: Plan, devices: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+        """Devices of further replicas: in order, those that the first one leaves."""
+        width, further = len(plan.stages), (self.replicas or 1) - 1
+        left = list(devices)
+        for stage in plan.stages:
+            if stage.device in left:
+                left.remove(stage.device)
+        if len(left) < width * further:
+            stages = "1 stage" if width == 1 else f"{width} stages"
+            raise PlanError(
+                f"--replicas {self.replicas}: so many pipelines of {stages} need {width * (further + 1)} devices; "
+                f"given are {len(devices)}: {', '.join(devices)}"
+            )
+        return tuple(tuple(left[width * index : width * (index + 1)]) for index in range(further))
+
+
+def _leaves(values: Mapping[str, Any], above: KeyPath) -> dict[KeyPath, object]:
+    """Values by their path; a section within a section is taken apart as well."""
+    leaves: dict[KeyPath, object] = {}
+    for key, value in values.items():
+        leaves |= _leaves(value, (*above, key)) if isinstance(value, dict) else {(*above, key): value}
+    return leaves
 
 
 def _counts(text: str) -> tuple[int, ...]:

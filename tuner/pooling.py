@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from bench import metrics
 from bench.record import Measurement, Record
+from tuner.config import GENERATE_OBJECTIVE, SCORE_OBJECTIVE
 from tuner.standings import Spread
 
 _PER_ITERATION = frozenset({"output_throughput", "total_token_throughput", "request_throughput", "duration_s"})
@@ -33,6 +34,16 @@ class Run:
         if name == "duration_s":
             return tuple(durations)
         return tuple(self.metrics[name] * self.metrics["duration_s"] / duration for duration in durations)
+
+
+def throughput_name(names: Collection[str]) -> str:
+    """Tokens put out in a second; where texts are scored and none are, all tokens."""
+    return GENERATE_OBJECTIVE if GENERATE_OBJECTIVE in names else SCORE_OBJECTIVE
+
+
+def throughput_spread(runs: Sequence[Run]) -> Spread:
+    """Of what `throughput_name` names; at least one run."""
+    return spread_of(runs, throughput_name({name for run in runs for name in run.metrics}))
 
 
 def chosen_runs(group: Sequence[Run]) -> list[Run]:

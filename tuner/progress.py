@@ -65,16 +65,24 @@ def describe(result: Outcome, objectives: Sequence[str]) -> str:
     """What came of a run, in a line."""
     if isinstance(result, Failure):
         return f"{result.kind.value}: {result.message}"
-    return values_text(metrics.derive(result), (*objectives, "output_throughput", "bubble_ratio", "mean_ttft_ms"))
+    derived = metrics.derive(result)
+    shown = ("output_throughput", "bubble_ratio", "mean_ttft_ms")
+    if "output_throughput" not in derived:
+        shown = ("total_token_throughput", "bubble_ratio", "mean_e2el_ms")
+    return values_text(derived, (*objectives, *shown))
 
 
 def values_text(values: Mapping[str, float], names: Sequence[str]) -> str:
     """Metrics for people: `95.2 tok/s · bubble 11 % · mean_ttft 1204 ms`; those that are missing are left out."""
-    return " · ".join(_value_text(name, values[name]) for name in dict.fromkeys(names) if name in values)
+    return " · ".join(
+        _value_text(name, values[name], scored="output_throughput" not in values)
+        for name in dict.fromkeys(names)
+        if name in values
+    )
 
 
-def _value_text(name: str, value: float) -> str:
-    if name == "output_throughput":
+def _value_text(name: str, value: float, *, scored: bool) -> str:
+    if name == "output_throughput" or (scored and name == "total_token_throughput"):
         return f"{value:.1f} tok/s"
     if name == "bubble_ratio":
         return f"bubble {100 * value:.0f} %"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,15 +25,21 @@ FLAGS: dict[str, tuple[KeyPath, ...]] = {
     "output_dir": (("output_dir",),),
     "model": (("model", "name"),),
     "dtype": (("model", "dtype"),),
+    "storage_dtype": (("model", "storage_dtype"),),
     "load_format": (("model", "load_format"),),
     "attention": (("model", "attention"),),
     "revision": (("model", "revision"),),
     "trust_remote_code": (("model", "trust_remote_code"),),
+    "workload_kind": (("workload", "kind"),),
     "num_prompts": (("workload", "num_prompts"),),
     "input_len": (("workload", "input_len"),),
     "output_len": (("workload", "output_len"),),
     "random_range_ratio": (("workload", "random_range_ratio"),),
     "prompts": (("workload", "prompts_file"),),
+    "temperature": (("workload", "sampling", "temperature"),),
+    "top_k": (("workload", "sampling", "top_k"),),
+    "top_p": (("workload", "sampling", "top_p"),),
+    "sampling_seed": (("workload", "sampling", "seed"),),
     "num_iters": (("protocol", "num_iters"),),
     "num_iters_warmup": (("protocol", "num_iters_warmup"),),
     "check": (("protocol", "check_outputs"),),
@@ -43,9 +51,14 @@ FLAGS: dict[str, tuple[KeyPath, ...]] = {
     "seed": (("seed",), ("workload", "seed"), ("model", "seed")),
     "micro_batch_sizes": (("space", "micro_batch_sizes"),),
     "prefill_micro_batch_sizes": (("space", "prefill_micro_batch_sizes"),),
+    "prefill_chunk_sizes": (("space", "prefill_chunk_sizes"),),
+    "replicas": (("space", "replicas"),),
     "min_stages": (("space", "min_stages"),),
     "max_stages": (("space", "max_stages"),),
     "memory_fractions": (("space", "memory_fractions"),),
+    "compile": (("space", "compile"),),
+    "cuda_graphs": (("space", "cuda_graphs"),),
+    "packed_weights": (("space", "packed_weights"),),
     "baseline_batch_sizes": (("baseline_batch_sizes",),),
     "finalists": (("finalists",),),
     "finalist_rounds": (("finalist_rounds",),),
@@ -84,7 +97,10 @@ class _Layers:
     def put(self, path: KeyPath, value: Any, source: str) -> None:
         inner = self.values
         for key in path[:-1]:
-            inner = inner.setdefault(key, {})
+            if inner.get(key) is None:
+                # Left open so far, as by `sampling: null`.
+                inner[key] = {}
+            inner = inner[key]
         inner[path[-1]] = value
         self.sources[path] = source
 
@@ -92,7 +108,10 @@ class _Layers:
         """Forgets what one source said of a section."""
         for path in [path for path, place in self.sources.items() if path[0] == section and place == source]:
             del self.sources[path]
-            del self.values[section][path[1]]
+            inner = self.values
+            for key in path[:-1]:
+                inner = inner[key]
+            del inner[path[-1]]
 
 
 def resolve(
@@ -160,10 +179,10 @@ def show(resolved: Resolved) -> str:
     lines = []
     section: KeyPath = ()
     for path, value in leaves:
-        if path[:-1] != section:
-            section = path[:-1]
-            if section:
-                lines.append((f"{section[0]}:", ""))
+        above = path[:-1]
+        shared = sum(itertools.takewhile(bool, (one == other for one, other in zip(above, section, strict=False))))
+        lines += [(f"{'  ' * depth}{above[depth]}:", "") for depth in range(shared, len(above))]
+        section = above
         text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
         text = text.removesuffix("\n").removesuffix("\n...")
         lines.append((f"{'  ' * len(section)}{path[-1]}: {text}", resolved.source(*path)))
@@ -273,9 +292,10 @@ def _walk(
 
 
 def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The model of a nested section, None for a plain value."""
+    """The model of a nested section, which may be left open; None for a plain value."""
     annotation = model.model_fields[key].annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _nearest(key: str, model: type[BaseModel]) -> str:
@@ -308,8 +328,8 @@ def _explain(error: ValidationError, sources: Mapping[KeyPath, str]) -> str:
         key = ".".join(path or location)
         place = f"{sources[path]}: " if path else ""
         message = problem["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
-        # A flag or a variable says which setting it is; a line of a file does not.
-        named = place.startswith(("--", ENVIRONMENT_PREFIX)) or not key
+        # A flag or a variable says which setting it is, a message may; a line of a file does not.
+        named = place.startswith(("--", ENVIRONMENT_PREFIX)) or not key or message.startswith(f"{key}.")
         line = f"{place}{message}" if named else f"{place}{key}: {message}"
         given = problem["input"]
         shown = json.dumps(given, default=str, ensure_ascii=False)

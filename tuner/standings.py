@@ -79,7 +79,7 @@ class Row(Value):
     """The first objective's, median; None when it was not measured."""
     spread: Spread | None
     throughput: Spread
-    """Of `output_throughput`, whatever the objective."""
+    """Of `output_throughput`, whatever the objective; of `total_token_throughput` where texts are scored."""
     metrics: dict[str, float]
     """Median of every metric over the runs used."""
     confirmed: bool
@@ -138,6 +138,14 @@ class FailureRow(Value):
     failure: Failure
 
 
+class Rival(Value):
+    """The best plan of the other kind: one pipeline where the best plan has replicas, replicas where it has none."""
+
+    row: Row
+    gain: Ratio | None
+    """Of the best plan over it."""
+
+
 class Separation(Value):
     """Whether the best plan is told apart from the second."""
 
@@ -161,7 +169,10 @@ class Ranking(Value):
     baseline_sweep: tuple[BaselineRow, ...]
     """At every batch size tried, with the values from before the finals, so that they compare with each other."""
     single_stage: Row | None
-    """The best plan of one stage, our own runtime without a pipeline: what it gains, pipelining did not."""
+    """The best plan of one stage on one device, our own runtime without a pipeline: what it gains, pipelining did
+    not."""
+    rival: Rival | None = None
+    """None where plans of one kind alone are ranked."""
     failures: tuple[FailureRow, ...]
     separation: Separation
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from bench.record import Failure, Outcome
-from tests.record_factory import make_baseline_measurement, make_failure, make_measurement, make_plan
+from tests.record_factory import WORKLOAD, make_baseline_measurement, make_failure, make_measurement, make_plan
 from tuner.comparison import compare, run_rounds
 from tuner.progress import SilentReporter
 
@@ -53,16 +53,31 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert comparison.rounds == 3
     assert (base.ratio, base.ratio_low, base.ratio_high) == (1.0, 1.0, 1.0)
     assert plan.ratio_low == pytest.approx(plan.ratio_high)
-    assert plan.ratio == pytest.approx(plan.output_throughput / base.output_throughput)
+    assert plan.ratio == pytest.approx(plan.throughput / base.throughput)
     assert plan.iqr > 0
     assert base.bubble_ratio is None
     assert len(plan.stage_busy_ms) == 2
 
 
+def test_scored_texts_compare_by_all_tokens() -> None:
+    workload = WORKLOAD.model_copy(update={"kind": "score"})
+    runs = [make_measurement(PLAN, workload, num_iters=1, seed=seed) for seed in range(3)]
+    base = [make_baseline_measurement(32, workload, num_iters=1, seed=seed) for seed in range(3)]
+    comparison = compare({"baseline": base, "plan": runs}, TITLES)
+    row = comparison.contenders[1]
+    assert row.throughput > 0
+    assert row.mean_ttft_ms is None
+    console = Console(file=io.StringIO(), width=80)
+    comparison.print(console)
+    assert isinstance(console.file, io.StringIO)
+    assert "E2EL" in console.file.getvalue()
+
+
 def test_the_table_fits_80_columns_and_escapes() -> None:
     console = Console(file=io.StringIO(), width=80)
-    runs = [make_measurement(make_plan((8, 8, 7, 7), 8), num_iters=1, seed=seed) for seed in range(3)]
-    compare({"baseline": runs, "plan": runs}, TITLES).print(console)
+    plans = make_plan((8, 8, 7, 7), 8), make_plan((15, 15), 8, replicas=2)
+    runs = [[make_measurement(plan, num_iters=1, seed=seed) for seed in range(3)] for plan in plans]
+    compare({"baseline": runs[0], "plan": runs[1]}, TITLES).print(console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "un-pipelined [b]" in text

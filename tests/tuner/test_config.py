@@ -77,5 +77,44 @@ def test_metrics_that_the_workload_cannot_yield_are_refused(values: dict[str, An
         check_metrics(config(**values))
 
 
+def test_where_texts_are_scored_all_tokens_count() -> None:
+    scored = config(workload={"kind": "score"})
+    assert scored.objectives == ("total_token_throughput",)
+    assert config().objectives == ("output_throughput",)
+    assert config(workload=scored.workload).objectives == ("total_token_throughput",)
+    check_metrics(scored)
+    check_metrics(config(workload={"kind": "score"}, objectives=["mean_e2el_ms"], constraints=["bubble_ratio<=0.3"]))
+
+
+@pytest.mark.parametrize("metric", ["output_throughput", "mean_ttft_ms", "p90_tpot_ms"])
+def test_metrics_of_generated_tokens_are_refused_where_texts_are_scored(metric: str) -> None:
+    with pytest.raises(ConfigError, match=f"{metric} counts generated tokens.*total_token_throughput.*--workload-kind"):
+        check_metrics(config(workload={"kind": "score"}, objectives=[metric]))
+
+
+def test_chunks_and_switches_read_words() -> None:
+    space = config(space={"prefill_chunk_sizes": "64,whole", "compile": "Search", "replicas": "1,2"}).space
+    assert space.prefill_chunk_sizes == (64, None)
+    assert space.compile == "search"
+    assert space.replicas == (1, 2)
+    assert [config(space={"compile": word}).space.compile for word in ("true", "off", True)] == [True, False, True]
+    assert config(space={"prefill_chunk_sizes": [None, 32]}).space.prefill_chunk_sizes == (None, 32)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"compile": "often"}, "neither true nor false nor search"),
+        ({"prefill_chunk_sizes": "64,half"}, "'half' is neither a number of tokens nor whole"),
+        ({"prefill_chunk_sizes": [0]}, "greater than or equal to 1"),
+        ({"replicas": [3]}, r"space\.replicas=3 needs as many devices"),
+        ({"replicas": [2], "min_stages": 2}, r"space\.replicas=2 of at least 2 stages .* need 4 devices"),
+    ],
+)
+def test_bounds_that_cannot_be_met_are_refused(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(space=space)
+
+
 def test_gpu_metrics_are_there_on_gpus() -> None:
     check_metrics(config(objectives=["energy_j"], devices="cuda:0"))

@@ -39,6 +39,20 @@ def test_engines_get_counts_and_the_number_of_stages() -> None:
     assert render(FILE, make_shape(), "sglang").splitlines()[-1] == "SGLANG_PP_LAYER_PARTITION=17,13"
 
 
+def test_replicas_are_said_where_a_form_cannot_hold_them(tmp_path: Path) -> None:
+    file = FILE.model_copy(update={"plan": make_plan((17, 13), 8, chunk=32, replicas=2, compile=True)})
+    write_best(tmp_path, file, make_shape())
+    assert read_plan(tmp_path / "best_plan.json") == file
+    first = FILE.model_copy(update={"plan": make_plan((17, 13), 8)})
+    for form in ("hf", "seed"):
+        assert render(file, make_shape(), form) == render(first, make_shape(), form)
+    lines = render(file, make_shape(), "vllm").splitlines()
+    assert lines[1] == "# The plan runs 2 replicas side by side: --data-parallel-size 2, not measured either."
+    assert lines[-1] == "VLLM_PP_LAYER_PARTITION=17,13"
+    assert "--dp-size 2, not measured" in render(file, make_shape(), "sglang")
+    assert "replicas" not in render(FILE, make_shape(), "vllm")
+
+
 def _without_a_layer() -> str:
     values = Plan.from_layer_counts((2, 2), ("cpu:0", "cpu:1"), 1).model_dump()
     values["stages"][1]["first_layer"] = 3

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench.errors import ConfigError, PlanError
+from bench.spec import Sampling
 from tests.record_factory import MODEL, WORKLOAD, make_plan, make_shape
 from tuner.export import PlanFile
 from tuner.plan_request import PlanRequest
@@ -64,6 +65,43 @@ def test_a_device_map_brings_its_devices(tmp_path: Path) -> None:
     asked = request(device_map=path, micro_batch_size=4)
     assert asked.settings_below()[0] == {("devices",): ["cpu:0", "cpu:1"]}
     assert asked.complete(make_shape(), DEVICES, 32).layer_counts == (10, 20)
+
+
+def test_every_part_of_a_plan_has_a_flag(tmp_path: Path) -> None:
+    switches = {"compile": True, "cuda_graphs": None, "packed_weights": False}
+    given = request(layers="30", replicas=2, prefill_chunk_size=16, switches=switches)
+    plan = given.complete(make_shape(), DEVICES, 33)
+    assert (plan.replicas, plan.devices, plan.micro_batch_size) == (2, DEVICES, 17)
+    assert (plan.prefill_chunk_size, plan.compile, plan.packed_weights, plan.cuda_graphs) == (16, True, False, True)
+    changed = request(plan=plan_file(tmp_path), prefill_chunk_size=16, switches=switches, micro_batch_size=4)
+    assert changed.complete(make_shape(), DEVICES, 32).describe() == (
+        "17+13 · micro-batch 4 (chunk 16) · compiled, unpacked"
+    )
+
+
+def test_further_replicas_take_the_devices_that_are_left(tmp_path: Path) -> None:
+    four = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
+    plan = request(plan=plan_file(tmp_path), replicas=2).complete(
+        make_shape(), ("cpu:3", "cpu:2", "cpu:1", "cpu:0"), 32
+    )
+    assert plan.devices == ("cpu:0", "cpu:1", "cpu:3", "cpu:2")
+    path = tmp_path / "map.json"
+    path.write_text('{"model.layers.0-9": "cpu:1", "model.layers.10-29": "cpu:2"}', encoding="utf-8")
+    mapped = request(device_map=path, replicas=2).complete(make_shape(), four, 32)
+    assert mapped.devices == ("cpu:1", "cpu:2", "cpu:0", "cpu:3")
+    with pytest.raises(PlanError, match=r"--replicas 2: so many pipelines of 2 stages need 4 devices; given are 2"):
+        request(layers="17,13", replicas=2).complete(make_shape(), DEVICES, 32)
+
+
+def test_a_plan_file_brings_the_devices_of_all_replicas_and_how_it_samples(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    workload = WORKLOAD.model_copy(update={"sampling": Sampling(temperature=0.5)})
+    plan = make_plan((30,), 8, replicas=2)
+    path.write_text(PlanFile(plan=plan, workload=workload).model_dump_json(), encoding="utf-8")
+    values, _ = request(plan=path).settings_below()
+    assert values[("devices",)] == ["cpu:0", "cpu:1"]
+    assert values[("workload", "sampling", "temperature")] == 0.5
+    assert request(plan=path).complete(make_shape(), DEVICES, 32) == plan
 
 
 def test_one_way_to_name_a_plan_is_wanted(tmp_path: Path) -> None:

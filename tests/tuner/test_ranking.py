@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from bench import metrics
 from bench.record import SHARED_DEVICE_NOTE, FailureKind, Measurement, Record
 from bench.spec import Plan, StagePlan
 from tests.record_factory import (
+    WORKLOAD,
     make_baseline_measurement,
     make_check,
     make_failure,
@@ -25,6 +27,7 @@ from tests.record_factory import (
 from tuner.config import Constraint
 from tuner.ranking import rank
 from tuner.standings import Objective
+from tuner.store import load_records
 
 THROUGHPUT = Objective(metric="output_throughput")
 TTFT = Objective(metric="mean_ttft_ms")
@@ -214,6 +217,75 @@ def test_over_the_single_stage_counts_what_pipelining_gained() -> None:
     assert over.value == pytest.approx(throughput(records[1]) / throughput(records[0]))
 
 
+def test_copies_are_no_single_stage() -> None:
+    single, copies = make_plan((30,), 32), make_plan((30,), 16, replicas=2)
+    records = [
+        make_record(0, "trial", copies, make_measurement(copies)),
+        make_record(1, "single_stage", single, make_measurement(single)),
+    ]
+    ranking = rank(records)
+    assert ranking.best is not None
+    assert ranking.best.plan == copies
+    assert ranking.single_stage is not None
+    assert ranking.single_stage.plan == single
+    assert ranking.rival is None
+    gain = ranking.best.speedup_over_single_stage
+    assert gain is not None
+    assert gain.value > 1
+
+
+def test_the_rival_is_the_best_plan_of_the_other_kind() -> None:
+    copies, pipeline, worse = make_plan((30,), 16, replicas=2), make_plan((17, 13), 8), make_plan((10, 20), 8)
+    plans: dict[Plan | None, list[float]] = {copies: [0.5] * 3, pipeline: [1.0] * 3, worse: [1.0] * 3}
+    ranking = rank(finalists(3, plans))
+    assert ranking.rival is not None
+    assert ranking.rival.row.plan == pipeline
+    assert ranking.rival.gain is not None
+    assert ranking.rival.gain.rounds == 3
+    turned = rank(finalists(3, {**plans, copies: [5.0] * 3}))
+    assert turned.best is not None
+    assert turned.best.plan == pipeline
+    assert turned.rival is not None
+    assert turned.rival.row.plan == copies
+    assert turned.rival.gain is not None
+    assert turned.rival.gain.value > 1
+
+
+def test_two_replicas_on_one_gpu_have_no_rank() -> None:
+    plan = Plan(
+        stages=(StagePlan(device="cuda:0", first_layer=0, end_layer=30),),
+        micro_batch_size=16,
+        replicas=2,
+        replica_devices=(("cuda:0",),),
+    )
+    assert rank([make_record(0, "trial", plan, make_measurement(plan))]).rows == ()
+
+
+def test_scored_texts_are_ranked_by_all_their_tokens() -> None:
+    scored = WORKLOAD.model_copy(update={"kind": "score"})
+    plan = make_plan()
+    records = [
+        make_record(0, "baseline", None, make_baseline_measurement(32, scored), workload=scored),
+        make_record(1, "trial", plan, make_measurement(plan, scored), workload=scored),
+    ]
+    ranking = rank(records, [Objective(metric="total_token_throughput")])
+    assert ranking.baseline is not None
+    row = ranking.rows[0]
+    assert row.value == row.throughput.median > 0
+    assert row.speedup_over_baseline is not None
+    assert rank(records).rows == ()
+    assert rank(records).unranked[0].unranked_because == "output_throughput was not measured"
+
+
+def test_records_of_before_replicas_rank_as_they_did() -> None:
+    records = load_records(Path("results/reference-smollm2-2cpu"))
+    ranking = rank(records)
+    assert ranking.best is not None
+    assert ranking.best.plan.describe() == "16+14 · micro-batch 8 (prefill 4)"
+    assert ranking.best.speedup_over_baseline is not None
+    assert round(ranking.best.speedup_over_baseline.value, 2) == 1.47
+
+
 def test_the_single_stage_is_the_best_plan_of_one_stage() -> None:
     small, large = make_plan((30,), 8), make_plan((30,), 32)
     records = [
@@ -239,6 +311,16 @@ def test_what_proves_no_speed_is_listed_without_a_rank(result: Measurement, why:
     assert ranking.best is None
     assert why in (ranking.unranked[0].unranked_because or "")
     assert ranking.unranked[0].speedup_over_baseline is None
+
+
+def test_a_few_positions_where_experts_were_nearly_tied_do_not_cost_the_rank() -> None:
+    few = make_check(max_logit_error=1.0, argmax_flips=1).model_copy(
+        update={"typical_error": 1e-5, "typical_tolerance": 1e-4, "positions": 64, "outliers": 1}
+    )
+    most = few.model_copy(update={"typical_error": 1e-3})
+    for check, ranked in ((few, 1), (most, 0)):
+        record = make_record(0, "trial", make_plan(), make_measurement(make_plan(), check=check))
+        assert len(rank([record]).rows) == ranked
 
 
 def test_two_stages_on_one_gpu_have_no_rank() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from bench.errors import ConfigError
 from tuner import settings
@@ -64,6 +65,13 @@ def test_lists_may_come_from_the_environment() -> None:
         ("workload: {num_prompts: 0}\n", r"tune\.yaml:2: workload\.num_prompts: .*greater than or equal to 1"),
         ("workload: {num_prompts: many}\n", r"tune\.yaml:2: workload\.num_prompts: .*many"),
         ("devices: gpu:0\n", r"tune\.yaml:2: devices: 'gpu:0' is not a device"),
+        (
+            "workload:\n  sampling: {temprature: 1}\n",
+            r"tune\.yaml:3: unknown key 'workload\.sampling\.temprature'; did you mean temperature\?",
+        ),
+        ("workload: {sampling: {top_p: 2}}\n", r"tune\.yaml:2: workload\.sampling\.top_p: .*less than or equal to 1"),
+        ("workload: {kind: score, sampling: {top_k: 2}}\n", r"workload\.sampling: nothing is sampled"),
+        ("space: {compile: often}\n", r"tune\.yaml:2: space\.compile: neither true nor false nor search"),
         ("constraints: [fast]\n", r"tune\.yaml:2: constraints: 'fast' is no constraint"),
         ("seed: [1\n", r"tune\.yaml:3:1: malformed YAML"),
         ("seed: !!python/object/apply:os.getcwd []\n", "malformed YAML: could not determine a constructor"),
@@ -97,6 +105,20 @@ def test_a_misspelt_variable_is_said() -> None:
     assert resolved.warnings == ("PIPETUNE_NUM_PROMPT is not read; did you mean PIPETUNE_NUM_PROMPTS?",)
 
 
+def test_sampling_may_be_given_in_parts_and_over_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path, MODEL + "workload:\n  sampling:\n    temperature: 0.5\n    top_k: 7\n")
+    resolved = settings.resolve(file=file, environ={"PIPETUNE_TOP_P": "0.9"}, flags={"top_k": 3})
+    sampling = resolved.config.workload.sampling
+    assert sampling is not None
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.5, 3, 0.9, 0)
+    assert resolved.source("workload", "sampling", "temperature") == f"{file}:4"
+    assert resolved.source("workload", "sampling", "top_k") == "--top-k"
+    nothing: dict[settings.KeyPath, object] = {("workload", "sampling"): None}
+    over = settings.resolve(flags={"model": "m", "sampling_seed": 4}, environ={}, below=nothing, below_name="plan.json")
+    assert over.config.workload.sampling is not None
+    assert over.config.workload.sampling.seed == 4
+
+
 def test_a_model_must_be_given() -> None:
     with pytest.raises(ConfigError, match="--model"):
         settings.resolve(environ={})
@@ -117,6 +139,21 @@ def test_a_shown_config_is_yaml_that_says_the_same() -> None:
     shown = settings.show(resolved)
     assert TuneConfig.model_validate(yaml.safe_load(shown)) == resolved.config
     assert next(line for line in shown.splitlines() if "p90" in line).endswith("# --constraint")
+
+
+def test_sections_within_sections_are_shown_once() -> None:
+    resolved = settings.resolve(flags={"model": "m", "temperature": 0.5}, environ={})
+    shown = settings.show(resolved)
+    assert shown.count("workload:") == 1
+    assert "    temperature: 0.5" in shown
+    assert TuneConfig.model_validate(yaml.safe_load(shown)) == resolved.config
+
+
+def test_a_recorded_config_of_before_has_the_defaults_of_what_it_lacks() -> None:
+    recorded = settings.load(Path("results/reference-smollm2-2cpu/study.yaml"))
+    assert recorded.space.replicas is None
+    assert recorded.workload.kind == "generate"
+    assert recorded.workload.sampling is None
 
 
 def test_a_dumped_config_reads_back_without_places(tmp_path: Path) -> None:
@@ -145,7 +182,9 @@ def test_values_of_a_plan_file_lie_below_and_go_with_its_model_only() -> None:
 def test_every_flag_sets_a_field_that_exists() -> None:
     for name, paths in settings.FLAGS.items():
         for path in paths:
-            model: type = TuneConfig
+            model: type[BaseModel] | None = TuneConfig
             for key in path[:-1]:
-                model = model.model_fields[key].annotation  # type: ignore[attr-defined]
-            assert path[-1] in model.model_fields, name  # type: ignore[attr-defined]
+                assert model is not None, name
+                model = settings._section(model, key)
+            assert model is not None, name
+            assert path[-1] in model.model_fields, name

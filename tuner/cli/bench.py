@@ -32,20 +32,46 @@ def bench(
     prefill_micro_batch_size: Annotated[
         int | None, typer.Option("--prefill-micro-batch-size", help="… in prefill.", min=1, rich_help_panel=_PLAN)
     ] = None,
+    prefill_chunk_size: Annotated[
+        int | None,
+        typer.Option("--prefill-chunk-size", help="Tokens of a prompt at a time.", min=1, rich_help_panel=_PLAN),
+    ] = None,
+    plan_replicas: Annotated[
+        int | None, typer.Option("--replicas", help="Such pipelines side by side.", min=1, rich_help_panel=_PLAN)
+    ] = None,
+    plan_compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="By torch.compile.", rich_help_panel=_PLAN)
+    ] = None,
+    plan_cuda_graphs: Annotated[
+        bool | None,
+        typer.Option("--cuda-graphs/--no-cuda-graphs", help="GPU: capture decode steps.", rich_help_panel=_PLAN),
+    ] = None,
+    plan_packed_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--packed-weights/--no-packed-weights", help="CPU: lay weights out for oneDNN.", rich_help_panel=_PLAN
+        ),
+    ] = None,
     memory_fraction: Annotated[
         float | None, typer.Option("--memory-fraction", help="Cap of each device.", rich_help_panel=_PLAN)
     ] = None,
     model: o.Model = None,
     dtype: o.DtypeFlag = None,
+    storage_dtype: o.StorageDtype = None,
     load_format: o.LoadFormatFlag = None,
     attention: o.Attention = None,
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = None,
+    workload_kind: o.WorkloadKind = None,
     num_prompts: o.NumPrompts = None,
     input_len: o.InputLen = None,
     output_len: o.OutputLen = None,
     random_range_ratio: o.RandomRangeRatio = None,
     prompts: o.Prompts = None,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    sampling_seed: o.SamplingSeed = None,
     num_iters: o.NumIters = None,
     num_iters_warmup: o.NumItersWarmup = None,
     check: o.Check = None,
@@ -57,7 +83,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of the comparison.")] = 5,
     baseline_batch_sizes: o.BaselineBatchSizes = None,
     save_outputs: Annotated[
-        Path | None, typer.Option("--save-outputs", metavar="FILE", help="Write what is generated, as JSONL.")
+        Path | None, typer.Option("--save-outputs", metavar="FILE", help="Write what is generated or scored, as JSONL.")
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="… and go on after an end-of-sequence token.")
@@ -82,6 +108,13 @@ def bench(
         layers=layers,
         micro_batch_size=micro_batch_size,
         prefill_micro_batch_size=prefill_micro_batch_size,
+        prefill_chunk_size=prefill_chunk_size,
+        replicas=plan_replicas,
+        switches={
+            "compile": plan_compile,
+            "cuda_graphs": plan_cuda_graphs,
+            "packed_weights": plan_packed_weights,
+        },
         memory_fraction=memory_fraction,
     )
     below, below_name = request.settings_below()

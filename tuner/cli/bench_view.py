@@ -12,11 +12,14 @@ from bench import metrics
 from bench.record import Failure, FailureKind, Measurement
 from tuner.one_plan import BenchResult
 from tuner.progress import values_text
+from tuner.report.data import host_us_a_task
+from tuner.report.wording import compared_text, steps_text
 
 _PLANS_FAULT = frozenset(
     {FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY, FailureKind.WRONG_OUTPUT, FailureKind.TIMEOUT}
 )
 _SHOWN = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "bubble_ratio")
+_SHOWN_OF_SCORES = ("total_token_throughput", "mean_e2el_ms", "bubble_ratio")
 
 
 def exit_code(result: BenchResult) -> int:
@@ -47,7 +50,13 @@ def document(result: BenchResult) -> dict[str, Any]:
         return values | {"failure": outcome.model_dump(mode="json")}
     return values | {
         "metrics": metrics.derive(outcome),
-        "stages": {name: list(row) for name, row in metrics.stage_metrics(outcome).items()},
+        "stages": {
+            **{name: list(row) for name, row in metrics.stage_metrics(outcome).items()},
+            "host_us_a_task": list(host_us_a_task(outcome)),
+        },
+        "load_s": outcome.load_s,
+        "check_s": outcome.check_s,
+        "prepare_s": outcome.prepare_s,
         "check": outcome.check.model_dump(mode="json") if outcome.check else None,
         "notes": [*outcome.notes, *outcome.telemetry.disturbances],
     }
@@ -73,24 +82,32 @@ def show(result: BenchResult, console: Console) -> None:
 def _show_one(result: BenchResult, outcome: Measurement, console: Console) -> None:
     derived = metrics.derive(outcome)
     console.print(f"{result.plan.describe()} · {result.in_flight} in flight", markup=False)
-    console.print(values_text(derived, _SHOWN), markup=False)
+    console.print(values_text(derived, _SHOWN if "output_throughput" in derived else _SHOWN_OF_SCORES), markup=False)
     console.print()
     stages = metrics.stage_metrics(outcome)
+    host_us = host_us_a_task(outcome)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("stage", "device", "layers", "busy", "waits", "peak memory", "cap"):
+    for name in ("stage", "device", "layers", "busy", "waits", "host/task", "peak memory", "cap"):
         table.add_column(name, justify="left" if name in ("stage", "device", "layers") else "right")
-    for index, stage in enumerate(result.plan.stages):
+    width = len(result.plan.stages)
+    for index, device in enumerate(result.plan.devices):
+        replica, own = divmod(index, width)
+        stage = result.plan.stages[own]
         memory = outcome.memory[index] if index < len(outcome.memory) else None
         table.add_row(
-            str(index),
-            escape(stage.device),
+            f"{replica}.{own}" if result.plan.replicas > 1 else str(own),
+            escape(device),
             f"{stage.first_layer}-{stage.end_layer - 1}",
             f"{stages['stage_busy_ms'][index] / 1e3:.2f} s" if stages else "–",
             f"{stages['comm_ms'][index] / 1e3:.2f} s" if stages else "–",
+            f"{host_us[index]:.0f} µs" if host_us else "–",
             f"{memory.peak_bytes / 2**20:.0f} MiB" if memory else "–",
             f"{memory.cap_bytes / 2**20:.0f} MiB" if memory else "–",
         )
     console.print(table)
+    if result.plan.replicas > 1:
+        console.print("stages are numbered replica.stage", markup=False)
+    console.print(f"before the timed iterations: {steps_text(outcome)}", markup=False)
 
 
 def _show_check(outcome: Measurement, console: Console) -> None:
@@ -100,7 +117,6 @@ def _show_check(outcome: Measurement, console: Console) -> None:
         return
     tokens = {True: ", tokens equal", False: ", free-running tokens differ at near ties", None: ""}[check.tokens_equal]
     console.print(
-        f"output: as the {check.reference} model says, logits within {check.max_logit_error:.1e} "
-        f"(allowed {check.tolerance:.1e}){tokens}",
+        f"output: as the {check.reference} model says, {compared_text(check, scored=outcome.output_len == 0)}{tokens}",
         markup=False,
     )

@@ -65,7 +65,9 @@ def resolve_settings(
     if resolved.config.devices == "auto":
         from bench.launch import available_devices
 
-        devices = available_devices()[: resolved.config.space.max_stages]
+        space = resolved.config.space
+        most = space.max_stages and space.max_stages * max(space.replicas or (1,))
+        devices = available_devices()[:most]
         resolved = _with(resolved, ("devices",), list(devices), "auto")
     check_metrics(resolved.config)
     return resolved

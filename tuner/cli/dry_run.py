@@ -15,8 +15,11 @@ from bench.spec import Plan
 from tuner.config import TuneConfig
 from tuner.planning.cost import CostModel
 from tuner.progress import Reporter
+from tuner.search.build import build_space, count_raw_partitions
 from tuner.search.driver import baseline_batch_sizes
-from tuner.search.space import Resolver, SearchSpace, build_space, count_raw_partitions, head
+from tuner.search.head import head
+from tuner.search.resolver import Resolver
+from tuner.search.space import SearchSpace
 
 if TYPE_CHECKING:
     from bench.launch import Fleet
@@ -37,6 +40,10 @@ class DryRun:
     queue: tuple[tuple[Plan, float], ...]
     """Plans that would run first, with the seconds that the cost model predicts for the workload."""
 
+    @property
+    def _replicas(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.space.replicas))) or (1,)
+
     def document(self) -> dict[str, Any]:
         """For `--json`."""
         return {
@@ -50,9 +57,12 @@ class DryRun:
             "space": {
                 "partitions": self.num_partitions,
                 "ranked_partitions": len(self.space.partitions),
+                "replicas": list(self._replicas),
                 "micro_batch_sizes": list(self.space.micro_batch_sizes),
                 "prefill_micro_batch_sizes": list(self.space.prefill_sizes),
+                "prefill_chunk_sizes": list(self.space.chunk_sizes),
                 "memory_fractions": list(self.space.memory_fractions),
+                "compile": list(self.space.compile),
                 "points": self.space.num_points,
             },
             "n_trials": self.config.n_trials,
@@ -75,10 +85,13 @@ class DryRun:
             "study": str(self.folder),
             "baseline": f"batch sizes {_joined(self.baseline_batch_sizes)}",
             "partitions": f"{self.num_partitions}, of which the best {len(space.partitions)} are ranked",
+            "replicas": _joined(self._replicas),
             "micro-batches": _joined(space.micro_batch_sizes),
             "prefill": _joined(space.prefill_sizes),
+            "chunks": ", ".join("whole prompts" if size is None else str(size) for size in space.chunk_sizes),
             "memory caps": _joined(space.memory_fractions)
             + (" (others make no difference)" if len(space.memory_fractions) == 1 else ""),
+            "compiled": " and ".join("yes" if switch else "no" for switch in space.compile),
             "space": f"{space.num_points} points, {config.n_trials} trials",
             "finals": finals,
         }
@@ -116,7 +129,7 @@ def _plan(folder: Path, config: TuneConfig, fleet: Fleet) -> DryRun:
         config=config,
         shape=fleet.shape,
         baseline_batch_sizes=baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts),
-        num_partitions=count_raw_partitions(config.space, fleet.shape, len(fleet.devices)),
+        num_partitions=count_raw_partitions(config.space, fleet.shape, len(fleet.devices), config.workload.num_prompts),
         space=space,
         queue=tuple((plan, cost.duration_s(plan)) for plan in plans),
     )

@@ -26,6 +26,7 @@ def export(
     from tuner.export import FORMATS, render
     from tuner.one_plan import write_new
     from tuner.report.data import Report
+    from tuner.report.wording import export_note
     from tuner.store import load_study
 
     known = next((name for name in FORMATS if name == form), None)
@@ -38,7 +39,11 @@ def export(
     if rank > len(ranked):
         raise ConfigError(f"--rank {rank}: {contents.folder} has {len(ranked)} ranked plans")
     names = tuple(name.strip() for name in device_names.split(",")) if device_names else contents.config.device_names
-    text = render(plan_file(contents, ranked[rank - 1]), contents.shape, known, names)
+    row = ranked[rank - 1]
+    text = render(plan_file(contents, row), contents.shape, known, names)
+    note = export_note(row.plan) if known in ("hf", "seed") else None
+    if note is not None:
+        common.err().print(f"pipetune: {note}", markup=False, soft_wrap=True)
     if output is None:
         typer.echo(text, nl=False)
     else:

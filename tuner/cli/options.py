@@ -21,17 +21,30 @@ Model = Annotated[
     typer.Option("--model", help="Hugging Face id, local folder, or smollm2-135m.", rich_help_panel=_MODEL),
 ]
 DtypeFlag = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.", rich_help_panel=_MODEL)]
+StorageDtype = Annotated[
+    str | None,
+    typer.Option("--storage-dtype", help="Of the weights, if not --dtype: float32.", rich_help_panel=_MODEL),
+]
 LoadFormatFlag = Annotated[
     str | None,
     typer.Option("--load-format", help="auto, or dummy for random weights.", rich_help_panel=_MODEL),
 ]
-Attention = Annotated[str | None, typer.Option("--attention", help="auto, sdpa or eager.", rich_help_panel=_MODEL)]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention", help="auto, sdpa, eager, flash_attention_2 or flash_attention_3.", rich_help_panel=_MODEL
+    ),
+]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Commit or tag of the checkpoint.", rich_help_panel=_MODEL)
 ]
 TrustRemoteCode = Annotated[
     bool | None,
     typer.Option("--trust-remote-code", help="Run code from the model's folder.", rich_help_panel=_MODEL),
+]
+WorkloadKind = Annotated[
+    str | None,
+    typer.Option("--workload-kind", help="generate tokens, or score the texts given.", rich_help_panel=_WORKLOAD),
 ]
 NumPrompts = Annotated[
     int | None, typer.Option("--num-prompts", help="Prompts in the workload.", rich_help_panel=_WORKLOAD)
@@ -54,6 +67,18 @@ Prompts = Annotated[
         help='JSONL: {"prompt": …} or {"prompt_token_ids": […]} a line.',
         rich_help_panel=_WORKLOAD,
     ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", help="Draw tokens, instead of the likeliest one.", rich_help_panel=_WORKLOAD),
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="… among the k likeliest alone.", rich_help_panel=_WORKLOAD)]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help="… among the likeliest of that probability.", rich_help_panel=_WORKLOAD),
+]
+SamplingSeed = Annotated[
+    int | None, typer.Option("--sampling-seed", help="… and by which seed.", rich_help_panel=_WORKLOAD)
 ]
 NumIters = Annotated[int | None, typer.Option("--num-iters", help="Timed repetitions.", rich_help_panel=_WORKLOAD)]
 NumItersWarmup = Annotated[
@@ -95,8 +120,38 @@ PrefillMicroBatchSizes = Annotated[
     str | None,
     typer.Option("--prefill-micro-batch-sizes", help="To choose among, for prefill.", rich_help_panel=_SEARCH),
 ]
-MinStages = Annotated[int | None, typer.Option("--min-stages", help="Fewest stages.", rich_help_panel=_SEARCH)]
-MaxStages = Annotated[int | None, typer.Option("--max-stages", help="Most stages.", rich_help_panel=_SEARCH)]
+PrefillChunkSizes = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill-chunk-sizes", help="To choose among, tokens of a prompt: 64,whole.", rich_help_panel=_SEARCH
+    ),
+]
+Replicas = Annotated[
+    str | None,
+    typer.Option("--replicas", help="Pipelines side by side, to choose among: 1,2.", rich_help_panel=_SEARCH),
+]
+Compile = Annotated[
+    str | None,
+    typer.Option(
+        "--compile", metavar="WHEN", help="torch.compile: true, false or search (both).", rich_help_panel=_SEARCH
+    ),
+]
+CudaGraphs = Annotated[
+    bool | None,
+    typer.Option("--cuda-graphs/--no-cuda-graphs", help="GPU: capture decode steps.", rich_help_panel=_SEARCH),
+]
+PackedWeights = Annotated[
+    bool | None,
+    typer.Option(
+        "--packed-weights/--no-packed-weights", help="CPU: lay weights out for oneDNN.", rich_help_panel=_SEARCH
+    ),
+]
+MinStages = Annotated[
+    int | None, typer.Option("--min-stages", help="Fewest stages of a pipeline.", rich_help_panel=_SEARCH)
+]
+MaxStages = Annotated[
+    int | None, typer.Option("--max-stages", help="Most stages of a pipeline.", rich_help_panel=_SEARCH)
+]
 MemoryFractions = Annotated[
     str | None, typer.Option("--memory-fractions", help="Caps to choose among: 0.7,0.9.", rich_help_panel=_SEARCH)
 ]

@@ -6,7 +6,8 @@ A task is one forward pass of a stage over some rows. Every layer costs
 
 where the bytes are its weights, read once a task, and the KV cache of its rows. Prefill meets many tokens a task and
 is bound by the last term, so pieces may be small; decode meets one token a row and is bound by the middle one, so
-its micro-batches want to be large. The head runs on one position a row, on the last stage.
+its micro-batches want to be large. The head runs on the last stage: on one position a row, or on all of them where
+texts are scored.
 
 Rates are nominal. Their ratios decide the order, so they need not be those of the machine; measured stages can
 replace them.
@@ -49,6 +50,8 @@ RATES = {
 class CostModel:
     """Predicts how long a workload takes under a plan.
 
+    Compilation, CUDA graphs and packed weights speed every plan up alike, as far as this model knows.
+
     Args:
         prompt_len: mean length of the prompts, tokens.
     """
@@ -57,6 +60,7 @@ class CostModel:
     num_prompts: int
     prompt_len: float
     output_len: int
+    """Tokens generated for each prompt; 0 where texts are scored."""
 
     @classmethod
     def of_workload(cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int]) -> CostModel:
@@ -65,7 +69,7 @@ class CostModel:
             shape=shape,
             num_prompts=workload.num_prompts,
             prompt_len=sum(prompt_lens) / len(prompt_lens),
-            output_len=workload.output_len,
+            output_len=workload.generated_len,
         )
 
     @cached_property
@@ -85,18 +89,21 @@ class CostModel:
         before = self._weight_bytes_before.get(tokens)
         if before is None:
             each = (
-                min(layer.weight_bytes, tokens * layer.active_params * self.shape.dtype_bytes)
+                min(layer.weight_bytes, tokens * layer.active_params * self.shape.kept_bytes)
                 for layer in self.shape.layers
             )
             before = self._weight_bytes_before[tokens] = (0, *itertools.accumulate(each))
         return before[end] - before[first]
 
-    def task_s(self, device: str, first: int, end: int, *, rows: float, tokens_a_row: float, context: float) -> float:
+    def task_s(
+        self, device: str, first: int, end: int, *, rows: float, tokens_a_row: float, context: float, heads: float = 1.0
+    ) -> float:
         """Time of one task of the layers `[first, end)`; the head is counted where `end` is the last layer.
 
         Args:
-            tokens_a_row: new positions of each row: the prompt's in prefill, 1 in decode.
+            tokens_a_row: new positions of each row: the prompt's or the chunk's in prefill, 1 in decode.
             context: positions whose KV each row reads.
+            heads: share of such tasks that need the head: of the chunks of a prompt the last alone.
         """
         rates = RATES[device_kind(device)]
         tokens = rows * tokens_a_row
@@ -107,52 +114,75 @@ class CostModel:
         seconds += 2 * params * tokens / rates.flops_per_s
         if end == self.shape.num_layers:
             head = self.shape.hidden_size * self.shape.vocab_size
-            seconds += head * self.shape.dtype_bytes / rates.head_bytes_per_s + 2 * head * rows / rates.flops_per_s
+            positions = rows if self.output_len else tokens
+            read_s = head * self.shape.kept_bytes / rates.head_bytes_per_s
+            seconds += heads * (read_s + 2 * head * positions / rates.flops_per_s)
         return seconds
 
     def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:
         """Time of the whole workload.
 
-        Prefill is a pipe of pieces: the slowest stage sets its beat, the others add their fill. Decode goes round
-        the micro-batches in flight: a round takes as long as the slowest stage needs for all of them, but no less
-        than one of them needs to pass all stages and come back.
+        Prefill is a pipe of pieces, cut by rows and by chunks: the slowest stage sets its beat, the others add their
+        fill. Decode goes round the micro-batches in flight: a round takes as long as the slowest stage needs for all
+        of them, but no less than one of them needs to pass all stages and come back. Replicas share the prompts out
+        and do not disturb each other.
 
         Args:
-            in_flight: micro-batches resident at once; None means all.
+            in_flight: micro-batches resident at once in each replica; None means all.
         """
         bounds = [(stage.device, stage.first_layer, stage.end_layer) for stage in plan.stages]
-        return self.split_s(
-            bounds, micro_batch_size=plan.micro_batch_size, prefill_size=plan.prefill_size, in_flight=in_flight
+        prompts = math.ceil(self.num_prompts / plan.replicas)
+        rows = min(plan.micro_batch_size, prompts)
+        prefill_s = self.prefill_s(
+            bounds, rows, min(plan.prefill_size, rows), chunk=plan.prefill_chunk_size, prompts=prompts
         )
+        return prefill_s + self.decode_s(bounds, rows, in_flight, prompts=prompts)
 
-    def split_s(
+    def prefill_s(
         self,
         bounds: Sequence[tuple[str, int, int]],
+        rows: int,
+        piece: int,
         *,
-        micro_batch_size: int,
-        prefill_size: int,
-        in_flight: int | None = None,
+        chunk: int | None = None,
+        prompts: int | None = None,
     ) -> float:
-        """As `duration_s`, for stages given as `(device, first layer, end layer)`."""
-        rows = min(micro_batch_size, self.num_prompts)
-        return self.prefill_s(bounds, rows, min(prefill_size, rows)) + self.decode_s(bounds, rows, in_flight)
+        """Time until all prompts are prefilled, in pieces of micro-batches of `rows`.
 
-    def prefill_s(self, bounds: Sequence[tuple[str, int, int]], rows: int, piece: int) -> float:
-        """Time until all prompts are prefilled, in pieces of micro-batches of `rows`."""
-        pieces = self.num_prompts / rows * math.ceil(rows / piece)
+        Args:
+            bounds: stages as `(device, first layer, end layer)`.
+            chunk: tokens prefilled at once; None prefills whole prompts.
+            prompts: how many; None means all.
+        """
+        chunks = math.ceil(self.prompt_len / chunk) if chunk else 1
+        tasks = (prompts or self.num_prompts) / rows * math.ceil(rows / piece) * chunks
+        # Over the chunks of a prompt, as over its tokens, the mean of what is attended to is half of it.
         times = [
-            self.task_s(*bound, rows=piece, tokens_a_row=self.prompt_len, context=self.prompt_len / 2)
+            self.task_s(
+                *bound,
+                rows=piece,
+                tokens_a_row=self.prompt_len / chunks,
+                context=self.prompt_len / 2,
+                heads=1 / chunks if self.output_len else 1.0,
+            )
             for bound in bounds
         ]
         hops = sum(RATES[device_kind(device)].hop_s for device, _, _ in bounds[1:])
-        return max(pieces - 1, 0.0) * max(times) + sum(times) + hops
+        return max(tasks - 1, 0.0) * max(times) + sum(times) + hops
 
-    def decode_s(self, bounds: Sequence[tuple[str, int, int]], rows: int, in_flight: int | None = None) -> float:
-        """Time of all decode steps in micro-batches of `rows`."""
-        micro_batches = math.ceil(self.num_prompts / rows)
+    def decode_s(
+        self,
+        bounds: Sequence[tuple[str, int, int]],
+        rows: int,
+        in_flight: int | None = None,
+        *,
+        prompts: int | None = None,
+    ) -> float:
+        """Time of all decode steps in micro-batches of `rows`; none where texts are scored."""
+        micro_batches = math.ceil((prompts or self.num_prompts) / rows)
         resident = min(in_flight or micro_batches, micro_batches)
         context = self.prompt_len + self.output_len / 2
         times = [self.task_s(*bound, rows=rows, tokens_a_row=1, context=context) for bound in bounds]
         hops = sum(RATES[device_kind(device)].hop_s for device, _, _ in bounds) if len(bounds) > 1 else 0.0
         round_s = max(resident * max(times), sum(times) + hops)
-        return micro_batches / resident * (self.output_len - 1) * round_s
+        return micro_batches / resident * max(self.output_len - 1, 0) * round_s

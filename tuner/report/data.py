@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from bench.memory import ModelShape
 from bench.record import Machine, Measurement, OutputCheck, Record
-from tuner.config import TuneConfig
+from tuner.config import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
 from tuner.ranking import rank
 from tuner.standings import Objective, Ranking, Row
 
@@ -65,6 +66,25 @@ class Report:
         return next((result.prompt_lens for result in results if isinstance(result, Measurement)), ())
 
     @property
+    def scores(self) -> bool:
+        """Whether texts are scored: no tokens are put out, and none has a time of its own."""
+        return self.config.workload.kind == "score"
+
+    @property
+    def throughput_metric(self) -> str:
+        """What is meant by tok/s."""
+        return SCORE_OBJECTIVE if self.scores else GENERATE_OBJECTIVE
+
+    @property
+    def throughput_title(self) -> str:
+        return "tokens / s" if self.scores else "output tokens / s"
+
+    @property
+    def latency(self) -> tuple[str, str]:
+        """The latency that is shown beside it, as its metric and in short."""
+        return ("mean_e2el_ms", "E2EL") if self.scores else ("mean_ttft_ms", "TTFT")
+
+    @property
     def objective(self) -> Objective:
         return self.ranking.objectives[0]
 
@@ -93,9 +113,33 @@ def typical_iteration(measurement: Measurement) -> int:
     return min(range(len(durations)), key=lambda index: abs(durations[index] - median))
 
 
+def replica_tasks(measurement: Measurement) -> tuple[range, ...]:
+    """Which of the tasks each replica ran."""
+    counts = measurement.replica_tasks or (len(measurement.tasks),)
+    return tuple(range(end - count, end) for count, end in zip(counts, itertools.accumulate(counts), strict=True))
+
+
+def stage_tasks(measurement: Measurement) -> tuple[range, ...]:
+    """Which of the tasks each stage ran, along `Iteration.stages`: all of its replica's."""
+    replicas = replica_tasks(measurement)
+    width = len(measurement.iterations[0].stages) // len(replicas)
+    return tuple(own for own in replicas for _ in range(width))
+
+
 def has_timeline(measurement: Measurement) -> bool:
     """Whether the run was instrumented: every stage has a span for every task."""
-    return all(
-        run.stages and all(len(trace.compute_start_s) == len(measurement.tasks) for trace in run.stages)
+    tasks = stage_tasks(measurement)
+    return bool(tasks) and all(
+        len(trace.compute_start_s) == len(own)
         for run in measurement.iterations
+        for trace, own in zip(run.stages, tasks, strict=True)
     )
+
+
+def host_us_a_task(measurement: Measurement) -> tuple[float, ...]:
+    """Per stage: host work around a task, neither compute nor waiting, median over iterations; empty where unknown."""
+    gaps = [run.host_gap_s for run in measurement.iterations]
+    if not all(gaps):
+        return ()
+    medians = [statistics.median(column) for column in zip(*gaps, strict=True)]
+    return tuple(1e6 * gap_s / max(1, len(own)) for gap_s, own in zip(medians, stage_tasks(measurement), strict=True))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from bench.metrics import derive
 from bench.record import Measurement
-from tuner.report.data import Report, has_timeline, typical_iteration
-from tuner.report.wording import column_title, layers_text
+from tuner.report.data import Report, has_timeline, stage_tasks, typical_iteration
+from tuner.report.wording import column_title, layers_text, stage_name
 from tuner.standings import BaselineRow
 
 
@@ -61,7 +61,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeline:
-    """What every stage of one plan did in one iteration."""
+    """What every stage of one plan did in one iteration, those of all replicas."""
 
     title: str
     stages: tuple[str, ...]
@@ -80,12 +80,12 @@ def scatter_of(report: Report, metric: str, x_label: str, scale: float) -> Scatt
     if not rows:
         return None
     gains = [row.speedup_over_baseline for row in rows if row.speedup_over_baseline]
-    relative = report.objective.metric == "output_throughput" and len(gains) == len(rows)
+    relative = report.objective.metric == report.throughput_metric and len(gains) == len(rows)
     heights = [gain.value for gain in gains] if relative else [row.throughput.median for row in rows]
     return Scatter(
         title=f"Throughput against {column_title(metric)}",
         x_label=x_label,
-        y_label="throughput, × over device_map" if relative else "output tokens / s",
+        y_label="throughput, × over device_map" if relative else report.throughput_title,
         points=tuple(
             Point(
                 x=row.metrics[metric] * scale,
@@ -130,7 +130,7 @@ def history_of(report: Report) -> History | None:
     base = sweep_row(report)
     return History(
         title="The search, trial by trial",
-        y_label="output tokens / s" if objective.metric == "output_throughput" else objective.metric,
+        y_label=report.throughput_title if objective.metric == report.throughput_metric else objective.metric,
         trials=tuple(trials),
         best_so_far=tuple(best_so_far),
         failed=tuple(failed),
@@ -147,19 +147,20 @@ def timeline_of(report: Report) -> Timeline | None:
     run = measurement.iterations[typical_iteration(measurement)]
     bars = tuple(
         Bar(
-            stage=index,
+            stage=place,
             start_s=start,
             width_s=end - start,
-            label=f"m{task.micro_batch}",
-            is_prefill=task.step == 0,
+            label=f"m{measurement.tasks[index].micro_batch}",
+            is_prefill=measurement.tasks[index].step == 0,
         )
-        for index, trace in enumerate(run.stages)
-        for task, start, end in zip(measurement.tasks, trace.compute_start_s, trace.compute_end_s, strict=True)
+        for place, (trace, tasks) in enumerate(zip(run.stages, stage_tasks(measurement), strict=True))
+        for index, start, end in zip(tasks, trace.compute_start_s, trace.compute_end_s, strict=True)
     )
     return Timeline(
         title=f"One iteration of {row.plan.describe()}",
         stages=tuple(
-            f"stage {i}\n{stage.device}\n{stage.num_layers} layers" for i, stage in enumerate(row.plan.stages)
+            f"{stage_name(row.plan, place)}\n{device}\n{row.plan.layer_counts[place % len(row.plan.stages)]} layers"
+            for place, device in enumerate(row.plan.devices)
         ),
         bars=bars,
         end_s=run.duration_s,

@@ -7,23 +7,35 @@ from dataclasses import dataclass
 
 from bench.metrics import stage_metrics
 from bench.record import Measurement, OutputCheck, StageMemory
-from tuner.report.data import Report
+from tuner.report.data import Report, host_us_a_task
 from tuner.report.tables import BASELINE_NAME
 from tuner.report.wording import (
     MISSING,
     bytes_text,
     column_title,
+    compared_text,
+    copies_text,
     metric_text,
     ms_text,
+    peer_name,
     percent_text,
     ratio_evidence,
     ratio_text,
+    rival_text,
     row_text,
     sentence,
     spread_text,
+    stage_name,
+    steps_text,
     warnings_of,
 )
 from tuner.standings import Ratio, Row
+
+_LATENCIES = (
+    ("time to first token", "mean_ttft_ms", "mean, all prompts given at once"),
+    ("time per output token", "median_tpot_ms", "median"),
+)
+_SCORE_LATENCIES = (("time to the scores", "mean_e2el_ms", "mean, all texts given at once"),)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +54,15 @@ class StageView:
     """One stage of the best plan."""
 
     name: str
+    replica: int
     device: str
     layers: str
     share: float
     """Of all layers, in percent."""
     busy: str
     waits: str
+    host: str
+    """Host work around a task, neither compute nor waiting."""
     utilization: str
     memory: tuple[Segment, ...]
     memory_text: str
@@ -75,8 +90,18 @@ class Finding:
     bubble: tuple[Segment, ...]
     gains: tuple[GainBar, ...]
     gains_text: str
+    rival_text: str | None
+    """Whether copies of the model or one pipeline won."""
+    steps_text: str
+    """What getting ready took, which no iteration contains."""
     warnings: tuple[str, ...]
     check: str
+
+    @property
+    def replicas(self) -> tuple[tuple[StageView, ...], ...]:
+        """The stages, replica by replica."""
+        count = 1 + max(stage.replica for stage in self.stages)
+        return tuple(tuple(stage for stage in self.stages if stage.replica == number) for number in range(count))
 
 
 def find(report: Report) -> Finding | None:
@@ -92,25 +117,32 @@ def find(report: Report) -> Finding | None:
         bubble=_bubble(row),
         gains=tuple(_gains(report, row)),
         gains_text=_gains_text(report, row),
+        rival_text=rival_text(report.ranking) if row.rank == 1 else None,
+        steps_text=steps_text(measurement),
         warnings=warnings_of(row) if row.rank == 1 else (),
-        check=_check(report.checks(row)),
+        check=_check(report.checks(row), scored=report.scores),
     )
 
 
 def _stages(row: Row, measurement: Measurement) -> tuple[StageView, ...]:
     timed = stage_metrics(measurement)
+    host_us = host_us_a_task(measurement)
     views = []
-    for index, stage in enumerate(row.plan.stages):
+    for index, device in enumerate(row.plan.devices):
+        replica, own = divmod(index, len(row.plan.stages))
+        stage = row.plan.stages[own]
         memory = measurement.memory[index] if index < len(measurement.memory) else None
         used = memory.peak_bytes - memory.baseline_bytes if memory else 0
         views.append(
             StageView(
-                name=f"stage {index}",
-                device=stage.device,
+                name=stage_name(row.plan, index),
+                replica=replica,
+                device=device,
                 layers=f"{stage.first_layer}–{stage.end_layer - 1}",
                 share=100 * stage.num_layers / row.plan.num_layers,
                 busy=ms_text(timed["stage_busy_ms"][index]) if timed else MISSING,
                 waits=ms_text(timed["comm_ms"][index]) if timed else MISSING,
+                host=f"{host_us[index]:.0f} µs" if host_us else MISSING,
                 utilization=percent_text(timed["stage_utilization"][index]) if timed else MISSING,
                 memory=_memory(memory) if memory else (),
                 memory_text=(
@@ -132,6 +164,8 @@ def _memory(memory: StageMemory) -> tuple[Segment, ...]:
         ("KV cache", memory.kv_bytes, "c2"),
         ("activations", memory.activation_bytes, "c3"),
     ]
+    if memory.graphs_bytes:
+        parts.append(("CUDA graphs", memory.graphs_bytes, "c5"))
     rest = used - sum(size for _, size, _ in parts)
     if rest > 0:
         parts.append(("other", rest, "c4"))
@@ -142,17 +176,17 @@ def _memory(memory: StageMemory) -> tuple[Segment, ...]:
 
 def _numbers(report: Report, row: Row) -> list[tuple[str, str, str]]:
     own = row.metrics
+    latencies = _SCORE_LATENCIES if report.scores else _LATENCIES
     shown = [
         ("throughput, tok/s", spread_text(row.throughput), f"± interquartile range, {_runs_text(row)}"),
         ("bubble ratio", percent_text(own.get("bubble_ratio")), "stage time without compute"),
-        ("time to first token", ms_text(own.get("mean_ttft_ms")), "mean, all prompts given at once"),
-        ("time per output token", ms_text(own.get("median_tpot_ms")), "median"),
+        *((label, ms_text(own.get(name)), remark) for label, name, remark in latencies),
         ("peak memory", bytes_text(own.get("peak_memory_bytes")), "of the fullest stage"),
     ]
     if "output_tokens_per_joule" in own:
         shown.append(("energy", metric_text("output_tokens_per_joule", own["output_tokens_per_joule"]), "all GPUs"))
     extra = [goal.metric for goal in report.ranking.objectives] + [limit.metric for limit in report.ranking.constraints]
-    known = {"output_throughput", "bubble_ratio", "mean_ttft_ms", "median_tpot_ms", "peak_memory_bytes"}
+    known = {report.throughput_metric, "bubble_ratio", "peak_memory_bytes", *(name for _, name, _ in latencies)}
     for name in dict.fromkeys(extra):
         if name not in known:
             shown.append((column_title(name), metric_text(name, own.get(name)), ""))
@@ -187,7 +221,7 @@ def _gains(report: Report, row: Row) -> list[GainBar]:
     single, base = ranking.single_stage, ranking.baseline
     steps: list[tuple[str, str, float | None, Ratio | None, str]] = []
     if base:
-        what = f"HF generate un-pipelined, batch {base.batch_size}"
+        what = f"HF {peer_name(report.config.workload)} un-pipelined, batch {base.batch_size}"
         steps.append((BASELINE_NAME, what, base.value, Ratio(value=1.0, rounds=1), "c4"))
     if single and single.key != row.key:
         what = f"our runtime on one device, {single.plan.describe()}"
@@ -214,20 +248,24 @@ def _gains_text(report: Report, row: Row) -> str:
     total, pipelining = row.speedup_over_baseline, row.speedup_over_single_stage
     if single is None:
         return "Our single stage was not measured, so the gain of pipelining cannot be told from that of the runtime."
-    if len(row.plan.stages) == 1:
+    if len(row.plan.devices) == 1:
         return "All of the gain is the runtime's."
+    what = "pipelining" if row.plan.replicas == 1 else copies_text(row.plan)
+    give = "gives" if row.plan.replicas == 1 else "give"
     if pipelining is None:
         return ""
     runtime = single.speedup_over_baseline
     if total is None or runtime is None:
-        return f"Pipelining gives {ratio_text(pipelining)} over our own single stage ({ratio_evidence(pipelining)})."
+        return sentence(
+            f"{what} {give} {ratio_text(pipelining)} over our own single stage ({ratio_evidence(pipelining)})"
+        )
     return (
         f"Of {ratio_text(total)} in all, our runtime gives {ratio_text(runtime)} without a pipeline, "
-        f"and pipelining {ratio_text(pipelining)} on top ({ratio_evidence(pipelining)})."
+        f"and {what} {ratio_text(pipelining)} on top ({ratio_evidence(pipelining)})."
     )
 
 
-def _check(checks: Sequence[OutputCheck]) -> str:
+def _check(checks: Sequence[OutputCheck], *, scored: bool) -> str:
     """What is known of the plan's output; finalist rounds compare tokens alone."""
     if not checks:
         return "The output of this plan was not checked."
@@ -235,11 +273,11 @@ def _check(checks: Sequence[OutputCheck]) -> str:
     against = "the unsplit model's" if check.reference == "unsplit" else "those of the first plan"
     parts = []
     if check.compared_logits:
-        parts.append(f"logits lie within {check.max_logit_error:.2g} of {against} (allowed: {check.tolerance:.2g})")
+        parts.append(f"{compared_text(check, scored=scored)} of {against}")
     tokens = [other.tokens_equal for other in checks if other.tokens_equal is not None]
     ties = max(other.near_ties for other in checks)
     but = f" but for {ties} prompts that part where the two likeliest tokens are too close to call" if ties else ""
     if tokens:
-        equal = f"the greedy tokens are equal{but}"
-        parts.append(equal if all(tokens) else "greedy tokens differ, as they may in this dtype")
+        equal = f"the tokens are equal{but}"
+        parts.append(equal if all(tokens) else "tokens differ, as they may in this dtype")
     return sentence("; ".join(parts)) if parts else "The output of this plan was not checked."

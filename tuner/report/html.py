@@ -11,14 +11,17 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bench.record import Measurement
+from tuner.export import engine_replicas
 from tuner.report.data import Report
 from tuner.report.finding import find
 from tuner.report.tables import BASELINE_NAME, RankingTable, build_table
 from tuner.report.wording import (
     bytes_text,
     clean,
+    export_note,
     metric_text,
     ms_text,
+    peer_name,
     ratio_evidence,
     ratio_text,
     sentence,
@@ -58,6 +61,7 @@ def render_html(report: Report, plots: Mapping[str, bytes], dark_plots: Mapping[
         headline=_headline(report, table),
         finding=find(report),
         separation=sentence(report.ranking.separation.text),
+        peer=peer_name(report.config.workload),
         sweep=_sweep(report),
         plots={name: (_uri(png), _uri(dark_plots.get(name, png))) for name, png in plots.items()},
         machine=_machine(report),
@@ -76,7 +80,7 @@ def _headline(report: Report, table: RankingTable) -> tuple[str, str]:
         return metric_text(
             report.objective.metric, best.value
         ), "No baseline was measured, so there is no gain to report"
-    metric = "" if report.objective.metric == "output_throughput" else f" in {report.objective.metric}"
+    metric = "" if report.objective.metric == report.throughput_metric else f" in {report.objective.metric}"
     return ratio_text(gain), f"over the un-pipelined {BASELINE_NAME} baseline{metric} · {ratio_evidence(gain)}"
 
 
@@ -84,20 +88,20 @@ def _sweep(report: Report) -> list[tuple[bool, tuple[str, ...]]]:
     """Whether a line is the chosen baseline, and its cells."""
     best = report.ranking.baseline
     lines = [
-        (best is not None and row.batch_size == best.batch_size, _baseline_cells(str(row.batch_size), row))
+        (best is not None and row.batch_size == best.batch_size, _baseline_cells(report, str(row.batch_size), row))
         for row in report.ranking.baseline_sweep
     ]
     if best is not None and best.confirmed:
-        lines.append((True, _baseline_cells(f"{best.batch_size}, finals", best)))
+        lines.append((True, _baseline_cells(report, f"{best.batch_size}, finals", best)))
     return lines
 
 
-def _baseline_cells(label: str, row: BaselineRow) -> tuple[str, ...]:
+def _baseline_cells(report: Report, label: str, row: BaselineRow) -> tuple[str, ...]:
     return (
         label,
         str(len(row.used_records)),
         spread_text(row.throughput),
-        ms_text(row.metrics.get("mean_ttft_ms")),
+        ms_text(row.metrics.get(report.latency[0])),
         bytes_text(row.metrics.get("peak_memory_bytes")),
     )
 
@@ -147,17 +151,20 @@ def _uses(report: Report) -> list[tuple[str, str]]:
     uses = [
         ("Measure it again", f"pipetune bench --model {model}{dummy} --plan {shlex.quote(f'{folder}/best_plan.json')}"),
         (
-            "Load the same split with transformers, model being the checkpoint's id or folder",
+            "Load the same split with transformers, model being the checkpoint's id or folder"
+            + (f" ({note})" if (note := export_note(best.plan)) else ""),
             f"device_map = json.load(open({f'{folder}/best_device_map.json'!r}))\n"
             "AutoModelForCausalLM.from_pretrained(model, device_map=device_map)",
         ),
     ]
-    if len(best.plan.stages) > 1:
+    if len(best.plan.devices) > 1:
         counts = ",".join(str(count) for count in best.plan.layer_counts)
+        copies = engine_replicas(best.plan)
         uses.append(
             (
                 "Take the split to vLLM or SGLang (it was not measured on those engines)",
-                f"export VLLM_PP_LAYER_PARTITION={counts}\nexport SGLANG_PP_LAYER_PARTITION={counts}",
+                f"export VLLM_PP_LAYER_PARTITION={counts}\nexport SGLANG_PP_LAYER_PARTITION={counts}"
+                + "".join(f"\n# {name}: {flag}" for name, flag in copies.items()),
             )
         )
     names = ",".join(f"cuda:{index}" for index in range(len(best.plan.stages)))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from bench.metrics import metric_names
 from bench.spec import Plan
 from tuner.report.data import Report
-from tuner.report.wording import clean, layers_text
+from tuner.report.wording import clean
 from tuner.standings import BaselineRow, FailureRow, Ratio, Row, Spread
 
 Cell = str | int | float | bool | None
@@ -22,11 +22,16 @@ _HEAD = (
     "on_front",
     "feasible",
     "layers",
+    "replicas",
     "devices",
     "memory_fractions",
     "micro_batch_size",
     "prefill_micro_batch_size",
+    "prefill_chunk_size",
     "in_flight",
+    "compile",
+    "cuda_graphs",
+    "packed_weights",
     "objective",
     "value",
     "q1",
@@ -69,7 +74,7 @@ def render_csv(report: Report) -> str:
     entries += [{"objective": objective, **_baseline_entry(row, confirmed)} for row, confirmed in baselines]
     entries += [_failure_entry(row) for row in ranking.failures]
     workload = report.config.workload
-    names = dict.fromkeys(metric_names(workload.num_prompts, workload.output_len, gpu=True))
+    names = dict.fromkeys(metric_names(workload.num_prompts, workload.generated_len, gpu=True))
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=[*_HEAD, *names, *_TAIL], restval="", lineterminator="\n")
     writer.writeheader()
@@ -129,11 +134,16 @@ def _failure_entry(row: FailureRow) -> dict[str, Cell]:
 
 def _plan_cells(plan: Plan) -> dict[str, Cell]:
     return {
-        "layers": layers_text(plan),
-        "devices": _joined(stage.device for stage in plan.stages),
+        "layers": "+".join(map(str, plan.layer_counts)),
+        "replicas": plan.replicas,
+        "devices": _joined(plan.devices),
         "memory_fractions": _joined(str(stage.memory_fraction) for stage in plan.stages),
         "micro_batch_size": plan.micro_batch_size,
         "prefill_micro_batch_size": plan.prefill_size,
+        "prefill_chunk_size": plan.prefill_chunk_size,
+        "compile": plan.compile,
+        "cuda_graphs": plan.cuda_graphs,
+        "packed_weights": plan.packed_weights,
     }
 
 

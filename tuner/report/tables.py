@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tuner.export import DEVICE_MAP_FILE, PLAN_FILE
 from tuner.report.data import Report
 from tuner.report.wording import (
     MISSING,
@@ -19,6 +20,7 @@ from tuner.report.wording import (
     bytes_text,
     clean,
     column_title,
+    export_note,
     failure_plan,
     failure_where,
     layers_text,
@@ -27,8 +29,10 @@ from tuner.report.wording import (
     ms_text,
     number_text,
     percent_text,
+    prefill_text,
     ratio_evidence,
     ratio_text,
+    rival_text,
     row_text,
     sentence,
     spread_text,
@@ -37,11 +41,10 @@ from tuner.report.wording import (
 )
 from tuner.standings import BaselineRow, Row
 
-_SHOWN_ANYWAY = frozenset({"output_throughput", "bubble_ratio", "mean_ttft_ms", "peak_memory_bytes"})
-_EXPORTS = ("report.html", "ranking.csv", "trace.json.gz", "best_plan.json", "best_device_map.json")
+_SHOWN_ANYWAY = frozenset({"bubble_ratio", "peak_memory_bytes"})
+_EXPORTS = ("report.html", "ranking.csv", "trace.json.gz", PLAN_FILE, DEVICE_MAP_FILE)
 
-COLUMNS = ("#", "plan", "mb", "pre", "fly", "runs", "tok/s", "×", "bubble", "TTFT", "memory")
-NUM_COLUMNS = len(COLUMNS)
+NUM_COLUMNS = 11
 BASELINE_NAME = "device_map"
 
 LineKind = Literal["best", "plan", "broken", "unranked", "baseline"]
@@ -96,7 +99,7 @@ def build_table(report: Report) -> RankingTable:
                 *(objective.metric for objective in ranking.objectives),
                 *(constraint.metric for constraint in ranking.constraints),
             )
-            if metric not in _SHOWN_ANYWAY
+            if metric not in {*_SHOWN_ANYWAY, report.throughput_metric, report.latency[0]}
         )
     )
     lines = []
@@ -105,9 +108,10 @@ def build_table(report: Report) -> RankingTable:
         kind: LineKind = "unranked" if row.unranked_because else "plan" if row.feasible else "broken"
         if row.rank == 1:
             kind = "best"
-        lines.append(TableLine(kind=kind, cells=_cells(row, extras, several=several), confirmed=row.confirmed))
+        cells = _cells(row, report.latency[0], extras, several=several)
+        lines.append(TableLine(kind=kind, cells=cells, confirmed=row.confirmed))
     if ranking.baseline:
-        lines.append(TableLine(kind="baseline", cells=_baseline_cells(ranking.baseline, extras)))
+        lines.append(TableLine(kind="baseline", cells=_baseline_cells(ranking.baseline, report.latency[0], extras)))
     remarks = [f"{row_text(row)}: {'; '.join(row.broken_constraints)}" for row in ranking.rows if not row.feasible]
     remarks += [f"{row_text(row)}: not ranked, {clean(row.unranked_because or '')}" for row in ranking.unranked]
     disturbed = sum(row.disturbed_runs for row in ranking.rows)
@@ -116,7 +120,7 @@ def build_table(report: Report) -> RankingTable:
     return RankingTable(
         title=f"pipetune · {clean(report.name)}",
         facts=tuple(_facts(report)),
-        columns=(*COLUMNS, *map(column_title, extras)),
+        columns=(*_columns(report), *map(column_title, extras)),
         lines=tuple(lines),
         legend=_legend(report),
         remarks=tuple(remarks),
@@ -156,26 +160,32 @@ def render_rich(table: RankingTable, *, max_lines: int = 12, max_failures: int =
     return Padding(Group(*parts), (0, 0))
 
 
-def _cells(row: Row, extras: Sequence[str], *, several: bool) -> tuple[str, ...]:
+def _columns(report: Report) -> tuple[str, ...]:
+    columns = ("#", "plan", "mb", "pre", "fly", "runs", "tok/s", "×", "bubble", report.latency[1], "memory")
+    assert len(columns) == NUM_COLUMNS
+    return columns
+
+
+def _cells(row: Row, latency: str, extras: Sequence[str], *, several: bool) -> tuple[str, ...]:
     own = row.metrics
     mark = ("✓" if row.confirmed else "") + ("◆" if several and row.on_front else "")
     return (
         f"{row.rank if row.rank else MISSING}{mark}",
         layers_text(row.plan),
         str(row.plan.micro_batch_size),
-        str(row.plan.prefill_size),
+        prefill_text(row.plan),
         str(row.effective.in_flight),
         str(len(row.used_records)),
         spread_text(row.throughput),
         ratio_text(row.speedup_over_baseline),
         percent_text(own.get("bubble_ratio")),
-        ms_text(own.get("mean_ttft_ms")),
+        ms_text(own.get(latency)),
         bytes_text(own.get("peak_memory_bytes")),
         *(metric_text(name, own.get(name)) for name in extras),
     )
 
 
-def _baseline_cells(row: BaselineRow, extras: Sequence[str]) -> tuple[str, ...]:
+def _baseline_cells(row: BaselineRow, latency: str, extras: Sequence[str]) -> tuple[str, ...]:
     own = row.metrics
     return (
         "",
@@ -187,7 +197,7 @@ def _baseline_cells(row: BaselineRow, extras: Sequence[str]) -> tuple[str, ...]:
         spread_text(row.throughput),
         "1.00×",
         percent_text(own.get("bubble_ratio")),
-        ms_text(own.get("mean_ttft_ms")),
+        ms_text(own.get(latency)),
         bytes_text(own.get("peak_memory_bytes")),
         *(metric_text(name, own.get(name)) for name in extras),
     )
@@ -210,12 +220,13 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("machine", gpus + cpu))
     if report.config.devices != "auto":
         facts.append(("devices", ", ".join(report.config.devices)))
-    if metric != "output_throughput" or len(ranking.objectives) > 1:
+    if metric != report.throughput_metric or len(ranking.objectives) > 1:
         facts.append(("objective", ", ".join(f"{goal} ({goal.direction})" for goal in ranking.objectives)))
     if ranking.constraints:
         facts.append(("constraints", ", ".join(str(constraint) for constraint in ranking.constraints)))
     base = ranking.baseline
-    facts.append(("baseline", baseline_text(base, metric) if base else "none was measured, so there is no ×"))
+    text = baseline_text(base, metric, report.config.workload) if base else "none was measured, so there is no ×"
+    facts.append(("baseline", text))
     single = ranking.single_stage
     if single:
         gain = single.speedup_over_baseline
@@ -228,8 +239,12 @@ def _legend(report: Report) -> str:
     legend = "mb: micro-batch; pre: rows prefilled together; fly: micro-batches in flight; ±: interquartile range"
     metric = report.objective.metric
     rows = [*report.ranking.rows, *report.ranking.unranked]
+    if any(row.plan.prefill_chunk_size is not None for row in rows):
+        legend = legend.replace("rows prefilled together", "rows prefilled together · tokens at a time")
+    if any(row.plan.replicas > 1 for row in rows):
+        legend += "; 2×: replicas, each with its own micro-batches in flight"
     if any(row.speedup_over_baseline for row in rows):
-        legend += "; ×: over device_map" + ("" if metric == "output_throughput" else f" in {metric}")
+        legend += "; ×: over device_map" + ("" if metric == report.throughput_metric else f" in {metric}")
         if any(row.speedup_over_baseline and not row.speedup_over_baseline.paired for row in rows):
             legend += " (~: not in common rounds, both sides as measured during the search)"
     if any(row.confirmed for row in rows):
@@ -253,6 +268,8 @@ def _closing(report: Report) -> list[str]:
         lines = [f"Best plan: {row_text(best)}: {value}{over}"]
         lines += warnings_of(best)
         lines.append(sentence(ranking.separation.text))
+        lines += [text for text in (rival_text(ranking),) if text]
+        lines += [sentence(note) for note in (export_note(best.plan, DEVICE_MAP_FILE),) if note]
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The timeline of one iteration in Chrome's trace format, which Perfetto opens: a process per stage.
+"""The timeline of one iteration in Chrome's trace format, which Perfetto opens: a process per stage of each replica.
 
 The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU. Times are in µs from the
 moment the prompts were given. A record keeps how long a stage waited before and after each task, not when: a receive
@@ -13,8 +13,8 @@ from typing import Any
 
 from bench.record import Measurement, StageTrace, TaskShape
 from bench.spec import Plan
-from tuner.report.data import Report, has_timeline, typical_iteration
-from tuner.report.wording import clean, row_text
+from tuner.report.data import Report, has_timeline, replica_tasks, typical_iteration
+from tuner.report.wording import clean, row_text, stage_name
 
 _COMPUTE, _RECEIVE, _SEND = 1, 2, 3
 _TRACKS = {_COMPUTE: "compute", _RECEIVE: "receive wait", _SEND: "send wait"}
@@ -49,24 +49,33 @@ def trace_events(measurement: Measurement, iteration: int, plan: Plan) -> list[E
     """All events of one iteration, metadata first."""
     traces = measurement.iterations[iteration].stages
     events: list[Event] = []
-    for index, stage in enumerate(plan.stages):
+    width = len(plan.stages)
+    for index, device in enumerate(plan.devices):
+        stage = plan.stages[index % width]
         layers = f"layers {stage.first_layer}–{stage.end_layer - 1}"
-        name = f"stage {index} · {stage.device} · {layers}"
+        name = f"{stage_name(plan, index)} · {device} · {layers}"
         events.append({"ph": "M", "pid": index, "name": "process_name", "args": {"name": name}})
         events.append({"ph": "M", "pid": index, "name": "process_sort_index", "args": {"sort_index": index}})
         for track, title in _TRACKS.items():
             meta: Event = {"ph": "M", "pid": index, "tid": track}
             events.append({**meta, "name": "thread_name", "args": {"name": title}})
             events.append({**meta, "name": "thread_sort_index", "args": {"sort_index": track}})
-    for index, trace in enumerate(traces):
-        events += _stage_events(index, trace, measurement.tasks)
-    return events + _flow_events(traces, measurement.tasks)
+    flows: list[Event] = []
+    for replica, own in enumerate(replica_tasks(measurement)):
+        tasks = measurement.tasks[own.start : own.stop]
+        first = replica * width
+        for index in range(first, first + width):
+            events += _stage_events(index, traces[index], tasks)
+        flows += _flow_events(traces[first : first + width], tasks, first, len(flows) // 2)
+    return events + flows
 
 
 def task_name(task: TaskShape) -> str:
-    """`prefill m1 rows 0–7`, `decode m1 step 3`."""
+    """`prefill m1 rows 0–7`, `prefill m1 rows 0–7 tokens 64–127`, `decode m1 step 3`."""
     if task.step == 0:
-        return f"prefill m{task.micro_batch} rows {task.first_row}–{task.end_row - 1}"
+        cut = task.first_token is not None and task.end_token is not None
+        tokens = f" tokens {task.first_token}–{(task.end_token or 0) - 1}" if cut else ""
+        return f"prefill m{task.micro_batch} rows {task.first_row}–{task.end_row - 1}{tokens}"
     return f"decode m{task.micro_batch} step {task.step}"
 
 
@@ -105,16 +114,18 @@ def _span(
     }
 
 
-def _flow_events(traces: tuple[StageTrace, ...], tasks: tuple[TaskShape, ...]) -> list[Event]:
-    """Arrows along the path of each task from stage to stage, and of its tokens back to the first."""
+def _flow_events(
+    traces: tuple[StageTrace, ...], tasks: tuple[TaskShape, ...], first_stage: int, first_id: int
+) -> list[Event]:
+    """Arrows of one replica along the path of each task from stage to stage, and of its tokens back to the first."""
     events: list[Event] = []
 
     def arrow(name: str, sender: int, sent: int, receiver: int, received: int) -> None:
-        common = {"cat": "flow", "name": name, "id": len(events) // 2, "tid": _COMPUTE}
+        common = {"cat": "flow", "name": name, "id": first_id + len(events) // 2, "tid": _COMPUTE}
         # Viewers bind an end to the span around it: the middle of both spans is safely inside.
         begin, end = _middle_s(traces[sender], sent), _middle_s(traces[receiver], received)
-        events.append({**common, "ph": "s", "pid": sender, "ts": round(begin * 1e6, 3)})
-        events.append({**common, "ph": "f", "bp": "e", "pid": receiver, "ts": round(end * 1e6, 3)})
+        events.append({**common, "ph": "s", "pid": first_stage + sender, "ts": round(begin * 1e6, 3)})
+        events.append({**common, "ph": "f", "bp": "e", "pid": first_stage + receiver, "ts": round(end * 1e6, 3)})
 
     if len(traces) < 2:
         return events

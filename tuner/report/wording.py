@@ -5,8 +5,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from bench.spec import ModelSpec, Plan, Workload
-from tuner.standings import BaselineRow, FailureRow, Ratio, Row, Spread
+from bench.record import Measurement, OutputCheck
+from bench.spec import ModelSpec, Plan, Sampling, Workload
+from tuner.standings import BaselineRow, FailureRow, Ranking, Ratio, Row, Spread
 
 MISSING = "–"
 
@@ -22,8 +23,22 @@ def sentence(text: str) -> str:
 
 
 def layers_text(plan: Plan) -> str:
-    """`17+13`."""
-    return "+".join(str(count) for count in plan.layer_counts)
+    """`17+13`, `2×17+13` for two replicas, `17+13 compiled`: all but the sizes."""
+    counts = "+".join(str(count) for count in plan.layer_counts)
+    _, _, *switches = plan.describe().split(" · ")
+    return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *switches])
+
+
+def prefill_text(plan: Plan) -> str:
+    """Rows prefilled together, and where prompts are cut, in chunks of how many tokens: `8`, `8·64`."""
+    chunk = f"·{plan.prefill_chunk_size}" if plan.prefill_chunk_size is not None else ""
+    return f"{plan.prefill_size}{chunk}"
+
+
+def stage_name(plan: Plan, place: int) -> str:
+    """Of the stage at a place of `plan.devices`: `stage 1`, or `replica 0 stage 1` where there are several."""
+    replica, stage = divmod(place, len(plan.stages))
+    return f"replica {replica} stage {stage}" if plan.replicas > 1 else f"stage {stage}"
 
 
 def row_text(row: Row) -> str:
@@ -103,12 +118,13 @@ def metric_text(name: str, value: float | None) -> str:
 
 
 def model_text(model: ModelSpec) -> str:
+    kept = f" over {model.kept_dtype} weights" if model.kept_dtype != model.dtype else ""
     dummy = " · random weights" if model.load_format == "dummy" else ""
-    return f"{clean(model.name)} · {model.dtype}{dummy}"
+    return f"{clean(model.name)} · {model.dtype}{kept}{dummy}"
 
 
 def workload_text(workload: Workload, prompt_lens: Sequence[int] = ()) -> str:
-    """`32 random prompts × 64 tokens → 16 new each, greedy`; `prompt_lens` as measured, where anything was."""
+    """`32 random prompts × 64 tokens → 16 new each, greedy`, or `… scored`; `prompt_lens` as measured."""
     shortest, longest = (min(prompt_lens), max(prompt_lens)) if prompt_lens else (workload.input_len,) * 2
     length = f"{longest}" if shortest == longest else f"{shortest}–{longest}"
     if workload.prompts_file:
@@ -116,11 +132,28 @@ def workload_text(workload: Workload, prompt_lens: Sequence[int] = ()) -> str:
         given = f"{of} × {length} tokens" if prompt_lens else of
     else:
         given = f"{workload.num_prompts} random prompts × {length} tokens"
-    return f"{given} → {workload.output_len} new each, greedy"
+    if workload.kind == "score":
+        return f"{given}, scored"
+    return f"{given} → {workload.output_len} new each, {sampling_text(workload.sampling)}"
 
 
-def baseline_text(row: BaselineRow, metric: str) -> str:
-    return f"HF generate un-pipelined, batch {row.batch_size}: {metric_text(metric, row.value)}"
+def sampling_text(sampling: Sampling | None) -> str:
+    """`greedy`, `temperature 0.8, top-k 40, seed 0`."""
+    if sampling is None:
+        return "greedy"
+    parts = [f"temperature {sampling.temperature:g}"]
+    parts += [f"top-k {sampling.top_k}"] if sampling.top_k else []
+    parts += [f"top-p {sampling.top_p:g}"] if sampling.top_p < 1 else []
+    return ", ".join([*parts, f"seed {sampling.seed}"])
+
+
+def peer_name(workload: Workload) -> str:
+    """What of Hugging Face the un-pipelined model runs under: `generate`, or its `forward` where texts are scored."""
+    return "forward" if workload.kind == "score" else "generate"
+
+
+def baseline_text(row: BaselineRow, metric: str, workload: Workload) -> str:
+    return f"HF {peer_name(workload)} un-pipelined, batch {row.batch_size}: {metric_text(metric, row.value)}"
 
 
 def column_title(metric: str) -> str:
@@ -144,11 +177,73 @@ def failure_plan(failure: FailureRow) -> str:
     return "device_map" if failure.batch_size is None else f"device_map, batch {failure.batch_size}"
 
 
+def copies_text(plan: Plan) -> str:
+    """`two copies of the model`, `two replicas of 2 stages`, `one pipeline of 3 stages`."""
+    if plan.replicas == 1:
+        return f"one pipeline of {len(plan.stages)} stages"
+    count = {2: "two", 3: "three", 4: "four"}.get(plan.replicas, str(plan.replicas))
+    return f"{count} copies of the model" if len(plan.stages) == 1 else f"{count} replicas of {len(plan.stages)} stages"
+
+
+def rival_text(ranking: Ranking) -> str | None:
+    """Which way of using several devices won, copies or one pipeline; None where one way alone was ranked."""
+    best, rival = ranking.best, ranking.rival
+    if best is None or rival is None or len(best.plan.devices) == 1:
+        return None
+    ours, theirs = copies_text(best.plan), copies_text(rival.row.plan)
+    if rival.gain is None:
+        return None
+    evidence = f"{ratio_text(rival.gain)}, {ratio_evidence(rival.gain)}"
+    against = f"{theirs} ({rival.row.plan.describe()}): {evidence}"
+    if (rival.gain.value if rival.gain.low is None else rival.gain.low) <= 1:
+        are = "are" if best.plan.replicas > 1 else "is"
+        return sentence(f"{ours} {are} not told apart from {against}")
+    if not rival.gain.paired:
+        was = "were" if best.plan.replicas > 1 else "was"
+        return sentence(f"{ours} {was} faster during the search than {against}")
+    most = max(best.plan.replicas, rival.row.plan.replicas)
+    beat = "beat" if best.plan.replicas > 1 else "beats"
+    return sentence(f"{ours} {beat} {against}; {most} replicas hold the weights {most} times")
+
+
+def compared_text(check: OutputCheck, *, scored: bool) -> str:
+    """`logits within 2.1e-05 (allowed 2.0e-04)`, and how many positions lie beyond that."""
+    what = "log-probabilities" if scored else "logits"
+    text = f"{what} within {check.max_logit_error:.1e} (allowed {check.tolerance:.1e})"
+    if check.max_logit_error <= check.tolerance or not check.outliers:
+        return text
+    return (
+        f"{what} within {check.tolerance:.1e} but for {check.outliers} of {check.positions} positions, as where two "
+        "experts are nearly tied"
+    )
+
+
+def steps_text(measurement: Measurement) -> str:
+    """`4 layers loaded in 0.80 s, output checked in 1.9 s`: what the timed iterations do not contain."""
+    count = len(measurement.loaded_layers)
+    parts = [f"{count} layer{'' if count == 1 else 's'} loaded in {ms_text(measurement.load_s * 1e3)}"]
+    if measurement.check_s is not None:
+        parts.append(f"output checked in {ms_text(measurement.check_s * 1e3)}")
+    if measurement.prepare_s is not None:
+        parts.append(f"compiled or captured in {ms_text(measurement.prepare_s * 1e3)}")
+    return ", ".join(parts)
+
+
+def export_note(plan: Plan, device_map: str = "it") -> str | None:
+    """What a device map, called so, leaves out of a plan; None where it says all."""
+    if plan.replicas == 1:
+        return None
+    return (
+        f"a device map describes one model: {device_map} holds the first of {plan.replicas} replicas; load the model "
+        "once for each, on devices of its own, and share the requests out"
+    )
+
+
 def warnings_of(row: Row) -> tuple[str, ...]:
     """What must be said beside the best plan where something gained nothing."""
     warnings = []
     gain = row.speedup_over_baseline
-    if len(row.plan.stages) == 1:
+    if len(row.plan.devices) == 1:
         warnings.append("The best plan is a single stage: pipelining gains nothing for this workload on these devices.")
     if gain is not None and gain.value < 1:
         warnings.append("The un-pipelined model is faster here: this plan does not pay for this workload.")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from bench.errors import StudyError
 from bench.record import Measurement, write_durably
 from bench.spec import Plan
 from tuner import locks
@@ -17,8 +18,10 @@ from tuner.planning.cost import CostModel
 from tuner.progress import Reporter
 from tuner.ranking import rank
 from tuner.search import finalists
+from tuner.search.build import build_space
+from tuner.search.resolver import Resolver
 from tuner.search.runs import Runs
-from tuner.search.space import Resolver, SearchSpace, build_space
+from tuner.search.space import SearchSpace
 from tuner.search.stop import Interrupted, StopSignal
 from tuner.search.trials import Search
 from tuner.standings import Objective, Ranking
@@ -83,7 +86,7 @@ def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
         # A model that comes out wrong when it is cut is found out before anything else is measured.
         runs.ensure_reference()
     _measure_baseline(runs)
-    _measure_single_stage(runs, resolve)
+    _measure_single_stage(runs, space, resolve)
     Search(runs, space, cost, resolve).run()
     _run_finals(runs, stack)
 
@@ -93,6 +96,12 @@ def _space(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
     path = runs.store.space_path
     if path.exists():
         return read(path, SearchSpace)
+    trials = [record for record in runs.store.records if record.role == "trial"]
+    if trials:
+        raise StudyError(
+            f"{path} is missing, and the points of {len(trials)} records refer to it; put it back, or take another "
+            "folder"
+        )
     space = build_space(runs.store.config.space, runs.fleet.devices, runs.fleet.shape, cost, resolve)
     write_durably(path, space.model_dump_json() + "\n")
     return space
@@ -114,7 +123,7 @@ def _measure_baseline(runs: Runs) -> None:
             sizes.append(size // 2)
 
 
-def _measure_single_stage(runs: Runs, resolve: Resolver) -> None:
+def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> None:
     """Our runtime without a pipeline, which tells what pipelining gains from what the rest of it gains."""
     if any(record.role == "single_stage" and not was_interrupted(record) for record in runs.store.records):
         return
@@ -123,8 +132,10 @@ def _measure_single_stage(runs: Runs, resolve: Resolver) -> None:
         (runs.fleet.shape.num_layers,),
         runs.fleet.devices,
         baseline.batch_size if baseline else runs.store.config.workload.num_prompts,
+        compile=space.compile[0],
         memory_fraction=max(runs.store.config.space.memory_fractions),
     )
+    plan = space.switch(plan)
     runs.measure("single_stage", f"single stage: {plan.describe()}", plan, resolve(plan))
 
 

@@ -13,14 +13,24 @@ from bench.record import Record
 from bench.spec import EffectivePlan, Protocol
 from tuner.standings import Ranking
 
+_ROOM_FOR_THE_OTHER = 3
 BASELINE = "baseline"
 """Stands in a schedule for the un-pipelined model; all other entries are keys of effective plans."""
 
 
 def choose(ranking: Ranking, count: int, *, min_stages: int = 1) -> tuple[EffectivePlan, ...]:
-    """The best plans that keep the constraints and the bounds of the search; the single stage may lie outside these."""
+    """The best plans that keep the constraints and the bounds of the search; the single stage may lie outside these.
+
+    Of three or more places the last goes to the best pipeline where all others went to replicas, or the other way
+    round: which of the two ways is better is then told by common rounds.
+    """
     rows = [row for row in ranking.rows if row.feasible and len(row.plan.stages) >= min_stages]
-    return tuple(row.effective for row in rows[:count])
+    chosen, left = rows[:count], rows[count:]
+    there = {row.plan.replicas > 1 for row in chosen if len(row.plan.devices) > 1}
+    other = next((row for row in left if len(row.plan.devices) > 1 and (row.plan.replicas > 1) not in there), None)
+    if other is not None and len(chosen) >= _ROOM_FOR_THE_OTHER:
+        chosen[-1] = other
+    return tuple(row.effective for row in chosen)
 
 
 def side_by_side(protocol: Protocol) -> Protocol:

@@ -18,7 +18,8 @@ from bench import metrics
 from bench.errors import StudyError
 from bench.record import Failure, FailureKind, Measurement, Outcome, Record
 from tuner.config import Constraint
-from tuner.search.space import Point, SearchSpace, overrun
+from tuner.search.resolver import overrun
+from tuner.search.space import Point, SearchSpace
 
 MEMORY_CONSTRAINT = "memory"
 INFEASIBLE = frozenset({FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY})

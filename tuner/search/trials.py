@@ -12,9 +12,11 @@ from bench.record import Failure, FailureKind, Measurement, Record
 from bench.spec import EffectivePlan
 from tuner.planning.cost import CostModel
 from tuner.progress import values_text
+from tuner.search.head import head
 from tuner.search.proposals import Proposals
+from tuner.search.resolver import Resolver, identity
 from tuner.search.runs import TRANSIENT, Runs, interruption, timestamp
-from tuner.search.space import Point, Resolver, SearchSpace, head, identity
+from tuner.search.space import Point, SearchSpace
 from tuner.search.stop import Interrupted
 from tuner.standings import Objective
 from tuner.store import was_interrupted

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench.record import FailureKind
-from tests.record_factory import make_failure, make_plan, make_record
+from tests.record_factory import make_failure, make_measurement, make_plan, make_record
 from tests.study_factory import write_study
 from tuner.cli import run
 from tuner.export import read_plan
@@ -67,6 +67,18 @@ def test_every_command_has_help_within_80_columns(command: str) -> None:
         (("tune", *MODEL, "--constraint", "fast"), "'fast' is no constraint"),
         (("tune", *MODEL, "--max-stages", "3"), "needs as many devices"),
         (("tune", *MODEL, "--dtype", "int3"), "--dtype: Input should be 'float32'"),
+        (("tune", *MODEL, "--storage-dtype", "float16"), "weights are kept in float32 or in the dtype itself"),
+        (("tune", *MODEL, "--attention", "flash"), "or 'flash_attention_3'"),
+        (("tune", *MODEL, "--workload-kind", "chat"), "--workload-kind: Input should be 'generate' or 'score'"),
+        (
+            ("tune", *MODEL, "--workload-kind", "score", "--objective", "output_throughput"),
+            "counts generated tokens, and where texts are scored there are none; take total_token_throughput",
+        ),
+        (("tune", *MODEL, "--workload-kind", "score", "--top-k", "5"), "nothing is sampled where texts are scored"),
+        (("tune", *MODEL, "--top-p", "2"), "--top-p: Input should be less than or equal to 1"),
+        (("tune", *MODEL, "--compile", "often"), "--compile: neither true nor false nor search"),
+        (("tune", *MODEL, "--replicas", "4"), "space.replicas=4 needs as many devices"),
+        (("tune", *MODEL, "--prefill-chunk-sizes", "a"), "'a' is neither a number of tokens nor whole"),
         (("tune", *MODEL, "--study-name", "../x"), "no study name"),
         (("tune", *MODEL, "--config", "none.yaml"), "none.yaml: cannot read the config"),
         (("tune", *MODEL, "--resume"), "--resume: which study?"),
@@ -81,6 +93,10 @@ def test_every_command_has_help_within_80_columns(command: str) -> None:
         (("bench", *MODEL, "--plan", "p"), "p: cannot read the plan"),
         (("bench", *MODEL, "--layers", "a,b"), "write a count of layers for each stage"),
         (("bench", *MODEL, "--layers", "0,3"), "one layer at least"),
+        (
+            ("bench", *MODEL, "--layers", "3", "--replicas", "0"),
+            "'--replicas': Input should be greater than or equal to 1",
+        ),
         (("bench", *MODEL, "--layers", "3", "-o", "."), "exists; name a new file"),
         (("bench", *MODEL, "--device-map", "none.json"), "none.json: cannot read the device map"),
     ],
@@ -120,6 +136,38 @@ def test_the_config_is_shown_with_sources(tmp_path: Path) -> None:
     as_json = json.loads(pipetune("tune", *MODEL, "--show-config", "--json").stdout)
     assert as_json["config"]["devices"] == ["cpu:0", "cpu:1"]
     assert as_json["sources"]["devices"] == "--devices"
+
+
+def test_every_new_setting_has_a_flag_and_a_variable() -> None:
+    flags = ("--temperature", "0.5", "--top-k", "4", "--replicas", "1,2", "--compile", "search", "--no-cuda-graphs")
+    shown = pipetune("tune", *MODEL, *flags, "--show-config", "--json", PIPETUNE_PREFILL_CHUNK_SIZES="32,whole")
+    document = json.loads(shown.stdout)
+    assert document["config"]["workload"]["sampling"] == {"temperature": 0.5, "top_k": 4, "top_p": 1.0, "seed": 0}
+    space = document["config"]["space"]
+    assert (space["replicas"], space["compile"], space["cuda_graphs"]) == ([1, 2], "search", False)
+    assert space["prefill_chunk_sizes"] == [32, None]
+    assert document["sources"]["space.prefill_chunk_sizes"] == "PIPETUNE_PREFILL_CHUNK_SIZES"
+    assert document["sources"]["workload.sampling.top_k"] == "--top-k"
+    # A plan's own switches are no settings of the search.
+    bench = pipetune("bench", *MODEL, "--layers", "3", "--compile", "--replicas", "2", "--show-config")
+    assert "  compile: false" in bench.stdout
+    assert "# --compile" not in bench.stdout
+
+
+def test_scored_texts_have_an_objective_of_their_own() -> None:
+    shown = pipetune("tune", *MODEL, "--workload-kind", "score", "--show-config")
+    assert "objectives: [total_token_throughput]" in shown.stdout
+
+
+def test_a_map_of_a_plan_with_replicas_comes_with_a_note(tmp_path: Path) -> None:
+    plan = make_plan((30,), 16, replicas=2)
+    folder = write_study(tmp_path / "s", [make_record(0, "trial", plan, make_measurement(plan), trial_number=0)])
+    result = pipetune("export", str(folder))
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["lm_head"] == "cpu"
+    assert "it holds the first of 2 replicas" in result.stderr
+    assert "--data-parallel-size 2" in pipetune("export", str(folder), "-f", "vllm").stdout
+    assert pipetune("export", str(folder), "-f", "plan").stderr == ""
 
 
 def test_a_file_with_few_prompts_is_used_whole(tmp_path: Path) -> None:

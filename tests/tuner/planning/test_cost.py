@@ -54,6 +54,38 @@ def test_fewer_in_flight_are_slower(cost: CostModel) -> None:
     assert cost.duration_s(plan, 4) < cost.duration_s(plan, 1)
 
 
+def test_copies_of_the_model_halve_the_work_and_have_no_bubble(cost: CostModel) -> None:
+    one = cost.duration_s(Plan.from_layer_counts((30,), DEVICES, 16))
+    two = cost.duration_s(Plan.from_layer_counts((30,), DEVICES, 16, replicas=2))
+    assert two == pytest.approx(one / 2)
+    assert two < seconds(cost, (16, 14), 16)
+    # A share that is not whole is rounded up: the replica with most prompts decides.
+    odd = CostModel(shape=make_shape(), num_prompts=5, prompt_len=64, output_len=16)
+    three = CostModel(shape=make_shape(), num_prompts=3, prompt_len=64, output_len=16)
+    assert seconds(three, (15, 15), 4) == odd.duration_s(Plan.from_layer_counts((15, 15), DEVICES, 4, replicas=2))
+
+
+def test_chunks_fill_the_stages_with_one_long_prompt() -> None:
+    cost = CostModel(shape=make_shape(), num_prompts=1, prompt_len=1024, output_len=2)
+
+    def chunked(counts: tuple[int, ...], chunk: int | None) -> float:
+        return cost.duration_s(Plan.from_layer_counts(counts, DEVICES, 1, prefill_chunk_size=chunk))
+
+    assert chunked((15, 15), 256) < 0.8 * chunked((15, 15), None)
+    assert chunked((15, 15), 256) < chunked((15, 15), 4)
+    assert chunked((30,), 256) > chunked((30,), None)
+    assert chunked((15, 15), 1024) == chunked((15, 15), None)
+
+
+def test_scores_are_prefill_with_the_head_on_every_position() -> None:
+    score, generate = (
+        CostModel(shape=make_shape(), num_prompts=8, prompt_len=64, output_len=length) for length in (0, 1)
+    )
+    # No decode either way; the head meets 64 positions a row, and one.
+    assert seconds(score, (30,), 8) > 1.05 * seconds(generate, (30,), 8)
+    assert score.decode_s([("cpu:0", 0, 30)], 8) == 0
+
+
 def test_routed_experts_are_read_as_far_as_tokens_choose_them() -> None:
     dense = make_shape()
     layer = dense.layers[0].model_copy(update={"active_params": dense.layers[0].active_params // 8})

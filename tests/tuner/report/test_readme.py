@@ -28,7 +28,7 @@ from bench.record import (
     TaskShape,
     Telemetry,
 )
-from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, StagePlan, Value, Workload
+from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, StagePlan, Value, Workload
 from tests.study_factory import write_study
 from tuner.config import SpaceConfig, TuneConfig
 from tuner.export import PlanFile
@@ -54,6 +54,7 @@ SECTIONS: dict[type[Value], str] = {
             RunSpec,
             ModelSpec,
             Workload,
+            Sampling,
             Plan,
             StagePlan,
             EffectivePlan,

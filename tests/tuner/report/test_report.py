@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from bench.record import Failure, FailureKind, Measurement, Record
+from bench.spec import ModelSpec, Sampling
 from tests.record_factory import (
+    WORKLOAD,
     make_baseline_measurement,
     make_failure,
     make_measurement,
@@ -22,9 +25,12 @@ from tests.record_factory import (
     make_study_records,
 )
 from tests.study_factory import write_study
+from tuner.conclusion import conclude
+from tuner.export import read_plan
 from tuner.report import write_report
 from tuner.report.data import Report
 from tuner.report.tables import build_table, render_rich
+from tuner.report.wording import metric_text, model_text, rival_text, workload_text
 from tuner.study_files import load_study
 
 WHOLE = make_study_records()
@@ -214,10 +220,11 @@ def test_the_table_fits_80_columns_and_shows_best_and_baseline(tmp_path: Path) -
     lines = terminal(folder).splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 80
     best = next(line for line in lines if line.startswith("1✓"))
+    shown = Report.of(load_study(folder)).ranking.rows[0].metrics["p90_ttft_ms"]
     assert "16+14" in best
     assert "×" in best
     assert any("device_map" in line and "1.00×" in line for line in lines)
-    assert any("4.67 s" in line for line in lines), "the constrained metric is shown"
+    assert any(metric_text("p90_ttft_ms", shown) in line for line in lines), "the constrained metric is shown"
 
 
 def test_several_objectives_mark_the_front(tmp_path: Path) -> None:
@@ -226,6 +233,88 @@ def test_several_objectives_mark_the_front(tmp_path: Path) -> None:
     front = [row for row in Report.of(load_study(folder)).ranking.rows if row.on_front]
     table = build_table(Report.of(load_study(folder)))
     assert sum("◆" in line.cells[0] for line in table.lines) == len(front) > 1
+
+
+COPIES = make_plan((30,), 16, replicas=2)
+ONE_PIPELINE = make_plan((17, 13), 8, prefill=4, chunk=32, compile=True)
+
+
+def copies_and_one_pipeline(folder: Path, *, mood: float = 1.0) -> Path:
+    """A study whose finals set two copies of the model against one pipeline, slower by `mood`."""
+    records: list[Record] = []
+    for plan in (make_plan((30,), 32), COPIES, make_plan((16, 14), 8, replicas=2), ONE_PIPELINE):
+        records.append(make_record(len(records), "trial", plan, make_measurement(plan)))
+    records.append(make_record(len(records), "baseline", None, make_baseline_measurement(32)))
+    for round_ in range(3):
+        for plan in (COPIES, ONE_PIPELINE):
+            factor = mood if plan == COPIES else 1.0
+            result = make_measurement(plan, num_iters=1, seed=round_, mood=factor)
+            records.append(make_record(len(records), "finalist", plan, result, round_=round_))
+    return write_study(folder, records, devices=("cpu:0", "cpu:1", "cpu:2", "cpu:3"))
+
+
+def test_two_copies_that_beat_one_pipeline_are_said_to(tmp_path: Path) -> None:
+    folder = copies_and_one_pipeline(tmp_path / "study", mood=0.5)
+    conclude(folder)
+    lines = terminal(folder).splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert any(line.startswith("1✓  2×30") for line in lines)
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    for text in (" ".join(" ".join(lines).split()), " ".join(page.shown.split())):
+        assert "Two copies of the model beat one pipeline of 2 stages (17+13 · micro-batch 8 (prefill 4, chunk" in text
+        assert "over 3 interleaved rounds; 2 replicas hold the weights 2 times." in text
+        assert "holds the first of 2 replicas; load the model once for each" in text
+    assert "replica 1 stage 0" in page.shown
+    assert "4 layers loaded in 800 ms, output checked in 1.90 s." in page.shown
+    assert "µs" in page.shown
+    assert set(json.loads((folder / "best_device_map.json").read_text(encoding="utf-8")).values()) == {"cpu"}
+    assert read_plan(folder / "best_plan.json").plan == COPIES
+
+
+def test_one_pipeline_that_beats_copies_and_a_draw_are_said_too(tmp_path: Path) -> None:
+    won = " ".join(terminal(copies_and_one_pipeline(tmp_path / "won", mood=3.0)).split())
+    assert "One pipeline of 2 stages beats two copies of the model (2 × 30 · micro-batch 16)" in won
+    assert "17+13 8 4·32" in won.replace("1✓ ", "")
+    ranking = Report.of(load_study(tmp_path / "won")).ranking
+    assert ranking.rival is not None
+    gain = ranking.rival.gain
+    assert gain is not None
+    draw = ranking.model_copy(
+        update={"rival": ranking.rival.model_copy(update={"gain": gain.model_copy(update={"low": 0.99})})}
+    )
+    assert "is not told apart from two copies of the model" in (rival_text(draw) or "")
+    unpaired = gain.model_copy(update={"low": None, "high": None, "rounds": 0})
+    apart = ranking.model_copy(update={"rival": ranking.rival.model_copy(update={"gain": unpaired})})
+    assert "was faster during the search than two copies" in (rival_text(apart) or "")
+    assert rival_text(Report.of(load_study(write_study(tmp_path / "plain"))).ranking) is None
+
+
+def test_a_study_of_scored_texts_shows_tokens_and_end_to_end_latency(tmp_path: Path) -> None:
+    scored = WORKLOAD.model_copy(update={"kind": "score"})
+    folder = write_study(tmp_path / "study", make_study_records(workload=scored), workload=scored)
+    write_report(folder)
+    screen = terminal(folder)
+    assert max(map(len, screen.splitlines())) <= 80
+    assert "× 64 tokens, scored" in screen
+    assert "HF forward un-pipelined" in screen
+    assert "E2EL" in screen
+    assert "TTFT" not in screen
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert "time to the scores" in page.shown
+    report = Report.of(load_study(folder))
+    assert report.objective.metric == "total_token_throughput"
+    assert report.ranking.baseline is not None
+    rows = list(csv.DictReader(io.StringIO((folder / "ranking.csv").read_text(encoding="utf-8"))))
+    assert "output_throughput" not in rows[0]
+
+
+def test_how_tokens_are_drawn_is_part_of_the_workload() -> None:
+    workload = WORKLOAD.model_copy(update={"sampling": Sampling(temperature=0.8, top_k=40, seed=3)})
+    assert workload_text(workload).endswith("16 new each, temperature 0.8, top-k 40, seed 3")
+    assert (
+        model_text(ModelSpec(name="m", dtype="bfloat16", storage_dtype="float32"))
+        == "m · bfloat16 over float32 weights"
+    )
 
 
 def test_rounding_never_invents_signs_or_digits() -> None:

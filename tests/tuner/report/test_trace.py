@@ -75,6 +75,32 @@ def test_arrows_run_forward_in_time_between_spans_that_exist() -> None:
             assert around
 
 
+def test_replicas_are_processes_of_their_own_and_chunks_are_named() -> None:
+    plan = make_plan((16, 14), 8, prefill=4, chunk=32, replicas=2)
+    measurement = make_measurement(plan)
+    events = trace_events(measurement, 0, plan)
+    names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert names == [
+        "replica 0 stage 0 · cpu:0 · layers 0–15",
+        "replica 0 stage 1 · cpu:1 · layers 16–29",
+        "replica 1 stage 0 · cpu:2 · layers 0–15",
+        "replica 1 stage 1 · cpu:3 · layers 16–29",
+    ]
+    assert measurement.replica_tasks is not None
+    compute = [event for event in events if event["ph"] == "X" and event["tid"] == 1]
+    assert [sum(event["pid"] == pid for event in compute) for pid in range(4)] == [
+        count for count in measurement.replica_tasks for _ in range(2)
+    ]
+    batches = [{event["args"]["micro_batch"] for event in compute if event["pid"] == pid} for pid in range(4)]
+    assert batches[0] == batches[1] == {0, 1}
+    assert batches[2] == batches[3] == {2, 3}
+    assert "prefill m2 rows 4–7 tokens 32–63" in {event["name"] for event in compute}
+    flows = [event for event in events if event["ph"] in "sf"]
+    assert len({event["id"] for event in flows}) == len(flows) // 2
+    pairs = {(event["id"], event["pid"] // 2) for event in flows}
+    assert len(pairs) == len(flows) // 2, "no arrow crosses from replica to replica"
+
+
 def test_the_file_is_gzipped_json_and_says_what_it_shows(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study")
     write_report(folder)

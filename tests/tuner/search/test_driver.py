@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.errors import FleetError, ModelError, NothingFeasibleError
+from bench.errors import FleetError, ModelError, NothingFeasibleError, StudyError
 from bench.record import Failure, FailureKind, Measurement, Record
 from bench.spec import RunSpec
 from tests.tuner.fake_fleet import Lab, failure
@@ -62,6 +62,43 @@ def test_a_study_runs_in_its_order(tmp_path: Path) -> None:
     assert [record.trial_number for record in trials] == [0, 1, 2, 3, 4]
     assert len({record.effective.key for record in trials if record.effective}) == 5
     assert {record.spec.model.revision for record in trials if record.spec} == {lab.revision}
+
+
+def test_replicas_are_tried_beside_pipelines(tmp_path: Path) -> None:
+    _, records = study(tmp_path / "s", Lab(), config(n_trials=6))
+    trials = [record for record in records if record.role == "trial" and record.spec]
+    assert {record.spec.plan.replicas for record in trials if record.spec} == {1, 2}
+    (tmp_path / "s/study.db").unlink()
+    _, more = study(tmp_path / "s", Lab(), config(n_trials=8), resume=True)
+    assert more[: len(records)] == records
+    assert roles(more)["trial"] == 8
+
+
+def test_switches_of_the_space_hold_for_the_single_stage_too(tmp_path: Path) -> None:
+    space = {"compile": True, "packed_weights": False, "replicas": [1]}
+    _, records = study(tmp_path / "s", Lab(), config(space=space))
+    plans = [record.spec.plan for record in records if record.spec]
+    assert plans
+    assert all(plan.compile and not plan.packed_weights and plan.replicas == 1 for plan in plans)
+
+
+def test_texts_are_scored_by_all_their_tokens(tmp_path: Path) -> None:
+    wanted = config(workload={"kind": "score", "num_prompts": 8, "input_len": 256}, n_trials=6)
+    _, records = study(tmp_path / "s", Lab(), wanted)
+    measured = [record.result for record in records if isinstance(record.result, Measurement)]
+    assert {result.output_len for result in measured} == {0}
+    assert {record.spec.plan.prefill_chunk_size is None for record in records if record.spec} == {True, False}
+    with StudyStore.resume(tmp_path / "s", wanted) as store:
+        best = rank_study(store).best
+    assert best is not None
+    assert best.value == best.metrics["total_token_throughput"]
+
+
+def test_a_lost_space_is_no_reason_to_guess_what_points_meant(tmp_path: Path) -> None:
+    study(tmp_path / "s", Lab(), config(n_trials=2, finalists=0))
+    (tmp_path / "s/space.json").unlink()
+    with pytest.raises(StudyError, match=r"space\.json is missing, and the points of 2 records refer to it"):
+        study(tmp_path / "s", Lab(), config(n_trials=4, finalists=0), resume=True)
 
 
 def test_the_single_stage_takes_the_best_batch_of_the_baseline(tmp_path: Path) -> None:

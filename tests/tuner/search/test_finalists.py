@@ -45,6 +45,23 @@ def test_a_round_is_one_repetition_without_a_check() -> None:
     assert (protocol.num_iters, protocol.check_outputs) == (1, False)
 
 
+def test_the_last_of_three_places_goes_to_the_other_way_of_using_the_devices() -> None:
+    copies = [make_plan((30,), size, replicas=2) for size in (4, 8, 16)]
+    pipelines = [make_plan((17, 13), 16), make_plan((10, 20), 16)]
+    moods = dict(zip([*copies, *pipelines], (0.1, 0.1, 0.1, 0.5, 0.5), strict=True))
+    records = [
+        make_record(number, "trial", plan, make_measurement(plan, mood=mood), trial_number=number)
+        for number, (plan, mood) in enumerate(moods.items())
+    ]
+    ranking = rank(records)
+    chosen = [one.plan for one in finalists.choose(ranking, 3)]
+    assert [plan.replicas for plan in chosen] == [2, 2, 1]
+    assert chosen[2] == pipelines[0]
+    assert [one.plan.replicas for one in finalists.choose(ranking, 2)] == [2, 2]
+    assert [one.plan.replicas for one in finalists.choose(ranking, 5)] == [2, 2, 2, 1, 1]
+    assert len(finalists.choose(rank(records[:3]), 3)) == 3
+
+
 def test_the_single_stage_is_no_finalist_where_the_search_is_bound_to_more() -> None:
     single, split = make_plan((30,)), make_plan()
     records = [

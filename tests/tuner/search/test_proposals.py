@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from bench.errors import StudyError
 from bench.record import FailureKind, Outcome, Record
 from tests.record_factory import make_failure, make_measurement, make_record
-from tests.tuner.search.test_space import build
+from tests.tuner.search.space_factory import build
 from tuner.config import Constraint
 from tuner.search.proposals import Proposals
 from tuner.search.space import Point, SearchSpace

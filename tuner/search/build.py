@@ -1,0 +1,247 @@
+"""Lays the search space out: how many replicas of how many stages, which partitions, sizes and caps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.errors import ConfigError, NothingFeasibleError
+from bench.memory import ModelShape
+from bench.record import Failure
+from bench.spec import EffectivePlan, Plan
+from tuner.config import SpaceConfig
+from tuner.planning.cost import CostModel
+from tuner.planning.partition import Partition, best_partitions, count_partitions
+from tuner.search.head import joint_points
+from tuner.search.resolver import Resolver, overrun
+from tuner.search.space import Point, SearchSpace
+
+MAX_PARTITIONS = 400
+_LONG_PROMPT, _LEAST_CHUNK, _CHUNK_STEP = 128, 64, 16
+"""Tokens: of prompts that are worth cutting, of the smallest chunk, and what chunks are rounded up to."""
+
+
+def build_space(
+    config: SpaceConfig, devices: Sequence[str], shape: ModelShape, cost: CostModel, resolve: Resolver
+) -> SearchSpace:
+    """Lays the space out.
+
+    Raises:
+        ConfigError: bounds that the model cannot meet.
+        NothingFeasibleError: no plan of the space fits into memory; says what the best partition lacks.
+    """
+    cuts = shape.num_layers - 1 - len(set(shape.forbidden_cuts))
+    for name in ("min_stages", "max_stages"):
+        wanted = getattr(config, name)
+        if wanted is not None and wanted > cuts + 1:
+            raise ConfigError(
+                f"space.{name}={wanted}: {shape.architecture} has {shape.num_layers} layers "
+                f"and can be cut into {cuts + 1} stages at most"
+            )
+    _check_recurrent(config, shape)
+    sizes = _micro_batch_sizes(config, cost.num_prompts, len(devices))
+    prefill_sizes = _clipped(config.prefill_micro_batch_sizes or sizes, max(sizes))
+    if shape.recurrent:
+        prefill_sizes = (max(sizes),)
+    fractions = tuple(sorted(set(config.memory_fractions)))
+    widths = tuple(_widths(config, len(devices), cuts + 1, cost.num_prompts))
+    if not widths:
+        raise ConfigError(
+            f"space.replicas={_joined(config.replicas or ())}: {cost.num_prompts} prompts over {len(devices)} devices "
+            f"give no replica work for {config.min_stages} stages or more; allow 1"
+        )
+    layouts = _Layouts(
+        devices=tuple(devices),
+        shape=shape,
+        cost=cost,
+        resolve=resolve,
+        sizes=sizes,
+        prefill_sizes=prefill_sizes,
+        memory_fraction=fractions[-1],
+        packed_weights=config.packed_weights,
+    )
+    by_replicas = {replicas: layouts.fitting(replicas, stages) for replicas, stages in widths}
+    fitting = sorted(entry for found in by_replicas.values() for entry in found)
+    if not fitting:
+        nearest = min((layouts.nearest(replicas, stages) for replicas, stages in widths), key=overrun)
+        raise NothingFeasibleError(f"no plan fits into memory; the nearest one: {nearest.message}")
+    # Each number of replicas keeps its best partition: what the cost model thinks of replicas decides nothing.
+    kept = sorted({*fitting[:MAX_PARTITIONS], *(found[0] for found in by_replicas.values() if found)})
+    space = SearchSpace(
+        devices=tuple(devices),
+        partitions=tuple(partition for _, _, partition in kept),
+        replicas=tuple(replicas for _, replicas, _ in kept) if any(replicas > 1 for _, replicas, _ in kept) else (),
+        micro_batch_sizes=sizes,
+        prefill_sizes=prefill_sizes,
+        chunk_sizes=_chunk_sizes(config, shape, resolve, len(devices)),
+        memory_fractions=fractions,
+        compile=(False, True) if config.compile == "search" else (config.compile,),
+        cuda_graphs=config.cuda_graphs,
+        packed_weights=config.packed_weights,
+        num_prompts=cost.num_prompts,
+    )
+    if not _caps_matter(space, resolve):
+        space = space.model_copy(update={"memory_fractions": fractions[-1:]})
+    return space
+
+
+def _widths(config: SpaceConfig, num_devices: int, most_stages: int, num_prompts: int) -> Iterator[tuple[int, range]]:
+    """Numbers of replicas, and of the stages that each may have.
+
+    One pipeline may leave devices idle. Several take all that each of them can use: with a device to spare, a
+    replica more of fewer stages would be the plan to try.
+    """
+    most_stages = min(config.max_stages or num_devices, most_stages)
+    wanted = config.replicas or [count for count in range(1, num_devices + 1) if num_devices % count == 0]
+    for replicas in sorted(set(wanted)):
+        stages = min(num_devices // replicas, most_stages)
+        if replicas == 1:
+            yield 1, range(config.min_stages, stages + 1)
+        elif stages >= config.min_stages and replicas <= num_prompts:
+            yield replicas, range(stages, stages + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layouts:
+    """Replicas of partitions over the devices, each at the smallest sizes, by cost."""
+
+    devices: tuple[str, ...]
+    shape: ModelShape
+    cost: CostModel
+    resolve: Resolver
+    sizes: tuple[int, ...]
+    prefill_sizes: tuple[int, ...]
+    memory_fraction: float
+    packed_weights: bool
+
+    def fitting(self, replicas: int, stages: range) -> list[tuple[float, int, Partition]]:
+        """Partitions that fit into memory, as `(cost, replicas, partition)`, best first."""
+        return [
+            (self._cost(partition, replicas), replicas, partition)
+            for partition in self._best(replicas, stages, MAX_PARTITIONS)
+            if isinstance(self._resolved(partition, replicas), EffectivePlan)
+        ]
+
+    def nearest(self, replicas: int, stages: range) -> Failure:
+        """What the partition that comes nearest lacks; none fits."""
+        failure = self._resolved(self._best(replicas, stages, 1)[0], replicas)
+        assert isinstance(failure, Failure)
+        return failure
+
+    def _best(self, replicas: int, stages: range, limit: int) -> tuple[Partition, ...]:
+        return best_partitions(
+            self.shape.num_layers,
+            lambda partition: self._cost(partition, replicas),
+            min_stages=stages.start,
+            max_stages=stages.stop - 1,
+            forbidden_cuts=self.shape.forbidden_cuts,
+            limit=limit,
+        )
+
+    def _cost(self, partition: Partition, replicas: int) -> float:
+        """Seconds; beyond any, by how much the smallest plan of the partition overruns its cap."""
+        resolved = self._resolved(partition, replicas)
+        if isinstance(resolved, Failure):
+            return 1e12 * (1.0 + overrun(resolved))
+        ends = list(itertools.accumulate(partition))
+        bounds = [(device, end - count, end) for device, count, end in zip(self.devices, partition, ends, strict=False)]
+        prompts = self._share(replicas)
+        rows = [min(size, prompts) for size in self.sizes]
+        prefill_s = min(
+            self.cost.prefill_s(bounds, max(rows), min(size, max(rows)), prompts=prompts) for size in self.prefill_sizes
+        )
+        return prefill_s + min(self.cost.decode_s(bounds, size, prompts=prompts) for size in rows)
+
+    def _resolved(self, partition: Partition, replicas: int) -> EffectivePlan | Failure:
+        """What the smallest plan of the partition comes to."""
+        rows = min(self.sizes[0], self._share(replicas))
+        plan = Plan.from_layer_counts(
+            partition,
+            self.devices,
+            rows,
+            prefill_micro_batch_size=None if self.shape.recurrent else min(self.prefill_sizes[0], rows),
+            replicas=replicas,
+            memory_fraction=self.memory_fraction,
+        )
+        return self.resolve(plan.model_copy(update={"packed_weights": self.packed_weights}))
+
+    def _share(self, replicas: int) -> int:
+        """Prompts of the replica that has most."""
+        return math.ceil(self.cost.num_prompts / replicas)
+
+
+def _check_recurrent(config: SpaceConfig, shape: ModelShape) -> None:
+    """Prefill of a model whose state covers whole micro-batches cannot be cut: who asks for it is told."""
+    if not shape.recurrent:
+        return
+    for name in ("prefill_micro_batch_sizes", "prefill_chunk_sizes"):
+        wanted = getattr(config, name)
+        if wanted is not None and any(size is not None for size in wanted):
+            raise ConfigError(
+                f"space.{name}: {shape.architecture} keeps recurrent states for whole micro-batches, so that prefill "
+                "cannot be cut; leave it out"
+            )
+
+
+def _caps_matter(space: SearchSpace, resolve: Resolver) -> bool:
+    # Whole prompts need the most memory, and no switch needs any.
+    few = space.model_copy(update={"chunk_sizes": space.chunk_sizes[-1:], "compile": space.compile[:1]})
+    last = len(space.memory_fractions) - 1
+
+    def outcome(point: Point, index: int) -> int | None:
+        resolved = resolve(few.plan({**point, "memory_index": index}))
+        return resolved.in_flight if isinstance(resolved, EffectivePlan) else None
+
+    return any(outcome(point, index) != outcome(point, last) for point in joint_points(few) for index in range(last))
+
+
+def _micro_batch_sizes(config: SpaceConfig, num_prompts: int, num_devices: int) -> tuple[int, ...]:
+    """Even divisions of the prompts, into as many micro-batches as keep every stage busy and a few more, and powers
+    of two; tiny ones are left out, since decode reads all weights once for each."""
+    if config.micro_batch_sizes is not None:
+        return _clipped(config.micro_batch_sizes, num_prompts)
+    counts = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if count <= max(4, 2 * num_devices)]
+    divisions = {math.ceil(num_prompts / count) for count in counts}
+    powers = {1 << exponent for exponent in range(num_prompts.bit_length())}
+    least = math.ceil(num_prompts / max(16, 2 * num_devices))
+    return tuple(sorted(size for size in divisions | powers if least <= size <= num_prompts))
+
+
+def _chunk_sizes(config: SpaceConfig, shape: ModelShape, resolve: Resolver, num_devices: int) -> tuple[int | None, ...]:
+    """Given sizes, those that cut nothing as None; else a half, a quarter and an eighth of the longest prompt.
+
+    Cutting prompts pays where there are too few of them to fill the stages; short ones are not worth it.
+    """
+    longest = resolve.prompt_len
+    if config.prefill_chunk_sizes is not None:
+        wanted = {size if size is not None and size < longest else None for size in config.prefill_chunk_sizes}
+    elif shape.recurrent or num_devices == 1 or longest < _LONG_PROMPT or resolve.num_prompts > 8 * num_devices:
+        return (None,)
+    else:
+        parts = {math.ceil(longest / count / _CHUNK_STEP) * _CHUNK_STEP for count in (2, 4, 8)}
+        wanted = {None, *(size for size in parts if _LEAST_CHUNK <= size < longest)}
+    return tuple(sorted(wanted, key=lambda size: size or math.inf))
+
+
+def _clipped(sizes: Sequence[int], most: int) -> tuple[int, ...]:
+    return tuple(sorted({min(size, most) for size in sizes}))
+
+
+def count_raw_partitions(config: SpaceConfig, shape: ModelShape, num_devices: int, num_prompts: int) -> int:
+    """Partitions before any ranking, for people who want to know how large the space is."""
+    cuts = shape.num_layers - 1 - len(set(shape.forbidden_cuts))
+    return sum(
+        count_partitions(
+            shape.num_layers,
+            min_stages=stages.start,
+            max_stages=stages.stop - 1,
+            forbidden_cuts=shape.forbidden_cuts,
+        )
+        for _, stages in _widths(config, num_devices, cuts + 1, num_prompts)
+    )
+
+
+def _joined(counts: Iterable[int]) -> str:
+    return ", ".join(map(str, counts))
