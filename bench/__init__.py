@@ -1,7 +1,7 @@
 """Measures one plan on real devices; knows nothing of search."""
 
-from bench.launch import GenerationResult
+from bench.launch import GenerationResult, ScoreResult
 from bench.pipeline import Pipeline
-from bench.spec import ModelSpec, Plan, StagePlan
+from bench.spec import ModelSpec, Plan, Sampling, StagePlan
 
-__all__ = ["GenerationResult", "ModelSpec", "Pipeline", "Plan", "StagePlan"]
+__all__ = ["GenerationResult", "ModelSpec", "Pipeline", "Plan", "Sampling", "ScoreResult", "StagePlan"]

@@ -16,10 +16,10 @@ from bench.errors import ConfigError, FleetError, ModelError, PlanError
 from bench.machine import available_devices, device_bytes
 from bench.memory import ModelShape
 from bench.record import Failure, FailureKind, Machine, Measurement, Outcome
-from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Value, Workload, device_kind
+from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, Value, Workload, device_kind
 from bench.supervisor import START_TIMEOUT_S, Progress, Supervisor
 
-__all__ = ["Fleet", "GenerationResult", "Progress", "available_devices", "device_bytes"]
+__all__ = ["Fleet", "GenerationResult", "Progress", "ScoreResult", "available_devices", "device_bytes"]
 
 _OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Outcome)
 
@@ -37,6 +37,17 @@ class GenerationResult(Value):
     e2el_s: float
     """… to its last token."""
     token_times_s: tuple[float, ...]
+
+
+class ScoreResult(Value):
+    """What the model makes of one text."""
+
+    token_ids: tuple[int, ...]
+    """Of the text."""
+    logprobs: tuple[float, ...]
+    """Natural logarithms of the probabilities of all tokens but the first, which has none; empty for a single token."""
+    text: str | None
+    """None where the model has no tokenizer."""
 
 
 class Fleet:
@@ -141,7 +152,10 @@ class Fleet:
             self._call("use_reference", {"path": str(self._reference)})
 
     def baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> Measurement | Failure:
-        """Measures HF `generate` un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`."""
+        """Measures the model un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`.
+
+        By HF `generate`, or by plain forward passes where texts are scored.
+        """
         return self._outcome(
             "baseline",
             {"workload": _dump(workload), "protocol": _dump(protocol), "batch_size": batch_size},
@@ -165,32 +179,32 @@ class Fleet:
         max_new_tokens: int,
         in_flight: int | None = None,
         ignore_eos: bool = False,
+        sampling: Sampling | None = None,
     ) -> tuple[GenerationResult, ...]:
-        """Generates greedily for use.
+        """Generates for use.
 
         Args:
             prompts: text, or token ids.
-            in_flight: micro-batches resident at once; by default all of them.
+            in_flight: micro-batches resident at once; by default as many as the plan lets be, or all of them.
             ignore_eos: generate `max_new_tokens` for every prompt.
+            sampling: how tokens are drawn, the same for every plan: draws depend on the seed and on the prompt's place
+                among the prompts. None takes the likeliest token.
 
         Raises:
             ConfigError: prompts that cannot be used.
             PlanError: the plan names a device more often than this fleet has workers on it.
             FleetError: the workers failed.
         """
-        self._check_stages(plan)
-        if not prompts:
-            raise ConfigError("prompts: there is none; give at least one")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         answer = self._call(
             "generate",
             {
-                "plan": _dump(plan),
-                "in_flight": in_flight or len(prompts),
-                "prompts": [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts],
+                **self._use(plan, prompts, in_flight),
+                "prompts": _plain(prompts),
                 "max_new_tokens": max_new_tokens,
                 "ignore_eos": ignore_eos,
+                "sampling": _dump(sampling) if sampling is not None else None,
             },
         )
         if "error" in answer:
@@ -206,6 +220,34 @@ class Fleet:
             )
             for row in answer["results"]
         )
+
+    def score(
+        self, plan: Plan, texts: Sequence[str | Sequence[int]], *, in_flight: int | None = None
+    ) -> tuple[ScoreResult, ...]:
+        """Log-probabilities of the tokens of given texts, each under those before it.
+
+        Args:
+            texts: text, or token ids.
+            in_flight: micro-batches resident at once; by default as many as the plan lets be, or all of them.
+
+        Raises:
+            ConfigError: texts that cannot be used.
+            PlanError: the plan names a device more often than this fleet has workers on it.
+            FleetError: the workers failed.
+        """
+        answer = self._call("score", {**self._use(plan, texts, in_flight), "texts": _plain(texts)})
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return tuple(
+            ScoreResult(token_ids=tuple(row["prompt_token_ids"]), logprobs=tuple(row["logprobs"]), text=row["text"])
+            for row in answer["results"]
+        )
+
+    def _use(self, plan: Plan, prompts: Sequence[str | Sequence[int]], in_flight: int | None) -> dict[str, Any]:
+        self._check_stages(plan)
+        if not prompts:
+            raise ConfigError("prompts: there is none; give at least one")
+        return {"plan": _dump(plan), "in_flight": in_flight or plan.max_in_flight or len(prompts)}
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
@@ -285,6 +327,10 @@ class Fleet:
         if not self._supervisor.is_up:
             self._launch()
         return self._supervisor.request(command, args, timeout_s)
+
+
+def _plain(prompts: Sequence[str | Sequence[int]]) -> list[str | list[int]]:
+    return [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
 
 def _dump(value: Value) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from bench.record import Failure, FailureKind
 from bench.schedule import micro_batch_sizes
 from bench.spec import EffectivePlan, Plan, Value, device_kind
 
-
 KV_ALIGNMENT = 16
 """On GPUs KV slots have a multiple of so many positions: kernels of attention pad them in every call otherwise."""
 

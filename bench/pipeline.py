@@ -8,14 +8,14 @@ from types import TracebackType
 from typing import Self
 
 from bench.errors import PlanError
-from bench.launch import Fleet, GenerationResult, Progress
+from bench.launch import Fleet, GenerationResult, Progress, ScoreResult
 from bench.memory import check_plan, resolve
 from bench.record import Failure
-from bench.spec import ModelSpec, Plan
+from bench.spec import ModelSpec, Plan, Sampling
 
 
 class Pipeline:
-    """A model split over devices as a plan says, ready to generate.
+    """A model split over devices as a plan says, ready to generate and to score.
 
     Example:
         >>> plan = Plan.from_layer_counts((17, 13), ("cpu:0", "cpu:1"), micro_batch_size=8)
@@ -48,7 +48,7 @@ class Pipeline:
             FleetError: workers that do not start.
         """
         spec = ModelSpec(name=model) if isinstance(model, str) else model
-        fleet = Fleet.start(spec, [stage.device for stage in plan.stages], log_dir=log_dir, on_progress=on_progress)
+        fleet = Fleet.start(spec, plan.devices, log_dir=log_dir, on_progress=on_progress)
         try:
             check_plan(fleet.shape, plan)
         except PlanError:
@@ -57,43 +57,64 @@ class Pipeline:
         return cls(fleet, plan)
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int, ignore_eos: bool = False
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int,
+        ignore_eos: bool = False,
+        sampling: Sampling | None = None,
     ) -> tuple[GenerationResult, ...]:
-        """Generates greedily for every prompt, in the order given.
+        """Generates for every prompt, in the order given.
 
         Args:
             prompts: strings (where the model has a tokenizer), or lists of token ids.
             max_new_tokens: the most tokens to generate for a prompt.
             ignore_eos: go on after an end-of-sequence token, as measurements do.
+            sampling: how tokens are drawn, the same for every plan: draws depend on the seed and on the prompt's place
+                among the prompts. None takes the likeliest token.
 
         Raises:
             ConfigError: prompts that cannot be used.
             PlanError: not even one micro-batch fits under the plan's memory caps.
             FleetError: the workers failed; the next call starts them again.
         """
-        # Text has at most about a token a byte.
-        prompt_len = (
-            max((len(prompt) if not isinstance(prompt, str) else len(prompt.encode()) + 2) for prompt in prompts)
-            if prompts
-            else 1
-        )
-        effective = resolve(
-            self._fleet.shape,
-            self.plan,
-            num_prompts=max(1, len(prompts)),
-            prompt_len=prompt_len,
-            output_len=max_new_tokens,
-            device_bytes=self._fleet.device_bytes,
-        )
-        if isinstance(effective, Failure):
-            raise PlanError(effective.message)
         return self._fleet.generate(
             self.plan,
             prompts,
             max_new_tokens=max_new_tokens,
-            in_flight=effective.in_flight,
+            in_flight=self._in_flight(prompts, max_new_tokens),
             ignore_eos=ignore_eos,
+            sampling=sampling,
         )
+
+    def score(self, texts: Sequence[str | Sequence[int]]) -> tuple[ScoreResult, ...]:
+        """Log-probabilities of the tokens of given texts, each under those before it, in the order given.
+
+        Args:
+            texts: strings (where the model has a tokenizer), or lists of token ids.
+
+        Raises:
+            ConfigError: texts that cannot be used.
+            PlanError: not even one micro-batch fits under the plan's memory caps.
+            FleetError: the workers failed; the next call starts them again.
+        """
+        return self._fleet.score(self.plan, texts, in_flight=self._in_flight(texts, 0))
+
+    def _in_flight(self, prompts: Sequence[str | Sequence[int]], output_len: int) -> int:
+        """Micro-batches that the memory caps let be resident at once."""
+        # Text has at most about a token a byte.
+        lengths = [len(prompt) if not isinstance(prompt, str) else len(prompt.encode()) + 2 for prompt in prompts]
+        effective = resolve(
+            self._fleet.shape,
+            self.plan,
+            num_prompts=max(1, len(prompts)),
+            prompt_len=max(lengths, default=1),
+            output_len=output_len,
+            device_bytes=self._fleet.device_bytes,
+        )
+        if isinstance(effective, Failure):
+            raise PlanError(effective.message)
+        return effective.in_flight
 
     def close(self) -> None:
         """Ends the workers."""

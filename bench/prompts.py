@@ -44,10 +44,17 @@ def load_prompts(
             encode(entry, tokenizer, vocab_size, f"{path}:{line}") for line, entry in entries[: workload.num_prompts]
         )
     longest = max(len(prompt) for prompt in prompts)
-    if max_positions is not None and longest + workload.output_len > max_positions:
+    if workload.kind == "score" and longest < 2:
         raise ConfigError(
-            f"workload: the longest prompt has {longest} tokens, and with output_len={workload.output_len} that is "
-            f"more than the model's {max_positions} positions; shorten one of them"
+            "workload: every text has a single token, and a first token has no probability; give longer texts"
+        )
+    if max_positions is not None and longest + workload.generated_len > max_positions:
+        generated = (
+            f", and with output_len={workload.generated_len} that is" if workload.generated_len else ", which is"
+        )
+        raise ConfigError(
+            f"workload: the longest prompt has {longest} tokens{generated} "
+            f"more than the model's {max_positions} positions; shorten it"
         )
     return prompts
 

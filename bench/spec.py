@@ -309,17 +309,18 @@ class Plan(Value):
         if self.prefill_chunk_size is not None:
             prefill.append(f"chunk {self.prefill_chunk_size}")
         text += f" · micro-batch {self.micro_batch_size}" + (f" ({', '.join(prefill)})" if prefill else "")
-        return f"{text} · {', '.join(self._switches())}" if self._switches() else text
+        return f"{text} · {', '.join(self.switches)}" if self.switches else text
 
-    def _switches(self) -> list[str]:
-        """Execution switches that are not at their defaults and matter on these devices."""
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """In words, the execution switches that are not at their defaults and matter on these devices."""
         kinds = {device_kind(device) for device in self.devices}
         switches = ["compiled"] if self.compile else []
         if "cpu" in kinds and not self.packed_weights:
             switches.append("unpacked")
         if "cuda" in kinds and not self.cuda_graphs:
             switches.append("no graphs")
-        return switches
+        return tuple(switches)
 
 
 class EffectivePlan(Value):
@@ -338,7 +339,7 @@ class EffectivePlan(Value):
             text += f" chunk={plan.prefill_chunk_size}"
         if plan.replicas > 1:
             text += f" replicas={'|'.join(','.join(row) for row in plan.replica_devices)}"
-        return "".join((text, *(f" {switch.replace(' ', '_')}" for switch in plan._switches())))
+        return "".join((text, *(f" {switch.replace(' ', '_')}" for switch in plan.switches)))
 
 
 class Protocol(Value):

@@ -55,6 +55,9 @@ class Tokens:
     def encode(self, prompts: Sequence[Any], max_new_tokens: int) -> tuple[tuple[int, ...], ...]:
         """Ids of prompts given as text or ids, alike on every rank.
 
+        Args:
+            max_new_tokens: to be generated for each; 0 where they are scored.
+
         Raises:
             ConfigError: on every rank, what is wrong with them.
         """
@@ -67,9 +70,10 @@ class Tokens:
                 ]
                 longest, limit = max(len(row) for row in rows), self._shape.max_positions
                 if limit is not None and longest + max_new_tokens > limit:
+                    more = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
                     raise ConfigError(
-                        f"the longest prompt has {longest} tokens and max_new_tokens={max_new_tokens}: more than the "
-                        f"model's {limit} positions"
+                        f"the longest prompt has {longest} tokens{more}: more than the model's {limit} positions; "
+                        "shorten it"
                     )
                 reply["prompts"] = rows
             except ConfigError as error:

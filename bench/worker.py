@@ -47,11 +47,13 @@ class Worker:
         from bench.control import ControlGroup
         from bench.machine import cores_of, device_bytes
         from bench.memory import ModelShape
+        from bench.models.attention import check_attention_devices
         from bench.models.describe import describe_model
         from bench.models.resolve import ResolvedModel, resolve_model
         from bench.runner import Runner
         from bench.runtime.device import DeviceContext
         from bench.runtime.generate import Status
+        from bench.serving import Serving
         from bench.spec import ModelSpec
         from bench.tokens import Tokens
 
@@ -70,6 +72,7 @@ class Worker:
         )
         self.control = ControlGroup(dist.new_group(backend="gloo", timeout=timeout), self.rank, len(self.devices))
         spec = ModelSpec.model_validate_json(args.model)
+        check_attention_devices(spec, self.devices)
         # Rank 0 finds the model (and may have to convert it); the others take its word.
         found: dict[str, Any] = {}
         if self.rank == 0:
@@ -106,6 +109,7 @@ class Worker:
         self.device = device
         self.reference_path: str | None = None
         self.tokens = Tokens(self.resolved, self.shape, self.runner.stage.config, self.control)
+        self.serving = Serving(self.runner, self.tokens)
         self._unsplit: Any = None
 
     def serve(self) -> None:
@@ -146,7 +150,8 @@ class Worker:
 
     def do_reference(self, path: str, workload: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any] | None:
         """Makes the study's reference with the unsplit model on rank 0."""
-        from bench.reference import make_reference, reference_digest
+        from bench.oracle import make_reference
+        from bench.reference import reference_digest
         from bench.spec import Protocol, Workload
 
         prompts = self.tokens.of_workload(Workload.model_validate(workload))
@@ -156,15 +161,15 @@ class Worker:
         failure = None
         if self.rank == 0:
             self.status.phase = "reference"
-            spec, limits = Workload.model_validate(workload), Protocol.model_validate(protocol)
+            spec = Workload.model_validate(workload)
 
             def work() -> None:
                 make_reference(
                     self._whole_model(),
                     prompts,
-                    output_len=spec.output_len,
-                    check_prompts=limits.check_prompts,
-                    check_tokens=limits.check_tokens,
+                    workload=spec,
+                    protocol=Protocol.model_validate(protocol),
+                    dtype=self.runner.stage.dtype,
                     pad_token_id=self.tokens.pad_token_id,
                     workload_digest=reference_digest(self.resolved.spec, spec),
                 ).save(Path(path))
@@ -176,7 +181,7 @@ class Worker:
 
     def do_reference_from_plan(self, path: str, spec: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
         """Makes the study's reference with a plan, where the unsplit model does not fit."""
-        from bench.measured_run import make_reference_from_plan
+        from bench.checking import make_reference_from_plan
         from bench.reference import reference_digest
         from bench.spec import EffectivePlan, RunSpec
 
@@ -194,8 +199,8 @@ class Worker:
             run.plan,
             Path(path),
             reference_digest(run.model, run.workload),
-            check_prompts=run.protocol.check_prompts,
-            check_tokens=run.protocol.check_tokens,
+            run.protocol,
+            self.runner.stage.dtype,
         )
         self.reference_path = path
         return {}
@@ -206,7 +211,7 @@ class Worker:
         return {}
 
     def do_baseline(self, workload: dict[str, Any], protocol: dict[str, Any], batch_size: int) -> dict[str, Any]:
-        """Measures HF `generate` on rank 0: one CPU worker's cores, or all GPUs by `device_map`."""
+        """Measures the un-pipelined model on rank 0: one CPU worker's cores, or all GPUs by `device_map`."""
         from bench.baseline import measure_baseline
         from bench.spec import Protocol, Workload
 
@@ -225,7 +230,7 @@ class Worker:
                     measure_baseline(
                         model,
                         prompts,
-                        output_len=Workload.model_validate(workload).output_len,
+                        workload=Workload.model_validate(workload),
                         protocol=Protocol.model_validate(protocol),
                         batch_size=batch_size,
                         pad_token_id=self.tokens.pad_token_id,
@@ -258,66 +263,15 @@ class Worker:
         )
         return {"outcome": outcome.model_dump(mode="json") if outcome is not None else None}
 
-    def do_generate(
-        self, plan: dict[str, Any], in_flight: int, prompts: list[Any], max_new_tokens: int, ignore_eos: bool
-    ) -> dict[str, Any]:
-        """Generates for use: stops at end-of-sequence tokens unless told otherwise."""
-        from bench.errors import ConfigError
-        from bench.runtime.job import Job
-        from bench.spec import Plan
-
-        try:
-            rows = self.tokens.encode(prompts, max_new_tokens)
-        except ConfigError as error:
-            return {"error": str(error)}
+    def do_generate(self, **given: Any) -> dict[str, Any]:
+        """Generates for use."""
         self._drop_unsplit()
-        parsed = Plan.model_validate(plan)
-        if parsed != self.runner.plan:
-            self.runner.apply(parsed)
-        job = Job(
-            prompts=rows,
-            output_len=max_new_tokens,
-            micro_batch_size=parsed.micro_batch_size,
-            prefill_size=parsed.prefill_size,
-            chunk_size=parsed.prefill_chunk_size,
-            in_flight=in_flight,
-            pad_token_id=self.tokens.pad_token_id,
-            eos_token_ids=None if ignore_eos else self.tokens.eos_token_ids(),
-        )
-        self.status.phase = "generate"
-        jobs = self.runner.parts(job)
-        self.runner.open(jobs)
-        return {"results": self._results(job, jobs, self.runner.run(jobs))}
+        return self.serving.generate(**given)
 
-    def _results(self, job: Any, jobs: Any, result: Any) -> list[dict[str, Any]]:
-        zero_s, _ = self.runner.window(result)
-        mine: dict[int, dict[str, Any]] = {}
-        if result is not None and result.tokens is not None:
-            own = self.runner.own_job(jobs)
-            assert own is not None
-            numbers = own.numbers or range(len(own.prompts))
-            tasks, first_rows, order = own.tasks(), own.first_rows, own.order
-            times: dict[int, list[float]] = {index: [] for index in order}
-            for index, moment in zip(result.ran, result.timeline.token_times_s, strict=True):
-                task = tasks[index]
-                if not task.samples:
-                    continue
-                for row in range(task.first_row, task.end_row):
-                    times[order[first_rows[task.micro_batch] + row]].append(round(moment - zero_s, 6))
-            mine = {
-                numbers[index]: {"token_ids": tokens, "token_times_s": times[index][: len(tokens)]}
-                for index, tokens in result.tokens.items()
-            }
-        found = {int(number): row for part in self.control.gather(mine) for number, row in part.items()}
-        rows = [found[index] for index in range(len(job.prompts))]
-        if self.rank == 0:
-            tokenizer = self.tokens.tokenizer()
-            for prompt, row in zip(job.prompts, rows, strict=True):
-                row["prompt_token_ids"] = list(prompt)
-                row["text"] = (
-                    tokenizer.decode(row["token_ids"], skip_special_tokens=True) if tokenizer is not None else None
-                )
-        return rows
+    def do_score(self, **given: Any) -> dict[str, Any]:
+        """Scores for use."""
+        self._drop_unsplit()
+        return self.serving.score(**given)
 
     def _whole_model(self) -> Any:
         """The unsplit model, kept until a plan wants the memory."""

@@ -10,10 +10,20 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicCache, LinearAttentionLayer
+from transformers.models.auto.auto_factory import _get_model_class
 
 from bench.errors import ModelError
 from bench.memory import LayerShape, ModelShape
-from bench.models.layers import check_family, check_splittable, find_layers
+from bench.models.attention import check_attention
+from bench.models.layers import (
+    cache_name,
+    check_family,
+    check_splittable,
+    embeds_in_layers,
+    find_layers,
+    forbidden_cuts,
+    is_recurrent,
+)
 from bench.models.resolve import ResolvedModel
 from bench.spec import DTYPE_BYTES
 
@@ -29,19 +39,25 @@ def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
     """The model that `AutoModelForCausalLM` would build, without memory.
 
     Raises:
-        ModelError: no causal LM class goes with the config, or the config is inconsistent.
+        ModelError: no causal LM class goes with the config, the config is inconsistent, or the family has not the
+            attention kernel asked for.
     """
     spec = resolved.spec
     untyped: Any = AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=spec.trust_remote_code)
+        if type(config) in untyped._model_mapping:
+            family = _get_model_class(config, untyped._model_mapping)  # type: ignore[no-untyped-call]
+            check_attention(spec, family)
         with torch.device("meta"):
             model = untyped.from_config(
                 config,
-                dtype=getattr(torch, spec.dtype),
+                dtype=getattr(torch, spec.kept_dtype),
                 attn_implementation=spec.attn_implementation,
                 trust_remote_code=spec.trust_remote_code,
             )
+    except ModelError:
+        raise
     # Configs come from anywhere, and families fail on wrong ones in every way there is.
     except Exception as error:
         raise ModelError(f"model.name: {spec.name!r}: no model can be built from its config.json: {error}") from error
@@ -60,15 +76,19 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
     prefix, layers = find_layers(model)
     check_splittable(model)
     config = model.config.get_text_config(decoder=True)
-    dtype_bytes = DTYPE_BYTES[resolved.spec.dtype]
+    spec = resolved.spec
+    dtype_bytes = DTYPE_BYTES[spec.dtype]
     layer_configs = _layer_configs(config, len(layers))
     kinds = _layer_kinds(config, len(layers))
-    kept = _keeps_kv(config, len(layers))
+    # What takes no keys and values by their name keeps states alone.
+    kept = _keeps_kv(config, len(layers)) if cache_name(model) == "past_key_values" else [False] * len(layers)
+    # Some layers are several attention layers, each with keys and values of its own.
+    entries = max(len(DynamicCache(config=config).layers) // len(layers), 1)
     shapes = tuple(
         LayerShape(
             weight_bytes=_bytes(_tensors(layer)),
             active_params=_active_params(layer, layer_config),
-            kv_bytes_per_token=_kv_values(layer, layer_config) * dtype_bytes if keeps else 0,
+            kv_bytes_per_token=_kv_values(layer, layer_config) * entries * dtype_bytes if keeps else 0,
             kind=kind,
         )
         for layer, layer_config, kind, keeps in zip(layers, layer_configs, kinds, kept, strict=True)
@@ -77,7 +97,7 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
     head = model.get_output_embeddings()
     embedding_bytes = _bytes(_tensors(embedding))
     tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", embedding)
-    head_bytes = 0 if head is None or tied else _bytes(_tensors(head))
+    head_bytes = 0 if head is None else _bytes(_only_in(head, model))
     total = _bytes(_tensors(model))
     first, last = _outer_modules(model, prefix)
     return ModelShape(
@@ -95,8 +115,11 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
         num_attention_heads=_number(layer_configs, "num_attention_heads", default=1),
         vocab_size=config.vocab_size,
         dtype_bytes=dtype_bytes,
+        storage_bytes=None if spec.kept_dtype == spec.dtype else DTYPE_BYTES[spec.kept_dtype],
         layers=shapes,
-        forbidden_cuts=_forbidden_cuts(config, kinds),
+        forbidden_cuts=forbidden_cuts(model.config),
+        recurrent=is_recurrent(model),
+        embedding_on_every_stage=embeds_in_layers(model.config),
         max_positions=getattr(config, "max_position_embeddings", None),
         checkpoint_bytes=resolved.checkpoint_bytes,
     )
@@ -108,6 +131,14 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     yield from module.buffers()
 
 
+def _only_in(part: nn.Module, model: nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors of a part that nothing else in the model shares."""
+    inside = {id(module) for module in part.modules()}
+    others = (module for module in model.modules() if id(module) not in inside)
+    shared = {id(tensor) for module in others for tensor in (*module._parameters.values(), *module._buffers.values())}
+    return (tensor for tensor in _tensors(part) if id(tensor) not in shared)
+
+
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -115,7 +146,9 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 def _layer_configs(config: Any, num_layers: int) -> list[Any]:
     """One config per layer: they differ where a family's layers do."""
     per_layer = getattr(config, "per_layer_config", None)
-    return list(per_layer) if per_layer is not None else [config] * num_layers
+    if per_layer is None or len(per_layer) != num_layers:
+        return [config] * num_layers
+    return list(per_layer)
 
 
 def _number(configs: list[Any], name: str, default: int = 0) -> int:
@@ -134,7 +167,9 @@ def _intermediate_size(configs: list[Any]) -> int:
 
 def _layer_kinds(config: Any, num_layers: int) -> list[str]:
     kinds = getattr(config, "layer_types", None)
-    return [str(kind) for kind in kinds] if kinds is not None else ["full_attention"] * num_layers
+    if kinds is None or len(kinds) != num_layers:
+        return ["full_attention"] * num_layers
+    return [str(kind) for kind in kinds]
 
 
 def _keeps_kv(config: Any, num_layers: int) -> list[bool]:
@@ -200,19 +235,6 @@ def _first_int(config: Any, *names: str) -> int:
         if value:
             return int(value)
     return 0
-
-
-def _forbidden_cuts(config: Any, kinds: list[str]) -> tuple[int, ...]:
-    """Cuts between a layer that stores keys and values and the later ones of its kind that use them again."""
-    modes = getattr(config, "kv_sharing_modes", None) or []
-    stored: dict[str, int] = {}
-    forbidden: set[int] = set()
-    for index, mode in enumerate(modes):
-        if mode == "store":
-            stored[kinds[index]] = index
-        elif mode == "reuse":
-            forbidden |= set(range(stored[kinds[index]] + 1, index + 1))
-    return tuple(sorted(forbidden))
 
 
 def _outer_modules(model: PreTrainedModel, layers_prefix: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -27,15 +27,18 @@ def init_dummy_weights(model: PreTrainedModel, seed: int) -> None:
         seed: equal seeds give equal weights.
     """
     _materialize(model)
+    untyped: Any = model
     modules = list(_with_owners(model))
     # A family's `_init_weights` may reach into a module's descendants. Around what may have been cut out, the outcome
     # would depend on it: such modules go first, for the sake of tensors of their own alone, and whatever else they
     # reach is drawn again. All others go inside out, as the families mean it.
     names = _names_around_cuts(model)
-    around = [entry for entry in modules if entry[0] in names and _owns_tensors(entry[1])]
+    around = [entry for entry in modules if entry[0] in names]
     inside = [entry for entry in modules if entry[0] not in names]
+    # What the embedding shares with the head has the embedding's values, wherever the head stands.
+    embedding = [entry for entry in inside if entry[1] is untyped.get_input_embeddings()]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for name, module, owner in (*around, *reversed(inside)):
+        for name, module, owner in (*around, *reversed(inside), *embedding):
             torch.default_generator.manual_seed(_module_seed(seed, name))
             _init_module(module, owner)
 
@@ -50,10 +53,6 @@ def _names_around_cuts(model: Any) -> set[str]:
         path = part.split(".")
         names |= {".".join(path[:depth]) for depth in range(1, len(path))}
     return names
-
-
-def _owns_tensors(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 
 def _init_module(module: nn.Module, owner: Any) -> None:

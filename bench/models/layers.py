@@ -6,51 +6,50 @@ import inspect
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from bench.errors import ModelError
 
 UNSPLITTABLE: dict[str, str] = {
-    "zamba": "its shared blocks read the embeddings in later layers, too",
-    "zamba2": "its shared blocks read the embeddings in later layers, too",
-    "gemma3n": "its layers hand on four streams of hidden states and read the embeddings",
-    "gemma3n_text": "its layers hand on four streams of hidden states and read the embeddings",
-    "deepseek_v4": "its layers hand on several streams of hidden states",
-    "hy_v4": "its layers hand on several streams of hidden states and the indices they attend to",
-    "mllama": "without an image it leaves out some of its layers",
-    "minimax": "it insists on a cache class of its own",
-    "xlstm": "it insists on a cache class of its own",
-    "rwkv": "its layers share one recurrent state",
-    "longcat_flash": "each of its layers is two attention layers to the cache",
     "hrm_text": "it runs the same layers several times in one forward pass",
+    "inkling2_text": "its layers read the hidden states of every block before them",
     "openai-gpt": "it has no KV cache",
+    "prophetnet": "it predicts several tokens at a time, and its layers work on all of them side by side",
+    "rwkv": "its layers share one recurrent state, and its weights are changed by the first forward pass",
     "xlm": "it has no KV cache, and its layers lie in several lists",
     "cpmant": "it puts tokens of its own before the prompt",
 }
 """Families, by `model_type`, that come out wrong when they are cut, and why."""
 
-_ENCODERS = ("bert", "bert-generation", "big_bird", "ernie", "megatron-bert", "roc_bert", "roformer", "xlm-roberta-xl")
-_CACHES = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
-"""Kinds of cache layer, exactly these classes, that a stage can hold in part."""
+CARRIED: dict[str, dict[str, str]] = {"zaya": {"prev_router_hidden_states": "router_hidden_size"}}
+"""Families whose layers hand on more than hidden states: the further arguments of a layer, and the config's name for
+the width of each."""
+
+_LAYER_COUNTS = ("num_layers", "num_decoder_layers", "decoder_layers", "num_hidden_layers")
+"""The config's names for the number of layers; the last may count an encoder's, or several to a layer."""
+_EMBEDS_IN_LAYERS = ("zamba", "zamba2", "gemma3n", "gemma3n_text")
+_ENCODERS = ("bert-generation", *MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+_CACHE_NAMES = ("past_key_values", "cache_params")
+_KEPT_BY_ROW = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
+"""Kinds of cache layer, exactly these classes, that hold every row and position for itself."""
 
 
 def check_family(model_type: str) -> None:
     """Refuses a family that is known to come out wrong when it is cut.
 
     Raises:
-        ModelError: the family is one of `UNSPLITTABLE`, or an encoder.
+        ModelError: the family is one of `UNSPLITTABLE`.
     """
-    reason = "it is an encoder" if model_type in _ENCODERS else UNSPLITTABLE.get(model_type)
-    if reason is not None:
-        raise _refusal(model_type, reason)
+    if model_type in UNSPLITTABLE:
+        raise _refusal(model_type, UNSPLITTABLE[model_type])
 
 
 def check_splittable(model: PreTrainedModel) -> None:
@@ -63,21 +62,66 @@ def check_splittable(model: PreTrainedModel) -> None:
     for model_type in (model.config.model_type, config.model_type):
         check_family(model_type)
     # Some decoders carry the mark as well, and mean nothing by it.
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False:
+    if config.model_type in _ENCODERS and getattr(config, "is_decoder", None) is False:
         raise _refusal(config.model_type, "it is an encoder (is_decoder is false in its config)")
-    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
-        raise _refusal(config.model_type, "its forward pass takes no past_key_values")
-    if getattr(config, "hidden_size_per_layer_input", None):
-        raise _refusal(config.model_type, "its layers read the embeddings (hidden_size_per_layer_input)")
-    strange = sorted(
-        {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) not in _CACHES}
-    )
-    if strange:
-        raise _refusal(config.model_type, f"its cache cannot be held in part ({', '.join(strange)})")
+    if cache_name(model) is None:
+        raise _refusal(config.model_type, f"its forward pass takes none of {', '.join(_CACHE_NAMES)}")
+    try:
+        DynamicCache(config=config)
+    # As with models: families fail on wrong configs in every way there is.
+    except Exception as error:
+        raise ModelError(f"model_type {config.model_type!r}: no cache can be built from its config: {error}") from error
 
 
 def _refusal(model_type: str, reason: str) -> ModelError:
     return ModelError(f"model_type {model_type!r} cannot be split over devices: {reason}; choose another model")
+
+
+def cache_name(model: PreTrainedModel | type[PreTrainedModel]) -> str | None:
+    """The argument by which the model's forward pass takes its cache."""
+    family = model if isinstance(model, type) else type(model)
+    accepted = inspect.signature(family.forward).parameters
+    return next((name for name in _CACHE_NAMES if name in accepted), None)
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether a state of the model covers a whole micro-batch, so that prefill cannot be cut by rows or tokens."""
+    untyped: Any = model
+    kinds = {type(layer) for layer in DynamicCache(config=untyped.config).layers}
+    return bool(untyped._is_stateful) or not kinds <= set(_KEPT_BY_ROW)
+
+
+def embeds_in_layers(config: PreTrainedConfig) -> bool:
+    """Whether layers read the embedding of the tokens, so that every stage must hold it."""
+    text_config = config.get_text_config(decoder=True)
+    per_layer = getattr(text_config, "hidden_size_per_layer_input", None)
+    return text_config.model_type in _EMBEDS_IN_LAYERS or bool(per_layer)
+
+
+def forbidden_cuts(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Layers before which the model must not be cut: what a layer reads of an earlier one does not cross.
+
+    These are keys and values that a layer uses again, positions that an earlier layer chose to attend to, and layers
+    that are left out where there is no image (a cut behind them is the same).
+    """
+    text_config = config.get_text_config(decoder=True)
+    forbidden: set[int] = set()
+    kinds = getattr(text_config, "layer_types", None) or []
+    stored: dict[str, int] = {}
+    for index, mode in enumerate(getattr(text_config, "kv_sharing_modes", None) or []):
+        if mode == "store":
+            stored[kinds[index]] = index
+        elif mode == "reuse":
+            forbidden |= set(range(stored[kinds[index]] + 1, index + 1))
+    for index, mode in enumerate(getattr(text_config, "indexer_types", None) or []):
+        if mode == "shared":
+            forbidden.add(index)
+    return tuple(sorted(cut for cut in forbidden | idle_layers(config) if 0 < cut < text_config.num_hidden_layers))
+
+
+def idle_layers(config: PreTrainedConfig) -> frozenset[int]:
+    """Layers that the model never calls when it is given text alone."""
+    return frozenset(getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -92,7 +136,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         ModelError: there is no such list.
     """
     config = model.config.get_text_config(decoder=True)
-    num_layers = getattr(config, "num_hidden_layers", None)
+    num_layers = next((getattr(config, name) for name in _LAYER_COUNTS if hasattr(config, name)), None)
     untyped: Any = model
     for root in (untyped.get_decoder(), model):
         lists = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from transformers.cache_utils import (
     Cache,
     DummyLayer,
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
 )
 
 
@@ -33,16 +37,18 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._end_row = rows
         self._length = 0
 
-    def seek(self, first_row: int, end_row: int, length: int) -> None:
+    def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
         """Points at rows `[first_row, end_row)`, of which `length` positions are filled."""
         self._first_row, self._end_row, self._length = first_row, end_row, length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates `[rows, heads, max_len, head_dim]` for keys and for values (whose sizes may differ)."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = _kept_dtype(key_states), key_states.device
         self.keys, self.values = (
             torch.empty(
-                (self.rows, states.shape[1], self.max_len, states.shape[3]), dtype=states.dtype, device=states.device
+                (self.rows, states.shape[1], self.max_len, states.shape[3]),
+                dtype=_kept_dtype(states),
+                device=states.device,
             )
             for states in (key_states, value_states)
         )
@@ -52,8 +58,8 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends `[rows, heads, tokens, head_dim]` and returns views of all positions that may be attended to."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if self.keys is None:
+            SlotLayer.lazy_initialization(self, key_states, value_states)
         begin, end = self._length, self._length + key_states.shape[-2]
         assert end <= self.max_len, f"KV slot of {self.max_len} positions cannot take position {end}"
         start = 0 if self.sliding_window is None else max(begin - self.sliding_window + 1, 0)
@@ -79,59 +85,153 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         return -1 if self.sliding_window is None else self.sliding_window
 
-    def nbytes(self) -> int:
-        """Bytes allocated; 0 before the first use and on other stages."""
-        if self.keys is None or self.values is None:
-            return 0
-        return int(self.keys.nbytes + self.values.nbytes)
+
+def _kept_dtype(states: torch.Tensor) -> torch.dtype:
+    """In mixed precision attention reads halved numbers, whatever they come in: to keep wider ones would be in vain."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+class SlotIndexedLayer(SlotLayer):  # type: ignore[no-untyped-call]
+    """Keys and values, and beside them the keys `[rows, max_len, dim]` by which positions to attend to are chosen."""
+
+    indexer_keys: torch.Tensor | None = None
+    indexer_position_ids: torch.Tensor | None = None
+    """Kept by families of recurrent states alone, for a whole micro-batch."""
+    _indexed = 0
+
+    def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
+        """As for keys and values: the two are written in turn, each at a length of its own."""
+        super().seek(first_row, end_row, length, is_own=is_own)
+        self._indexed = length
+        if length == 0:
+            self.indexer_position_ids = None
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Appends `[rows, tokens, dim]` and returns a view of all positions."""
+        states = indexer_key_states
+        if self.indexer_keys is None:
+            self.indexer_keys = states.new_empty((self.rows, self.max_len, states.shape[-1]))
+        begin, self._indexed = self._indexed, self._indexed + states.shape[1]
+        rows = self.indexer_keys[self._first_row : self._end_row]
+        rows[:, begin : self._indexed].copy_(states)
+        return rows[:, : self._indexed]
+
+
+class SlotStates(LinearAttentionLayer):
+    """Recurrent states of one layer, for a whole micro-batch; they start anew with every prefill."""
+
+    _num_rows = 0
+
+    def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
+        """Starts anew at `length` 0; states of as many rows stay at the same place in memory."""
+        if not is_own:
+            self.has_previous_state = dict.fromkeys(self.has_previous_state, length > 0)
+        elif length == 0:
+            if end_row - first_row != self._num_rows:
+                self._num_rows = end_row - first_row
+                SlotStates.__init__(self, number_of_states=self.number_of_states)
+            LinearAttentionLayer.reset(self)
+
+
+class SlotHybridLayer(SlotStates, SlotLayer):  # type: ignore[misc, no-untyped-call, override]
+    """Recurrent states and keys and values of one layer."""
+
+    is_compileable = False
+
+    def __init__(self, *, rows: int, max_len: int, sliding_window: int | None, number_of_states: int) -> None:
+        SlotLayer.__init__(self, rows=rows, max_len=max_len, sliding_window=sliding_window)
+        SlotStates.__init__(self, number_of_states=number_of_states)
+
+    def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
+        SlotStates.seek(self, first_row, end_row, length, is_own=is_own)
+        SlotLayer.seek(self, first_row, end_row, length, is_own=is_own)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of the states alone: keys and values are initialised by `update` itself."""
+        LinearAttentionLayer.lazy_initialization(self, **kwargs)
 
 
 class SlotCache(Cache):
     """A model's cache for one slot of `rows` sequences of at most `max_len` positions.
 
-    Layers of attention are `SlotLayer`; what transformers keeps for other kinds of layer (recurrent states) stays
-    its own class and starts anew with every prefill.
+    What a family keeps in a kind of layer of its own stays that class, for a whole micro-batch at a time, and is
+    made anew for every prefill.
+
+    Args:
+        own_layers: of the model's `num_layers` layers, those whose keys, values and states are kept here.
+        recurrent: whether a state covers a whole micro-batch.
     """
 
-    def __init__(self, config: Any, *, rows: int, max_len: int, own_layers: range) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: Any,
+        *,
+        rows: int,
+        max_len: int,
+        own_layers: range,
+        num_layers: int,
+        recurrent: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._config, self._dtype, self._device = config, dtype, device
         self.rows = rows
         self.max_len = max_len
-        self._own_layers = own_layers
-        layers: list[Any] = []
-        for template in DynamicCache(config=config).layers:
-            if type(template) is DynamicLayer:
-                layers.append(SlotLayer(rows=rows, max_len=max_len))
-            elif type(template) is DynamicSlidingWindowLayer:
-                layers.append(SlotLayer(rows=rows, max_len=max_len, sliding_window=template.sliding_window))
-            else:
-                layers.append(template)
-        super().__init__(layers=layers)
-
-    @property
-    def rows_are_separable(self) -> bool:
-        """Whether rows may be prefilled in several pieces: not where a recurrent state covers the whole batch."""
-        return all(isinstance(layer, SlotLayer | DummyLayer) for layer in self.layers)
+        self.rows_are_separable = not recurrent
+        """Whether rows may be prefilled in several pieces: not where a state covers the whole micro-batch."""
+        templates = self._templates(num_layers)
+        # Some families keep several entries for a layer.
+        entries = max(len(templates) // num_layers, 1)
+        self._own = range(own_layers.start * entries, own_layers.stop * entries)
+        layers = [self._entry(template, index in self._own) for index, template in enumerate(templates)]
+        self._of_own_kind = [index for index in self._own if not isinstance(layers[index], SlotLayer | SlotStates)]
+        # Not `super()`: beside this class may stand a family's own, which makes its layers itself.
+        Cache.__init__(self, layers=layers)
 
     def seek(self, first_row: int, end_row: int, length: int) -> None:
         """Says which rows the next forward pass works on and how many positions they hold."""
-        if length == 0 and not self.rows_are_separable:
-            for index, fresh in enumerate(DynamicCache(config=self._config).layers):
-                if not isinstance(self.layers[index], SlotLayer | DummyLayer):
-                    self.layers[index] = fresh
+        if length == 0 and self._of_own_kind:
+            templates = self._templates(0)
+            for index in self._of_own_kind:
+                self.layers[index] = self._entry(templates[index], True)
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, SlotLayer):
-                layer.seek(first_row, end_row, length)
-            elif isinstance(layer, LinearAttentionCacheLayerMixin) and index not in self._own_layers:
-                layer.has_previous_state = dict.fromkeys(layer.has_previous_state, length > 0)
+            if isinstance(layer, SlotLayer | SlotStates):
+                layer.seek(first_row, end_row, length, is_own=index in self._own)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which entries hold states alone: a mask is made by the first that holds all keys."""
+        return [type(layer) is SlotStates for layer in self.layers]
 
     def nbytes(self) -> int:
         """Bytes of keys, values and states held by this stage."""
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, SlotLayer):
-                total += layer.nbytes()
-            elif isinstance(layer, LinearAttentionCacheLayerMixin):
-                states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-                total += sum(int(state.nbytes) for state in states if state is not None)
-        return total
+        tensors = {id(tensor): tensor for layer in self.layers for tensor in _tensors(vars(layer))}
+        return sum(int(tensor.nbytes) for tensor in tensors.values())
+
+    def _templates(self, num_layers: int) -> list[Any]:
+        """What transformers would keep; configs of encoder-decoders may count the encoder's layers."""
+        known: list[Any] = DynamicCache(config=self._config).layers
+        return known + [DynamicLayer() for _ in range(num_layers - len(known))]  # type: ignore[no-untyped-call]
+
+    def _entry(self, template: Any, is_own: bool) -> Any:
+        kind = type(template)
+        sizes = {"rows": self.rows, "max_len": self.max_len}
+        window = template.sliding_window if isinstance(template, DynamicSlidingWindowLayer) else None
+        if kind is LinearAttentionLayer:
+            return SlotStates(number_of_states=template.number_of_states)
+        if kind in (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+            return SlotHybridLayer(**sizes, sliding_window=window, number_of_states=template.number_of_states)
+        if kind is DynamicIndexedLayer:
+            return SlotIndexedLayer(**sizes)
+        if kind is DummyLayer or (is_own and kind not in (DynamicLayer, DynamicSlidingWindowLayer)):
+            return template
+        return SlotLayer(**sizes, sliding_window=window)
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values.values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value)

@@ -17,8 +17,9 @@ import torch
 
 from bench.spec import Sampling
 
-# Sorting a whole vocabulary costs more than a decode step of a small model; `top_p` seldom leaves more than these.
-LIKELIEST = 1024
+# How many of the likeliest tokens `top_p` is looked for among, before the whole vocabulary is sorted, which on a CPU
+# takes longer than a decode step of a small model.
+LIKELIEST = (1024, 8192)
 
 
 def uniforms(sampling: Sampling, numbers: Sequence[int], output_len: int) -> torch.Tensor:
@@ -44,11 +45,11 @@ def draw(logits: torch.Tensor, u: torch.Tensor, sampling: Sampling) -> torch.Ten
 def draw_margins(logits: torch.Tensor, u: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """`[B]`, float64: the draw stays the same as long as no logit is off by this much.
 
-    Logits that are off by up to e change the log-odds of any set of tokens by at most 2 e / T, and by as much where those
-    inside are off by +e and those outside by -e. So the distance of u from the nearest bound of its token, as log-odds
-    and times T / 2, is a bound on e: the best there is. The tokens left by `top_k` and `top_p` stay the same if those
-    next to the cut cannot change sides, which takes half their distance, and if the sums that `top_p` lies between
-    cannot pass it, for which the same holds as for u.
+    Logits that are off by up to e change the log-odds of any set of tokens by at most 2 e / T, and by as much where
+    those inside are off by +e and those outside by -e. So the distance of u from the nearest bound of its token, as
+    log-odds and times T / 2, is a bound on e: the best there is. The tokens left by `top_k` and `top_p` stay the same
+    if those next to the cut cannot change sides, which takes half their distance, and if the sums that `top_p` lies
+    between cannot pass it, for which the same holds as for u.
     """
     weights, _ = _weights(logits, sampling)
     place, cumulated = _place(weights, u)
@@ -76,8 +77,14 @@ def draw_margins(logits: torch.Tensor, u: torch.Tensor, sampling: Sampling) -> t
     return margin * (sampling.temperature / 2.0)
 
 
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[n]`, fp32, of one token at each of n positions with logits `[n, V]`."""
+    logits = logits.float()
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
 def _weights(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights `[B, n]` of the tokens that may be drawn, in the order of the vocabulary, and these tokens; None for all."""
+    """Weights `[B, n]` of the tokens that may be drawn, in the vocabulary's order, and these tokens; None for all."""
     if not 0 < sampling.top_k < logits.shape[-1] and sampling.top_p == 1.0:
         return (logits.float() / sampling.temperature).softmax(-1), None
     _, tokens, shares = _likeliest(logits, sampling)
@@ -100,15 +107,17 @@ def _likeliest(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
     if 0 < sampling.top_k < vocabulary:
         ordered, tokens = scaled.topk(sampling.top_k + 1, dim=-1)
         return ordered.double(), tokens, ordered[:, :-1].double().softmax(-1)
-    total = scaled.logsumexp(-1, keepdim=True).double()
+    top = scaled.amax(-1, keepdim=True)
+    # Summed in float64 from terms of float32: exact enough even where nearly all lies on one token, and cheap.
+    total = (scaled - top).exp().sum(-1, keepdim=True, dtype=torch.float64)
     # A GPU sorts quickly, and must not wait for the host to look.
-    if LIKELIEST < vocabulary and not scaled.is_cuda:
-        ordered, tokens = scaled.topk(LIKELIEST, dim=-1)
-        shares = (ordered.double() - total).exp()
-        if not bool(_stays(shares, sampling)[:, -1].any()):
+    counts = [] if scaled.is_cuda else [count for count in LIKELIEST if count < vocabulary]
+    while True:
+        count = counts.pop(0) if counts else vocabulary
+        ordered, tokens = scaled.topk(count, dim=-1)
+        shares = (ordered.double() - top.double()).exp() / total
+        if count == vocabulary or not bool(_stays(shares, sampling)[:, -1].any()):
             return ordered.double(), tokens, shares
-    ordered, tokens = scaled.sort(dim=-1, descending=True, stable=True)
-    return ordered.double(), tokens, (ordered.double() - total).exp()
 
 
 def _stays(shares: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -131,7 +140,7 @@ def _place(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def _log_odds_distance(below: torch.Tensor, value: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
-    """How far a probability lies, in log-odds, from the nearer of two others that enclose it; 0 and 1 are at infinity."""
+    """How far a probability lies, in log-odds, from the nearer of two that enclose it; 0 and 1 are at infinity."""
     odds = value.logit()
     up = torch.where(above < 1.0, above.logit() - odds, torch.inf)
     down = torch.where(below > 0.0, odds - below.logit(), torch.inf)

@@ -14,6 +14,7 @@ from bench.models.describe import build_on_meta
 from bench.models.dummy import init_dummy_weights
 from bench.models.resolve import ResolvedModel
 from bench.runtime.device import TORCH_DTYPES
+from bench.runtime.precision import compute_mixed
 from bench.spec import device_index, device_kind
 
 
@@ -33,17 +34,21 @@ def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
     if spec.load_format == "dummy":
         init_dummy_weights(skeleton, spec.seed)
         if spread is None:
-            return skeleton.to(torch.device(devices[0]) if kind == "cuda" else torch.device("cpu")).eval()
-        return dispatch_model(skeleton, spread, skip_keys=skeleton._skip_keys_device_placement).eval()
+            whole = skeleton.to(torch.device(devices[0]) if kind == "cuda" else torch.device("cpu"))
+        else:
+            whole = dispatch_model(skeleton, spread, skip_keys=skeleton._skip_keys_device_placement)
+        compute_mixed(whole, spec, torch.device(kind))
+        return whole.eval()
     placement: Any = spread or ({"": devices[0]} if kind == "cuda" else None)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         resolved.folder,
-        dtype=TORCH_DTYPES[spec.dtype],
+        dtype=TORCH_DTYPES[spec.kept_dtype],
         attn_implementation=spec.attn_implementation,
         use_safetensors=True,
         trust_remote_code=spec.trust_remote_code,
         device_map=placement,
     )
+    compute_mixed(loaded, spec, torch.device(kind))
     return loaded.eval()
 
 

@@ -131,7 +131,7 @@ def test_cuts_between_shared_keys_and_their_users_are_forbidden(tmp_path: Path) 
     assert [layer.kv_bytes_per_token > 0 for layer in shape.layers] == [True] * 4 + [False] * 2
 
 
-@pytest.mark.parametrize("family", ["zamba2", "minimax", "longcat_flash", "hrm_text", "rwkv", "xlstm", "openai-gpt"])
+@pytest.mark.parametrize("family", sorted(UNSPLITTABLE))
 def test_families_that_come_out_wrong_are_refused_by_name(family: str) -> None:
     with pytest.raises(ModelError, match=f"'{family}' cannot be split over devices: {UNSPLITTABLE[family]}"):
         check_family(family)
@@ -144,17 +144,45 @@ def test_refusal_by_name_reaches_the_user(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "reason"),
+    ("family", "cuts"),
+    [("glm_moe_dsa", (1, 3)), ("mllama", (2, 5)), ("gemma3n_text", (2, 3, 4)), ("zamba2", ())],
+)
+def test_cuts_are_forbidden_where_a_layer_reads_what_does_not_cross(
+    tmp_path: Path, family: str, cuts: tuple[int, ...]
+) -> None:
+    assert describe(save_config(tmp_path, family)).forbidden_cuts == cuts
+
+
+@pytest.mark.parametrize(
+    ("family", "recurrent", "embeds"),
     [
-        ("mamba", {}, "takes no past_key_values"),
-        ("gemma4_text", {"hidden_size_per_layer_input": 16}, "read the embeddings"),
+        ("llama", False, False),
+        ("gemma2", False, False),
+        ("deepseek_v32", False, False),
+        ("gemma3n_text", False, True),
+        ("mamba2", True, False),
+        ("falcon_h1", True, False),
+        ("minimax", True, False),
+        ("xlstm", True, False),
+        ("zamba2", True, True),
     ],
 )
-def test_models_whose_layers_need_more_than_hidden_states_are_refused(
-    tmp_path: Path, family: str, changes: dict[str, Any], reason: str
-) -> None:
-    with pytest.raises(ModelError, match=reason):
-        describe(save_config(tmp_path, family, **changes))
+def test_what_a_family_asks_of_a_split_is_told(tmp_path: Path, family: str, recurrent: bool, embeds: bool) -> None:
+    shape = describe(save_config(tmp_path, family))
+    assert (shape.recurrent, shape.embedding_on_every_stage) == (recurrent, embeds)
+
+
+def test_layers_of_two_attentions_keep_twice_the_keys_and_values(tmp_path: Path) -> None:
+    shape = describe(save_config(tmp_path, "longcat_flash"))
+    assert shape.num_layers == 4
+    assert [layer.kv_bytes_per_token for layer in shape.layers] == [2 * (16 + 8) * 4] * 4
+
+
+def test_bias_of_a_tied_head_belongs_to_the_head(tmp_path: Path) -> None:
+    AutoConfig.for_model("ctrl", n_embd=32, dff=48, n_layer=2, n_head=4, vocab_size=96).save_pretrained(tmp_path)
+    shape = describe(tmp_path)
+    assert shape.tied
+    assert shape.head_bytes == 96 * 4
 
 
 def test_encoder_is_refused(tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ def sentence(text: str) -> str:
 def layers_text(plan: Plan) -> str:
     """`17+13`, `2×17+13` for two replicas, `17+13 compiled`: all but the sizes."""
     counts = "+".join(str(count) for count in plan.layer_counts)
-    _, _, *switches = plan.describe().split(" · ")
-    return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *switches])
+    return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *plan.switches])
 
 
 def prefill_text(plan: Plan) -> str:

@@ -15,20 +15,21 @@ from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 
 DEVICES = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
 OUTPUT_LEN = 7
-# Micro-batches in flight, and the plan.
-PLANS: list[tuple[int | None, Plan]] = [
+# Layers per stage, micro-batch size, prefill micro-batch size, micro-batches in flight, what else.
+SHAPES: list[tuple[tuple[int, ...], int, int | None, int | None, dict[str, Any]]] = [
+    ((6,), 5, None, None, {}),
+    ((3, 3), 3, None, None, {}),
+    ((1, 5), 2, 1, 2, {"prefill_chunk_size": 3}),
+    ((4, 2), 5, 2, 1, {}),
+    ((2, 1, 3), 2, None, None, {"prefill_chunk_size": 1}),
+    ((1, 2, 1, 2), 1, None, 3, {}),
+    ((3, 1, 1, 1), 4, 3, None, {"prefill_chunk_size": 100}),
+    ((2, 4), 2, 1, 2, {"replicas": 2, "prefill_chunk_size": 4}),
+    ((6,), 2, None, None, {"replicas": 4}),
+]
+PLANS = [
     (in_flight, Plan.from_layer_counts(counts, DEVICES, size, prefill_micro_batch_size=prefill, **more))
-    for counts, size, prefill, in_flight, more in [
-        ((6,), 5, None, None, {}),
-        ((3, 3), 3, None, None, {}),
-        ((1, 5), 2, 1, 2, {"prefill_chunk_size": 3}),
-        ((4, 2), 5, 2, 1, {}),
-        ((2, 1, 3), 2, None, None, {"prefill_chunk_size": 1}),
-        ((1, 2, 1, 2), 1, None, 3, {}),
-        ((3, 1, 1, 1), 4, 3, None, {"prefill_chunk_size": 100}),
-        ((2, 4), 2, 1, 2, {"replicas": 2, "prefill_chunk_size": 4}),
-        ((6,), 2, None, None, {"replicas": 4}),
-    ]
+    for counts, size, prefill, in_flight, more in SHAPES
 ]
 PLANS += [(None, plan.model_copy(update={"packed_weights": False})) for _, plan in PLANS[1:2]]
 

@@ -94,13 +94,13 @@ def test_a_stage_lets_go_before_it_loads(tmp_path: Path, monkeypatch: pytest.Mon
     stage = Stage(resolved, CPU)
     stage.assign(0, 4, is_first=True, is_last=False)
     held: list[int] = []
-    load = stage._load
+    load = stage._parts.load
 
     def watch(*args: Any, **kwargs: Any) -> Any:
         held.extend(index for index, layer in enumerate(stage.model.model.layers) if not isinstance(layer, SkipLayer))
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(stage, "_load", watch)
+    monkeypatch.setattr(stage._parts, "load", watch)
     assert stage.assign(3, 6, is_first=False, is_last=True) == (4, 5)
     assert held == [3], "layers of the old plan and of the new one would have to fit together"
 
