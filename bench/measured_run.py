@@ -30,7 +30,6 @@ from bench.reference import (
 from bench.runner import Runner
 from bench.runtime.generate import PassResult
 from bench.runtime.job import Job
-from bench.runtime.packing import packed_bytes
 from bench.schedule import Task
 from bench.spec import EffectivePlan, Plan, Protocol, RunSpec, device_kind
 from bench.telemetry import merge_telemetry, peak_rss_bytes, read_telemetry, reset_peak_rss, sensors_for
@@ -59,6 +58,10 @@ class MeasuredRun:
         jobs = runner.parts(self.job)
         # First of all, since what comes before can use these KV slots: they are the largest.
         runner.open(jobs, instrument=protocol.instrument)
+        if self.plan.compile:
+            runner.status.phase = "compile"
+            runner.report("compile", 0, 1)
+            runner.run(jobs)
         check, check_s = None, None
         if self.reference is not None and protocol.check_outputs:
             runner.status.phase = "check"
@@ -132,6 +135,7 @@ class MeasuredRun:
         sensors.start()
         iterations: list[Iteration] = []
         comparison = Comparison(runner, self.plan, self.job, self.reference)
+        compiled_before = runner.compiled.graphs
         for number in range(self.protocol.num_iters):
             runner.report("measure", number, self.protocol.num_iters)
             result = runner.run(jobs)
@@ -141,12 +145,19 @@ class MeasuredRun:
             if runner.rank == 0:
                 iterations.append(self._iteration(rows, duration_s))
         telemetry = read_telemetry(sensors, before)
+        notes = [*runner.compiled.notes]
+        if runner.compiled.graphs > compiled_before:
+            count = runner.compiled.graphs - compiled_before
+            notes.append(f"compile: {count} graphs of stage {runner.index} were compiled while it was timed")
+        if runner.loop is not None and runner.loop.graphs is not None:
+            notes += runner.loop.graphs.notes
         mine: dict[str, Any] = {
             "telemetry": telemetry.model_dump(mode="json"),
             "compared": comparison.seen(),
             "peak_was_reset": peak_was_reset,
-            "notes": runner.loop.graphs.notes if runner.loop is not None and runner.loop.graphs is not None else (),
-            "prepare_s": runner.loop.graphs.report.capture_s if runner.loop and runner.loop.graphs else 0.0,
+            "notes": notes,
+            "prepare_s": (runner.compiled.compile_s if self.plan.compile else 0.0)
+            + (runner.loop.graphs.report.capture_s if runner.loop and runner.loop.graphs else 0.0),
         }
         if runner.index is not None:
             mine["memory"] = self._memory().model_dump(mode="json")
@@ -215,7 +226,7 @@ class MeasuredRun:
     def _memory(self) -> StageMemory:
         runner = self.runner
         assert runner.index is not None
-        weights = runner.stage.weights_bytes() + packed_bytes(runner.stage.model)
+        weights = runner.stage.weights_bytes()
         kv = runner.loop.kv_bytes() if runner.loop is not None else 0
         cap = int(self.plan.stages[runner.index].memory_fraction * runner.device_bytes)
         if runner.device.is_cuda:

@@ -15,12 +15,12 @@ from bench.control import ControlGroup
 from bench.memory import ModelShape
 from bench.models.resolve import ResolvedModel
 from bench.placement import Placement
+from bench.runtime.compiled import CompiledLayers
 from bench.runtime.device import DeviceContext, undisturbed
 from bench.runtime.generate import Edges, PassResult, StageLoop, Status
 from bench.runtime.graphs import DecodeGraphs
 from bench.runtime.job import Job
 from bench.runtime.links import Links
-from bench.runtime.packing import pack_linears
 from bench.runtime.precision import is_mixed
 from bench.runtime.stage import Stage
 from bench.spec import EffectivePlan, Plan, RunSpec
@@ -61,6 +61,7 @@ class Runner:
         self.stage = Stage(resolved, device.torch_device)
         self._links = Links(self.devices, self.rank, device.torch_device)
         self._packed = False
+        self.compiled = CompiledLayers()
         self.loop: StageLoop | None = None
         self.plan: Plan | None = None
         self.placement: Placement | None = None
@@ -80,6 +81,7 @@ class Runner:
         self.plan = plan
         self.placement = Placement.of(plan, self.devices, self.rank)
         self._close_loop()
+        self.compiled.remove()
         gc.collect()
         loaded: tuple[int, ...] = ()
         load_s = 0.0
@@ -99,7 +101,9 @@ class Runner:
             )
             load_s = self.stage.load_s
             if packed:
-                pack_linears(self.stage.model)
+                self.stage.pack()
+            if plan.compile:
+                self.compiled.apply(self.stage.model, self.stage.own_layers, where=f"stage {self.index}")
         self.device.free_cached()
         gathered = self.control.gather({"loaded": loaded, "load_s": load_s})
         layers = sorted({layer for row in gathered for layer in row["loaded"]})
@@ -108,6 +112,7 @@ class Runner:
     def release(self) -> None:
         """Frees the stage and its KV, before something else wants the memory."""
         self._close_loop()
+        self.compiled.remove()
         self.plan = self.placement = None
         self.stage.release()
         # The last plan's cap is not meant for what comes now.

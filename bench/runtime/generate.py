@@ -255,6 +255,7 @@ class _Pass:
             self.slots[task.slot],
             hidden,
             all_logits=self.job.scores,
+            without_logits=not (task.samples or self.job.scores),
         )
 
     def sample(self, task: Task, logits: torch.Tensor) -> torch.Tensor:

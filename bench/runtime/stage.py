@@ -23,8 +23,10 @@ from bench.runtime.boundary import Boundary, StageDone, probe
 from bench.runtime.cache import SlotCache
 from bench.runtime.device import TORCH_DTYPES
 from bench.runtime.own_caches import SLOT_CACHES
+from bench.runtime.packing import PackedLinear, pack_linears, packed_bytes
 from bench.runtime.parts import Parts
 from bench.runtime.precision import computing
+from bench.runtime.standins import StubEmbedding
 
 
 class Stage:
@@ -49,6 +51,8 @@ class Stage:
         self.loaded_layers: tuple[int, ...] = ()
         self.load_s = 0.0
         self._model: Any = None
+        self._head_hook: Any = None
+        self._without_logits = False
 
     @property
     def hidden_size(self) -> int:
@@ -82,13 +86,15 @@ class Stage:
         began = time.perf_counter()
         wanted = range(first_layer, end_layer)
         tied = self._parts.is_tied
-        need_embedding = self._embeds(is_first=is_first, is_last=is_last)
-        have_embedding = self._model is not None and self._embeds(is_first=self.is_first, is_last=self.is_last)
         have_head = self._model is not None and self.is_last
+        # Packed, a tied head needs no embedding beside it any more.
+        shares = tied and not (have_head and isinstance(self.model.get_output_embeddings(), PackedLinear))
+        need_embedding = is_first or self._embeds_always or (is_last and shares)
+        have_embedding = self._model is not None and not isinstance(self.model.get_input_embeddings(), StubEmbedding)
         missing = tuple(layer for layer in wanted if layer not in self.own_layers)
         load_embedding = need_embedding and not have_embedding
         load_head = is_last and not have_head
-        self._boundary.detach()
+        self._detach()
         if self._model is not None:
             # First of all: what was held and what comes may not fit the device together.
             gone = set(self.own_layers) - set(wanted)
@@ -107,21 +113,31 @@ class Stage:
         self.load_s = time.perf_counter() - began
         return missing
 
+    def pack(self) -> None:
+        """Lays the linear weights out for oneDNN, those that are not yet."""
+        # A hooked layer is left alone.
+        self._detach()
+        pack_linears(self.model)
+        self._attach()
+        if self._parts.is_tied and self.is_last and not (self.is_first or self._embeds_always):
+            packed = isinstance(self.model.get_output_embeddings(), PackedLinear)
+            self._parts.drop(self.model, (), embedding=packed, head=False)
+
     def release(self) -> None:
         """Drops every layer, so that the device's memory is free for something else."""
-        self._boundary.detach()
+        self._detach()
         self._model = None
         self.own_layers, self.is_first, self.is_last = range(0), False, False
 
     def weights_bytes(self) -> int:
-        """Bytes of parameters and buffers, shared storage counted once."""
+        """Bytes of parameters, packed ones among them, and buffers; shared storage counted once."""
         if self._model is None:
             return 0
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in (*self.model.parameters(), *self.model.buffers())
         }
-        return sum(storages.values())
+        return int(sum(storages.values())) + packed_bytes(self.model)
 
     def new_cache(self, *, rows: int, max_len: int) -> SlotCache:
         """An empty KV slot for this stage."""
@@ -146,6 +162,7 @@ class Stage:
         hidden_states: torch.Tensor | None = None,
         *,
         all_logits: bool = False,
+        without_logits: bool = False,
     ) -> torch.Tensor:
         """Runs the own layers.
 
@@ -156,10 +173,11 @@ class Stage:
             cache: sought to the rows and to `past`.
             hidden_states: `[B, S, M]` from the stage before, M being `message_values`; None on the first.
             all_logits: on the last stage, return the logits of every position.
+            without_logits: on the last stage, leave out the head, as for a chunk of a prompt that is not its last.
 
         Returns:
             `[B, S, M]` for the next stage, or on the last one the logits `[B, V]` of the last position, or
-            `[B, S, V]` of all.
+            `[B, S, V]` of all; what it returns without logits means nothing.
         """
         kwargs: dict[str, Any] = {"input_ids": input_ids, self._cache_name: cache, "use_cache": True}
         # What has states alone takes the mask of the new tokens, and none once the padding lies behind.
@@ -170,6 +188,7 @@ class Stage:
         if self.is_last and not all_logits and "logits_to_keep" in self._accepts:
             kwargs["logits_to_keep"] = 1
         self._boundary.received = hidden_states
+        self._without_logits = without_logits
         try:
             with computing(self.resolved.spec, self.device):
                 logits: torch.Tensor = self.model(**kwargs).logits
@@ -179,10 +198,20 @@ class Stage:
             self._boundary.received = None
         return logits if all_logits else logits[:, -1]
 
-    def _embeds(self, *, is_first: bool, is_last: bool) -> bool:
-        return is_first or self._embeds_always or (is_last and self._parts.is_tied)
-
     def _attach(self) -> None:
         _, layers = find_layers(self.model)
         own = self.own_layers
         self._boundary.attach(None if self.is_first else layers[own.start], None if self.is_last else layers[own.stop])
+        head = self.model.get_output_embeddings() if self.is_last else None
+        if head is not None:
+            self._head_hook = head.register_forward_pre_hook(self._leave_before_head)
+
+    def _detach(self) -> None:
+        self._boundary.detach()
+        if self._head_hook is not None:
+            self._head_hook.remove()
+            self._head_hook = None
+
+    def _leave_before_head(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if self._without_logits:
+            raise StageDone(args[0])
