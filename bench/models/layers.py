@@ -38,6 +38,9 @@ _LAYER_COUNTS = ("num_layers", "num_decoder_layers", "decoder_layers", "num_hidd
 _EMBEDS_IN_LAYERS = ("zamba", "zamba2", "gemma3n", "gemma3n_text")
 _ENCODERS = ("bert-generation", *MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 _CACHE_NAMES = ("past_key_values", "cache_params")
+_PROMPTS_AT_ONCE = ("doge", "git", "moshi")
+"""Families that mask otherwise once something is cached: Doge by the number of keys, GIT as if an image went before,
+Moshi by a window that it does not heed in a prompt given at once."""
 _KEPT_BY_ROW = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
 """Kinds of cache layer, exactly these classes, that hold every row and position for itself."""
 
@@ -85,8 +88,10 @@ def cache_name(model: PreTrainedModel | type[PreTrainedModel]) -> str | None:
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether a state of the model covers a whole micro-batch, so that prefill cannot be cut by rows or tokens."""
+    """Whether prefill cannot be cut by rows or tokens, as where a state of the model covers a whole micro-batch."""
     untyped: Any = model
+    if untyped.config.get_text_config(decoder=True).model_type in _PROMPTS_AT_ONCE:
+        return True
     kinds = {type(layer) for layer in DynamicCache(config=untyped.config).layers}
     return bool(untyped._is_stateful) or not kinds <= set(_KEPT_BY_ROW)
 

@@ -58,7 +58,8 @@ _LATENT: dict[str, Any] = {**_COMMON, "num_key_value_heads": 4, "kv_lora_rank": 
 _LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4}
 _LATENT |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
 _INDEXED: dict[str, Any] = {**_LATENT, "first_k_dense_replace": 1, "index_head_dim": 16}
-_INDEXED |= {"index_n_heads": 2, "index_topk": 4}
+# Of few heads the scores are often all zero, and what is chosen among equals depends on how many there are.
+_INDEXED |= {"index_n_heads": 16, "index_topk": 4}
 _OTHERS: dict[str, dict[str, Any]] = {
     "deepseek_v32": _INDEXED,
     "glm_moe_dsa": {**_INDEXED, "indexer_types": ["full", "shared", "full", "shared"]},

@@ -172,6 +172,11 @@ def test_what_a_family_asks_of_a_split_is_told(tmp_path: Path, family: str, recu
     assert (shape.recurrent, shape.embedding_on_every_stage) == (recurrent, embeds)
 
 
+def test_families_that_mask_otherwise_behind_a_cache_take_prompts_at_once(tmp_path: Path) -> None:
+    AutoConfig.for_model("doge", hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
+    assert describe(tmp_path).recurrent
+
+
 def test_layers_of_two_attentions_keep_twice_the_keys_and_values(tmp_path: Path) -> None:
     shape = describe(save_config(tmp_path, "longcat_flash"))
     assert shape.num_layers == 4
