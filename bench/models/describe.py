@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from transformers.models.auto.auto_factory import _get_model_class
 
 from bench.errors import ModelError
 from bench.memory import LayerShape, ModelShape
 from bench.models.attention import check_attention
+from bench.models.cache_kinds import DummyLayer
 from bench.models.layers import (
     cache_name,
     check_family,

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -17,6 +16,7 @@ from transformers.cache_utils import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from bench.errors import ModelError
+from bench.models.cache_kinds import DummyLayer
 
 UNSPLITTABLE: dict[str, str] = {
     "hrm_text": "it runs the same layers several times in one forward pass",

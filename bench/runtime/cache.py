@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
@@ -17,6 +16,8 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
+
+from bench.models.cache_kinds import DummyLayer
 
 
 class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -265,7 +265,7 @@ def test_a_dry_run_shows_the_queue_and_writes_nothing(model: Path, tmp_path: Pat
     values = json.loads(result.stdout)
     assert values["layers"] == 5
     assert values["queue"]
-    assert values["space"]["partitions"] == 5
+    assert values["space"]["partitions"] == 6, "one stage, four cuts, and two copies"
     assert not folder.exists()
 
 
