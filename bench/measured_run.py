@@ -23,10 +23,7 @@ from bench.record import (
     TaskShape,
     Telemetry,
 )
-from bench.reference import (
-    Reference,
-    reference_digest,
-)
+from bench.reference import Reference, reference_digest
 from bench.runner import Runner
 from bench.runtime.generate import PassResult
 from bench.runtime.job import Job
@@ -63,7 +60,7 @@ class MeasuredRun:
             runner.report("compile", 0, 1)
             runner.run(jobs)
         check, check_s = None, None
-        if self.reference is not None and protocol.check_outputs:
+        if self.reference is not None:
             runner.status.phase = "check"
             runner.report("check", 0, 1)
             began = time.monotonic()
@@ -271,7 +268,7 @@ def measure(
 ) -> Measurement | Failure | None:
     """Measures one plan; every rank calls it, rank 0 gets the outcome, the others None."""
     reference = None
-    if reference_path is not None:
+    if reference_path is not None and spec.protocol.check_outputs:
         reference = Reference.load(Path(reference_path), reference_digest(spec.model, spec.workload))
     job = runner.job(spec, effective, prompts, pad_token_id)
     return MeasuredRun(runner, spec.plan, job, spec.protocol, reference).measure()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +79,7 @@ class Runner:
             Seconds until the slowest stage was ready, and all layers that were loaded.
         """
         self.status.phase = "load"
+        began = time.perf_counter()
         self.plan = plan
         self.placement = Placement.of(plan, self.devices, self.rank)
         self._close_loop()
@@ -99,9 +101,9 @@ class Runner:
                 is_first=self.index == 0,
                 is_last=self.index == len(plan.stages) - 1,
             )
-            load_s = self.stage.load_s
             if packed:
                 self.stage.pack()
+            load_s = time.perf_counter() - began
             if plan.compile:
                 self.compiled.apply(self.stage.model, self.stage.own_layers, where=f"stage {self.index}")
         self.device.free_cached()

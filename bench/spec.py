@@ -353,7 +353,7 @@ class Protocol(Value):
     steady_tolerance: float = Field(default=0.10, gt=0.0)
     """Warm when two repetitions in a row differ by less than this share."""
     check_outputs: bool = True
-    """Compare logits and tokens with the study's reference before timing."""
+    """Compare logits before timing, and tokens of the timed passes, with the study's reference."""
     check_prompts: int = Field(default=4, ge=1)
     check_tokens: int = Field(default=8, ge=1)
     instrument: bool = True

@@ -278,7 +278,7 @@ def test_scored_texts_are_ranked_by_all_their_tokens() -> None:
 
 
 def test_records_of_before_replicas_rank_as_they_did() -> None:
-    records = load_records(Path("results/reference-smollm2-2cpu"))
+    records = load_records(Path("tests/data/study-before-replicas"))
     ranking = rank(records)
     assert ranking.best is not None
     assert ranking.best.plan.describe() == "16+14 · micro-batch 8 (prefill 4)"

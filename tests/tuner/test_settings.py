@@ -150,7 +150,7 @@ def test_sections_within_sections_are_shown_once() -> None:
 
 
 def test_a_recorded_config_of_before_has_the_defaults_of_what_it_lacks() -> None:
-    recorded = settings.load(Path("results/reference-smollm2-2cpu/study.yaml"))
+    recorded = settings.load(Path("tests/data/study-before-replicas/study.yaml"))
     assert recorded.space.replicas is None
     assert recorded.workload.kind == "generate"
     assert recorded.workload.sampling is None

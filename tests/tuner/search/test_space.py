@@ -50,7 +50,7 @@ def test_points_of_one_partition_are_some_of_all() -> None:
 
 
 def test_a_space_of_before_replicas_means_the_plans_that_its_records_hold() -> None:
-    study = ROOT / "results" / "reference-smollm2-2cpu"
+    study = ROOT / "tests" / "data" / "study-before-replicas"
     text = (study / "space.json").read_text(encoding="utf-8")
     values = json.loads(text)
     for name in ("replicas", "chunk_sizes", "compile", "cuda_graphs", "packed_weights", "num_prompts"):
