@@ -27,7 +27,6 @@ from bench.reference import Reference, reference_digest
 from bench.runner import Runner
 from bench.runtime.generate import PassResult
 from bench.runtime.job import Job
-from bench.schedule import Task
 from bench.spec import EffectivePlan, Plan, Protocol, RunSpec, device_kind
 from bench.telemetry import merge_telemetry, peak_rss_bytes, read_telemetry, reset_peak_rss, sensors_for
 from bench.verdicts import is_steady, over_cap
@@ -194,7 +193,10 @@ class MeasuredRun:
         counts: list[int] = []
         for replica, job in enumerate(jobs):
             own = job.tasks() if job is not None else ()
-            tasks += [_task_shape(task, len(sizes), job) for task in own if job is not None]
+            tasks += [
+                TaskShape.of(task, first_micro_batch=len(sizes), chunked=self.job.chunk_size is not None)
+                for task in own
+            ]
             counts.append(len(own))
             if job is not None:
                 share = self.job.share(replica, len(jobs))
@@ -283,15 +285,3 @@ def _seen(result: PassResult | None, zero_s: float) -> dict[str, Any] | None:
         "tokens_s": [round(moment - zero_s, 6) for moment in timeline.token_times_s],
         "gap_s": round(timeline.host_gap_s(), 6),
     }
-
-
-def _task_shape(task: Task, first_micro_batch: int, job: Job) -> TaskShape:
-    chunked = task.is_prefill and job.chunk_size is not None
-    return TaskShape(
-        micro_batch=first_micro_batch + task.micro_batch,
-        step=task.step,
-        first_row=task.first_row,
-        end_row=task.end_row,
-        first_token=task.first_token if chunked else None,
-        end_token=task.end_token if chunked else None,
-    )

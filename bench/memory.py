@@ -185,19 +185,12 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
             f"plan.stages: layers 0-{plan.num_layers - 1} are given and {shape.architecture} has "
             f"{shape.num_layers} layers (0-{shape.num_layers - 1}); {what}"
         )
-    cut = (
-        ("prefill_micro_batch_size", plan.prefill_size < plan.micro_batch_size),
-        (
-            "prefill_chunk_size",
-            plan.prefill_chunk_size is not None,
-        ),
-    )
-    for name, used in cut:
-        if used and shape.recurrent:
-            raise PlanError(
-                f"plan.{name}: {shape.architecture} keeps recurrent states for whole micro-batches, so that prefill "
-                "cannot be cut; leave it out"
-            )
+    if shape.recurrent and (plan.prefill_size < plan.micro_batch_size or plan.prefill_chunk_size is not None):
+        name = "prefill_chunk_size" if plan.prefill_chunk_size is not None else "prefill_micro_batch_size"
+        raise PlanError(
+            f"plan.{name}: {shape.architecture} must be given whole prompts and whole micro-batches, since a state covers "
+            "them or it masks otherwise once something is cached; leave it out"
+        )
     cuts = {stage.first_layer for stage in plan.stages[1:]}
     bad = sorted(cuts & set(shape.forbidden_cuts))
     if bad:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
+from bench.schedule import Task
 from bench.spec import SCHEMA_VERSION, EffectivePlan, RunSpec, Value
 
 SHARED_DEVICE_NOTE = "shared_device"
@@ -68,6 +69,24 @@ class TaskShape(Value):
     first_token: int | None = None
     end_token: int | None = None
     """Positions of the padded prompts that a prefill worked on; None for whole prompts and for decode."""
+
+    @classmethod
+    def of(cls, task: Task, *, first_micro_batch: int, chunked: bool) -> Self:
+        """The shape of a task of the schedule.
+
+        Args:
+            first_micro_batch: number of its replica's first micro-batch.
+            chunked: whether prompts are prefilled in chunks.
+        """
+        spans = chunked and task.is_prefill
+        return cls(
+            micro_batch=first_micro_batch + task.micro_batch,
+            step=task.step,
+            first_row=task.first_row,
+            end_row=task.end_row,
+            first_token=task.first_token if spans else None,
+            end_token=task.end_token if spans else None,
+        )
 
 
 class StageTrace(Value):

@@ -134,7 +134,11 @@ def make_measurement(
         output_len=workload.generated_len,
         micro_batch_sizes=tuple(size for own in sizes for size in own),
         tasks=tuple(
-            _task_shape(task, sum(map(len, sizes[:replica])), plan)
+            TaskShape.of(
+                task,
+                first_micro_batch=sum(map(len, sizes[:replica])),
+                chunked=plan.prefill_chunk_size is not None,
+            )
             for replica, tasks in enumerate(schedules)
             for task in tasks
         ),
@@ -186,18 +190,6 @@ def _replica_run(
         )
         gaps.append(0.1 * sum(idle))
     return stages, gaps
-
-
-def _task_shape(task: Task, first_micro_batch: int, plan: Plan) -> TaskShape:
-    chunked = task.is_prefill and plan.prefill_chunk_size is not None
-    return TaskShape(
-        micro_batch=first_micro_batch + task.micro_batch,
-        step=task.step,
-        first_row=task.first_row,
-        end_row=task.end_row,
-        first_token=task.first_token if chunked else None,
-        end_token=task.end_token if chunked else None,
-    )
 
 
 def make_baseline_measurement(

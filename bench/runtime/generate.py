@@ -194,8 +194,8 @@ class _Pass:
         return PassResult(
             timeline=timeline,
             tokens=self.collect_tokens() if self.stage.is_last and not self.job.scores else None,
-            logits=self.by_prompt(self.logits) if self.stage.is_last and self.forced is not None else None,
-            margins=self.by_prompt(self.margins) if self.stage.is_last and self.job.keep_margins else None,
+            logits=self.stacked(self.logits) if self.stage.is_last and self.forced is not None else None,
+            margins=self.stacked(self.margins) if self.stage.is_last and self.job.keep_margins else None,
             scores=self.collect_scores() if self.stage.is_last and self.job.scores else None,
             ran=tuple(ran),
         )
@@ -336,28 +336,28 @@ class _Pass:
 
     def collect_scores(self) -> dict[int, torch.Tensor]:
         """Log-probabilities of each prompt's tokens but the first, by given index; padding cut off."""
-        rows: dict[int, list[torch.Tensor]] = {index: [] for index in self.job.order}
-        for task, values in self.scores:
-            first = self.first_rows[task.micro_batch] + task.first_row
-            for offset, row in enumerate(values.cpu()):
-                rows[self.job.order[first + offset]].append(row)
-        lengths = {index: len(prompt) - 1 for index, prompt in enumerate(self.job.prompts)}
-        whole = {index: torch.cat(parts) for index, parts in rows.items()}
-        return {index: values[len(values) - lengths[index] :] for index, values in whole.items()}
+        whole = {index: torch.cat(parts).cpu() for index, parts in self.by_prompt(self.scores).items()}
+        # Padding lies in front; and where a prompt has one token, nothing is left.
+        return {index: values[len(values) - len(self.job.prompts[index]) + 1 :] for index, values in whole.items()}
 
-    def by_prompt(self, kept: list[tuple[Task, torch.Tensor]]) -> dict[int, torch.Tensor]:
-        """What was kept of every task, `[rows, …]`, as `[output_len, …]` of each prompt by given index."""
-        rows: dict[int, list[torch.Tensor]] = {index: [] for index in self.job.order}
+    def by_prompt(self, kept: list[tuple[Task, torch.Tensor]]) -> dict[int, list[torch.Tensor]]:
+        """What was kept of every task, `[rows, …]`, task by task for each prompt, by given index."""
+        order = self.job.order
+        rows: dict[int, list[torch.Tensor]] = {index: [] for index in order}
         for task, values in kept:
             first = self.first_rows[task.micro_batch] + task.first_row
             for offset, row in enumerate(values):
-                rows[self.job.order[first + offset]].append(row)
-        return {index: torch.stack(steps) for index, steps in rows.items()}
+                rows[order[first + offset]].append(row)
+        return rows
+
+    def stacked(self, kept: list[tuple[Task, torch.Tensor]]) -> dict[int, torch.Tensor]:
+        """What was kept of every step, as `[output_len, …]` of each prompt, by given index."""
+        return {index: torch.stack(steps) for index, steps in self.by_prompt(kept).items()}
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest of the last dimension."""
     if logits.device.type == "cpu" and logits.dtype is torch.float32:
-        # numpy's is vectorised, torch's is not: for 32 rows of 49152, 0.07 ms and 0.9 ms.
+        # numpy's is vectorised, torch's is not.
         return torch.from_numpy(logits.numpy().argmax(-1))
     return logits.argmax(-1)

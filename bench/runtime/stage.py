@@ -11,7 +11,6 @@ Shapes: B rows, S new tokens, M values of a message, V vocabulary.
 from __future__ import annotations
 
 import inspect
-import time
 from typing import Any
 
 import torch
@@ -49,15 +48,9 @@ class Stage:
         self.is_first = False
         self.is_last = False
         self.loaded_layers: tuple[int, ...] = ()
-        self.load_s = 0.0
         self._model: Any = None
         self._head_hook: Any = None
         self._without_logits = False
-
-    @property
-    def hidden_size(self) -> int:
-        text_config = self.config.get_text_config(decoder=True)
-        return int(text_config.hidden_size)
 
     @property
     def message_values(self) -> int:
@@ -83,7 +76,6 @@ class Stage:
         Raises:
             ModelError: the checkpoint lacks weights, or the model cannot be cut this way.
         """
-        began = time.perf_counter()
         wanted = range(first_layer, end_layer)
         tied = self._parts.is_tied
         have_head = self._model is not None and self.is_last
@@ -110,7 +102,6 @@ class Stage:
         self.own_layers, self.is_first, self.is_last = wanted, is_first, is_last
         self._attach()
         self.loaded_layers = missing
-        self.load_s = time.perf_counter() - began
         return missing
 
     def pack(self) -> None:
