@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from bench.errors import ConfigError, FleetError, ModelError, PlanError
 from bench.machine import available_devices, device_bytes
-from bench.memory import ModelShape
+from bench.memory import ModelShape, resolve
 from bench.record import Failure, FailureKind, Machine, Measurement, Outcome
 from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, Value, Workload, device_kind
 from bench.supervisor import START_TIMEOUT_S, Progress, Supervisor
@@ -114,6 +114,23 @@ class Fleet:
     def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
         """Length of every prompt in tokens; raises as `prompts` does."""
         return tuple(len(prompt) for prompt in self.prompts(workload))
+
+    def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
+        """How many micro-batches the plan's memory caps let be in flight here, or why not even one fits.
+
+        Raises:
+            ConfigError: prompts that cannot be used.
+            PlanError: the plan does not suit the model, or names a device that is not the fleet's.
+        """
+        lens = self.prompt_lens(workload)
+        return resolve(
+            self.shape,
+            plan,
+            num_prompts=len(lens),
+            prompt_len=max(lens),
+            output_len=workload.generated_len,
+            device_bytes=self.device_bytes,
+        )
 
     def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
         """Asks the unsplit model for the truth that plans are checked against, and keeps it in a file."""

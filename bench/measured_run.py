@@ -191,12 +191,10 @@ class MeasuredRun:
         sizes: list[int] = []
         tasks: list[TaskShape] = []
         counts: list[int] = []
+        chunked = self.job.chunk_size is not None
         for replica, job in enumerate(jobs):
             own = job.tasks() if job is not None else ()
-            tasks += [
-                TaskShape.of(task, first_micro_batch=len(sizes), chunked=self.job.chunk_size is not None)
-                for task in own
-            ]
+            tasks += [TaskShape.of(task, first_micro_batch=len(sizes), chunked=chunked) for task in own]
             counts.append(len(own))
             if job is not None:
                 share = self.job.share(replica, len(jobs))

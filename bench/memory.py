@@ -188,8 +188,8 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
     if shape.recurrent and (plan.prefill_size < plan.micro_batch_size or plan.prefill_chunk_size is not None):
         name = "prefill_chunk_size" if plan.prefill_chunk_size is not None else "prefill_micro_batch_size"
         raise PlanError(
-            f"plan.{name}: {shape.architecture} must be given whole prompts and whole micro-batches, since a state covers "
-            "them or it masks otherwise once something is cached; leave it out"
+            f"plan.{name}: {shape.architecture} must be given whole prompts and whole micro-batches, since a state "
+            "covers them or it masks otherwise once something is cached; leave it out"
         )
     cuts = {stage.first_layer for stage in plan.stages[1:]}
     bad = sorted(cuts & set(shape.forbidden_cuts))

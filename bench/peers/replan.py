@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from bench.launch import Progress
-from bench.memory import resolve
 from bench.peers.rig import DEVICES, Rig
 from bench.peers.sides import SideError
 from bench.peers.values import Replan
@@ -46,14 +45,7 @@ def measure_replans(rig: Rig, cut: int) -> tuple[Replan, ...]:
         spec = RunSpec(
             model=fleet.model, workload=WORKLOAD, plan=plan, protocol=Protocol(num_iters=1, num_iters_warmup=1)
         )
-        effective = resolve(
-            fleet.shape,
-            plan,
-            num_prompts=WORKLOAD.num_prompts,
-            prompt_len=WORKLOAD.input_len,
-            output_len=WORKLOAD.output_len,
-            device_bytes=fleet.device_bytes,
-        )
+        effective = fleet.resolve(plan, WORKLOAD)
         if isinstance(effective, Failure):
             raise SideError(effective.message)
         moments.clear()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bench.errors import PipetuneError
 from bench.launch import Fleet
-from bench.memory import resolve
 from bench.peers.group import Kind, PeerError, PeerGroup
 from bench.peers.rig import DEVICES, Rig
 from bench.peers.values import Contest, Setting
@@ -134,14 +132,7 @@ class OurSide:
     def _spec(self, setting: Setting, workload: Workload) -> tuple[RunSpec, EffectivePlan]:
         fleet, plan = self.fleet, self.plan(setting)
         try:
-            effective = resolve(
-                fleet.shape,
-                plan,
-                num_prompts=math.ceil(workload.num_prompts / self._replicas),
-                prompt_len=workload.input_len,
-                output_len=workload.generated_len,
-                device_bytes=fleet.device_bytes,
-            )
+            effective = fleet.resolve(plan, workload)
         except PipetuneError as error:
             raise SideError(str(error)) from error
         if isinstance(effective, Failure):

@@ -17,7 +17,6 @@ import pytest
 
 from bench.errors import ConfigError, ModelError, PlanError
 from bench.launch import Fleet, Progress
-from bench.memory import resolve
 from bench.record import Failure, FailureKind, Measurement
 from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
 from bench.supervisor import Supervisor
@@ -45,15 +44,7 @@ def fleet(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fl
 def run(fleet: Fleet, counts: tuple[int, ...], size: int, **changes: object) -> Measurement | Failure:
     plan = Plan.from_layer_counts(counts, DEVICES, size)
     spec = RunSpec(model=fleet.model, workload=WORKLOAD, plan=plan, protocol=PROTOCOL.model_copy(update=changes))
-    lens = fleet.prompt_lens(WORKLOAD)
-    effective = resolve(
-        fleet.shape,
-        plan,
-        num_prompts=len(lens),
-        prompt_len=max(lens),
-        output_len=WORKLOAD.output_len,
-        device_bytes=fleet.device_bytes,
-    )
+    effective = fleet.resolve(plan, WORKLOAD)
     assert isinstance(effective, EffectivePlan)
     return fleet.measure(spec, effective)
 

@@ -180,8 +180,8 @@ def _check_recurrent(config: SpaceConfig, shape: ModelShape) -> None:
         wanted = getattr(config, name)
         if wanted is not None and any(size is not None for size in wanted):
             raise ConfigError(
-                f"space.{name}: {shape.architecture} keeps recurrent states for whole micro-batches, so that prefill "
-                "cannot be cut; leave it out"
+                f"space.{name}: {shape.architecture} must be given whole prompts and whole micro-batches, since a "
+                "state covers them or it masks otherwise once something is cached; leave it out"
             )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.launch import Fleet
-from bench.memory import resolve, stage_bytes
+from bench.memory import stage_bytes
 from bench.models.describe import describe_model
 from bench.models.resolve import ResolvedModel, resolve_model
 from bench.record import Failure, FailureKind, Measurement
@@ -119,15 +119,7 @@ def test_plans_in_half_precision_are_checked_against_a_reference_of_their_own(
         for kind in (workload, workload.model_copy(update={"kind": "score"})):
             assert fleet.make_reference(tmp_path / "reference", kind, protocol) is None
             plan = Plan.from_layer_counts((4, 2), devices, 2, prefill_micro_batch_size=1)
-            lens = fleet.prompt_lens(kind)
-            effective = resolve(
-                fleet.shape,
-                plan,
-                num_prompts=len(lens),
-                prompt_len=max(lens),
-                output_len=kind.generated_len,
-                device_bytes=fleet.device_bytes,
-            )
+            effective = fleet.resolve(plan, kind)
             assert isinstance(effective, EffectivePlan)
             outcome = fleet.measure(RunSpec(model=fleet.model, workload=kind, plan=plan, protocol=protocol), effective)
             assert isinstance(outcome, Measurement), outcome
@@ -135,7 +127,9 @@ def test_plans_in_half_precision_are_checked_against_a_reference_of_their_own(
             assert 0 <= outcome.check.max_logit_error <= outcome.check.tolerance
             assert fleet.shape.kept_bytes == (4 if storage_dtype else 2)
             for index, held in enumerate(outcome.memory):
-                wanted = stage_bytes(fleet.shape, plan, index, prompt_len=max(lens), output_len=kind.generated_len)
+                wanted = stage_bytes(
+                    fleet.shape, plan, index, prompt_len=max(fleet.prompt_lens(kind)), output_len=kind.generated_len
+                )
                 assert (held.weights_bytes, held.kv_bytes) == (wanted.weights, effective.in_flight * wanted.kv_per_slot)
         baseline = fleet.baseline(workload, protocol, batch_size=3)
         assert isinstance(baseline, Measurement), baseline

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from bench.errors import ConfigError
 from bench.launch import Fleet
-from bench.memory import resolve
 from bench.metrics import derive
 from bench.oracle import make_reference
 from bench.record import Failure, FailureKind, Measurement
@@ -58,15 +57,7 @@ def reference_of(folder: Path, **workload: Any) -> Reference:
 
 
 def measure(fleet: Fleet, plan: Plan, workload: Workload) -> Measurement | Failure:
-    lens = fleet.prompt_lens(workload)
-    effective = resolve(
-        fleet.shape,
-        plan,
-        num_prompts=len(lens),
-        prompt_len=max(lens),
-        output_len=workload.generated_len,
-        device_bytes=fleet.device_bytes,
-    )
+    effective = fleet.resolve(plan, workload)
     assert isinstance(effective, EffectivePlan)
     return fleet.measure(RunSpec(model=fleet.model, workload=workload, plan=plan, protocol=PROTOCOL), effective)
 
