@@ -5,7 +5,7 @@ No torch here: whatever a worker dies of, `bench.supervisor` turns it into a `Fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -61,6 +61,7 @@ class Fleet:
         log_dir: Path | None,
         hang_timeout_s: float,
         on_progress: Callable[[Progress], None] | None,
+        worker_env: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.model = model
         self.devices = tuple(devices)
@@ -68,7 +69,11 @@ class Fleet:
         self.machine: Machine
         self.device_bytes: dict[str, int]
         self._supervisor = Supervisor(
-            self.devices, log_dir=log_dir, hang_timeout_s=hang_timeout_s, on_progress=on_progress
+            self.devices,
+            log_dir=log_dir,
+            hang_timeout_s=hang_timeout_s,
+            on_progress=on_progress,
+            worker_env=worker_env,
         )
         self._reference: Path | None = None
 
@@ -81,6 +86,7 @@ class Fleet:
         log_dir: Path | None = None,
         hang_timeout_s: float = 10.0,
         on_progress: Callable[[Progress], None] | None = None,
+        worker_env: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Self:
         """Starts one worker per device and waits until the model is known to all.
 
@@ -88,13 +94,22 @@ class Fleet:
             devices: `cpu:N` or `cuda:N`, one worker each; a GPU named twice gets two.
             log_dir: where `rank-N.log` go; by default a temporary folder that goes with the fleet.
             hang_timeout_s: a worker that gives no sign of life for so long is taken for hung.
+            worker_env: variables of the environment of single devices' workers: `{"cpu:1": {"ONEDNN_MAX_CPU_ISA":
+                "AVX2"}}` lets one CPU worker compute like an older CPU.
 
         Raises:
             ModelError: the model cannot be found, read or split.
             ConfigError: a device that is not there.
             FleetError: workers that do not start.
         """
-        fleet = cls(model, devices, log_dir=log_dir, hang_timeout_s=hang_timeout_s, on_progress=on_progress)
+        fleet = cls(
+            model,
+            devices,
+            log_dir=log_dir,
+            hang_timeout_s=hang_timeout_s,
+            on_progress=on_progress,
+            worker_env=worker_env,
+        )
         fleet._check_devices()
         fleet._launch()
         return fleet

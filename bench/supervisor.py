@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,20 @@ class Supervisor:
         log_dir: Path | None,
         hang_timeout_s: float,
         on_progress: Callable[[Progress], None] | None,
+        worker_env: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """
         Args:
             devices: one worker each.
             log_dir: where `rank-N.log` go; by default a temporary folder that goes with the workers.
             hang_timeout_s: a worker that gives no sign of life for so long is taken for hung.
+            worker_env: variables of the environment of single devices' workers, on top of this process's.
         """
         self.hang_timeout_s = hang_timeout_s
         self.on_progress = on_progress or (lambda progress: None)
         self._devices = tuple(devices)
         self._log_dir = log_dir
+        self._worker_env = worker_env or {}
         self._workers: list[_Worker] = []
         self._folder: Path | None = None
         self._listener: socket.socket | None = None
@@ -152,7 +155,7 @@ class Supervisor:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    env=environment,
+                    env={**environment, **self._worker_env.get(device, {})},
                     # A Ctrl-C at the terminal is the driver's to handle.
                     start_new_session=True,
                 )

@@ -114,6 +114,8 @@ class SpaceConfig(Value):
     """GPU: whether decode steps are captured as CUDA graphs."""
     packed_weights: bool = True
     """CPU: whether linear weights are laid out for oneDNN's kernels."""
+    device_order: Literal["auto", "given"] = "auto"
+    """`auto`: where devices are unlike, also in which order they hold the stages."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -135,10 +137,17 @@ class TuneConfig(Value):
     protocol: Protocol = Protocol()
     devices: Literal["auto"] | tuple[Device, ...] = "auto"
     """`auto`: all GPUs of the machine, or else two CPU workers."""
+    profile: bool = True
+    """Layers and links are timed first, or their times taken from this machine's cache; else nominal rates serve."""
+    warm_start: Names = ()
+    """Folders of earlier studies: on equal hardware their records teach the cost model, and from anywhere their best
+    plans run first. Nothing counts that was not measured anew."""
     n_trials: int = Field(default=20, ge=1)
     """Plans to run; refusals of plans that cannot fit and interrupted ones are not counted."""
     timeout_s: float | None = Field(default=None, gt=0.0)
     """No further trial starts after so many seconds of search; the baseline and the finalists come on top."""
+    stop_early: bool = True
+    """The search ends when no plan is predicted to be better than the best by more than the noise."""
     objectives: Annotated[Names, Field(min_length=1)] = (GENERATE_OBJECTIVE,)
     """When none is given: `total_token_throughput` where texts are scored."""
     constraints: Annotated[tuple[Constraint, ...], BeforeValidator(_split)] = ()
@@ -150,8 +159,13 @@ class TuneConfig(Value):
     finalists: int = Field(default=3, ge=0)
     """Best plans that are measured again beside the baseline; 0 leaves the finals out."""
     finalist_rounds: Positive = 3
+    """At least; more follow until the best is told from the next."""
+    max_finalist_rounds: Positive = 8
+    """If it cannot be told by then, that is a tie."""
     storage: str | None = None
     """Optuna storage URL; None is SQLite in the study's folder."""
+    shared_study: str | None = None
+    """Name of a study in `storage` that several processes search together, each with its own folder and devices."""
     device_names: Names = ()
     """Names to write into device maps in place of the devices, in their order; empty keeps theirs."""
 

@@ -44,6 +44,10 @@ FLAGS: dict[str, tuple[KeyPath, ...]] = {
     "num_iters_warmup": (("protocol", "num_iters_warmup"),),
     "check": (("protocol", "check_outputs"),),
     "devices": (("devices",),),
+    "device_order": (("space", "device_order"),),
+    "profile": (("profile",),),
+    "warm_start": (("warm_start",),),
+    "stop_early": (("stop_early",),),
     "n_trials": (("n_trials",),),
     "timeout": (("timeout_s",),),
     "objective": (("objectives",),),
@@ -62,7 +66,9 @@ FLAGS: dict[str, tuple[KeyPath, ...]] = {
     "baseline_batch_sizes": (("baseline_batch_sizes",),),
     "finalists": (("finalists",),),
     "finalist_rounds": (("finalist_rounds",),),
+    "max_finalist_rounds": (("max_finalist_rounds",),),
     "storage": (("storage",),),
+    "shared_study": (("shared_study",),),
     "device_names": (("device_names",),),
 }
 """Names of flags (`--num-prompts`) and, in capitals behind `PIPETUNE_`, of environment variables; what they set."""

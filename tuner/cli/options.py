@@ -162,7 +162,33 @@ BaselineBatchSizes = Annotated[
 Finalists = Annotated[
     int | None, typer.Option("--finalists", help="Best plans to measure again.", rich_help_panel=_SEARCH)
 ]
-FinalistRounds = Annotated[int | None, typer.Option("--finalist-rounds", help="How often.", rich_help_panel=_SEARCH)]
+FinalistRounds = Annotated[
+    int | None, typer.Option("--finalist-rounds", help="How often at least.", rich_help_panel=_SEARCH)
+]
+MaxFinalistRounds = Annotated[
+    int | None,
+    typer.Option("--max-finalist-rounds", help="… and at most, until one is the best.", rich_help_panel=_SEARCH),
+]
+DeviceOrder = Annotated[
+    str | None,
+    typer.Option("--device-order", help="auto: also other orders of unlike devices; given.", rich_help_panel=_SEARCH),
+]
+Profile = Annotated[
+    bool | None,
+    typer.Option("--profile/--no-profile", help="Time layers and links first.", rich_help_panel=_SEARCH),
+]
+WarmStart = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--warm-start", metavar="STUDY", help="An earlier study to learn from; may repeat.", rich_help_panel=_SEARCH
+    ),
+]
+StopEarly = Annotated[
+    bool | None,
+    typer.Option(
+        "--stop-early/--no-stop-early", help="End when nothing better is predicted.", rich_help_panel=_SEARCH
+    ),
+]
 OutputDir = Annotated[
     str | None,
     typer.Option("--output-dir", "-o", metavar="FOLDER", help="Where the study goes.", rich_help_panel=_PLACE),
@@ -173,6 +199,10 @@ StudyName = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a study.", rich_help_panel=_PLACE)]
 Storage = Annotated[
     str | None, typer.Option("--storage", metavar="URL", help="Optuna database.", rich_help_panel=_PLACE)
+]
+SharedStudy = Annotated[
+    str | None,
+    typer.Option("--shared-study", metavar="NAME", help="Search it with others, in --storage.", rich_help_panel=_PLACE),
 ]
 DeviceNames = Annotated[
     str | None,

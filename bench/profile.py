@@ -1,0 +1,106 @@
+"""What a model's parts cost on each device, and the links between them: measured once, for predictions of plans.
+
+A task is one forward pass of a stage over `rows × new_tokens` new positions whose rows have `past_tokens` positions
+cached. Its time is that of its stage's layers and, once a task, `overhead_s`; on the first stage also the embedding,
+on the last one, where it samples, the head.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from bench.memory import ModelShape
+from bench.record import Machine
+from bench.spec import SCHEMA_VERSION, Device, ModelSpec, Value
+
+
+class TaskTime(Value):
+    """How long one part of one kind of task takes."""
+
+    rows: int = Field(ge=1)
+    new_tokens: int = Field(ge=1)
+    """Of each row: the prompt's or the chunk's in prefill, 1 in decode."""
+    past_tokens: int = Field(ge=0)
+    """Of each row, cached before."""
+    seconds: float = Field(ge=0)
+    """Median over `samples`."""
+    spread_s: float = Field(default=0.0, ge=0)
+    """Between the quartiles."""
+    samples: int = Field(default=1, ge=1)
+
+
+class LayerTimes(Value):
+    """Layers that cost the same; each takes the times given."""
+
+    layers: tuple[int, ...] = Field(min_length=1)
+    times: tuple[TaskTime, ...] = Field(min_length=1)
+    """Of one layer. Prefill from an empty cache covers a grid of rows and lengths; decode a grid of rows and pasts."""
+
+
+class DeviceProfile(Value):
+    """What the model's parts take on one device while the others are as busy."""
+
+    device: Device
+    layers: tuple[LayerTimes, ...]
+    """Together every layer of the model, once each."""
+    overhead: tuple[TaskTime, ...]
+    """Once a task, on every stage: masks, positions, rotary embeddings, and the loop around them."""
+    embedding: tuple[TaskTime, ...]
+    head: tuple[TaskTime, ...]
+    """Final norm, head and sampling, on the last stage; where texts are scored, of all positions."""
+
+
+class LinkProfile(Value):
+    """Messages from one device to another: `latency_s + bytes / bytes_per_s`."""
+
+    source: Device
+    target: Device
+    latency_s: float = Field(ge=0)
+    bytes_per_s: float = Field(gt=0)
+
+
+class Profile(Value):
+    """A model on the devices of a machine."""
+
+    schema_version: int = SCHEMA_VERSION
+    model: ModelSpec
+    shape: ModelShape
+    machine: Machine
+    device_bytes: dict[str, int]
+    packed_weights: bool = True
+    scores: bool = False
+    """Whether the head was timed over all positions, as for scoring."""
+    devices: tuple[DeviceProfile, ...]
+    links: tuple[LinkProfile, ...]
+    """Each ordered pair of devices."""
+    measured_at: str
+    """UTC, ISO 8601."""
+    took_s: float
+    notes: tuple[str, ...] = ()
+
+    def of(self, device: str) -> DeviceProfile:
+        """The part of one device.
+
+        Raises:
+            KeyError: the device was not profiled.
+        """
+        for profile in self.devices:
+            if profile.device == device:
+                return profile
+        raise KeyError(device)
+
+
+class ProfileGrid(Value):
+    """Which kinds of tasks a profile times."""
+
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    lengths: tuple[int, ...] = (16, 64, 256)
+    """New tokens of a row in prefill."""
+    pasts: tuple[int, ...] = (16, 256)
+    """Cached tokens of a row in decode."""
+    chunks: tuple[tuple[int, int], ...] = ()
+    """`(new, past)` tokens of chunks behind the first one."""
+    max_tokens: int = 4096
+    """Rows × new tokens of the largest task timed."""
+    scores: bool = False
+    """Time the head over all positions, as for scoring."""

@@ -1,0 +1,103 @@
+"""Measures a landscape: all its plans in random order, again and again, until every repeat is there."""
+
+from __future__ import annotations
+
+import datetime as dt
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from bench.errors import FleetError
+from bench.launch import Fleet
+from bench.record import Failure, Outcome, Record
+from bench.spec import Plan, RunSpec
+from tuner.proof.landscape import Landscape, LandscapeFolder, LandscapeSpec, cell_of, is_undisturbed
+from tuner.search.runs import timestamp
+
+MOST_VISITS = 3
+"""A run that something disturbed is made again, so often in all."""
+
+
+def measure_landscape(
+    spec: LandscapeSpec, folder: Path, *, timeout_s: float, say: Callable[[str], None] = print
+) -> bool:
+    """Goes on until the landscape is complete or time is up.
+
+    Returns:
+        Whether it is complete.
+
+    Raises:
+        ModelError, ConfigError, FleetError: as the fleet does.
+    """
+    files = LandscapeFolder(folder)
+    if files.is_complete:
+        return True
+    began = time.monotonic()
+    devices = spec.device_orders[0]
+    with Fleet.start(spec.model, devices, worker_env=spec.worker_env) as fleet:
+        lens = fleet.prompt_lens(spec.workload)
+        files.begin(
+            Landscape(
+                spec=spec,
+                shape=fleet.shape,
+                machine=fleet.machine,
+                device_bytes=fleet.device_bytes,
+                prompt_lens=lens,
+            )
+        )
+        failure = fleet.make_reference(folder / "reference.safetensors", spec.workload, spec.protocol)
+        if failure is not None:
+            raise FleetError(failure)
+        plans = spec.plans(fleet.shape)
+        records = list(files.records())
+        for cell, repeat in _left(spec, len(plans), records):
+            if time.monotonic() - began > timeout_s:
+                say(f"{spec.name}: time is up after {len(records)} runs; the next call goes on")
+                return False
+            record = _run(fleet, spec, plans[cell], len(records), cell, repeat)
+            files.append(record)
+            records.append(record)
+            if len(records) % 20 == 0:
+                say(f"{spec.name}: {len(records)} runs of {len(plans) * spec.repeats}, {record.wall_s:.1f} s the last")
+    (folder / "reference.safetensors").unlink(missing_ok=True)
+    files.pack(records)
+    return True
+
+
+def _left(spec: LandscapeSpec, num_cells: int, records: Sequence[Record]) -> Iterator[tuple[int, int]]:
+    """Cells to run: repeat by repeat, each in an order of its own; then once more those that were disturbed.
+
+    `records` may grow meanwhile.
+    """
+    cells = [
+        cell
+        for repeat in range(spec.repeats)
+        for cell in random.Random(f"{spec.seed}-{repeat}").sample(
+            [(cell, repeat) for cell in range(num_cells)], num_cells
+        )
+    ]
+    for visit in range(MOST_VISITS):
+        visits = Counter(cell_of(record) for record in records)
+        done = {cell_of(record) for record in records if is_undisturbed(record) or isinstance(record.result, Failure)}
+        yield from [cell for cell in cells if visits[cell] <= visit and cell not in done]
+
+
+def _run(fleet: Fleet, spec: LandscapeSpec, plan: Plan, number: int, cell: int, repeat: int) -> Record:
+    protocol = spec.protocol if repeat == 0 else spec.protocol.model_copy(update={"check_outputs": False})
+    run = RunSpec(model=fleet.model, workload=spec.workload, plan=plan, protocol=protocol)
+    resolved = fleet.resolve(plan, spec.workload)
+    started_at, began = dt.datetime.now(dt.UTC), time.monotonic()
+    result: Outcome = resolved if isinstance(resolved, Failure) else fleet.measure(run, resolved)
+    return Record(
+        number=number,
+        role="trial",
+        params={"cell": cell, "repeat": repeat},
+        spec=run,
+        effective=None if isinstance(resolved, Failure) else resolved,
+        hardware_id=fleet.machine.hardware_id,
+        started_at=timestamp(started_at),
+        wall_s=round(time.monotonic() - began, 3),
+        result=result,
+    )
