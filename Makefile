@@ -3,6 +3,7 @@
 # make test-families   every causal-LM family that transformers knows; make models-table writes docs/models.md
 # make check    all that CI runs: lint, types, import contracts, tests
 # make bench-peers   our runtime beside its peers, in rounds, for up to an hour; QUICK=1 takes some minutes
+# make bench-search  our search beside others on the landscapes in results/landscapes; make landscapes measures them, hours
 # make gpu-check     what only a machine with an NVIDIA GPU can show, in 8 minutes; results/gpu/<machine>
 # make lint     check without tests; make format rewrites; make clean removes .venv and caches, never results
 PYTHON ?= python3
@@ -12,6 +13,8 @@ PYTEST_ARGS ?=
 QUICK ?=
 PEERS_ARGS ?=
 GPU_CHECK_ARGS ?=
+SEARCH_ARGS ?=
+LANDSCAPES ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -19,10 +22,10 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench-peers gpu-check test test-families models-table check lint format hooks clean
+.PHONY: help demo bench-peers bench-search landscapes gpu-check test test-families models-table check lint format hooks clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 7
+	@sed -n 's/^# //p' Makefile | head -n 8
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -55,6 +58,14 @@ demo: $(VENV)/.installed-run
 # A second `make bench-peers` goes on with what the first one measured. PEERS_ARGS: see `python -m bench.peers --help`.
 bench-peers: $(VENV)/.installed-run
 	$(BIN)/python -m bench.peers $(if $(QUICK),--quick) $(PEERS_ARGS)
+
+# SEARCH_ARGS: see `python -m tuner.proof --help`.
+bench-search: $(VENV)/.installed-run
+	$(BIN)/python -m tuner.proof search $(SEARCH_ARGS)
+
+# A landscape that is complete is not measured again; one that is not goes on. LANDSCAPES: their names; all by default.
+landscapes: $(VENV)/.installed-run
+	$(BIN)/python -m tuner.proof measure $(LANDSCAPES) $(SEARCH_ARGS)
 
 # GPU_CHECK_ARGS: see `python -m bench.gpu_check --help`.
 gpu-check: $(VENV)/.installed-run

@@ -32,7 +32,8 @@ class LandscapeSpec(Value):
     """The devices of the stages in order; more than one where the order is part of the grid."""
     micro_batch_sizes: tuple[int, ...]
     """Prompts are prefilled by as many rows."""
-    protocol: Protocol = Protocol(num_iters=1, num_iters_warmup=1, max_warmup=1)
+    protocol: Protocol = Protocol(num_iters=3, num_iters_warmup=0, max_warmup=0)
+    """Short passes vary from one to the next, so that each is timed; a run's value is the median of its passes."""
     repeats: int = Field(default=4, ge=2)
     seed: int = 0
     worker_env: dict[str, dict[str, str]] = Field(default_factory=dict)
@@ -61,7 +62,8 @@ class Landscape(Value):
     machine: Machine
     device_bytes: dict[str, int]
     prompt_lens: tuple[int, ...]
-    simulated: bool = False
+    auto_counts: tuple[int, ...] | None = None
+    """Layers of each device under `device_map="auto"`, as accelerate splits the model."""
 
 
 def cell_of(record: Record) -> tuple[int, int]:
@@ -134,15 +136,14 @@ class LandscapeFolder:
         """Adds a run."""
         self._mend()
         with self._lines.open("a", encoding="utf-8") as file:
-            file.write(record.model_dump_json(exclude_defaults=True) + "\n")
-            file.flush()
+            file.write(_line(record))
 
     def pack(self, records: Sequence[Record]) -> None:
         """Replaces the runs by those given, as one packed file: the landscape is complete."""
         temporary = self._packed.with_suffix(".tmp")
         with temporary.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
             for record in records:
-                file.write(json.dumps(json.loads(record.model_dump_json(exclude_defaults=True))).encode() + b"\n")
+                file.write(_line(record).encode())
         temporary.replace(self._packed)
         self._lines.unlink(missing_ok=True)
 
@@ -154,3 +155,10 @@ class LandscapeFolder:
         whole = text[: text.rfind(b"\n") + 1]
         if len(whole) < len(text):
             write_durably(self._lines, whole.decode())
+
+
+def _line(record: Record) -> str:
+    """Short: without what is at its default, but for the word that tells a measurement from a failure."""
+    values = record.model_dump(mode="json", exclude_defaults=True)
+    values["result"]["outcome"] = record.result.outcome
+    return json.dumps(values, separators=(",", ":")) + "\n"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import random
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +14,9 @@ from pathlib import Path
 
 from bench.errors import FleetError
 from bench.launch import Fleet
-from bench.record import Failure, Outcome, Record
+from bench.record import Failure, Outcome, Record, write_durably
 from bench.spec import Plan, RunSpec
+from tuner.profiles import grid_for
 from tuner.proof.landscape import Landscape, LandscapeFolder, LandscapeSpec, cell_of, is_undisturbed
 from tuner.search.runs import timestamp
 
@@ -45,6 +49,7 @@ def measure_landscape(
                 machine=fleet.machine,
                 device_bytes=fleet.device_bytes,
                 prompt_lens=lens,
+                auto_counts=_auto_counts(spec),
             )
         )
         failure = fleet.make_reference(folder / "reference.safetensors", spec.workload, spec.protocol)
@@ -66,6 +71,25 @@ def measure_landscape(
     return True
 
 
+def profile_landscape(spec: LandscapeSpec, folder: Path, *, say: Callable[[str], None] = print) -> None:
+    """Profiles the model on the landscape's devices for its workload, as a study would before its first trial.
+
+    Raises:
+        ModelError, ConfigError, FleetError: as the fleet does.
+    """
+    with Fleet.start(spec.model, spec.device_orders[0], worker_env=spec.worker_env) as fleet:
+        grid = grid_for(
+            spec.workload,
+            fleet.prompt_lens(spec.workload),
+            micro_batch_sizes=spec.micro_batch_sizes,
+            prefill_sizes=spec.micro_batch_sizes,
+            chunk_sizes=(None,),
+        )
+        profile = fleet.profile(grid)
+    write_durably(folder / "profile.json", profile.model_dump_json(indent=1) + "\n")
+    say(f"{spec.name}: profiled in {profile.took_s:.0f} s")
+
+
 def _left(spec: LandscapeSpec, num_cells: int, records: Sequence[Record]) -> Iterator[tuple[int, int]]:
     """Cells to run: repeat by repeat, each in an order of its own; then once more those that were disturbed.
 
@@ -82,6 +106,12 @@ def _left(spec: LandscapeSpec, num_cells: int, records: Sequence[Record]) -> Ite
         visits = Counter(cell_of(record) for record in records)
         done = {cell_of(record) for record in records if is_undisturbed(record) or isinstance(record.result, Failure)}
         yield from [cell for cell in cells if visits[cell] <= visit and cell not in done]
+
+
+def _auto_counts(spec: LandscapeSpec) -> tuple[int, ...]:
+    command = [sys.executable, "-P", "-m", "bench.peers.auto_map", spec.model.name, str(len(spec.device_orders[0]))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return tuple(json.loads(done.stdout))
 
 
 def _run(fleet: Fleet, spec: LandscapeSpec, plan: Plan, number: int, cell: int, repeat: int) -> Record:

@@ -16,7 +16,7 @@ MEASURED = {
             model=ModelSpec(name="smollm2-135m"),
             workload=Workload(num_prompts=16, input_len=48, output_len=4),
             device_orders=(_TWO,),
-            micro_batch_sizes=(1, 2, 4, 8),
+            micro_batch_sizes=(2, 4, 8),
         ),
         LandscapeSpec(
             name="smollm2-decode-heavy",
@@ -24,15 +24,15 @@ MEASURED = {
             model=ModelSpec(name="smollm2-135m"),
             workload=Workload(num_prompts=32, input_len=8, output_len=8),
             device_orders=(_TWO,),
-            micro_batch_sizes=(4, 8, 16, 32),
+            micro_batch_sizes=(8, 16, 32),
         ),
         LandscapeSpec(
             name="unlike-layers",
             about="8 dense layers before 8 mixtures of experts (examples/dummy-moe-16l), two CPU workers",
             model=ModelSpec(name="examples/dummy-moe-16l", load_format="dummy"),
-            workload=Workload(num_prompts=32, input_len=32, output_len=8),
+            workload=Workload(num_prompts=16, input_len=32, output_len=8),
             device_orders=(_TWO,),
-            micro_batch_sizes=(4, 8, 16, 32),
+            micro_batch_sizes=(2, 4, 8, 16),
         ),
         LandscapeSpec(
             name="unlike-devices",
@@ -40,7 +40,7 @@ MEASURED = {
             model=ModelSpec(name="examples/dummy-llama-24l", load_format="dummy"),
             workload=Workload(num_prompts=16, input_len=32, output_len=8),
             device_orders=(_TWO, _TWO[::-1]),
-            micro_batch_sizes=(2, 4, 8),
+            micro_batch_sizes=(4, 8),
             worker_env={"cpu:1": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}},
         ),
     )

@@ -1,0 +1,78 @@
+"""One search of one world: what the plan it would recommend after each trial is really worth, and what that cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+from bench.spec import Plan, Value
+from tuner.proof.methods import PEERS
+from tuner.proof.ours import OURS, Ours
+from tuner.proof.world import World, throughput
+
+
+class Curve(Value):
+    """A search, trial by trial."""
+
+    world: str
+    method: str
+    seed: int
+    scores: tuple[float, ...]
+    """After each trial: the worth of the plan that has the best mean so far, as a share of the best plan's."""
+    device_seconds: tuple[float, ...]
+    """After each trial: devices × seconds, what was learnt before the first trial included."""
+    plans: tuple[str, ...]
+    """Effective plans run, by their keys."""
+    stopped: str | None = None
+    """Why a search ended by itself."""
+
+    def trials_to(self, worth: float) -> int | None:
+        """Trials until the recommended plan is worth so much; None where that never came."""
+        return next((count for count, score in enumerate(self.scores, start=1) if score >= worth), None)
+
+    def device_seconds_to(self, worth: float) -> float | None:
+        """Device-seconds until then."""
+        count = self.trials_to(worth)
+        return None if count is None else self.device_seconds[count - 1]
+
+
+def search(world: World, method: str, seed: int, budget: int) -> Curve:
+    """Lets a method search a world for so many trials, or until it ends by itself."""
+    visits: Counter[str] = Counter()
+    seen: dict[str, list[float]] = defaultdict(list)
+    plans: dict[str, Plan] = {}
+    scores: list[float] = []
+    spent: list[float] = []
+    keys: list[str] = []
+    ours = Ours(world, seed, budget) if method == OURS else None
+    other = None if ours is not None else PEERS[method](world, seed)
+    cost = world.profile_s * len(world.devices) if ours is not None else 0.0
+    worth: Callable[[str], float] = lambda key: statistics.fmean(seen[key])  # noqa: E731
+    while len(scores) < budget:
+        plan = ours.next() if ours is not None else other.next()  # type: ignore[union-attr]
+        if plan is None:
+            break
+        key = world.resolve(plan).key
+        record = world.run(plan, visits[key], seed)
+        visits[key] += 1
+        value = throughput(record)
+        if ours is not None:
+            ours.tell(record)
+        else:
+            other.tell(plan, value)  # type: ignore[union-attr]
+        seen[key].append(value)
+        plans[key] = plan
+        cost += record.wall_s * len(plan.devices)
+        scores.append(world.score(plans[max(seen, key=worth)], seed))
+        spent.append(round(cost, 1))
+        keys.append(key)
+    return Curve(
+        world=world.name,
+        method=method,
+        seed=seed,
+        scores=tuple(round(score, 5) for score in scores),
+        device_seconds=tuple(spent),
+        plans=tuple(keys),
+        stopped=ours.stopped if ours is not None else None,
+    )

@@ -1,0 +1,97 @@
+"""What the searches came to, as Markdown: trials and device-seconds until the plan recommended is near the best."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from bench.metrics import percentile
+from tuner.proof.ours import OURS
+from tuner.proof.replay import Curve
+from tuner.proof.world import World
+
+GOALS = (0.98, 0.99)
+"""Worth of the recommended plan, as a share of the best one's."""
+
+
+def searches_table(worlds: Sequence[World], curves: Sequence[Curve], methods: Sequence[str]) -> str:
+    """A row for each world and method."""
+    lines = [
+        "| landscape | method | trials to 2 %: median, p90 | reached | trials to 1 %: median, p90 | reached "
+        "| device-s to 2 %: median, p90 |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for world in worlds:
+        name = f"{world.name}{' (simulated)' if world.simulated else ''}, {world.num_plans} plans"
+        for method in methods:
+            own = [curve for curve in curves if curve.world == world.name and curve.method == method]
+            if not own:
+                continue
+            cells = [name, method]
+            for goal in GOALS:
+                counts = [curve.trials_to(goal) for curve in own]
+                cells += [_median_and_p90(counts, 0), _share(counts)]
+            cells.append(_median_and_p90([curve.device_seconds_to(GOALS[0]) for curve in own], 0))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def first_plan_table(worlds: Sequence[World], curves: Sequence[Curve]) -> str:
+    """What our search's first plan is worth, which no run has taught it, and where it stops by itself."""
+    lines = [
+        "| landscape | worth of the plan predicted first: median, least | trials until it stops: median, most "
+        "| worth then: median, least | times fewer trials to 2 % and 1 % than TPE's default |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for world in worlds:
+        own = [curve for curve in curves if curve.world == world.name and curve.method == OURS]
+        tpe = [curve for curve in curves if curve.world == world.name and curve.method == "TPE, default"]
+        if not own:
+            continue
+        firsts = [curve.scores[0] for curve in own]
+        ends = [curve.scores[-1] for curve in own]
+        lengths = [len(curve.scores) for curve in own]
+        fewer = [_times_fewer(own, tpe, goal) for goal in GOALS]
+        lines.append(
+            f"| {world.name} | {statistics.median(firsts):.1%}, {min(firsts):.1%} "
+            f"| {statistics.median(lengths):g}, {max(lengths)} "
+            f"| {statistics.median(ends):.1%}, {min(ends):.1%} | {', '.join(fewer)} |"
+        )
+    return "\n".join(lines)
+
+
+def _median_and_p90(values: Sequence[float | None], digits: int) -> str:
+    """Searches that never came there count as endless."""
+    ranked = [math.inf if value is None else value for value in values]
+    return ", ".join(
+        "never" if math.isinf(value) else f"{value:.{digits}f}"
+        for value in (_upper_median(ranked), _upper(ranked, 0.9))
+    )
+
+
+def _upper_median(values: Sequence[float]) -> float:
+    return _upper(values, 0.5)
+
+
+def _upper(values: Sequence[float], quantile: float) -> float:
+    """The least value that so great a share of all does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(quantile * len(ordered)) - 1)]
+
+
+def _share(values: Sequence[float | None]) -> str:
+    return f"{sum(value is not None for value in values) / len(values):.0%}"
+
+
+def _times_fewer(own: Sequence[Curve], tpe: Sequence[Curve], goal: float) -> str:
+    """By medians; where the other never came there, by its whole budget: at least so many times."""
+    if not tpe:
+        return "–"
+    mine = _upper_median([curve.trials_to(goal) or math.inf for curve in own])
+    theirs = _upper_median([curve.trials_to(goal) or math.inf for curve in tpe])
+    if math.isinf(mine):
+        return "–"
+    if math.isinf(theirs):
+        return f"> {percentile([len(curve.scores) for curve in tpe], 0.5) / mine:.1f}"
+    return f"{theirs / mine:.1f}"
