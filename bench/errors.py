@@ -7,6 +7,7 @@ PipetuneError
 │   ├── ModelError       the model cannot be found, read or split
 │   └── StudyError       a folder that holds something else, a resume that does not fit
 ├── NothingFeasibleError exit 3: the work was done and no plan ran
+├── StorageError         exit 4: the database that a study is shared by was lost on the way
 └── FleetError           exit 4: workers that die, hang or answer nonsense; carries a Failure
 """
 
@@ -50,6 +51,10 @@ class NothingFeasibleError(PipetuneError):
     """The search ended and no plan produced a measurement."""
 
     exit_code = 3
+
+
+class StorageError(PipetuneError):
+    """The database of a shared study was lost on the way; what was measured is kept in the study's folder."""
 
 
 class FleetError(PipetuneError):

@@ -5,6 +5,7 @@ No torch here: whatever a worker dies of, `bench.supervisor` turns it into a `Fa
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +16,22 @@ from pydantic import TypeAdapter
 from bench.errors import ConfigError, FleetError, ModelError, PlanError
 from bench.machine import available_devices, device_bytes
 from bench.memory import ModelShape, resolve
+from bench.models.cache import CACHE_VARIABLE, cache_root
+from bench.profile import Profile, ProfileGrid
 from bench.record import Failure, FailureKind, Machine, Measurement, Outcome
 from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, Value, Workload, device_kind
 from bench.supervisor import START_TIMEOUT_S, Progress, Supervisor
 
-__all__ = ["Fleet", "GenerationResult", "Progress", "ScoreResult", "available_devices", "device_bytes"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "Fleet",
+    "GenerationResult",
+    "Progress",
+    "ScoreResult",
+    "available_devices",
+    "cache_root",
+    "device_bytes",
+]
 
 _OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Outcome)
 
@@ -65,6 +77,7 @@ class Fleet:
     ) -> None:
         self.model = model
         self.devices = tuple(devices)
+        self.worker_env = {device: dict(variables) for device, variables in (worker_env or {}).items()}
         self.shape: ModelShape
         self.machine: Machine
         self.device_bytes: dict[str, int]
@@ -202,6 +215,35 @@ class Fleet:
         """
         self._check_stages(spec.plan)
         return self._outcome("measure", {"spec": _dump(spec), "effective": _dump(effective)}, spec.protocol.timeout_s)
+
+    def profile(self, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True) -> Profile:
+        """Times the model's parts on every device, all of them busy at once, and the links between each two.
+
+        Args:
+            packed_weights: as in plans.
+            cuda_graphs: as in plans.
+
+        Raises:
+            FleetError: the workers failed, or not even one layer of each kind fits between embedding and head.
+        """
+        answer = self._call(
+            "profile", {"grid": _dump(grid), "packed_weights": packed_weights, "cuda_graphs": cuda_graphs}
+        )
+        if "failure" in answer:
+            raise FleetError(Failure.model_validate(answer["failure"]))
+        return Profile.model_validate(
+            {
+                **answer,
+                "model": self.model,
+                "shape": self.shape,
+                "machine": self.machine,
+                "device_bytes": self.device_bytes,
+                "packed_weights": packed_weights,
+                "cuda_graphs": cuda_graphs,
+                "scores": grid.scores,
+                "measured_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            }
+        )
 
     def generate(
         self,

@@ -71,6 +71,8 @@ class MeasuredRun:
             runner.open(jobs, instrument=protocol.instrument)
         runner.status.phase = "warmup"
         warmup = self._warm_up(jobs)
+        # What loading, checking and the first pass took and gave up is not what the plan needs.
+        runner.free()
         runner.status.phase = "measure"
         outcome = self._iterate(jobs, check)
         if runner.rank != 0 or isinstance(outcome, Failure):

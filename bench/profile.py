@@ -7,11 +7,16 @@ on the last one, where it samples, the head.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from bench.memory import ModelShape
 from bench.record import Machine
-from bench.spec import SCHEMA_VERSION, Device, ModelSpec, Value
+from bench.spec import SCHEMA_VERSION, Device, ModelSpec, Sampling, Value
+
+PROFILE_METHOD = 1
+"""Counts up when profiles are taken otherwise than before: those kept from then are measured anew."""
 
 
 class TaskTime(Value):
@@ -68,6 +73,8 @@ class Profile(Value):
     machine: Machine
     device_bytes: dict[str, int]
     packed_weights: bool = True
+    cuda_graphs: bool = True
+    """GPU: whether decode was timed as captured graphs."""
     scores: bool = False
     """Whether the head was timed over all positions, as for scoring."""
     devices: tuple[DeviceProfile, ...]
@@ -91,16 +98,20 @@ class Profile(Value):
 
 
 class ProfileGrid(Value):
-    """Which kinds of tasks a profile times."""
+    """Which kinds of tasks a profile times; those that the model or the memory has no room for are left out."""
 
-    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    lengths: tuple[int, ...] = (16, 64, 256)
+    rows: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16, 32), min_length=1)
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(16, 64, 256), min_length=1)
     """New tokens of a row in prefill."""
-    pasts: tuple[int, ...] = (16, 256)
+    pasts: tuple[Annotated[int, Field(ge=1)], ...] = (16, 256)
     """Cached tokens of a row in decode."""
-    chunks: tuple[tuple[int, int], ...] = ()
+    chunks: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
     """`(new, past)` tokens of chunks behind the first one."""
-    max_tokens: int = 4096
-    """Rows × new tokens of the largest task timed."""
+    max_tokens: int = Field(default=1024, ge=1)
+    """Rows × new tokens of the largest task timed; beyond it, time grows as the tokens do."""
     scores: bool = False
-    """Time the head over all positions, as for scoring."""
+    """Time the head over all positions, as for scoring; there is no decode then."""
+    padded: bool = False
+    """Rows of unlike prompts: those of several rows are padded on the left, which takes other attention kernels."""
+    sampling: Sampling | None = None
+    """How tokens are drawn, which is part of the head's time; None takes the likeliest."""

@@ -308,6 +308,12 @@ class Record(Value):
     started_at: str
     """UTC, ISO 8601."""
     wall_s: float
+    source: str | None = None
+    """Of a record that another process of a shared study measured: `<process>/<NNNN>`, its name and its number there.
+    None for one's own."""
+    source_devices: tuple[str, ...] = ()
+    """What it ran on there, in the order of the study's devices; everywhere else the record says this study's names
+    for them, so that one plan is one plan wherever it ran."""
     result: Outcome
 
 

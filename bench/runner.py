@@ -40,14 +40,12 @@ class Runner:
         device_bytes: int,
         control: ControlGroup,
         status: Status,
-        baseline_bytes: int,
         report: Any,
     ) -> None:
         """
         Args:
             devices: of all ranks, by rank.
             device_bytes: memory of this rank's device.
-            baseline_bytes: what the process took before any model was loaded.
             report: called with phase, done and total on rank 0, for progress.
         """
         self.rank = control.rank
@@ -58,9 +56,10 @@ class Runner:
         self.status = status
         self.report = report
         self.device_bytes = device_bytes
-        self.baseline_bytes = baseline_bytes
+        self.baseline_bytes = 0
+        """What the process took before any model was loaded; the worker says, once all that stays is there."""
         self.stage = Stage(resolved, device.torch_device)
-        self._links = Links(self.devices, self.rank, device.torch_device)
+        self.links = Links(self.devices, self.rank, device.torch_device)
         self._packed = False
         self.compiled = CompiledLayers()
         self.loop: StageLoop | None = None
@@ -87,22 +86,17 @@ class Runner:
         gc.collect()
         loaded: tuple[int, ...] = ()
         load_s = 0.0
-        # Packed kernels compute in the dtype that weights are kept in.
-        packed = plan.packed_weights and not self.device.is_cuda and not is_mixed(self.stage.resolved.spec)
-        if self.index is None or (self._packed and not packed):
+        if self.index is None:
             self.stage.release()
-        self._packed = packed
-        if self.index is not None:
+        else:
             own = plan.stages[self.index]
-            self.device.cap_memory(int(own.memory_fraction * self.device_bytes))
-            loaded = self.stage.assign(
-                own.first_layer,
-                own.end_layer,
+            loaded = self._take(
+                range(own.first_layer, own.end_layer),
                 is_first=self.index == 0,
                 is_last=self.index == len(plan.stages) - 1,
+                packed_weights=plan.packed_weights,
+                memory_fraction=own.memory_fraction,
             )
-            if packed:
-                self.stage.pack()
             load_s = time.perf_counter() - began
             if plan.compile:
                 self.compiled.apply(self.stage.model, self.stage.own_layers, where=f"stage {self.index}")
@@ -110,6 +104,40 @@ class Runner:
         gathered = self.control.gather({"loaded": loaded, "load_s": load_s})
         layers = sorted({layer for row in gathered for layer in row["loaded"]})
         return max(row["load_s"] for row in gathered), tuple(layers)
+
+    def hold(self, window: range, *, packed_weights: bool, cuda_graphs: bool, memory_fraction: float) -> StageLoop:
+        """Leaves the present plan: this rank alone holds some layers between embedding and head, a pipeline of its own.
+
+        Returns:
+            Its loop; the next plan, or the next window, takes it away.
+        """
+        self._close_loop()
+        self.compiled.remove()
+        self.plan = self.placement = None
+        gc.collect()
+        self._take(window, is_first=True, is_last=True, packed_weights=packed_weights, memory_fraction=memory_fraction)
+        self.device.free_cached()
+        graphs = DecodeGraphs(self.stage, self.device, where=self.device.name) if cuda_graphs else None
+        self.loop = StageLoop(
+            self.stage, self.device, Edges(), self.status, graphs=graphs if self.device.is_cuda else None
+        )
+        return self.loop
+
+    def _take(
+        self, layers: range, *, is_first: bool, is_last: bool, packed_weights: bool, memory_fraction: float
+    ) -> tuple[int, ...]:
+        """Makes the stage hold some layers, packed or not; returns those that were loaded."""
+        # Packed kernels compute in the dtype that weights are kept in.
+        packed = packed_weights and not self.device.is_cuda and not is_mixed(self.stage.resolved.spec)
+        if self._packed and not packed:
+            self.stage.release()
+        self._packed = packed
+        self.device.cap_memory(int(memory_fraction * self.device_bytes))
+        with self.device.lasting():
+            loaded = self.stage.assign(layers.start, layers.stop, is_first=is_first, is_last=is_last)
+            if packed:
+                self.stage.pack()
+        return loaded
 
     def release(self) -> None:
         """Frees the stage and its KV, before something else wants the memory."""
@@ -145,7 +173,7 @@ class Runner:
         for ranks, job in zip(self.placement.replicas, jobs, strict=True):
             if job is None:
                 continue
-            edges = self._links.edges(
+            edges = self.links.edges(
                 ranks,
                 hidden_numel=job.most_tokens * self.stage.message_values,
                 hidden_dtype=self.stage.message_dtype,
@@ -199,7 +227,7 @@ class Runner:
     def transport(self) -> str:
         """What lies between the stages, in a word."""
         assert self.placement is not None
-        kinds = {self._links.kind(ranks) for ranks in self.placement.replicas}
+        kinds = {self.links.kind(ranks) for ranks in self.placement.replicas}
         return ", ".join(sorted(kinds))
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from typing import Annotated, Literal, Self
@@ -301,10 +302,18 @@ class Plan(Value):
         )
 
     def describe(self) -> str:
-        """One short line for people: `2 × 17+13 · micro-batch 16 (prefill 8, chunk 64) · compiled`."""
+        """One short line for people: `2 × 17+13 · micro-batch 16 (prefill 8, chunk 64) · compiled`.
+
+        Devices that are not taken one after the other are named: `17+13 on cpu:1,cpu:0 · micro-batch 16`.
+        """
         text = "+".join(str(count) for count in self.layer_counts)
         if self.replicas > 1:
             text = f"{self.replicas} × {text}"
+        kinds = {device_kind(device) for device in self.devices}
+        steps = {device_index(b) - device_index(a) for a, b in itertools.pairwise(self.devices)}
+        if len(kinds) > 1 or not steps <= {0, 1}:
+            rows = (self.replica(index).devices for index in range(self.replicas))
+            text += f" on {'|'.join(','.join(row) for row in rows)}"
         prefill = [f"prefill {self.prefill_size}"] if self.prefill_size != self.micro_batch_size else []
         if self.prefill_chunk_size is not None:
             prefill.append(f"chunk {self.prefill_chunk_size}")

@@ -103,7 +103,6 @@ class Worker:
             device_bytes=self.device_bytes[self.devices[self.rank]],
             control=self.control,
             status=self.status,
-            baseline_bytes=psutil.Process().memory_info().rss,
             report=self._progress,
         )
         self.device = device
@@ -111,6 +110,9 @@ class Worker:
         self.tokens = Tokens(self.resolved, self.shape, self.runner.stage.config, self.control)
         self.serving = Serving(self.runner, self.tokens)
         self._unsplit: Any = None
+        device.touch_libraries(self.runner.stage.dtype)
+        self.runner.free()
+        self.runner.baseline_bytes = psutil.Process().memory_info().rss
 
     def serve(self) -> None:
         """Carries out commands until told to exit."""
@@ -262,6 +264,20 @@ class Worker:
             reference_path=self.reference_path,
         )
         return {"outcome": outcome.model_dump(mode="json") if outcome is not None else None}
+
+    def do_profile(self, grid: dict[str, Any], packed_weights: bool, cuda_graphs: bool) -> dict[str, Any]:
+        """Times the model's parts on every device, and the links between them."""
+        from bench.profile import ProfileGrid
+        from bench.profiler import Profiler
+
+        self._drop_unsplit()
+        return Profiler(
+            self.runner,
+            ProfileGrid.model_validate(grid),
+            packed_weights=packed_weights,
+            cuda_graphs=cuda_graphs,
+            pad_token_id=self.tokens.pad_token_id,
+        ).run()
 
     def do_generate(self, **given: Any) -> dict[str, Any]:
         """Generates for use."""

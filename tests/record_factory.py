@@ -170,7 +170,7 @@ def _replica_run(
             today
             * rng.uniform(1 - noise, 1 + noise)
             * (count + HEAD_LAYERS * (index == len(plan.stages) - 1))
-            * _layer_s(task)
+            * layer_s(task.num_rows, task.num_tokens, is_prefill=task.is_prefill)
             for task in tasks
         ]
         for index, count in enumerate(plan.layer_counts)
@@ -394,10 +394,11 @@ def make_shape() -> ModelShape:
     )
 
 
-def _layer_s(task: Task) -> float:
-    if task.is_prefill:
-        return PREFILL_LAYER_ROW_S * task.num_rows * task.num_tokens / 64 + 2e-3
-    return DECODE_LAYER_S + DECODE_LAYER_ROW_S * task.num_rows
+def layer_s(rows: int, tokens: int, *, is_prefill: bool) -> float:
+    """Seconds of one task of one layer; the head takes `HEAD_LAYERS` times as long."""
+    if is_prefill:
+        return PREFILL_LAYER_ROW_S * rows * tokens / 64 + 2e-3
+    return DECODE_LAYER_S + DECODE_LAYER_ROW_S * rows
 
 
 def _stage_memory(plan: Plan, index: int, in_flight: int, workload: Workload, replica: int) -> StageMemory:

@@ -7,11 +7,15 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from bench.memory import LayerShape, ModelShape, resolve, stage_bytes
 from bench.record import Failure
-from bench.spec import EffectivePlan, Plan, Value, Workload
+from bench.spec import EffectivePlan, Plan, Value, Workload, device_kind
 from tuner.planning.cost import CostModel
-from tuner.planning.partition import Partition, best_partitions
+from tuner.planning.in_order import least_filled, near_best
+from tuner.planning.partition import Partition, Table
+from tuner.planning.stage_table import stage_needs
 
 
 class LayerGroup(Value):
@@ -162,27 +166,19 @@ def _fit_at(shape: ModelShape, wanted: Wanted, num_stages: int, size: int) -> Fi
     def plan_of(partition: Partition) -> Plan:
         return Plan.from_layer_counts(partition, wanted.devices, size, memory_fraction=wanted.memory_fraction)
 
-    def rank_by(partition: Partition) -> float:
-        plan = plan_of(partition)
+    def duration_s(plan: Plan) -> float:
         resolved = wanted.resolve(shape, plan)
-        if isinstance(resolved, EffectivePlan):
-            return cost.duration_s(plan, resolved.in_flight)
-        # Beyond any time, by the stage that lacks most.
-        stages = (_stage_need(shape, plan, index, wanted) for index in range(num_stages))
-        return 1e12 * max(stage.bytes_at_least / stage.cap_bytes for stage in stages)
+        return cost.duration_s(plan, resolved.in_flight) if isinstance(resolved, EffectivePlan) else math.inf
 
-    partition = best_partitions(
-        shape.num_layers,
-        rank_by,
-        min_stages=num_stages,
-        max_stages=num_stages,
-        forbidden_cuts=shape.forbidden_cuts,
-        limit=1,
-    )[0]
-    plan = plan_of(partition)
+    whole = plan_of((shape.num_layers,))
+    devices = wanted.devices[:num_stages]
+    fill = _fill(shape, wanted, devices, whole)
+    found = near_best(cost, cost.kinds(whole), devices, fill)
+    # What leaves most room lets most micro-batches be in flight, and comes nearest where nothing fits.
+    plan = min(map(plan_of, (*found, least_filled(fill, shape.forbidden_cuts))), key=duration_s)
     resolved = wanted.resolve(shape, plan)
     return Fit(
-        layer_counts=partition,
+        layer_counts=plan.layer_counts,
         micro_batch_size=size,
         whole_size=size,
         memory_fraction=wanted.memory_fraction,
@@ -192,6 +188,14 @@ def _fit_at(shape: ModelShape, wanted: Wanted, num_stages: int, size: int) -> Fi
         in_flight=resolved.in_flight if isinstance(resolved, EffectivePlan) else 0,
         stages=tuple(_stage_need(shape, plan, index, wanted) for index in range(len(plan.stages))),
     )
+
+
+def _fill(shape: ModelShape, wanted: Wanted, devices: Sequence[str], whole: Plan) -> Table:
+    """`[device, first, end]`, share of its cap that a stage takes with one micro-batch in flight."""
+    lens = {"prompt_len": wanted.longest, "output_len": wanted.workload.generated_len}
+    needs = {kind: stage_needs(shape, whole, f"{kind}:0", **lens) for kind in dict.fromkeys(map(device_kind, devices))}
+    caps = [max(1, int(wanted.memory_fraction * wanted.device_bytes[device])) for device in devices]
+    return np.array([needs[device_kind(device)] / cap for device, cap in zip(devices, caps, strict=True)])
 
 
 def _stage_need(shape: ModelShape, plan: Plan, index: int, wanted: Wanted) -> StageNeed:

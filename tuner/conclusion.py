@@ -108,7 +108,11 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
         "baseline": ranking.baseline
         and {"batch_size": ranking.baseline.batch_size, "metrics": ranking.baseline.metrics},
         "single_stage": _row(ranking.single_stage),
+        "recommended_because": ranking.recommended_because,
+        "front": [row.rank for row in ranking.front],
+        "separated": ranking.separation.separated,
         "separation": ranking.separation.text,
+        "search": _search(report),
         "rival": ranking.rival
         and {"plan": ranking.rival.row.plan.model_dump(mode="json"), "gain_over_it": _ratio(ranking.rival.gain)},
         "ranking": [_row(row) for row in ranking.rows],
@@ -129,11 +133,39 @@ def _row(row: Row | None) -> dict[str, Any] | None:
         "layers": list(row.plan.layer_counts),
         "in_flight": row.effective.in_flight,
         "confirmed": row.confirmed,
+        "recommended": row.recommended,
         "metrics": row.metrics,
         "speedup_over_baseline": _ratio(row.speedup_over_baseline),
         "speedup_over_single_stage": _ratio(row.speedup_over_single_stage),
         "broken_constraints": list(row.broken_constraints),
         "records": list(row.records),
+    }
+
+
+def _search(report: Report) -> dict[str, Any]:
+    """How the search went; times and the reason of its end are null in studies from before a diary was kept."""
+    from tuner.report.search import median_error, trials_of
+
+    trials, log = trials_of(report), report.log
+    return {
+        "stop": log.stop.model_dump(mode="json") if log and log.stop else None,
+        "trials": [
+            {
+                "trial": trial.number,
+                "record": trial.record.number,
+                "source": trial.record.source,
+                "kind": trial.entry.kind if trial.entry else None,
+                "reason": trial.entry.reason if trial.entry else None,
+                "predicted": trial.predicted,
+                "predicted_sd": trial.predicted_sd,
+                "measured": trial.measured,
+                "error": trial.error,
+            }
+            for trial in trials
+        ],
+        "median_prediction_error": median_error(trials),
+        "seconds": dict(log.seconds) if log else None,
+        "measuring_share": 1 - log.not_measuring_s / log.total_s if log and log.seconds else None,
     }
 
 

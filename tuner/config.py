@@ -164,8 +164,9 @@ class TuneConfig(Value):
     """If it cannot be told by then, that is a tie."""
     storage: str | None = None
     """Optuna storage URL; None is SQLite in the study's folder."""
-    shared_study: str | None = None
-    """Name of a study in `storage` that several processes search together, each with its own folder and devices."""
+    shared_study: Annotated[str | None, BeforeValidator(lambda value: value or None)] = None
+    """Name of a study in `storage` that several processes search together, each with its own folder and devices; empty
+    as none."""
     device_names: Names = ()
     """Names to write into device maps in place of the devices, in their order; empty keeps theirs."""
 

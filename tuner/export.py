@@ -23,7 +23,7 @@ DEVICE_MAP_FILE = "best_device_map.json"
 
 
 class PlanFile(Value):
-    """`best_plan.json`: a plan, the model it is for, and what was measured of it."""
+    """`best_plan.json`: a plan, the model it is for, and what was measured, or predicted, of it."""
 
     schema_version: int = SCHEMA_VERSION
     plan: Plan
@@ -35,7 +35,11 @@ class PlanFile(Value):
     in_flight: int | None = None
     """Micro-batches resident at once when it was measured."""
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Medians, by the names that `results/README.md` defines."""
+    """Medians, by the names that `results/README.md` defines; empty where nothing was measured."""
+    predicted: dict[str, float] = Field(default_factory=dict)
+    """By the same names, of a plan that was chosen without running it."""
+    predicted_from: str | None = None
+    """What the prediction was made from, in words."""
 
 
 def write_best(folder: Path, plan_file: PlanFile, shape: ModelShape, device_names: Sequence[str] = ()) -> None:

@@ -2,18 +2,22 @@
 
 The best of many noisy measurements looks better than it is, because luck helped to choose it (the winner's curse).
 So the finalists are measured again, in interleaved rounds that chose nothing, and wherever a plan has such rounds its
-search values are set aside. Gains are ratios within a round, where the machine's mood falls on both sides alike.
+search values are set aside. Gains are ratios within a round, where the machine's mood falls on both sides alike. The
+order of the finalists, and whether the fastest is told apart, come from `tuner.contest`.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from bench.record import SHARED_DEVICE_NOTE, Failure, FailureKind, Measurement, OutputCheck, Record
 from bench.spec import Plan
 from tuner.config import Constraint
-from tuner.pairing import gain_over, separation_of
+from tuner.contest import MARGIN, MIN_ROUNDS, State, decide
+from tuner.knee import bulges
+from tuner.pairing import gain_over, last_finals, log_costs, separation_of
 from tuner.pooling import Run, chosen_runs, measured_spread, medians_of, searched_runs, throughput_spread
 from tuner.standings import BaselineRow, FailureRow, Objective, Ranking, Rival, Row
 
@@ -26,18 +30,22 @@ def rank(
     records: Sequence[Record],
     objectives: Sequence[Objective] = (_DEFAULT_OBJECTIVE,),
     constraints: Sequence[Constraint] = (),
+    rounds: tuple[int, int] = (3, 8),
 ) -> Ranking:
     """Orders what was measured; the order of the records does not matter.
 
     Records of one effective plan are one row. Its values are medians over all iterations of its finalist rounds,
     or where it has none, of its search runs (undisturbed ones, if any was). Rows that keep the constraints come
-    first; of those the confirmed ones, which missed one round of the last finals at most; of those the Pareto front;
-    then the objectives in turn decide.
+    first; of those the confirmed ones, which missed one round of the last finals at most until they were told to be
+    behind. With one objective these stand in the order of their common rounds; of those that are not told apart from
+    the fastest and measured within a practical margin of it, the one that takes least comes first. With several
+    objectives the knee of the front comes first, then the front, and the objectives in turn decide the rest.
 
     Args:
         records: of one study: one model, workload and machine.
         objectives: the first orders; with several, the non-dominated rows are marked.
         constraints: a row that breaks one has no rank.
+        rounds: how many the finals have at least and at most.
     """
     assert objectives, "a ranking needs an objective"
     first = objectives[0]
@@ -52,16 +60,17 @@ def rank(
         for record in records
         if record.effective and isinstance(record.result, Failure) and record.result.kind != FailureKind.INTERRUPTED
     )
-    rounds = _final_rounds(records, plans)
-    enough = max(1, max(rounds.values(), default=0) - 1)
+    cells = _final_cells(records, first)
     rows = [
         _row(group, objectives, constraints).model_copy(
-            update={"confirmed": rounds[key] >= enough, "failed_runs": failed_runs[key]}
+            update={"confirmed": _is_confirmed(cells.get(key, {})), "failed_runs": failed_runs[key]}
         )
         for key, group in plans.items()
     ]
     front = _pareto_front([row for row in rows if row.feasible and not row.unranked_because], objectives)
-    rows = _ordered([row.model_copy(update={"on_front": row.key in front}) for row in rows], objectives)
+    rows = [row.model_copy(update={"on_front": row.key in front}) for row in rows]
+    state = _finals(rows, cells, rounds)
+    rows, recommended_because = _ordered(rows, objectives, state)
 
     sweep, baseline = _baselines([run for run in runs if run.measurement.method != "pipeline"], first, constraints)
     base_runs = [run for run in runs if baseline and run.record.number in baseline.records]
@@ -69,7 +78,7 @@ def rank(
     single = next((row for row in rows if len(row.plan.devices) == 1), None)
 
     def complete(row: Row, position: int | None) -> Row:
-        update: dict[str, object] = {"rank": position}
+        update: dict[str, object] = {"rank": position, "recommended": position == 1}
         if base_runs:
             update["speedup_over_baseline"] = gain_over(first, plans[row.key], base_runs)
         if single:
@@ -101,7 +110,8 @@ def rank(
             for record in records
             if isinstance(record.result, Failure)
         ),
-        separation=separation_of([row for row in ranked if row.feasible], plans, first),
+        separation=separation_of([row for row in ranked if row.feasible], state, several=len(objectives) > 1),
+        recommended_because=recommended_because,
     )
 
 
@@ -119,16 +129,30 @@ def _batch_size(record: Record) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _final_rounds(records: Sequence[Record], plans: Mapping[str, Sequence[Run]]) -> dict[str, int]:
-    """In how many rounds of the last finals each plan was measured.
+def _final_cells(records: Sequence[Record], objective: Objective) -> dict[str, dict[int, float | None]]:
+    """What each plan did in the last finals: its log cost by round."""
+    first_round, finals = last_finals(records)
+    by_key: dict[str, list[Record]] = {}
+    for record in finals:
+        if record.effective is not None:
+            by_key.setdefault(record.effective.key, []).append(record)
+    return {key: log_costs(group, first_round, objective) for key, group in by_key.items()}
 
-    Trials that came after a finals were not among those it chose from: it confirms nothing any more.
-    """
-    last_trial = max((record.number for record in records if record.role == "trial"), default=-1)
-    return {
-        key: len({run.record.round for run in group if run.confirms and run.record.number > last_trial})
-        for key, group in plans.items()
+
+def _is_confirmed(cells: Mapping[int, float | None]) -> bool:
+    """Whether a plan was measured in the last finals, and missed one of its rounds at most before it left."""
+    measured = sum(value is not None for value in cells.values())
+    return measured > 0 and max(cells) - measured < 1
+
+
+def _finals(
+    rows: Iterable[Row], cells: Mapping[str, Mapping[int, float | None]], rounds: tuple[int, int]
+) -> State | None:
+    """How the last finals stand among the rows that keep the constraints; None without any."""
+    contenders = {
+        row.key: cells[row.key] for row in rows if row.confirmed and row.feasible and not row.unranked_because
     }
+    return decide(contenders, min_rounds=rounds[0], max_rounds=rounds[1]) if contenders else None
 
 
 def _row(group: Sequence[Run], objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> Row:
@@ -252,30 +276,84 @@ def _baseline_row(size: int, group: Sequence[Run], used: Sequence[Run], objectiv
     )
 
 
-def _costs(row: Row, objectives: Sequence[Objective]) -> tuple[float, ...]:
+def costs_of(row: Row, objectives: Sequence[Objective]) -> tuple[float, ...]:
     """Less is better; a metric that is missing is worst."""
     return tuple(
-        objective.cost(row.metrics[objective.metric]) if objective.metric in row.metrics else float("inf")
+        objective.cost(row.metrics[objective.metric]) if objective.metric in row.metrics else math.inf
         for objective in objectives
     )
 
 
-def _ordered(rows: Sequence[Row], objectives: Sequence[Objective]) -> list[Row]:
-    return sorted(
+def _ordered(rows: Sequence[Row], objectives: Sequence[Objective], state: State | None) -> tuple[list[Row], str | None]:
+    """The rows, best first, and why the first is what is recommended where its value alone does not say so."""
+    several = len(objectives) > 1
+    finals = [*state.active, *state.behind] if state and not several else []
+    places = {key: place for place, key in enumerate(finals)}
+    ordered = sorted(
         rows,
         key=lambda row: (
             not row.feasible,
             not row.confirmed,
-            not row.on_front if len(objectives) > 1 else False,
-            _costs(row, objectives),
+            not row.on_front if several else False,
+            places.get(row.key, len(places)),
+            costs_of(row, objectives),
             row.key,
         ),
+    )
+    ranked = [row for row in ordered if row.feasible and not row.unranked_because]
+    chosen, because = _knee(ranked, objectives) if several else _least_of_tied(ranked, state)
+    if chosen is not None:
+        ordered.remove(chosen)
+        ordered.insert(0, chosen)
+    return ordered, because
+
+
+def _least_of_tied(ranked: Sequence[Row], state: State | None) -> tuple[Row | None, str | None]:
+    """Of the plans tied with the fastest and measured within the margin of it, the one that takes least.
+
+    Fewer devices, then less memory on the fullest (differences below about 5 % are none), then the earlier rank.
+    """
+    if state is None or state.kind == "separated" or state.rounds < MIN_ROUNDS:
+        return None, None
+    near = {gap.rival for gap in state.gaps if gap.rival in state.active and abs(gap.share) <= MARGIN}
+    pool = [row for row in ranked if row.key == state.leader or row.key in near]
+
+    def takes(row: Row) -> tuple[int, int]:
+        return len(row.plan.devices), round(math.log(max(1.0, row.metrics.get("peak_memory_bytes", 1.0))) / 0.05)
+
+    chosen = min(pool, key=takes, default=None)
+    if chosen is None or chosen.key == state.leader:
+        return None, None
+    fewer = takes(chosen)[0] < takes(pool[0])[0]
+    return chosen, (
+        f"{chosen.plan.describe()} is recommended: not told apart from the fastest, measured within "
+        f"{100 * MARGIN:.0f} % of it, and {'on fewer devices' if fewer else 'with less memory'}"
+    )
+
+
+def _knee(ranked: Sequence[Row], objectives: Sequence[Objective]) -> tuple[Row | None, str | None]:
+    """The knee of the front; where plans are confirmed, the confirmed one that bulges most.
+
+    The whole front gives the scale, so that which plans came into the finals does not move it.
+    """
+    confirmed = [row for row in ranked if row.confirmed]
+    best = _pareto_front(confirmed or ranked, objectives)
+    pool = [row for row in ranked if row.key in best]
+    points = [*pool, *(row for row in ranked if row.on_front and row.key not in best)]
+    found = bulges([costs_of(row, objectives) for row in points])
+    if found is None:
+        return None, None
+    chosen = pool[max(range(len(pool)), key=lambda index: found[index])]
+    ends = "line" if len(objectives) == 2 else "plane"
+    return chosen, (
+        f"{chosen.plan.describe()} is the knee of {len(points)} plans on the Pareto front, farthest from the {ends} "
+        "through its ends"
     )
 
 
 def _pareto_front(rows: Sequence[Row], objectives: Sequence[Objective]) -> frozenset[str]:
     """Keys of the rows that no other dominates."""
-    costs = {row.key: _costs(row, objectives) for row in rows}
+    costs = {row.key: costs_of(row, objectives) for row in rows}
 
     def dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
         return one != other and all(a <= b for a, b in zip(one, other, strict=True))

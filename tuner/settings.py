@@ -181,7 +181,7 @@ def place_of(
 
 def show(resolved: Resolved) -> str:
     """The resolved config as YAML, with the source of each value behind it."""
-    leaves = list(_leaves(resolved.config.model_dump(mode="json")))
+    leaves = list(_leaves(shown_values(resolved.config)))
     lines = []
     section: KeyPath = ()
     for path, value in leaves:
@@ -194,6 +194,16 @@ def show(resolved: Resolved) -> str:
         lines.append((f"{'  ' * len(section)}{path[-1]}: {text}", resolved.source(*path)))
     width = min(44, max(len(text) for text, _ in lines))
     return "".join(f"{text:<{width}}  # {source}\n" if source else f"{text}\n" for text, source in lines)
+
+
+def shown_values(config: TuneConfig) -> dict[str, Any]:
+    """All values as people may see them: a database's URL without its password."""
+    values = config.model_dump(mode="json")
+    if config.storage is not None:
+        from tuner.storage_url import shown
+
+        values["storage"] = shown(config.storage)
+    return values
 
 
 def dump(config: TuneConfig) -> str:

@@ -83,7 +83,8 @@ class Row(Value):
     metrics: dict[str, float]
     """Median of every metric over the runs used."""
     confirmed: bool
-    """Measured in the last finals, one round missed at most; where there are such plans, only they are called best."""
+    """Measured in the last finals until it was told to be behind, one round missed at most; where there are such plans,
+    only they are called best."""
     roles: tuple[Role, ...]
     records: tuple[int, ...]
     """Numbers of all measurements of this plan."""
@@ -94,6 +95,8 @@ class Row(Value):
     broken_constraints: tuple[str, ...] = ()
     on_front: bool = False
     """No other ranked plan is at least as good in every objective and better in one."""
+    recommended: bool = False
+    """The best plan; `Ranking.recommended_because` says why it is, where its value alone does not."""
     speedup_over_baseline: Ratio | None = None
     speedup_over_single_stage: Ratio | None = None
     unranked_because: str | None = None
@@ -147,12 +150,14 @@ class Rival(Value):
 
 
 class Separation(Value):
-    """Whether the best plan is told apart from the second."""
+    """Whether the fastest finalist is told apart from all others."""
 
     separated: bool
     text: str
-    wins: int = 0
     rounds: int = 0
+    """Whole interleaved rounds of the last finals."""
+    tied: tuple[str, ...] = ()
+    """Keys of the plans that are not told apart, the fastest first; empty where one is, and without finals."""
 
 
 class Ranking(Value):
@@ -175,6 +180,8 @@ class Ranking(Value):
     """None where plans of one kind alone are ranked."""
     failures: tuple[FailureRow, ...]
     separation: Separation
+    recommended_because: str | None = None
+    """Why the best plan is not simply the one with the best value: a tie, or several objectives."""
 
     @property
     def best(self) -> Row | None:

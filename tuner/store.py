@@ -18,16 +18,21 @@ from bench.spec import EffectivePlan, RunSpec, Workload
 from tuner import locks, settings
 from tuner.config import STUDY_NAME, TuneConfig
 from tuner.differences import differences
+from tuner.storage_url import check_sharing
 from tuner.study_files import (
     CONFIG_FILE,
     DATABASE_FILE,
     LOGS_FOLDER,
     MACHINE_FILE,
+    PROFILE_FILE,
     PROMPTS_FILE,
     RECORDS_FOLDER,
     REFERENCE_FILE,
+    SEARCH_FILE,
     SHAPE_FILE,
+    SHARING_FILE,
     SPACE_FILE,
+    WARM_START_FILE,
     StudyContents,
     load_records,
     load_study,
@@ -39,11 +44,39 @@ from tuner.study_files import (
 __all__ = ["MAY_CHANGE", "StudyContents", "StudyStore", "load_records", "load_study", "study_folder", "was_interrupted"]
 
 _LOCK_FILE = ".lock"
+_FILES = (
+    CONFIG_FILE,
+    MACHINE_FILE,
+    PROMPTS_FILE,
+    SHAPE_FILE,
+    REFERENCE_FILE,
+    DATABASE_FILE,
+    SPACE_FILE,
+    SHARING_FILE,
+    SEARCH_FILE,
+    PROFILE_FILE,
+    WARM_START_FILE,
+)
 
 MAY_CHANGE = frozenset(
-    {"name", "output_dir", "n_trials", "timeout_s", "finalists", "finalist_rounds", "storage", "device_names"}
+    {
+        "name",
+        "output_dir",
+        "profile",
+        "warm_start",
+        "n_trials",
+        "timeout_s",
+        "stop_early",
+        "finalists",
+        "finalist_rounds",
+        "max_finalist_rounds",
+        "storage",
+        "shared_study",
+        "device_names",
+    }
 )
-"""Settings that a resume may change: they say how long to search and where results go, not what is searched."""
+"""Settings that a resume may change: they say how long to search, from which predictions, with whom, and where
+results go, not what is searched."""
 
 
 def study_folder(config: TuneConfig) -> Path:
@@ -82,8 +115,10 @@ class StudyStore:
             config: with its devices resolved; a prompts file is copied into the folder.
 
         Raises:
+            ConfigError: a shared study without a database that several processes can use.
             StudyError: the folder holds a study or something else, or cannot be made. Nothing is overwritten.
         """
+        check_sharing(config)
         if folder.is_dir():
             found = _listing(folder)
             if CONFIG_FILE in found:
@@ -111,9 +146,11 @@ class StudyStore:
             config: the settings wanted now; only those of `MAY_CHANGE` may differ from what was recorded.
 
         Raises:
+            ConfigError: a shared study without a database that several processes can use.
             StudyError: there is no study, it is in use, a setting differs (says which), or a record is cut off.
         """
         recorded = read_config(folder)
+        check_sharing(config)
         with contextlib.ExitStack() as stack:
             _lock(folder, stack)
             if config.workload.prompts_file is not None:
@@ -154,7 +191,7 @@ class StudyStore:
         """Takes a study away that was just made and recorded nothing: a corrected command may use the folder."""
         if self._records or not self._fresh:
             return
-        for name in (CONFIG_FILE, MACHINE_FILE, PROMPTS_FILE, SHAPE_FILE, REFERENCE_FILE, DATABASE_FILE, SPACE_FILE):
+        for name in _FILES:
             (self.folder / name).unlink(missing_ok=True)
         for name in (RECORDS_FOLDER, LOGS_FOLDER):
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -182,6 +219,22 @@ class StudyStore:
     @property
     def space_path(self) -> Path:
         return self.folder / SPACE_FILE
+
+    @property
+    def profile_path(self) -> Path:
+        return self.folder / PROFILE_FILE
+
+    @property
+    def search_path(self) -> Path:
+        return self.folder / SEARCH_FILE
+
+    @property
+    def warm_start_path(self) -> Path:
+        return self.folder / WARM_START_FILE
+
+    @property
+    def sharing_path(self) -> Path:
+        return self.folder / SHARING_FILE
 
     @property
     def workload(self) -> Workload:
@@ -249,31 +302,56 @@ class StudyStore:
         round_: int | None = None,
     ) -> Record:
         """Writes the next record; it is durable when this returns."""
-        number = self._records[-1].number + 1 if self._records else 0
-        key = effective.key if effective is not None else None
         if spec is not None and spec.workload.prompts_file is not None:
             # A folder may be moved: records name its own copy.
             spec = spec.model_copy(update={"workload": spec.workload.model_copy(update={"prompts_file": PROMPTS_FILE})})
-        record = Record(
-            number=number,
-            role=role,
-            trial_number=trial_number,
-            params=params,
-            round=round_,
-            spec=spec,
-            effective=effective,
-            replicate_of=self._first_of_key.get(key) if key is not None else None,
-            hardware_id=hardware_id,
-            started_at=started_at,
-            wall_s=wall_s,
-            result=result,
+        return self._write(
+            Record(
+                number=self._next_number,
+                role=role,
+                trial_number=trial_number,
+                params=params,
+                round=round_,
+                spec=spec,
+                effective=effective,
+                hardware_id=hardware_id,
+                started_at=started_at,
+                wall_s=wall_s,
+                result=result,
+            )
         )
-        path = self.folder / RECORDS_FOLDER / f"{number:04}.json"
-        assert not path.exists(), f"record {number} is there already"
+
+    def adopt(self, record: Record, *, source: str, source_devices: Sequence[str], trial_number: int) -> Record:
+        """Writes a record that another process of the study measured, under a number of this folder; it is durable
+        when this returns.
+
+        Args:
+            record: with this study's names for its devices.
+            source: unique over all processes; see `Record.source`.
+            trial_number: in the database that both use.
+        """
+        update = {
+            "number": self._next_number,
+            "trial_number": trial_number,
+            "source": source,
+            "source_devices": tuple(source_devices),
+        }
+        return self._write(record.model_copy(update=update))
+
+    @property
+    def _next_number(self) -> int:
+        return self._records[-1].number + 1 if self._records else 0
+
+    def _write(self, record: Record) -> Record:
+        key = record.effective.key if record.effective is not None else None
+        first = self._first_of_key.get(key) if key is not None else None
+        record = record.model_copy(update={"replicate_of": first})
+        path = self.folder / RECORDS_FOLDER / f"{record.number:04}.json"
+        assert not path.exists(), f"record {record.number} is there already"
         write_durably(path, record.model_dump_json())
         self._records.append(record)
         if key is not None:
-            self._first_of_key.setdefault(key, number)
+            self._first_of_key.setdefault(key, record.number)
         return record
 
 

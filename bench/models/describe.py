@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from transformers.models.auto.auto_factory import _get_model_class
 
+from bench.cuts import embeds_in_layers, forbidden_cuts
 from bench.errors import ModelError
 from bench.memory import LayerShape, ModelShape
 from bench.models.attention import check_attention
@@ -20,9 +21,7 @@ from bench.models.layers import (
     cache_name,
     check_family,
     check_splittable,
-    embeds_in_layers,
     find_layers,
-    forbidden_cuts,
     is_recurrent,
 )
 from bench.models.resolve import ResolvedModel

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DynamicCache,
     DynamicIndexedLayer,
@@ -35,7 +35,6 @@ the width of each."""
 
 _LAYER_COUNTS = ("num_layers", "num_decoder_layers", "decoder_layers", "num_hidden_layers")
 """The config's names for the number of layers; the last may count an encoder's, or several to a layer."""
-_EMBEDS_IN_LAYERS = ("zamba", "zamba2", "gemma3n", "gemma3n_text")
 _ENCODERS = ("bert-generation", *MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 _CACHE_NAMES = ("past_key_values", "cache_params")
 _PROMPTS_AT_ONCE = ("doge", "git", "moshi")
@@ -94,39 +93,6 @@ def is_recurrent(model: PreTrainedModel) -> bool:
         return True
     kinds = {type(layer) for layer in DynamicCache(config=untyped.config).layers}
     return bool(untyped._is_stateful) or not kinds <= set(_KEPT_BY_ROW)
-
-
-def embeds_in_layers(config: PreTrainedConfig) -> bool:
-    """Whether layers read the embedding of the tokens, so that every stage must hold it."""
-    text_config = config.get_text_config(decoder=True)
-    per_layer = getattr(text_config, "hidden_size_per_layer_input", None)
-    return text_config.model_type in _EMBEDS_IN_LAYERS or bool(per_layer)
-
-
-def forbidden_cuts(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Layers before which the model must not be cut: what a layer reads of an earlier one does not cross.
-
-    These are keys and values that a layer uses again, positions that an earlier layer chose to attend to, and layers
-    that are left out where there is no image (a cut behind them is the same).
-    """
-    text_config = config.get_text_config(decoder=True)
-    forbidden: set[int] = set()
-    kinds = getattr(text_config, "layer_types", None) or []
-    stored: dict[str, int] = {}
-    for index, mode in enumerate(getattr(text_config, "kv_sharing_modes", None) or []):
-        if mode == "store":
-            stored[kinds[index]] = index
-        elif mode == "reuse":
-            forbidden |= set(range(stored[kinds[index]] + 1, index + 1))
-    for index, mode in enumerate(getattr(text_config, "indexer_types", None) or []):
-        if mode == "shared":
-            forbidden.add(index)
-    return tuple(sorted(cut for cut in forbidden | idle_layers(config) if 0 < cut < text_config.num_hidden_layers))
-
-
-def idle_layers(config: PreTrainedConfig) -> frozenset[int]:
-    """Layers that the model never calls when it is given text alone."""
-    return frozenset(getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from bench.models.cache_kinds import DummyLayer
+from bench.runtime import heap
 
 
 class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -45,14 +46,15 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates `[rows, heads, max_len, head_dim]` for keys and for values (whose sizes may differ)."""
         self.dtype, self.device = _kept_dtype(key_states), key_states.device
-        self.keys, self.values = (
-            torch.empty(
-                (self.rows, states.shape[1], self.max_len, states.shape[3]),
-                dtype=_kept_dtype(states),
-                device=states.device,
+        with heap.lasting():
+            self.keys, self.values = (
+                torch.empty(
+                    (self.rows, states.shape[1], self.max_len, states.shape[3]),
+                    dtype=_kept_dtype(states),
+                    device=states.device,
+                )
+                for states in (key_states, value_states)
             )
-            for states in (key_states, value_states)
-        )
         self.is_initialized = True
 
     def update(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from bench.runtime import heap
 from bench.spec import device_index, device_kind
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,6 +94,7 @@ class DeviceContext:
             torch.cuda.set_device(self.torch_device)
         else:
             self.torch_device = torch.device("cpu")
+            heap.set_up()
 
     @property
     def is_cuda(self) -> bool:
@@ -127,22 +129,21 @@ class DeviceContext:
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         return min(nominal_bytes, int(free + torch.cuda.memory_reserved(self.torch_device)) // workers)
 
+    def lasting(self) -> contextlib.AbstractContextManager[None]:
+        """Within it weights are loaded: what is allocated lives long."""
+        return contextlib.nullcontext() if self.is_cuda else heap.lasting()
+
+    def touch_libraries(self, dtype: torch.dtype) -> None:
+        """CPU: brings into memory what every model needs of the libraries, so that no plan is charged with it."""
+        if not self.is_cuda:
+            heap.touch_libraries(dtype)
+
     def free_cached(self) -> None:
         """Gives unused memory back, so that the next plan's peak is its own."""
         if self.is_cuda:
             torch.cuda.empty_cache()
         else:
-            _trim_heap()
-
-
-def _trim_heap() -> None:
-    """Asks glibc to return free pages: without it a plan would inherit the peak of the one before."""
-    import ctypes
-
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return
+            heap.trim()
 
 
 @contextlib.contextmanager

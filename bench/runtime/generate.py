@@ -95,6 +95,11 @@ class StageLoop:
         self._edges = edges
         self._timeline = Timeline(self._device.clock(), enabled=instrument)
 
+    @property
+    def slots(self) -> tuple[SlotCache, ...]:
+        """KV slots as they stand."""
+        return tuple(self._slots)
+
     def kv_bytes(self) -> int:
         """Bytes allocated for KV over all slots."""
         return sum(slot.nbytes() for slot in self._slots)

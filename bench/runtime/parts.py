@@ -167,4 +167,14 @@ class Parts:
                 f"model {spec.name!r}: the checkpoint lacks {len(missing)} weights, {missing[0]} first; "
                 "it is incomplete or of another architecture than its config says"
             )
+        if self._device.type == "cpu":
+            _leave_file(model)
         return model.eval()
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Copies tensors out of the checkpoint's mapping: it would stay in memory, whole as far as it was read, as long as
+    any one of them lives, and once more for every later load."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.clone()

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from bench.cuts import embeds_in_layers
 from bench.models.describe import build_on_meta
-from bench.models.layers import cache_name, embeds_in_layers, find_layers, is_recurrent
+from bench.models.layers import cache_name, find_layers, is_recurrent
 from bench.models.resolve import ResolvedModel
 from bench.runtime.boundary import Boundary, StageDone, probe
 from bench.runtime.cache import SlotCache

@@ -148,6 +148,10 @@ def test_prefill_pieces_fit_their_micro_batch() -> None:
 def test_a_plan_describes_itself() -> None:
     plan = Plan.from_layer_counts((17, 13), devices(2), 16)
     assert plan.describe() == "17+13 · micro-batch 16"
+    swapped = Plan.from_layer_counts((17, 13), ("cpu:1", "cpu:0"), 16)
+    assert swapped.describe() == "17+13 on cpu:1,cpu:0 · micro-batch 16"
+    apart = Plan.from_layer_counts((17, 13), ("cuda:0", "cuda:2", "cuda:1", "cuda:3"), 16, replicas=2)
+    assert apart.describe() == "2 × 17+13 on cuda:0,cuda:2|cuda:1,cuda:3 · micro-batch 16"
     pieces = Plan.from_layer_counts((17, 13), devices(2), 16, prefill_micro_batch_size=8)
     assert pieces.describe() == "17+13 · micro-batch 16 (prefill 8)"
 

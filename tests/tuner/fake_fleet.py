@@ -1,4 +1,8 @@
-"""A fleet without processes: simulated times, and faults on demand; it stands where `bench.launch.Fleet` does."""
+"""A fleet without processes: simulated times, and faults on demand; it stands where `bench.launch.Fleet` does.
+
+Its machine is the record factory's: profiles say what its tasks take, and measurements are its schedule simulated with
+these times, noise, and what a test adds that no profile knows of.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from bench.errors import FleetError
 from bench.launch import Progress
 from bench.memory import ModelShape
+from bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, ProfileGrid, TaskTime
 from bench.record import Failure, FailureKind, Machine, Measurement
 from bench.spec import EffectivePlan, ModelSpec, Protocol, RunSpec, Workload
 from tests.record_factory import (
+    HEAD_LAYERS,
+    layer_s,
     make_baseline_measurement,
     make_machine,
     make_measurement,
@@ -18,6 +26,7 @@ from tests.record_factory import (
     make_shape,
 )
 
+HOP_S = 1e-3
 Fault = Callable[[RunSpec, int], Failure | None]
 """Given the spec and how many plans were asked for before, a failure or None; it may raise."""
 
@@ -32,7 +41,14 @@ class FakeFleet:
         self.shape = lab.shape
         self.machine = lab.machine
         self.device_bytes = dict.fromkeys(devices, lab.device_bytes)
+        self.worker_env: dict[str, dict[str, str]] = {}
         self.closed = False
+
+    def profile(self, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True) -> Profile:
+        self._lab.calls.append("profile")
+        if self._lab.profile_fault is not None:
+            raise FleetError(self._lab.profile_fault)
+        return make_profile(self.model, self.shape, self.machine, self.device_bytes, grid, hop_s=HOP_S)
 
     def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
         return make_prompt_lens(workload)
@@ -67,7 +83,12 @@ class FakeFleet:
             return failure
         plan = spec.plan.model_copy(update={"max_in_flight": effective.in_flight})
         measured = make_measurement(
-            plan, spec.workload, num_iters=spec.protocol.num_iters, seed=len(self._lab.calls), hop_s=1e-3
+            plan,
+            spec.workload,
+            num_iters=spec.protocol.num_iters,
+            seed=len(self._lab.calls),
+            hop_s=HOP_S,
+            mood=self._lab.mood(spec),
         )
         return measured if spec.protocol.check_outputs else measured.model_copy(update={"check": None})
 
@@ -95,6 +116,9 @@ class Lab:
         self.shape: ModelShape = make_shape()
         self.machine: Machine = make_machine()
         self.device_bytes = 4 * 2**30
+        self.profile_fault: Failure | None = None
+        self.mood: Callable[[RunSpec], float] = lambda spec: 1.0
+        """How much slower a plan's tasks are than any profile says."""
         self.fault: Fault = lambda spec, number: None
         self.baseline_fault: Callable[[int], Failure | None] = lambda batch_size: None
 
@@ -111,6 +135,58 @@ class Lab:
         if on_progress is not None:
             on_progress(Progress(phase="start", message="starting"))
         return FakeFleet(self, model, devices)
+
+
+def make_profile(
+    model: ModelSpec,
+    shape: ModelShape,
+    machine: Machine,
+    device_bytes: dict[str, int],
+    grid: ProfileGrid,
+    *,
+    hop_s: float,
+) -> Profile:
+    """What the record factory's machine takes for a layer and for the head; all else takes no time."""
+    sizes = [(rows, length, 0) for rows in grid.rows for length in grid.lengths]
+    sizes += [(rows, size, past) for rows in grid.rows for size, past in grid.chunks]
+    sizes += [(rows, 1, past) for rows in grid.rows for past in grid.pasts]
+
+    def times(layers: float) -> tuple[TaskTime, ...]:
+        return tuple(
+            TaskTime(
+                rows=rows,
+                new_tokens=tokens,
+                past_tokens=past,
+                seconds=layers * layer_s(rows, tokens, is_prefill=past == 0 or tokens > 1),
+            )
+            for rows, tokens, past in sizes
+        )
+
+    return Profile(
+        model=model,
+        shape=shape,
+        machine=machine,
+        device_bytes=device_bytes,
+        scores=grid.scores,
+        devices=tuple(
+            DeviceProfile(
+                device=device,
+                layers=(LayerTimes(layers=tuple(range(shape.num_layers)), times=times(1.0)),),
+                overhead=times(0.0),
+                embedding=times(0.0),
+                head=times(HEAD_LAYERS),
+            )
+            for device in device_bytes
+        ),
+        links=tuple(
+            LinkProfile(source=source, target=target, latency_s=hop_s, bytes_per_s=1e12)
+            for source in device_bytes
+            for target in device_bytes
+            if source != target
+        ),
+        measured_at="2026-01-02T03:00:00+00:00",
+        took_s=12.5,
+    )
 
 
 def failure(kind: FailureKind, **fields: Any) -> Failure:

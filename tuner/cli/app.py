@@ -9,6 +9,8 @@ import typer
 from tuner.cli.bench import bench
 from tuner.cli.doctor import doctor
 from tuner.cli.export import export
+from tuner.cli.plan import plan
+from tuner.cli.profile import profile
 from tuner.cli.report import report
 from tuner.cli.tune import tune
 
@@ -21,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (tune, bench, report, export, doctor):
+for command in (tune, plan, bench, report, export, doctor, profile):
     app.command()(command)
 
 

@@ -14,12 +14,16 @@ from bench.memory import ModelShape
 from bench.spec import Plan
 from tuner.config import TuneConfig
 from tuner.planning.cost import CostModel
-from tuner.progress import Reporter
+from tuner.progress import Reporter, values_text
+from tuner.search.acquisition import even_weights
 from tuner.search.build import build_space, count_raw_partitions
+from tuner.search.candidates import candidates
 from tuner.search.driver import baseline_batch_sizes
-from tuner.search.head import head
+from tuner.search.history import History
+from tuner.search.outlook import Lookout
 from tuner.search.resolver import Resolver
 from tuner.search.space import SearchSpace
+from tuner.search.study_costs import kept_costs
 
 if TYPE_CHECKING:
     from bench.launch import Fleet
@@ -37,8 +41,11 @@ class DryRun:
     baseline_batch_sizes: tuple[int, ...]
     num_partitions: int
     space: SearchSpace
-    queue: tuple[tuple[Plan, float], ...]
-    """Plans that would run first, with the seconds that the cost model predicts for the workload."""
+    over_profile: bool
+    """Whether the cost model knows this machine; else its rates are nominal."""
+    queue: tuple[tuple[Plan, dict[str, float]], ...]
+    """Plans that are predicted to be best, with the metrics predicted: the first ones would run first, and what they
+    give decides what follows."""
 
     @property
     def _replicas(self) -> tuple[int, ...]:
@@ -66,8 +73,14 @@ class DryRun:
                 "points": self.space.num_points,
             },
             "n_trials": self.config.n_trials,
+            "predicted_from": "profile" if self.over_profile else "nominal rates",
             "queue": [
-                {"plan": plan.model_dump(mode="json"), "predicted_s": round(seconds, 3)} for plan, seconds in self.queue
+                {
+                    "plan": plan.model_dump(mode="json"),
+                    "predicted_s": round(predicted["duration_s"], 3),
+                    "predicted": {name: round(value, 4) for name, value in predicted.items()},
+                }
+                for plan, predicted in self.queue
             ],
         }
 
@@ -75,7 +88,7 @@ class DryRun:
         """For people."""
         space, config = self.space, self.config
         finals = (
-            f"{config.finalists} best plans and the baseline, {config.finalist_rounds} rounds"
+            f"{config.finalists} best plans and the baseline, {config.finalist_rounds} rounds or more"
             if config.finalists
             else "none"
         )
@@ -99,10 +112,14 @@ class DryRun:
         for name, text in facts.items():
             grid.add_row(name, escape(text))
         console.print(grid)
-        console.print(f"\nfirst of the queue (of {len(self.queue)}):")
-        for plan, seconds in self.queue[:_SHOWN]:
-            console.print(f"  {plan.describe()}   predicted {seconds:.2f} s", markup=False)
-        console.print("Predictions order the queue and are no claim: nothing was run.")
+        console.print("\npredicted to be best:")
+        names = ("output_throughput", "total_token_throughput")
+        for plan, predicted in self.queue:
+            rate = next(name for name in names if name in predicted)
+            values = values_text(predicted, (*config.objectives, rate))
+            console.print(f"  {plan.describe()}   {values} · {predicted['duration_s']:.2f} s", markup=False)
+        source = "a profile of this machine" if self.over_profile else "nominal rates, until the machine is profiled"
+        console.print(f"Predictions are from {source}, and no claim: nothing was run.", markup=False)
 
 
 def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
@@ -121,9 +138,8 @@ def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
 def _plan(folder: Path, config: TuneConfig, fleet: Fleet) -> DryRun:
     lens = fleet.prompt_lens(config.workload)
     resolve = Resolver.of_workload(fleet.shape, config.workload, lens, fleet.device_bytes)
-    cost = CostModel.of_workload(fleet.shape, config.workload, lens)
+    cost, over_profile = kept_costs(fleet, config, lens, resolve)
     space = build_space(config.space, fleet.devices, fleet.shape, cost, resolve)
-    plans = [space.plan(point) for point in head(space, cost, resolve, config.n_trials)]
     return DryRun(
         folder=folder,
         config=config,
@@ -131,8 +147,26 @@ def _plan(folder: Path, config: TuneConfig, fleet: Fleet) -> DryRun:
         baseline_batch_sizes=baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts),
         num_partitions=count_raw_partitions(config.space, fleet.shape, len(fleet.devices), config.workload.num_prompts),
         space=space,
-        queue=tuple((plan, cost.duration_s(plan)) for plan in plans),
+        over_profile=over_profile,
+        queue=_queue(config, space, cost, resolve),
     )
+
+
+def _queue(
+    config: TuneConfig, space: SearchSpace, cost: CostModel, resolve: Resolver
+) -> tuple[tuple[Plan, dict[str, float]], ...]:
+    lookout = Lookout(
+        space,
+        cost,
+        resolve,
+        candidates(space, resolve),
+        objectives=config.objectives,
+        constraints=config.constraints,
+    )
+    view = lookout.look(History(space, resolve))
+    worth = view.worth(view.scalar(even_weights(len(config.objectives)))[0])
+    first = sorted(range(len(worth)), key=lambda place: -worth[place])[:_SHOWN]
+    return tuple((view.effective[place].plan, view.predicted(place)[0]) for place in first)
 
 
 def _joined(values: tuple[float, ...]) -> str:

@@ -85,7 +85,7 @@ def tune(
     if show_config:
         if json:
             sources = {".".join(path): source for path, source in resolved.sources.items()}
-            common.print_json({"config": resolved.config.model_dump(mode="json"), "sources": sources})
+            common.print_json({"config": settings.shown_values(resolved.config), "sources": sources})
         else:
             typer.echo(settings.show(resolved), nl=False)
         return 0

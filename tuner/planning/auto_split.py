@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from bench.cuts import embeds_in_layers, forbidden_cuts
 from bench.errors import ModelError, PlanError
 from bench.memory import LayerShape, ModelShape
-from bench.spec import Plan, device_kind
+from bench.spec import Plan, Workload, device_kind
 from tuner.planning.cost import CostModel
 from tuner.planning.device_map import DeviceMap, seed_map
-from tuner.planning.partition import Partition, best_partitions
+from tuner.planning.in_order import least_filled, near_best
+from tuner.planning.stage_table import Matrix
 
 _FIRST = re.compile(r"emb|wte|wpe|rotary|project_in|drop|per_layer")
 """Modules inside the decoder that run before the layers, by name; all others run behind them."""
@@ -48,38 +53,32 @@ def auto_split_model(
     shape = read_shape(model)
     if not 1 <= num_devices <= shape.num_layers:
         raise PlanError(f"num_devices={num_devices}: {shape.architecture} has {shape.num_layers} layers to give away")
+    most = shape.num_layers - len(shape.forbidden_cuts)
+    if num_devices > most:
+        raise PlanError(f"num_devices={num_devices}: {shape.architecture} can be cut into {most} stages at most")
     names, sizes = _devices(num_devices, devices, device_bytes)
     caps = [int(max_per_device_memory * size) for size in sizes]
-    cost = CostModel(
-        shape=shape,
-        num_prompts=_MICRO_BATCH * 2 * num_devices,
-        prompt_len=_PROMPT_TOKENS,
-        output_len=_OUTPUT_TOKENS,
-    )
+    weights = _weights(shape)
+    fill = np.array([weights / max(cap, 1) for cap in caps])
 
-    def seconds(partition: Partition) -> float:
-        over = _overrun(shape, partition, caps)
-        if over > 0:
-            return 1e12 * (1.0 + over)
-        plan = Plan.from_layer_counts(partition, names, _MICRO_BATCH)
-        return cost.duration_s(plan)
-
-    best = best_partitions(
-        shape.num_layers,
-        seconds,
-        min_stages=num_devices,
-        max_stages=num_devices,
-        forbidden_cuts=shape.forbidden_cuts,
-        limit=1,
-    )
-    if not best or _overrun(shape, best[0], caps) > 0:
-        needed = sum(_weights(shape, best[0])) if best else 0
+    lens = [_PROMPT_TOKENS] * (_MICRO_BATCH * 2 * num_devices)
+    workload = Workload(num_prompts=len(lens), input_len=_PROMPT_TOKENS, output_len=_OUTPUT_TOKENS)
+    cost = CostModel.of_workload(shape, workload, lens)
+    kinds = cost.kinds(Plan.from_layer_counts((shape.num_layers,), names, _MICRO_BATCH))
+    found = near_best(cost, kinds, names, fill)
+    if not found:
+        nearest = least_filled(fill, shape.forbidden_cuts)
+        ends = list(itertools.accumulate(nearest))
+        needed = sum(int(weights[end - count, end]) for count, end in zip(nearest, ends, strict=True))
         raise PlanError(
             f"max_per_device_memory={max_per_device_memory}: the weights take {needed / 2**20:.0f} MiB, and no split "
             f"over {num_devices} devices stays below their caps of "
             f"{', '.join(f'{cap / 2**20:.0f}' for cap in caps)} MiB; take more devices or a smaller dtype"
         )
-    return seed_map(shape, Plan.from_layer_counts(best[0], names, _MICRO_BATCH))
+    plans = [Plan.from_layer_counts(partition, names, _MICRO_BATCH) for partition in found]
+    predictions = cost.predict_many([(plan, None) for plan in plans])
+    best, _ = min(zip(plans, predictions, strict=True), key=lambda entry: entry[1].duration_s)
+    return seed_map(shape, best)
 
 
 def read_shape(model: Any) -> ModelShape:
@@ -88,7 +87,7 @@ def read_shape(model: Any) -> ModelShape:
     Raises:
         ModelError: there is no list of as many layers as the config says.
     """
-    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    config = model.config.get_text_config(decoder=True)
     modules = dict(model.named_modules())
     prefix = _find_layers(modules, getattr(config, "num_hidden_layers", None), type(model).__name__)
     layers = list(modules[prefix])
@@ -96,11 +95,11 @@ def read_shape(model: Any) -> ModelShape:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding_bytes = _bytes(_tensors([embedding]))
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
+    # Configs of families whose layers differ give their sizes layer by layer.
+    per_layer = getattr(config, "per_layer_config", None)
+    configs = list(per_layer) if per_layer is not None and len(per_layer) == len(layers) else [config] * len(layers)
     hidden = int(config.hidden_size)
-    heads = int(getattr(config, "num_attention_heads", 0) or 1)
     dtype_bytes = next(iter(layers[0].parameters())).element_size()
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv = 2 * (getattr(config, "num_key_value_heads", None) or heads) * int(head_dim) * dtype_bytes
     head_bytes = 0 if head is None or tied else _bytes(_tensors([head]))
     return ModelShape(
         architecture=type(model).__name__,
@@ -113,33 +112,33 @@ def read_shape(model: Any) -> ModelShape:
         other_bytes=_bytes(_tensors([model])) - embedding_bytes - head_bytes - _bytes(_tensors(layers)),
         tied=tied,
         hidden_size=hidden,
-        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * hidden),
-        num_attention_heads=heads,
+        intermediate_size=max(_largest(getattr(own, "intermediate_size", None)) for own in configs) or 4 * hidden,
+        num_attention_heads=max(_largest(getattr(own, "num_attention_heads", None)) for own in configs) or 1,
         vocab_size=int(config.vocab_size),
         dtype_bytes=dtype_bytes,
         layers=tuple(
             LayerShape(
                 weight_bytes=_bytes(_tensors([layer])),
-                active_params=_active_params(layer, config),
-                kv_bytes_per_token=kv,
+                active_params=_active_params(layer, own),
+                kv_bytes_per_token=_kv_values(own) * dtype_bytes,
             )
-            for layer in layers
+            for layer, own in zip(layers, configs, strict=True)
         ),
-        forbidden_cuts=_forbidden_cuts(config),
+        forbidden_cuts=forbidden_cuts(model.config),
+        embedding_on_every_stage=embeds_in_layers(model.config),
     )
 
 
-def _forbidden_cuts(config: Any) -> tuple[int, ...]:
-    """Cuts between a layer that stores keys and values and the later ones of its kind that use them again."""
-    stored: dict[str, int] = {}
-    forbidden: set[int] = set()
-    modes = getattr(config, "kv_sharing_modes", None) or ()
-    for index, (mode, kind) in enumerate(zip(modes, getattr(config, "layer_types", ()), strict=False)):
-        if mode == "store":
-            stored[kind] = index
-        elif mode == "reuse":
-            forbidden |= set(range(stored[kind] + 1, index + 1))
-    return tuple(sorted(forbidden))
+def _kv_values(config: Any) -> int:
+    """Numbers that one token leaves in the cache of a layer."""
+    heads = _largest(getattr(config, "num_attention_heads", None)) or 1
+    head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    return 2 * (_largest(getattr(config, "num_key_value_heads", None)) or heads) * int(head_dim)
+
+
+def _largest(value: int | Sequence[int] | None) -> int:
+    """Some configs give a size for each layer."""
+    return int(max(value) if isinstance(value, Sequence) else value or 0)
 
 
 def _find_layers(modules: dict[str, Any], num_layers: int | None, architecture: str) -> str:
@@ -188,22 +187,17 @@ def _active_params(layer: Any, config: Any) -> int:
     return int(active)
 
 
-def _weights(shape: ModelShape, partition: Partition) -> list[int]:
-    """Bytes of weights of each stage, a tied embedding on both ends."""
-    first = 0
-    weights = []
-    for index, count in enumerate(partition):
-        own = shape.other_bytes + sum(layer.weight_bytes for layer in shape.layers[first : first + count])
-        is_first, is_last = index == 0, index == len(partition) - 1
-        own += shape.embedding_bytes if is_first or (is_last and shape.tied) else 0
-        weights.append(own + (shape.head_bytes if is_last else 0))
-        first += count
+def _weights(shape: ModelShape) -> Matrix:
+    """`[first, end]`: bytes of weights of a stage of these layers, a tied embedding on both ends."""
+    before = np.concatenate([[0.0], np.cumsum([layer.weight_bytes for layer in shape.layers])])
+    weights: Matrix = before[np.newaxis, :] - before[:, np.newaxis] + shape.other_bytes
+    if shape.embedding_on_every_stage:
+        weights += shape.embedding_bytes
+    else:
+        weights[0, :] += shape.embedding_bytes
+        weights[1:, -1] += shape.embedding_bytes if shape.tied else 0
+    weights[:, -1] += shape.head_bytes
     return weights
-
-
-def _overrun(shape: ModelShape, partition: Partition, caps: Sequence[int]) -> float:
-    """The largest share by which a stage's weights exceed its cap; zero or less when all fit."""
-    return max(weights / cap - 1.0 for weights, cap in zip(_weights(shape, partition), caps, strict=True))
 
 
 def _devices(

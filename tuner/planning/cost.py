@@ -1,188 +1,261 @@
-"""An analytic cost of plans: good for the order in which to try them, never for a claim.
+"""Predicts what a plan gives before it is run: the real schedule, simulated with what its tasks are thought to cost.
 
-A task is one forward pass of a stage over some rows. Every layer costs
-
-    overhead + bytes / bandwidth + 2 · active parameters · tokens / compute
-
-where the bytes are its weights, read once a task, and the KV cache of its rows. Prefill meets many tokens a task and
-is bound by the last term, so pieces may be small; decode meets one token a row and is bound by the middle one, so
-its micro-batches want to be large. The head runs on the last stage: on one position a row, or on all of them where
-texts are scored.
-
-Rates are nominal. Their ratios decide the order, so they need not be those of the machine; measured stages can
-replace them.
+What tasks cost is told by `Costs`: nominal rates (`nominal`), a profile of this machine (`profiled`), or either of
+them corrected by what plans took (`refit`). None of them tells compiled from eager layers, packed weights from unpacked
+ones or CUDA graphs from launches: they predict these alike, unless they were measured with them.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from bench.memory import ModelShape
+import numpy as np
+import numpy.typing as npt
+
+from bench.memory import ModelShape, StageBytes, stage_bytes
 from bench.spec import Plan, Workload, device_kind
+from tuner.planning.contention import Contention
+from tuner.planning.costs import Costs, TaskKind
+from tuner.planning.nominal import NominalCosts
+from tuner.planning.prediction import Prediction, Run, predictions_of
+from tuner.planning.simulation import Course, anchors_of, course_of, simulate_plans
 
+Floats = npt.NDArray[np.float64]
 
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """What a device does in a second."""
-
-    flops_per_s: float
-    bytes_per_s: float
-    """Of a layer's weights, at the batch sizes where decode is bound by them."""
-    head_bytes_per_s: float
-    """Of the head's: one wide matrix is read faster than a layer's many."""
-    layer_overhead_s: float
-    """What one layer costs however small it is: launches from Python."""
-    hop_s: float
-    """A message to the next stage."""
-
-
-RATES = {
-    "cpu": Rates(flops_per_s=9e10, bytes_per_s=3e9, head_bytes_per_s=1e10, layer_overhead_s=6e-4, hop_s=1.5e-3),
-    "cuda": Rates(flops_per_s=2e14, bytes_per_s=2e12, head_bytes_per_s=2e12, layer_overhead_s=1.5e-4, hop_s=5e-5),
-}
+GAPS_S: Mapping[str, float] = {"cpu": 3e-4, "cuda": 0.0}
+"""By kind of device: from the end of a task's compute until its stage can begin another, while it hands the output on.
+On CPUs measured, with gloo: the median over many plans. On GPUs the host does it while the device computes."""
+STALLS_S: Mapping[str, float] = {"cpu": 2e-3, "cuda": 0.0}
+"""By kind of device: see `simulate_plans`. On CPUs measured, with gloo, on a machine whose workers take every core."""
+TOKEN_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Predicts how long a workload takes under a plan.
-
-    Compilation, CUDA graphs and packed weights speed every plan up alike, as far as this model knows.
+    """Predicts runs of one workload on one model.
 
     Args:
-        prompt_len: mean length of the prompts, tokens.
+        prompt_lens: of all prompts, tokens, in any order.
+        output_len: tokens generated for each prompt; 0 where texts are scored.
+        costs: what tasks cost.
+        gaps_s: of each device by its name or its kind, as in `GAPS_S`.
+        stalls_s: of each receiving device, as in `STALLS_S`.
+        contention: what devices that compute at once lose to each other; None where the costs hold as they are.
     """
 
     shape: ModelShape
-    num_prompts: int
-    prompt_len: float
+    prompt_lens: tuple[int, ...]
     output_len: int
-    """Tokens generated for each prompt; 0 where texts are scored."""
+    costs: Costs
+    gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
+    stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
+    contention: Contention | None = None
+    _before: dict[tuple[str, TaskKind], Floats] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _layers: dict[tuple[Course, str], Floats] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _ends: dict[tuple[Course, str, bool, bool], Floats] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+    _messages: dict[tuple[Course, str, str, bool], Floats] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+    _totals: dict[tuple[str, frozenset[tuple[TaskKind, int]]], tuple[Floats, list[tuple[TaskKind, float]]]] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
 
     @classmethod
-    def of_workload(cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int]) -> CostModel:
-        """A model for these prompts; `prompt_lens` in tokens."""
+    def of_workload(
+        cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int], costs: Costs | None = None
+    ) -> CostModel:
+        """A model for these prompts; `prompt_lens` in tokens, costs by nominal rates where none are given."""
         return cls(
             shape=shape,
-            num_prompts=workload.num_prompts,
-            prompt_len=sum(prompt_lens) / len(prompt_lens),
+            prompt_lens=tuple(prompt_lens),
             output_len=workload.generated_len,
+            costs=NominalCosts(shape, scores=workload.generated_len == 0) if costs is None else costs,
         )
 
-    @cached_property
-    def _params_before(self) -> tuple[int, ...]:
-        return (0, *itertools.accumulate(layer.active_params for layer in self.shape.layers))
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt_lens)
+
+    @property
+    def scores(self) -> bool:
+        """Whether texts are scored and nothing is generated."""
+        return self.output_len == 0
 
     @cached_property
-    def _kv_bytes_before(self) -> tuple[int, ...]:
-        return (0, *itertools.accumulate(layer.kv_bytes_per_token for layer in self.shape.layers))
+    def _longest_first(self) -> tuple[int, ...]:
+        return tuple(sorted(self.prompt_lens, reverse=True))
 
-    @cached_property
-    def _weight_bytes_before(self) -> dict[float, tuple[float, ...]]:
-        return {}
+    def stage_bytes(self, plan: Plan) -> tuple[StageBytes, ...]:
+        """Predicted memory of each stage; alike in all replicas."""
+        longest = self._longest_first[0]
+        return tuple(
+            stage_bytes(self.shape, plan, index, prompt_len=longest, output_len=self.output_len)
+            for index in range(len(plan.stages))
+        )
 
-    def _weight_bytes(self, first: int, end: int, tokens: float) -> float:
-        """Weights that one task reads: of routed experts no more than its tokens choose."""
-        before = self._weight_bytes_before.get(tokens)
-        if before is None:
-            each = (
-                min(layer.weight_bytes, tokens * layer.active_params * self.shape.kept_bytes)
-                for layer in self.shape.layers
-            )
-            before = self._weight_bytes_before[tokens] = (0, *itertools.accumulate(each))
-        return before[end] - before[first]
-
-    def task_s(
-        self, device: str, first: int, end: int, *, rows: float, tokens_a_row: float, context: float, heads: float = 1.0
-    ) -> float:
-        """Time of one task of the layers `[first, end)`; the head is counted where `end` is the last layer.
-
-        Args:
-            tokens_a_row: new positions of each row: the prompt's or the chunk's in prefill, 1 in decode.
-            context: positions whose KV each row reads.
-            heads: share of such tasks that need the head: of the chunks of a prompt the last alone.
-        """
-        rates = RATES[device_kind(device)]
-        tokens = rows * tokens_a_row
-        params = self._params_before[end] - self._params_before[first]
-        kv = self._kv_bytes_before[end] - self._kv_bytes_before[first]
-        seconds = (end - first) * rates.layer_overhead_s
-        seconds += (self._weight_bytes(first, end, tokens) + rows * context * kv) / rates.bytes_per_s
-        seconds += 2 * params * tokens / rates.flops_per_s
-        if end == self.shape.num_layers:
-            head = self.shape.hidden_size * self.shape.vocab_size
-            positions = rows if self.output_len else tokens
-            read_s = head * self.shape.kept_bytes / rates.head_bytes_per_s
-            seconds += heads * (read_s + 2 * head * positions / rates.flops_per_s)
-        return seconds
-
-    def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:
-        """Time of the whole workload.
-
-        Prefill is a pipe of pieces, cut by rows and by chunks: the slowest stage sets its beat, the others add their
-        fill. Decode goes round the micro-batches in flight: a round takes as long as the slowest stage needs for all
-        of them, but no less than one of them needs to pass all stages and come back. Replicas share the prompts out
-        and do not disturb each other.
+    def kinds(self, plan: Plan, in_flight: int | None = None) -> Counter[TaskKind]:
+        """How many tasks of each kind every stage runs, in the replica that has most prompts.
 
         Args:
             in_flight: micro-batches resident at once in each replica; None means all.
         """
-        bounds = [(stage.device, stage.first_layer, stage.end_layer) for stage in plan.stages]
-        prompts = math.ceil(self.num_prompts / plan.replicas)
-        rows = min(plan.micro_batch_size, prompts)
-        prefill_s = self.prefill_s(
-            bounds, rows, min(plan.prefill_size, rows), chunk=plan.prefill_chunk_size, prompts=prompts
-        )
-        return prefill_s + self.decode_s(bounds, rows, in_flight, prompts=prompts)
+        course = self._course(plan, in_flight, 0)
+        return Counter(dict(zip(course.kinds, course.counts.tolist(), strict=True)))
 
-    def prefill_s(
-        self,
-        bounds: Sequence[tuple[str, int, int]],
-        rows: int,
-        piece: int,
-        *,
-        chunk: int | None = None,
-        prompts: int | None = None,
+    def stage_cost_s(
+        self, device: str, first: int, end: int, kinds: Mapping[TaskKind, int], *, is_first: bool, is_last: bool
     ) -> float:
-        """Time until all prompts are prefilled, in pieces of micro-batches of `rows`.
+        """Compute of a stage with the layers `[first, end)` over tasks of these kinds."""
+        key = (device, frozenset(kinds.items()))
+        known = self._totals.get(key)
+        if known is None:
+            anchors, weights = anchors_of(tuple(kinds))
+            counts = np.array(list(kinds.values()), dtype=float) @ weights
+            layers = counts @ np.stack([self._layers_before(device, kind) for kind in anchors])
+            known = self._totals[key] = (layers, list(zip(anchors, counts.tolist(), strict=True)))
+        layers, ends = known
+        seconds = sum(
+            count * self.costs.ends_s(device, kind, is_first=is_first, is_last=is_last) for kind, count in ends
+        )
+        return float(layers[end] - layers[first]) + seconds
+
+    def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:
+        """Time of the whole workload."""
+        return self.predict(plan, in_flight).duration_s
+
+    def predict(self, plan: Plan, in_flight: int | None = None) -> Prediction:
+        """What a run of the plan is thought to give.
 
         Args:
-            bounds: stages as `(device, first layer, end layer)`.
-            chunk: tokens prefilled at once; None prefills whole prompts.
-            prompts: how many; None means all.
+            in_flight: micro-batches resident at once in each replica; None means all.
         """
-        chunks = math.ceil(self.prompt_len / chunk) if chunk else 1
-        tasks = (prompts or self.num_prompts) / rows * math.ceil(rows / piece) * chunks
-        # Over the chunks of a prompt, as over its tokens, the mean of what is attended to is half of it.
-        times = [
-            self.task_s(
-                *bound,
-                rows=piece,
-                tokens_a_row=self.prompt_len / chunks,
-                context=self.prompt_len / 2,
-                heads=1 / chunks if self.output_len else 1.0,
-            )
-            for bound in bounds
-        ]
-        hops = sum(RATES[device_kind(device)].hop_s for device, _, _ in bounds[1:])
-        return max(tasks - 1, 0.0) * max(times) + sum(times) + hops
+        return self._predict_alike([plan], in_flight)[0]
 
-    def decode_s(
-        self,
-        bounds: Sequence[tuple[str, int, int]],
-        rows: int,
-        in_flight: int | None = None,
-        *,
-        prompts: int | None = None,
-    ) -> float:
-        """Time of all decode steps in micro-batches of `rows`; none where texts are scored."""
-        micro_batches = math.ceil((prompts or self.num_prompts) / rows)
-        resident = min(in_flight or micro_batches, micro_batches)
-        context = self.prompt_len + self.output_len / 2
-        times = [self.task_s(*bound, rows=rows, tokens_a_row=1, context=context) for bound in bounds]
-        hops = sum(RATES[device_kind(device)].hop_s for device, _, _ in bounds) if len(bounds) > 1 else 0.0
-        round_s = max(resident * max(times), sum(times) + hops)
-        return micro_batches / resident * max(self.output_len - 1, 0) * round_s
+    def predict_many(self, plans: Sequence[tuple[Plan, int | None]]) -> tuple[Prediction, ...]:
+        """What runs of many plans, each with its number in flight, are thought to give; in the order given.
+
+        Plans of one schedule are simulated together, so that many at once cost little more than one.
+        """
+        groups: dict[tuple[int | None, ...], list[int]] = defaultdict(list)
+        for index, (plan, in_flight) in enumerate(plans):
+            sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
+            groups[plan.replicas, len(plan.stages), *sizes, in_flight].append(index)
+        found: dict[int, Prediction] = {}
+        for members in groups.values():
+            alike = self._predict_alike([plans[index][0] for index in members], plans[members[0]][1])
+            found.update(zip(members, alike, strict=True))
+        return tuple(found[index] for index in range(len(plans)))
+
+    def _course(self, plan: Plan, in_flight: int | None, replica: int) -> Course:
+        return course_of(
+            self._longest_first[replica :: plan.replicas],
+            output_len=self.output_len,
+            micro_batch_size=plan.micro_batch_size,
+            prefill_size=plan.prefill_size,
+            chunk_size=plan.prefill_chunk_size,
+            in_flight=in_flight,
+        )
+
+    def _predict_alike(self, plans: Sequence[Plan], in_flight: int | None) -> list[Prediction]:
+        """Of plans that differ in the layers and devices of their stages alone."""
+        width = len(plans[0].stages)
+        devices = [plan.devices for plan in plans]
+        bounds = np.array([[(stage.first_layer, stage.end_layer) for stage in plan.stages] for plan in plans])
+        runs = []
+        # A replica without prompts has idle stages.
+        for replica in range(min(plans[0].replicas, self.num_prompts)):
+            own = [names[replica * width : (replica + 1) * width] for names in devices]
+            runs.append(self._run(self._course(plans[0], in_flight, replica), own, bounds, plans[0].replicas))
+        return predictions_of(
+            runs, prompt_lens=self.prompt_lens, output_len=self.output_len, num_stages=width * plans[0].replicas
+        )
+
+    def _run(
+        self, course: Course, devices: Sequence[tuple[str, ...]], bounds: npt.NDArray[np.int_], replicas: int
+    ) -> Run:
+        """One of the replicas of each plan; `bounds` is `[plan, stage, (first, end)]`."""
+        num_plans, num_stages = bounds.shape[:2]
+        names = sorted({name for row in devices for name in row})
+        place = {name: index for index, name in enumerate(names)}
+        device = np.array([[place[name] for name in row] for row in devices])
+        layers = np.stack([self._course_layers(course, name) for name in names])
+        busy_s = np.empty((len(course.kinds), num_stages, num_plans))
+        for stage in range(num_stages):
+            at, first, end = device[:, stage], bounds[:, stage, 0], bounds[:, stage, 1]
+            is_first, is_last = stage == 0, stage == num_stages - 1
+            ends = np.stack([self._course_ends(course, name, is_first, is_last) for name in names])
+            busy_s[:, stage] = (layers[at, :, end] - layers[at, :, first] + ends[at]).T
+        if self.contention is not None:
+            busy_s *= self.contention.factors(course, busy_s, replicas=replicas)
+        hops_s = np.empty((len(course.kinds), num_stages - 1, num_plans))
+        for stage in range(num_stages - 1):
+            hops_s[:, stage] = self._hops(course, [(row[stage], row[stage + 1]) for row in devices])
+        returns_s = np.zeros((len(course.kinds), num_plans))
+        if num_stages > 1:
+            returns_s = self._hops(course, [(row[-1], row[0]) for row in devices], tokens=True)
+        gaps, stalls = (
+            np.array([known.get(name, known.get(device_kind(name), 0.0)) for name in names])
+            for known in (self.gaps_s, self.stalls_s)
+        )
+        spans = simulate_plans(
+            course,
+            busy_s,
+            hops_s,
+            returns_s,
+            # A stage alone hands nothing on.
+            gap_s=gaps[device.T] if num_stages > 1 else 0.0,
+            stall_s=stalls[device.T[1:]],
+        )
+        return Run(course=course, spans=spans, busy_s=np.einsum("k,ksp->sp", course.counts.astype(float), busy_s))
+
+    def _layers_before(self, device: str, kind: TaskKind) -> Floats:
+        """`[num_layers + 1]`: of all layers before each one."""
+        known = self._before.get((device, kind))
+        if known is None:
+            known = np.concatenate([[0.0], np.cumsum(self.costs.layers_s(device, kind))])
+            self._before[device, kind] = known
+        return known
+
+    def _course_layers(self, course: Course, device: str) -> Floats:
+        """`[kind, num_layers + 1]`: of all layers before each one."""
+        known = self._layers.get((course, device))
+        if known is None:
+            known = course.weights @ np.stack([self._layers_before(device, kind) for kind in course.anchors])
+            self._layers[course, device] = known
+        return known
+
+    def _course_ends(self, course: Course, device: str, is_first: bool, is_last: bool) -> Floats:
+        """`[kind]`."""
+        key = (course, device, is_first, is_last)
+        known = self._ends.get(key)
+        if known is None:
+            known = course.weights @ np.array(
+                [self.costs.ends_s(device, kind, is_first=is_first, is_last=is_last) for kind in course.anchors]
+            )
+            self._ends[key] = known
+        return known
+
+    def _hops(self, course: Course, links: Sequence[tuple[str, str]], *, tokens: bool = False) -> Floats:
+        """`[kind, plan]`: messages from one device to another, of hidden states or of tokens."""
+        pairs = list(dict.fromkeys(links))
+        place = {pair: index for index, pair in enumerate(pairs)}
+        each = np.stack([self._message_s(course, source, target, tokens) for source, target in pairs])
+        return each[[place[pair] for pair in links]].T
+
+    def _message_s(self, course: Course, source: str, target: str, tokens: bool) -> Floats:
+        """`[kind]`."""
+        key = (course, source, target, tokens)
+        known = self._messages.get(key)
+        if known is None:
+            position_bytes = self.shape.hidden_size * self.shape.kept_bytes
+            sizes = [
+                kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * position_bytes) for kind in course.kinds
+            ]
+            seconds = {size: self.costs.hop_s(source, target, size) for size in dict.fromkeys(sizes)}
+            known = self._messages[key] = np.array([seconds[size] for size in sizes])
+        return known

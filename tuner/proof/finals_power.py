@@ -85,7 +85,7 @@ def power(
 
 
 def _noise(rng: np.random.Generator, sd: float, noise: str, rounds: int) -> NDArray[np.float64]:
-    drawn = rng.normal(0, sd, (3, rounds)) * np.array(NOISES[noise])[:, None]
+    drawn: NDArray[np.float64] = rng.normal(0, sd, (3, rounds)) * np.array(NOISES[noise])[:, None]
     if noise == "bursts":
         drawn += np.log1p(_BURST) * (rng.random((3, rounds)) < _BURST_SHARE)
     return drawn

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.memory import ModelShape
+from bench.profile import Profile
 from bench.record import Machine, Measurement, OutputCheck, Record
 from tuner.config import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
 from tuner.ranking import rank
+from tuner.search.log import SearchLog
 from tuner.standings import Objective, Ranking, Row
+from tuner.study_files import PROFILE_FILE, SEARCH_FILE, read
 
 
 class StudyLike(Protocol):
@@ -41,18 +44,35 @@ class Report:
     shape: ModelShape | None
     records: tuple[Record, ...]
     ranking: Ranking
+    log: SearchLog | None = None
+    """The search's diary; None in studies from before one was kept."""
+    profile: Profile | None = None
+    """What predictions were made from; None where nominal rates were."""
 
     @classmethod
     def of(cls, study: StudyLike) -> Report:
-        """Ranks a study by its own objectives and constraints."""
-        objectives = [Objective(metric=name) for name in study.config.objectives]
+        """Ranks a study by its own objectives and constraints.
+
+        Raises:
+            StudyError: its diary or its profile is cut off.
+        """
+        config = study.config
+        objectives = [Objective(metric=name) for name in config.objectives]
+        log_path, profile_path = study.folder / SEARCH_FILE, study.folder / PROFILE_FILE
         return cls(
             folder=study.folder,
             config=study.config,
             machine=study.machine,
             shape=study.shape,
             records=tuple(study.records),
-            ranking=rank(study.records, objectives, study.config.constraints),
+            ranking=rank(
+                study.records,
+                objectives,
+                config.constraints,
+                rounds=(config.finalist_rounds, config.max_finalist_rounds),
+            ),
+            log=read(log_path, SearchLog) if log_path.exists() else None,
+            profile=read(profile_path, Profile) if profile_path.exists() else None,
         )
 
     @property

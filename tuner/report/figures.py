@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.metrics import derive
-from bench.record import Measurement
 from tuner.report.data import Report, has_timeline, stage_tasks, typical_iteration
+from tuner.report.search import trials_of
 from tuner.report.wording import column_title, layers_text, stage_name
 from tuner.standings import BaselineRow
 
@@ -46,6 +45,21 @@ class History:
     best_so_far: tuple[tuple[int, float], ...]
     failed: tuple[int, ...]
     baseline_y: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What was predicted of each trial against what was measured."""
+
+    title: str
+    x_label: str
+    y_label: str
+    numbers: tuple[int, ...]
+    """Of the trials."""
+    predicted: tuple[float, ...]
+    sd: tuple[float, ...]
+    """Absolute; 0 where it is not known."""
+    measured: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,18 +127,14 @@ def history_of(report: Report) -> History | None:
     objective = report.objective
     trials, best_so_far, failed = [], [], []
     best: float | None = None
-    for record in sorted(report.records, key=lambda record: record.number):
-        if record.role != "trial":
+    for trial in trials_of(report):
+        if trial.measured is None:
+            failed.append(trial.number)
             continue
-        number = record.trial_number if record.trial_number is not None else record.number
-        value = derive(record.result).get(objective.metric) if isinstance(record.result, Measurement) else None
-        if value is None:
-            failed.append(number)
-            continue
-        trials.append((number, value))
-        if best is None or objective.cost(value) < objective.cost(best):
-            best = value
-        best_so_far.append((number, best))
+        trials.append((trial.number, trial.measured))
+        best = trial.measured if trial.is_best_so_far else best
+        if best is not None:
+            best_so_far.append((trial.number, best))
     if not trials:
         return None
     base = sweep_row(report)
@@ -135,6 +145,25 @@ def history_of(report: Report) -> History | None:
         best_so_far=tuple(best_so_far),
         failed=tuple(failed),
         baseline_y=base.value if base else None,
+    )
+
+
+def forecast_of(report: Report) -> Forecast | None:
+    """Predictions against measurements; None where there were none."""
+    trials = [trial for trial in trials_of(report) if trial.error is not None]
+    if not trials:
+        return None
+    metric = report.objective.metric
+    unit = report.throughput_title if metric == report.throughput_metric else metric
+    predicted = tuple(trial.predicted or 0.0 for trial in trials)
+    return Forecast(
+        title="Predicted before the run, and measured",
+        x_label=f"predicted, {unit}",
+        y_label=f"measured, {unit}",
+        numbers=tuple(trial.number for trial in trials),
+        predicted=predicted,
+        sd=tuple(value * (trial.predicted_sd or 0.0) for value, trial in zip(predicted, trials, strict=True)),
+        measured=tuple(trial.measured or 0.0 for trial in trials),
     )
 
 

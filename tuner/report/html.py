@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bench.record import Measurement
 from tuner.export import engine_replicas
+from tuner.report.costs import costs_of
 from tuner.report.data import Report
 from tuner.report.finding import find
 from tuner.report.tables import BASELINE_NAME, RankingTable, build_table
@@ -61,6 +62,9 @@ def render_html(report: Report, plots: Mapping[str, bytes], dark_plots: Mapping[
         headline=_headline(report, table),
         finding=find(report),
         separation=sentence(report.ranking.separation.text),
+        recommended=sentence(because) if (because := report.ranking.recommended_because) else "",
+        story=table.search,
+        costs=costs_of(report.profile) if report.profile else None,
         peer=peer_name(report.config.workload),
         sweep=_sweep(report),
         plots={name: (_uri(png), _uri(dark_plots.get(name, png))) for name, png in plots.items()},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+from tuner.report.search import SearchStory
 from tuner.report.tables import RankingTable
+from tuner.report.wording import sentence
 
 
 def render_markdown(table: RankingTable) -> str:
@@ -22,6 +24,8 @@ def render_markdown(table: RankingTable) -> str:
         out += ["", _md(table.legend)]
     if table.remarks:
         out += ["", *(f"- {_md(remark)}" for remark in table.remarks)]
+    if table.search:
+        out += ["", *_search(table.search)]
     if table.failures:
         out += ["", "## Runs without a measurement", "", "| record | plan | kind | where | what happened |"]
         out += ["| ---: | :--- | :--- | :--- | :--- |"]
@@ -30,6 +34,21 @@ def render_markdown(table: RankingTable) -> str:
             for line in table.failures
         ]
     return "\n".join([*out, "", *(f"{_md(line)}  " for line in table.closing), ""])
+
+
+def _search(story: SearchStory) -> list[str]:
+    out = ["## How the search went", "", "| " + " | ".join(story.columns) + " |"]
+    out += ["|" + "|".join(" :--- " if name in ("plan", "why") else " ---: " for name in story.columns) + "|"]
+    for cells, leads in zip(story.lines, story.leaders, strict=True):
+        texts = [_md(cell) for cell in cells]
+        shown = [
+            f"**{text}**" if leads and name == "measured" else text
+            for name, text in zip(story.columns, texts, strict=True)
+        ]
+        out.append("| " + " | ".join(shown) + " |")
+    for text in (story.legend, story.summary, story.phases and sentence(story.phases)):
+        out += ["", _md(text)] if text else []
+    return out
 
 
 def _md(text: str) -> str:

@@ -18,7 +18,17 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from tuner.report.data import Report
-from tuner.report.figures import Bar, History, Scatter, Timeline, history_of, scatter_of, timeline_of
+from tuner.report.figures import (
+    Bar,
+    Forecast,
+    History,
+    Scatter,
+    Timeline,
+    forecast_of,
+    history_of,
+    scatter_of,
+    timeline_of,
+)
 
 DPI = 160
 BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#8C8C8C"
@@ -43,13 +53,15 @@ def render_plots(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
     figures: dict[str, Figure] = {}
     bubble = scatter_of(report, "bubble_ratio", "bubble ratio, % of stage time without compute", 100.0)
     memory = scatter_of(report, "peak_memory_bytes", "peak memory of the fullest stage, MiB", 2.0**-20)
-    history, timeline = history_of(report), timeline_of(report)
+    history, forecast, timeline = history_of(report), forecast_of(report), timeline_of(report)
     if bubble:
         figures["throughput_vs_bubble"] = draw_scatter(bubble, theme)
     if memory:
         figures["throughput_vs_memory"] = draw_scatter(memory, theme)
     if history:
-        figures["history"] = draw_history(history, theme)
+        figures["history"] = draw_history(history, theme, wide=forecast is None)
+    if forecast:
+        figures["predicted_vs_measured"] = draw_forecast(forecast, theme)
     if timeline:
         figures["timeline"] = draw_timeline(timeline, theme)
     return {name: _png(figure) for name, figure in figures.items()}
@@ -95,22 +107,23 @@ def draw_scatter(data: Scatter, theme: Theme) -> Figure:
     return figure
 
 
-def draw_history(data: History, theme: Theme) -> Figure:
+def draw_history(data: History, theme: Theme, *, wide: bool = True) -> Figure:
     """Trials as dots, the best so far as a staircase, failures as crosses at the foot."""
-    figure, axes = _figure(data.title, theme, size=(10.0, 3.6))
+    figure, axes = _figure(data.title, theme, size=(10.0, 3.6) if wide else (6.4, 4.6))
     trials, reached = zip(*data.trials, strict=True)
     axes.scatter(trials, reached, s=34, color=theme.plan, label="trial", zorder=3)
-    numbers, values = zip(*data.best_so_far, strict=True)
-    last = max([*numbers, *data.failed])
-    axes.step(
-        [*numbers, last],
-        [*values, values[-1]],
-        where="post",
-        color=ORANGE,
-        linewidth=2,
-        label="best so far",
-        zorder=2,
-    )
+    if data.best_so_far:
+        numbers, values = zip(*data.best_so_far, strict=True)
+        last = max([*trials, *data.failed])
+        axes.step(
+            [*numbers, last],
+            [*values, values[-1]],
+            where="post",
+            color=ORANGE,
+            linewidth=2,
+            label="best so far",
+            zorder=2,
+        )
     if data.baseline_y is not None:
         axes.axhline(data.baseline_y, color=VERMILION, linestyle="--", linewidth=1.3, label="device_map", zorder=1)
     if data.failed:
@@ -122,7 +135,35 @@ def draw_history(data: History, theme: Theme) -> Figure:
     axes.set_ylabel(data.y_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.04, y=0.14)
-    _legend(figure, theme, 4)
+    _legend(figure, theme, 4 if wide else 2)
+    return figure
+
+
+def draw_forecast(data: Forecast, theme: Theme) -> Figure:
+    """Trials by number against the diagonal on which predictions come true, with the spread that was expected."""
+    figure, axes = _figure(data.title, theme, size=(6.4, 4.6))
+    spans = [value - sd for value, sd in zip(data.predicted, data.sd, strict=True)]
+    spans += [value + sd for value, sd in zip(data.predicted, data.sd, strict=True)]
+    low, high = min(*spans, *data.measured), max(*spans, *data.measured)
+    pad = 0.06 * (high - low or high)
+    ends = (low - pad, high + pad)
+    axes.plot(ends, ends, color=GREY, linewidth=1.3, linestyle="--", label="as predicted", zorder=1)
+    axes.fill_between(ends, [0.95 * end for end in ends], [1.05 * end for end in ends], color=theme.faint, alpha=0.35,
+                      linewidth=0, label="within 5 %", zorder=0)  # fmt: skip
+    axes.errorbar(
+        data.predicted, data.measured, xerr=data.sd, fmt="o", markersize=6, color=theme.plan, elinewidth=1.1,
+        label="trial, ± predicted SD", zorder=3,
+    )  # fmt: skip
+    for number, x, y in zip(data.numbers, data.predicted, data.measured, strict=True):
+        axes.annotate(
+            str(number), (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, color=theme.ink,
+            parse_math=False,
+        )  # fmt: skip
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    axes.set_xlabel(data.x_label)
+    axes.set_ylabel(data.y_label)
+    _legend(figure, theme, 2)
     return figure
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from bench.metrics import metric_names
 from bench.spec import Plan
 from tuner.report.data import Report
+from tuner.report.search import Trial, trials_of
 from tuner.report.wording import clean
 from tuner.standings import BaselineRow, FailureRow, Ratio, Row, Spread
 
@@ -20,6 +21,7 @@ _HEAD = (
     "rank",
     "confirmed",
     "on_front",
+    "recommended",
     "feasible",
     "layers",
     "replicas",
@@ -46,6 +48,9 @@ _HEAD = (
     "speedup_over_single_stage_low",
     "speedup_over_single_stage_high",
     "speedup_over_single_stage_rounds",
+    "predicted",
+    "predicted_sd",
+    "prediction_error",
 )
 _TAIL = (
     "disturbed_runs",
@@ -65,8 +70,13 @@ _TAIL = (
 def render_csv(report: Report) -> str:
     """The ranking as CSV text with a header line; columns are defined in `results/README.md`."""
     ranking, objective = report.ranking, report.objective.metric
+    forecasts: dict[str, Trial] = {}
+    for trial in trials_of(report):
+        if trial.predicted is not None and trial.record.effective is not None:
+            forecasts.setdefault(trial.record.effective.key, trial)
     entries: list[dict[str, Cell]] = [
-        {"objective": objective, **_plan_entry(row)} for row in (*ranking.rows, *ranking.unranked)
+        {"objective": objective, **_plan_entry(row), **_forecast_cells(forecasts.get(row.key))}
+        for row in (*ranking.rows, *ranking.unranked)
     ]
     baselines = [(row, False) for row in ranking.baseline_sweep]
     if ranking.baseline and ranking.baseline.confirmed:
@@ -88,6 +98,7 @@ def _plan_entry(row: Row) -> dict[str, Cell]:
         "rank": row.rank,
         "confirmed": row.confirmed,
         "on_front": row.on_front,
+        "recommended": row.recommended,
         "feasible": row.feasible,
         **_plan_cells(row.plan),
         "in_flight": row.effective.in_flight,
@@ -157,6 +168,16 @@ def _ratio_cells(name: str, ratio: Ratio | None) -> dict[str, Cell]:
     if ratio is None:
         return {}
     return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high, f"{name}_rounds": ratio.rounds}
+
+
+def _forecast_cells(trial: Trial | None) -> dict[str, Cell]:
+    if trial is None:
+        return {}
+    return {
+        "predicted": trial.predicted,
+        "predicted_sd": trial.predicted_sd,
+        "prediction_error": trial.error,
+    }
 
 
 def _joined(parts: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tuner.export import DEVICE_MAP_FILE, PLAN_FILE
 from tuner.report.data import Report
+from tuner.report.search import SearchStory, tell
 from tuner.report.wording import (
     MISSING,
     baseline_text,
@@ -85,6 +86,8 @@ class RankingTable:
     failures: tuple[FailureLine, ...]
     closing: tuple[str, ...]
     """The best plan and how sure that is; never empty."""
+    search: SearchStory | None
+    """How the search went."""
     files: str
     """Where the files are and which there are."""
 
@@ -135,6 +138,7 @@ def build_table(report: Report) -> RankingTable:
             for row in ranking.failures
         ),
         closing=tuple(_closing(report)),
+        search=tell(report),
         files=_files(report),
     )
 
@@ -155,6 +159,8 @@ def render_rich(table: RankingTable, *, max_lines: int = 12, max_failures: int =
         parts.append(Text(f"\n{len(table.failures)} runs gave no measurement", style="bold"))
         described = [f"{line.plan}: {line.kind}: {line.message}" for line in table.failures]
         parts += [Text(f"· {text}") for text in _shortened(described, max_failures, "more in ranking.md")]
+    if table.search and table.search.summary:
+        parts += ["", Text(table.search.summary)]
     parts += ["", Text(table.closing[0], style="bold green"), *(Text(line) for line in table.closing[1:])]
     parts.append(Text(table.files))
     return Padding(Group(*parts), (0, 0))
@@ -268,6 +274,8 @@ def _closing(report: Report) -> list[str]:
         lines = [f"Best plan: {row_text(best)}: {value}{over}"]
         lines += warnings_of(best)
         lines.append(sentence(ranking.separation.text))
+        if ranking.recommended_because:
+            lines.append(sentence(ranking.recommended_because))
         lines += [text for text in (rival_text(ranking),) if text]
         lines += [sentence(note) for note in (export_note(best.plan, DEVICE_MAP_FILE),) if note]
     return lines

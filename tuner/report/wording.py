@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from bench.record import Measurement, OutputCheck
 from bench.spec import ModelSpec, Plan, Sampling, Workload
-from tuner.standings import BaselineRow, FailureRow, Ranking, Ratio, Row, Spread
+from tuner.standings import BaselineRow, FailureRow, Ranking, Ratio, Rival, Row, Spread
 
 MISSING = "–"
 
@@ -194,7 +194,7 @@ def rival_text(ranking: Ranking) -> str | None:
         return None
     evidence = f"{ratio_text(rival.gain)}, {ratio_evidence(rival.gain)}"
     against = f"{theirs} ({rival.row.plan.describe()}): {evidence}"
-    if (rival.gain.value if rival.gain.low is None else rival.gain.low) <= 1:
+    if not _is_apart(ranking, best, rival):
         are = "are" if best.plan.replicas > 1 else "is"
         return sentence(f"{ours} {are} not told apart from {against}")
     if not rival.gain.paired:
@@ -203,6 +203,14 @@ def rival_text(ranking: Ranking) -> str | None:
     most = max(best.plan.replicas, rival.row.plan.replicas)
     beat = "beat" if best.plan.replicas > 1 else "beats"
     return sentence(f"{ours} {beat} {against}; {most} replicas hold the weights {most} times")
+
+
+def _is_apart(ranking: Ranking, best: Row, rival: Rival) -> bool:
+    """Whether the finals tell the best plan from its rival; without common finals, whether it was better throughout."""
+    assert rival.gain is not None
+    if ranking.separation.rounds and best.confirmed and rival.row.confirmed:
+        return rival.row.key not in ranking.separation.tied
+    return (rival.gain.value if rival.gain.low is None else rival.gain.low) > 1
 
 
 def compared_text(check: OutputCheck, *, scored: bool) -> str:

@@ -1,24 +1,29 @@
-"""Lays the search space out: how many replicas of how many stages, which partitions, sizes and caps."""
+"""Lays the search space out: replicas and stages, partitions and the devices that hold them, sizes and caps."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import TypeVar
 
 from bench.errors import ConfigError, NothingFeasibleError
 from bench.memory import ModelShape
-from bench.record import Failure
-from bench.spec import EffectivePlan, Plan
+from bench.spec import EffectivePlan
 from tuner.config import SpaceConfig
 from tuner.planning.cost import CostModel
-from tuner.planning.partition import Partition, best_partitions, count_partitions
-from tuner.search.head import joint_points
+from tuner.planning.partition import count_partitions
+from tuner.search.candidates import best_ranks
+from tuner.search.layouts import Layouts
 from tuner.search.resolver import Resolver, overrun
 from tuner.search.space import Point, SearchSpace
 
+_T = TypeVar("_T")
+
 MAX_PARTITIONS = 400
+_LEAST_OF_EACH = 4
+"""So many entries each number of replicas and of stages keeps, whatever the cost model thinks of it beside others."""
+_CAPPED_PARTITIONS = 30
+"""Partitions that are looked at for whether caps make a difference; the best ones."""
 _LONG_PROMPT, _LEAST_CHUNK, _CHUNK_STEP = 128, 64, 16
 """Tokens: of prompts that are worth cutting, of the smallest chunk, and what chunks are rounded up to."""
 
@@ -52,7 +57,7 @@ def build_space(
             f"space.replicas={_joined(config.replicas or ())}: {cost.num_prompts} prompts over {len(devices)} devices "
             f"give no replica work for {config.min_stages} stages or more; allow 1"
         )
-    layouts = _Layouts(
+    layouts = Layouts(
         devices=tuple(devices),
         shape=shape,
         cost=cost,
@@ -61,18 +66,21 @@ def build_space(
         prefill_sizes=prefill_sizes,
         memory_fraction=fractions[-1],
         packed_weights=config.packed_weights,
+        any_order=config.device_order == "auto",
     )
-    by_replicas = {replicas: layouts.fitting(replicas, stages) for replicas, stages in widths}
-    fitting = sorted(entry for found in by_replicas.values() for entry in found)
-    if not fitting:
-        nearest = min((layouts.nearest(replicas, stages) for replicas, stages in widths), key=overrun)
+    kinds = [(replicas, count) for replicas, stages in widths for count in stages]
+    found = [layouts.fitting(*kind) for kind in kinds]
+    if not any(found):
+        nearest = min((layouts.nearest(*kind) for kind in kinds), key=overrun)
         raise NothingFeasibleError(f"no plan fits into memory; the nearest one: {nearest.message}")
-    # Each number of replicas keeps its best partition: what the cost model thinks of replicas decides nothing.
-    kept = sorted({*fitting[:MAX_PARTITIONS], *(found[0] for found in by_replicas.values() if found)})
+    first = sorted(layout for own in found for layout in own[:_LEAST_OF_EACH])
+    others = sorted(layout for own in found for layout in own[_LEAST_OF_EACH:])
+    kept = sorted([*first, *others[: max(0, MAX_PARTITIONS - len(first))]])
     space = SearchSpace(
         devices=tuple(devices),
-        partitions=tuple(partition for _, _, partition in kept),
-        replicas=tuple(replicas for _, replicas, _ in kept) if any(replicas > 1 for _, replicas, _ in kept) else (),
+        partitions=tuple(layout.partition for layout in kept),
+        replicas=_unless_all([layout.replicas for layout in kept], 1),
+        orders=_unless_all([layout.order for layout in kept], ()),
         micro_batch_sizes=sizes,
         prefill_sizes=prefill_sizes,
         chunk_sizes=_chunk_sizes(config, shape, resolve, len(devices)),
@@ -103,75 +111,6 @@ def _widths(config: SpaceConfig, num_devices: int, most_stages: int, num_prompts
             yield replicas, range(stages, stages + 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layouts:
-    """Replicas of partitions over the devices, each at the smallest sizes, by cost."""
-
-    devices: tuple[str, ...]
-    shape: ModelShape
-    cost: CostModel
-    resolve: Resolver
-    sizes: tuple[int, ...]
-    prefill_sizes: tuple[int, ...]
-    memory_fraction: float
-    packed_weights: bool
-
-    def fitting(self, replicas: int, stages: range) -> list[tuple[float, int, Partition]]:
-        """Partitions that fit into memory, as `(cost, replicas, partition)`, best first."""
-        return [
-            (self._cost(partition, replicas), replicas, partition)
-            for partition in self._best(replicas, stages, MAX_PARTITIONS)
-            if isinstance(self._resolved(partition, replicas), EffectivePlan)
-        ]
-
-    def nearest(self, replicas: int, stages: range) -> Failure:
-        """What the partition that comes nearest lacks; none fits."""
-        failure = self._resolved(self._best(replicas, stages, 1)[0], replicas)
-        assert isinstance(failure, Failure)
-        return failure
-
-    def _best(self, replicas: int, stages: range, limit: int) -> tuple[Partition, ...]:
-        return best_partitions(
-            self.shape.num_layers,
-            lambda partition: self._cost(partition, replicas),
-            min_stages=stages.start,
-            max_stages=stages.stop - 1,
-            forbidden_cuts=self.shape.forbidden_cuts,
-            limit=limit,
-        )
-
-    def _cost(self, partition: Partition, replicas: int) -> float:
-        """Seconds; beyond any, by how much the smallest plan of the partition overruns its cap."""
-        resolved = self._resolved(partition, replicas)
-        if isinstance(resolved, Failure):
-            return 1e12 * (1.0 + overrun(resolved))
-        ends = list(itertools.accumulate(partition))
-        bounds = [(device, end - count, end) for device, count, end in zip(self.devices, partition, ends, strict=False)]
-        prompts = self._share(replicas)
-        rows = [min(size, prompts) for size in self.sizes]
-        prefill_s = min(
-            self.cost.prefill_s(bounds, max(rows), min(size, max(rows)), prompts=prompts) for size in self.prefill_sizes
-        )
-        return prefill_s + min(self.cost.decode_s(bounds, size, prompts=prompts) for size in rows)
-
-    def _resolved(self, partition: Partition, replicas: int) -> EffectivePlan | Failure:
-        """What the smallest plan of the partition comes to."""
-        rows = min(self.sizes[0], self._share(replicas))
-        plan = Plan.from_layer_counts(
-            partition,
-            self.devices,
-            rows,
-            prefill_micro_batch_size=None if self.shape.recurrent else min(self.prefill_sizes[0], rows),
-            replicas=replicas,
-            memory_fraction=self.memory_fraction,
-        )
-        return self.resolve(plan.model_copy(update={"packed_weights": self.packed_weights}))
-
-    def _share(self, replicas: int) -> int:
-        """Prompts of the replica that has most."""
-        return math.ceil(self.cost.num_prompts / replicas)
-
-
 def _check_recurrent(config: SpaceConfig, shape: ModelShape) -> None:
     """Prefill of a model whose state covers whole micro-batches cannot be cut: who asks for it is told."""
     if not shape.recurrent:
@@ -185,16 +124,32 @@ def _check_recurrent(config: SpaceConfig, shape: ModelShape) -> None:
             )
 
 
+def _unless_all(values: Sequence[_T], same: _T) -> tuple[_T, ...]:
+    """The values; none where all of them are this one."""
+    return () if all(value == same for value in values) else tuple(values)
+
+
 def _caps_matter(space: SearchSpace, resolve: Resolver) -> bool:
     # Whole prompts need the most memory, and no switch needs any.
-    few = space.model_copy(update={"chunk_sizes": space.chunk_sizes[-1:], "compile": space.compile[:1]})
-    last = len(space.memory_fractions) - 1
+    few = space.model_copy(
+        update={
+            "chunk_sizes": space.chunk_sizes[-1:],
+            "compile": space.compile[:1],
+            "memory_fractions": space.memory_fractions[-1:],
+        }
+    )
 
-    def outcome(point: Point, index: int) -> int | None:
-        resolved = resolve(few.plan({**point, "memory_index": index}))
+    def outcome(point: Point, fraction: float) -> int | None:
+        capped = few.model_copy(update={"memory_fractions": (fraction,)})
+        resolved = resolve(capped.plan(point))
         return resolved.in_flight if isinstance(resolved, EffectivePlan) else None
 
-    return any(outcome(point, index) != outcome(point, last) for point in joint_points(few) for index in range(last))
+    return any(
+        outcome(point, fraction) != outcome(point, space.memory_fractions[-1])
+        for rank in best_ranks(few, _CAPPED_PARTITIONS)
+        for point in few.points(rank)
+        for fraction in space.memory_fractions[:-1]
+    )
 
 
 def _micro_batch_sizes(config: SpaceConfig, num_prompts: int, num_devices: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
-"""A study from its first worker to its finals: reference, baseline, single stage, trials, finals.
+"""A study from its first worker to its finals: profile, reference, baseline, single stage, trials, finals.
 
-The order is fixed, and every step first looks at the records: a study that was stopped anywhere goes on there.
+The order is fixed, and every step first looks at what is on disk: a study that was stopped anywhere goes on there.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from tuner.progress import Reporter
 from tuner.ranking import rank
 from tuner.search import finalists
 from tuner.search.build import build_space
+from tuner.search.log import LogBook
 from tuner.search.resolver import Resolver
 from tuner.search.runs import Runs
+from tuner.search.sharing import Participant, participate
 from tuner.search.space import SearchSpace
 from tuner.search.stop import Interrupted, StopSignal
+from tuner.search.study_costs import study_costs
 from tuner.search.trials import Search
+from tuner.search.warm_start import warm_start
 from tuner.standings import Objective, Ranking
 from tuner.store import StudyStore, was_interrupted
 from tuner.study_files import read
@@ -47,11 +51,13 @@ def run_study(store: StudyStore, start_fleet: Callable[..., Fleet], reporter: Re
         FleetError: the workers do not start, or are lost again and again.
     """
     stop = StopSignal()
-    runs = Runs(store, start_fleet, reporter, stop)
+    book = LogBook(store.search_path)
+    runs = Runs(store, start_fleet, reporter, stop, book)
     with stop.listening():
         try:
             with contextlib.ExitStack() as stack:
-                _run(runs, stack)
+                stack.callback(book.save_if_there)
+                _run(runs, book, stack)
         except Interrupted:
             reporter.say("stopped; what was measured is kept, and --resume goes on with it")
             return False
@@ -60,8 +66,13 @@ def run_study(store: StudyStore, start_fleet: Callable[..., Fleet], reporter: Re
 
 def rank_study(store: StudyStore) -> Ranking:
     """What the records say so far."""
-    objectives = [Objective(metric=name) for name in store.config.objectives]
-    return rank(store.records, objectives, store.config.constraints)
+    config = store.config
+    rounds = (config.finalist_rounds, max(config.finalist_rounds, config.max_finalist_rounds))
+    return rank(store.records, _objectives(store), config.constraints, rounds)
+
+
+def _objectives(store: StudyStore) -> list[Objective]:
+    return [Objective(metric=name) for name in store.config.objectives]
 
 
 def baseline_batch_sizes(wanted: Sequence[int] | None, num_prompts: int) -> tuple[int, ...]:
@@ -70,25 +81,42 @@ def baseline_batch_sizes(wanted: Sequence[int] | None, num_prompts: int) -> tupl
     return tuple(sorted({min(size, num_prompts) for size in sizes}, reverse=True))
 
 
-def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
+def _run(runs: Runs, book: LogBook, stack: contextlib.ExitStack) -> None:
     store = runs.store
-    fleet = runs.open_fleet(stack)
-    stack.enter_context(locks.hold_gpus(fleet.devices, fleet.machine.hardware.gpus))
-    store.set_revision(fleet.model.revision)
-    for line in store.set_machine(fleet.machine, fleet.shape):
-        runs.reporter.say(f"other software than when the study began: {line}")
-    with runs.stop.interruptible():
-        lens = fleet.prompt_lens(store.workload)
+    with book.spend("start"):
+        fleet = runs.open_fleet(stack)
+        stack.enter_context(locks.hold_gpus(fleet.devices, fleet.machine.hardware.gpus))
+        store.set_revision(fleet.model.revision)
+        for line in store.set_machine(fleet.machine, fleet.shape):
+            runs.reporter.say(f"other software than when the study began: {line}")
+        with runs.stop.interruptible():
+            lens = fleet.prompt_lens(store.workload)
+        participant = stack.enter_context(participate(store, runs.reporter.say))
     resolve = Resolver.of_workload(fleet.shape, store.workload, lens, fleet.device_bytes)
-    cost = CostModel.of_workload(fleet.shape, store.workload, lens)
-    space = _space(runs, cost, resolve)
+    with book.spend("profile"):
+        cost = study_costs(runs, lens, resolve)
+    with book.spend("search"):
+        space = participant.agree(_space(runs, cost, resolve), fleet.machine)
+        warm = warm_start(
+            store.warm_start_path,
+            store.config,
+            model=fleet.model,
+            shape=fleet.shape,
+            machine=fleet.machine,
+            space=space,
+        )
+        for line in warm.said:
+            runs.reporter.say(f"warm start: {line}")
     if not store.records:
         # A model that comes out wrong when it is cut is found out before anything else is measured.
         runs.ensure_reference()
-    _measure_baseline(runs)
-    _measure_single_stage(runs, space, resolve)
-    Search(runs, space, cost, resolve).run()
-    _run_finals(runs, stack)
+    with book.spend("baseline"):
+        _measure_baseline(runs)
+    with book.spend("single_stage"):
+        _measure_single_stage(runs, space, resolve)
+    Search(runs, book, participant, space, cost, resolve, warm).run()
+    with book.spend("finals"):
+        _run_finals(runs, book, participant, stack)
 
 
 def _space(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
@@ -139,29 +167,47 @@ def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> 
     runs.measure("single_stage", f"single stage: {plan.describe()}", plan, resolve(plan))
 
 
-def _run_finals(runs: Runs, stack: contextlib.ExitStack) -> None:
-    config = runs.store.config
-    ranking = rank_study(runs.store)
-    best = finalists.choose(ranking, config.finalists, min_stages=config.space.min_stages)
-    chosen = {effective.key: effective for effective in best}
-    if not chosen:
+def _run_finals(runs: Runs, book: LogBook, participant: Participant, stack: contextlib.ExitStack) -> None:
+    """Round by round until the best is told from the others, or a tie is declared."""
+    store, config = runs.store, runs.store.config
+    objectives = _objectives(store)
+    other = participant.claim_finals() if config.finalists else None
+    if other is not None:
+        runs.reporter.say(other)
         return
-    first_round, done = finalists.finished(runs.store.records)
-    contenders = [*chosen, *([finalists.BASELINE] if ranking.baseline else [])]
-    rounds = config.finalist_rounds
-    order = finalists.schedule(contenders, rounds=rounds, seed=config.seed, done=done, first_round=first_round)
-    if not order:
+    entrants = finalists.entrants(
+        store.records, objectives, config.constraints, count=config.finalists, min_stages=config.space.min_stages
+    )
+    if not entrants.plans:
         return
-    # A fresh fleet: what the workers have become over many plans shall not decide.
-    runs.fleet.close()
-    runs.open_fleet(stack)
     protocol = finalists.side_by_side(config.protocol)
-    for round_, contender in order:
-        label = f"final round {round_ - first_round + 1} of {rounds}"
-        if contender == finalists.BASELINE:
-            assert ranking.baseline is not None
-            runs.baseline("finalist", f"{label} · baseline", protocol, ranking.baseline.batch_size, round_)
+    ran = False
+    while True:
+        step = finalists.next_step(
+            store.records,
+            entrants,
+            objectives=objectives,
+            constraints=config.constraints,
+            min_rounds=config.finalist_rounds,
+            max_rounds=max(config.finalist_rounds, config.max_finalist_rounds),
+            seed=config.seed,
+        )
+        if isinstance(step, finalists.Verdict):
+            break
+        if not ran:
+            # A fresh fleet: what the workers have become over many plans shall not decide.
+            runs.fleet.close()
+            with book.spend("start"):
+                runs.open_fleet(stack)
+            ran = True
+        label = f"final round {step.shown_round + 1}"
+        if step.contender == finalists.BASELINE:
+            assert entrants.baseline_batch_size is not None
+            runs.baseline("finalist", f"{label} · baseline", protocol, entrants.baseline_batch_size, step.round)
         else:
-            effective = chosen[contender]
-            plan = effective.plan
-            runs.measure("finalist", f"{label} · {plan.describe()}", plan, effective, protocol=protocol, round_=round_)
+            effective = entrants.plan(step.contender)
+            plan, name = effective.plan, f"{label} · {effective.plan.describe()}"
+            runs.measure("finalist", name, plan, effective, protocol=protocol, round_=step.round)
+    if ran:
+        runs.reporter.say(f"the finals end: {step.text}")
+    participant.finish_finals()

@@ -15,11 +15,15 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bench import metrics
-from bench.errors import StudyError
+from bench.errors import StudyError, UserError
 from bench.record import Failure, FailureKind, Measurement, Outcome, Record
 from tuner.config import Constraint
+from tuner.search.database import open_storage, reason
 from tuner.search.resolver import overrun
 from tuner.search.space import Point, SearchSpace
+from tuner.standings import Objective
+from tuner.storage_url import shown
+from tuner.store import StudyStore
 
 MEMORY_CONSTRAINT = "memory"
 INFEASIBLE = frozenset({FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY})
@@ -30,6 +34,10 @@ _DRAWS = 64
 
 class Proposals:
     """The search's memory: one Optuna study, in a database that the records can restore."""
+
+    taken: tuple[Point, ...] = ()
+    """What other processes of the study were running when it was last pulled."""
+    _reckons_with_others = False
 
     def __init__(
         self,
@@ -70,19 +78,47 @@ class Proposals:
             self._study.add_trial(self._as_trial(by_trial.get(number)))
         return tuple(trial for trial in trials if not trial.state.is_finished() and trial.number not in by_trial)
 
-    def start(self, point: Point) -> int:
-        """Begins a trial of this point, and returns its number."""
-        self._study.enqueue_trial(dict(point))
-        trial = self._study.ask(fixed_distributions=self._distributions)
-        assert trial.params == point, f"asked for {point}, got {trial.params}"
-        return trial.number
+    def pull(self, store: StudyStore) -> tuple[Record, ...]:
+        """Writes what others have measured into the study's folder.
+
+        Returns:
+            The new records; none where a process is alone.
+        """
+        return ()
+
+    def wait(self) -> None:
+        """Waits until something has changed with what others run."""
+
+    def settle(self) -> None:
+        """Waits until what others run has ended."""
+
+    def start(self, point: Point) -> int | None:
+        """Begins a trial of this point.
+
+        Returns:
+            Its number; None where another process has taken the plan in the meantime.
+        """
+        return self._begin(point, {})
+
+    def _begin(self, point: Point, attributes: Mapping[str, str]) -> int:
+        trial = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(point),
+            distributions=self._distributions,
+            user_attrs=dict(attributes),
+        )
+        trial_id = self._storage.create_new_trial(self._study._study_id, trial)
+        return self._storage.get_trial(trial_id).number
 
     def suggest(self, is_new: Callable[[Point], bool]) -> Point | None:
         """A point that TPE likes and that is new, else any new one; None when there is none."""
         done = len(self._study.get_trials(deepcopy=False))
         # Seeded by what is known, so that a resumed study goes on as it would have, and not from the start.
         sampler = optuna.samplers.TPESampler(
-            seed=self._seed + done, multivariate=True, constant_liar=False, n_startup_trials=_STARTUP_TRIALS
+            seed=self._seed + done,
+            multivariate=True,
+            constant_liar=self._reckons_with_others,
+            n_startup_trials=_STARTUP_TRIALS,
         )
         for _ in range(_DRAWS):
             point = self._draw(sampler)
@@ -114,16 +150,18 @@ class Proposals:
             # The records are the truth: a database of ours that cannot be read is set aside and built anew.
             path = Path(url.removeprefix("sqlite:///"))
             if not url.startswith("sqlite:///") or not path.exists():
-                raise StudyError(f"storage {url.rpartition('@')[2]}: cannot be used: {error}") from error
+                if isinstance(error, UserError):
+                    raise
+                raise StudyError(f"storage {shown(url)}: cannot be used: {reason(error)}") from None
             path.replace(path.with_name(f"{path.name}.broken"))
             return self._create(url)
 
     def _create(self, url: str) -> optuna.Study:
-        self._storage = optuna.storages.RDBStorage(url)
+        self._storage = open_storage(url)
         return optuna.create_study(
             storage=self._storage,
             study_name=f"pipetune-{self._space.study_id}",
-            directions=["maximize" if name in metrics.HIGHER_IS_BETTER else "minimize" for name in self._objectives],
+            directions=[Objective(metric=name).direction for name in self._objectives],
             load_if_exists=True,
         )
 
@@ -137,7 +175,7 @@ class Proposals:
                 params[name] = sampler.sample_independent(self._study, trial, name, distribution)
         return {name: int(params[name]) for name in self._distributions}
 
-    def _as_trial(self, record: Record | None) -> FrozenTrial:
+    def _as_trial(self, record: Record | None, attributes: Mapping[str, str] | None = None) -> FrozenTrial:
         """A finished trial made of a record; where there is none, a failed one keeps the count."""
         params: Mapping[str, int | float | str] = (record.params if record else None) or {}
         state, values, constraints = self._verdict(record.result) if record and params else (TrialState.FAIL, None, {})
@@ -147,6 +185,7 @@ class Proposals:
             params=dict(params),
             distributions={name: self._distributions[name] for name in params},
             constraints=constraints,
+            user_attrs=dict(attributes or {}),
         )
 
     def _verdict(self, result: Outcome) -> tuple[TrialState, list[float] | None, dict[str, float]]:

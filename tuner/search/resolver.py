@@ -49,6 +49,18 @@ class Resolver:
             )
         return self._known[plan]
 
+    def needed_bytes(self, effective: EffectivePlan) -> dict[str, int]:
+        """What the plan is accounted to need on each of its devices."""
+        needed: dict[str, int] = {}
+        for replica in range(effective.plan.replicas):
+            plan = effective.plan.replica(replica)
+            for index, stage in enumerate(plan.stages):
+                need = memory.stage_bytes(
+                    self.shape, plan, index, prompt_len=self.prompt_len, output_len=self.output_len
+                )
+                needed[stage.device] = needed.get(stage.device, 0) + need.total(effective.in_flight)
+        return needed
+
 
 def identity(plan: Plan, resolved: EffectivePlan | Failure) -> str:
     """Equal for points that would run the same way."""

@@ -12,14 +12,14 @@ from bench.errors import FleetError, ModelError
 from bench.record import Failure, FailureKind, Outcome, Record, Role
 from bench.spec import EffectivePlan, Plan, Protocol, RunSpec
 from tuner.progress import Reporter, describe
+from tuner.search.history import TRANSIENT
+from tuner.search.log import LogBook
 from tuner.search.stop import Interrupted, StopSignal
 from tuner.store import StudyStore
 
 if TYPE_CHECKING:
     from bench.launch import Fleet
 
-TRANSIENT = frozenset({FailureKind.WORKER_DIED, FailureKind.WORKER_HUNG, FailureKind.COMMUNICATION_TIMEOUT})
-"""Failures that may not come again."""
 _HOPELESS = 5
 """So many runs in a row that lost their workers: the machine is at fault, not the plans."""
 
@@ -28,12 +28,18 @@ class Runs:
     """A fleet, a store, and those who wait."""
 
     def __init__(
-        self, store: StudyStore, start_fleet: Callable[..., Fleet], reporter: Reporter, stop: StopSignal
+        self,
+        store: StudyStore,
+        start_fleet: Callable[..., Fleet],
+        reporter: Reporter,
+        stop: StopSignal,
+        book: LogBook,
     ) -> None:
         self.store = store
         self.reporter = reporter
         self.stop = stop
         self.fleet: Fleet
+        self._book = book
         self._start_fleet = start_fleet
         self._lost_in_a_row = 0
         self._fleet_has_reference = False
@@ -67,6 +73,10 @@ class Runs:
         if self._fleet_has_reference or not self.store.config.protocol.check_outputs:
             return
         self._fleet_has_reference = True
+        with self._book.spend("reference"):
+            self._give_reference()
+
+    def _give_reference(self) -> None:
         path = self.store.reference_path
         if path.exists():
             self.fleet.use_reference(path)
@@ -87,7 +97,7 @@ class Runs:
     def _refer_to(self, spec: RunSpec, effective: EffectivePlan) -> None:
         """Makes a plan the reference where the unsplit model fits nowhere; a plan that fails leaves it to the next."""
         self.reporter.begin(f"reference: {spec.plan.describe()} in place of the unsplit model")
-        with self.stop.interruptible():
+        with self._book.spend("reference"), self.stop.interruptible():
             failure = self.fleet.make_reference_from_plan(self.store.reference_path, spec, effective)
         self._plan_must_be_reference = failure is not None
         self.reporter.end("kept; every later plan's output is compared with it" if failure is None else failure.message)

@@ -2,7 +2,8 @@
 
 A proposal is a point of a few ordinal numbers. `partition_rank` counts through the best partitions of an analytic
 cost, on a log scale: TPE then learns how far down the list it pays to look, which it cannot learn of raw cuts. How
-many replicas a partition has is part of its entry, since stages and replicas share the devices: every point can run.
+many replicas a partition has, and on which devices it lies where these are unlike, is part of its entry, since stages
+and replicas share the devices: every point can run.
 `micro_batch_index`, `prefill_index` and `chunk_index` count through ascending sizes, `memory_index` through memory
 fractions, `compile_index` from off to on; the last three are there only when they make a difference.
 
@@ -39,6 +40,9 @@ class SearchSpace(Value):
     """Best first by the cost model at the time; rank 1 is the first."""
     replicas: tuple[int, ...] = ()
     """Of each partition: how many pipelines of it stand side by side; empty for one of each."""
+    orders: tuple[tuple[int, ...], ...] = ()
+    """Of each partition: which of the devices hold its stages, replica by replica and stage by stage; empty, there or
+    for all, takes the first ones in order."""
     micro_batch_sizes: tuple[int, ...]
     prefill_sizes: tuple[int, ...]
     chunk_sizes: tuple[int | None, ...] = (None,)
@@ -55,6 +59,11 @@ class SearchSpace(Value):
         """How many pipelines side by side the point stands for."""
         return self.replicas[point["partition_rank"] - 1] if self.replicas else 1
 
+    def devices_of(self, point: Mapping[str, int]) -> tuple[str, ...]:
+        """The devices that hold the stages, replica by replica and stage by stage; perhaps more at the end."""
+        order = self.orders[point["partition_rank"] - 1] if self.orders else ()
+        return tuple(self.devices[place] for place in order) or self.devices
+
     def plan(self, point: Mapping[str, int]) -> Plan:
         """The plan that a point stands for."""
         replicas = self.replicas_of(point)
@@ -65,7 +74,7 @@ class SearchSpace(Value):
         return self.switch(
             Plan.from_layer_counts(
                 self.partitions[point["partition_rank"] - 1],
-                self.devices,
+                self.devices_of(point),
                 micro_batch_size,
                 prefill_micro_batch_size=prefill if prefill < micro_batch_size else None,
                 prefill_chunk_size=_pick(self.chunk_sizes, point, "chunk_index"),

@@ -1,4 +1,4 @@
-"""The trials of a study: what must be repeated, then the head of the analytic ranking, then what TPE proposes."""
+"""The trials of a study: asks the strategy, runs what it proposes, and tells everybody what came of it."""
 
 from __future__ import annotations
 
@@ -8,84 +8,118 @@ import math
 import time
 
 from bench import metrics
-from bench.record import Failure, FailureKind, Measurement, Record
+from bench.record import Measurement, Record
 from bench.spec import EffectivePlan
 from tuner.planning.cost import CostModel
 from tuner.progress import values_text
-from tuner.search.head import head
+from tuner.search.log import LogBook, Proposal, Stop
 from tuner.search.proposals import Proposals
-from tuner.search.resolver import Resolver, identity
-from tuner.search.runs import TRANSIENT, Runs, interruption, timestamp
-from tuner.search.space import Point, SearchSpace
+from tuner.search.resolver import Resolver
+from tuner.search.runs import Runs, interruption, timestamp
+from tuner.search.sharing import Participant
+from tuner.search.space import SearchSpace
 from tuner.search.stop import Interrupted
+from tuner.search.strategy import Strategy
+from tuner.search.warm_start import WarmStart
 from tuner.standings import Objective
-from tuner.store import was_interrupted
+from tuner.study_files import was_interrupted
 
 
 class Search:
-    """Runs trials until there are enough, time is up, or nothing new is left."""
+    """Runs trials until the strategy stops, or time is up."""
 
-    def __init__(self, runs: Runs, space: SearchSpace, cost: CostModel, resolve: Resolver) -> None:
-        self._runs = runs
-        self._config = runs.store.config
-        self._space = space
-        self._cost = cost
-        self._resolve = resolve
-        self._by_identity: dict[str, list[Record]] = {}
-        self._refused = 0
-        self._counted = 0
+    def __init__(
+        self,
+        runs: Runs,
+        book: LogBook,
+        participant: Participant,
+        space: SearchSpace,
+        cost: CostModel,
+        resolve: Resolver,
+        warm: WarmStart,
+    ) -> None:
+        self._runs, self._book, self._participant = runs, book, participant
+        self._store, self._config = runs.store, runs.store.config
+        self._space, self._cost, self._resolve, self._warm = space, cost, resolve, warm
         self._best_cost = math.inf
-        for record in runs.store.records:
-            self._note(record)
+        for record in self._store.records:
             self._show_best(record)
 
-    def run(self) -> None:
+    def run(self) -> Stop:
         """Goes on from what is recorded.
 
         Raises:
             Interrupted: somebody asked to stop; the running trial has its record.
         """
-        proposals = Proposals(
-            self._runs.store.storage_url,
+        with contextlib.ExitStack() as stack:
+            with self._book.spend("search"):
+                proposals = self._participant.proposals(
+                    self._space,
+                    self._resolve,
+                    objectives=self._config.objectives,
+                    constraints=self._config.constraints,
+                )
+                stack.callback(proposals.close)
+                self._restore(proposals)
+                strategy = self._strategy(proposals)
+            stop = self._search(strategy, proposals)
+        self._book.end(stop)
+        self._runs.reporter.say(f"the search ends: {stop.text}")
+        return stop
+
+    def _strategy(self, proposals: Proposals) -> Strategy:
+        return Strategy(
             self._space,
+            self._cost,
+            self._resolve,
             objectives=self._config.objectives,
             constraints=self._config.constraints,
-            seed=self._config.seed,
+            n_trials=self._config.n_trials,
+            seed=self._participant.seed,
+            stop_early=self._config.stop_early,
+            prior=self._warm.prior,
+            first=self._warm.first,
+            suggest=proposals.suggest,
         )
-        with contextlib.closing(proposals):
-            self._restore(proposals)
-            queue = [*self._repeats(), *head(self._space, self._cost, self._resolve, self._config.n_trials)]
-            deadline = time.monotonic() + (self._config.timeout_s or math.inf)
-            while self._counted < self._config.n_trials:
-                if time.monotonic() >= deadline:
-                    self._runs.reporter.say(f"the search ends after {self._config.timeout_s:.0f} s, as asked")
-                    return
-                point = self._next(queue, proposals)
-                if point is None:
-                    self._runs.reporter.say("the search ends early: every plan of the space was tried")
-                    return
-                record = self._run_trial(point, proposals)
-                if is_lost(record) and self._is_due(point):
-                    queue.insert(0, point)
 
-    def _next(self, queue: list[Point], proposals: Proposals) -> Point | None:
-        while queue:
-            point = queue.pop(0)
-            if self._is_due(point):
-                return point
-        return proposals.suggest(self._is_due)
+    def _search(self, strategy: Strategy, proposals: Proposals) -> Stop:
+        deadline = time.monotonic() + (self._config.timeout_s or math.inf)
+        while True:
+            with self._book.spend("search"):
+                for record in proposals.pull(self._store):
+                    self._show_best(record)
+                step = strategy.next(self._store.records, taken=proposals.taken)
+                if time.monotonic() >= deadline and not (isinstance(step, Stop) and step.kind == "budget"):
+                    return Stop(kind="time", text=f"{self._config.timeout_s:g} s are over, as many as were asked for")
+                if isinstance(step, Stop):
+                    if not proposals.taken:
+                        return step
+                    # What others run may change that: it may fail, or teach something.
+                    with self._runs.stop.interruptible():
+                        proposals.wait()
+                    continue
+                number = proposals.start(step.point)
+                if number is None:
+                    continue
+                self._book.note(number, step)
+            self._run_trial(number, step, proposals, strategy.counted)
 
-    def _run_trial(self, point: Point, proposals: Proposals) -> Record:
-        plan = self._space.plan(point)
-        number = proposals.start(point)
-        label = f"trial {self._counted + 1} of {self._config.n_trials} · {plan.describe()}"
-        record = self._runs.measure("trial", label, plan, self._resolve(plan), trial_number=number, params=point)
-        self._note(record)
-        proposals.tell(record)
+    def _run_trial(self, number: int, proposal: Proposal, proposals: Proposals, counted: int) -> None:
+        plan = self._space.plan(proposal.point)
+        label = f"trial {counted + 1} of {self._config.n_trials} · {plan.describe()}"
+        predicted = values_text(proposal.predicted, self._config.objectives[:1])
+        if predicted:
+            label += f" · predicted {predicted}"
+        with self._book.spend("trials"):
+            record = self._runs.measure(
+                "trial", label, plan, self._resolve(plan), trial_number=number, params=proposal.point
+            )
+        with self._book.spend("search"):
+            proposals.tell(record)
+            self._book.save()
         self._show_best(record)
         if was_interrupted(record):
             raise Interrupted
-        return record
 
     def _show_best(self, record: Record) -> None:
         """Says it when a plan keeps the constraints and is better than all before in the first objective."""
@@ -104,11 +138,11 @@ class Search:
 
     def _restore(self, proposals: Proposals) -> None:
         """Makes database and records agree; a trial whose driver died gets its record now."""
-        for trial in proposals.restore(self._runs.store.records):
+        for trial in proposals.restore(self._store.records):
             point = {name: int(value) for name, value in trial.params.items()}
             plan = self._space.plan(point) if point else None
             resolved = self._resolve(plan) if plan else None
-            record = self._runs.store.add(
+            record = self._store.add(
                 role="trial",
                 result=interruption("the driver died while this ran; --resume ran the plan again"),
                 hardware_id=self._runs.fleet.machine.hardware_id,
@@ -119,54 +153,4 @@ class Search:
                 trial_number=trial.number,
                 params=dict(point),
             )
-            self._note(record)
             proposals.tell(record)
-
-    def _note(self, record: Record) -> None:
-        """Keeps count of what is known of each plan."""
-        if record.role not in ("trial", "single_stage") or record.spec is None:
-            return
-        plan = record.spec.plan
-        known = self._by_identity.setdefault(identity(plan, record.effective or self._resolve(plan)), [])
-        known.append(record)
-        if record.role == "single_stage":
-            # Measured already, so that no trial need repeat it.
-            return
-        if is_refusal(record):
-            self._refused += 1
-        elif not was_interrupted(record) and not (is_lost(record) and self._is_first(record, known)):
-            self._counted += 1
-
-    def _is_first(self, record: Record, known: list[Record]) -> bool:
-        """Whether no earlier run of the plan came to an end."""
-        return next(other for other in known if not was_interrupted(other)) is record
-
-    def _repeats(self) -> list[Point]:
-        """Points of the records, in order; few of them are due again."""
-        return [
-            {name: int(value) for name, value in records[0].params.items()}
-            for records in self._by_identity.values()
-            if records[0].params
-        ]
-
-    def _is_due(self, point: Point) -> bool:
-        """Whether the plan is new, was only ever interrupted, or lost its workers once: a second chance, no third."""
-        plan = self._space.plan(point)
-        resolved = self._resolve(plan)
-        known = self._by_identity.get(identity(plan, resolved), [])
-        finished = [record for record in known if not was_interrupted(record)]
-        if not finished:
-            # What cannot fit costs no time, but shall not go on for ever.
-            return isinstance(resolved, EffectivePlan) or self._refused < 2 * self._config.n_trials
-        return len(finished) == 1 and is_lost(finished[0])
-
-
-def is_lost(record: Record) -> bool:
-    """Whether the run lost its workers, which may have been chance."""
-    return isinstance(record.result, Failure) and record.result.kind in TRANSIENT
-
-
-def is_refusal(record: Record) -> bool:
-    """Whether a plan was found too large before it ran."""
-    result = record.result
-    return isinstance(result, Failure) and result.kind == FailureKind.OVER_MEMORY_CAP and record.effective is None

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.errors import PlanError
+from bench.memory import check_plan
 from bench.models.describe import describe_model
 from bench.models.resolve import resolve_model
 from bench.spec import ModelSpec
+from tests.bench.model_configs import model_config
 from tests.tiny_models import tiny_config
 from tuner import auto_split_model
 from tuner.planning.auto_split import read_shape
@@ -65,6 +67,28 @@ def test_the_shape_is_the_one_that_bench_reads(family: str, tmp_path: Path) -> N
         assert ours["weight_bytes"] == theirs["weight_bytes"]
         assert ours["active_params"] == theirs["active_params"]
         assert ours["kv_bytes_per_token"] == theirs["kv_bytes_per_token"]
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text", "glm_moe_dsa", "mllama", "zamba2", "llama"])
+def test_the_cuts_are_those_that_bench_allows(family: str, tmp_path: Path) -> None:
+    config = model_config(family)
+    config.save_pretrained(tmp_path)
+    there = describe_model(resolve_model(ModelSpec(name=str(tmp_path), load_format="dummy")))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    here = read_shape(model)
+    assert (here.forbidden_cuts, here.embedding_on_every_stage) == (
+        there.forbidden_cuts,
+        there.embedding_on_every_stage,
+    )
+    most = here.num_layers - len(here.forbidden_cuts)
+    devices = [f"cuda:{index}" for index in range(most + 1)]
+    plan = plan_from_map(
+        auto_split_model(model, most, devices=devices, device_bytes=[GIB] * (most + 1)), here, micro_batch_size=1
+    )
+    check_plan(there, plan)
+    with pytest.raises(PlanError, match=f"can be cut into {most} stages|has {most} layers"):
+        auto_split_model(model, most + 1, devices=devices, device_bytes=[GIB] * (most + 1))
 
 
 def test_a_cap_moves_layers_to_the_larger_device() -> None:

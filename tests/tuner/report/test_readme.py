@@ -29,10 +29,11 @@ from bench.record import (
     Telemetry,
 )
 from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, StagePlan, Value, Workload
-from tests.study_factory import write_study
+from tests.study_factory import make_log, make_profile, write_study
 from tuner.config import SpaceConfig, TuneConfig
 from tuner.export import PlanFile
 from tuner.report import write_report
+from tuner.search.log import LoggedTrial, SearchLog, Stop
 from tuner.search.space import SearchSpace
 
 README = (Path(__file__).parents[3] / "results" / "README.md").read_text(encoding="utf-8")
@@ -64,6 +65,7 @@ SECTIONS: dict[type[Value], str] = {
             Software,
             ModelShape,
             SearchSpace,
+            SearchLog,
             TuneConfig,
             PlanFile,
         )
@@ -71,6 +73,8 @@ SECTIONS: dict[type[Value], str] = {
     GpuInfo: "Hardware",
     LayerShape: "ModelShape",
     SpaceConfig: "TuneConfig",
+    LoggedTrial: "SearchLog",
+    Stop: "SearchLog",
 }
 
 
@@ -102,7 +106,7 @@ def test_every_metric_is_defined_and_no_other() -> None:
 
 
 def test_every_file_and_column_of_a_report_is_defined(tmp_path: Path) -> None:
-    folder = write_study(tmp_path / "study")
+    folder = write_study(tmp_path / "study", log=make_log(), profile=make_profile())
     write_report(folder)
     files = names_under("What a study holds")
     for path in folder.iterdir():

@@ -279,9 +279,8 @@ def test_one_pipeline_that_beats_copies_and_a_draw_are_said_too(tmp_path: Path) 
     assert ranking.rival is not None
     gain = ranking.rival.gain
     assert gain is not None
-    draw = ranking.model_copy(
-        update={"rival": ranking.rival.model_copy(update={"gain": gain.model_copy(update={"low": 0.99})})}
-    )
+    tied = tuple(row.key for row in ranking.rows if row.confirmed)
+    draw = ranking.model_copy(update={"separation": ranking.separation.model_copy(update={"tied": tied})})
     assert "is not told apart from two copies of the model" in (rival_text(draw) or "")
     unpaired = gain.model_copy(update={"low": None, "high": None, "rounds": 0})
     apart = ranking.model_copy(update={"rival": ranking.rival.model_copy(update={"gain": unpaired})})

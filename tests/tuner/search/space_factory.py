@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bench.memory import ModelShape
@@ -9,6 +11,7 @@ from bench.spec import Workload
 from tests.record_factory import make_shape
 from tuner.config import SpaceConfig
 from tuner.planning.cost import CostModel
+from tuner.planning.nominal import RATES, NominalCosts, Rates
 from tuner.search.build import build_space
 from tuner.search.resolver import Resolver
 from tuner.search.space import SearchSpace
@@ -24,14 +27,37 @@ def build(
     num_prompts: int = 32,
     input_len: int = 64,
     kind: str = "generate",
-    memory: int = 4 * GIB,
+    memory: int | Sequence[int] = 4 * GIB,
     shape: ModelShape = SHAPE,
+    speeds: Sequence[float] | None = None,
     **bounds: Any,
 ) -> tuple[SearchSpace, CostModel, Resolver]:
-    """A space as a study lays it out, with what it was laid out by."""
+    """A space as a study lays it out, with what it was laid out by.
+
+    Args:
+        memory: of each device.
+        speeds: of each device, beside the nominal one.
+    """
     devices = tuple(f"cpu:{index}" for index in range(num_devices))
     workload = Workload.model_validate({"kind": kind, "num_prompts": num_prompts, "output_len": 16})
     lens = [input_len] * num_prompts
-    cost = CostModel.of_workload(shape, workload, lens)
-    resolve = Resolver.of_workload(shape, workload, lens, dict.fromkeys(devices, memory))
+    costs = NominalCosts(shape, rates_of(devices, speeds), scores=kind == "score") if speeds else None
+    cost = CostModel.of_workload(shape, workload, lens, costs)
+    sizes = [memory] * num_devices if isinstance(memory, int) else memory
+    resolve = Resolver.of_workload(shape, workload, lens, dict(zip(devices, sizes, strict=True)))
     return build_space(SpaceConfig.model_validate(bounds), devices, shape, cost, resolve), cost, resolve
+
+
+def rates_of(devices: Sequence[str], speeds: Sequence[float]) -> Mapping[str, Rates]:
+    """Rates of unlike devices: each does everything so many times as fast."""
+    nominal = RATES["cpu"]
+    return {
+        device: replace(
+            nominal,
+            flops_per_s=nominal.flops_per_s * speed,
+            bytes_per_s=nominal.bytes_per_s * speed,
+            head_bytes_per_s=nominal.head_bytes_per_s * speed,
+            layer_overhead_s=nominal.layer_overhead_s / speed,
+        )
+        for device, speed in zip(devices, speeds, strict=True)
+    }

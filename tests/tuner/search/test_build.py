@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 
 from bench.errors import ConfigError, NothingFeasibleError
-from bench.spec import EffectivePlan
+from bench.spec import EffectivePlan, Plan
 from tests.tuner.search.space_factory import GIB, MIB, SHAPE, build
 from tuner.config import SpaceConfig
+from tuner.planning.partition import all_partitions
 from tuner.search import build as b
+from tuner.search.candidates import candidates
 from tuner.search.space import SearchSpace
 
 
@@ -22,7 +25,7 @@ def layouts(space: SearchSpace) -> set[tuple[int, int]]:
 
 def test_good_partitions_have_low_ranks() -> None:
     space, *_ = build(4, replicas=(1,))
-    assert len(space.partitions) == b.MAX_PARTITIONS
+    assert 200 < len(space.partitions) <= b.MAX_PARTITIONS
     assert space.replicas == ()
     best = space.partitions[0]
     assert len(best) == 4
@@ -141,7 +144,7 @@ def test_prefill_of_a_recurrent_model_is_never_cut() -> None:
     plans = [space.plan(point) for point in space.points()]
     assert all(plan.prefill_size == plan.micro_batch_size and plan.prefill_chunk_size is None for plan in plans)
     for name in ("prefill_micro_batch_sizes", "prefill_chunk_sizes"):
-        with pytest.raises(ConfigError, match=rf"space\.{name}: .* recurrent states"):
+        with pytest.raises(ConfigError, match=rf"space\.{name}: .* whole prompts"):
             build(shape=shape, **{name: (4,)})  # type: ignore[arg-type]
 
 
@@ -161,3 +164,81 @@ def test_the_size_of_a_space_counts_replicas() -> None:
     one = b.count_raw_partitions(SpaceConfig(replicas=(1,)), SHAPE, 4, 32)
     assert one == 1 + 29 + 29 * 28 // 2 + 29 * 28 * 27 // 6
     assert b.count_raw_partitions(config, SHAPE, 4, 32) == one + 29 + 1
+
+
+def orders_of(space: SearchSpace, replicas: int = 1, stages: int = 2) -> list[tuple[int, ...]]:
+    """Of the entries with so many replicas and stages, best first."""
+    counts = space.replicas or (1,) * len(space.partitions)
+    orders = space.orders or ((),) * len(space.partitions)
+    entries = zip(space.partitions, counts, orders, strict=True)
+    return [order for partition, count, order in entries if count == replicas and len(partition) == stages]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"speeds": (1.0, 0.99, 1.0)},
+        {"memory": (4 * GIB, 4 * GIB - MIB, 4 * GIB)},
+        {"speeds": (1.0, 0.5, 1.0), "device_order": "given"},
+    ],
+)
+def test_devices_that_are_alike_or_in_a_given_order_are_not_moved(changes: dict[str, Any]) -> None:
+    space, *_ = build(3, **changes)
+    assert space.orders == ()
+    entries = list(zip(space.partitions, space.replicas, strict=True))
+    assert len(entries) == len(set(entries))
+
+
+def test_unlike_devices_are_tried_in_every_order_and_the_slow_one_is_left_out() -> None:
+    space, *_ = build(3, speeds=(1.0, 0.5, 1.0))
+    assert orders_of(space)[0] == (0, 2)
+    assert {(), (1, 0), (0, 2)} <= set(orders_of(space))
+    # The first and the third device are equal, and stand for one another.
+    assert not {(2, 0), (1, 2), (2, 1)} & set(orders_of(space))
+    pipelines = [plan for point in space.points() if (plan := space.plan(point)).replicas == 1]
+    assert {plan.devices[0] for plan in pipelines} == {"cpu:0", "cpu:1"}
+
+
+def test_a_device_with_more_memory_may_take_the_larger_end() -> None:
+    """The last stage holds a second embedding, and its device is too small for it in the order given."""
+    layers = 30 * SHAPE.layers[0].weight_bytes
+    small = int((SHAPE.embedding_bytes + 0.2 * layers) / 0.9)
+    space, *_ = build(memory=(4 * GIB, small), min_stages=2, max_stages=2)
+    assert set(orders_of(space)) == {(), (1, 0)}
+    given_, *_ = build(memory=(4 * GIB, small), min_stages=2, max_stages=2, device_order="given")
+    assert set(given_.partitions) <= set(space.partitions)
+
+
+def test_every_stage_of_replicas_on_unlike_devices_has_equal_ones() -> None:
+    space, *_ = build(4, speeds=(1.0, 1.0, 0.5, 0.5), replicas=(2,))
+    assert set(orders_of(space, replicas=2)) == {(0, 2, 1, 3), (2, 0, 3, 1)}
+
+
+def test_replicas_take_the_fastest_of_unlike_devices() -> None:
+    space, *_ = build(4, speeds=(0.5, 1.0, 1.0, 1.0), replicas=(3,))
+    assert orders_of(space, replicas=3, stages=1) == [(1, 2, 3)]
+
+
+@pytest.mark.parametrize("speeds", [None, (1.0, 0.6, 0.6)])
+def test_no_plan_is_predicted_much_better_than_the_best_of_the_space(speeds: tuple[float, ...] | None) -> None:
+    """All partitions, orders and sizes, of layers of which some are heavy to prefill and some to decode."""
+    heavy = SHAPE.layers[0].model_copy(update={"active_params": 4 * SHAPE.layers[0].active_params})
+    wide = SHAPE.layers[0].model_copy(update={"kv_bytes_per_token": 40 * SHAPE.layers[0].kv_bytes_per_token})
+    shape = SHAPE.model_copy(update={"layers": (heavy,) * 4 + (wide,) * 3 + SHAPE.layers[:4]})
+    space, cost, resolve = build(3, shape=shape, speeds=speeds, replicas=(1,), memory=64 * GIB)
+    plans = []
+    for stages in (1, 2, 3):
+        for order in itertools.permutations(space.devices, stages):
+            for partition in all_partitions(shape.num_layers, min_stages=stages, max_stages=stages):
+                plans += [
+                    Plan.from_layer_counts(partition, order, rows, prefill_micro_batch_size=prefill)
+                    for rows in space.micro_batch_sizes
+                    for prefill in space.prefill_sizes
+                    if prefill <= rows
+                ]
+    every = min(one.duration_s for one in cost.predict_many([(plan, None) for plan in plans]))
+    found = [one.effective for one in candidates(space, resolve)]
+    best = min(one.duration_s for one in cost.predict_many([(one.plan, one.in_flight) for one in found]))
+    assert best <= 1.003 * every
+    assert len(found) < len(plans)

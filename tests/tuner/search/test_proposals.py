@@ -24,7 +24,8 @@ LIMITS = (Constraint.model_validate("p90_ttft_ms<=2000"), Constraint.model_valid
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'study.db'}"
+    (tmp_path / "a {folder}").mkdir()
+    return f"sqlite:///{tmp_path / 'a {folder}/study.db'}"
 
 
 def open_(url: str, space: SearchSpace = SPACE, objectives: tuple[str, ...] = ("output_throughput",)) -> Proposals:

@@ -21,6 +21,8 @@ SPACES = [
     build(3, num_prompts=32, max_stages=2),
     build(4, num_prompts=9, input_len=300, min_stages=2, max_stages=2, compile="search"),
     build(4, num_prompts=70, replicas=(2, 4), min_stages=1),
+    build(3, num_prompts=9, speeds=(1.0, 0.5, 1.0)),
+    build(4, num_prompts=32, speeds=(1.0, 1.0, 0.5, 0.4), replicas=(1, 2)),
 ]
 
 
@@ -32,6 +34,8 @@ def test_every_point_is_a_plan_of_the_model(data: st.DataObject) -> None:
     check_plan(SHAPE, plan)
     assert plan.replicas == space.replicas_of(point)
     assert set(plan.devices) <= set(space.devices)
+    order = space.orders[point["partition_rank"] - 1] if space.orders else ()
+    assert plan.devices == tuple(space.devices[place] for place in order or range(len(plan.devices)))
     assert plan.replicas * (plan.micro_batch_size - 1) < cost.num_prompts
     assert plan.prefill_size <= plan.micro_batch_size
     assert isinstance(resolve(plan), EffectivePlan)
@@ -53,7 +57,7 @@ def test_a_space_of_before_replicas_means_the_plans_that_its_records_hold() -> N
     study = ROOT / "tests" / "data" / "study-before-replicas"
     text = (study / "space.json").read_text(encoding="utf-8")
     values = json.loads(text)
-    for name in ("replicas", "chunk_sizes", "compile", "cuda_graphs", "packed_weights", "num_prompts"):
+    for name in ("replicas", "orders", "chunk_sizes", "compile", "cuda_graphs", "packed_weights", "num_prompts"):
         values.pop(name, None)
     space = SearchSpace.model_validate(values)
     assert set(space.dimensions()) == {"partition_rank", "micro_batch_index", "prefill_index"}

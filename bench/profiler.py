@@ -1,0 +1,319 @@
+"""Times a model's parts on every device at the same time, inside the workers.
+
+Each worker holds the same window of layers between the model's embedding and head, and works as the single stage of a
+pipeline of its own: the times are spans of the loop that plans run in. Real pipelines keep their devices busy together,
+and so does this: workers begin each kind of task at the same moment, and a fast one repeats it until the slowest has
+done, since they share what lies between them and the memory.
+
+Whole tasks are timed as plans run them. How a task is shared among its parts comes of a few more runs with hooks on the
+parts, which plans do not have; a part's time is its share of the whole. So the parts of a window always add up to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from bench.cuts import idle_layers
+from bench.link_times import time_links
+from bench.models.describe import build_on_meta
+from bench.models.layers import find_layers
+from bench.profile import DeviceProfile, LayerTimes, ProfileGrid, TaskTime
+from bench.profile_scope import DECODE_STEPS, MEMORY_FRACTION, Kind, Scope, scope_of
+from bench.record import Failure
+from bench.runner import Runner
+from bench.runtime.cache import SlotLayer
+from bench.runtime.device import undisturbed
+from bench.runtime.generate import StageLoop
+from bench.runtime.job import Job
+from bench.runtime.part_times import PartShares, PartStamps
+from bench.schedule import Task
+
+ENOUGH_S = 0.15
+"""Of whole tasks of a kind, over all rounds; at least `MIN_SAMPLES` and at most `MAX_SAMPLES` of them."""
+MIN_SAMPLES, MAX_SAMPLES = 3, 24
+ROUNDS = 2
+"""The kinds are gone through so often, each time in another order: a machine's mood changes within seconds."""
+LONG_S = 0.05
+"""A task that takes longer is not slowed by hooks, so that those runs count as well; nor is one run cold by much."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _KindJob(Job):
+    """The same task again and again."""
+
+    repeated: tuple[Task, ...]
+
+    def tasks(self) -> tuple[Task, ...]:
+        return self.repeated
+
+
+@dataclasses.dataclass(slots=True)
+class _Seen:
+    """Of one kind of task in one window."""
+
+    whole_s: list[float] = dataclasses.field(default_factory=list)
+    shares: list[PartShares] = dataclasses.field(default_factory=list)
+    wanted: int = MIN_SAMPLES
+    slowest_s: float = 0.0
+    """On any device, of one task."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Times:
+    """Of one kind of task in one window, part by part."""
+
+    samples: int
+    spread: float
+    """Between the quartiles of whole tasks, as a share."""
+    overhead_s: float
+    embedding_s: float
+    head_s: float
+    layers_s: dict[int, float]
+
+
+class Profiler:
+    """Times one grid; every rank makes one and calls `run`."""
+
+    def __init__(
+        self, runner: Runner, grid: ProfileGrid, *, packed_weights: bool, cuda_graphs: bool, pad_token_id: int
+    ) -> None:
+        self.runner, self.grid = runner, grid
+        self.packed_weights, self.cuda_graphs = packed_weights, cuda_graphs
+        self.pad_token_id = pad_token_id
+        self._filled: Any = None
+
+    def run(self) -> dict[str, Any]:
+        """`devices`, `links`, `notes` and `took_s`, or a `failure`, as JSON; of use on rank 0 alone."""
+        runner, began = self.runner, time.perf_counter()
+        runner.status.phase = "profile"
+        least_bytes = min(runner.control.gather(runner.device_bytes))
+        alike = _alike(runner)
+        scope = scope_of(
+            self.grid,
+            runner.shape,
+            alike,
+            devices=runner.devices,
+            device_bytes=least_bytes,
+            packed_weights=self.packed_weights,
+        )
+        if isinstance(scope, Failure):
+            return {"failure": scope.model_dump(mode="json")}
+        links = time_links(runner.links, runner.control, runner.devices, runner.device, runner.stage.message_dtype)
+        notes: dict[str, None] = dict.fromkeys(scope.notes)
+        windows: list[dict[Kind, _Times]] = []
+        for number, window in enumerate(scope.windows):
+            windows.append(self._window(window, scope, done=number))
+            assert runner.loop is not None
+            notes |= dict.fromkeys(runner.loop.graphs.notes if runner.loop.graphs is not None else ())
+            runner.loop.close()
+            runner.loop = None
+        runner.free()
+        own = _device_profile(runner.device.name, scope.kinds, windows, alike)
+        rows = runner.control.gather({"device": own.model_dump(mode="json"), "notes": list(notes)})
+        # Workers that share a GPU saw the same; one of them speaks for it.
+        devices = {row["device"]["device"]: row["device"] for row in reversed(rows)}
+        return {
+            "devices": [devices[name] for name in dict.fromkeys(runner.devices)],
+            "links": [link.model_dump(mode="json") for link in links],
+            "notes": list(dict.fromkeys(note for row in rows for note in row["notes"])),
+            "took_s": round(time.perf_counter() - began, 3),
+        }
+
+    def _window(self, window: range, scope: Scope, *, done: int) -> dict[Kind, _Times]:
+        """Times every kind of task on one window."""
+        runner = self.runner
+        loop = runner.hold(
+            window,
+            packed_weights=self.packed_weights,
+            cuda_graphs=self.cuda_graphs,
+            memory_fraction=MEMORY_FRACTION,
+        )
+        runner.status.phase = "profile"
+        self._filled = None
+        seen: dict[Kind, _Seen] = {kind: _Seen() for kind in scope.kinds}
+        total = len(scope.windows) * ROUNDS * len(scope.kinds)
+        for number in range(ROUNDS):
+            # The same on every rank.
+            order = random.Random(number).sample(scope.kinds, len(scope.kinds))
+            for place, kind in enumerate(order):
+                runner.report("profile", (done * ROUNDS + number) * len(order) + place, total)
+                with undisturbed():
+                    if number == 0:
+                        self._begin(loop, kind, seen[kind])
+                    elif seen[kind].slowest_s < LONG_S:
+                        self._time(loop, kind, 1)
+                    missing = seen[kind].wanted - len(seen[kind].whole_s)
+                    seen[kind].whole_s += self._time(loop, kind, max(1, missing // (ROUNDS - number)))
+        return {kind: _times_of(one, window) for kind, one in seen.items()}
+
+    def _begin(self, loop: StageLoop, kind: Kind, seen: _Seen) -> None:
+        """Warms up, takes shares, and says how many whole tasks are to be timed on this device."""
+        (cold_s,) = self._time(loop, kind, 1)
+        self._fill(loop, kind)
+        device = self.runner.device
+        count = 1 if max(self.runner.control.gather(cold_s)) > 4 * LONG_S else MIN_SAMPLES
+        graphs, loop.graphs = loop.graphs, None
+        with PartStamps(self.runner.stage, device.clock()) as stamps:
+            spans = self._spans(loop, kind, count)
+            seen.shares += stamps.shares(spans)
+        loop.graphs = graphs
+        task_s = statistics.median(end - start for start, end in spans)
+        seen.slowest_s = max(self.runner.control.gather(task_s))
+        if seen.slowest_s > LONG_S and not device.is_cuda:
+            seen.whole_s += [end - start for start, end in spans]
+        # As long as the slowest device takes for the least number, so that none of them idles meanwhile.
+        wanted_s = max(ENOUGH_S, MIN_SAMPLES * seen.slowest_s)
+        seen.wanted = min(max(math.ceil(wanted_s / max(task_s, 1e-6)), MIN_SAMPLES), MAX_SAMPLES)
+
+    @torch.inference_mode()
+    def _fill(self, loop: StageLoop, kind: Kind) -> None:
+        """Writes every position of a slot that is new: pages that nobody ever wrote are all one, and never leave the
+        cache."""
+        (slot,) = loop.slots
+        if kind.past_tokens == 0 or slot is self._filled:
+            return
+        for layer in slot.layers:
+            if isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None:
+                layer.keys.fill_(0.01)
+                layer.values.fill_(0.01)
+        self._filled = slot
+
+    def _time(self, loop: StageLoop, kind: Kind, count: int) -> list[float]:
+        return [end - start for start, end in self._spans(loop, kind, count)]
+
+    def _spans(self, loop: StageLoop, kind: Kind, count: int) -> list[tuple[float, float]]:
+        """Begin and end of so many tasks, in monotonic seconds; all devices begin together."""
+        job = self._job(kind, count)
+        prefill = _task(job, 0, 0, min(kind.past_tokens, max(1, self.grid.max_tokens // kind.rows)))
+        # Graphs look at the largest task to see how many tokens they may work on at once.
+        loop.prepare(_with_tasks(job, (prefill, *job.repeated)) if kind.is_decode else job)
+        timeline = loop.run(job, start=self.runner.control.barrier).timeline
+        spans = list(zip(timeline.compute_start_s, timeline.compute_end_s, strict=True))
+        return spans[-count:]
+
+    def _job(self, kind: Kind, count: int) -> _KindJob:
+        """A pass of nothing but such tasks. What keeps states is given the past first, and goes on from there."""
+        rows, new, past = kind
+        length = past if kind.is_decode else past + new
+        recurs = kind.is_decode and self.runner.shape.recurrent
+        source = random.Random(0)
+        vocab_size = self.runner.shape.vocab_size
+        lengths = [length] + [max(1, length - self.grid.padded)] * (rows - 1)
+        job = _KindJob(
+            prompts=tuple(tuple(source.randrange(vocab_size) for _ in range(own)) for own in lengths),
+            output_len=0 if self.grid.scores else DECODE_STEPS if kind.is_decode else 1,
+            micro_batch_size=rows,
+            prefill_size=rows,
+            in_flight=1,
+            pad_token_id=self.pad_token_id,
+            sampling=self.grid.sampling,
+            repeated=(),
+        )
+        if not kind.is_decode:
+            return _with_tasks(job, [_task(job, 0, past, past + new)] * count)
+        steps = range(count) if recurs else [0] * count
+        decode = [_task(job, step + 1, past + step, past + step + 1) for step in steps]
+        return _with_tasks(job, [_task(job, 0, 0, past), *decode] if recurs else decode)
+
+
+def _with_tasks(job: _KindJob, tasks: Iterable[Task]) -> _KindJob:
+    return dataclasses.replace(job, repeated=tuple(tasks))
+
+
+def _task(job: Job, step: int, first_token: int, end_token: int) -> Task:
+    return Task(
+        micro_batch=0,
+        step=step,
+        slot=0,
+        first_row=0,
+        end_row=len(job.prompts),
+        first_token=first_token,
+        end_token=end_token,
+        samples=True,
+    )
+
+
+def _alike(runner: Runner) -> tuple[int, ...]:
+    """Of each layer the number of its kind: equal in shape, in what it is made of, and in whether it is called."""
+    kinds: dict[Hashable, int] = {}
+    found: list[int] = []
+    if runner.rank == 0:
+        skeleton = build_on_meta(runner.stage.resolved)
+        idle = idle_layers(skeleton.config)
+        for index, layer in enumerate(find_layers(skeleton)[1]):
+            modules = tuple(
+                (name, type(module).__qualname__, getattr(module, "sliding_window", None))
+                for name, module in layer.named_modules()
+            )
+            parameters = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+            signature = (runner.shape.layers[index], modules, parameters, index in idle)
+            found.append(kinds.setdefault(signature, len(kinds)))
+    return tuple(runner.control.broadcast(found))
+
+
+def _times_of(seen: _Seen, window: range) -> _Times:
+    whole_s = statistics.median(seen.whole_s)
+    quarters = statistics.quantiles(seen.whole_s, n=4, method="inclusive")
+
+    def part_s(shares: Iterable[float]) -> float:
+        return whole_s * statistics.fmean(shares)
+
+    return _Times(
+        samples=len(seen.whole_s),
+        spread=(quarters[2] - quarters[0]) / whole_s,
+        overhead_s=part_s(shares.overhead for shares in seen.shares),
+        embedding_s=part_s(shares.embedding for shares in seen.shares),
+        head_s=part_s(shares.head for shares in seen.shares),
+        layers_s={layer: part_s(shares.layers[layer] for shares in seen.shares) for layer in window},
+    )
+
+
+def _device_profile(
+    device: str, kinds: Sequence[Kind], windows: Sequence[dict[Kind, _Times]], alike: Sequence[int]
+) -> DeviceProfile:
+    """Puts windows together: what several of them hold is the mean over them, and like layers are one."""
+
+    def times(values: Callable[[_Times], Sequence[float]]) -> tuple[TaskTime, ...]:
+        rows = []
+        for kind in kinds:
+            found = [(time_s, window[kind]) for window in windows for time_s in values(window[kind])]
+            seconds = statistics.fmean(time_s for time_s, _ in found)
+            rows.append(
+                TaskTime(
+                    rows=kind.rows,
+                    new_tokens=kind.new_tokens,
+                    past_tokens=kind.past_tokens,
+                    seconds=round(seconds, 9),
+                    spread_s=round(seconds * statistics.fmean(one.spread for _, one in found), 9),
+                    samples=min(one.samples for _, one in found),
+                )
+            )
+        return tuple(rows)
+
+    groups: dict[int, list[int]] = defaultdict(list)
+    for layer, number in enumerate(alike):
+        groups[number].append(layer)
+
+    def layer_times(layers: Sequence[int]) -> LayerTimes:
+        own = frozenset(layers)
+        return LayerTimes(
+            layers=tuple(layers),
+            times=times(lambda one: [time_s for layer, time_s in one.layers_s.items() if layer in own]),
+        )
+
+    return DeviceProfile(
+        device=device,
+        layers=tuple(layer_times(layers) for layers in groups.values()),
+        overhead=times(lambda one: [one.overhead_s]),
+        embedding=times(lambda one: [one.embedding_s]),
+        head=times(lambda one: [one.head_s]),
+    )

@@ -1,0 +1,152 @@
+"""How a search went, as reports tell it: predictions beside measurements, the end, and the time; old studies included."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench.record import FailureKind, Record
+from tests.record_factory import make_failure, make_measurement, make_plan, make_record, make_study_records
+from tests.study_factory import make_log, make_profile, write_study
+from tuner.conclusion import document
+from tuner.config import Constraint
+from tuner.report import write_report
+from tuner.report.costs import costs_of
+from tuner.report.data import Report
+from tuner.report.figures import forecast_of, history_of
+from tuner.report.search import tell, trials_of
+from tuner.report.tables import build_table, render_rich
+from tuner.search.log import SearchLog, Stop
+from tuner.study_files import SEARCH_FILE, load_study
+
+
+def report_of(folder: Path) -> Report:
+    return Report.of(load_study(folder))
+
+
+def test_each_trial_stands_beside_its_prediction(tmp_path: Path) -> None:
+    report = report_of(write_study(tmp_path / "s", log=make_log(errors=(0.10, -0.05))))
+    trials = trials_of(report)
+    assert [trial.number for trial in trials] == list(range(10))
+    assert [round(trial.error, 6) for trial in trials[:4] if trial.error is not None] == [0.10, -0.05, 0.10, -0.05]
+    story = tell(report)
+    assert story is not None
+    assert story.columns == ("trial", "plan", "why", "predicted", "measured", "error")
+    assert story.lines[0][5] == "+10.0 %"
+    assert story.lines[8][3:] == ("–", "worker died", "–")
+    best = [trial for trial in trials if trial.is_best_so_far][-1]
+    assert best.measured == max(trial.measured for trial in trials if trial.measured is not None)
+    assert story.stop.startswith("10 trials, 8 of them measured; no other plan is predicted")
+    assert story.time == "92 % of 361 s went into measuring."
+    assert "profile 21 s" in story.phases
+    assert sum(share.percent for share in story.shares) == pytest.approx(100)
+    forecast = forecast_of(report)
+    assert forecast is not None
+    assert len(forecast.numbers) == 8
+
+
+def test_every_form_of_report_tells_it(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", log=make_log(), profile=make_profile())
+    write_report(folder)
+    markdown = (folder / "ranking.md").read_text(encoding="utf-8")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    out = io.StringIO()
+    Console(file=out, width=80).print(render_rich(build_table(report_of(folder))))
+    assert max(len(line.rstrip()) for line in out.getvalue().splitlines()) <= 80
+    for text in (markdown, page, " ".join(out.getvalue().split())):
+        assert "92 % of 361 s went into measuring." in text
+        assert "better by more than the noise of 1.4 %" in text
+    for text in (markdown, page):
+        assert "How the search went" in text
+        assert "no plan of this kind was measured" in text
+    assert "What the model&#39;s parts take" in page or "What the model's parts take" in page
+    assert "a layer of 0-29" in page
+    assert (folder / "plots" / "predicted_vs_measured.png").exists()
+    rows = list(csv.DictReader(io.StringIO((folder / "ranking.csv").read_text(encoding="utf-8"))))
+    assert [row["recommended"] for row in rows if row["entry"] == "plan"] == ["true"] + ["false"] * 8
+    first = next(row for row in rows if row["layers"] == "15+15" and row["micro_batch_size"] == "16")
+    assert float(first["prediction_error"]) == pytest.approx(0.06)
+    assert float(first["predicted"]) > 0
+    assert float(first["predicted_sd"]) == 0.05
+
+
+def test_machines_read_why_it_ended_and_where_the_time_went(tmp_path: Path) -> None:
+    found = json.loads(json.dumps(document(report_of(write_study(tmp_path / "s", log=make_log())))))
+    search = found["search"]
+    assert search["stop"]["kind"] == "converged"
+    assert search["measuring_share"] == pytest.approx(0.916, abs=1e-3)
+    assert search["median_prediction_error"] == pytest.approx(0.03)
+    assert [trial["trial"] for trial in search["trials"]] == list(range(10))
+    assert found["best"]["recommended"]
+    assert found["separated"] in (True, False)
+    old = document(report_of(write_study(tmp_path / "old")))["search"]
+    assert (old["stop"], old["seconds"], old["measuring_share"]) == (None, None, None)
+    assert old["trials"][0]["measured"] > 0
+
+
+def test_a_study_without_a_diary_still_tells_its_trials(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s")
+    write_report(folder)
+    story = tell(report_of(folder))
+    assert story is not None
+    assert story.columns == ("trial", "plan", "measured")
+    assert (story.summary, story.phases, story.shares) == ("", "", ())
+    assert not (folder / "plots" / "predicted_vs_measured.png").exists()
+    assert (folder / "plots" / "history.png").exists()
+
+
+def test_a_search_that_goes_on_or_measured_nothing_is_told_too(tmp_path: Path) -> None:
+    plan = make_plan()
+    stopped = make_record(0, "trial", plan, make_failure(FailureKind.INTERRUPTED), trial_number=0)
+    log = SearchLog(entries=make_log([stopped]).entries)
+    story = tell(report_of(write_study(tmp_path / "s", [stopped], log=log)))
+    assert story is not None
+    assert story.lines[0][4] == "stopped"
+    assert story.summary == ""
+    assert tell(report_of(write_study(tmp_path / "none", []))) is None
+
+
+def test_what_another_process_measured_says_so(tmp_path: Path) -> None:
+    plan = make_plan()
+    record = make_record(0, "trial", plan, make_measurement(plan), trial_number=0)
+    other = record.model_copy(update={"source": "gpu-box-2-ab12cd/0007", "source_devices": ("cpu:2", "cpu:3")})
+    own = make_record(1, "trial", make_plan((16, 14)), make_measurement(make_plan((16, 14))), trial_number=1)
+    folder = write_study(tmp_path / "s", [other, own], log=make_log([own]))
+    story = tell(report_of(folder))
+    assert story is not None
+    assert story.lines[0][2] == "measured by gpu-box-2-ab12cd"
+    assert story.lines[0][3] == "–"
+
+
+def test_a_trial_that_breaks_a_constraint_is_never_the_best_so_far(tmp_path: Path) -> None:
+    records: tuple[Record, ...] = make_study_records()
+    report = report_of(write_study(tmp_path / "s", records, constraints=["p90_ttft_ms<=4300"]))
+    limit = Constraint.model_validate("p90_ttft_ms<=4300")
+    by_number = {row: keeps.feasible for keeps in report.ranking.rows for row in keeps.records}
+    for trial in trials_of(report):
+        if trial.is_best_so_far:
+            assert by_number[trial.record.number]
+    assert report.ranking.constraints == (limit,)
+    history = history_of(report)
+    assert history is not None
+    assert all(value in [reached for _, reached in history.trials] for _, value in history.best_so_far)
+
+
+def test_a_diary_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", log=SearchLog(stop=Stop(kind="budget", text="all 3 trials have run")))
+    (folder / SEARCH_FILE).write_text("{", encoding="utf-8")
+    with pytest.raises(Exception, match=r"search\.json"):
+        write_report(folder)
+
+
+def test_a_profile_is_shown_by_device_part_and_kind() -> None:
+    table = costs_of(make_profile())
+    assert table.columns == ("device", "part", "1 × 64", "8 × 64", "32 × 64", "1 @ 64", "8 @ 79", "32 @ 79")
+    assert [line[0] for line in table.lines] == ["cpu:0", "", "", "", "cpu:1", "", "", ""]
+    assert table.lines[0][1:3] == ("a layer of 0-29", "7.00")
+    assert table.links[0] == ("cpu:0 → cpu:1", "150 µs", "1.20 GB/s")

@@ -1,0 +1,82 @@
+"""`pipetune profile`: times a model's parts on each device and the links between them, or shows what was kept."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tuner.cli import options as o
+
+_GRID = "What is timed"
+
+
+def profile(
+    ctx: typer.Context,
+    config: o.Config = None,
+    model: o.Model = None,
+    dtype: o.DtypeFlag = None,
+    storage_dtype: o.StorageDtype = None,
+    load_format: o.LoadFormatFlag = None,
+    attention: o.Attention = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    devices: o.Devices = None,
+    workload_kind: o.WorkloadKind = None,
+    packed_weights: o.PackedWeights = None,
+    cuda_graphs: o.CudaGraphs = None,
+    rows: Annotated[
+        str | None, typer.Option("--rows", help="Sizes of micro-batches: 1,4,16.", rich_help_panel=_GRID)
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Tokens of each row in prefill.", rich_help_panel=_GRID)
+    ] = None,
+    pasts: Annotated[
+        str | None, typer.Option("--pasts", help="Cached tokens of each row in decode.", rich_help_panel=_GRID)
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", min=1, help="Of the largest task, over all rows.", rich_help_panel=_GRID),
+    ] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure even if a profile is kept.")] = False,
+    json: o.Json = False,
+    no_progress: o.NoProgress = False,
+) -> int:
+    """Time a model's layers, embedding and head on each device, and the links between them; kept for later commands."""
+    from bench.errors import ConfigError
+    from bench.launch import Fleet
+    from bench.profile import ProfileGrid
+    from tuner import profiles
+    from tuner.cli import common, profile_view
+    from tuner.progress import make_reporter
+
+    resolved = common.resolve_settings(ctx.params).config
+    space, workload, names = resolved.space, resolved.workload, resolved.concrete_devices
+    grid: dict[str, object] = {
+        "max_tokens": max_tokens or profiles.most_tokens_on(names),
+        "scores": workload.kind == "score",
+        "sampling": None if workload.sampling is None else workload.sampling.model_copy(update={"seed": 0}),
+    }
+    for name, text in (("rows", rows), ("lengths", lengths), ("pasts", pasts)):
+        if text is None:
+            continue
+        parts = [part.strip() for part in text.split(",")]
+        wrong = next((part for part in parts if not part.isdecimal() or int(part) < 1), None)
+        if wrong is not None:
+            raise ConfigError(f"--{name}: {wrong!r} is no number above 0; write them as 1,4,16")
+        grid[name] = tuple(sorted({int(part) for part in parts}))
+    switches = {"packed_weights": space.packed_weights, "cuda_graphs": space.cuda_graphs}
+    reporter = make_reporter(common.err(), silent=no_progress)
+    with reporter:
+        reporter.begin(f"starting {len(names)} workers")
+        with Fleet.start(resolved.model, names, on_progress=reporter.fleet) as fleet:
+            wanted = ProfileGrid.model_validate(grid)
+            kept = None if refresh else profiles.read_kept(profiles.profile_key(fleet, wanted, **switches))
+            if kept is None:
+                reporter.begin(f"timing {resolved.model.name} on {', '.join(names)}")
+            shown = kept or profiles.profile_for(fleet, wanted, **switches, refresh=True)
+    if json:
+        common.print_json(shown.model_dump(mode="json"))
+    else:
+        profile_view.show(shown, common.out(), kept=kept is not None)
+    return 0

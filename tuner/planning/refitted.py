@@ -1,0 +1,119 @@
+"""Costs corrected by what plans took: factors on the times of layers and of a stage's ends, and some seconds.
+
+A task of one kind takes on one stage
+
+    exp(A) · Σ_g exp(h_g) · L_g  +  exp(B) · E  +  c · u
+
+where L_g is what the uncorrected costs say of the stage's layers of group g (layers of one shape), E of its ends
+(overhead, embedding, head), and u the time of the smallest task of one layer. A, B, h and c are sums of terms of a
+hierarchy: one for all, one for each phase, each device and both together, a curve over the size of tasks, and a last one
+for each size on each device. So what was never run gets what it has in common with all that was. c is for what a first,
+a middle or a last stage does that nobody foresaw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tuner.planning.costs import Costs, TaskKind
+
+Floats = npt.NDArray[np.float64]
+Term: TypeAlias = tuple[str | int | bool, ...]
+"""What a term is of: its level, then device, phase, size … as far as they matter."""
+Weighted: TypeAlias = tuple[tuple[Term, float], ...]
+
+SMALLEST = TaskKind(1, 1, 1)
+_MOST_OCTAVES = 24
+
+
+def layer_terms(device: str, kind: TaskKind) -> Weighted:
+    """The terms of A."""
+    decode = kind.is_decode
+    size = kind.rows if decode else kind.rows * kind.new_tokens
+    octaves = min(math.log2(size), _MOST_OCTAVES)
+    # A random walk over doublings: past the sizes seen it goes on level.
+    curve = tuple((("size", decode, step), min(octaves - step, 1.0)) for step in range(math.ceil(octaves)))
+    return (*common_terms(device, kind), *curve, (("cell", device, decode, kind.rows, round(2 * octaves)), 1.0))
+
+
+def common_terms(device: str, kind: TaskKind) -> Weighted:
+    """The terms that A and B share: how fast a device is in a phase."""
+    decode = kind.is_decode
+    return (
+        (("all",), 1.0),
+        (("phase", decode), 1.0),
+        (("device", device), 1.0),
+        (("device_phase", device, decode), 1.0),
+    )
+
+
+def ends_terms(device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
+    """The terms of B."""
+    return (*common_terms(device, kind), *_by_place("ends", kind, is_first, is_last))
+
+
+def extra_terms(kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
+    """The terms of c."""
+    return _by_place("extra", kind, is_first, is_last)
+
+
+def group_term(group: int, kind: TaskKind) -> Term:
+    """h of one group of layers."""
+    return ("group", group, kind.is_decode)
+
+
+def _by_place(level: str, kind: TaskKind, is_first: bool, is_last: bool) -> Weighted:
+    decode = kind.is_decode
+    places = ["any"] + ["first"] * is_first + ["last"] * is_last
+    return tuple(((level, decode, place), 1.0) for place in places)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefittedCosts:
+    """`Costs` over others, corrected by terms; terms that are missing are zero."""
+
+    base: Costs
+    terms: Mapping[Term, float]
+    groups: tuple[int, ...]
+    """Of each layer: the number of its group."""
+    hop_log: float = 0.0
+    """Messages take exp(this) times as long …"""
+    hop_slope: float = 0.0
+    """… and exp(this) times more for each doubling above `hop_bytes`."""
+    hop_bytes: float = 1.0
+    _layers: dict[tuple[str, TaskKind], Floats] = field(default_factory=dict, compare=False, repr=False)
+
+    def layers_s(self, device: str, kind: TaskKind) -> Floats:
+        """As `Costs` says."""
+        known = self._layers.get((device, kind))
+        if known is None:
+            factor = math.exp(self._sum(layer_terms(device, kind)))
+            count = max(self.groups) + 1
+            by_group = np.exp([self.terms.get(group_term(group, kind), 0.0) for group in range(count)])
+            known = self.base.layers_s(device, kind) * factor * by_group[list(self.groups)]
+            self._layers[device, kind] = known
+        return known
+
+    def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
+        """As `Costs` says."""
+        place = {"is_first": is_first, "is_last": is_last}
+        factor = math.exp(self._sum(ends_terms(device, kind, **place)))
+        extra = self._sum(extra_terms(kind, **place))
+        seconds = factor * self.base.ends_s(device, kind, **place)
+        if extra:
+            seconds += extra * float(self.base.layers_s(device, SMALLEST).mean())
+        return seconds
+
+    def hop_s(self, source: str, target: str, num_bytes: int) -> float:
+        """As `Costs` says."""
+        doublings = math.log2(max(num_bytes, 1) / self.hop_bytes)
+        return self.base.hop_s(source, target, num_bytes) * math.exp(self.hop_log + self.hop_slope * doublings)
+
+    def _sum(self, terms: Iterable[tuple[Term, float]]) -> float:
+        return sum(weight * self.terms.get(term, 0.0) for term, weight in terms)

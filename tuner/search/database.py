@@ -1,0 +1,159 @@
+"""The database that processes share: one at a time where they must agree, one clock, patience with short outages."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import SQLAlchemyError
+
+from bench.errors import StorageError, StudyError
+from tuner.storage_url import connectable, is_postgresql, shown
+
+PATIENCE_S = 60.0
+"""How long a database that was there is waited for."""
+_RETRY_S = 1.0
+_LOCK_S = 60
+"""Nobody needs the lock for so long: whoever seems to is cut off by the server."""
+_CONNECTION = {
+    "connect_timeout": 10,
+    # A host that went away silently is noticed in about a minute.
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+_T = TypeVar("_T")
+
+
+def open_storage(url: str) -> optuna.storages.RDBStorage:
+    """Opens an Optuna database.
+
+    Raises:
+        ConfigError: it is no URL, or the driver is missing.
+        StudyError: it cannot be used; no password is shown.
+    """
+    target = connectable(url)
+    # Optuna puts its schema's version into braces.
+    optunas = target.replace("{", "{{").replace("}", "}}")
+    try:
+        if not is_postgresql(target):
+            return optuna.storages.RDBStorage(optunas)
+        kwargs: dict[str, Any] = {"pool_pre_ping": True}
+        if "+psycopg" in target.partition(":")[0]:
+            kwargs["connect_args"] = dict(_CONNECTION)
+        engine = sqlalchemy.create_engine(target, **kwargs)
+        try:
+            # Of two processes that come to an empty database at once, one makes the tables.
+            with engine.begin() as connection:
+                _lock(connection, "pipetune")
+                return optuna.storages.RDBStorage(optunas, engine_kwargs=kwargs)
+        finally:
+            engine.dispose()
+    except Exception as error:
+        raise StudyError(f"storage {shown(url)}: cannot be used: {reason(error)}") from None
+
+
+def _lock(connection: sqlalchemy.Connection, name: str) -> None:
+    """Waits for a name, which is then held until the transaction ends, over all processes of the database."""
+    for setting in ("lock_timeout", "idle_in_transaction_session_timeout"):
+        connection.execute(sqlalchemy.text(f"SET LOCAL {setting} = '{_LOCK_S}s'"))
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+    connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def reason(error: BaseException) -> str:
+    """What the database said, without the wrapping; drivers name hosts and users, never passwords."""
+    inner: BaseException | None = error
+    while inner is not None and not getattr(inner, "orig", None):
+        inner = inner.__cause__
+    said = str(getattr(inner, "orig", None) or error).strip()
+    return " ".join(line.strip() for line in said.splitlines()) or type(error).__name__
+
+
+class Database:
+    """One shared study in PostgreSQL."""
+
+    def __init__(self, url: str, name: str) -> None:
+        """Connects.
+
+        Args:
+            name: of the study, among others in the database.
+
+        Raises:
+            ConfigError: it is no URL, or the driver is missing.
+            StudyError: it cannot be used.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.storage = open_storage(url)
+        self._url = url
+        self._study_name = f"pipetune-shared-{name}"
+        self._study: optuna.Study | None = None
+
+    def open_study(self, directions: Sequence[Literal["minimize", "maximize"]]) -> optuna.Study:
+        """The study, made where it is not there yet."""
+        self._study = optuna.create_study(
+            storage=self.storage, study_name=self._study_name, directions=directions, load_if_exists=True
+        )
+        return self._study
+
+    @property
+    def study(self) -> optuna.Study:
+        assert self._study is not None, "the study is opened first"
+        return self._study
+
+    @property
+    def study_id(self) -> int:
+        return self.study._study_id
+
+    def close(self) -> None:
+        """Ends the connections."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the block no other process of the study is within such a block."""
+        with self.storage.engine.begin() as connection:
+            _lock(connection, self._study_name)
+            yield
+
+    def now_s(self) -> float:
+        """Seconds since the epoch by the server's clock, the only one that all processes share."""
+        with self.storage.engine.connect() as connection:
+            return float(
+                connection.execute(sqlalchemy.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
+            )
+
+    def attributes(self) -> dict[str, Any]:
+        """What the study holds beside its trials."""
+        return self.storage.get_study_user_attrs(self.study_id)
+
+    def set(self, key: str, value: Any) -> None:
+        """Sets one of them."""
+        self.storage.set_study_user_attr(self.study_id, key, value)
+
+    def patiently(self, work: Callable[[], _T]) -> _T:
+        """Does something that may be done twice, again until the database answers.
+
+        Raises:
+            StorageError: it did not for `PATIENCE_S`.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return work()
+            except (SQLAlchemyError, StorageInternalError) as error:
+                self.storage.remove_session()
+                if time.monotonic() >= deadline:
+                    raise StorageError(
+                        f"storage {shown(self._url)} was lost: {reason(error)}. What was measured is kept; once the "
+                        "database is back, go on by --resume"
+                    ) from None
+                time.sleep(_RETRY_S)
