@@ -13,6 +13,12 @@ from bench.spec import EffectivePlan, Plan, Value, device_kind
 
 KV_ALIGNMENT = 16
 """On GPUs KV slots have a multiple of so many positions: kernels of attention pad them in every call otherwise."""
+EDGE_DEPTH = 2
+"""Messages that the rings at a stage's ends hold, each."""
+CPU_FREE_SHARE = 0.25
+"""Of activations: what glibc's heap holds of free pieces between them."""
+CPU_WORKSPACE_BYTES = 34 * 2**20
+"""What a CPU worker keeps once it has run tasks of a model: modules, generated kernels, pieces of the heap."""
 
 
 class LayerShape(Value):
@@ -22,6 +28,8 @@ class LayerShape(Value):
     active_params: int
     """Parameters that one token meets: routed experts count as many as are chosen."""
     kv_bytes_per_token: int
+    state_bytes: int = 0
+    """Of the recurrent states that a row keeps, whatever its length."""
     kind: str = "full_attention"
     """`full_attention`, `sliding_attention`, `linear_attention` …"""
 
@@ -58,6 +66,10 @@ class ModelShape(Value):
     """Some layers keep a state for whole micro-batches: prefill cannot be cut, neither by rows nor by tokens."""
     embedding_on_every_stage: bool = False
     """Its layers read the embedding of the tokens, too: each stage holds it and embeds for itself."""
+    eager_attention: bool = False
+    """Attention scores are written out."""
+    message_bytes: int | None = None
+    """Of a token's values that cross between stages, where these are not just its hidden state."""
     max_positions: int | None = None
     checkpoint_bytes: int | None = None
 
@@ -69,6 +81,11 @@ class ModelShape(Value):
     def kept_bytes(self) -> int:
         """Of a weight, and of a hidden state between layers."""
         return self.storage_bytes or self.dtype_bytes
+
+    @property
+    def crossing_bytes(self) -> int:
+        """Of what a token's layers hand on from one stage to the next."""
+        return self.hidden_size * self.kept_bytes if self.message_bytes is None else self.message_bytes
 
 
 class StageBytes(Value):
@@ -85,12 +102,9 @@ class StageBytes(Value):
 def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, output_len: int) -> StageBytes:
     """Accounts for one stage of a plan.
 
-    Weights are counted exactly. A KV slot holds `micro_batch_size` rows of `prompt_len + output_len` positions.
-    Activations are the larger of prefill and decode: residual stream, attention projections and the gated
-    MLP's intermediates live together (6 H + 3 I values a token), attention scores for eager kernels are not
-    counted, and the last stage adds fp32 logits of one position a row; of all positions where texts are scored.
-    Receive buffers take H values a token for each of two ring slots. Where weights are kept in a wider dtype, the
-    largest of them is there in the narrower one as well while it is used, and weights are not packed.
+    Weights are counted exactly. A KV slot holds `micro_batch_size` rows of `prompt_len + output_len` positions, and
+    what states a row keeps. Activations are those of the larger of prefill and decode, `_task_bytes`; and on a CPU what
+    the heap and the libraries hold beside them.
 
     Args:
         prompt_len: longest prompt after padding, tokens.
@@ -99,30 +113,54 @@ def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, o
     stage = plan.stages[index]
     own = shape.layers[stage.first_layer : stage.end_layer]
     is_first, is_last = index == 0, index == len(plan.stages) - 1
+    on_cpu = device_kind(stage.device) == "cpu"
     weights = shape.other_bytes + sum(layer.weight_bytes for layer in own)
     if is_first or shape.embedding_on_every_stage or (is_last and shape.tied):
         weights += shape.embedding_bytes
     if is_last:
         weights += shape.head_bytes
     mixed = shape.kept_bytes != shape.dtype_bytes
-    if is_first and is_last and shape.tied and plan.packed_weights and not mixed and device_kind(stage.device) == "cpu":
+    if is_first and is_last and shape.tied and plan.packed_weights and not mixed and on_cpu:
         # Packed, the head lies in a layout of its own, which the embedding cannot share.
         weights += shape.embedding_bytes
     max_len = prompt_len + output_len
-    if device_kind(stage.device) == "cuda":
+    if not on_cpu:
         max_len = -(-max_len // KV_ALIGNMENT) * KV_ALIGNMENT
-    kv_per_slot = plan.micro_batch_size * max_len * sum(layer.kv_bytes_per_token for layer in own)
-    tokens = max(plan.prefill_size * min(plan.prefill_chunk_size or prompt_len, prompt_len), plan.micro_batch_size)
-    activations = tokens * (6 * shape.hidden_size * shape.kept_bytes + 3 * shape.intermediate_size * shape.dtype_bytes)
-    if mixed:
-        widest = max(shape.intermediate_size, shape.vocab_size if is_last else 0)
-        activations += widest * shape.hidden_size * shape.dtype_bytes
-    if len(plan.stages) > 1:
-        activations += 2 * tokens * shape.hidden_size * shape.kept_bytes
-    if is_last:
-        positions = plan.micro_batch_size if output_len else tokens
-        activations += 2 * positions * shape.vocab_size * 4
+    kv_per_slot = plan.micro_batch_size * sum(max_len * layer.kv_bytes_per_token + layer.state_bytes for layer in own)
+    activations = _task_bytes(shape, plan, is_first, is_last, prompt_len=prompt_len, output_len=output_len)
+    if on_cpu:
+        activations = int(activations * (1 + CPU_FREE_SHARE)) + CPU_WORKSPACE_BYTES
     return StageBytes(weights=weights, kv_per_slot=kv_per_slot, activations=activations)
+
+
+def _task_bytes(
+    shape: ModelShape, plan: Plan, is_first: bool, is_last: bool, *, prompt_len: int, output_len: int
+) -> int:
+    """What a stage holds at most while it works on a task, beside weights and KV.
+
+    Residual stream, attention projections and the gated MLP's intermediates live together (6 H + 3 I values a token).
+    Attention takes a mask over all positions of each row, and scores of every head twice where kernels write them out.
+    Towards each neighbour a ring of messages is received into, or held until it is sent. The last stage adds logits of
+    one position a row, twice in fp32; of all positions where texts are scored, once, and one text's in fp32. Where
+    weights are kept in a wider dtype, the largest of them is there in the narrower one as well while it is used.
+    """
+    chunk = min(plan.prefill_chunk_size or prompt_len, prompt_len)
+    tokens = max(plan.prefill_size * chunk, plan.micro_batch_size)
+    size = tokens * (6 * shape.hidden_size * shape.kept_bytes + 3 * shape.intermediate_size * shape.dtype_bytes)
+    pairs = max(plan.prefill_size * chunk * prompt_len, plan.micro_batch_size * (prompt_len + output_len))
+    size += pairs * (1 + shape.dtype_bytes)
+    if shape.eager_attention:
+        size += 2 * pairs * shape.num_attention_heads * shape.dtype_bytes
+    if shape.kept_bytes != shape.dtype_bytes:
+        widest = max(shape.intermediate_size, shape.vocab_size if is_last else 0)
+        size += widest * shape.hidden_size * shape.dtype_bytes
+    neighbours = (not is_first) + (not is_last)
+    size += neighbours * EDGE_DEPTH * tokens * shape.crossing_bytes
+    if is_last and output_len:
+        size += 2 * plan.micro_batch_size * shape.vocab_size * 4
+    elif is_last:
+        size += tokens * shape.vocab_size * shape.dtype_bytes + prompt_len * shape.vocab_size * 4
+    return size
 
 
 def resolve(
@@ -145,11 +183,11 @@ def resolve(
     in_flight = len(micro_batch_sizes(math.ceil(num_prompts / plan.replicas), plan.micro_batch_size))
     if plan.max_in_flight is not None:
         in_flight = min(in_flight, plan.max_in_flight)
-    replicas = [plan.replica(number) for number in range(plan.replicas)]
+    devices = plan.devices
     for index, stage in enumerate(plan.stages):
         need = stage_bytes(shape, plan, index, prompt_len=prompt_len, output_len=output_len)
         # Of its devices in all replicas, the one with the least memory decides.
-        device = min((row.stages[index].device for row in replicas), key=lambda name: device_bytes[name])
+        device = min(devices[index :: len(plan.stages)], key=lambda name: device_bytes[name])
         cap = int(stage.memory_fraction * device_bytes[device])
         if need.total(1) > cap:
             return Failure(

@@ -64,6 +64,17 @@ class LinkProfile(Value):
     bytes_per_s: float = Field(gt=0)
 
 
+class ContentionProfile(Value):
+    """What devices that compute at once lose to each other, as cores of one processor do that share its memory.
+
+    By phase, the natural logarithm of how much longer a task takes while all devices compute than while one does: 0
+    where they share nothing; None where it was not timed, as on a single device.
+    """
+
+    prefill: float | None = Field(default=None, ge=0)
+    decode: float | None = Field(default=None, ge=0)
+
+
 class Profile(Value):
     """A model on the devices of a machine."""
 
@@ -78,6 +89,7 @@ class Profile(Value):
     scores: bool = False
     """Whether the head was timed over all positions, as for scoring."""
     devices: tuple[DeviceProfile, ...]
+    contention: ContentionProfile = ContentionProfile()
     links: tuple[LinkProfile, ...]
     """Each ordered pair of devices."""
     measured_at: str

@@ -27,33 +27,28 @@ from bench.link_times import time_links
 from bench.models.describe import build_on_meta
 from bench.models.layers import find_layers
 from bench.profile import DeviceProfile, LayerTimes, ProfileGrid, TaskTime
-from bench.profile_scope import DECODE_STEPS, MEMORY_FRACTION, Kind, Scope, scope_of
+from bench.profile_scope import MEMORY_FRACTION, Kind, Scope, scope_of
 from bench.record import Failure
 from bench.runner import Runner
-from bench.runtime.cache import SlotLayer
+from bench.runtime.cache import SlotCache, SlotLayer
 from bench.runtime.device import undisturbed
 from bench.runtime.generate import StageLoop
-from bench.runtime.job import Job
 from bench.runtime.part_times import PartShares, PartStamps
-from bench.schedule import Task
+from bench.runtime.repeats import repeat
 
-ENOUGH_S = 0.15
+ENOUGH_S = 0.6
 """Of whole tasks of a kind, over all rounds; at least `MIN_SAMPLES` and at most `MAX_SAMPLES` of them."""
-MIN_SAMPLES, MAX_SAMPLES = 3, 24
-ROUNDS = 2
+MIN_SAMPLES, MAX_SAMPLES = 6, 30
+ROUNDS = 3
 """The kinds are gone through so often, each time in another order: a machine's mood changes within seconds."""
 LONG_S = 0.05
 """A task that takes longer is not slowed by hooks, so that those runs count as well; nor is one run cold by much."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _KindJob(Job):
-    """The same task again and again."""
-
-    repeated: tuple[Task, ...]
-
-    def tasks(self) -> tuple[Task, ...]:
-        return self.repeated
+CONTENTION_KINDS, CONTENTION_ROUNDS, CONTENTION_DEVICES = 3, 3, 4
+"""So many kinds of each phase are also timed alone, so often, on so many of the devices."""
+CONTENTION_TASK_S = 0.3
+"""Kinds that take longer are left out there."""
+BURST_S = 0.08
+"""Of tasks alone or together, one burst behind the other, so that they see the same mood of the machine."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -89,10 +84,11 @@ class Profiler:
         self.runner, self.grid = runner, grid
         self.packed_weights, self.cuda_graphs = packed_weights, cuda_graphs
         self.pad_token_id = pad_token_id
-        self._filled: Any = None
+        self._filled: SlotCache | None = None
+        self._contention: dict[bool, float | None] = {}
 
     def run(self) -> dict[str, Any]:
-        """`devices`, `links`, `notes` and `took_s`, or a `failure`, as JSON; of use on rank 0 alone."""
+        """`devices`, `contention`, `links`, `notes` and `took_s`, or a `failure`, as JSON; of use on rank 0 alone."""
         runner, began = self.runner, time.perf_counter()
         runner.status.phase = "profile"
         least_bytes = min(runner.control.gather(runner.device_bytes))
@@ -123,6 +119,7 @@ class Profiler:
         devices = {row["device"]["device"]: row["device"] for row in reversed(rows)}
         return {
             "devices": [devices[name] for name in dict.fromkeys(runner.devices)],
+            "contention": {"prefill": self._contention.get(False), "decode": self._contention.get(True)},
             "links": [link.model_dump(mode="json") for link in links],
             "notes": list(dict.fromkeys(note for row in rows for note in row["notes"])),
             "took_s": round(time.perf_counter() - began, 3),
@@ -153,14 +150,48 @@ class Profiler:
                         self._time(loop, kind, 1)
                     missing = seen[kind].wanted - len(seen[kind].whole_s)
                     seen[kind].whole_s += self._time(loop, kind, max(1, missing // (ROUNDS - number)))
+        if done == 0 and len(runner.devices) > 1:
+            for is_decode in (False, True):
+                kinds = [kind for kind in scope.kinds if kind.is_decode == is_decode]
+                self._contention[is_decode] = self._contend(loop, {kind: seen[kind].slowest_s for kind in kinds})
         return {kind: _times_of(one, window) for kind, one in seen.items()}
+
+    def _contend(self, loop: StageLoop, task_s: dict[Kind, float]) -> float | None:
+        """Logarithm of how much longer tasks take while all devices compute than while one does; None without tasks.
+
+        Args:
+            task_s: of each kind, on the slowest device.
+        """
+        control = self.runner.control
+        count = control.world_size
+        turns = sorted({place * (count - 1) // (CONTENTION_DEVICES - 1) for place in range(CONTENTION_DEVICES)})
+        found = []
+        ranked = sorted(task_s, key=lambda kind: task_s[kind])
+        short = [kind for kind in ranked if task_s[kind] <= CONTENTION_TASK_S] or ranked[:1]
+        places = (
+            {place * (len(short) - 1) // (CONTENTION_KINDS - 1) for place in range(CONTENTION_KINDS)} if short else ()
+        )
+        for kind in [short[place] for place in sorted(places)]:
+            together, alone = [], []
+            burst = min(max(round(BURST_S / task_s[kind]), 2), MAX_SAMPLES)
+            self._time(loop, kind, 1)
+            for _ in range(CONTENTION_ROUNDS):
+                together += self._time(loop, kind, burst)
+                for rank in turns:
+                    control.barrier()
+                    if control.rank == rank:
+                        alone += [end - start for start, end in self._spans(loop, kind, burst, together=False)]
+                control.barrier()
+            if alone:
+                found.append(math.log(statistics.median(together) / statistics.median(alone)))
+        ratios = [ratio for row in control.gather(found) for ratio in row]
+        return round(max(0.0, statistics.median(ratios)), 4) if ratios else None
 
     def _begin(self, loop: StageLoop, kind: Kind, seen: _Seen) -> None:
         """Warms up, takes shares, and says how many whole tasks are to be timed on this device."""
         (cold_s,) = self._time(loop, kind, 1)
-        self._fill(loop, kind)
         device = self.runner.device
-        count = 1 if max(self.runner.control.gather(cold_s)) > 4 * LONG_S else MIN_SAMPLES
+        count = 1 if max(self.runner.control.gather(cold_s)) > 4 * LONG_S else 4
         graphs, loop.graphs = loop.graphs, None
         with PartStamps(self.runner.stage, device.clock()) as stamps:
             spans = self._spans(loop, kind, count)
@@ -174,72 +205,29 @@ class Profiler:
         wanted_s = max(ENOUGH_S, MIN_SAMPLES * seen.slowest_s)
         seen.wanted = min(max(math.ceil(wanted_s / max(task_s, 1e-6)), MIN_SAMPLES), MAX_SAMPLES)
 
-    @torch.inference_mode()
-    def _fill(self, loop: StageLoop, kind: Kind) -> None:
-        """Writes every position of a slot that is new: pages that nobody ever wrote are all one, and never leave the
-        cache."""
-        (slot,) = loop.slots
-        if kind.past_tokens == 0 or slot is self._filled:
-            return
-        for layer in slot.layers:
-            if isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None:
-                layer.keys.fill_(0.01)
-                layer.values.fill_(0.01)
-        self._filled = slot
-
     def _time(self, loop: StageLoop, kind: Kind, count: int) -> list[float]:
         return [end - start for start, end in self._spans(loop, kind, count)]
 
-    def _spans(self, loop: StageLoop, kind: Kind, count: int) -> list[tuple[float, float]]:
-        """Begin and end of so many tasks, in monotonic seconds; all devices begin together."""
-        job = self._job(kind, count)
-        prefill = _task(job, 0, 0, min(kind.past_tokens, max(1, self.grid.max_tokens // kind.rows)))
-        # Graphs look at the largest task to see how many tokens they may work on at once.
-        loop.prepare(_with_tasks(job, (prefill, *job.repeated)) if kind.is_decode else job)
-        timeline = loop.run(job, start=self.runner.control.barrier).timeline
+    def _spans(self, loop: StageLoop, kind: Kind, count: int, *, together: bool = True) -> list[tuple[float, float]]:
+        """Begin and end of so many tasks, in monotonic seconds; all devices begin together, or only this one does."""
+        job = repeat(kind, count, self.grid, self.runner.shape, pad_token_id=self.pad_token_id)
+        loop.prepare(job.with_room(max(1, self.grid.max_tokens // kind.rows)))
+        if kind.past_tokens > 0 and not self.runner.shape.recurrent and loop.slots[0] is not self._filled:
+            loop.run(repeat(kind, 1, self.grid, self.runner.shape, pad_token_id=self.pad_token_id))
+            _fill(loop.slots[0])
+            self._filled = loop.slots[0]
+        timeline = loop.run(job, start=self.runner.control.barrier if together else lambda: None).timeline
         spans = list(zip(timeline.compute_start_s, timeline.compute_end_s, strict=True))
         return spans[-count:]
 
-    def _job(self, kind: Kind, count: int) -> _KindJob:
-        """A pass of nothing but such tasks. What keeps states is given the past first, and goes on from there."""
-        rows, new, past = kind
-        length = past if kind.is_decode else past + new
-        recurs = kind.is_decode and self.runner.shape.recurrent
-        source = random.Random(0)
-        vocab_size = self.runner.shape.vocab_size
-        lengths = [length] + [max(1, length - self.grid.padded)] * (rows - 1)
-        job = _KindJob(
-            prompts=tuple(tuple(source.randrange(vocab_size) for _ in range(own)) for own in lengths),
-            output_len=0 if self.grid.scores else DECODE_STEPS if kind.is_decode else 1,
-            micro_batch_size=rows,
-            prefill_size=rows,
-            in_flight=1,
-            pad_token_id=self.pad_token_id,
-            sampling=self.grid.sampling,
-            repeated=(),
-        )
-        if not kind.is_decode:
-            return _with_tasks(job, [_task(job, 0, past, past + new)] * count)
-        steps = range(count) if recurs else [0] * count
-        decode = [_task(job, step + 1, past + step, past + step + 1) for step in steps]
-        return _with_tasks(job, [_task(job, 0, 0, past), *decode] if recurs else decode)
 
-
-def _with_tasks(job: _KindJob, tasks: Iterable[Task]) -> _KindJob:
-    return dataclasses.replace(job, repeated=tuple(tasks))
-
-
-def _task(job: Job, step: int, first_token: int, end_token: int) -> Task:
-    return Task(
-        micro_batch=0,
-        step=step,
-        slot=0,
-        first_row=0,
-        end_row=len(job.prompts),
-        first_token=first_token,
-        end_token=end_token,
-        samples=True,
-    )
+@torch.inference_mode()
+def _fill(slot: SlotCache) -> None:
+    """Writes every position of a new slot: pages that nobody ever wrote are all one, which never leaves the cache."""
+    for layer in slot.layers:
+        if isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys.fill_(0.01)
+            layer.values.fill_(0.01)
 
 
 def _alike(runner: Runner) -> tuple[int, ...]:

@@ -49,7 +49,6 @@ class Runner:
             report: called with phase, done and total on rank 0, for progress.
         """
         self.rank = control.rank
-        self.shape = shape
         self.device = device
         self.devices = tuple(devices)
         self.control = control
@@ -59,6 +58,10 @@ class Runner:
         self.baseline_bytes = 0
         """What the process took before any model was loaded; the worker says, once all that stays is there."""
         self.stage = Stage(resolved, device.torch_device)
+        message_bytes = self.stage.message_values * self.stage.message_dtype.itemsize
+        if message_bytes != shape.crossing_bytes:
+            shape = shape.model_copy(update={"message_bytes": message_bytes})
+        self.shape = shape
         self.links = Links(self.devices, self.rank, device.torch_device)
         self._packed = False
         self.compiled = CompiledLayers()

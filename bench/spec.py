@@ -309,16 +309,22 @@ class Plan(Value):
         text = "+".join(str(count) for count in self.layer_counts)
         if self.replicas > 1:
             text = f"{self.replicas} × {text}"
-        kinds = {device_kind(device) for device in self.devices}
-        steps = {device_index(b) - device_index(a) for a, b in itertools.pairwise(self.devices)}
-        if len(kinds) > 1 or not steps <= {0, 1}:
-            rows = (self.replica(index).devices for index in range(self.replicas))
-            text += f" on {'|'.join(','.join(row) for row in rows)}"
+        text += self.order_text
         prefill = [f"prefill {self.prefill_size}"] if self.prefill_size != self.micro_batch_size else []
         if self.prefill_chunk_size is not None:
             prefill.append(f"chunk {self.prefill_chunk_size}")
         text += f" · micro-batch {self.micro_batch_size}" + (f" ({', '.join(prefill)})" if prefill else "")
         return f"{text} · {', '.join(self.switches)}" if self.switches else text
+
+    @property
+    def order_text(self) -> str:
+        """` on cpu:1,cpu:0` where devices are not taken one after the other, else nothing."""
+        kinds = {device_kind(device) for device in self.devices}
+        steps = {device_index(b) - device_index(a) for a, b in itertools.pairwise(self.devices)}
+        if len(kinds) == 1 and steps <= {0, 1}:
+            return ""
+        rows = (self.replica(index).devices for index in range(self.replicas))
+        return f" on {'|'.join(','.join(row) for row in rows)}"
 
     @property
     def switches(self) -> tuple[str, ...]:

@@ -105,6 +105,7 @@ class Worker:
             status=self.status,
             report=self._progress,
         )
+        self.shape = self.runner.shape
         self.device = device
         self.reference_path: str | None = None
         self.tokens = Tokens(self.resolved, self.shape, self.runner.stage.config, self.control)

@@ -75,7 +75,7 @@ def make_log(
             continue
         index = record.trial_number
         kind: Reason = "model" if index else "kind"
-        predicted = {}
+        predicted: dict[str, float] = {}
         if isinstance(record.result, Measurement):
             values, off = derive(record.result), 1 + errors[index % len(errors)]
             predicted = {name: values[name] * off for name in ("output_throughput", "mean_ttft_ms") if name in values}

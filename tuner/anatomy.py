@@ -27,6 +27,7 @@ class LayerGroup(Value):
     """Of each layer, as are the rest."""
     active_params: int
     kv_bytes_per_token: int
+    state_bytes: int = 0
 
 
 class StageNeed(Value):
@@ -271,7 +272,7 @@ def _bytes_of_layers(shape: ModelShape, wanted: Wanted, first: int, end: int) ->
     """What a stage of these layers takes, at least."""
     counts = [first, end - first, shape.num_layers - end]
     index = 1 if first else 0
-    devices = ("cuda:0", "cuda:1", "cuda:2")
+    devices = tuple(f"{device_kind(wanted.devices[0])}:{number}" for number in range(3))
     plan = Plan.from_layer_counts(tuple(count for count in counts if count), devices, 1)
     need = stage_bytes(shape, plan, index, prompt_len=wanted.longest, output_len=wanted.workload.generated_len)
     return need.total(1)

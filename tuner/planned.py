@@ -21,9 +21,10 @@ from bench.record import write_durably
 from bench.spec import EffectivePlan, ModelSpec, Plan, device_kind
 from tuner.config import Constraint, TuneConfig
 from tuner.export import PlanFile, render
-from tuner.planning.cost import CostModel, Prediction
+from tuner.planning.cost import CostModel
 from tuner.planning.costs import Costs
 from tuner.planning.devices_file import DescribedDevices
+from tuner.planning.prediction import Prediction
 from tuner.planning.profiled import ProfiledCosts
 from tuner.profiles import find_profile, read_profile
 from tuner.progress import Reporter
@@ -258,17 +259,56 @@ def _costs(
     profile = _profile(config, read, profile_file)
     if profile is not None:
         machine = profile.machine
-        text = (
-            f"the profile of {profile.measured_at} on {machine.hostname} (hardware {machine.hardware_id})"
-            + (f", from {profile_file}" if profile_file is not None else "")
+        text = f"the profile of {profile.measured_at} on {machine.hostname} (hardware {machine.hardware_id})" + (
+            f", from {profile_file}" if profile_file is not None else ""
         )
         return ProfiledCosts(profile), Source(kind="profile", text=text)
-    devices = ",".join(config.concrete_devices)
     return None, Source(
         kind="nominal",
         text="nominal rates, by the kind of device alone: the order of plans means more than their numbers",
-        way_out=f"pipetune profile --model {config.model.name} --devices {devices} times layers and links in a minute",
+        way_out=f"`pipetune profile {_flags(config)}` times layers and links",
     )
+
+
+def _flags(config: TuneConfig) -> str:
+    """What to give `pipetune profile` for this model and these devices."""
+    model = config.model
+    flags = f"--model {model.name} --devices {','.join(config.concrete_devices)}"
+    flags += f" --dtype {model.dtype}" if model.dtype != "float32" else ""
+    return flags + (" --load-format dummy" if model.load_format == "dummy" else "")
+
+
+def _profile(config: TuneConfig, read: _Read, profile_file: Path | None) -> Profile | None:
+    """The profile given, or the newest that was kept of this machine; None where there is none, or none is wanted.
+
+    Raises:
+        ConfigError: the profile given is of another model, or lacks a device.
+    """
+    if profile_file is None:
+        if not config.profile:
+            return None
+        return find_profile(
+            hardware_id=read.hardware_id,
+            devices=config.concrete_devices,
+            model=read.model,
+            packed_weights=config.space.packed_weights,
+            cuda_graphs=config.space.cuda_graphs,
+            scores=config.workload.kind == "score",
+        )
+    profile = read_profile(profile_file)
+    if profile.shape != read.shape:
+        raise ConfigError(
+            f"--profile {profile_file}: it is of {profile.model.name} in {profile.model.dtype}, and {read.model.name} "
+            f"in {read.model.dtype} is planned for; give the profile of this model"
+        )
+    there = [one.device for one in profile.devices]
+    lacking = [name for name in config.concrete_devices if name not in there]
+    if lacking:
+        raise ConfigError(
+            f"--profile {profile_file}: {lacking[0]} is not in it; it has {', '.join(there)}. A --device-file can say "
+            "that it is like one of them"
+        )
+    return profile
 
 
 def _planned(
@@ -280,9 +320,7 @@ def _planned(
     for replica, index in itertools.product(range(plan.replicas), range(len(plan.stages))):
         own = plan.replica(replica)
         stage = own.stages[index]
-        need = stage_bytes(
-            read.shape, own, index, prompt_len=prompt_len, output_len=config.workload.generated_len
-        )
+        need = stage_bytes(read.shape, own, index, prompt_len=prompt_len, output_len=config.workload.generated_len)
         busy_s = next(busy)
         stages.append(
             PlannedStage(

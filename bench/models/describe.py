@@ -25,6 +25,7 @@ from bench.models.layers import (
     is_recurrent,
 )
 from bench.models.resolve import ResolvedModel
+from bench.models.states import state_bytes
 from bench.spec import DTYPE_BYTES
 
 _BEHIND = re.compile(
@@ -84,14 +85,17 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
     kept = _keeps_kv(config, len(layers)) if cache_name(model) == "past_key_values" else [False] * len(layers)
     # Some layers are several attention layers, each with keys and values of its own.
     entries = max(len(DynamicCache(config=config).layers) // len(layers), 1)
+    recurrent = is_recurrent(model)
+    states = state_bytes(model, len(layers)) if recurrent else (0,) * len(layers)
     shapes = tuple(
         LayerShape(
             weight_bytes=_bytes(_tensors(layer)),
             active_params=_active_params(layer, layer_config),
             kv_bytes_per_token=_kv_values(layer, layer_config) * entries * dtype_bytes if keeps else 0,
+            state_bytes=state,
             kind=kind,
         )
-        for layer, layer_config, kind, keeps in zip(layers, layer_configs, kinds, kept, strict=True)
+        for layer, layer_config, kind, keeps, state in zip(layers, layer_configs, kinds, kept, states, strict=True)
     )
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -118,8 +122,9 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
         storage_bytes=None if spec.kept_dtype == spec.dtype else DTYPE_BYTES[spec.kept_dtype],
         layers=shapes,
         forbidden_cuts=forbidden_cuts(model.config),
-        recurrent=is_recurrent(model),
+        recurrent=recurrent,
         embedding_on_every_stage=embeds_in_layers(model.config),
+        eager_attention=getattr(config, "_attn_implementation", None) == "eager",
         max_positions=getattr(config, "max_position_embeddings", None),
         checkpoint_bytes=resolved.checkpoint_bytes,
     )

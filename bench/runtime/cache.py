@@ -192,8 +192,12 @@ class SlotCache(Cache):
         # Not `super()`: beside this class may stand a family's own, which makes its layers itself.
         Cache.__init__(self, layers=layers)
 
+    @torch.inference_mode()
     def seek(self, first_row: int, end_row: int, length: int) -> None:
-        """Says which rows the next forward pass works on and how many positions they hold."""
+        """Says which rows the next forward pass works on and how many positions they hold.
+
+        States that start anew are written here: they were made in inference mode, and cannot be outside of it.
+        """
         if length == 0 and self._of_own_kind:
             templates = self._templates(0)
             for index in self._of_own_kind:

@@ -17,7 +17,6 @@ from tuner.planning.cost import CostModel
 from tuner.progress import Reporter, values_text
 from tuner.search.acquisition import even_weights
 from tuner.search.build import build_space, count_raw_partitions
-from tuner.search.candidates import candidates
 from tuner.search.driver import baseline_batch_sizes
 from tuner.search.history import History
 from tuner.search.outlook import Lookout
@@ -159,7 +158,6 @@ def _queue(
         space,
         cost,
         resolve,
-        candidates(space, resolve),
         objectives=config.objectives,
         constraints=config.constraints,
     )

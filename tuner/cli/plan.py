@@ -77,7 +77,7 @@ def plan(
     if sum((device_file is not None, profile_file is not None, no_profile)) > 1:
         raise ConfigError("predict from what? Give one of --device-file, --profile and --no-profile, not several")
     described = read_devices(device_file) if device_file is not None else None
-    below = {("devices",): list(described.names)} if described is not None else {}
+    below: dict[tuple[str, ...], object] = {("devices",): list(described.names)} if described is not None else {}
     resolved = common.resolve_settings(
         {**ctx.params, "profile": False if no_profile else None}, below=below, below_name=str(device_file)
     )
@@ -94,5 +94,5 @@ def plan(
     else:
         plan_view.show(planned, common.out())
         if output is not None:
-            common.out().print(f"The best one is in {output}: pipetune bench --plan {output} measures it.", markup=False)
+            common.out().print(f"It is in {output}: `pipetune bench --plan {output}` measures it.", markup=False)
     return 0

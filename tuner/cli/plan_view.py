@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
+from bench.spec import device_index, device_kind
 from tuner.planned import Planned, PlannedPlan, PlannedStage
 from tuner.report.wording import (
     bytes_text,
@@ -21,6 +24,10 @@ from tuner.report.wording import (
 )
 
 _LEFT = frozenset({"plan", "device", "layers", "limited by"})
+_LEGEND = """rows: decoded together/prefilled together·tokens of a prompt at a time
+memory: of the fullest stage's cap; !: breaks a constraint
+limited by: the slowest stage, and how much of the time it is busy
+ideal: share of what its devices would give, were each of them always busy"""
 
 
 def document(planned: Planned) -> dict[str, Any]:
@@ -88,12 +95,7 @@ def show(planned: Planned, console: Console) -> None:
     console.print(_facts(planned))
     console.print()
     console.print(_ranking(planned))
-    console.print(
-        "micro-batch: rows decoded / prefilled · chunk; memory: of the fullest stage's cap;\n"
-        "limited by: the slowest stage and how much of the time it is busy;\n"
-        "of ideal: of what all devices would give, were each of them busy all the time",
-        markup=False,
-    )
+    console.print(_LEGEND, markup=False)
     console.print()
     _show_best(planned, console)
     for note in planned.notes:
@@ -101,12 +103,10 @@ def show(planned: Planned, console: Console) -> None:
 
 
 def _facts(planned: Planned) -> Table:
-    sizes = dict.fromkeys(planned.device_bytes.values())
-    memory = ", ".join(bytes_text(size) for size in sizes)
     facts = {
         "model": f"{model_text(planned.model)} ({planned.shape.architecture}, {planned.shape.num_layers} layers)",
         "workload": workload_text(planned.config.workload, planned.prompt_lens),
-        "devices": f"{', '.join(planned.device_bytes)} with {memory}" + (" each" if len(sizes) == 1 else ""),
+        "devices": _devices_text(planned.device_bytes),
         "looked at": f"{planned.num_candidates} plans of {planned.num_partitions} ranked partitions",
         "ranked by": planned.objective,
     }
@@ -116,18 +116,31 @@ def _facts(planned: Planned) -> Table:
     return grid
 
 
+def _devices_text(device_bytes: Mapping[str, int]) -> str:
+    """`cuda:0-1 of 80 GiB, cuda:2-3 of 24 GiB`."""
+    parts = []
+    for (kind, size), group in itertools.groupby(
+        device_bytes, key=lambda name: (device_kind(name), device_bytes[name])
+    ):
+        numbers = [device_index(name) for name in group]
+        run = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1
+        text = f"{kind}:{numbers[0]}-{numbers[-1]}" if run else ", ".join(f"{kind}:{number}" for number in numbers)
+        parts.append(f"{text} of {bytes_text(size)}")
+    return ", ".join(parts)
+
+
 def _ranking(planned: Planned) -> Table:
     scored = planned.config.workload.kind == "score"
     table = _table(
         "#",
         "plan",
-        "micro-batch",
+        "rows",
         "tok/s",
         *(("E2EL",) if scored else ("TTFT", "TPOT")),
         "bubble",
         "memory",
         "limited by",
-        "of ideal",
+        "ideal",
     )
     for rank, plan in enumerate(planned.plans, start=1):
         metrics = plan.metrics
@@ -135,7 +148,7 @@ def _ranking(planned: Planned) -> Table:
         throughput = metrics["total_token_throughput" if scored else "output_throughput"]
         table.add_row(
             str(rank),
-            escape(_plan_text(plan)),
+            escape(layers_text(plan.plan)),
             f"{plan.plan.micro_batch_size}/{prefill_text(plan.plan)}",
             number_text(throughput),
             *(ms_text(metrics.get(name)) for name in latencies),
@@ -147,19 +160,10 @@ def _ranking(planned: Planned) -> Table:
     return table
 
 
-def _plan_text(plan: PlannedPlan) -> str:
-    """Layers of each stage; and where that is not plain, on which devices."""
-    text = layers_text(plan.plan)
-    devices = plan.plan.devices
-    return text if list(devices) == sorted(devices) else f"{text} on {','.join(devices)}"
-
-
 def _show_best(planned: Planned, console: Console) -> None:
     best = planned.plans[0]
-    console.print(
-        f"Best: {best.plan.describe()}, {best.effective.in_flight} in flight: {ms_text(best.prediction.duration_s * 1e3)}",
-        markup=False,
-    )
+    took = ms_text(best.prediction.duration_s * 1e3)
+    console.print(f"Best: {best.plan.describe()}, {best.effective.in_flight} in flight: {took}", markup=False)
     table = _table("stage", "device", "layers", "busy s", "idle", "weights", "KV", "activations", "of cap")
     for place, stage in enumerate(best.stages):
         replica = f"{stage.replica}." if best.plan.replicas > 1 else ""
@@ -184,22 +188,20 @@ def _limits_text(plan: PlannedPlan) -> str:
     """Which stage limits, and how far the plan is from both bounds."""
     prediction, limiting = plan.prediction, plan.limiting
     text = (
-        f"{limiting.device} limits: it is busy for {ms_text(limiting.busy_s * 1e3)}, "
+        f"{limiting.device} limits: busy for {ms_text(limiting.busy_s * 1e3)}, "
         f"{percent_text(plan.bottleneck_share)} of the time"
     )
+    if prediction.limited_by != "compute":
+        text += f"; most is lost to {prediction.limited_by}"
     return (
-        f"{text}.\nWith no wait at all this split would take {ms_text(prediction.bound_s * 1e3)}, and "
-        f"{ms_text(prediction.ideal_s * 1e3)} with all devices\nbusy all the time."
+        f"{text}.\nThese stages cannot take less than {ms_text(prediction.bound_s * 1e3)}; "
+        f"with their devices always busy it would be {ms_text(prediction.ideal_s * 1e3)}."
     )
 
 
 def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in names:
-        table.add_column(
-            name,
-            justify="left" if name in _LEFT else "right",
-            no_wrap=name not in ("plan", "micro-batch", "limited by", "of ideal"),
-            overflow="fold",
-        )
+        justify: JustifyMethod = "left" if name in _LEFT else "right"
+        table.add_column(name, justify=justify, no_wrap=name != "plan", overflow="fold")
     return table

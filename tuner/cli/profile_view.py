@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -39,6 +40,10 @@ def show(profile: Profile, console: Console, *, kept: bool) -> None:
     if profile.links:
         console.print(_links(profile))
         console.print()
+    lost = {"prefill": profile.contention.prefill, "decode": profile.contention.decode}
+    if any(value is not None for value in lost.values()):
+        shares = [f"{name} {math.exp(value):.2f} ×" for name, value in lost.items() if value is not None]
+        console.print(f"All devices computing at once, tasks take longer than alone: {', '.join(shares)}", markup=False)
     console.print(_bytes(profile))
     for note in profile.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

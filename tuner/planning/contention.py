@@ -3,8 +3,8 @@
 A task whose device computes while n of N - 1 other devices do takes exp(-k · (1 - n / (N - 1))) of the time that it
 takes while all do, with k by phase. For a plan, n is estimated from how busy its stages are. Prefill is a pipe that
 takes as long as its busiest stage and one task of each other; decode goes round the micro-batches in flight, and takes
-as long as the busiest stage, or as all stages need for each of them. While one stage computes another does for its share
-of this time, but no more others than there are further micro-batches to work on.
+as long as the busiest stage, or as all stages need for each of them. While one stage computes another does for its
+share of this time, but no more others than there are further micro-batches to work on.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from bench.memory import ModelShape, StageBytes, stage_bytes
+from bench.memory import ModelShape
 from bench.spec import Plan, Workload, device_kind
 from tuner.planning.contention import Contention
 from tuner.planning.costs import Costs, TaskKind
 from tuner.planning.nominal import NominalCosts
 from tuner.planning.prediction import Prediction, Run, predictions_of
-from tuner.planning.simulation import Course, anchors_of, course_of, simulate_plans
+from tuner.planning.simulation import Course, course_of, simulate_plans
 
 Floats = npt.NDArray[np.float64]
 
@@ -61,9 +61,6 @@ class CostModel:
     _messages: dict[tuple[Course, str, str, bool], Floats] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )
-    _totals: dict[tuple[str, frozenset[tuple[TaskKind, int]]], tuple[Floats, list[tuple[TaskKind, float]]]] = field(
-        init=False, default_factory=dict, compare=False, repr=False
-    )
 
     @classmethod
     def of_workload(
@@ -81,22 +78,9 @@ class CostModel:
     def num_prompts(self) -> int:
         return len(self.prompt_lens)
 
-    @property
-    def scores(self) -> bool:
-        """Whether texts are scored and nothing is generated."""
-        return self.output_len == 0
-
     @cached_property
     def _longest_first(self) -> tuple[int, ...]:
         return tuple(sorted(self.prompt_lens, reverse=True))
-
-    def stage_bytes(self, plan: Plan) -> tuple[StageBytes, ...]:
-        """Predicted memory of each stage; alike in all replicas."""
-        longest = self._longest_first[0]
-        return tuple(
-            stage_bytes(self.shape, plan, index, prompt_len=longest, output_len=self.output_len)
-            for index in range(len(plan.stages))
-        )
 
     def kinds(self, plan: Plan, in_flight: int | None = None) -> Counter[TaskKind]:
         """How many tasks of each kind every stage runs, in the replica that has most prompts.
@@ -106,23 +90,6 @@ class CostModel:
         """
         course = self._course(plan, in_flight, 0)
         return Counter(dict(zip(course.kinds, course.counts.tolist(), strict=True)))
-
-    def stage_cost_s(
-        self, device: str, first: int, end: int, kinds: Mapping[TaskKind, int], *, is_first: bool, is_last: bool
-    ) -> float:
-        """Compute of a stage with the layers `[first, end)` over tasks of these kinds."""
-        key = (device, frozenset(kinds.items()))
-        known = self._totals.get(key)
-        if known is None:
-            anchors, weights = anchors_of(tuple(kinds))
-            counts = np.array(list(kinds.values()), dtype=float) @ weights
-            layers = counts @ np.stack([self._layers_before(device, kind) for kind in anchors])
-            known = self._totals[key] = (layers, list(zip(anchors, counts.tolist(), strict=True)))
-        layers, ends = known
-        seconds = sum(
-            count * self.costs.ends_s(device, kind, is_first=is_first, is_last=is_last) for kind, count in ends
-        )
-        return float(layers[end] - layers[first]) + seconds
 
     def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:
         """Time of the whole workload."""
@@ -253,9 +220,7 @@ class CostModel:
         known = self._messages.get(key)
         if known is None:
             position_bytes = self.shape.hidden_size * self.shape.kept_bytes
-            sizes = [
-                kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * position_bytes) for kind in course.kinds
-            ]
+            sizes = [kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * position_bytes) for kind in course.kinds]
             seconds = {size: self.costs.hop_s(source, target, size) for size in dict.fromkeys(sizes)}
             known = self._messages[key] = np.array([seconds[size] for size in sizes])
         return known

@@ -49,8 +49,8 @@ RATES: Mapping[str, Rates] = {
         bytes_per_s=3e9,
         head_bytes_per_s=1e10,
         layer_overhead_s=6e-4,
-        hop_latency_s=5e-4,
-        hop_bytes_per_s=1e9,
+        hop_latency_s=2.5e-4,
+        hop_bytes_per_s=3e9,
     ),
     "cuda": Rates(
         flops_per_s=2e14,

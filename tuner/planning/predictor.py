@@ -22,8 +22,6 @@ Floats = npt.NDArray[np.float64]
 
 NOISE_SD, NOISE_WEIGHT, LEAST_NOISE = 0.02, 3.0, 0.003
 """Relative standard deviation of repeated runs before any are seen, what that counts in repeats, and its floor."""
-_WITHIN = 0.25
-"""What an iteration within a run counts beside a repeat: iterations of one run are more alike than runs are."""
 _HUBER = 2.0
 """Runs of one plan further from their median than so many times the noise count for less."""
 _DISTURBED = 0.25
@@ -112,21 +110,26 @@ class Predictor:
 
 
 def noise_of(observations: Sequence[Observation]) -> float:
-    """Relative standard deviation of the duration of a repeated run: of repeats and of iterations, with a prior."""
+    """Relative standard deviation of the duration of a repeated run.
+
+    Pooled over the repeats of each plan, with a prior; and no less than runs differ within themselves: the median of n
+    iterations has about 1.25 / √n of an iteration's. Disturbed runs tell nothing.
+    """
     groups: dict[str, list[float]] = defaultdict(list)
-    squares, weight = NOISE_WEIGHT * NOISE_SD**2, NOISE_WEIGHT
+    within: list[float] = []
     for observation in observations:
         if observation.disturbed:
             continue
         groups[observation.effective.key].append(math.log(observation.metrics["duration_s"]))
         if observation.spread is not None:
-            squares += _WITHIN * (observation.iterations - 1) * observation.spread**2
-            weight += _WITHIN * (observation.iterations - 1)
+            within.append(observation.spread**2 / observation.iterations)
+    squares, weight = NOISE_WEIGHT * NOISE_SD**2, NOISE_WEIGHT
     for logs in groups.values():
         if len(logs) > 1:
             squares += (len(logs) - 1) * float(np.var(logs, ddof=1))
             weight += len(logs) - 1
-    return max(LEAST_NOISE, math.sqrt(squares / weight))
+    floor = 1.25 * math.sqrt(float(np.mean(within))) if within else 0.0
+    return max(LEAST_NOISE, floor, math.sqrt(squares / weight))
 
 
 def expected_improvement(

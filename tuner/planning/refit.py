@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,7 +18,7 @@ from bench.spec import device_kind
 from tuner.planning.cost import TOKEN_BYTES, CostModel
 from tuner.planning.observation import Observation, observe
 from tuner.planning.refitted import RefittedCosts
-from tuner.planning.regression import MEASURED, NOMINAL, Rows, Widths
+from tuner.planning.regression import PRIORS, Rows, Widths
 
 __all__ = ["Observation", "RefittedCosts", "observe", "refit"]
 
@@ -29,9 +29,7 @@ _HOP_WIDTHS = (1.0, 0.1)
 """Standard deviations before anything is seen: of the log factor on messages, and of its slope over doublings."""
 
 
-def refit(
-    model: CostModel, observations: Sequence[Observation], priors: Sequence[Widths] = (MEASURED, NOMINAL)
-) -> CostModel:
+def refit(model: CostModel, observations: Sequence[Observation], priors: Sequence[Widths] = PRIORS) -> CostModel:
     """The same model over costs corrected by what was observed; itself when there is nothing to learn from.
 
     Args:
@@ -41,17 +39,14 @@ def refit(
     if not any(observation.tasks for observation in observations):
         return model
     groups = layer_groups(model.shape)
-    devices = max(len(observation.effective.plan.devices) for observation in observations)
-    rows = Rows(model.costs, groups, devices)
-    common = Counter(observation.effective.plan.switches for observation in observations).most_common(1)[0][0]
-    for number, observation in enumerate(observations):
-        rows.add(number, observation, common)
+    rows = Rows(model.costs, groups, observations)
     terms = max((rows.fit(widths) for widths in priors), key=lambda fit: fit[0])[1]
     hop_log, hop_slope, hop_bytes = _fit_hops(model, observations)
     costs = RefittedCosts(
         base=model.costs,
         terms={term: value for term, value in terms.items() if term[0] not in _NOT_COSTS},
         groups=groups,
+        middles=rows.middles,
         hop_log=hop_log,
         hop_slope=hop_slope,
         hop_bytes=hop_bytes,

@@ -2,13 +2,13 @@
 
 A task of one kind takes on one stage
 
-    exp(A) · Σ_g exp(h_g) · L_g  +  exp(B) · E  +  c · u
+    exp(K) · ( exp(A) · Σ_g exp(h_g) · L_g  +  exp(B) · E  +  c · u )
 
 where L_g is what the uncorrected costs say of the stage's layers of group g (layers of one shape), E of its ends
-(overhead, embedding, head), and u the time of the smallest task of one layer. A, B, h and c are sums of terms of a
-hierarchy: one for all, one for each phase, each device and both together, a curve over the size of tasks, and a last one
-for each size on each device. So what was never run gets what it has in common with all that was. c is for what a first,
-a middle or a last stage does that nobody foresaw.
+(overhead, embedding, head), and u the time of the smallest task of one layer. K is how fast a device is: the sum of a
+term for all, one for each phase, each device, and both together. A tells sizes apart, by a curve over them and one
+more term for each on each device; B and c tell the first and the last stage from the others, c being what they do that
+nobody foresaw. So what was never run gets what it has in common with all that was.
 """
 
 from __future__ import annotations
@@ -29,21 +29,15 @@ Term: TypeAlias = tuple[str | int | bool, ...]
 Weighted: TypeAlias = tuple[tuple[Term, float], ...]
 
 SMALLEST = TaskKind(1, 1, 1)
-_MOST_OCTAVES = 24
 
 
-def layer_terms(device: str, kind: TaskKind) -> Weighted:
-    """The terms of A."""
-    decode = kind.is_decode
-    size = kind.rows if decode else kind.rows * kind.new_tokens
-    octaves = min(math.log2(size), _MOST_OCTAVES)
-    # A random walk over doublings: past the sizes seen it goes on level.
-    curve = tuple((("size", decode, step), min(octaves - step, 1.0)) for step in range(math.ceil(octaves)))
-    return (*common_terms(device, kind), *curve, (("cell", device, decode, kind.rows, round(2 * octaves)), 1.0))
+def octaves_of(kind: TaskKind) -> float:
+    """The size of a task in doublings: of its rows in decode, of its tokens in prefill."""
+    return math.log2(kind.rows if kind.is_decode else kind.rows * kind.new_tokens)
 
 
-def common_terms(device: str, kind: TaskKind) -> Weighted:
-    """The terms that A and B share: how fast a device is in a phase."""
+def speed_terms(device: str, kind: TaskKind) -> Weighted:
+    """The terms of K."""
     decode = kind.is_decode
     return (
         (("all",), 1.0),
@@ -53,9 +47,23 @@ def common_terms(device: str, kind: TaskKind) -> Weighted:
     )
 
 
-def ends_terms(device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
+def layer_terms(device: str, kind: TaskKind, middle: int) -> Weighted:
+    """The terms of A.
+
+    Args:
+        middle: of the sizes seen, in doublings.
+    """
+    decode, octaves = kind.is_decode, octaves_of(kind)
+    # A random walk from the middle, a step each doubling: beyond the sizes seen it goes on level.
+    low, high, sign = (middle, octaves, 1.0) if octaves > middle else (octaves, middle, -1.0)
+    steps = range(math.floor(low), math.ceil(high))
+    curve = tuple((("size", decode, step), sign * (min(step + 1, high) - max(step, low))) for step in steps)
+    return (*curve, (("cell", device, decode, kind.rows, round(2 * octaves)), 1.0))
+
+
+def ends_terms(kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
     """The terms of B."""
-    return (*common_terms(device, kind), *_by_place("ends", kind, is_first, is_last))
+    return _by_place("ends", kind, is_first, is_last)
 
 
 def extra_terms(kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
@@ -82,6 +90,8 @@ class RefittedCosts:
     terms: Mapping[Term, float]
     groups: tuple[int, ...]
     """Of each layer: the number of its group."""
+    middles: tuple[int, int] = (0, 0)
+    """Of the sizes seen in prefill and in decode, in doublings."""
     hop_log: float = 0.0
     """Messages take exp(this) times as long …"""
     hop_slope: float = 0.0
@@ -93,7 +103,8 @@ class RefittedCosts:
         """As `Costs` says."""
         known = self._layers.get((device, kind))
         if known is None:
-            factor = math.exp(self._sum(layer_terms(device, kind)))
+            terms = (*speed_terms(device, kind), *layer_terms(device, kind, self.middles[kind.is_decode]))
+            factor = math.exp(self._sum(terms))
             count = max(self.groups) + 1
             by_group = np.exp([self.terms.get(group_term(group, kind), 0.0) for group in range(count)])
             known = self.base.layers_s(device, kind) * factor * by_group[list(self.groups)]
@@ -103,12 +114,13 @@ class RefittedCosts:
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
         """As `Costs` says."""
         place = {"is_first": is_first, "is_last": is_last}
-        factor = math.exp(self._sum(ends_terms(device, kind, **place)))
+        seconds = math.exp(self._sum(ends_terms(kind, **place))) * self.base.ends_s(device, kind, **place)
         extra = self._sum(extra_terms(kind, **place))
-        seconds = factor * self.base.ends_s(device, kind, **place)
         if extra:
             seconds += extra * float(self.base.layers_s(device, SMALLEST).mean())
-        return seconds
+        seconds *= math.exp(self._sum(speed_terms(device, kind)))
+        # What is taken off must leave a stage of a single layer something to do.
+        return max(seconds, -0.5 * float(self.layers_s(device, kind).min()))
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
         """As `Costs` says."""

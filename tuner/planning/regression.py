@@ -11,7 +11,10 @@ approximation (D. J. C. MacKay, Neural Computation 4, 1992).
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +23,7 @@ import numpy as np
 from bench.spec import StagePlan
 from tuner.planning.contention import Contention
 from tuner.planning.costs import Costs, TaskKind
-from tuner.planning.observation import Observation, TaskSpan
+from tuner.planning.observation import Observation
 from tuner.planning.refitted import (
     SMALLEST,
     Floats,
@@ -30,7 +33,10 @@ from tuner.planning.refitted import (
     extra_terms,
     group_term,
     layer_terms,
+    octaves_of,
+    speed_terms,
 )
+from tuner.planning.spans import TaskSpan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +81,23 @@ MEASURED = Widths(
     extra=0.3,
 )
 """For costs that were measured part by part: a whole pipeline differs from its parts by some hundredths."""
+SCALED = dataclasses.replace(MEASURED, all=1.0)
+"""The same, but the machine was slower or faster as a whole while they were measured."""
 NOMINAL = Widths(
     all=1.0,
     phase=0.3,
-    device=0.3,
-    device_phase=0.1,
+    device=0.05,
+    device_phase=0.03,
     size=0.1,
     cell=0.02,
     group=0.2,
     ends=0.3,
     extra=1.0,
 )
-"""For nominal rates, which may be far off, and in other ways for small and for large tasks."""
+"""For nominal rates, which may be far off, and in other ways for small and for large tasks; devices are alike."""
+UNLIKE = dataclasses.replace(NOMINAL, device=0.5, device_phase=0.2)
+"""The same for devices that are not."""
+PRIORS = (MEASURED, SCALED, NOMINAL, UNLIKE)
 HUBER = 1.5
 """Deviations beyond so many standard deviations count linearly."""
 _DISTURBED = 3.0
@@ -98,12 +109,11 @@ _SMALL_STEP = 1e-4
 class Rows:
     """The regression's rows: the time of a kind of task on a stage of a record each."""
 
-    def __init__(self, base: Costs, groups: Sequence[int], devices: int) -> None:
-        """
-        Args:
-            devices: in the largest plan seen.
-        """
-        self.base, self.devices = base, devices
+    def __init__(self, base: Costs, groups: Sequence[int], observations: Sequence[Observation]) -> None:
+        self.base = base
+        self.devices = max(len(observation.effective.plan.devices) for observation in observations)
+        """In the largest plan seen."""
+        self.middles = _middles(observations)
         self.groups = np.eye(max(groups) + 1)[list(groups)]
         self.columns: dict[Term, int] = {}
         self.log_s: list[float] = []
@@ -116,7 +126,11 @@ class Rows:
         self.wide_moods: set[int] = set()
         self._known: dict[tuple[str, TaskKind], tuple[Floats, Weighted]] = {}
 
-    def add(self, number: int, observation: Observation, common_switches: tuple[str, ...]) -> None:
+        common = Counter(observation.effective.plan.switches for observation in observations).most_common(1)[0][0]
+        for number, observation in enumerate(observations):
+            self._add(number, observation, common)
+
+    def _add(self, number: int, observation: Observation, common_switches: tuple[str, ...]) -> None:
         """Adds what one record tells."""
         plan = observation.effective.plan
         mood = self._column(("mood", number))
@@ -141,13 +155,14 @@ class Rows:
         self.ends_s.append(self.base.ends_s(device, kind, is_first=is_first, is_last=is_last))
         self.log_s.append(math.log(max(span.seconds, 1e-9)))
         self.counts.append(span.count)
-        ends = ends_terms(device, kind, is_first=is_first, is_last=is_last)
+        ends = ends_terms(kind, is_first=is_first, is_last=is_last)
         extra = extra_terms(kind, is_first=is_first, is_last=is_last)
         unit = float(self.base.layers_s(device, SMALLEST).mean())
         if self.devices > 1:
             # Costs are what tasks take while all devices compute.
             share = min(span.others / (self.devices - 1), 1.0) - 1.0
             self.entries["whole"].append((row, self._column(("contention", kind.is_decode)), share))
+        self.entries["whole"] += [(row, self._column(term), weight) for term, weight in speed_terms(device, kind)]
         self.entries["layers"] += [(row, self._column(term), weight) for term, weight in terms]
         self.entries["ends"] += [(row, self._column(term), weight) for term, weight in ends]
         self.entries["extra"] += [(row, self._column(term), weight * unit) for term, weight in extra]
@@ -160,7 +175,7 @@ class Rows:
         if known is None:
             each = self.base.layers_s(device, kind)[:, None] * self.groups
             sums = np.concatenate([np.zeros((1, each.shape[1])), np.cumsum(each, axis=0)])
-            known = self._known[device, kind] = (sums, layer_terms(device, kind))
+            known = self._known[device, kind] = (sums, layer_terms(device, kind, self.middles[kind.is_decode]))
         return known
 
     def _column(self, term: Term) -> int:
@@ -191,6 +206,16 @@ class Rows:
             if gained <= _SMALL_STEP * (1.0 + objective):
                 break
         return problem.log_evidence(values), dict(zip(self.columns, values.tolist(), strict=True))
+
+
+def _middles(observations: Sequence[Observation]) -> tuple[int, int]:
+    """Of the sizes in prefill and in decode, in doublings."""
+    seen: dict[bool, list[float]] = {False: [0.0], True: [0.0]}
+    for observation in observations:
+        for span in observation.tasks:
+            seen[span.kind.is_decode].append(octaves_of(span.kind))
+    prefill, decode = (round(statistics.median(seen[is_decode][1:] or [0.0])) for is_decode in (False, True))
+    return prefill, decode
 
 
 class _Problem:
@@ -239,8 +264,7 @@ class _Problem:
         jacobian, weights, precision = self._linear(values)
         normal = (jacobian.T * weights) @ jacobian + np.diag(precision)
         pull = jacobian.T @ (weights * self.residuals(values) * self.sd) - precision * values
-        step: Floats = np.linalg.solve(normal, pull)
-        return step
+        return np.asarray(np.linalg.solve(normal, pull), dtype=np.float64)
 
     def log_evidence(self, values: Floats) -> float:
         """For the prior, by Laplace's approximation at the mode; up to what is the same for all priors."""
@@ -260,8 +284,8 @@ class _Problem:
         if self.group_columns.shape[1] > 1:
             places = np.arange(len(whole))[:, None]
             np.add.at(jacobian, (places, self.group_columns), layers / whole[:, None])
-        weights = _huber_weight(self.residuals(values)) / self.sd**2
-        precision = np.where(self.is_mood, _huber_weight(values / self.prior_sd), 1.0) / self.prior_sd**2
+        weights: Floats = _huber_weight(self.residuals(values)) / self.sd**2
+        precision: Floats = np.where(self.is_mood, _huber_weight(values / self.prior_sd), 1.0) / self.prior_sd**2
         return jacobian, weights, precision
 
 

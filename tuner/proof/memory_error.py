@@ -99,7 +99,7 @@ def main(args: Sequence[str]) -> None:
     """Prints the table of each landscape named."""
     for name in args:
         folder = LandscapeFolder(Path(name))
-        print(f"{name}\n\n{describe(memory_errors(folder.read().shape, folder.records()))}\n")
+        sys.stdout.write(f"{name}\n\n{describe(memory_errors(folder.read().shape, folder.records()))}\n\n")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from bench.spec import EffectivePlan, Value
 from tuner.planning.cost import CostModel
 from tuner.planning.costs import Costs
 from tuner.planning.nominal import NominalCosts
+from tuner.planning.observation import Observation, observe
 from tuner.planning.predictor import Predictor
 from tuner.planning.profiled import ProfiledCosts
-from tuner.planning.refit import Observation, observe
 from tuner.proof.landscape import Landscape, LandscapeFolder
 from tuner.proof.memory_error import describe, memory_errors
 from tuner.proof.world import METRIC, read_profile, throughput, usable_runs

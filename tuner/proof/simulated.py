@@ -27,7 +27,7 @@ from tuner.search.build import build_space
 from tuner.search.candidates import candidates
 from tuner.search.resolver import Resolver
 
-_LAYER_SD, _DEVICE_SD, _TASK_SD, _RUN_SD = 0.04, 0.05, 0.02, 0.015
+_LAYER_SD, _DEVICE_SD, _TASK_SD, _RUN_SD = 0.08, 0.12, 0.03, 0.02
 _TILE = 96
 """Tokens: prefill costs by whole tiles, which the model takes for smooth."""
 _SPEEDS = ("flops_per_s", "bytes_per_s", "head_bytes_per_s")
@@ -58,7 +58,7 @@ class MachineCosts:
 
 def _size_effect(kind: TaskKind) -> float:
     if kind.is_decode:
-        return 1.0 + 0.05 * math.sin(3.0 * math.log2(kind.rows))
+        return 1.0 + 0.12 * math.sin(3.0 * math.log2(kind.rows))
     tokens = kind.rows * kind.new_tokens
     return math.ceil(tokens / _TILE) * _TILE / tokens
 

@@ -10,7 +10,7 @@ from bench.metrics import derive
 from bench.record import Measurement, Record
 from tuner.report.data import Report
 from tuner.report.wording import MISSING, clean, metric_text, ms_text, number_text, percent_text, sentence
-from tuner.search.log import LoggedTrial, Phase, SearchLog
+from tuner.search.log import LoggedTrial, Phase, SearchLog, Stop
 from tuner.study_files import was_interrupted
 
 COLUMNS = ("trial", "plan", "why", "predicted", "measured", "error")
@@ -144,7 +144,7 @@ def tell(report: Report) -> SearchStory | None:
         columns=tuple(COLUMNS[index] for index in shown),
         lines=tuple(tuple(line[index] for index in shown) for line in cells),
         leaders=tuple(trial.is_best_so_far for trial in trials),
-        stop=sentence(f"{_count_text(trials)}; {clean(log.stop.text)}") if log and log.stop else "",
+        stop=_stop_text(trials, log.stop) if log and log.stop else "",
         errors=_errors_text(trials),
         time=_time_text(log) if log and log.seconds else "",
         phases=_phases_text(log) if log else "",
@@ -156,10 +156,13 @@ def tell(report: Report) -> SearchStory | None:
     )
 
 
-def _count_text(trials: Sequence[Trial]) -> str:
+def _stop_text(trials: Sequence[Trial], stop: Stop) -> str:
     measured = sum(trial.measured is not None for trial in trials)
+    if stop.kind == "budget" and measured == len(trials):
+        return sentence(clean(stop.text))
     text = f"{len(trials)} trial{'' if len(trials) == 1 else 's'}"
-    return text if measured == len(trials) else f"{text}, {measured} of them measured"
+    text += "" if measured == len(trials) else f", {measured} of them measured"
+    return sentence(f"{text}; {clean(stop.text)}")
 
 
 def _cells(report: Report, trial: Trial) -> tuple[str, ...]:

@@ -144,11 +144,12 @@ def _caps_matter(space: SearchSpace, resolve: Resolver) -> bool:
         resolved = resolve(capped.plan(point))
         return resolved.in_flight if isinstance(resolved, EffectivePlan) else None
 
-    return any(
-        outcome(point, fraction) != outcome(point, space.memory_fractions[-1])
+    least, most = space.memory_fractions[0], space.memory_fractions[-1]
+    # What lies between cannot differ where these do not.
+    return least < most and any(
+        outcome(point, least) != outcome(point, most)
         for rank in best_ranks(few, _CAPPED_PARTITIONS)
         for point in few.points(rank)
-        for fraction in space.memory_fractions[:-1]
     )
 
 

@@ -84,26 +84,27 @@ def baseline_batch_sizes(wanted: Sequence[int] | None, num_prompts: int) -> tupl
 def _run(runs: Runs, book: LogBook, stack: contextlib.ExitStack) -> None:
     store = runs.store
     with book.spend("start"):
+        participant = stack.enter_context(participate(store, runs.reporter.say))
         fleet = runs.open_fleet(stack)
         stack.enter_context(locks.hold_gpus(fleet.devices, fleet.machine.hardware.gpus))
         store.set_revision(fleet.model.revision)
         for line in store.set_machine(fleet.machine, fleet.shape):
             runs.reporter.say(f"other software than when the study began: {line}")
+        participant.ask(fleet.machine)
         with runs.stop.interruptible():
             lens = fleet.prompt_lens(store.workload)
-        participant = stack.enter_context(participate(store, runs.reporter.say))
     resolve = Resolver.of_workload(fleet.shape, store.workload, lens, fleet.device_bytes)
     with book.spend("profile"):
         cost = study_costs(runs, lens, resolve)
     with book.spend("search"):
-        space = participant.agree(_space(runs, cost, resolve), fleet.machine)
+        space = participant.agree(_space(runs, cost, resolve))
         warm = warm_start(
             store.warm_start_path,
             store.config,
             model=fleet.model,
-            shape=fleet.shape,
             machine=fleet.machine,
             space=space,
+            resolve=resolve,
         )
         for line in warm.said:
             runs.reporter.say(f"warm start: {line}")

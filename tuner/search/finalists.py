@@ -10,7 +10,7 @@ All that is here is a function of the records: a study that was stopped anywhere
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,10 +19,11 @@ from bench.spec import EffectivePlan, Protocol
 from tuner.config import Constraint
 from tuner.contest import State, decide
 from tuner.knee import bulges
+from tuner.ordering import costs_of
 from tuner.pairing import last_finals, log_costs
 from tuner.pooling import Run as MeasuredRun
 from tuner.pooling import medians_of
-from tuner.ranking import costs_of, rank, why_broken
+from tuner.ranking import rank, why_broken
 from tuner.standings import Objective, Ranking, Row
 
 _ROOM_FOR_THE_OTHER = 3
@@ -206,13 +207,8 @@ def side_by_side(protocol: Protocol) -> Protocol:
     return protocol.model_copy(update={"num_iters": 1, "check_outputs": False})
 
 
-def schedule(
-    contenders: Sequence[str], *, rounds: int, seed: int, done: Collection[tuple[int, str]] = ()
-) -> tuple[tuple[int, str], ...]:
+def schedule(contenders: Sequence[str], *, rounds: int, seed: int) -> tuple[tuple[int, str], ...]:
     """A fixed number of rounds of all contenders, each in an order of its own.
-
-    Args:
-        done: what was measured before an interruption; it is left out, the order of the rest stays.
 
     Returns:
         `(round, contender)` in the order to run.
@@ -221,4 +217,4 @@ def schedule(
     for round_ in range(rounds):
         rng = random.Random(f"{seed}-{round_}")
         order += [(round_, contender) for contender in rng.sample(contenders, len(contenders))]
-    return tuple(entry for entry in order if entry not in done)
+    return tuple(order)

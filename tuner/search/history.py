@@ -23,6 +23,9 @@ TRANSIENT = frozenset({FailureKind.WORKER_DIED, FailureKind.WORKER_HUNG, Failure
 """Failures that may not come again."""
 MEMORY = frozenset({FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY})
 
+ENOUGH_BROKE = 2
+"""Failures that condemn a trait of plans, where no plan with it has worked."""
+
 Lessons = dict[int, tuple[Record, Observation | None]]
 """What records teach, by their `id`; the record is held, so that the `id` stays its own."""
 
@@ -143,12 +146,23 @@ class History:
         return None
 
     def chance_to_work(self, plan: Plan) -> float:
-        """A guess from plans that share traits, of use for comparing plans: each `(worked + 1) / (worked + broke + 1)`."""
+        """A guess from plans that share traits, of use for comparing plans.
+
+        Returns:
+            The product of `(worked + 1) / (worked + broke + 1)` over the traits; 0 where all that share one broke and
+            others worked.
+        """
         if not self.broke:
             return 1.0
-        return math.prod(
-            (self.worked[trait] + 1) / (self.worked[trait] + self.broke[trait] + 1) for trait in traits(plan)
-        )
+        found = traits(plan)
+        if any(self._is_condemned(trait) for trait in found):
+            return 0.0
+        return math.prod((self.worked[trait] + 1) / (self.worked[trait] + self.broke[trait] + 1) for trait in found)
+
+    def _is_condemned(self, trait: tuple[str, object]) -> bool:
+        name, _ = trait
+        others = any(other[0] == name and other != trait for other, count in self.worked.items() if count)
+        return self.broke[trait] >= ENOUGH_BROKE and not self.worked[trait] and others
 
     def chance_to_fit(self, needed: Mapping[str, int]) -> float:
         """How likely a plan has memory enough: on each device the limit may lie anywhere between what was enough and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 
 from bench.memory import ModelShape, stage_bytes
 from bench.record import Failure
-from bench.spec import EffectivePlan, Plan, device_kind
+from bench.spec import EffectivePlan, Plan, StagePlan, device_kind
 from tuner.planning.columns import Columns
 from tuner.planning.cost import CostModel
 from tuner.planning.costs import TaskKind
@@ -143,8 +144,7 @@ class Layouts:
             own = [device for device, other in zip(self.devices, self.classes, strict=True) if other == kind]
             cap, device = min((int(self.memory_fraction * self.resolve.device_bytes[name]), name) for name in own)
             cap = max(cap, 1)
-            # No stage takes twice what the whole model does.
-            is_roomy = 2 * self._whole_need(device, sizes, replicas) <= cap
+            is_roomy = self._most_bytes(device, sizes, replicas) <= cap
             fills.append(self._needs_on(device, sizes, replicas) / cap if not is_roomy else self._nothing)
         return np.array(fills)
 
@@ -167,12 +167,15 @@ class Layouts:
     def _nothing(self) -> Matrix:
         return np.zeros((self.shape.num_layers + 1,) * 2)
 
-    def _whole_need(self, device: str, sizes: Sizes, replicas: int) -> int:
-        """Bytes of the model on one device."""
-        plan = self._whole(sizes, replicas)
-        plan = plan.model_copy(update={"stages": (plan.stages[0].model_copy(update={"device": device}),)})
+    def _most_bytes(self, device: str, sizes: Sizes, replicas: int) -> int:
+        """More than any stage takes: what two stages do that hold the model, or its only layer."""
+        cuts = (0, 1, self.shape.num_layers) if self.shape.num_layers > 1 else (0, 1)
+        stages = tuple(
+            StagePlan(device=device, first_layer=first, end_layer=end) for first, end in itertools.pairwise(cuts)
+        )
+        plan = self._whole(sizes, replicas).model_copy(update={"stages": stages})
         lens = {"prompt_len": self.resolve.prompt_len, "output_len": self.resolve.output_len}
-        return stage_bytes(self.shape, plan, 0, **lens).total(1)
+        return sum(stage_bytes(self.shape, plan, index, **lens).total(1) for index in range(len(stages)))
 
     def _needs_on(self, device: str, sizes: Sizes, replicas: int) -> Matrix:
         key = (device_kind(device), sizes)
@@ -205,7 +208,8 @@ class _Search:
         if not first:
             return []
         best = self._best_sizes(first[0])
-        splits = dict.fromkeys((split.partition, split.order) for sizes in best for split in self._worth_a_look(sizes))
+        near = itertools.chain.from_iterable((self._of_phases(best[0]), *map(self._near_best, best)))
+        splits = dict.fromkeys((split.partition, split.order) for split in near)
         least_s: dict[tuple[Partition, tuple[int, ...]], float] = {}
         for sizes in dict.fromkeys((*best, smallest)):
             for split, seconds in zip(splits, self._durations((*split, sizes) for split in splits), strict=True):
@@ -231,14 +235,16 @@ class _Search:
             found.setdefault(sizes.rows, sizes)
         return tuple(found.values())[:_SIZES]
 
-    def _worth_a_look(self, sizes: Sizes) -> Iterator[Split]:
-        """Splits near the least bottleneck of a run, and of its phases, which cut unlike layers otherwise; and the one
-        that leaves most room for micro-batches in flight."""
-        yield from self._splits(self._table(sizes), limit=_NEAR)
+    def _of_phases(self, sizes: Sizes) -> Iterator[Split]:
+        """Splits near the least bottleneck of prefill and of decoding, which want other cuts of unlike layers."""
         phases: tuple[_Phase, ...] = ("prefill", "decode")
         if all(self._all.kinds(sizes, self._replicas, phase) for phase in phases):
             for phase in phases:
                 yield from self._splits(self._table(sizes, phase), limit=_PHASE_NEAR)
+
+    def _near_best(self, sizes: Sizes) -> Iterator[Split]:
+        """Splits near the least bottleneck of a run, and the one that leaves most room for micro-batches in flight."""
+        yield from self._splits(self._table(sizes), limit=_NEAR)
         fill = self._columns.slowest(self._all.fill(sizes, self._replicas))
         if fill.any():
             yield from self._splits(fill)

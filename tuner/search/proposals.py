@@ -37,7 +37,6 @@ class Proposals:
 
     taken: tuple[Point, ...] = ()
     """What other processes of the study were running when it was last pulled."""
-    _reckons_with_others = False
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class Proposals:
         trial = create_trial(
             state=TrialState.RUNNING,
             params=dict(point),
-            distributions=self._distributions,
+            distributions=self._distributions_of(point),
             user_attrs=dict(attributes),
         )
         trial_id = self._storage.create_new_trial(self._study._study_id, trial)
@@ -113,11 +112,13 @@ class Proposals:
     def suggest(self, is_new: Callable[[Point], bool]) -> Point | None:
         """A point that TPE likes and that is new, else any new one; None when there is none."""
         done = len(self._study.get_trials(deepcopy=False))
+        # Else samplers see what was known when this process told something last.
+        self._study._thread_local.cached_all_trials = None
         # Seeded by what is known, so that a resumed study goes on as it would have, and not from the start.
         sampler = optuna.samplers.TPESampler(
             seed=self._seed + done,
             multivariate=True,
-            constant_liar=self._reckons_with_others,
+            constant_liar=False,
             n_startup_trials=_STARTUP_TRIALS,
         )
         for _ in range(_DRAWS):
@@ -175,6 +176,11 @@ class Proposals:
                 params[name] = sampler.sample_independent(self._study, trial, name, distribution)
         return {name: int(params[name]) for name in self._distributions}
 
+    def _distributions_of(self, params: Mapping[str, object]) -> dict[str, BaseDistribution]:
+        """Of a point's own values; cuts are kept with a trial, and TPE goes by the rank beside them."""
+        cut = IntDistribution(1, max(2, sum(self._space.partitions[0]) - 1))
+        return {name: self._distributions.get(name, cut) for name in params}
+
     def _as_trial(self, record: Record | None, attributes: Mapping[str, str] | None = None) -> FrozenTrial:
         """A finished trial made of a record; where there is none, a failed one keeps the count."""
         params: Mapping[str, int | float | str] = (record.params if record else None) or {}
@@ -183,7 +189,7 @@ class Proposals:
             state=state,
             values=values,
             params=dict(params),
-            distributions={name: self._distributions[name] for name in params},
+            distributions=self._distributions_of(params),
             constraints=constraints,
             user_attrs=dict(attributes or {}),
         )

@@ -34,8 +34,6 @@ _POLL_S = 1.0
 class SharedProposals(Proposals):
     """The memory that several processes share."""
 
-    _reckons_with_others = True
-
     def __init__(
         self,
         member: Member,

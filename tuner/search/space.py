@@ -7,6 +7,9 @@ and replicas share the devices: every point can run.
 `micro_batch_index`, `prefill_index` and `chunk_index` count through ascending sizes, `memory_index` through memory
 fractions, `compile_index` from off to on; the last three are there only when they make a difference.
 
+A point may also carry cuts (`cut_1`, `cut_2` …), the first layers of its stages, where no partition listed is the one
+meant; its rank is then that of a neighbour.
+
 The space is stored with the study: partitions keep their ranks whatever becomes of the cost model.
 """
 
@@ -59,6 +62,14 @@ class SearchSpace(Value):
         """How many pipelines side by side the point stands for."""
         return self.replicas[point["partition_rank"] - 1] if self.replicas else 1
 
+    def partition_of(self, point: Mapping[str, int]) -> Partition:
+        """The layers of each stage: those of its rank, unless the point carries cuts of its own."""
+        partition = self.partitions[point["partition_rank"] - 1]
+        if cut_name(1) not in point:
+            return partition
+        cuts = (point[cut_name(index)] for index in range(1, len(partition)))
+        return tuple(end - first for first, end in itertools.pairwise((0, *cuts, sum(partition))))
+
     def devices_of(self, point: Mapping[str, int]) -> tuple[str, ...]:
         """The devices that hold the stages, replica by replica and stage by stage; perhaps more at the end."""
         order = self.orders[point["partition_rank"] - 1] if self.orders else ()
@@ -73,7 +84,7 @@ class SearchSpace(Value):
         prefill = _pick(self.prefill_sizes, point, "prefill_index")
         return self.switch(
             Plan.from_layer_counts(
-                self.partitions[point["partition_rank"] - 1],
+                self.partition_of(point),
                 self.devices_of(point),
                 micro_batch_size,
                 prefill_micro_batch_size=prefill if prefill < micro_batch_size else None,
@@ -115,6 +126,11 @@ class SearchSpace(Value):
             ranges["partition_rank"] = range(partition_rank, partition_rank + 1)
         for values in itertools.product(*ranges.values()):
             yield dict(zip(ranges, values, strict=True))
+
+
+def cut_name(index: int) -> str:
+    """Of the value that holds the first layer of a stage, counted from 0, in points whose cuts no rank stands for."""
+    return f"cut_{index}"
 
 
 def _pick(choices: Sequence[_T], point: Mapping[str, int], name: str) -> _T:

@@ -21,7 +21,6 @@ from tuner.config import Constraint
 from tuner.planning.cost import CostModel
 from tuner.planning.observation import Observation
 from tuner.search.acquisition import Floats, chance_of_gain, draw_weights, even_weights, expected_improvement, first_of
-from tuner.search.candidates import candidates
 from tuner.search.history import History, Lessons, is_lost, kinds_of
 from tuner.search.log import Proposal, Reason, Stop
 from tuner.search.outlook import Lookout, Outlook
@@ -38,8 +37,8 @@ LEAST_TRIALS, CALM_IN_A_ROW = 5, 2
 """Before so many trials, and before so many outlooks without promise, no search ends by itself."""
 LEAST_CHANCE = 0.1
 """A plan that gains more than the noise with less probability promises nothing."""
-MOST_REPLICATES = 3
-"""Of leaders, in all."""
+MOST_REPLICATES, REPLICATES_EVERY = 3, 3
+"""Of leaders, in all; and no more than one in so many trials."""
 TPE_FROM, TPE_EVERY = 8, 4
 BLIND_SHARE = 1 / 3
 """Of the trials that go to what is predicted to be fast, where nothing predicts the objective."""
@@ -88,7 +87,6 @@ class Strategy:
             space,
             model,
             resolve,
-            candidates(space, resolve),
             objectives=objectives,
             constraints=constraints,
             prior=prior,
@@ -132,7 +130,8 @@ class Strategy:
             return self._most_valuable(view, "all", f"all {count} plans are run, the promising ones first")
         if self._lookout.is_blind:
             if history.counted < max(PROMISING_FIRST, BLIND_SHARE * self._n_trials):
-                return self._unseen_kind(history, view, None) or self._most_valuable(
+                unseen = self._unseen_kind(history, view, None) if history.counted else None
+                return unseen or self._most_valuable(
                     view, "model", "predicted to be fast, which is all that can be predicted"
                 )
             return self._tpe(history, view)
@@ -267,7 +266,7 @@ class Strategy:
         """The leader again, if another plan that ran may be better and there were not enough replicates."""
         known = history.plans[view.effective[leader].key]
         point = view.points[leader] or known.point
-        if point is None or history.replicates >= MOST_REPLICATES or len(known.runs) > MOST_REPLICATES:
+        if point is None or history.replicates >= min(MOST_REPLICATES, history.counted // REPLICATES_EVERY):
             return None
         rivals = view.was_measured & (view.kept > LEAST_CHANCE)
         rivals[leader] = False

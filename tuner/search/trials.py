@@ -91,18 +91,17 @@ class Search:
                 step = strategy.next(self._store.records, taken=proposals.taken)
                 if time.monotonic() >= deadline and not (isinstance(step, Stop) and step.kind == "budget"):
                     return Stop(kind="time", text=f"{self._config.timeout_s:g} s are over, as many as were asked for")
-                if isinstance(step, Stop):
-                    if not proposals.taken:
-                        return step
-                    # What others run may change that: it may fail, or teach something.
-                    with self._runs.stop.interruptible():
-                        proposals.wait()
-                    continue
-                number = proposals.start(step.point)
-                if number is None:
-                    continue
-                self._book.note(number, step)
-            self._run_trial(number, step, proposals, strategy.counted)
+                if isinstance(step, Stop) and not proposals.taken:
+                    return step
+                number = proposals.start(step.point) if isinstance(step, Proposal) else None
+                if isinstance(step, Proposal) and number is not None:
+                    self._book.note(number, step)
+            if isinstance(step, Stop):
+                # What others run may change that: it may fail, or teach something.
+                with self._runs.stop.interruptible():
+                    proposals.wait()
+            elif number is not None:
+                self._run_trial(number, step, proposals, strategy.counted)
 
     def _run_trial(self, number: int, proposal: Proposal, proposals: Proposals, counted: int) -> None:
         plan = self._space.plan(proposal.point)

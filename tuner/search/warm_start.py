@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.errors import StudyError
-from bench.memory import ModelShape
 from bench.record import Machine, write_durably
 from bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value, Workload
 from tuner.config import TuneConfig
 from tuner.planning.observation import Observation, observe
 from tuner.ranking import rank
+from tuner.search.resolver import Resolver
+from tuner.search.resplit import Resplitter
 from tuner.search.space import Point, SearchSpace
 from tuner.standings import Objective
 from tuner.study_files import StudyContents, load_study, read
@@ -40,7 +41,7 @@ class WarmStart(Value):
 
 
 def warm_start(
-    path: Path, config: TuneConfig, *, model: ModelSpec, shape: ModelShape, machine: Machine, space: SearchSpace
+    path: Path, config: TuneConfig, *, model: ModelSpec, machine: Machine, space: SearchSpace, resolve: Resolver
 ) -> WarmStart:
     """What the earlier studies of `config.warm_start` give, as kept in `path` or read now and kept there.
 
@@ -56,13 +57,13 @@ def warm_start(
             return kept
     if not config.warm_start:
         return WarmStart()
-    found = read_warm_start(config, model=model, shape=shape, machine=machine, space=space)
+    found = read_warm_start(config, model=model, machine=machine, space=space, resolve=resolve)
     write_durably(path, found.model_dump_json(exclude_defaults=True) + "\n")
     return found
 
 
 def read_warm_start(
-    config: TuneConfig, *, model: ModelSpec, shape: ModelShape, machine: Machine, space: SearchSpace
+    config: TuneConfig, *, model: ModelSpec, machine: Machine, space: SearchSpace, resolve: Resolver
 ) -> WarmStart:
     """Reads the earlier studies; arguments and errors as in `warm_start`."""
     prior: list[Observation] = []
@@ -73,7 +74,7 @@ def read_warm_start(
             earlier = load_study(_place(folder))
         except StudyError as error:
             raise StudyError(f"warm_start: {error}") from None
-        if earlier.shape != shape:
+        if earlier.shape != resolve.shape:
             said.append(
                 f"{folder}: measured {earlier.config.model.name}, a model of another shape than {config.model.name}; "
                 "nothing of it is used"
@@ -81,7 +82,7 @@ def read_warm_start(
             continue
         why_not = _why_no_lesson(earlier, config, model, machine)
         lessons = [] if why_not else _observations(earlier)
-        points, missing = _best_points(earlier, space, config)
+        points, missing = _best_points(earlier, space, resolve, config)
         prior += lessons
         first += [point for point in points if point not in first]
         parts = [f"its {len(lessons)} last runs teach the cost model" if lessons else ""]
@@ -92,8 +93,9 @@ def read_warm_start(
     return WarmStart(folders=config.warm_start, prior=tuple(prior), first=tuple(first), said=tuple(said))
 
 
-def point_of_plan(space: SearchSpace, plan: Plan, devices: Sequence[str]) -> Point | None:
-    """The point of the space that runs like a plan under the largest cap; None where there is none.
+def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Sequence[str]) -> Point | None:
+    """The point of the space that runs like a plan under the largest cap, with cuts of its own where no partition listed
+    is the plan's; None where there is none.
 
     Args:
         devices: of the study that the plan is from, in order.
@@ -101,13 +103,14 @@ def point_of_plan(space: SearchSpace, plan: Plan, devices: Sequence[str]) -> Poi
     wanted = _moved(plan, devices, space.devices)
     if wanted is None:
         return None
-    ranks = [rank for rank, counts in enumerate(space.partitions, start=1) if counts == wanted.layer_counts]
     caps = {"memory_index": len(space.memory_fractions) - 1} if len(space.memory_fractions) > 1 else {}
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
-    for rank_ in ranks:
-        for point in few.points(rank_):
-            if _runs_alike(space.plan({**point, **caps}), wanted):
-                return {**point, **caps}
+    resplitter = Resplitter(space, resolve)
+    for rank_ in resplitter.nearest_ranks(wanted.layer_counts):
+        for listed in few.points(rank_):
+            point = resplitter.point({**listed, **caps}, wanted.layer_counts)
+            if _runs_alike(space.plan(point), wanted):
+                return point
     return None
 
 
@@ -151,14 +154,16 @@ def _observations(earlier: StudyContents) -> list[Observation]:
     return [observation for observation in found if observation is not None][-MOST_OBSERVATIONS:]
 
 
-def _best_points(earlier: StudyContents, space: SearchSpace, config: TuneConfig) -> tuple[list[Point], int]:
+def _best_points(
+    earlier: StudyContents, space: SearchSpace, resolve: Resolver, config: TuneConfig
+) -> tuple[list[Point], int]:
     """Points of the earlier study's best plans by what is asked now, and how many of them have none."""
     objectives = [Objective(metric=name) for name in config.objectives]
     rows = [row for row in rank(earlier.records, objectives, config.constraints).rows if len(row.plan.devices) > 1]
     if not any(len(devices) > 1 for devices in (space.devices, earlier.config.concrete_devices)):
         rows = list(rank(earlier.records, objectives, config.constraints).rows)
     best = [row.plan for row in rows if row.feasible][:BEST_PLANS] or [row.plan for row in rows][:BEST_PLANS]
-    points = [point_of_plan(space, plan, earlier.config.concrete_devices) for plan in best]
+    points = [point_of_plan(space, resolve, plan, earlier.config.concrete_devices) for plan in best]
     found = [point for point in points if point is not None]
     return found, len(points) - len(found)
 

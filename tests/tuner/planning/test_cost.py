@@ -7,7 +7,6 @@ import math
 
 import pytest
 
-from bench.memory import stage_bytes
 from bench.metrics import metric_names
 from bench.spec import Plan, Workload
 from tests.record_factory import make_shape
@@ -141,22 +140,22 @@ def test_many_plans_are_predicted_as_each_alone(cost: CostModel) -> None:
     assert cost.predict_many([]) == ()
 
 
-def test_a_stages_cost_is_what_it_computes_over_the_run(cost: CostModel) -> None:
+def test_stages_compute_what_their_tasks_cost(cost: CostModel) -> None:
     plan = Plan.from_layer_counts((12, 10, 8), DEVICES, 8, prefill_micro_batch_size=4)
     kinds = cost.kinds(plan, 3)
     assert sum(kinds.values()) == 32 // 4 + 15 * 32 // 8
     busy = [
-        cost.stage_cost_s(
-            stage.device,
-            stage.first_layer,
-            stage.end_layer,
-            kinds,
-            is_first=index == 0,
-            is_last=index == 2,
+        sum(
+            count
+            * (
+                float(cost.costs.layers_s(stage.device, kind)[stage.first_layer : stage.end_layer].sum())
+                + cost.costs.ends_s(stage.device, kind, is_first=index == 0, is_last=index == 2)
+            )
+            for kind, count in kinds.items()
         )
         for index, stage in enumerate(plan.stages)
     ]
-    assert busy == pytest.approx(cost.predict(plan, 3).stage_busy_s)
+    assert cost.predict(plan, 3).stage_busy_s == pytest.approx(busy)
 
 
 def test_metrics_are_those_that_a_run_yields() -> None:
@@ -175,9 +174,3 @@ def test_hand_overs_and_stalls_cost_time_between_stages_alone(cost: CostModel) -
     # A device's own comes before that of its kind.
     slower = dataclasses.replace(cost, gaps_s={"cpu": 3e-4, "cpu:1": 0.1})
     assert seconds(slower, (15, 15), 8) > 1.1 * seconds(cost, (15, 15), 8)
-
-
-def test_memory_is_that_of_each_stage(cost: CostModel) -> None:
-    plan = Plan.from_layer_counts((16, 14), DEVICES, 8)
-    expected = [stage_bytes(SHAPE, plan, index, prompt_len=64, output_len=16) for index in range(2)]
-    assert list(cost.stage_bytes(plan)) == expected

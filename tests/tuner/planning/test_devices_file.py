@@ -8,7 +8,7 @@ import pytest
 
 from bench.errors import ConfigError
 from bench.memory import LayerShape, ModelShape
-from tests.tuner.planning.profile_factory import make_profile
+from tests.study_factory import make_profile
 from tuner.planning.costs import TaskKind
 from tuner.planning.devices_file import DescribedDevices, read_devices
 from tuner.planning.nominal import RATES
@@ -59,9 +59,7 @@ def test_the_example_describes_four_unlike_gpus(shape: ModelShape) -> None:
 
 
 def test_like_takes_over_and_speed_scales(tmp_path: Path, shape: ModelShape) -> None:
-    described = read(
-        tmp_path, f"devices: [{PLAIN}, {{name: cuda:2, like: cuda:0, speed: 0.5, memory_gib: 40}}]\n{ANY}"
-    )
+    described = read(tmp_path, f"devices: [{PLAIN}, {{name: cuda:2, like: cuda:0, speed: 0.5, memory_gib: 40}}]\n{ANY}")
     costs = described.costs(shape)
     assert costs.layers_s("cuda:2", PREFILL) == pytest.approx(2 * costs.layers_s("cuda:0", PREFILL))
     ends = [costs.ends_s(name, PREFILL, is_first=False, is_last=True) for name in ("cuda:0", "cuda:2")]
@@ -83,7 +81,7 @@ def test_what_is_left_out_is_usual_for_the_kind(tmp_path: Path) -> None:
 
 
 def test_a_profiled_device_lends_times_memory_and_links(tmp_path: Path) -> None:
-    profile = make_profile(num_devices=2)
+    profile = make_profile()
     (tmp_path / "profile.json").write_text(profile.model_dump_json())
     like = "like: {profile: profile.json, device: "
     described = read(tmp_path, f"devices: [{{name: cpu:0, {like}cpu:0}}}}, {{name: cpu:1, {like}cpu:1}}, speed: 2}}]")
@@ -126,7 +124,7 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
 
 def test_devices_that_are_not_described_are_refused(tmp_path: Path) -> None:
     described = read(tmp_path, f"devices: [{PLAIN}]\n{ANY}")
-    with pytest.raises(ConfigError, match="cpu:0 is not described in .*devices.yaml, which has cuda:0, cuda:1"):
+    with pytest.raises(ConfigError, match=r"cpu:0 is not described in .*devices.yaml, which has cuda:0, cuda:1"):
         described.device_bytes(("cpu:0",))
-    with pytest.raises(ConfigError, match="nowhere.yaml: cannot read the devices: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot read the devices: No such file"):
         read_devices(tmp_path / "nowhere.yaml")

@@ -39,7 +39,10 @@ def traces_of(run: Run, busy_s: Floats) -> tuple[StageTrace, StageTrace]:
 def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, output_len: int) -> None:
     order = sorted(range(len(LENS)), key=lambda index: -LENS[index])
     shares = [order[replica::replicas] for replica in range(replicas)]
-    runs, tasks, counts, sizes = [], [], [], []
+    runs: list[tuple[Run, Floats]] = []
+    tasks: list[TaskShape] = []
+    counts: list[int] = []
+    sizes: list[int] = []
     for share in shares:
         lens = tuple(LENS[index] for index in share)
         runs.append(run_of(lens, output_len))

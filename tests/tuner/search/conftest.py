@@ -1,4 +1,4 @@
-"""A PostgreSQL server for the tests of shared studies; they are skipped where none is installed."""
+"""A cache of profiles for each test, and a PostgreSQL server for shared studies: skipped where none is installed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from tests import postgres
 _names = itertools.count()
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles of simulated machines are nobody else's."""
+    monkeypatch.setenv("PIPETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[postgres.Server]:
     programs = postgres.binaries()
@@ -22,6 +28,8 @@ def server() -> Iterator[postgres.Server]:
 
 
 @pytest.fixture
-def database(server: postgres.Server) -> str:
+def database(server: postgres.Server) -> Iterator[str]:
     """URL of an empty database."""
-    return server.create_database(f"study_{next(_names)}")  # type: ignore[arg-type]
+    name = f"study_{next(_names)}"
+    yield server.create_database(name)
+    server.drop_database(name)

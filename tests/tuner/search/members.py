@@ -104,6 +104,7 @@ def join(
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(StudyStore.resume(folder, wanted) if resume else StudyStore.create(folder, wanted))
         member = stack.enter_context(participate(store, said.append))
+        member.ask(machine or make_machine())
         names = wanted.concrete_devices
         space = make_space(names)
         resolve = Resolver.of_workload(
@@ -111,7 +112,7 @@ def join(
         )
         if store.space_path.exists():
             space = SearchSpace.model_validate_json(store.space_path.read_text(encoding="utf-8"))
-        space = member.agree(space, machine or make_machine())
+        space = member.agree(space)
         proposals = member.proposals(space, resolve, objectives=wanted.objectives, constraints=wanted.constraints)
         stack.callback(proposals.close)
         proposals.restore(store.records)

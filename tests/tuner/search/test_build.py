@@ -242,3 +242,8 @@ def test_no_plan_is_predicted_much_better_than_the_best_of_the_space(speeds: tup
     best = min(one.duration_s for one in cost.predict_many([(one.plan, one.in_flight) for one in found]))
     assert best <= 1.003 * every
     assert len(found) < len(plans)
+
+
+def test_a_space_is_laid_out_alike_every_time() -> None:
+    one, two = (build(3, speeds=(1.0, 0.5, 0.8))[0].model_copy(update={"study_id": ""}) for _ in range(2))
+    assert one == two

@@ -29,9 +29,8 @@ class Killed(BaseException):
 
 
 def config(**values: Any) -> TuneConfig:
-    return TuneConfig.model_validate(
-        {"model": {"name": "m"}, "devices": "cpu:0-1", "n_trials": 5, "finalist_rounds": 2, "finalists": 2, **values}
-    )
+    usual = {"n_trials": 5, "stop_early": False, "finalists": 2, "finalist_rounds": 2, "max_finalist_rounds": 2}
+    return TuneConfig.model_validate({"model": {"name": "m"}, "devices": "cpu:0-1", **usual, **values})
 
 
 def study(folder: Path, lab: Lab, wanted: TuneConfig, *, resume: bool = False) -> tuple[bool, tuple[Record, ...]]:
@@ -52,8 +51,8 @@ def test_a_study_runs_in_its_order(tmp_path: Path) -> None:
     assert order == ["baseline", "single_stage", "trial", "finalist"]
     assert roles(records) == {"baseline": 3, "single_stage": 1, "trial": 5, "finalist": 6}
     assert [record.params["batch_size"] for record in records[:3] if record.params] == [32, 16, 8]
-    assert lab.calls[0] == "reference"
-    assert lab.calls.count("reference") == 1
+    assert lab.calls[:2] == ["profile", "reference"]
+    assert lab.calls.count("profile") == lab.calls.count("reference") == 1
     # The finals run on a fresh fleet that knows the reference.
     assert lab.starts == 2
     assert lab.calls.count("use_reference") == 1
@@ -143,7 +142,9 @@ def test_a_failed_plan_is_recorded_and_not_run_again(tmp_path: Path) -> None:
     broken = [record for record in trials if isinstance(record.result, Failure)]
     assert broken
     assert len(trials) == 12
-    assert len({record.effective.key for record in trials if record.effective}) == 12
+    assert max(Counter(record.effective.key for record in broken if record.effective).values()) == 1
+    # What broke twice with a trait, and never worked with it, is left alone.
+    assert len(broken) <= 3
 
 
 def test_a_plan_that_lost_its_worker_gets_a_second_chance(tmp_path: Path) -> None:
@@ -162,11 +163,12 @@ def test_a_plan_that_lost_its_worker_gets_a_second_chance(tmp_path: Path) -> Non
 def test_a_plan_that_always_kills_its_worker_gets_no_third_chance(tmp_path: Path) -> None:
     lab = Lab()
     lab.fault = lambda spec, number: (
-        failure(FailureKind.WORKER_DIED) if spec.plan.micro_batch_size == 32 and len(spec.plan.stages) == 2 else None
+        failure(FailureKind.WORKER_DIED) if spec.plan.micro_batch_size == 16 and spec.plan.replicas == 2 else None
     )
     _, records = study(tmp_path / "s", lab, config(n_trials=10))
-    runs = Counter(record.effective.key for record in records if record.role == "trial" and record.effective)
-    assert max(runs.values()) == 2
+    lost = [record for record in records if record.role == "trial" and isinstance(record.result, Failure)]
+    assert lost
+    assert set(Counter(record.effective.key for record in lost if record.effective).values()) == {2}
     finished, again = study(tmp_path / "s", lab, config(n_trials=10), resume=True)
     assert finished
     assert again == records
@@ -295,7 +297,7 @@ def test_a_killed_driver_goes_on_with_what_it_had(tmp_path: Path, after: int) ->
     assert sorted(record.trial_number or 0 for record in trials) == list(range(len(trials)))
     for record in interrupted:
         again = [other for other in measured if other.role == "trial" and other.params == record.params]
-        assert len(again) == 1
+        assert again
     if after > 0:
         assert lab.calls.count("reference") == 1
 
@@ -328,7 +330,8 @@ def test_a_lost_database_is_made_anew(tmp_path: Path) -> None:
     _, records = study(tmp_path / "s", lab, config(n_trials=6), resume=True)
     trials = [record for record in records if record.role == "trial"]
     assert [record.trial_number for record in trials] == list(range(6))
-    assert len({record.effective.key for record in trials if record.effective}) == 6
+    fresh = {record.effective.key for record in trials if record.effective and record.replicate_of is None}
+    assert len(fresh) + sum(record.replicate_of is not None for record in trials) == 6
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -24,8 +24,7 @@ LIMITS = (Constraint.model_validate("p90_ttft_ms<=2000"), Constraint.model_valid
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    (tmp_path / "a {folder}").mkdir()
-    return f"sqlite:///{tmp_path / 'a {folder}/study.db'}"
+    return f"sqlite:///{tmp_path / 'study.db'}"
 
 
 def open_(url: str, space: SearchSpace = SPACE, objectives: tuple[str, ...] = ("output_throughput",)) -> Proposals:
@@ -183,6 +182,14 @@ def test_a_foreign_database_that_fails_is_named_without_its_password() -> None:
     with pytest.raises(StudyError) as caught:
         open_("nosuchdialect://user:secret@host/db")
     assert "secret" not in str(caught.value)
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "a {b} c").mkdir()
+    opened = open_(f"sqlite:///{tmp_path / 'a {b} c/study.db'}")
+    assert opened.start(POINTS[0]) == 0
+    opened.close()
+    assert (tmp_path / "a {b} c/study.db").exists()
 
 
 def test_the_database_is_whole_after_every_step(proposals: Proposals, url: str) -> None:

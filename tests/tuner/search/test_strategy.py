@@ -38,9 +38,7 @@ def throughput(record: Record) -> float:
 @pytest.mark.parametrize("objectives", [("output_throughput",), ("output_throughput", "mean_ttft_ms")])
 def test_replayed_records_give_the_same_proposals(objectives: tuple[str, ...]) -> None:
     options = {"objectives": objectives, "n_trials": 9, "stop_early": False, "seed": 3}
-    records, steps, stop = play(
-        make_strategy(PIPELINES, **options), PIPELINES, before=[single_stage(PIPELINES)]
-    )
+    records, steps, stop = play(make_strategy(PIPELINES, **options), PIPELINES, before=[single_stage(PIPELINES)])
     assert stop is not None
     assert stop.kind == "budget"
     # One by one from the start, by a strategy that never saw anything else; and anew at every length.
@@ -168,7 +166,7 @@ def test_plans_larger_than_one_that_ran_out_of_memory_are_avoided() -> None:
         assert all(needed < wanted for wanted in edge)
         if not isinstance(record.result, Measurement):
             edge.append(needed)
-    assert 0 < len(edge) < 4
+    assert 0 < len(edge) < 6
 
 
 def test_what_breaks_again_and_again_gives_way_to_what_works() -> None:
@@ -216,7 +214,7 @@ def test_an_objective_that_nothing_predicts_is_left_to_tpe_after_the_fast_plans(
         asked.append(1)
         return next((point for point in PIPELINES[0].points() if is_new(point)), None)
 
-    strategy = make_strategy(PIPELINES, objectives=("comm_ms",), n_trials=9, suggest=suggest)
+    strategy = make_strategy(PIPELINES, objectives=("energy_j",), n_trials=9, stop_early=False, suggest=suggest)
     _, steps, stop = play(strategy, PIPELINES)
     assert [step.kind for step in steps] == ["model"] * 3 + ["tpe"] * 6
     assert len(asked) == 6
