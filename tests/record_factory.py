@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench.memory import LayerShape, ModelShape
 from bench.record import (
@@ -82,6 +82,7 @@ def make_measurement(
     noise: float = 0.02,
     mood: float = 1.0,
     hop_s: float = 1.5e-3,
+    slow: Mapping[str, float] | None = None,
     instrument: bool = True,
     notes: tuple[str, ...] = (),
     disturbances: tuple[str, ...] = (),
@@ -93,6 +94,7 @@ def make_measurement(
     Args:
         noise: relative spread of task times.
         mood: factor on all times, for a machine that is slower today.
+        slow: factors on the times of single devices.
         check: None makes a passed one.
     """
     rng = random.Random(
@@ -117,7 +119,10 @@ def make_measurement(
     iterations = []
     for _ in range(num_iters):
         today = mood * rng.uniform(1 - noise, 1 + noise)
-        seen = [_replica_run(plan, tasks, rng, today, noise, hop_s) for tasks in schedules]
+        seen = [
+            _replica_run(plan.replica(replica), tasks, rng, today, noise, hop_s, slow or {})
+            for replica, tasks in enumerate(schedules)
+        ]
         stages = tuple(trace for traces, _ in seen for trace in traces)
         token_times = tuple(moment for traces, _ in seen for moment in traces[-1].compute_end_s)
         iterations.append(
@@ -162,18 +167,25 @@ def make_measurement(
 
 
 def _replica_run(
-    plan: Plan, tasks: Sequence[Task], rng: random.Random, today: float, noise: float, hop_s: float
+    plan: Plan,
+    tasks: Sequence[Task],
+    rng: random.Random,
+    today: float,
+    noise: float,
+    hop_s: float,
+    slow: Mapping[str, float],
 ) -> tuple[list[StageTrace], list[float]]:
     """One iteration of one replica: what its stages did, and their host gaps."""
     durations = [
         [
             today
             * rng.uniform(1 - noise, 1 + noise)
-            * (count + HEAD_LAYERS * (index == len(plan.stages) - 1))
+            * slow.get(stage.device, 1.0)
+            * (stage.num_layers + HEAD_LAYERS * (index == len(plan.stages) - 1))
             * layer_s(task.num_rows, task.num_tokens, is_prefill=task.is_prefill)
             for task in tasks
         ]
-        for index, count in enumerate(plan.layer_counts)
+        for index, stage in enumerate(plan.stages)
     ]
     starts = simulate(tasks, durations, hop_s=hop_s)
     stages, gaps = [], []

@@ -1,4 +1,4 @@
-"""The heap of a CPU worker: what lives as long as a plan is kept apart from what comes and goes in every task.
+"""The memory of a CPU worker: what lives as long as a plan is kept apart from what comes and goes in every task.
 
 glibc learns from frees: once a weight was freed, weights of that size no longer get mappings of their own but lie in
 the heap, between activations, and the holes that plans leave behind stay in memory. So the size from which on an
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -18,6 +20,11 @@ from bench.runtime.packing import PackedLinear, can_pack
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`."""
+_DONTNEED = 4
+"""Advice to `madvise`: the pages are not needed any more."""
+_PAGE = mmap.PAGESIZE
+_COPIED_BYTES = 1 << 22
+"""Of a mapped tensor, so many at a time: no more of it is there twice."""
 _LASTING_BYTES = 1 << 16
 """While weights are loaded, a mapping of its own for everything from this size on."""
 _PASSING_BYTES = 1 << 25
@@ -46,6 +53,46 @@ def trim() -> None:
     """Gives free pages back: without it a plan would inherit the peak of the one before."""
     with contextlib.suppress(OSError, AttributeError):
         _libc().malloc_trim(0)
+
+
+def own(tensors: Iterable[torch.Tensor], folder: Path) -> None:
+    """Copies tensors out of the mapped files of a checkpoint, and forgets the files' pages as soon as they are copied.
+
+    A mapping counts as the process's memory as far as it was read, as long as any tensor of it lives, and once more
+    for every later load.
+    """
+    ranges = _mapped({str(path.resolve()) for path in folder.iterdir()})
+    for tensor in tensors:
+        address = tensor.data_ptr()
+        mapped_end = next((end for begin, end in ranges if begin <= address < end), None)
+        if mapped_end is None:
+            continue
+        source = tensor.data
+        copy = torch.empty_like(source, memory_format=torch.contiguous_format)
+        rows = max(1, _COPIED_BYTES * source.shape[0] // source.nbytes) if source.dim() and source.nbytes else 1
+        for part, target in zip(torch.atleast_1d(source).split(rows), torch.atleast_1d(copy).split(rows), strict=True):
+            target.copy_(part)
+            if part.is_contiguous():
+                _forget(part.data_ptr(), min(part.data_ptr() + part.nbytes, mapped_end))
+        tensor.data = copy
+
+
+def _forget(begin: int, end: int) -> None:
+    """Lets whole pages of a mapped file go; who reads them again gets them from the file."""
+    begin, end = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
+    if end > begin:
+        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+
+
+def _mapped(paths: set[str]) -> list[tuple[int, int]]:
+    """Addresses at which these files are mapped."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        span, _, _, _, _, *path = line.split(maxsplit=5)
+        if path and path[0] in paths:
+            begin, end = span.split("-")
+            ranges.append((int(begin, 16), int(end, 16)))
+    return ranges
 
 
 @torch.inference_mode()

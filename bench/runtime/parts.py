@@ -13,6 +13,7 @@ from bench.errors import ModelError
 from bench.models.dummy import init_dummy_weights
 from bench.models.layers import find_layers
 from bench.models.resolve import ResolvedModel
+from bench.runtime import heap
 from bench.runtime.standins import SkipLayer, StubEmbedding, StubHead
 
 
@@ -168,13 +169,5 @@ class Parts:
                 "it is incomplete or of another architecture than its config says"
             )
         if self._device.type == "cpu":
-            _leave_file(model)
+            heap.own((*model.parameters(), *model.buffers()), self._resolved.folder)
         return model.eval()
-
-
-def _leave_file(model: nn.Module) -> None:
-    """Copies tensors out of the checkpoint's mapping: it would stay in memory, whole as far as it was read, as long as
-    any one of them lives, and once more for every later load."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            tensor.data = tensor.data.clone()

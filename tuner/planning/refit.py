@@ -17,8 +17,9 @@ from bench.memory import ModelShape
 from bench.spec import device_kind
 from tuner.planning.cost import TOKEN_BYTES, CostModel
 from tuner.planning.observation import Observation, observe
+from tuner.planning.priors import PRIORS, Widths
 from tuner.planning.refitted import RefittedCosts
-from tuner.planning.regression import PRIORS, Rows, Widths
+from tuner.planning.regression import Rows
 
 __all__ = ["Observation", "RefittedCosts", "observe", "refit"]
 
@@ -34,13 +35,13 @@ def refit(model: CostModel, observations: Sequence[Observation], priors: Sequenc
 
     Args:
         model: over uncorrected costs.
-        priors: the one under which the observations are likeliest is taken (the evidence, by Laplace's approximation).
+        priors: how far off costs may be.
     """
     if not any(observation.tasks for observation in observations):
         return model
     groups = layer_groups(model.shape)
     rows = Rows(model.costs, groups, observations)
-    terms = max((rows.fit(widths) for widths in priors), key=lambda fit: fit[0])[1]
+    terms = rows.fit(priors)
     hop_log, hop_slope, hop_bytes = _fit_hops(model, observations)
     costs = RefittedCosts(
         base=model.costs,

@@ -1,22 +1,20 @@
 """The regression behind `refit`: measured times of tasks on the terms of `refitted`, under a prior.
 
-All terms have normal priors about zero (`Widths`). The fit is the mode of their posterior given the logs of the times
+All terms have normal priors about zero (`priors`). The fit is the mode of their posterior given the logs of the times
 measured, found by Gauss–Newton steps with Huber's weights (P. J. Huber, Robust Statistics, 1981, ch. 7), so that single
 odd times count for little. Each record has a term of its own for the machine's mood while it ran, with a tail that lets
 a disturbed run be slow as a whole; each set of execution switches has one against the common one. At zero the prior
-costs nothing, and no step is taken that raises the objective: so the misfit on what was seen is never above that of the
-uncorrected costs. Of two priors the one is better under which the times are likelier: its evidence, by Laplace's
-approximation (D. J. C. MacKay, Neural Computation 4, 1992).
+costs nothing, and no step is taken that raises the objective: so no mode explains what was seen worse than the
+uncorrected costs do. How wide a prior should be depends on where these are from: several are tried, and their modes
+averaged by the evidence for each, in Laplace's approximation (D. J. C. MacKay, Neural Computation 4, 1992).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,6 +22,7 @@ from bench.spec import StagePlan
 from tuner.planning.contention import Contention
 from tuner.planning.costs import Costs, TaskKind
 from tuner.planning.observation import Observation
+from tuner.planning.priors import PRIORS, Widths
 from tuner.planning.refitted import (
     SMALLEST,
     Floats,
@@ -38,66 +37,6 @@ from tuner.planning.refitted import (
 )
 from tuner.planning.spans import TaskSpan
 
-
-@dataclass(frozen=True, kw_only=True)
-class Widths:
-    """Standard deviations of the terms before anything is seen; logs (0.1 is a tenth), but for `extra`."""
-
-    all: float
-    phase: float
-    device: float
-    device_phase: float
-    size: float
-    """Of the step of the curve over sizes, each doubling."""
-    cell: float
-    """Of one size on one device."""
-    group: float
-    """Of layers of one shape against the others, in each phase."""
-    ends: float
-    """Of a stage's ends against its layers, by phase and place in the pipeline."""
-    extra: float
-    """In times of the smallest task of one layer, by phase and place in the pipeline."""
-    contention: float = 0.1
-    """Of what others cost a task while all compute, by phase."""
-    switches: float = 0.5
-    """Of one set of execution switches against the common one, in each phase."""
-    mood: float = 0.03
-    """Of one record against the others."""
-    task: float = 0.02
-    """Of the time of one kind of task on one stage, however many of them ran."""
-    single_task: float = 0.10
-    """Of one task."""
-
-
-MEASURED = Widths(
-    all=0.05,
-    phase=0.04,
-    device=0.04,
-    device_phase=0.02,
-    size=0.02,
-    cell=0.02,
-    group=0.04,
-    ends=0.1,
-    extra=0.3,
-)
-"""For costs that were measured part by part: a whole pipeline differs from its parts by some hundredths."""
-SCALED = dataclasses.replace(MEASURED, all=1.0)
-"""The same, but the machine was slower or faster as a whole while they were measured."""
-NOMINAL = Widths(
-    all=1.0,
-    phase=0.3,
-    device=0.05,
-    device_phase=0.03,
-    size=0.1,
-    cell=0.02,
-    group=0.2,
-    ends=0.3,
-    extra=1.0,
-)
-"""For nominal rates, which may be far off, and in other ways for small and for large tasks; devices are alike."""
-UNLIKE = dataclasses.replace(NOMINAL, device=0.5, device_phase=0.2)
-"""The same for devices that are not."""
-PRIORS = (MEASURED, SCALED, NOMINAL, UNLIKE)
 HUBER = 1.5
 """Deviations beyond so many standard deviations count linearly."""
 _DISTURBED = 3.0
@@ -188,9 +127,18 @@ class Rows:
         prefill, decode = (max(0.0, terms.get(("contention", is_decode), 0.0)) for is_decode in (False, True))
         return Contention(prefill=prefill, decode=decode, devices=self.devices)
 
-    def fit(self, widths: Widths) -> tuple[float, dict[Term, float]]:
-        """The mode of the posterior under a prior, behind the log of the evidence for that prior."""
-        problem = _Problem(self, widths)
+    def fit(self, priors: Sequence[Widths] = PRIORS) -> dict[Term, float]:
+        """The mode of the posterior under each prior, averaged by how likely the times are under each."""
+        fits = [self._mode(_Problem(self, widths)) for widths in priors]
+        logs = np.array(
+            [log_evidence + widths.log_odds for (log_evidence, _), widths in zip(fits, priors, strict=True)]
+        )
+        shares = np.exp(logs - logs.max())
+        values = sum(share * values for share, (_, values) in zip(shares / shares.sum(), fits, strict=True))
+        return dict(zip(self.columns, np.asarray(values).tolist(), strict=True))
+
+    def _mode(self, problem: _Problem) -> tuple[float, Floats]:
+        """Of the posterior, behind the log of the evidence for its prior."""
         values = np.zeros(len(self.columns))
         objective = problem.objective(values)
         for _ in range(_MOST_STEPS):
@@ -205,7 +153,7 @@ class Rows:
             values, gained, objective = values + step, objective - after, after
             if gained <= _SMALL_STEP * (1.0 + objective):
                 break
-        return problem.log_evidence(values), dict(zip(self.columns, values.tolist(), strict=True))
+        return problem.log_evidence(values), values
 
 
 def _middles(observations: Sequence[Observation]) -> tuple[int, int]:

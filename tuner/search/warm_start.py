@@ -94,8 +94,8 @@ def read_warm_start(
 
 
 def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Sequence[str]) -> Point | None:
-    """The point of the space that runs like a plan under the largest cap, with cuts of its own where no partition listed
-    is the plan's; None where there is none.
+    """The point that runs like a plan under the largest cap, with cuts of its own where the space does not list the
+    plan's partition; None where there is none.
 
     Args:
         devices: of the study that the plan is from, in order.

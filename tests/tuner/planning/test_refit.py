@@ -132,7 +132,7 @@ def test_layers_of_one_shape_are_told_from_those_of_another() -> None:
     shape = shape.model_copy(update={"layers": (dense,) * 15 + (other,) * 15})
     model = make_model(shape=shape)
     true = dataclasses.replace(model, costs=HalfSlow())
-    observations = [slowed(learn(make_plan((first, 30 - first), 16)), true) for first in (12, 15, 18)]
+    observations = [slowed(learn(make_plan((first, 30 - first), 16)), true) for first in (10, 12, 15, 18, 20)]
     refitted = refit(model, observations)
     kind = TaskKind(16, 1, 70)
     layers = refitted.costs.layers_s("cpu:0", kind)

@@ -12,14 +12,24 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bench import metrics
 from bench.errors import FleetError, ModelError, NothingFeasibleError, StudyError
+from bench.profile import Profile
 from bench.record import Failure, FailureKind, Measurement, Record
 from bench.spec import RunSpec
 from tests.tuner.fake_fleet import Lab, failure
 from tuner.config import TuneConfig
+from tuner.planning.cost import CostModel
+from tuner.planning.profiled import ProfiledCosts
 from tuner.progress import PlainReporter, SilentReporter
 from tuner.search.driver import baseline_batch_sizes, rank_study, run_study
+from tuner.search.log import SearchLog
+from tuner.search.proposals import Proposals
+from tuner.search.resolver import Resolver
+from tuner.search.space import SearchSpace
+from tuner.search.strategy import Proposal, Strategy
 from tuner.store import StudyStore, load_records, was_interrupted
+from tuner.study_files import read
 
 MIB = 2**20
 
@@ -59,8 +69,93 @@ def test_a_study_runs_in_its_order(tmp_path: Path) -> None:
     assert load_records(tmp_path / "s") == records
     trials = [record for record in records if record.role == "trial"]
     assert [record.trial_number for record in trials] == [0, 1, 2, 3, 4]
-    assert len({record.effective.key for record in trials if record.effective}) == 5
+    assert len({record.effective.key for record in trials if record.effective}) >= 4
     assert {record.spec.model.revision for record in trials if record.spec} == {lab.revision}
+
+
+def test_a_study_is_profiled_once_and_keeps_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab()
+    study(tmp_path / "s", lab, config(n_trials=2, finalists=0))
+    profile = Profile.model_validate_json((tmp_path / "s/profile.json").read_bytes())
+    assert profile.of("cpu:0").layers[0].layers == tuple(range(30))
+    # Another study on this machine finds it in the cache, and a resume beside its records.
+    study(tmp_path / "other", lab, config(n_trials=2, finalists=0))
+    monkeypatch.setenv("PIPETUNE_CACHE", str(tmp_path / "empty"))
+    study(tmp_path / "s", lab, config(n_trials=3, finalists=0), resume=True)
+    assert lab.calls.count("profile") == 1
+    assert (tmp_path / "other/profile.json").read_bytes() == (tmp_path / "s/profile.json").read_bytes()
+
+
+def test_a_profile_makes_the_first_prediction_good(tmp_path: Path) -> None:
+    _, records = study(tmp_path / "s", Lab(), config(n_trials=4, finalists=0))
+    log = read(tmp_path / "s/search.json", SearchLog)
+    measured = {record.trial_number: record.result for record in records if record.role == "trial"}
+    for entry in log.entries:
+        result = measured[entry.trial_number]
+        assert isinstance(result, Measurement)
+        throughput = metrics.derive(result)["output_throughput"]
+        assert entry.predicted["output_throughput"] == pytest.approx(throughput, rel=0.1)
+
+
+def test_a_profile_that_fails_is_no_reason_to_stop(tmp_path: Path) -> None:
+    lab = Lab()
+    lab.profile_fault = failure(FailureKind.OUT_OF_MEMORY)
+    finished, records = study(tmp_path / "s", lab, config(n_trials=2))
+    assert finished
+    assert roles(records)["trial"] == 2
+    assert not (tmp_path / "s/profile.json").exists()
+    _, more = study(tmp_path / "t", lab, config(n_trials=1, profile=False, finalists=0))
+    assert lab.calls.count("profile") == 1
+    assert roles(more)["trial"] == 1
+
+
+def test_the_diary_says_why_each_trial_ran_why_the_search_ended_and_where_the_time_went(tmp_path: Path) -> None:
+    _, records = study(tmp_path / "s", Lab(), config(n_trials=30, stop_early=True))
+    log = read(tmp_path / "s/search.json", SearchLog)
+    trials = [record for record in records if record.role == "trial"]
+    assert [entry.trial_number for entry in log.entries] == [record.trial_number for record in trials]
+    assert [entry.point for entry in log.entries] == [record.params for record in trials]
+    assert all(entry.reason and entry.predicted["output_throughput"] > 0 for entry in log.entries)
+    assert len(trials) < 30
+    assert log.stop is not None
+    assert log.stop.kind == "converged"
+    assert set(log.seconds) == {
+        *("start", "profile", "reference", "baseline", "single_stage", "trials", "search", "finals")
+    }
+
+
+def test_replaying_a_studys_records_gives_its_proposals(tmp_path: Path) -> None:
+    lab = Lab()
+    _, records = study(tmp_path / "s", lab, config(n_trials=10, finalists=0))
+    log = read(tmp_path / "s/search.json", SearchLog)
+    space = read(tmp_path / "s/space.json", SearchSpace)
+    profile = read(tmp_path / "s/profile.json", Profile)
+    workload = config().workload
+    fleet = lab.start(config().model, ("cpu:0", "cpu:1"))
+    lens = fleet.prompt_lens(workload)
+    proposals = Proposals(
+        f"sqlite:///{tmp_path / 'replay.db'}", space, objectives=("output_throughput",), constraints=(), seed=0
+    )
+    strategy = Strategy(
+        space,
+        CostModel.of_workload(lab.shape, workload, lens, ProfiledCosts(profile)),
+        Resolver.of_workload(lab.shape, workload, lens, fleet.device_bytes),
+        objectives=("output_throughput",),
+        constraints=(),
+        n_trials=10,
+        seed=0,
+        stop_early=False,
+        suggest=proposals.suggest,
+    )
+    first = next(record.number for record in records if record.role == "trial")
+    for entry, record in zip(log.entries, records[first:], strict=True):
+        step = strategy.next(records[: record.number])
+        assert isinstance(step, Proposal)
+        assert (step.point, step.kind, step.reason) == (entry.point, entry.kind, entry.reason)
+        assert step.predicted == pytest.approx(entry.predicted)
+        assert proposals.start(step.point) == record.trial_number
+        proposals.tell(record)
+    proposals.close()
 
 
 def test_replicas_are_tried_beside_pipelines(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def trials(url: str) -> list[optuna.trial.FrozenTrial]:
     return found
 
 
-def record(number: int, point: Point, result: Outcome | None = None) -> Record:
+def record(number: int | None, point: Point, result: Outcome | None = None) -> Record:
+    assert number is not None
     plan = SPACE.plan(point)
     made = make_record(number, "trial", plan, result or make_measurement(plan), trial_number=number)
     return made.model_copy(update={"params": dict(point)})

@@ -42,7 +42,7 @@ def config(url: str | None, devices: str, **values: Any) -> TuneConfig:
             "devices": devices,
             "storage": url,
             "shared_study": "nightly",
-            "n_trials": 8,
+            "n_trials": 6,
             "space": {"micro_batch_sizes": [8, 16, 32], "prefill_micro_batch_sizes": [8, 16]},
             "stop_early": False,
             "profile": False,
@@ -118,6 +118,7 @@ def count(folder: Path) -> int:
     return len(list((folder / "records").glob("[0-9]*.json")))
 
 
+@pytest.mark.e2e
 def test_two_processes_search_one_space_and_both_end_with_all_of_it(tmp_path: Path, database: str) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     finish(
@@ -126,7 +127,7 @@ def test_two_processes_search_one_space_and_both_end_with_all_of_it(tmp_path: Pa
     )
     at_a, at_b = load_records(a), load_records(b)
     for records in (at_a, at_b):
-        assert sorted(record.trial_number or 0 for record in trials(records)) == list(range(8))
+        assert sorted(record.trial_number or 0 for record in trials(records)) == list(range(6))
         assert {record.source is None for record in trials(records)} == {True, False}
         own = [record for record in records if record.source is None]
         assert sum(record.role == "baseline" for record in own) == 1
@@ -142,31 +143,32 @@ def test_two_processes_search_one_space_and_both_end_with_all_of_it(tmp_path: Pa
     assert [space.pop("devices") for space in spaces] == [["cpu:0", "cpu:1"], ["cpu:2", "cpu:3"]]
     assert spaces[0] == spaces[1]
     # The folder is whole without the others and their database.
-    alone = config(None, "cpu:0-1", shared_study=None, n_trials=10)
+    alone = config(None, "cpu:0-1", shared_study=None, n_trials=7)
     finish(start(a, alone, 0.0, resume=True))
-    assert len(trials(load_records(a))) == 10
+    assert len(trials(load_records(a))) == 7
     assert never_twice(a, b)
 
 
+@pytest.mark.e2e
 def test_a_killed_process_costs_the_others_nothing_but_its_lease(tmp_path: Path, database: str) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     victim = start(a, config(database, "cpu:0-1"), 0.05, hang_at=4)
     # The baseline, the single stage and three trials; the fourth hangs.
     wait_for(lambda: count(a) == 5)
-    survivor = start(b, config(database, "cpu:2-3", n_trials=8), 0.05)
+    survivor = start(b, config(database, "cpu:2-3"), 0.05)
     wait_for(lambda: b.exists() and count(b) >= 6)
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
     victim.join(10)
     finish(survivor)
     at_b = load_records(b)
-    assert len(keys(at_b)) == 8
+    assert len(keys(at_b)) == 6
     assert never_twice(b, a)
     assert any(record.role == "finalist" for record in at_b)
     # Whoever was killed goes on by a resume, and ends with all of it too.
-    finish(start(a, config(database, "cpu:0-1", n_trials=9), 0.05, resume=True))
+    finish(start(a, config(database, "cpu:0-1", n_trials=7), 0.05, resume=True))
     at_a = load_records(a)
-    assert len(keys(at_a)) == 9
+    assert len(keys(at_a)) == 7
     assert never_twice(a, b)
     assert set(keys(at_b)) <= set(keys(at_a))
 

@@ -196,14 +196,13 @@ def test_memory_may_be_a_constraint_though_no_schedule_tells_it() -> None:
 
 
 def test_several_objectives_are_weighed_anew_for_every_trial() -> None:
-    options = {"objectives": ("output_throughput", "mean_ttft_ms"), "n_trials": 12, "stop_early": False}
+    options = {"objectives": ("output_throughput", "mean_tpot_ms"), "n_trials": 12, "stop_early": False}
     records, *_ = play(make_strategy(PIPELINES, **options), PIPELINES)
     found = [metrics.derive(record.result) for record in records]  # type: ignore[arg-type]
-    best = max(values["output_throughput"] for values in found)
-    quickest = min(values["mean_ttft_ms"] for values in found)
-    both = [v for v in found if v["output_throughput"] > 0.99 * best and v["mean_ttft_ms"] < 1.01 * quickest]
-    assert not both
-    assert max(values["mean_ttft_ms"] for values in found) > 1.2 * quickest
+    fastest = max(found, key=lambda values: values["output_throughput"])
+    quickest = min(found, key=lambda values: values["mean_tpot_ms"])
+    assert fastest["output_throughput"] > 1.03 * quickest["output_throughput"]
+    assert fastest["mean_tpot_ms"] > 1.03 * quickest["mean_tpot_ms"]
     assert len({record.effective.key for record in records if record.effective}) >= 9
 
 
