@@ -15,7 +15,7 @@ SHAPE = make_shape()
 
 def record(number: int, factors: tuple[float, float]) -> Record:
     """A run whose stages took so many times what is predicted of them."""
-    plan = make_plan()
+    plan = make_plan((17, 13))
     measured = make_measurement(plan)
     in_flight = make_effective(plan).in_flight
     memory = []
@@ -24,7 +24,7 @@ def record(number: int, factors: tuple[float, float]) -> Record:
             SHAPE, plan, index, prompt_len=max(measured.prompt_lens), output_len=measured.output_len
         ).total(in_flight)
         memory.append(stage.model_copy(update={"peak_bytes": BASE + int(factor * need), "baseline_bytes": BASE}))
-    return make_record(number, plan=plan, result=measured.model_copy(update={"memory": tuple(memory)}))
+    return make_record(number, "trial", plan, measured.model_copy(update={"memory": tuple(memory)}))
 
 
 def test_errors_are_signed_and_the_worst_of_either_side_is_kept() -> None:
@@ -39,7 +39,7 @@ def test_errors_are_signed_and_the_worst_of_either_side_is_kept() -> None:
 
 
 def test_failures_are_left_out() -> None:
-    failed = make_record(1, result=make_failure())
+    failed = make_record(1, "trial", make_plan((17, 13)), make_failure())
     (first, _) = memory_errors(SHAPE, [record(0, (1.0, 1.0)), failed])
     assert first.runs == 1
     assert isinstance(record(0, (1.0, 1.0)).result, Measurement)
