@@ -17,7 +17,7 @@ EDGE_DEPTH = 2
 """Messages that the rings at a stage's ends hold, each."""
 CPU_FREE_SHARE = 0.25
 """Of activations: what glibc's heap holds of free pieces between them."""
-CPU_WORKSPACE_BYTES = 34 * 2**20
+CPU_WORKSPACE_BYTES = 42 * 2**20
 """What a CPU worker keeps once it has run tasks of a model: modules, generated kernels, pieces of the heap."""
 
 

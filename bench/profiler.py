@@ -38,14 +38,14 @@ from bench.runtime.repeats import repeat
 
 ENOUGH_S = 0.6
 """Of whole tasks of a kind, over all rounds; at least `MIN_SAMPLES` and at most `MAX_SAMPLES` of them."""
-MIN_SAMPLES, MAX_SAMPLES = 6, 30
+MIN_SAMPLES, MAX_SAMPLES = 4, 30
 ROUNDS = 3
 """The kinds are gone through so often, each time in another order: a machine's mood changes within seconds."""
 LONG_S = 0.05
 """A task that takes longer is not slowed by hooks, so that those runs count as well; nor is one run cold by much."""
-CONTENTION_KINDS, CONTENTION_ROUNDS, CONTENTION_DEVICES = 3, 3, 4
-"""So many kinds of each phase are also timed alone, so often, on so many of the devices."""
-CONTENTION_TASK_S = 0.3
+CONTENTION_KINDS, CONTENTION_DEVICES = 3, 4
+"""So many kinds of each phase are also timed alone, on so many of the devices."""
+CONTENTION_TASK_S = 0.08
 """Kinds that take longer are left out there."""
 BURST_S = 0.08
 """Of tasks alone or together, one burst behind the other, so that they see the same mood of the machine."""
@@ -85,7 +85,8 @@ class Profiler:
         self.packed_weights, self.cuda_graphs = packed_weights, cuda_graphs
         self.pad_token_id = pad_token_id
         self._filled: SlotCache | None = None
-        self._contention: dict[bool, float | None] = {}
+        self._bursts: dict[Kind, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        """Of some kinds, seconds of tasks on all devices together, and on this one alone."""
 
     def run(self) -> dict[str, Any]:
         """`devices`, `contention`, `links`, `notes` and `took_s`, or a `failure`, as JSON; of use on rank 0 alone."""
@@ -114,12 +115,16 @@ class Profiler:
             runner.loop = None
         runner.free()
         own = _device_profile(runner.device.name, scope.kinds, windows, alike)
+        contention = {
+            "prefill": self._contention(is_decode=False),
+            "decode": self._contention(is_decode=True),
+        }
         rows = runner.control.gather({"device": own.model_dump(mode="json"), "notes": list(notes)})
         # Workers that share a GPU saw the same; one of them speaks for it.
         devices = {row["device"]["device"]: row["device"] for row in reversed(rows)}
         return {
             "devices": [devices[name] for name in dict.fromkeys(runner.devices)],
-            "contention": {"prefill": self._contention.get(False), "decode": self._contention.get(True)},
+            "contention": contention,
             "links": [link.model_dump(mode="json") for link in links],
             "notes": list(dict.fromkeys(note for row in rows for note in row["notes"])),
             "took_s": round(time.perf_counter() - began, 3),
@@ -150,41 +155,38 @@ class Profiler:
                         self._time(loop, kind, 1)
                     missing = seen[kind].wanted - len(seen[kind].whole_s)
                     seen[kind].whole_s += self._time(loop, kind, max(1, missing // (ROUNDS - number)))
-        if done == 0 and len(runner.devices) > 1:
-            for is_decode in (False, True):
-                kinds = [kind for kind in scope.kinds if kind.is_decode == is_decode]
-                self._contention[is_decode] = self._contend(loop, {kind: seen[kind].slowest_s for kind in kinds})
+            if done == 0 and len(runner.devices) > 1:
+                for kind in _contending(seen):
+                    self._contend(loop, kind, max(3, round(BURST_S / seen[kind].slowest_s)))
         return {kind: _times_of(one, window) for kind, one in seen.items()}
 
-    def _contend(self, loop: StageLoop, task_s: dict[Kind, float]) -> float | None:
+    def _contend(self, loop: StageLoop, kind: Kind, burst: int) -> None:
+        """Times a burst of tasks on all devices together, and then on one after the other alone."""
+        control = self.runner.control
+        last = control.world_size - 1
+        turns = sorted({place * last // (CONTENTION_DEVICES - 1) for place in range(CONTENTION_DEVICES)})
+        burst = min(burst, MAX_SAMPLES)
+        together, alone = self._bursts[kind]
+        with undisturbed():
+            self._time(loop, kind, 1)
+            together += self._time(loop, kind, burst)
+            for rank in turns:
+                control.barrier()
+                if control.rank == rank:
+                    alone += [end - start for start, end in self._spans(loop, kind, burst, together=False)]
+            control.barrier()
+
+    def _contention(self, *, is_decode: bool) -> float | None:
         """Logarithm of how much longer tasks take while all devices compute than while one does; None without tasks.
 
-        Args:
-            task_s: of each kind, on the slowest device.
+        By lower quartiles: whatever else runs on the machine can only make tasks longer, those alone above all.
         """
-        control = self.runner.control
-        count = control.world_size
-        turns = sorted({place * (count - 1) // (CONTENTION_DEVICES - 1) for place in range(CONTENTION_DEVICES)})
-        found = []
-        ranked = sorted(task_s, key=lambda kind: task_s[kind])
-        short = [kind for kind in ranked if task_s[kind] <= CONTENTION_TASK_S] or ranked[:1]
-        places = (
-            {place * (len(short) - 1) // (CONTENTION_KINDS - 1) for place in range(CONTENTION_KINDS)} if short else ()
-        )
-        for kind in [short[place] for place in sorted(places)]:
-            together, alone = [], []
-            burst = min(max(round(BURST_S / task_s[kind]), 2), MAX_SAMPLES)
-            self._time(loop, kind, 1)
-            for _ in range(CONTENTION_ROUNDS):
-                together += self._time(loop, kind, burst)
-                for rank in turns:
-                    control.barrier()
-                    if control.rank == rank:
-                        alone += [end - start for start, end in self._spans(loop, kind, burst, together=False)]
-                control.barrier()
-            if alone:
-                found.append(math.log(statistics.median(together) / statistics.median(alone)))
-        ratios = [ratio for row in control.gather(found) for ratio in row]
+        found = [
+            math.log(_lower_quartile(together) / _lower_quartile(alone))
+            for kind, (together, alone) in self._bursts.items()
+            if kind.is_decode == is_decode and alone
+        ]
+        ratios = [ratio for row in self.runner.control.gather(found) for ratio in row]
         return round(max(0.0, statistics.median(ratios)), 4) if ratios else None
 
     def _begin(self, loop: StageLoop, kind: Kind, seen: _Seen) -> None:
@@ -246,6 +248,22 @@ def _alike(runner: Runner) -> tuple[int, ...]:
             signature = (runner.shape.layers[index], modules, parameters, index in idle)
             found.append(kinds.setdefault(signature, len(kinds)))
     return tuple(runner.control.broadcast(found))
+
+
+def _contending(seen: dict[Kind, _Seen]) -> list[Kind]:
+    """Some kinds of each phase, the shortest among them: what is to be told of long ones would take long as well."""
+    chosen: list[Kind] = []
+    for is_decode in (False, True):
+        ranked = sorted((one.slowest_s, kind) for kind, one in seen.items() if kind.is_decode == is_decode)
+        short = [kind for slowest_s, kind in ranked if slowest_s <= CONTENTION_TASK_S]
+        short = short or [kind for _, kind in ranked[:1]]
+        places = {place * (len(short) - 1) // (CONTENTION_KINDS - 1) for place in range(CONTENTION_KINDS)}
+        chosen += [short[place] for place in sorted(places) if short]
+    return chosen
+
+
+def _lower_quartile(seconds: Sequence[float]) -> float:
+    return statistics.quantiles(seconds, n=4, method="inclusive")[0]
 
 
 def _times_of(seen: _Seen, window: range) -> _Times:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
+
 from bench.control import ControlGroup
 from bench.memory import ModelShape
 from bench.models.resolve import ResolvedModel
@@ -56,7 +58,7 @@ class Runner:
         self.report = report
         self.device_bytes = device_bytes
         self.baseline_bytes = 0
-        """What the process took before any model was loaded; the worker says, once all that stays is there."""
+        """What the process took when last no model was loaded."""
         self.stage = Stage(resolved, device.torch_device)
         message_bytes = self.stage.message_values * self.stage.message_dtype.itemsize
         if message_bytes != shape.crossing_bytes:
@@ -161,6 +163,11 @@ class Runner:
         """Gives memory that nothing holds any more back to the device, where other workers may want it."""
         gc.collect()
         self.device.free_cached()
+
+    def take_baseline(self) -> None:
+        """Notes what the process takes now, while no model is loaded."""
+        self.free()
+        self.baseline_bytes = psutil.Process().memory_info().rss
 
     def parts(self, job: Job) -> tuple[Job | None, ...]:
         """Each replica's part of a job; None where there are fewer prompts than replicas."""

@@ -40,7 +40,6 @@ class Worker:
     def __init__(self, args: argparse.Namespace, link: DriverLink) -> None:
         import datetime as dt
 
-        import psutil
         import torch
         import torch.distributed as dist
 
@@ -112,8 +111,7 @@ class Worker:
         self.serving = Serving(self.runner, self.tokens)
         self._unsplit: Any = None
         device.touch_libraries(self.runner.stage.dtype)
-        self.runner.free()
-        self.runner.baseline_bytes = psutil.Process().memory_info().rss
+        self.runner.take_baseline()
 
     def serve(self) -> None:
         """Carries out commands until told to exit."""
@@ -304,7 +302,8 @@ class Worker:
         """Frees the unsplit model, which may lie on every GPU, before any rank loads a stage."""
         if self._unsplit is not None:
             self._unsplit = None
-            self.runner.free()
+            # No stage is held beside it, so that what it leaves behind is the process's own.
+            self.runner.take_baseline()
         self.control.barrier()
 
     def _unless_out_of_memory(self, work: Any) -> dict[str, Any] | None:

@@ -189,9 +189,12 @@ def grid_for(
         chunk_sizes: tokens of a prompt that may be prefilled together; None for whole prompts.
         devices: of the fleet, which decide how large a task may be.
     """
-    most_tokens = most_tokens_on(devices)
     longest, mean = max(prompt_lens), round(sum(prompt_lens) / len(prompt_lens))
     sizes = {min(size, len(prompt_lens)) for size in (*micro_batch_sizes, *prefill_sizes)}
+    # A study's own largest task is worth timing, if it takes no more than twice as long as the largest that is enough.
+    enough = most_tokens_on(devices)
+    largest = max(sizes) * longest
+    most_tokens = largest if enough < largest <= 2 * enough else enough
     chunks = sorted({size for size in chunk_sizes if size is not None and size < longest})
     lengths = sorted({min(length, most_tokens) for length in (mean, longest, *chunks)})
     # In a micro-batch of unlike prompts the longest one decides; short ones come together, at the end.

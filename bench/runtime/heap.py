@@ -70,8 +70,10 @@ def own(tensors: Iterable[torch.Tensor], folder: Path) -> None:
         source = tensor.data
         copy = torch.empty_like(source, memory_format=torch.contiguous_format)
         rows = max(1, _COPIED_BYTES * source.shape[0] // source.nbytes) if source.dim() and source.nbytes else 1
-        flat = (one.reshape(1) if one.dim() == 0 else one for one in (source, copy))
-        for part, target in zip(*(one.split(rows) for one in flat), strict=True):
+        if source.dim() == 0:
+            copy.copy_(source)
+        for first in range(0, source.shape[0] if source.dim() else 0, rows):
+            part, target = source[first : first + rows], copy[first : first + rows]
             target.copy_(part)
             if part.is_contiguous():
                 _forget(part.data_ptr(), min(part.data_ptr() + part.nbytes, mapped_end))

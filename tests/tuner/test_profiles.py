@@ -175,6 +175,11 @@ def test_a_grid_holds_what_the_plans_of_a_workload_do() -> None:
     assert grid_for(workload, lens, (4,), (4,), devices=("cuda:0", "cuda:1")).max_tokens > 1024
 
 
+def test_a_largest_task_of_twice_what_is_enough_is_timed_itself() -> None:
+    assert grid_for(Workload(), (68,) * 16, (16,), (4,)).max_tokens == 16 * 68
+    assert grid_for(Workload(), (68,) * 32, (32,), (4,)).max_tokens == 1024
+
+
 def test_one_length_is_neither_padded_nor_drawn_out() -> None:
     grid = grid_for(Workload(output_len=1), (48,) * 8, (8,), (8,))
     assert (grid.rows, grid.lengths, grid.pasts, grid.padded) == ((8,), (48,), (), False)

@@ -19,7 +19,7 @@ from tuner.search.acquisition import even_weights
 from tuner.search.build import build_space, count_raw_partitions
 from tuner.search.driver import baseline_batch_sizes
 from tuner.search.history import History
-from tuner.search.outlook import Lookout
+from tuner.search.lookout import Lookout
 from tuner.search.resolver import Resolver
 from tuner.search.space import SearchSpace
 from tuner.search.study_costs import kept_costs

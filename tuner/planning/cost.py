@@ -21,6 +21,7 @@ from tuner.planning.contention import Contention
 from tuner.planning.costs import Costs, TaskKind
 from tuner.planning.nominal import NominalCosts
 from tuner.planning.prediction import Prediction, Run, predictions_of
+from tuner.planning.profiled import ProfiledCosts
 from tuner.planning.simulation import Course, course_of, simulate_plans
 
 Floats = npt.NDArray[np.float64]
@@ -72,6 +73,7 @@ class CostModel:
             prompt_lens=tuple(prompt_lens),
             output_len=workload.generated_len,
             costs=NominalCosts(shape, scores=workload.generated_len == 0) if costs is None else costs,
+            contention=costs.contention if isinstance(costs, ProfiledCosts) else None,
         )
 
     @property

@@ -61,7 +61,7 @@ RATES: Mapping[str, Rates] = {
         hop_bytes_per_s=2e10,
     ),
 }
-"""By kind of device."""
+"""By kind of device; of a CPU, one core with packed weights in fp32."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from bench.profile import DeviceProfile, Profile, TaskTime
+from tuner.planning.contention import Contention
 from tuner.planning.costs import TaskKind
 
 Floats = npt.NDArray[np.float64]
@@ -42,6 +43,14 @@ class ProfiledCosts:
         self.profile = profile
         self._devices = {one.device: _Device(one, profile.shape.num_layers, profile.scores) for one in profile.devices}
         self._links = {(link.source, link.target): link for link in profile.links}
+
+    @property
+    def contention(self) -> Contention | None:
+        """What the devices lose to each other; None where that was not measured."""
+        prefill, decode = self.profile.contention.prefill, self.profile.contention.decode
+        if len(self._devices) < 2 or (prefill is None and decode is None):
+            return None
+        return Contention(prefill=prefill or 0.0, decode=decode or 0.0, devices=len(self._devices))
 
     def layers_s(self, device: str, kind: TaskKind) -> Floats:
         """`[num_layers]`, of each layer if it lay on the device.

@@ -40,7 +40,7 @@ def refit(model: CostModel, observations: Sequence[Observation], priors: Sequenc
     if not any(observation.tasks for observation in observations):
         return model
     groups = layer_groups(model.shape)
-    rows = Rows(model.costs, groups, observations)
+    rows = Rows(model.costs, groups, observations, model.contention)
     terms = rows.fit(priors)
     hop_log, hop_slope, hop_bytes = _fit_hops(model, observations)
     costs = RefittedCosts(

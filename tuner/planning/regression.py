@@ -48,10 +48,25 @@ _SMALL_STEP = 1e-4
 class Rows:
     """The regression's rows: the time of a kind of task on a stage of a record each."""
 
-    def __init__(self, base: Costs, groups: Sequence[int], observations: Sequence[Observation]) -> None:
+    def __init__(
+        self,
+        base: Costs,
+        groups: Sequence[int],
+        observations: Sequence[Observation],
+        measured: Contention | None = None,
+    ) -> None:
+        """
+        Args:
+            measured: what devices lose to each other, as far as it is known: what is fitted comes on top.
+        """
         self.base = base
-        self.devices = max(len(observation.effective.plan.devices) for observation in observations)
-        """In the largest plan seen."""
+        self.measured = measured or Contention(
+            prefill=0.0,
+            decode=0.0,
+            devices=max(len(observation.effective.plan.devices) for observation in observations),
+        )
+        self.devices = self.measured.devices
+        """In the largest plan seen, or those measured."""
         self.middles = _middles(observations)
         self.groups = np.eye(max(groups) + 1)[list(groups)]
         self.columns: dict[Term, int] = {}
@@ -92,7 +107,7 @@ class Rows:
         sums, terms = self._of_kind(device, kind)
         self.layers_s.append(sums[stage.end_layer] - sums[stage.first_layer])
         self.ends_s.append(self.base.ends_s(device, kind, is_first=is_first, is_last=is_last))
-        self.log_s.append(math.log(max(span.seconds, 1e-9)))
+        log_s = math.log(max(span.seconds, 1e-9))
         self.counts.append(span.count)
         ends = ends_terms(kind, is_first=is_first, is_last=is_last)
         extra = extra_terms(kind, is_first=is_first, is_last=is_last)
@@ -100,7 +115,9 @@ class Rows:
         if self.devices > 1:
             # Costs are what tasks take while all devices compute.
             share = min(span.others / (self.devices - 1), 1.0) - 1.0
+            log_s -= share * self.measured.of(decode=kind.is_decode)
             self.entries["whole"].append((row, self._column(("contention", kind.is_decode)), share))
+        self.log_s.append(log_s)
         self.entries["whole"] += [(row, self._column(term), weight) for term, weight in speed_terms(device, kind)]
         self.entries["layers"] += [(row, self._column(term), weight) for term, weight in terms]
         self.entries["ends"] += [(row, self._column(term), weight) for term, weight in ends]
@@ -124,7 +141,10 @@ class Rows:
         """What devices lose to each other; None where they were never seen together."""
         if self.devices < 2:
             return None
-        prefill, decode = (max(0.0, terms.get(("contention", is_decode), 0.0)) for is_decode in (False, True))
+        prefill, decode = (
+            max(0.0, self.measured.of(decode=is_decode) + terms.get(("contention", is_decode), 0.0))
+            for is_decode in (False, True)
+        )
         return Contention(prefill=prefill, decode=decode, devices=self.devices)
 
     def fit(self, priors: Sequence[Widths] = PRIORS) -> dict[Term, float]:

@@ -10,10 +10,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.errors import PipetuneError
 from bench.record import write_durably
 from tuner.proof.questions import MEASURED
+
+if TYPE_CHECKING:
+    from tuner.proof.replay import Curve
+    from tuner.proof.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "results" / "landscapes"
@@ -82,10 +87,9 @@ def _search(args: argparse.Namespace) -> int:
     from tuner.proof.model_error import error_table
     from tuner.proof.ours import OURS
     from tuner.proof.plots import plot_world
-    from tuner.proof.replay import Curve
     from tuner.proof.simulated import simulated_worlds
     from tuner.proof.table import first_plan_table, searches_table
-    from tuner.proof.world import MeasuredWorld, World
+    from tuner.proof.world import MeasuredWorld
 
     measured = [MeasuredWorld(args.folder / name) for name in args.names]
     worlds: list[World] = [*measured, *([] if args.no_simulated else simulated_worlds())]
@@ -125,7 +129,7 @@ def _search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _search_one(job: tuple[Path, str, bool, str, int, int]) -> object:
+def _search_one(job: tuple[Path, str, bool, str, int, int]) -> Curve:
     from tuner.proof.replay import search
     from tuner.proof.simulated import simulated_worlds
     from tuner.proof.world import MeasuredWorld
@@ -137,10 +141,10 @@ def _search_one(job: tuple[Path, str, bool, str, int, int]) -> object:
             if simulated
             else MeasuredWorld(folder / name)
         )
-    return search(_worlds[name], method, seed, budget)  # type: ignore[arg-type]
+    return search(_worlds[name], method, seed, budget)
 
 
-_worlds: dict[str, object] = {}
+_worlds: dict[str, World] = {}
 """Of a worker process, read once."""
 
 

@@ -21,13 +21,20 @@ from tuner.proof.landscape import Landscape, LandscapeFolder, LandscapeSpec, cel
 from tuner.search.runs import timestamp
 
 MOST_VISITS = 3
-"""A run that something disturbed is made again, so often in all."""
 
 
 def measure_landscape(
-    spec: LandscapeSpec, folder: Path, *, timeout_s: float, say: Callable[[str], None] = print
+    spec: LandscapeSpec,
+    folder: Path,
+    *,
+    timeout_s: float,
+    most_visits: int = MOST_VISITS,
+    say: Callable[[str], None] = print,
 ) -> bool:
     """Goes on until the landscape is complete or time is up.
+
+    Args:
+        most_visits: a run that something disturbed is made again, so often in all.
 
     Returns:
         Whether it is complete.
@@ -57,7 +64,7 @@ def measure_landscape(
             raise FleetError(failure)
         plans = spec.plans(fleet.shape)
         records = list(files.records())
-        for cell, repeat in _left(spec, len(plans), records):
+        for cell, repeat in _left(spec, len(plans), records, most_visits):
             if time.monotonic() - began > timeout_s:
                 say(f"{spec.name}: time is up after {len(records)} runs; the next call goes on")
                 return False
@@ -90,7 +97,9 @@ def profile_landscape(spec: LandscapeSpec, folder: Path, *, say: Callable[[str],
     say(f"{spec.name}: profiled in {profile.took_s:.0f} s")
 
 
-def _left(spec: LandscapeSpec, num_cells: int, records: Sequence[Record]) -> Iterator[tuple[int, int]]:
+def _left(
+    spec: LandscapeSpec, num_cells: int, records: Sequence[Record], most_visits: int
+) -> Iterator[tuple[int, int]]:
     """Cells to run: repeat by repeat, each in an order of its own; then once more those that were disturbed.
 
     `records` may grow meanwhile.
@@ -102,7 +111,7 @@ def _left(spec: LandscapeSpec, num_cells: int, records: Sequence[Record]) -> Ite
             [(cell, repeat) for cell in range(num_cells)], num_cells
         )
     ]
-    for visit in range(MOST_VISITS):
+    for visit in range(most_visits):
         visits = Counter(cell_of(record) for record in records)
         done = {cell_of(record) for record in records if is_undisturbed(record) or isinstance(record.result, Failure)}
         yield from [cell for cell in cells if visits[cell] <= visit and cell not in done]

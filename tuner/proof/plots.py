@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 from tuner.proof.replay import Curve
 from tuner.proof.world import World
 
-matplotlib.use("agg")
+mpl.use("agg")
 _COLOURS = ("#0b6e4f", "#c1440e", "#e0a030", "#777777", "#3b6fb6", "#8e5ea2")
 
 

@@ -7,6 +7,7 @@ its links are slower between the halves of the devices, and every task and every
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -41,19 +42,21 @@ class MachineCosts:
     def __init__(self, known: Costs, devices: tuple[str, ...], num_layers: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self._known = known
-        self._layers = np.exp(rng.normal(0.0, _LAYER_SD, num_layers))
-        self._devices = dict(zip(devices, np.exp(rng.normal(0.0, _DEVICE_SD, len(devices))), strict=True))
+        self._layers: npt.NDArray[np.float64] = np.exp(rng.normal(0.0, _LAYER_SD, num_layers))
+        self._devices = {name: float(np.exp(rng.normal(0.0, _DEVICE_SD))) for name in devices}
         self._half = set(devices[: len(devices) // 2])
 
     def layers_s(self, device: str, kind: TaskKind) -> npt.NDArray[np.float64]:
-        return self._known.layers_s(device, kind) * self._layers * (self._devices[device] * _size_effect(kind))
+        factor = self._devices[device] * _size_effect(kind)
+        return self._known.layers_s(device, kind) * self._layers * factor
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
         return 1.2 * self._devices[device] * self._known.ends_s(device, kind, is_first=is_first, is_last=is_last)
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
         crosses = (source in self._half) != (target in self._half)
-        return (4.0 if crosses else 1.5) * self._known.hop_s(source, target, num_bytes)
+        factor = 4.0 if crosses else 1.5
+        return factor * self._known.hop_s(source, target, num_bytes)
 
 
 def _size_effect(kind: TaskKind) -> float:
@@ -184,10 +187,12 @@ class SimulatedWorld:
             durations.append(each * noise * mood)
         devices = [stage.device for stage in plan.stages]
         row_bytes = plan.micro_batch_size * self.shape.hidden_size * self.shape.kept_bytes
-        hops = [self._machine.hop_s(one, other, row_bytes) for one, other in zip(devices, devices[1:], strict=False)]
+        hops = [self._machine.hop_s(one, other, row_bytes) for one, other in itertools.pairwise(devices)]
         hop_s = sum(hops) / len(hops)
         starts = simulate(tasks, [list(row) for row in durations], hop_s=hop_s)
-        ends = [[start + took for start, took in zip(*rows, strict=True)] for rows in zip(starts, durations, strict=True)]
+        ends = [
+            [start + took for start, took in zip(*rows, strict=True)] for rows in zip(starts, durations, strict=True)
+        ]
         return Measurement(
             prompt_lens=self.prompt_lens,
             order=tuple(range(workload.num_prompts)),

@@ -73,7 +73,9 @@ class MeasuredWorld:
         """
         files = LandscapeFolder(folder)
         if not files.is_complete:
-            raise StudyError(f"{folder}: is not complete; `python -m tuner.proof measure {folder.name}` goes on with it")
+            raise StudyError(
+                f"{folder}: is not complete; `python -m tuner.proof measure {folder.name}` goes on with it"
+            )
         self.landscape: Landscape = files.read()
         spec = self.landscape.spec
         self.name, self.about = spec.name, spec.about

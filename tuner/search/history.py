@@ -108,6 +108,12 @@ class History:
                 continue
             self._note(record, _lesson(record, lessons))
 
+    def until(self, count: int, lessons: Lessons) -> History:
+        """The history as it was when there were so many records."""
+        before = History(self._space, self._resolve)
+        before.extend(self.records[:count], lessons)
+        return before
+
     def take(self, points: Collection[Point]) -> None:
         """Leaves these points' plans to others, who run them now."""
         plans = [self._space.plan(point) for point in points]

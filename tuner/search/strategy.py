@@ -23,7 +23,9 @@ from tuner.planning.observation import Observation
 from tuner.search.acquisition import Floats, chance_of_gain, draw_weights, even_weights, expected_improvement, first_of
 from tuner.search.history import History, Lessons, is_lost, kinds_of
 from tuner.search.log import Proposal, Reason, Stop
-from tuner.search.outlook import Lookout, Outlook
+from tuner.search.lookout import Lookout
+from tuner.search.outlook import Outlook
+from tuner.search.patience import LEAST_CHANCE, LEAST_TRIALS, Patience
 from tuner.search.resolver import Resolver
 from tuner.search.space import Point, SearchSpace
 
@@ -33,17 +35,11 @@ PROMISING_FIRST = 3
 """So many trials go to what is predicted best, however unsurely; behind them doubt counts as a chance."""
 WITHIN_REACH = 0.3
 """A kind is worth a trial if its best plan is predicted no further behind, as a log."""
-LEAST_TRIALS, CALM_IN_A_ROW = 5, 2
-"""Before so many trials, and before so many outlooks without promise, no search ends by itself."""
-LEAST_CHANCE = 0.1
-"""A plan that gains more than the noise with less probability promises nothing."""
 MOST_REPLICATES, REPLICATES_EVERY = 3, 3
 """Of leaders, in all; and no more than one in so many trials."""
 TPE_FROM, TPE_EVERY = 8, 4
 BLIND_SHARE = 1 / 3
 """Of the trials that go to what is predicted to be fast, where nothing predicts the objective."""
-_WEIGHTINGS = 12
-"""Ways to weigh several objectives under which nothing must be promising."""
 _REFUSALS = 2
 """Plans that cannot fit may be proposed so often a trial: they cost no time, but shall not go on for ever."""
 _LIKELY = 0.3
@@ -93,8 +89,14 @@ class Strategy:
         )
         self._lessons: Lessons = {}
         self._history = History(space, resolve)
-        self._calm: dict[int, bool] = {}
-        """By the number of records: whether nothing was promising."""
+        self._patience = Patience(self._lookout, num_objectives=len(objectives), seed=seed)
+
+    def favourite(self, records: Sequence[Record]) -> EffectivePlan | None:
+        """The best plan that ran, its luck smoothed out by the model; None where none kept the constraints."""
+        history = self._read(records, ())
+        view = self._lookout.look(history)
+        place = view.leader(view.scalar(even_weights(self._num_objectives))[0])
+        return None if place is None else view.effective[place]
 
     @property
     def counted(self) -> int:
@@ -140,14 +142,14 @@ class Strategy:
     def _by_promise(self, history: History, view: Outlook) -> Proposal | Stop | None:
         cost, sd = view.scalar(self._weights(history))
         leader = view.leader(cost)
-        calm = leader is not None and self._is_calm(history, view)
+        calm = leader is not None and self._patience.is_calm(history, view)
         if leader is None or (history.counted < PROMISING_FIRST and not calm):
             return self._most_valuable(view, "model", "predicted to be the best", cost)
         unseen = self._unseen_kind(history, view, float(cost[leader]) + WITHIN_REACH)
         if unseen is not None:
             return unseen
-        if calm and self._stop_early and self._was_calm(history):
-            return self._converged(view)
+        if calm and self._stop_early and self._patience.is_over(history, self._lessons):
+            return self._patience.stop(view)
         best = self._most_promising(view, cost, sd, float(cost[leader]))
         once_more = self._once_more(history, view, cost, sd, leader) if calm else None
         if once_more is not None:
@@ -161,7 +163,7 @@ class Strategy:
         if not self._history.is_extended_by(records):
             self._history = History(self._space, self._resolve)
             self._lookout.forget()
-            self._calm.clear()
+            self._patience.forget()
         self._history.extend(records, self._lessons)
         self._history.take(taken)
         return self._history
@@ -212,55 +214,6 @@ class Strategy:
         place = first_of(-cost, within)
         what = " and ".join(_KIND_WORDS[name](number) for name, number in sorted(new[place]))
         return self._of_place(view, place, "kind", f"no plan with {what} has run yet, and this one is within reach")
-
-    def _is_calm(self, history: History, view: Outlook) -> bool:
-        """Whether no open plan promises to gain more than the noise."""
-        count = len(history.records)
-        if count not in self._calm:
-            self._calm[count] = self._largest_chance(view)[0] < LEAST_CHANCE
-        return self._calm[count]
-
-    def _largest_chance(self, view: Outlook) -> tuple[float, int]:
-        """The probability that some open plan gains more than the noise, of the one likeliest to, and its place."""
-        weightings = [
-            None if self._num_objectives == 1 else draw_weights(self._num_objectives, f"{self._seed}-calm-{number}")
-            for number in range(1 if self._num_objectives == 1 else _WEIGHTINGS)
-        ]
-        largest, place = 0.0, 0
-        for weights in weightings:
-            cost, sd = view.scalar(weights)
-            leader = view.leader(cost)
-            if leader is None:
-                return 1.0, 0
-            chance = chance_of_gain(cost, sd, float(cost[leader]), view.margin(weights)) * view.kept * view.is_open
-            if chance.max(initial=0.0) > largest:
-                largest, place = float(chance.max()), int(chance.argmax())
-        return largest, place
-
-    def _was_calm(self, history: History) -> bool:
-        """Whether the outlooks before this one promised nothing either, and enough trials have run."""
-        if history.counted < LEAST_TRIALS:
-            return False
-        for mark in history.marks[-CALM_IN_A_ROW:-1]:
-            if mark not in self._calm:
-                # After a resume: what was thought then is thought again.
-                before = History(self._space, self._resolve)
-                before.extend(history.records[:mark], self._lessons)
-                view = self._lookout.look(before)
-                if not self._is_calm(before, view):
-                    return False
-            if not self._calm[mark]:
-                return False
-        return True
-
-    def _converged(self, view: Outlook) -> Stop:
-        chance, place = self._largest_chance(view)
-        what = f"; the likeliest to, {view.effective[place].plan.describe()}, with a chance of {100 * chance:.0f} %"
-        return Stop(
-            kind="converged",
-            text=f"no plan that did not run is predicted to gain more than the noise of {100 * view.noise:.1f} %"
-            + (what if chance >= 0.005 else ""),
-        )
 
     def _once_more(self, history: History, view: Outlook, cost: Floats, sd: Floats, leader: int) -> Proposal | None:
         """The leader again, if another plan that ran may be better and there were not enough replicates."""

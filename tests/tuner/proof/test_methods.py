@@ -39,7 +39,8 @@ def test_peers_propose_plans_of_the_world_and_repeat_themselves_by_seed(world: S
             plan = method.next()
             assert plan is not None
             assert plan.num_layers == world.shape.num_layers
-            assert plan.devices in device_orders(world) and plan.micro_batch_size in world.micro_batch_sizes
+            assert plan.devices in device_orders(world)
+            assert plan.micro_batch_size in world.micro_batch_sizes
             keys.append(world.resolve(plan).key)
             method.tell(plan, float(count))
         return keys
@@ -56,7 +57,8 @@ def test_simulated_runs_are_whole_records_whose_noise_comes_from_seed_and_visit(
     assert one != world.run(plan, 1, seed=5)
     assert isinstance(one.result, Measurement)
     derived = metrics.derive(one.result)
-    assert derived[METRIC] > 0 and 0 < derived["bubble_ratio"] < 1
+    assert derived[METRIC] > 0
+    assert 0 < derived["bubble_ratio"] < 1
 
 
 def test_no_plan_is_worth_more_than_the_best_of_a_simulated_world(world: SimulatedWorld) -> None:
@@ -66,4 +68,5 @@ def test_no_plan_is_worth_more_than_the_best_of_a_simulated_world(world: Simulat
         plan = plans.next()
         assert plan is not None
         scores.append(world.score(plan, 0))
-    assert max(scores) <= 1.0 and min(scores) > 0
+    assert max(scores) <= 1.0
+    assert min(scores) > 0

@@ -30,8 +30,10 @@ CURVES = [
 
 
 def test_trials_are_counted_to_the_first_plan_that_is_good_enough() -> None:
-    assert CURVES[0].trials_to(0.98) == 2 and CURVES[0].device_seconds_to(0.98) == 20.0
-    assert CURVES[4].trials_to(0.98) is None and CURVES[4].device_seconds_to(0.98) is None
+    assert CURVES[0].trials_to(0.98) == 2
+    assert CURVES[0].device_seconds_to(0.98) == 20.0
+    assert CURVES[4].trials_to(0.98) is None
+    assert CURVES[4].device_seconds_to(0.98) is None
 
 
 def test_searches_that_never_came_there_count_as_endless() -> None:

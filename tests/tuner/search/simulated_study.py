@@ -51,7 +51,7 @@ def play(
 ) -> tuple[list[Record], list[Proposal], Stop | None]:
     """Runs what is proposed until the strategy stops, or for so many trials."""
     space, _, resolve = built
-    records, steps = list(before), []
+    records, steps = list(before), list[Proposal]()
     for _ in range(most):
         step = strategy.next(records)
         if isinstance(step, Stop):

@@ -292,7 +292,7 @@ def test_out_of_memory_costs_the_plan_only(tmp_path: Path) -> None:
 
 def test_predicted_overruns_are_recorded_without_running(tmp_path: Path) -> None:
     lab = Lab()
-    lab.device_bytes = 420 * MIB
+    lab.device_bytes = 480 * MIB
     _, records = study(tmp_path / "s", lab, config(n_trials=8))
     refused = [record for record in records if isinstance(record.result, Failure)]
     assert all(record.result.phase == "plan" for record in refused if isinstance(record.result, Failure))
