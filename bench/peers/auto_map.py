@@ -50,7 +50,7 @@ def auto_layer_counts(model: ModelSpec, num_devices: int) -> tuple[int, ...]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the split of a dummy model."""
     name, num_devices = arguments or sys.argv[1:]
-    print(json.dumps(auto_layer_counts(ModelSpec(name=name, load_format="dummy"), int(num_devices))))
+    sys.stdout.write(json.dumps(auto_layer_counts(ModelSpec(name=name, load_format="dummy"), int(num_devices))) + "\n")
 
 
 if __name__ == "__main__":

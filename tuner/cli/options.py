@@ -185,9 +185,7 @@ WarmStart = Annotated[
 ]
 StopEarly = Annotated[
     bool | None,
-    typer.Option(
-        "--stop-early/--no-stop-early", help="End when nothing better is predicted.", rich_help_panel=_SEARCH
-    ),
+    typer.Option("--stop-early/--no-stop-early", help="End when nothing better is predicted.", rich_help_panel=_SEARCH),
 ]
 OutputDir = Annotated[
     str | None,
