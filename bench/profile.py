@@ -96,6 +96,8 @@ class Profile(Value):
     """UTC, ISO 8601."""
     took_s: float
     notes: tuple[str, ...] = ()
+    disturbances: tuple[str, ...] = ()
+    """What makes it doubtful, in words; empty where nothing else ran."""
 
     def of(self, device: str) -> DeviceProfile:
         """The part of one device.

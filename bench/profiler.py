@@ -35,6 +35,7 @@ from bench.runtime.device import undisturbed
 from bench.runtime.generate import StageLoop
 from bench.runtime.part_times import PartShares, PartStamps
 from bench.runtime.repeats import repeat
+from bench.telemetry import read_telemetry, sensors_for
 
 ENOUGH_S = 0.6
 """Of whole tasks of a kind, over all rounds; at least `MIN_SAMPLES` and at most `MAX_SAMPLES` of them."""
@@ -89,8 +90,11 @@ class Profiler:
         """Of some kinds, seconds of tasks on all devices together, and on this one alone."""
 
     def run(self) -> dict[str, Any]:
-        """`devices`, `contention`, `links`, `notes` and `took_s`, or a `failure`, as JSON; of use on rank 0 alone."""
+        """`devices`, `contention`, `links`, `notes`, `disturbances` and `took_s`, or a `failure`, as JSON; of use on
+        rank 0 alone."""
         runner, began = self.runner, time.perf_counter()
+        sensors = sensors_for([runner.device.name])
+        before = sensors.state()
         runner.status.phase = "profile"
         least_bytes = min(runner.control.gather(runner.device_bytes))
         alike = _alike(runner)
@@ -104,6 +108,7 @@ class Profiler:
         )
         if isinstance(scope, Failure):
             return {"failure": scope.model_dump(mode="json")}
+        sensors.start()
         links = time_links(runner.links, runner.control, runner.devices, runner.device, runner.stage.message_dtype)
         notes: dict[str, None] = dict.fromkeys(scope.notes)
         windows: list[dict[Kind, _Times]] = []
@@ -113,20 +118,26 @@ class Profiler:
             notes |= dict.fromkeys(runner.loop.graphs.notes if runner.loop.graphs is not None else ())
             runner.loop.close()
             runner.loop = None
+        disturbances = read_telemetry(sensors, before).disturbances
         runner.free()
         own = _device_profile(runner.device.name, scope.kinds, windows, alike)
         contention = {
             "prefill": self._contention(is_decode=False),
             "decode": self._contention(is_decode=True),
         }
-        rows = runner.control.gather({"device": own.model_dump(mode="json"), "notes": list(notes)})
+        rows = runner.control.gather(
+            {"device": own.model_dump(mode="json"), "notes": list(notes), "disturbances": list(disturbances)}
+        )
         # Workers that share a GPU saw the same; one of them speaks for it.
         devices = {row["device"]["device"]: row["device"] for row in reversed(rows)}
         return {
             "devices": [devices[name] for name in dict.fromkeys(runner.devices)],
             "contention": contention,
             "links": [link.model_dump(mode="json") for link in links],
-            "notes": list(dict.fromkeys(note for row in rows for note in row["notes"])),
+            **{
+                name: list(dict.fromkeys(text for row in rows for text in row[name]))
+                for name in ("notes", "disturbances")
+            },
             "took_s": round(time.perf_counter() - began, 3),
         }
 

@@ -59,6 +59,8 @@ def profile_for(
 ) -> Profile:
     """The profile of a fleet's model on its devices: from the cache, or measured now and kept.
 
+    One that something disturbed is not kept, so that the next command measures anew.
+
     Args:
         refresh: measure in any case.
 
@@ -70,6 +72,10 @@ def profile_for(
     if kept is not None:
         return kept
     profile = fleet.profile(grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
+    if profile.disturbances:
+        return profile.model_copy(
+            update={"notes": (*profile.notes, f"doubtful, and not kept: {'; '.join(profile.disturbances)}")}
+        )
     return keep(key, profile)
 
 

@@ -14,6 +14,7 @@ from bench.errors import ConfigError
 from bench.launch import CACHE_VARIABLE, Fleet
 from bench.profile import Profile, ProfileGrid
 from bench.spec import ModelSpec, Sampling, Workload
+from tests.quiet import hush
 from tests.tiny_models import tiny_config
 from tuner.profiles import (
     KeptProfile,
@@ -50,6 +51,7 @@ def fleet(model: ModelSpec) -> Iterator[Fleet]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    hush(monkeypatch)
     return tmp_path / "cache"
 
 
@@ -65,6 +67,14 @@ def test_what_is_kept_is_read_without_a_worker(fleet: Fleet, cache: Path) -> Non
     assert len(fleet.worker_pids) == len(DEVICES)
     assert again != measured
     assert profile_for(fleet, GRID) == again
+
+
+def test_a_disturbed_profile_is_used_and_not_kept(fleet: Fleet, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hush(monkeypatch, "other processes took 1.2 CPU cores: somebody")
+    measured = profile_for(fleet, GRID)
+    assert measured.disturbances
+    assert measured.notes[-1] == "doubtful, and not kept: other processes took 1.2 CPU cores: somebody"
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"key": 1}', "\udcff"])

@@ -13,6 +13,7 @@ from tuner.cli import options as o
 if TYPE_CHECKING:
     from tuner.config import TuneConfig
     from tuner.progress import Reporter
+    from tuner.report.data import Report
 
 
 def tune(
@@ -106,7 +107,6 @@ def _tune(folder: Path, config: TuneConfig, reporter: Reporter, *, resume: bool,
     from bench.errors import PipetuneError, UserError
     from bench.launch import Fleet
     from tuner.cli import common
-    from tuner.conclusion import conclude
     from tuner.search.driver import run_study
     from tuner.store import StudyStore
 
@@ -121,12 +121,25 @@ def _tune(folder: Path, config: TuneConfig, reporter: Reporter, *, resume: bool,
             # What was measured before the fault is kept, and shown.
             if store.has_measurements:
                 common.err().print(f"what was measured so far is reported in {folder}", markup=False, soft_wrap=True)
-                conclude(folder)
+                _conclude(folder)
             raise
         if not store.records:
             store.discard_if_empty()
             raise KeyboardInterrupt
-        return common.show_study(conclude(folder), json=json, interrupted=not finished)
+        return common.show_study(_conclude(folder), json=json, interrupted=not finished)
+
+
+def _conclude(folder: Path) -> Report:
+    """Exports and reports; how long they took stands in the search's diary, though not in the reports themselves."""
+    from tuner.conclusion import conclude
+    from tuner.search.log import LogBook
+    from tuner.study_files import SEARCH_FILE
+
+    book = LogBook(folder / SEARCH_FILE)
+    with book.spend("reports"):
+        report = conclude(folder)
+    book.save_if_there()
+    return report
 
 
 def _recorded(params: Mapping[str, Any]) -> Path:

@@ -221,7 +221,7 @@ class CostModel:
         key = (course, source, target, tokens)
         known = self._messages.get(key)
         if known is None:
-            position_bytes = self.shape.hidden_size * self.shape.kept_bytes
+            position_bytes = self.shape.crossing_bytes
             sizes = [kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * position_bytes) for kind in course.kinds]
             seconds = {size: self.costs.hop_s(source, target, size) for size in dict.fromkeys(sizes)}
             known = self._messages[key] = np.array([seconds[size] for size in sizes])

@@ -69,7 +69,7 @@ def layer_groups(shape: ModelShape) -> tuple[int, ...]:
 
 def _fit_hops(model: CostModel, observations: Sequence[Observation]) -> tuple[float, float, float]:
     """Log factor on messages, its slope over doublings of the bytes, and the bytes where the factor holds."""
-    position_bytes = model.shape.hidden_size * model.shape.kept_bytes
+    position_bytes = model.shape.crossing_bytes
     rows = []
     for observation in observations:
         devices = observation.effective.plan.devices

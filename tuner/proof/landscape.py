@@ -32,7 +32,7 @@ class LandscapeSpec(Value):
     """The devices of the stages in order; more than one where the order is part of the grid."""
     micro_batch_sizes: tuple[int, ...]
     """Prompts are prefilled by as many rows."""
-    protocol: Protocol = Protocol(num_iters=3, num_iters_warmup=0, max_warmup=0)
+    protocol: Protocol = Protocol(num_iters=2, num_iters_warmup=0, max_warmup=0)
     """Short passes vary from one to the next, so that each is timed; a run's value is the median of its passes."""
     repeats: int = Field(default=4, ge=2)
     seed: int = 0

@@ -186,7 +186,7 @@ class SimulatedWorld:
             noise = 1.0 if rng is None else np.exp(rng.normal(0.0, _TASK_SD, len(tasks)))
             durations.append(each * noise * mood)
         devices = [stage.device for stage in plan.stages]
-        row_bytes = plan.micro_batch_size * self.shape.hidden_size * self.shape.kept_bytes
+        row_bytes = plan.micro_batch_size * self.shape.crossing_bytes
         hops = [self._machine.hop_s(one, other, row_bytes) for one, other in itertools.pairwise(devices)]
         hop_s = sum(hops) / len(hops)
         starts = simulate(tasks, [list(row) for row in durations], hop_s=hop_s)

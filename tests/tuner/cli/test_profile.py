@@ -48,6 +48,8 @@ def test_a_profile_is_measured_shown_and_kept(folder: Path, tmp_path: Path) -> N
     assert "B of KV a token" in text
     second = profile(folder, tmp_path, *grid, "--json")
     kept = Profile.model_validate_json(second.stdout)
+    if kept.disturbances:
+        pytest.skip(f"what something disturbed is not kept: {kept.disturbances[0]}")
     assert f"kept since {kept.measured_at}" in profile(folder, tmp_path, *grid).stdout
     anew = Profile.model_validate_json(profile(folder, tmp_path, *grid, "--json", "--refresh").stdout)
     assert anew.devices != kept.devices

@@ -11,6 +11,7 @@ import pytest
 
 from bench.memory import LayerShape, ModelShape
 from bench.metrics import metric_names
+from bench.profile import ContentionProfile, DeviceProfile, LayerTimes, LinkProfile, Profile, TaskTime
 from bench.record import (
     DeviceState,
     Failure,
@@ -70,6 +71,7 @@ SECTIONS: dict[type[Value], str] = {
             PlanFile,
         )
     },
+    **dict.fromkeys((Profile, DeviceProfile, LayerTimes, TaskTime, LinkProfile, ContentionProfile), "Profile"),
     GpuInfo: "Hardware",
     LayerShape: "ModelShape",
     SpaceConfig: "TuneConfig",
