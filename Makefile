@@ -61,7 +61,7 @@ bench-peers: $(VENV)/.installed-run
 
 # SEARCH_ARGS: see `python -m tuner.proof --help`.
 bench-search: $(VENV)/.installed-run
-	$(BIN)/python -m tuner.proof search $(SEARCH_ARGS)
+	$(BIN)/python -m tuner.proof search --docs docs/performance.md $(SEARCH_ARGS)
 
 # A landscape that is complete is not measured again; one that is not goes on. LANDSCAPES: their names; all by default.
 landscapes: $(VENV)/.installed-run

@@ -5,6 +5,7 @@ Times are seconds. Those of one iteration count from the moment its prompts were
 
 from __future__ import annotations
 
+import errno
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -318,7 +319,13 @@ class Record(Value):
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Writes a file that is either whole or not there, even if the machine dies: temporary name, fsync, replace."""
+    """Writes a file that is either whole or not there, even if the machine dies: temporary name, fsync, replace.
+
+    Raises:
+        OSError: it cannot be written; or there is something else than a file, such as a device, which is not replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is no file, and is not replaced by one", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,15 @@ def test_hardware_id_ignores_uuids_and_nothing_else() -> None:
         {"cpu_model": "y"},
     ]
     assert len({hardware("GPU-1", **other).hardware_id for other in [{}, *others]}) == 6
+
+
+def test_write_durably_replaces_no_device(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="is no file, and is not replaced"):
+        write_durably(pipe, "text")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_write_durably_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -45,10 +45,10 @@ class Rates:
 
 RATES: Mapping[str, Rates] = {
     "cpu": Rates(
-        flops_per_s=9e10,
-        bytes_per_s=3e9,
-        head_bytes_per_s=1e10,
-        layer_overhead_s=6e-4,
+        flops_per_s=1.9e11,
+        bytes_per_s=2.5e10,
+        head_bytes_per_s=2.1e10,
+        layer_overhead_s=1.5e-4,
         hop_latency_s=2.5e-4,
         hop_bytes_per_s=3e9,
     ),

@@ -50,7 +50,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=BUDGET, help="trials of a search")
     parser.add_argument("--no-simulated", action="store_true", help="leave the simulated landscapes out")
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--docs", type=Path, help="document whose tables are written; by default none is")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(arguments)
     unknown = sorted(set(args.names) - set(MEASURED))
@@ -124,7 +124,8 @@ def _search(args: argparse.Namespace) -> int:
         args.folder / "searches.json",
         json.dumps({"schema_version": 1, "curves": [curve.model_dump(mode="json") for curve in curves]}) + "\n",
     )
-    _put_between_marks(args.docs, text)
+    if args.docs is not None:
+        _put_between_marks(args.docs, text)
     sys.stdout.write(text + "\n")
     return 0
 

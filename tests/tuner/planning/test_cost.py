@@ -40,7 +40,11 @@ def seconds(cost: CostModel, counts: tuple[int, ...], micro_batch: int, prefill:
 def test_it_is_near_to_a_measured_machine(
     cost: CostModel, counts: tuple[int, ...], micro_batch: int, measured_s: float
 ) -> None:
-    """SmolLM2-135M in fp32, one core a stage; the machine itself varies by 10–20 %."""
+    """SmolLM2-135M in fp32, one core a stage, weights not packed; the machine itself varies by 10–20 %."""
+    unpacked = dataclasses.replace(
+        RATES["cpu"], flops_per_s=9e10, bytes_per_s=3e9, head_bytes_per_s=1e10, layer_overhead_s=6e-4
+    )
+    cost = dataclasses.replace(cost, costs=NominalCosts(SHAPE, {"cpu": unpacked}))
     assert seconds(cost, counts, micro_batch) == pytest.approx(measured_s, rel=0.25)
 
 
