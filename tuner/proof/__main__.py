@@ -83,9 +83,8 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from tuner.proof.methods import PEERS
+    from tuner.proof.methods import METHODS
     from tuner.proof.model_error import error_table
-    from tuner.proof.ours import OURS
     from tuner.proof.plots import plot_world
     from tuner.proof.simulated import simulated_worlds
     from tuner.proof.table import first_plan_table, searches_table
@@ -93,7 +92,7 @@ def _search(args: argparse.Namespace) -> int:
 
     measured = [MeasuredWorld(args.folder / name) for name in args.names]
     worlds: list[World] = [*measured, *([] if args.no_simulated else simulated_worlds())]
-    methods = [OURS, *PEERS]
+    methods = list(METHODS)
     jobs = [
         (args.folder, world.name, world.simulated, method, seed, args.budget)
         for world in worlds

@@ -9,24 +9,31 @@ from typing import Protocol
 
 import optuna
 
+from bench.record import Record
 from bench.spec import Plan
-from tuner.proof.world import World
+from tuner.proof.ours import Ours
+from tuner.proof.world import World, throughput
 
 
 class Method(Protocol):
     """Asks for plans and is told what they gave."""
 
+    stopped: str | None
+    """Why it ended by itself."""
+
     def next(self) -> Plan | None:
         """The next plan to run; None at the end."""
         ...
 
-    def tell(self, plan: Plan, throughput: float) -> None:
-        """What it gave, tokens a second."""
+    def tell(self, record: Record) -> None:
+        """What it gave."""
         ...
 
 
 class Listed:
     """Plans in an order that no result changes."""
+
+    stopped: str | None = None
 
     def __init__(self, plans: Iterator[Plan]) -> None:
         self._plans = plans
@@ -34,7 +41,7 @@ class Listed:
     def next(self) -> Plan | None:
         return next(self._plans, None)
 
-    def tell(self, plan: Plan, throughput: float) -> None:
+    def tell(self, record: Record) -> None:
         """Learns nothing."""
 
 
@@ -43,6 +50,8 @@ class Tpe:
 
     Cuts are integers, sorted; two that are equal are moved apart. A plan proposed again is run again.
     """
+
+    stopped: str | None = None
 
     def __init__(self, world: World, seed: int, *, multivariate: bool) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -62,8 +71,8 @@ class Tpe:
         self._trial = trial
         return plan_of(world, apart(cuts, layers), order, size)
 
-    def tell(self, plan: Plan, throughput: float) -> None:
-        self._study.tell(self._trial, throughput)
+    def tell(self, record: Record) -> None:
+        self._study.tell(self._trial, throughput(record))
 
 
 def random_plans(world: World, seed: int) -> Iterator[Plan]:
@@ -122,11 +131,13 @@ def apart(cuts: list[int], num_layers: int) -> tuple[int, ...]:
     return tuple(cuts)
 
 
-PEERS: dict[str, Callable[[World, int], Method]] = {
-    "TPE, default": lambda world, seed: Tpe(world, seed, multivariate=False),
-    "TPE, multivariate": lambda world, seed: Tpe(world, seed, multivariate=True),
-    "random": lambda world, seed: Listed(random_plans(world, seed)),
-    "uniform split first": lambda world, seed: Listed(uniform_first(world, seed)),
-    'device_map="auto", sizes swept': lambda world, seed: Listed(auto_split(world, seed)),
+OURS = "pipetune"
+METHODS: dict[str, Callable[[World, int, int], Method]] = {
+    OURS: Ours,
+    "TPE, default": lambda world, seed, budget: Tpe(world, seed, multivariate=False),
+    "TPE, multivariate": lambda world, seed, budget: Tpe(world, seed, multivariate=True),
+    "random": lambda world, seed, budget: Listed(random_plans(world, seed)),
+    "uniform split first": lambda world, seed, budget: Listed(uniform_first(world, seed)),
+    'device_map="auto", sizes swept': lambda world, seed, budget: Listed(auto_split(world, seed)),
 }
-"""By the name that the tables give them."""
+"""By the name that the tables give them: a world, a seed and a number of trials make a search."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from bench.record import Record
 from bench.spec import Plan
-from tuner.config import SpaceConfig
 from tuner.planning.cost import CostModel
-from tuner.proof.world import METRIC, World
+from tuner.proof.world import METRIC, World, bounds_of
 from tuner.search.build import build_space
 from tuner.search.proposals import Proposals
 from tuner.search.resolver import Resolver
 from tuner.search.space import Point
 from tuner.search.strategy import Stop, Strategy
-
-OURS = "pipetune"
 
 
 class Ours:
@@ -22,17 +19,7 @@ class Ours:
     def __init__(self, world: World, seed: int, budget: int) -> None:
         model = CostModel.of_workload(world.shape, world.workload, world.prompt_lens, world.costs)
         resolve = Resolver.of_workload(world.shape, world.workload, world.prompt_lens, world.device_bytes)
-        config = SpaceConfig(
-            micro_batch_sizes=world.micro_batch_sizes,
-            prefill_micro_batch_sizes=(max(world.micro_batch_sizes),),
-            prefill_chunk_sizes=(None,),
-            replicas=(1,),
-            min_stages=len(world.devices),
-            max_stages=len(world.devices),
-            memory_fractions=(0.9,),
-            device_order="auto" if world.has_orders else "given",
-        )
-        self._space = build_space(config, world.devices, world.shape, model, resolve)
+        self._space = build_space(bounds_of(world), world.devices, world.shape, model, resolve)
         self._proposals = Proposals("sqlite://", self._space, objectives=(METRIC,), constraints=(), seed=seed)
         self._strategy = Strategy(
             self._space,

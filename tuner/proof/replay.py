@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
 
 from bench.spec import Plan, Value
-from tuner.proof.methods import PEERS
-from tuner.proof.ours import OURS, Ours
+from tuner.proof.methods import METHODS, OURS
 from tuner.proof.world import World, throughput
 
 
@@ -45,26 +43,21 @@ def search(world: World, method: str, seed: int, budget: int) -> Curve:
     scores: list[float] = []
     spent: list[float] = []
     keys: list[str] = []
-    ours = Ours(world, seed, budget) if method == OURS else None
-    other = None if ours is not None else PEERS[method](world, seed)
-    cost = world.profile_s * len(world.devices) if ours is not None else 0.0
-    worth: Callable[[str], float] = lambda key: statistics.fmean(seen[key])  # noqa: E731
+    searcher = METHODS[method](world, seed, budget)
+    cost = world.profile_s * len(world.devices) if method == OURS else 0.0
     while len(scores) < budget:
-        plan = ours.next() if ours is not None else other.next()  # type: ignore[union-attr]
+        plan = searcher.next()
         if plan is None:
             break
         key = world.resolve(plan).key
         record = world.run(plan, visits[key], seed)
         visits[key] += 1
-        value = throughput(record)
-        if ours is not None:
-            ours.tell(record)
-        else:
-            other.tell(plan, value)  # type: ignore[union-attr]
-        seen[key].append(value)
+        searcher.tell(record)
+        seen[key].append(throughput(record))
         plans[key] = plan
         cost += record.wall_s * len(plan.devices)
-        scores.append(world.score(plans[max(seen, key=worth)], seed))
+        best = max(seen, key=lambda one: statistics.fmean(seen[one]))
+        scores.append(world.score(plans[best], seed))
         spent.append(round(cost, 1))
         keys.append(key)
     return Curve(
@@ -74,5 +67,5 @@ def search(world: World, method: str, seed: int, budget: int) -> Curve:
         scores=tuple(round(score, 5) for score in scores),
         device_seconds=tuple(spent),
         plans=tuple(keys),
-        stopped=ours.stopped if ours is not None else None,
+        stopped=searcher.stopped,
     )

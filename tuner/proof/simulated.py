@@ -20,10 +20,10 @@ from bench.memory import LayerShape, ModelShape, resolve
 from bench.record import Iteration, Measurement, Record, StageTrace, TaskShape
 from bench.schedule import build_schedule, micro_batch_sizes, simulate
 from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
-from tuner.config import SpaceConfig
 from tuner.planning.cost import CostModel
 from tuner.planning.costs import Costs, TaskKind
 from tuner.planning.nominal import RATES, NominalCosts, Rates
+from tuner.proof.world import bounds_of
 from tuner.search.build import build_space
 from tuner.search.candidates import candidates
 from tuner.search.resolver import Resolver
@@ -136,17 +136,7 @@ class SimulatedWorld:
         """Of all plans, by the machine's own costs."""
         truth = CostModel.of_workload(self.shape, self.workload, self.prompt_lens, self._machine)
         resolve_ = Resolver.of_workload(self.shape, self.workload, self.prompt_lens, self.device_bytes)
-        config = SpaceConfig(
-            micro_batch_sizes=self.micro_batch_sizes,
-            prefill_micro_batch_sizes=(max(self.micro_batch_sizes),),
-            prefill_chunk_sizes=(None,),
-            replicas=(1,),
-            min_stages=len(self.devices),
-            max_stages=len(self.devices),
-            memory_fractions=(0.9,),
-            device_order="auto" if self.has_orders else "given",
-        )
-        space = build_space(config, self.devices, self.shape, truth, resolve_)
+        space = build_space(bounds_of(self), self.devices, self.shape, truth, resolve_)
         found = candidates(space, resolve_)
         predicted = truth.predict_many([(one.effective.plan, one.effective.in_flight) for one in found])
         ranked = sorted(range(len(found)), key=lambda index: predicted[index].duration_s)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from bench.metrics import percentile
-from tuner.proof.ours import OURS
+from tuner.proof.methods import OURS
 from tuner.proof.replay import Curve
 from tuner.proof.world import World
 

@@ -19,6 +19,7 @@ from bench.memory import ModelShape, resolve
 from bench.profile import Profile
 from bench.record import Measurement, Record
 from bench.spec import EffectivePlan, Plan, Workload
+from tuner.config import SpaceConfig
 from tuner.planning.costs import Costs
 from tuner.planning.profiled import ProfiledCosts
 from tuner.proof.landscape import Landscape, LandscapeFolder, cell_of, is_undisturbed
@@ -59,6 +60,20 @@ class World(Protocol):
     def score(self, plan: Plan, seed: int) -> float:
         """How good the plan is, by what the search did not see: a share of the best plan's throughput."""
         ...
+
+
+def bounds_of(world: World) -> SpaceConfig:
+    """A space of the world's plans and no others."""
+    return SpaceConfig(
+        micro_batch_sizes=world.micro_batch_sizes,
+        prefill_micro_batch_sizes=(max(world.micro_batch_sizes),),
+        prefill_chunk_sizes=(None,),
+        replicas=(1,),
+        min_stages=len(world.devices),
+        max_stages=len(world.devices),
+        memory_fractions=(0.9,),
+        device_order="auto" if world.has_orders else "given",
+    )
 
 
 class MeasuredWorld:

@@ -13,7 +13,7 @@ from bench.spec import ModelSpec, Protocol, Workload
 from tests.tiny_models import save_tiny_model
 from tuner.proof.landscape import LandscapeFolder, LandscapeSpec, cell_of, is_undisturbed
 from tuner.proof.measure import measure_landscape, profile_landscape
-from tuner.proof.ours import OURS
+from tuner.proof.methods import OURS
 from tuner.proof.replay import search
 from tuner.proof.world import MeasuredWorld, usable_runs
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench import metrics
 from bench.record import Measurement
-from tuner.proof.methods import PEERS, apart, device_orders
+from tuner.proof.methods import METHODS, OURS, apart, device_orders
 from tuner.proof.simulated import SimulatedWorld, simulated_worlds
 from tuner.proof.world import METRIC
 
@@ -30,19 +30,19 @@ def test_cuts_are_moved_apart_within_the_layers(case: tuple[int, list[int]]) -> 
         assert moved == tuple(sorted(cuts))
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if "device_map" not in name])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != OURS and "device_map" not in name])
 def test_peers_propose_plans_of_the_world_and_repeat_themselves_by_seed(world: SimulatedWorld, name: str) -> None:
     def proposed(seed: int) -> list[str]:
-        method = PEERS[name](world, seed)
+        method = METHODS[name](world, seed, 8)
         keys = []
-        for count in range(8):
+        for visit in range(8):
             plan = method.next()
             assert plan is not None
             assert plan.num_layers == world.shape.num_layers
             assert plan.devices in device_orders(world)
             assert plan.micro_batch_size in world.micro_batch_sizes
             keys.append(world.resolve(plan).key)
-            method.tell(plan, float(count))
+            method.tell(world.run(plan, visit, seed))
         return keys
 
     assert proposed(1) == proposed(1)
@@ -50,7 +50,7 @@ def test_peers_propose_plans_of_the_world_and_repeat_themselves_by_seed(world: S
 
 
 def test_simulated_runs_are_whole_records_whose_noise_comes_from_seed_and_visit(world: SimulatedWorld) -> None:
-    plan = PEERS["random"](world, 0).next()
+    plan = METHODS["random"](world, 0, 1).next()
     assert plan is not None
     one = world.run(plan, 0, seed=5)
     assert one == world.run(plan, 0, seed=5)
@@ -62,7 +62,7 @@ def test_simulated_runs_are_whole_records_whose_noise_comes_from_seed_and_visit(
 
 
 def test_no_plan_is_worth_more_than_the_best_of_a_simulated_world(world: SimulatedWorld) -> None:
-    plans = PEERS["uniform split first"](world, 0)
+    plans = METHODS["uniform split first"](world, 0, 25)
     scores = []
     for _ in range(len(world.micro_batch_sizes) + 20):
         plan = plans.next()

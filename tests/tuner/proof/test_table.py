@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.tuner.proof.worlds import named_world
-from tuner.proof.ours import OURS
+from tuner.proof.methods import OURS
 from tuner.proof.replay import Curve
 from tuner.proof.table import first_plan_table, searches_table
 
