@@ -43,11 +43,6 @@ class StageNeed(Value):
     in_flight: int | None
     """Micro-batches that the cap has room for, 0 if none; None where a micro-batch takes no room."""
 
-    @property
-    def bytes_at_least(self) -> int:
-        """With one micro-batch in flight."""
-        return self.weight_bytes + self.activation_bytes + self.kv_bytes_per_micro_batch
-
 
 class Fit(Value):
     """A split over the devices given, and what of the workload it can hold at once."""

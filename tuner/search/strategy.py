@@ -91,13 +91,6 @@ class Strategy:
         self._history = History(space, resolve)
         self._patience = Patience(self._lookout, num_objectives=len(objectives), seed=seed)
 
-    def favourite(self, records: Sequence[Record]) -> EffectivePlan | None:
-        """The best plan that ran, its luck smoothed out by the model; None where none kept the constraints."""
-        history = self._read(records, ())
-        view = self._lookout.look(history)
-        place = view.leader(view.scalar(even_weights(self._num_objectives))[0])
-        return None if place is None else view.effective[place]
-
     @property
     def counted(self) -> int:
         """Of the records last seen, trials that count against the budget."""

@@ -74,21 +74,6 @@ def test_a_search_that_nothing_can_better_ends_and_says_so() -> None:
     assert sum(step.kind == "replicate" for step in steps) <= MOST_REPLICATES
 
 
-def test_the_favourite_is_not_the_luckiest() -> None:
-    def lucky(plan: Plan, number: int) -> Outcome:
-        return make_measurement(plan, seed=number, hop_s=1e-3, mood=0.94 if number == 3 else 1.0)
-
-    strategy = make_strategy(PIPELINES, n_trials=9, stop_early=False)
-    records, *_ = play(strategy, PIPELINES, world=lucky)
-    favourite = strategy.favourite(records)
-    assert favourite is not None
-    best = metrics.derive(as_measured(favourite.plan, 99))["output_throughput"]
-    assert best > 0.98 * max(
-        metrics.derive(as_measured(r.spec.plan, 99))["output_throughput"] for r in records if r.spec
-    )
-    assert strategy.favourite([]) is None
-
-
 def test_a_search_told_to_go_on_spends_its_budget_and_never_repeats_by_accident() -> None:
     strategy = make_strategy(PIPELINES, n_trials=18, stop_early=False)
     records, steps, stop = play(strategy, PIPELINES)
