@@ -4,6 +4,7 @@
 # make check    all that CI runs: lint, types, import contracts, tests
 # make bench-peers   our runtime beside its peers, in rounds, for up to an hour; QUICK=1 takes some minutes
 # make bench-search  our search beside others on the landscapes in results/landscapes; make landscapes measures them, hours
+# make bench-gate    the gate's error rates, simulated and on this machine, for hours; goes on where it was left
 # make gpu-check     what only a machine with an NVIDIA GPU can show, in 8 minutes; results/gpu/<machine>
 # make lint     check without tests; make format rewrites; make clean removes .venv and caches, never results
 PYTHON ?= python3
@@ -15,6 +16,7 @@ PEERS_ARGS ?=
 GPU_CHECK_ARGS ?=
 SEARCH_ARGS ?=
 LANDSCAPES ?=
+GATE_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -22,10 +24,10 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench-peers bench-search landscapes gpu-check test test-families models-table check lint format hooks clean
+.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check test test-families models-table check lint format hooks clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 8
+	@sed -n 's/^# //p' Makefile | head -n 9
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -66,6 +68,10 @@ bench-search: $(VENV)/.installed-run
 # A landscape that is complete is not measured again; one that is not goes on. LANDSCAPES: their names; all by default.
 landscapes: $(VENV)/.installed-run
 	$(BIN)/python -m tuner.proof measure $(LANDSCAPES) $(SEARCH_ARGS)
+
+# GATE_ARGS: see `python -m tuner.proof.gate --help`.
+bench-gate: $(VENV)/.installed-run
+	$(BIN)/python -m tuner.proof.gate --docs docs/performance.md $(GATE_ARGS)
 
 # GPU_CHECK_ARGS: see `python -m bench.gpu_check --help`.
 gpu-check: $(VENV)/.installed-run

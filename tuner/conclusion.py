@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from tuner.study_files import StudyContents, load_study
 
 if TYPE_CHECKING:
     from tuner.report.data import Report
+    from tuner.report.page import Section
 
 DONE, NOTHING_FEASIBLE, FAULT, INTERRUPTED = 0, 3, 4, 130
 
@@ -28,8 +30,11 @@ _PLANS_FAULT = frozenset(
 """Failures that lie with a plan or its model; all others lie with the machine or with us."""
 
 
-def conclude(folder: Path) -> Report:
+def conclude(folder: Path, sections: Sequence[Section] = ()) -> Report:
     """Writes the exports and the reports of a study as it stands.
+
+    Args:
+        sections: further ones of its page.
 
     Raises:
         StudyError: the folder holds no study that can be read.
@@ -45,7 +50,7 @@ def conclude(folder: Path) -> Report:
             (folder / name).unlink(missing_ok=True)
     else:
         write_best(folder, plan_file(contents, best), contents.shape, contents.config.device_names)
-    write_reports(report)
+    write_reports(report, sections)
     return report
 
 

@@ -19,6 +19,7 @@ from bench.spec import (
     device_kind,
     parse_devices,
 )
+from tuner.gate.values import GateConfig
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CONSTRAINT = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*")
@@ -167,6 +168,10 @@ class TuneConfig(Value):
     shared_study: Annotated[str | None, BeforeValidator(lambda value: value or None)] = None
     """Name of a study in `storage` that several processes search together, each with its own folder and devices; empty
     as none."""
+    gate: GateConfig = GateConfig()
+    """What `pipetune gate` compares, and how much worse it may become."""
+    prices: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
+    """What an hour of one device costs, by kind or name: `{cuda: 2.5}`; in any currency, the same for all."""
     device_names: Names = ()
     """Names to write into device maps in place of the devices, in their order; empty keeps theirs."""
 

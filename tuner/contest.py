@@ -29,6 +29,8 @@ from typing import Literal
 import numpy as np
 from scipy.special import ndtr, stdtr, stdtrit
 
+from tuner.stats.signed_rank import hodges_lehmann
+
 MIN_ROUNDS = 3
 """Rounds below which nothing is told apart."""
 ALPHA = 0.05
@@ -163,11 +165,6 @@ def ordered(table: Mapping[str, Mapping[int, float]], names: Sequence[str]) -> l
         for name in names
     }
     return sorted(names, key=lambda name: centres[name])
-
-
-def hodges_lehmann(values: Sequence[float]) -> float:
-    """Median of the means of all pairs, each value with itself among them (Hodges and Lehmann 1963)."""
-    return statistics.median((one + other) / 2 for index, one in enumerate(values) for other in values[index:])
 
 
 @functools.lru_cache

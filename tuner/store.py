@@ -73,6 +73,8 @@ MAY_CHANGE = frozenset(
         "storage",
         "shared_study",
         "device_names",
+        "gate",
+        "prices",
     }
 )
 """Settings that a resume may change: they say how long to search, from which predictions, with whom, and where

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
-from tuner.contest import Cells, decide, hodges_lehmann, nominal_level, ordered
+from tuner.contest import Cells, decide, nominal_level, ordered
+from tuner.stats.signed_rank import hodges_lehmann
 from tuner.proof.finals_power import power
 
 NOISE = (

@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from tuner.cli.bench import bench
+from tuner.cli.compare import compare
 from tuner.cli.doctor import doctor
 from tuner.cli.export import export
+from tuner.cli.gate import gate
+from tuner.cli.history import history
 from tuner.cli.plan import plan
 from tuner.cli.profile import profile
 from tuner.cli.report import report
@@ -23,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (tune, plan, bench, report, export, doctor, profile):
+for command in (tune, plan, bench, gate, compare, history, report, export, doctor, profile):
     app.command()(command)
 
 

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from tuner.cli import options as o
 
 
-def report(study: o.StudyArgument, json: o.Json = False) -> int:
+def report(
+    study: o.StudyArgument,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", metavar="STUDY", help="Compare it with this one, in its page; may be repeated."),
+    ] = None,
+    json: o.Json = False,
+) -> int:
     """Write a study's reports anew and print its ranking."""
     from tuner.cli import common
     from tuner.conclusion import conclude
 
-    return common.show_study(conclude(common.study_at(study)), json=json)
+    folder = common.study_at(study)
+    if not compare:
+        return common.show_study(conclude(folder), json=json)
+    from tuner.compare.files import read_reports
+    from tuner.compare.join import compare_studies
+    from tuner.compare.page import sections_of
+
+    reports, names = read_reports([common.study_at(other) for other in (*compare, study)])
+    return common.show_study(conclude(folder, sections_of(compare_studies(reports, names))), json=json)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from bench.errors import PipetuneError
 from bench.record import write_durably
+from tuner.proof.document import put_between_marks
 from tuner.proof.questions import MEASURED
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "results" / "landscapes"
 SEEDS, BUDGET = 24, 64
-BEGIN = "<!-- bench-search: begin, written by `make bench-search` -->"
-END = "<!-- bench-search: end -->"
+COMMAND = "bench-search"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def _search(args: argparse.Namespace) -> int:
     from tuner.proof.model_error import error_table
     from tuner.proof.plots import plot_world
     from tuner.proof.simulated import simulated_worlds
-    from tuner.proof.table import first_plan_table, searches_table
+    from tuner.proof.table import first_plan_table, judging_table, searches_table
     from tuner.proof.world import MeasuredWorld
 
     measured = [MeasuredWorld(args.folder / name) for name in args.names]
@@ -114,6 +114,7 @@ def _search(args: argparse.Namespace) -> int:
             f"{args.seeds} seeds, {args.budget} trials at most; landscapes: "
             + "; ".join(f"**{world.name}**: {world.about}" for world in worlds)
             + ".",
+            judging_table(measured),
             searches_table(worlds, curves, methods),
             first_plan_table(worlds, curves),
             error_table([(world.name, args.folder / world.name) for world in measured]),
@@ -124,7 +125,7 @@ def _search(args: argparse.Namespace) -> int:
         json.dumps({"schema_version": 1, "curves": [curve.model_dump(mode="json") for curve in curves]}) + "\n",
     )
     if args.docs is not None:
-        _put_between_marks(args.docs, text)
+        put_between_marks(args.docs, COMMAND, text)
     sys.stdout.write(text + "\n")
     return 0
 
@@ -146,12 +147,6 @@ def _search_one(job: tuple[Path, str, bool, str, int, int]) -> Curve:
 
 _worlds: dict[str, World] = {}
 """Of a worker process, read once."""
-
-
-def _put_between_marks(path: Path, text: str) -> None:
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_durably(path, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def _say(text: str) -> None:

@@ -35,6 +35,11 @@ class LandscapeSpec(Value):
     protocol: Protocol = Protocol(num_iters=2, num_iters_warmup=0, max_warmup=0)
     """Short passes vary from one to the next, so that each is timed; a run's value is the median of its passes."""
     repeats: int = Field(default=4, ge=2)
+    """Of every plan."""
+    near: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Plans whose mean lies within this share of the best one's after those are measured further."""
+    near_repeats: int = Field(default=16, ge=2)
+    """Of these, in all: what is best, and within 2 % of it, is decided among them."""
     seed: int = 0
     worker_env: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Of single workers: how an unlike device is held back."""
@@ -72,6 +77,24 @@ def cell_of(record: Record) -> tuple[int, int]:
     return int(record.params["cell"]), int(record.params["repeat"])
 
 
+def usable_runs(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """Of each plan, by its place in the grid, the run of every repeat: the last undisturbed one, or else the last.
+
+    Raises:
+        StudyError: a run failed.
+    """
+    chosen: dict[int, dict[int, Record]] = {}
+    for record in records:
+        if not isinstance(record.result, Measurement):
+            raise StudyError(f"run {record.number} failed: {record.result.message}")
+        cell, repeat = cell_of(record)
+        runs = chosen.setdefault(cell, {})
+        before = runs.get(repeat)
+        if before is None or is_undisturbed(record) or not is_undisturbed(before):
+            runs[repeat] = record
+    return {cell: [runs[repeat] for repeat in sorted(runs)] for cell, runs in chosen.items()}
+
+
 def is_undisturbed(record: Record) -> bool:
     """Whether the run gave a measurement beside which nothing else ran."""
     return isinstance(record.result, Measurement) and not record.result.telemetry.disturbances
@@ -88,6 +111,12 @@ class LandscapeFolder:
     @property
     def is_complete(self) -> bool:
         return self._packed.exists()
+
+    def reopen(self) -> None:
+        """Unpacks a landscape that lacks runs."""
+        if self._packed.exists():
+            write_durably(self._lines, "".join(_line(record) for record in self._records()))
+            self._packed.unlink()
 
     def begin(self, landscape: Landscape) -> None:
         """Writes what is asked, or goes on with it.

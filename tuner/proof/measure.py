@@ -1,10 +1,11 @@
-"""Measures a landscape: all its plans in random order, again and again, until every repeat is there."""
+"""Measures a landscape: all plans in random order, again and again, and those near the best more often."""
 
 from __future__ import annotations
 
 import datetime as dt
 import json
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -14,10 +15,11 @@ from pathlib import Path
 
 from bench.errors import FleetError
 from bench.launch import Fleet
-from bench.record import Failure, Outcome, Record, write_durably
+from bench.record import Failure, Measurement, Outcome, Record, write_durably
 from bench.spec import Plan, RunSpec
 from tuner.profiles import grid_for
-from tuner.proof.landscape import Landscape, LandscapeFolder, LandscapeSpec, cell_of, is_undisturbed
+from tuner.proof.landscape import Landscape, LandscapeFolder, LandscapeSpec, cell_of, is_undisturbed, usable_runs
+from tuner.proof.world import throughput
 from tuner.search.runs import timestamp
 
 MOST_VISITS = 3
@@ -44,7 +46,10 @@ def measure_landscape(
     """
     files = LandscapeFolder(folder)
     if files.is_complete:
-        return True
+        plans = spec.plans(files.read().shape)
+        if not any(True for _ in _left(spec, len(plans), files.records(), most_visits)):
+            return True
+        files.reopen()
     began = time.monotonic()
     devices = spec.device_orders[0]
     with Fleet.start(spec.model, devices, worker_env=spec.worker_env) as fleet:
@@ -72,7 +77,7 @@ def measure_landscape(
             files.append(record)
             records.append(record)
             if len(records) % 20 == 0:
-                say(f"{spec.name}: {len(records)} runs of {len(plans) * spec.repeats}, {record.wall_s:.1f} s the last")
+                say(f"{spec.name}: {len(records)} runs, the last took {record.wall_s:.1f} s")
     (folder / "reference.safetensors").unlink(missing_ok=True)
     files.pack(records)
     return True
@@ -100,16 +105,32 @@ def profile_landscape(spec: LandscapeSpec, folder: Path, *, say: Callable[[str],
 def _left(
     spec: LandscapeSpec, num_cells: int, records: Sequence[Record], most_visits: int
 ) -> Iterator[tuple[int, int]]:
-    """Cells to run: repeat by repeat, each in an order of its own; then once more those that were disturbed.
+    """Cells to run: every plan, then those near the best again and again.
 
-    `records` may grow meanwhile.
+    Repeat by repeat, each in an order of its own; those that were disturbed once more at the end. `records` may grow
+    meanwhile.
     """
+    yield from _undone(spec, range(num_cells), range(spec.repeats), records, most_visits)
+    near = _near(spec, records)
+    yield from _undone(spec, near, range(spec.repeats, spec.near_repeats), records, most_visits)
+
+
+def _near(spec: LandscapeSpec, records: Sequence[Record]) -> list[int]:
+    """Plans to be told apart more finely, by the runs that all plans have."""
+    first = [record for record in records if cell_of(record)[1] < spec.repeats]
+    runs = usable_runs([record for record in first if isinstance(record.result, Measurement)])
+    means = {cell: statistics.fmean(throughput(record) for record in rows) for cell, rows in runs.items()}
+    best = max(means.values())
+    return sorted(cell for cell, mean in means.items() if mean >= (1 - spec.near) * best)
+
+
+def _undone(
+    spec: LandscapeSpec, plans: Sequence[int], repeats: range, records: Sequence[Record], most_visits: int
+) -> Iterator[tuple[int, int]]:
     cells = [
         cell
-        for repeat in range(spec.repeats)
-        for cell in random.Random(f"{spec.seed}-{repeat}").sample(
-            [(cell, repeat) for cell in range(num_cells)], num_cells
-        )
+        for repeat in repeats
+        for cell in random.Random(f"{spec.seed}-{repeat}").sample([(plan, repeat) for plan in plans], len(plans))
     ]
     for visit in range(most_visits):
         visits = Counter(cell_of(record) for record in records)

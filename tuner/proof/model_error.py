@@ -3,8 +3,8 @@
     python -m tuner.proof.model_error results/landscapes/smollm2-prefill-heavy
 
 A search would run the plan predicted best, learn from it, run the plan then predicted best, and so on. After some such
-runs all plans not among them are judged: predicted throughput against the mean over all repeats. That is done once with
-each repeat as what the search sees; what is told is the median over these.
+runs all plans not among them are judged: predicted throughput against what all their runs come to, the machine's moods
+taken out. That is done once with each repeat as what the search sees; what is told is the median over these.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from tuner.planning.nominal import NominalCosts
 from tuner.planning.observation import Observation, observe
 from tuner.planning.predictor import Predictor
 from tuner.planning.profiled import ProfiledCosts
-from tuner.proof.landscape import Landscape, LandscapeFolder
+from tuner.proof import moods
+from tuner.proof.landscape import Landscape, LandscapeFolder, usable_runs
 from tuner.proof.memory_error import describe, memory_errors
-from tuner.proof.world import METRIC, read_profile, throughput, usable_runs
+from tuner.proof.world import METRIC, all_timed, read_profile
 
 Floats = npt.NDArray[np.float64]
 
@@ -70,7 +71,7 @@ def error_table(landscapes: Sequence[tuple[str, Path]]) -> str:
     for name, folder in landscapes:
         files = LandscapeFolder(folder)
         landscape, records = files.read(), files.records()
-        runs = usable_runs(records, landscape.spec.repeats)
+        runs = {_effective(rows).key: rows for rows in usable_runs(records).values()}
         lines += [_line(error) for error in model_errors(name, landscape, runs, ProfiledCosts(read_profile(folder)))]
         memory.append(f"Memory, {name}:\n\n{describe(memory_errors(landscape.shape, records))}")
     return "\n\n".join(("\n".join(lines), *memory))
@@ -115,7 +116,9 @@ def model_errors(
 def _errors(
     name: str, costs_name: str, model: CostModel, runs: Mapping[str, Sequence[Record]]
 ) -> tuple[ModelError, ...]:
-    truth = np.array([statistics.fmean(throughput(record) for record in records) for records in runs.values()])
+    timed = all_timed(runs.values())
+    judged_logs = moods.judge(timed, moods.fit(timed)).logs
+    truth = np.exp([judged_logs[place] for place in range(len(runs))])
     plans = [_effective(records) for records in runs.values()]
     repeats = min(len(records) for records in runs.values())
     judged: dict[int, list[tuple[float, ...]]] = {}

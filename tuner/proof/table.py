@@ -9,10 +9,35 @@ from collections.abc import Sequence
 from bench.metrics import percentile
 from tuner.proof.methods import OURS
 from tuner.proof.replay import Curve
-from tuner.proof.world import World
+from tuner.proof.world import MeasuredWorld, World
 
 GOALS = (0.98, 0.99)
 """Worth of the recommended plan, as a share of the best one's."""
+
+
+def judging_table(worlds: Sequence[MeasuredWorld]) -> str:
+    """How well the best plan of each landscape is known, and how many are as good."""
+    lines = [
+        "| landscape | runs | SD of a run: mood, noise | standard error of a judged plan near the best "
+        "| plans within 2 %, within 5 % of the best |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for world in worlds:
+        runs = sum(len(rows) for rows in world.runs.values())
+        mood = world.mood
+        errors, near = [], world.landscape.spec.near
+        for seed in range(8):
+            for judged in world.judged(seed):
+                best = max(judged.logs.values())
+                errors += [judged.errors[plan] for plan, log in judged.logs.items() if log > best - near / 2]
+        judged = world.judged_by_all
+        gaps = [max(judged.logs.values()) - log for log in judged.logs.values()]
+        within = tuple(sum(-math.expm1(-gap) <= share for gap in gaps) for share in (0.02, 0.05))
+        lines.append(
+            f"| {world.name} | {runs} | {math.sqrt(mood.ratio) * mood.noise:.1%}, {mood.noise:.1%} "
+            f"| {statistics.median(errors):.1%} | {within[0]}, {within[1]} of {world.num_plans} |"
+        )
+    return "\n".join(lines)
 
 
 def searches_table(worlds: Sequence[World], curves: Sequence[Curve], methods: Sequence[str]) -> str:

@@ -1,15 +1,15 @@
 """What a search is let loose on: plans that can be run, what each run gave, and how good each plan really is.
 
-A measured world's runs are split into two halves: a search draws its runs from one, and every plan is judged by its
-mean over the other, lest luck be the optimum. Which half is which changes from seed to seed.
+A measured world's runs are split into two halves: a search draws its runs from one, as they are; every plan is judged
+by the other, the machine's moods taken out, lest luck be the optimum. Which half is which changes from seed to seed.
 """
 
 from __future__ import annotations
 
+import datetime as dt
+import math
 import random
-import statistics
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,8 @@ from bench.spec import EffectivePlan, Plan, Workload
 from tuner.config import SpaceConfig
 from tuner.planning.costs import Costs
 from tuner.planning.profiled import ProfiledCosts
-from tuner.proof.landscape import Landscape, LandscapeFolder, cell_of, is_undisturbed
+from tuner.proof import moods
+from tuner.proof.landscape import Landscape, LandscapeFolder, usable_runs
 
 METRIC = "output_throughput"
 
@@ -103,9 +104,10 @@ class MeasuredWorld:
         profile = read_profile(folder)
         self.costs: Costs = ProfiledCosts(profile)
         self.profile_s = profile.took_s
-        self._runs = usable_runs(files.records(), spec.repeats)
+        self._runs = {_key(rows[0]): rows for rows in usable_runs(files.records()).values()}
         self.num_plans = len(self._runs)
-        self._values = {key: [throughput(record) for record in records] for key, records in self._runs.items()}
+        self.mood = moods.fit(all_timed(self._runs.values()))
+        self._judged: dict[int, tuple[moods.Judged, moods.Judged]] = {}
 
     @property
     def runs(self) -> Mapping[str, list[Record]]:
@@ -125,21 +127,46 @@ class MeasuredWorld:
         return resolved
 
     def run(self, plan: Plan, visit: int, seed: int) -> Record:
-        records = self._runs[self.resolve(plan).key]
-        seen, _ = _halves(len(records), seed)
-        order = random.Random(f"{seed}-{self.resolve(plan).key}").sample(seen, len(seen))
+        key = self.resolve(plan).key
+        records = self._runs[key]
+        seen, _ = _halves(len(records), key, seed)
+        order = random.Random(f"{seed}-{key}").sample(seen, len(seen))
         return records[order[visit % len(order)]]
 
     def score(self, plan: Plan, seed: int) -> float:
         """By the half of the runs that the search did not see; 1 for the plan that is best by the half that it saw."""
-        some = next(iter(self._values.values()))
-        seen, unseen = _halves(len(some), seed)
-        best = max(self._values, key=lambda key: statistics.fmean(self._values[key][index] for index in seen))
+        seen, unseen = self.judged(seed)
+        best = max(seen.logs, key=lambda one: seen.logs[one])
+        own = list(self._runs).index(self.resolve(plan).key)
+        return math.exp(unseen.logs[own] - unseen.logs[best])
 
-        def judged(key: str) -> float:
-            return statistics.fmean(self._values[key][index] for index in unseen)
+    @property
+    def judged_by_all(self) -> moods.Judged:
+        """What plans are worth by all their runs."""
+        return moods.judge(all_timed(self._runs.values()), self.mood)
 
-        return judged(self.resolve(plan).key) / judged(best)
+    def judged(self, seed: int) -> tuple[moods.Judged, moods.Judged]:
+        """What plans are worth by each half of the runs, the machine's moods taken out; plans by their place."""
+        if seed not in self._judged:
+            halves = [_halves(len(rows), key, seed) for key, rows in self._runs.items()]
+            first, second = (timed(self._runs.values(), [half[side] for half in halves]) for side in (0, 1))
+            self._judged[seed] = moods.judge(first, self.mood), moods.judge(second, self.mood)
+        return self._judged[seed]
+
+
+def timed(runs: Iterable[Sequence[Record]], chosen: Iterable[Sequence[int]]) -> list[moods.Run]:
+    """Of each plan the runs chosen, as `moods` reads them; plans by their place."""
+    return [
+        moods.Run(plan=plan, at_s=_at_s(rows[index]), log=math.log(throughput(rows[index])))
+        for plan, (rows, indices) in enumerate(zip(runs, chosen, strict=True))
+        for index in indices
+    ]
+
+
+def all_timed(runs: Iterable[Sequence[Record]]) -> list[moods.Run]:
+    """All runs of all plans."""
+    rows = list(runs)
+    return timed(rows, [range(len(one)) for one in rows])
 
 
 def read_profile(folder: Path) -> Profile:
@@ -157,27 +184,22 @@ def read_profile(folder: Path) -> Profile:
         ) from error
 
 
-def usable_runs(records: tuple[Record, ...], repeats: int) -> dict[str, list[Record]]:
-    """Of each plan the run of every repeat: the last undisturbed one, or else the last."""
-    chosen: dict[str, dict[int, Record]] = defaultdict(dict)
-    for record in records:
-        assert record.effective is not None, f"run {record.number} was refused"
-        if not isinstance(record.result, Measurement):
-            raise StudyError(f"run {record.number} failed: {record.result.message}")
-        _, repeat = cell_of(record)
-        before = chosen[record.effective.key].get(repeat)
-        if before is None or is_undisturbed(record) or not is_undisturbed(before):
-            chosen[record.effective.key][repeat] = record
-    return {key: [runs[repeat] for repeat in range(repeats)] for key, runs in chosen.items()}
-
-
 def throughput(record: Record) -> float:
     """Tokens put out a second."""
     assert isinstance(record.result, Measurement)
     return metrics.derive(record.result)[METRIC]
 
 
-def _halves(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Of the repeats, those that a search of this seed draws from and those that judge it."""
-    order = random.Random(f"halves-{seed}").sample(range(count), count)
+def _key(record: Record) -> str:
+    assert record.effective is not None, f"run {record.number} was refused"
+    return record.effective.key
+
+
+def _at_s(record: Record) -> float:
+    return dt.datetime.fromisoformat(record.started_at).timestamp()
+
+
+def _halves(count: int, key: str, seed: int) -> tuple[list[int], list[int]]:
+    """Of a plan's repeats, those that a search of this seed draws from and those that judge it."""
+    order = random.Random(f"halves-{seed}-{key}").sample(range(count), count)
     return sorted(order[: count // 2]), sorted(order[count // 2 :])

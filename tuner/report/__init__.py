@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.record import write_durably
 from tuner.report.data import Report
@@ -12,6 +14,9 @@ from tuner.report.spreadsheet import render_csv
 from tuner.report.tables import build_table
 from tuner.report.trace import render_trace
 from tuner.study_files import load_study
+
+if TYPE_CHECKING:
+    from tuner.report.page import Section
 
 PLOTS_FOLDER = "plots"
 TRACE_FILE = "trace.json.gz"
@@ -29,11 +34,16 @@ def write_report(folder: Path) -> None:
     write_reports(Report.of(load_study(folder)))
 
 
-def write_reports(report: Report) -> None:
-    """Writes the reports of a study that was loaded and ranked already."""
+def write_reports(report: Report, sections: Sequence[Section] = ()) -> None:
+    """Writes the reports of a study that was loaded and ranked already.
+
+    Args:
+        sections: further ones of the page, such as a comparison with other studies.
+    """
     # matplotlib takes half a second to import: those who only print a table need not wait for it.
     from tuner.report.html import render_html
-    from tuner.report.plots import DARK, render_plots
+    from tuner.report.canvas import DARK
+    from tuner.report.plots import render_plots
 
     folder = report.folder
     plots = render_plots(report)
@@ -49,7 +59,7 @@ def write_reports(report: Report) -> None:
     else:
         _replace(folder / TRACE_FILE, trace)
     write_durably(folder / "ranking.csv", render_csv(report))
-    write_durably(folder / "report.html", render_html(report, plots, render_plots(report, DARK)))
+    write_durably(folder / "report.html", render_html(report, plots, render_plots(report, DARK), sections))
     write_durably(folder / "ranking.md", render_markdown(build_table(report)))
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bench.record import Measurement
 from tuner.export import engine_replicas
 from tuner.report.costs import costs_of
 from tuner.report.data import Report
 from tuner.report.finding import find
+from tuner.report.page import Section, data_uri, environment
 from tuner.report.tables import BASELINE_NAME, RankingTable, build_table
 from tuner.report.wording import (
     bytes_text,
@@ -30,7 +28,6 @@ from tuner.report.wording import (
 )
 from tuner.standings import BaselineRow
 
-_TEMPLATES = Path(__file__).with_name("templates")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,22 +38,20 @@ class Note:
     records: str
 
 
-def render_html(report: Report, plots: Mapping[str, bytes], dark_plots: Mapping[str, bytes]) -> str:
+def render_html(
+    report: Report,
+    plots: Mapping[str, bytes],
+    dark_plots: Mapping[str, bytes],
+    sections: Sequence[Section] = (),
+) -> str:
     """The page.
 
     Args:
         plots: PNGs by name, for light pages; `dark_plots` the same for dark ones.
+        sections: further ones, such as a comparison with other studies.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     table = build_table(report)
-    return environment.get_template("report.html.j2").render(
+    return environment().get_template("report.html.j2").render(
         report=report,
         table=table,
         headline=_headline(report, table),
@@ -67,10 +62,11 @@ def render_html(report: Report, plots: Mapping[str, bytes], dark_plots: Mapping[
         costs=costs_of(report.profile) if report.profile else None,
         peer=peer_name(report.config.workload),
         sweep=_sweep(report),
-        plots={name: (_uri(png), _uri(dark_plots.get(name, png))) for name, png in plots.items()},
+        plots={name: (data_uri(png), data_uri(dark_plots.get(name, png))) for name, png in plots.items()},
         machine=_machine(report),
         notes=_notes(report),
         uses=_uses(report),
+        sections=sections,
     )
 
 
@@ -174,7 +170,3 @@ def _uses(report: Report) -> list[tuple[str, str]]:
     names = ",".join(f"cuda:{index}" for index in range(len(best.plan.stages)))
     uses.append(("Export it for other devices", f"pipetune export {shlex.quote(folder)} --device-names {names}"))
     return uses
-
-
-def _uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,22 +1,27 @@
-"""Draws the figures of a study as PNG, on light paper or on dark.
-
-Colours are those of Okabe and Ito, which people tell apart whatever their colour vision; marks differ in shape as well.
-"""
+"""Draws the figures of a study as PNG, on light paper or on dark."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from tuner.report.canvas import (
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHT,
+    ORANGE,
+    VERMILION,
+    Theme,
+    add_legend,
+    new_figure,
+    to_png,
+)
 from tuner.report.data import Report
 from tuner.report.figures import (
     Bar,
@@ -29,23 +34,6 @@ from tuner.report.figures import (
     scatter_of,
     timeline_of,
 )
-
-DPI = 160
-BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#8C8C8C"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Theme:
-    """Colours of paper and ink."""
-
-    paper: str
-    ink: str
-    faint: str
-    plan: str
-
-
-LIGHT = Theme(paper="#ffffff", ink="#1f2328", faint="#d0d7de", plan=BLUE)
-DARK = Theme(paper="#161b22", ink="#e6edf3", faint="#3d444d", plan=SKY)
 
 
 def render_plots(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
@@ -64,12 +52,12 @@ def render_plots(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
         figures["predicted_vs_measured"] = draw_forecast(forecast, theme)
     if timeline:
         figures["timeline"] = draw_timeline(timeline, theme)
-    return {name: _png(figure) for name, figure in figures.items()}
+    return {name: to_png(figure) for name, figure in figures.items()}
 
 
 def draw_scatter(data: Scatter, theme: Theme) -> Figure:
     """Plans as dots, confirmed ones filled; the best a star, our single stage a diamond, the baseline a line."""
-    figure, axes = _figure(data.title, theme, size=(6.4, 4.6))
+    figure, axes = new_figure(data.title, theme, size=(6.4, 4.6))
     plain = [point for point in data.points if not point.is_best and not point.is_single_stage]
     for is_confirmed, face, label in ((True, theme.plan, "confirmed plan"), (False, theme.paper, "plan of the search")):
         chosen = [point for point in plain if point.is_confirmed is is_confirmed]
@@ -103,13 +91,13 @@ def draw_scatter(data: Scatter, theme: Theme) -> Figure:
     axes.set_xlabel(data.x_label)
     axes.set_ylabel(data.y_label)
     axes.margins(x=0.08, y=0.14)
-    _legend(figure, theme, 3)
+    add_legend(figure, theme, 3)
     return figure
 
 
 def draw_history(data: History, theme: Theme, *, wide: bool = True) -> Figure:
     """Trials as dots, the best so far as a staircase, failures as crosses at the foot."""
-    figure, axes = _figure(data.title, theme, size=(10.0, 3.6) if wide else (6.4, 4.6))
+    figure, axes = new_figure(data.title, theme, size=(10.0, 3.6) if wide else (6.4, 4.6))
     trials, reached = zip(*data.trials, strict=True)
     axes.scatter(trials, reached, s=34, color=theme.plan, label="trial", zorder=3)
     if data.best_so_far:
@@ -135,13 +123,13 @@ def draw_history(data: History, theme: Theme, *, wide: bool = True) -> Figure:
     axes.set_ylabel(data.y_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.04, y=0.14)
-    _legend(figure, theme, 4 if wide else 2)
+    add_legend(figure, theme, 4 if wide else 2)
     return figure
 
 
 def draw_forecast(data: Forecast, theme: Theme) -> Figure:
     """Trials by number against the diagonal on which predictions come true, with the spread that was expected."""
-    figure, axes = _figure(data.title, theme, size=(6.4, 4.6))
+    figure, axes = new_figure(data.title, theme, size=(6.4, 4.6))
     spans = [value - sd for value, sd in zip(data.predicted, data.sd, strict=True)]
     spans += [value + sd for value, sd in zip(data.predicted, data.sd, strict=True)]
     low, high = min(*spans, *data.measured), max(*spans, *data.measured)
@@ -163,14 +151,14 @@ def draw_forecast(data: Forecast, theme: Theme) -> Figure:
     axes.set_ylim(*ends)
     axes.set_xlabel(data.x_label)
     axes.set_ylabel(data.y_label)
-    _legend(figure, theme, 2)
+    add_legend(figure, theme, 2)
     return figure
 
 
 def draw_timeline(data: Timeline, theme: Theme) -> Figure:
     """A row per stage, time to the right; labels only where they fit."""
     height = 1.5 + 0.62 * len(data.stages)
-    figure, axes = _figure(data.title, theme, size=(10.0, height))
+    figure, axes = new_figure(data.title, theme, size=(10.0, height))
     prefill, decode = ORANGE, theme.plan
     for is_prefill, color, label in ((True, prefill, "prefill"), (False, decode, "decode")):
         chosen = [bar for bar in data.bars if bar.is_prefill is is_prefill]
@@ -201,32 +189,3 @@ def _label_bars(figure: Figure, axes: Axes, bars: Sequence[Bar], end_s: float) -
                 bar.start_s + bar.width_s / 2, bar.stage, bar.label, ha="center", va="center", fontsize=7,
                 color="#000000" if bar.is_prefill else "#ffffff", parse_math=False,
             )  # fmt: skip
-
-
-def _figure(title: str, theme: Theme, *, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, dpi=DPI, facecolor=theme.paper, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_facecolor(theme.paper)
-    heading: Text = axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.ink)
-    heading.set_parse_math(False)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(theme.faint)
-    axes.tick_params(colors=theme.ink, labelsize=9)
-    axes.xaxis.label.set_color(theme.ink)
-    axes.yaxis.label.set_color(theme.ink)
-    axes.grid(visible=True, color=theme.faint, linewidth=0.6, alpha=0.7)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _legend(figure: Figure, theme: Theme, columns: int) -> None:
-    """Below the axes, where it hides nothing."""
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=9, labelcolor=theme.ink, frameon=False)
-
-
-def _png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()

@@ -11,11 +11,11 @@ from bench.errors import StudyError
 from bench.record import Measurement, Telemetry
 from bench.spec import ModelSpec, Protocol, Workload
 from tests.tiny_models import save_tiny_model
-from tuner.proof.landscape import LandscapeFolder, LandscapeSpec, cell_of, is_undisturbed
+from tuner.proof.landscape import LandscapeFolder, LandscapeSpec, cell_of, is_undisturbed, usable_runs
 from tuner.proof.measure import measure_landscape, profile_landscape
 from tuner.proof.methods import OURS
 from tuner.proof.replay import search
-from tuner.proof.world import MeasuredWorld, usable_runs
+from tuner.proof.world import MeasuredWorld
 
 DEVICES = ("cpu:0", "cpu:1")
 
@@ -32,6 +32,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> LandscapeSpec:
         micro_batch_sizes=(2, 4),
         protocol=Protocol(num_iters=1, num_iters_warmup=0),
         repeats=2,
+        near=0.9,
+        near_repeats=3,
     )
 
 
@@ -49,7 +51,9 @@ def test_every_plan_is_measured_in_every_repeat_and_checked_in_the_first(spec: L
     records = files.records()
     assert files.is_complete
     assert not (folder / "runs.jsonl").exists()
-    assert {cell_of(record) for record in records} == {(cell, repeat) for cell in range(6) for repeat in range(2)}
+    cells = {cell_of(record) for record in records}
+    assert {(cell, repeat) for cell in range(6) for repeat in range(2)} <= cells
+    assert {repeat for _, repeat in cells} == {0, 1, 2}
     assert {record.spec.plan for record in records if record.spec} == set(spec.plans(files.read().shape))
     assert all(isinstance(record.result, Measurement) for record in records)
     firsts = collections.Counter(
@@ -88,10 +92,20 @@ def test_a_disturbed_run_gives_way_to_a_quiet_one(folder: Path) -> None:
     quiet = first.model_copy(update={"result": first.result.model_copy(update={"telemetry": Telemetry()})})
     assert not is_undisturbed(noisy)
     assert is_undisturbed(quiet)
-    _, repeat = cell_of(first)
+    cell, repeat = cell_of(first)
     for order in ((noisy, quiet), (quiet, noisy)):
-        chosen = usable_runs((*order, *records[1:]), 2)
-        assert chosen[first.effective.key][repeat] is quiet
+        chosen = usable_runs((*order, *records[1:]))
+        assert chosen[cell][repeat] is quiet
+
+
+def test_a_complete_landscape_that_is_to_be_finer_goes_on(spec: LandscapeSpec, folder: Path, tmp_path: Path) -> None:
+    there = LandscapeFolder(folder)
+    fewer = LandscapeFolder(tmp_path)
+    fewer.begin(there.read())
+    fewer.pack([record for record in there.records() if cell_of(record)[1] < 2])
+    assert measure_landscape(spec, tmp_path, timeout_s=600.0, most_visits=1, say=print)
+    assert fewer.is_complete
+    assert any(cell_of(record)[1] == 2 for record in fewer.records())
 
 
 def test_a_torn_last_line_is_not_read_and_the_next_run_stands_on_its_own_line(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""From differences to verdicts: what fails, what passes, what is left open, and what ends a comparison."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tuner.gate.rule import judge
+from tuner.gate.values import Finding, Pair, Reason, Sample, Tolerance, Verdict, verdict_of
+from tuner.stats.looks import looks_for
+
+from tests.tuner.gate.factory import make_case, make_pairs, make_sample
+
+METRIC = "mean_ttft_ms"
+ONE, TWELVE = looks_for(1), looks_for(12)
+
+
+def noise(count: int, sd: float = 0.01, seed: int = 0) -> list[float]:
+    return np.random.default_rng(seed).normal(0.0, sd, count).tolist()
+
+
+def found(pairs: list[Pair], looks: Any = ONE, **options: Any) -> Finding:
+    finding = judge(make_case(), METRIC, pairs, looks, **options)
+    assert finding is not None
+    return finding
+
+
+def test_a_candidate_that_is_clearly_worse_fails_at_the_first_look() -> None:
+    finding = found(make_pairs([0.1 + one for one in noise(8)]))
+    assert (finding.verdict, finding.reason, finding.pairs) == (Verdict.FAIL, Reason.WORSE, 8)
+    assert finding.estimate == pytest.approx(math.expm1(0.1), abs=0.01)
+    assert finding.interval is not None
+    assert finding.interval[0] < finding.estimate < finding.interval[1]
+
+
+def test_equal_sides_pass_at_the_first_look() -> None:
+    finding = found(make_pairs(noise(8)))
+    assert (finding.verdict, finding.reason, finding.pairs) == (Verdict.OK, Reason.WITHIN_MARGIN, 8)
+
+
+def test_throughput_is_worse_when_it_is_less() -> None:
+    case = make_case(metrics={"output_throughput": Tolerance()})
+    slower = make_pairs([-0.1 + one for one in noise(8)], "output_throughput")
+    finding = judge(case, "output_throughput", slower, ONE)
+    assert finding is not None
+    assert finding.verdict is Verdict.FAIL
+    assert finding.estimate is not None
+    assert finding.estimate > 0.05
+
+
+def test_fail_goes_before_ok_where_both_hold() -> None:
+    finding = found(make_pairs([0.03 + one for one in noise(8, 0.001)]))
+    look = finding.looks[-1]
+    assert look.p_fail <= look.alpha_fail
+    assert look.p_ok <= look.alpha_ok
+    assert finding.verdict is Verdict.FAIL
+
+
+def test_a_sure_difference_below_the_least_effect_passes() -> None:
+    finding = found(make_pairs([0.01 + one for one in noise(8, 0.001)]))
+    assert finding.looks[-1].p_fail <= finding.looks[-1].alpha_fail
+    assert finding.verdict is Verdict.OK
+
+
+def test_memory_that_is_always_the_same_is_decided_exactly() -> None:
+    assert found(make_pairs([0.0] * 8)).verdict is Verdict.OK
+    assert found(make_pairs([math.log(1.03)] * 8)).verdict is Verdict.FAIL
+    assert found(make_pairs([math.log(1.01)] * 8)).verdict is Verdict.OK
+
+
+def test_fewer_pairs_than_the_first_look_leave_it_open() -> None:
+    assert judge(make_case(), METRIC, make_pairs(noise(7)), ONE) is None
+
+
+def test_a_look_that_could_not_have_failed_does_not_pass_either() -> None:
+    assert judge(make_case(), METRIC, make_pairs(noise(8)), TWELVE) is None
+    assert found(make_pairs(noise(12)), TWELVE).verdict is Verdict.OK
+
+
+def test_what_was_decided_stays_decided_whatever_comes_later() -> None:
+    early = noise(8)
+    finding = found(make_pairs([*early, *([0.5] * 16)]))
+    assert (finding.verdict, finding.pairs) == (Verdict.OK, 8)
+    assert len(finding.differences) == 24
+
+
+def test_pairs_that_are_used_up_are_inconclusive_and_say_so() -> None:
+    finding = found(make_pairs([0.045 + one for one in noise(24, 0.06, seed=3)]))
+    assert (finding.verdict, finding.reason) == (Verdict.INCONCLUSIVE, Reason.NOT_TOLD)
+    assert len(finding.looks) == 4
+
+
+def test_a_noise_floor_above_the_margin_is_an_unfit_machine() -> None:
+    finding = found(make_pairs(noise(24, 0.25)))
+    assert (finding.verdict, finding.reason) == (Verdict.INCONCLUSIVE, Reason.UNFIT_MACHINE)
+    assert finding.floor is not None
+    assert finding.floor > finding.margin
+
+
+def test_a_known_noise_floor_lifts_what_fails() -> None:
+    pairs = make_pairs([0.03 + one for one in noise(24, 0.001)])
+    finding = judge(make_case(noise_floor=0.04), METRIC, pairs, ONE)
+    assert finding is not None
+    assert finding.verdict is Verdict.OK
+
+
+def test_time_that_is_up_is_inconclusive() -> None:
+    finding = found(make_pairs(noise(5)), because=Reason.OUT_OF_TIME)
+    assert (finding.verdict, finding.reason) == (Verdict.INCONCLUSIVE, Reason.OUT_OF_TIME)
+    assert "--max-minutes" in finding.text
+
+
+def replaced(pairs: list[Pair], **sides: Sample) -> list[Pair]:
+    return [*pairs[:-1], pairs[-1].model_copy(update=sides)]
+
+
+GOOD = {METRIC: 100.0}
+
+
+@pytest.mark.parametrize(
+    ("sides", "verdict", "reason"),
+    [
+        ({"candidate": make_sample()}, Verdict.FAIL, Reason.CANDIDATE_FAILED),
+        ({"baseline": make_sample()}, Verdict.INCONCLUSIVE, Reason.BASELINE_FAILED),
+        ({"baseline": make_sample(), "candidate": make_sample()}, Verdict.INCONCLUSIVE, Reason.BASELINE_FAILED),
+        ({"candidate": make_sample({"other": 1.0})}, Verdict.INCONCLUSIVE, Reason.MISSING_METRIC),
+        ({"baseline": make_sample({METRIC: math.nan})}, Verdict.INCONCLUSIVE, Reason.NOT_FINITE),
+        ({"candidate": make_sample({METRIC: math.inf})}, Verdict.INCONCLUSIVE, Reason.NOT_FINITE),
+        ({"candidate": make_sample({METRIC: 0.0})}, Verdict.INCONCLUSIVE, Reason.NOT_FINITE),
+        ({"candidate": make_sample(GOOD, hardware_id="xyz")}, Verdict.INCONCLUSIVE, Reason.OTHER_HARDWARE),
+    ],
+)
+def test_one_broken_run_ends_it_even_among_good_ones(
+    sides: dict[str, Sample], verdict: Verdict, reason: Reason
+) -> None:
+    finding = found(replaced(make_pairs(noise(8)), **sides))
+    assert (finding.verdict, finding.reason) == (verdict, reason)
+    assert "pair 8" in finding.text or reason is Reason.OTHER_HARDWARE
+
+
+def test_a_side_that_never_gets_steady_is_inconclusive_though_its_numbers_look_good() -> None:
+    pairs = make_pairs(noise(24))
+    shaken = [
+        pair.model_copy(update={"candidate": make_sample(dict(pair.candidate.metrics), steady=index % 2 == 0)})
+        for index, pair in enumerate(pairs)
+        if pair.candidate is not None
+    ]
+    finding = found(shaken)
+    assert (finding.verdict, finding.reason) == (Verdict.INCONCLUSIVE, Reason.NEVER_STEADY)
+    assert "12 of 24 runs of the candidate" in finding.text
+
+
+def test_a_gate_is_as_bad_as_its_worst_finding_and_never_ok_of_nothing() -> None:
+    ok, fail, unsure = (
+        found(make_pairs(noise(8))),
+        found(make_pairs([0.1 + one for one in noise(8)])),
+        found(make_pairs(noise(5)), because=Reason.OUT_OF_TIME),
+    )
+    assert verdict_of((ok, ok)) is Verdict.OK
+    assert verdict_of((ok, unsure)) is Verdict.INCONCLUSIVE
+    assert verdict_of((unsure, fail, ok)) is Verdict.FAIL
+    assert verdict_of(()) is Verdict.INCONCLUSIVE

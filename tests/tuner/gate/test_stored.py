@@ -1,0 +1,152 @@
+"""Stored baselines: what one session can tell, what three can, and every way in which something is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.record_factory import make_machine
+from tests.tuner.gate.factory import make_sample
+from tuner.cli import run
+from tuner.gate.stored import judge_case
+from tuner.gate.values import Finding, GateConfig, Reason, Session, Tolerance, Verdict
+
+METRIC = "mean_ttft_ms"
+LOTS = np.random.default_rng(0)
+
+
+def session(level: float, *, runs: int = 5, place: str = "now", sd: float = 0.01) -> Session:
+    values = np.exp(LOTS.normal(math.log(level), sd, runs))
+    return Session(place=place, case="c", samples=tuple(make_sample({METRIC: float(value)}) for value in values))
+
+
+def judged(stored: Sequence[Session], new: Session, **config: Any) -> Finding:
+    return judge_case("c", {METRIC: Tolerance()}, stored, new, GateConfig(**config))[0]
+
+
+def test_one_session_tells_gross_differences_and_passes_nothing() -> None:
+    assert judged([session(100)], session(100)).reason is Reason.TOO_FEW
+    assert "found" in judged([session(100)], session(100)).text
+    assert judged([session(100)], session(108)).verdict is Verdict.INCONCLUSIVE
+    assert judged([session(100)], session(150)).verdict is Verdict.FAIL
+
+
+def test_several_quiet_sessions_tell_more() -> None:
+    stored = [session(level) for level in (100, 100.4, 99.7, 100.2, 99.9)]
+    assert judged(stored, session(100, sd=0.001)).verdict is Verdict.OK
+    assert judged(stored, session(106, sd=0.001)).verdict is Verdict.FAIL
+
+
+def test_several_restless_sessions_say_that_they_cannot_tell() -> None:
+    found = judged([session(level) for level in (90, 110, 97, 105)], session(106))
+    assert (found.verdict, found.reason) == (Verdict.INCONCLUSIVE, Reason.NOT_TOLD)
+    assert "+5%" in found.text
+
+
+def test_memory_that_repeats_to_the_byte_is_decided_exactly() -> None:
+    assert judged([session(100, sd=0.0)], session(100, sd=0.0)).verdict is Verdict.OK
+
+
+@pytest.mark.parametrize(
+    ("stored", "new", "verdict", "reason"),
+    [
+        ([], session(100), Verdict.INCONCLUSIVE, Reason.MISSING_BASELINE),
+        ([session(100, runs=0)], session(100), Verdict.INCONCLUSIVE, Reason.MISSING_BASELINE),
+        ([session(100)], session(100, runs=0), Verdict.INCONCLUSIVE, Reason.MISSING_CANDIDATE),
+    ],
+)
+def test_an_empty_side_is_never_ok(stored: list[Session], new: Session, verdict: Verdict, reason: Reason) -> None:
+    found = judged(stored, new)
+    assert (found.verdict, found.reason) == (verdict, reason)
+
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def write_benchmarks(path: Path, level: float, change: Change = lambda document: None) -> Path:
+    """A file as `pytest bench/suite --benchmark-json` writes it, of two plans."""
+    machine = make_machine().model_dump(mode="json")
+    run_ = {"steady": True, "disturbances": [], "started_at": "2026-01-01T00:00:00+00:00", "wall_s": 9.0}
+
+    def entry(name: str) -> dict[str, Any]:
+        values = np.exp(LOTS.normal(math.log(level), 0.01, 6))
+        runs = [{**run_, "metrics": {METRIC: float(value)}, "durations_s": [1.0]} for value in values]
+        return {"name": name, "stats": {"data": [1.0] * 6}, "extra_info": {"machine": machine, "runs": runs}}
+
+    document = {"benchmarks": [entry("test_plan[old]"), entry("test_plan[new]")]}
+    change(document)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def gone(document: dict[str, Any]) -> None:
+    del document["benchmarks"][1]
+
+
+def renamed(document: dict[str, Any]) -> None:
+    for run_ in document["benchmarks"][0]["extra_info"]["runs"]:
+        run_["metrics"] = {"ttft_mean": 1.0}
+
+
+def not_a_number(document: dict[str, Any]) -> None:
+    document["benchmarks"][0]["extra_info"]["runs"][2]["metrics"][METRIC] = math.nan
+
+
+def other_gpu(document: dict[str, Any]) -> None:
+    document["benchmarks"][0]["extra_info"]["machine"]["hardware"]["cpu_model"] = "another"
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "reason"),
+    [
+        (lambda document: None, 3, Reason.TOO_FEW),
+        (gone, 3, Reason.MISSING_CANDIDATE),
+        (renamed, 3, Reason.MISSING_METRIC),
+        (not_a_number, 3, Reason.NOT_FINITE),
+        (other_gpu, 3, Reason.OTHER_HARDWARE),
+    ],
+)
+def test_what_slips_through_elsewhere_has_its_verdict_and_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Change, code: int, reason: Reason
+) -> None:
+    old, new = write_benchmarks(tmp_path / "old.json", 100), write_benchmarks(tmp_path / "new.json", 100, change)
+    assert run(["gate", str(old), str(new), "--metric", METRIC, "--json"]) == code
+    document = json.loads(capsys.readouterr().out)
+    assert document["exit_code"] == code
+    assert reason.value in {finding["reason"] for finding in document["findings"]}
+    assert {finding["case"] for finding in document["findings"]} == {"test_plan[old]", "test_plan[new]"}
+
+
+def test_a_benchmark_that_only_the_new_file_has_is_not_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = write_benchmarks(tmp_path / "old.json", 100, gone), write_benchmarks(tmp_path / "new.json", 100)
+    assert run(["gate", str(old), str(new), "--metric", "ttft", "--json"]) == 3
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert {one["reason"] for one in findings if one["case"] == "test_plan[new]"} == {"missing_baseline"}
+
+
+def test_a_file_of_something_half_as_fast_fails(tmp_path: Path) -> None:
+    old, new = write_benchmarks(tmp_path / "old.json", 100), write_benchmarks(tmp_path / "new.json", 200)
+    assert run(["gate", str(old), str(new), "--metric", METRIC]) == 1
+
+
+def test_a_file_that_is_cut_off_is_inconclusive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = write_benchmarks(tmp_path / "old.json", 100), write_benchmarks(tmp_path / "new.json", 100)
+    old.write_text(old.read_text()[:-40])
+    assert run(["gate", str(old), str(new), "--json"]) == 3
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert {finding["reason"] for finding in findings} == {"unreadable"}
+    assert "cut off" in findings[0]["text"]
+
+
+def test_files_go_by_twos_and_by_themselves(tmp_path: Path) -> None:
+    old = write_benchmarks(tmp_path / "old.json", 100)
+    assert run(["gate", str(old)]) == 2
+    assert run(["gate", str(old), str(old), "--baseline-plan", str(old)]) == 2

@@ -1,0 +1,42 @@
+"""Ratios with intervals: scipy's Welch, coverage, and single runs that have none."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_ind
+
+from tuner.stats.ratios import ratio_of
+
+LOTS = np.random.default_rng(0)
+
+
+def test_the_interval_is_welchs() -> None:
+    ours, theirs = np.exp(LOTS.normal(0.1, 0.02, 7)), np.exp(LOTS.normal(0.0, 0.05, 5))
+    found = ratio_of(ours.tolist(), theirs.tolist())
+    interval = ttest_ind(np.log(ours), np.log(theirs), equal_var=False).confidence_interval(0.95)
+    assert found.low == pytest.approx(math.exp(interval.low))
+    assert found.high == pytest.approx(math.exp(interval.high))
+
+
+def test_it_covers_the_true_ratio_as_often_as_it_says() -> None:
+    covered = 0
+    for _ in range(1000):
+        found = ratio_of(np.exp(LOTS.normal(0.3, 0.02, 4)).tolist(), np.exp(LOTS.normal(0.0, 0.04, 6)).tolist())
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= math.exp(0.3) <= found.high
+    assert covered == pytest.approx(950, abs=25)
+
+
+def test_a_single_run_has_no_interval_and_tells_nothing() -> None:
+    found = ratio_of([110.0], [100.0, 101.0])
+    assert found.value == pytest.approx(110 / math.sqrt(100 * 101))
+    assert (found.low, found.high, found.is_different) == (None, None, False)
+
+
+def test_what_repeats_exactly_differs_exactly() -> None:
+    assert not ratio_of([5.0, 5.0], [5.0, 5.0]).is_different
+    assert ratio_of([6.0, 6.0], [5.0, 5.0]).is_different

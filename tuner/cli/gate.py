@@ -1,0 +1,151 @@
+"""`pipetune gate`: whether a candidate is worse than the baseline, measured side by side on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuner.cli import options as o
+
+_SIDES = "What differs"
+_RULE = "Rule"
+_FILES = "Output"
+
+
+def gate(
+    ctx: typer.Context,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[BASELINE.json CANDIDATE.json]", help="Two files of pytest-benchmark, already measured."),
+    ] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", "-c", metavar="FILE", help="YAML file with any of the settings; each is a case."),
+    ] = None,
+    baseline_plan: Annotated[
+        Path | None, typer.Option("--baseline-plan", metavar="FILE", help="best_plan.json or a bare plan.", rich_help_panel=_SIDES)
+    ] = None,
+    candidate_plan: Annotated[
+        Path | None, typer.Option("--candidate-plan", metavar="FILE", help="… by default the same.", rich_help_panel=_SIDES)
+    ] = None,
+    baseline_dtype: Annotated[
+        str | None, typer.Option("--baseline-dtype", help="float32, bfloat16 or float16.", rich_help_panel=_SIDES)
+    ] = None,
+    candidate_dtype: Annotated[
+        str | None, typer.Option("--candidate-dtype", help="… by default the same.", rich_help_panel=_SIDES)
+    ] = None,
+    baseline_python: Annotated[
+        str | None, typer.Option("--baseline-python", metavar="PYTHON", help="Of another environment.", rich_help_panel=_SIDES)
+    ] = None,
+    candidate_python: Annotated[
+        str | None, typer.Option("--candidate-python", metavar="PYTHON", help="… for the candidate.", rich_help_panel=_SIDES)
+    ] = None,
+    baseline_ref: Annotated[
+        str | None,
+        typer.Option("--baseline-ref", metavar="GIT_REV", help="pipetune's own older revision.", rich_help_panel=_SIDES),
+    ] = None,
+    baseline_env: Annotated[
+        list[str] | None,
+        typer.Option("--baseline-env", metavar="KEY=VALUE", help="May be repeated.", rich_help_panel=_SIDES),
+    ] = None,
+    candidate_env: Annotated[
+        list[str] | None,
+        typer.Option("--candidate-env", metavar="KEY=VALUE", help="… for the candidate.", rich_help_panel=_SIDES),
+    ] = None,
+    stored: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--stored",
+            metavar="STUDY",
+            help="A study, or a file of pytest-benchmark, in place of a baseline that cannot run; one for each session.",
+            rich_help_panel=_SIDES,
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", metavar="NAME", help="Compare this one; may be repeated.", rich_help_panel=_RULE),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option("--margin", metavar="SHARE", help="Of all metrics: 0.05 tolerates 5 %.", rich_help_panel=_RULE),
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option("--max-minutes", min=0.0, help="End by then.", rich_help_panel=_RULE)
+    ] = None,
+    rounds_in_process: Annotated[
+        bool,
+        typer.Option("--rounds-in-process", help="In one running fleet: for models slow to load.", rich_help_panel=_RULE),
+    ] = False,
+    order_seed: Annotated[
+        int | None, typer.Option("--order-seed", help="Of the lots for who runs first.", min=0, rich_help_panel=_RULE)
+    ] = None,
+    model: o.Model = None,
+    storage_dtype: o.StorageDtype = None,
+    load_format: o.LoadFormatFlag = None,
+    attention: o.Attention = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    workload_kind: o.WorkloadKind = None,
+    num_prompts: o.NumPrompts = None,
+    input_len: o.InputLen = None,
+    output_len: o.OutputLen = None,
+    random_range_ratio: o.RandomRangeRatio = None,
+    prompts: o.Prompts = None,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    sampling_seed: o.SamplingSeed = None,
+    num_iters: o.NumIters = None,
+    num_iters_warmup: o.NumItersWarmup = None,
+    check: o.Check = None,
+    devices: o.Devices = None,
+    seed: o.Seed = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-dir", "-o", metavar="FOLDER", help="New folder: JSON, JUnit, Markdown, plot.", rich_help_panel=_FILES
+        ),
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", help="JUnit XML alone.", rich_help_panel=_FILES)
+    ] = None,
+    json: o.Json = False,
+    no_progress: o.NoProgress = False,
+) -> int:
+    """Say whether a candidate is worse than the baseline: FAIL (exit code 1), OK (0) or INCONCLUSIVE (3)."""
+    from tuner.cli import common, gate_view
+    from tuner.cli.gate_request import GateRequest
+    from tuner.gate.outputs import files as outputs
+    from tuner.progress import make_reporter
+
+    request = GateRequest(
+        params=ctx.params,
+        configs=tuple(config or ()),
+        baseline_plan=baseline_plan,
+        candidate_plan=candidate_plan,
+        baseline_dtype=baseline_dtype,
+        candidate_dtype=candidate_dtype,
+        baseline_python=baseline_python,
+        candidate_python=candidate_python,
+        baseline_ref=baseline_ref,
+        baseline_env=tuple(baseline_env or ()),
+        candidate_env=tuple(candidate_env or ()),
+        stored=tuple(stored or ()),
+        files=tuple(files or ()),
+        metrics=tuple(metric or ()),
+        margin=margin,
+        max_minutes=max_minutes,
+        rounds_in_process=rounds_in_process,
+        order_seed=order_seed,
+    )
+    job = request.job()
+    outputs.refuse_existing(output_dir, junit)
+    result = job(make_reporter(common.err(), silent=no_progress))
+    outputs.write(result, output_dir, junit)
+    if json:
+        common.print_json(result.model_dump(mode="json"))
+    else:
+        gate_view.show(result, common.out())
+    return result.exit_code

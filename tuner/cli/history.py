@@ -1,0 +1,36 @@
+"""`pipetune history`: what nights measured, and where a level changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuner.cli import options as o
+
+
+def history(
+    places: Annotated[
+        list[Path], typer.Argument(metavar="PLACE…", help="Studies, or folders of studies.")
+    ],
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", metavar="NAME", help="Show this one; may be repeated.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", metavar="FOLDER", help="A page, Markdown, JSON and plots.")
+    ] = None,
+    json: o.Json = False,
+) -> int:
+    """Show the trend of each metric over many studies, and the nights at which its level changed."""
+    from tuner.cli import common, history_view
+    from tuner.history import files
+
+    found = files.read_history(places, metric or [])
+    if output_dir is not None:
+        files.write_all(found, output_dir)
+    if json:
+        common.print_json(found.model_dump(mode="json"))
+    else:
+        history_view.show(found, common.out())
+    return 0 if found.questions else 3

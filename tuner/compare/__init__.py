@@ -1,0 +1,1 @@
+"""Studies side by side: of one machine on different nights, or of different machines."""

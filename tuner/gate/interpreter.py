@@ -1,0 +1,159 @@
+"""How a side's processes are started: by which Python, with whose pipetune, in which environment.
+
+A revision of pipetune's own repository is checked out into a worktree of its own. If it asks for the same packages as
+the code that runs here, it runs in this environment, from there; else an environment is built for it. Both are kept in
+the user's cache under the commit.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from bench.errors import ConfigError
+from bench.launch import cache_root
+from bench.record import Machine
+from tuner.settings import ENVIRONMENT_PREFIX, FLAGS
+
+ROOT = Path(__file__).resolve().parents[2]
+"""Of the code that runs: a checkout, or where packages are installed."""
+_REQUIREMENTS = ("pyproject.toml", "constraints.txt")
+_MACHINE = "from bench.machine import read_machine; print(read_machine().model_dump_json())"
+_TIMEOUT_S = 120.0
+_BUILD_TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpreter:
+    """A Python that has pipetune."""
+
+    python: str
+    root: Path | None
+    """Put before all packages: whose pipetune runs; None takes the one that is installed there."""
+    revision: str | None = None
+    """Commit of that pipetune, where it was asked for by a revision."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """On top of this process's environment."""
+
+    def command(self, *arguments: str) -> list[str]:
+        """Of a module or a line of code: `-m tuner …`, `-c …`."""
+        return [self.python, "-P", *arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Without pipetune's own variables that set what a config sets: what is to run is said by files alone."""
+        settings = {ENVIRONMENT_PREFIX + name.upper() for name in FLAGS}
+        environment = {key: value for key, value in os.environ.items() if key not in settings}
+        if self.root is not None:
+            before = environment.get("PYTHONPATH")
+            environment["PYTHONPATH"] = os.pathsep.join([str(self.root), *([before] if before else [])])
+        return {**environment, **self.env}
+
+    def machine(self) -> Machine | None:
+        """Hardware and software as this side sees them; None where its pipetune does not say so in our words."""
+        try:
+            done = subprocess.run(
+                self.command("-c", _MACHINE),
+                capture_output=True,
+                text=True,
+                check=True,
+                env=self.environment,
+                timeout=_TIMEOUT_S,
+            )
+            return Machine.model_validate_json(done.stdout)
+        except (OSError, subprocess.SubprocessError, ValidationError):
+            return None
+
+
+def own(env: Mapping[str, str]) -> Interpreter:
+    """The Python and the pipetune that run here."""
+    return Interpreter(python=sys.executable, root=ROOT, env=env)
+
+
+def of_python(python: str, env: Mapping[str, str]) -> Interpreter:
+    """Another environment's Python: with the pipetune that is installed there, or with this one where none is.
+
+    Raises:
+        ConfigError: it is no Python that can be run.
+    """
+    here = Interpreter(python=python, root=None, env=env)
+    try:
+        done = subprocess.run(
+            here.command("-c", "from importlib.metadata import version; print(version('pipetune'))"),
+            capture_output=True,
+            text=True,
+            check=False,
+            env=here.environment,
+            timeout=_TIMEOUT_S,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(
+            f"{python}: cannot be run: {error}; give the python of an environment, as in /path/to/env/bin/python"
+        ) from None
+    if done.returncode == 0:
+        return here
+    if "PackageNotFoundError" in done.stderr:
+        return Interpreter(python=python, root=ROOT, env=env)
+    raise ConfigError(f"{python}: does not run Python code: {done.stderr.strip()[-300:]}")
+
+
+def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT) -> Interpreter:
+    """A revision of pipetune's own repository, built if it is not there yet; that may take minutes.
+
+    Raises:
+        ConfigError: this pipetune is no git checkout, there is no such revision, or it cannot be built.
+    """
+    if not (repository / ".git").exists():
+        raise ConfigError(
+            f"--baseline-ref {ref}: {repository} is no git checkout of pipetune; install that version into an "
+            "environment of its own and name its python by --baseline-python"
+        )
+    commit = _git(repository, ref, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
+    folder = cache_root() / "revisions" / commit
+    tree = folder / "tree"
+    if not (tree / "pyproject.toml").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _git(repository, ref, "worktree", "prune")
+        _git(repository, ref, "worktree", "add", "--force", "--detach", str(tree), commit)
+    if all(_same(tree / name, repository / name) for name in _REQUIREMENTS):
+        return Interpreter(python=sys.executable, root=tree, revision=commit, env=env)
+    python = folder / "environment" / "bin" / "python"
+    ready = folder / ".installed"
+    if not ready.exists():
+        install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", "constraints.txt"]
+        _build(tree, ref, [sys.executable, "-m", "venv", "--clear", str(python.parents[1])])
+        _build(tree, ref, [*install, "setuptools"])
+        _build(tree, ref, [*install, "--no-build-isolation", "-e", "."])
+        ready.touch()
+    return Interpreter(python=str(python), root=tree, revision=commit, env=env)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()
+
+
+def _git(repository: Path, ref: str, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = done.stderr.strip() or f"{repository} has no such revision"
+        raise ConfigError(f"--baseline-ref {ref}: {why}; `git log --oneline` lists revisions")
+    return done.stdout.strip()
+
+
+def _build(tree: Path, ref: str, command: list[str]) -> None:
+    try:
+        subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True, timeout=_BUILD_TIMEOUT_S)
+    except subprocess.CalledProcessError as error:
+        raise ConfigError(
+            f"--baseline-ref {ref}: its environment cannot be built: {error.stderr.strip()[-500:]}"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"--baseline-ref {ref}: its environment was not built within {_BUILD_TIMEOUT_S / 60:.0f} minutes"
+        ) from None

@@ -1,0 +1,1 @@
+"""What a gate leaves behind: JSON, JUnit XML, Markdown and a plot."""

@@ -1,0 +1,55 @@
+"""Writes what a gate leaves behind: a folder of it, JUnit XML alone, and a job's summary where GitHub asks for one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bench.errors import ConfigError
+from bench.record import write_durably
+from tuner.gate.outputs.junit import render_junit
+from tuner.gate.outputs.markdown import render_markdown
+from tuner.gate.outputs.plot import render_plot
+from tuner.gate.values import GateResult
+
+RESULT_FILE, JUNIT_FILE, MARKDOWN_FILE, PLOT_FILE = "gate.json", "junit.xml", "gate.md", "differences.png"
+SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
+
+
+def refuse_existing(folder: Path | None, junit: Path | None) -> None:
+    """Nothing that is there is overwritten: said before anything is measured.
+
+    Raises:
+        ConfigError: the folder holds something, or the file is there.
+    """
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an empty folder; name a new one for this gate")
+    if junit is not None and junit.exists():
+        raise ConfigError(f"{junit} exists; name a new file, or take it away first")
+    if junit is not None and not junit.absolute().parent.is_dir():
+        raise ConfigError(f"{junit}: there is no folder {junit.parent}")
+
+
+def write(result: GateResult, folder: Path | None, junit: Path | None) -> None:
+    """Writes what was asked for.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    summary = os.environ.get(SUMMARY_VARIABLE)
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_durably(folder / RESULT_FILE, result.model_dump_json(indent=1) + "\n")
+            write_durably(folder / JUNIT_FILE, render_junit(result))
+            write_durably(folder / MARKDOWN_FILE, render_markdown(result))
+            plot = render_plot(result)
+            if plot is not None:
+                (folder / PLOT_FILE).write_bytes(plot)
+        if junit is not None:
+            write_durably(junit, render_junit(result))
+        if summary:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(render_markdown(result))
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder or junit}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,213 @@
+"""The gate's rule: from paired differences of one metric to FAIL, OK, INCONCLUSIVE, or more pairs. Pure.
+
+At each look, in this order: FAIL, if the signed-rank test says that the candidate is worse and the shift is at least
+the least effect and the noise floor; INCONCLUSIVE, if the noise floor is above the margin; OK, if the same test says
+that it is less than the margin worse, and this look could have said FAIL. Otherwise more pairs, while there are any.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tuner.gate.values import (
+    SIDES,
+    VERDICTS,
+    Case,
+    Finding,
+    LookTaken,
+    Pair,
+    Reason,
+    Sample,
+    SideName,
+    Tolerance,
+    Verdict,
+    is_better_higher,
+)
+from tuner.stats import signed_rank
+from tuner.stats.looks import Look
+
+_UNSTEADY_SHARE = 1 / 3
+"""Of the runs of one side: beyond it the side is called never steady."""
+
+
+def judge(
+    case: Case, metric: str, pairs: Sequence[Pair], looks: Sequence[Look], *, because: Reason | None = None
+) -> Finding | None:
+    """What is to be said of a metric by now; None for: more pairs.
+
+    What was decided at one look stays decided whatever later pairs show, so that a hypothesis may be judged again with
+    all pairs of a gate that went on for the sake of another.
+
+    Args:
+        pairs: of this case, in order.
+        looks: as `looks_for` the number of hypotheses of the whole gate.
+        because: why no more pairs will come, so that something must be said; OUT_OF_TIME, for one.
+    """
+    told = _Told(case=case, metric=metric, pairs=tuple(pairs))
+    broken = told.broken()
+    if broken is not None:
+        return told.finding(*broken)
+    for look in looks:
+        if len(told.differences) < look.pairs:
+            break
+        decided = told.look(look, last=looks[-1].pairs)
+        if decided is not None:
+            return told.finding(*decided, at=look.pairs)
+    if len(told.differences) >= looks[-1].pairs:
+        return told.finding(*told.undecided(Reason.NOT_TOLD))
+    return told.finding(*told.undecided(because)) if because is not None else None
+
+
+def look_at(
+    differences: Sequence[float], look: Look, tolerance: Tolerance, *, noise_floor: float, last: int
+) -> tuple[LookTaken, Reason | None]:
+    """One look at one hypothesis: what it saw, and WORSE, WITHIN_MARGIN or, left open, None.
+
+    Args:
+        differences: as many as the look asks for; logarithms, worse being positive.
+        noise_floor: that is known beforehand, as a share.
+        last: pairs of the last look, after which the noise floor is to hold.
+    """
+    floor = max(math.expm1(signed_rank.noise_floor(differences, last)), noise_floor)
+    taken = LookTaken(
+        pairs=look.pairs,
+        p_fail=signed_rank.above(differences),
+        alpha_fail=look.alpha_fail,
+        p_ok=signed_rank.below(differences, math.log1p(tolerance.margin)),
+        alpha_ok=look.alpha_ok,
+        estimate=math.expm1(signed_rank.hodges_lehmann(differences)),
+        floor=floor,
+    )
+    if taken.p_fail <= taken.alpha_fail and taken.estimate >= max(tolerance.least_effect, floor):
+        return taken, Reason.WORSE
+    if floor <= tolerance.margin and taken.p_ok <= taken.alpha_ok:
+        return taken, Reason.WITHIN_MARGIN
+    return taken, None
+
+
+@dataclass
+class _Told:
+    """One hypothesis while it is looked at."""
+
+    case: Case
+    metric: str
+    pairs: tuple[Pair, ...]
+    taken: list[LookTaken] = field(default_factory=list)
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return self.case.metrics[self.metric]
+
+    @functools.cached_property
+    def differences(self) -> tuple[float, ...]:
+        """Of whole pairs: log(candidate / baseline), turned so that worse is positive."""
+        if self.broken() is not None:
+            return ()
+        sign = -1.0 if is_better_higher(self.metric) else 1.0
+        return tuple(
+            sign * math.log(self._value(pair.candidate) / self._value(pair.baseline))
+            for pair in self.pairs
+            if pair.baseline is not None and pair.candidate is not None
+        )
+
+    def broken(self) -> tuple[Reason, str] | None:
+        """What ends the comparison of this metric, whatever its values are."""
+        runs = [(pair, name, pair.side(name)) for pair in self.pairs for name in SIDES]
+        for pair, name, run in runs:
+            if run is None:
+                continue
+            where = f"pair {pair.number + 1}, {name}"
+            if run.failure is not None:
+                reason = Reason.CANDIDATE_FAILED if name == "candidate" else Reason.BASELINE_FAILED
+                return reason, f"{where}: {run.failure.kind.value}: {run.failure.message}"
+            if self.metric not in run.metrics:
+                there = ", ".join(run.metrics) or "none"
+                return Reason.MISSING_METRIC, f"{where}: there is no {self.metric}; there are: {there}"
+            value = run.metrics[self.metric]
+            if not (math.isfinite(value) and value > 0):
+                return Reason.NOT_FINITE, f"{where}: {self.metric} is {value}, of which there is no ratio"
+        machines = {run.hardware_id for *_, run in runs if run is not None}
+        if len(machines) > 1:
+            return Reason.OTHER_HARDWARE, f"the runs come from {len(machines)} different machines"
+        return None
+
+    def look(self, look: Look, *, last: int) -> tuple[Reason, str] | None:
+        """What one look says; None leaves it open."""
+        seen = self.differences[: look.pairs]
+        one, reason = look_at(seen, look, self.tolerance, noise_floor=self.case.noise_floor, last=last)
+        self.taken.append(one)
+        if reason is None or self._unsteady(look.pairs) is not None:
+            return None
+        if reason is Reason.WORSE:
+            return reason, f"{one.estimate:.1%} worse; p {one.p_fail:.2g}, and equal sides differ by {one.floor:.1%}"
+        return reason, f"surely less than {self.tolerance.margin:.0%} worse"
+
+    def undecided(self, reason: Reason) -> tuple[Reason, str]:
+        """Why nothing could be said when no more pairs come."""
+        unsteady = self._unsteady(len(self.pairs))
+        if unsteady is not None:
+            return Reason.NEVER_STEADY, unsteady
+        floor, margin = (self.taken[-1].floor if self.taken else 0.0), self.tolerance.margin
+        if floor > margin:
+            return (
+                Reason.UNFIT_MACHINE,
+                f"equal sides may seem to differ by {floor:.1%} here, more than the margin of {margin:.0%}; "
+                "take a quieter machine, longer runs, or a wider margin",
+            )
+        count = len(self.differences)
+        if reason is Reason.SETTLED:
+            return reason, f"not told after {count} pairs, when another metric of the case failed"
+        if reason is Reason.OUT_OF_TIME:
+            return reason, f"the time was up after {count} pairs; give more --max-minutes"
+        return reason, (
+            f"after {count} pairs it is neither surely worse nor surely within {margin:.0%}; "
+            "longer runs or a quieter machine would tell"
+        )
+
+    def finding(self, reason: Reason, text: str, *, at: int | None = None) -> Finding:
+        differences = self.differences[:at]
+        low, high = signed_rank.interval(differences, 0.95) if differences else (-math.inf, math.inf)
+        return Finding(
+            case=self.case.name,
+            metric=self.metric,
+            margin=self.tolerance.margin,
+            least_effect=self.tolerance.least_effect,
+            verdict=VERDICTS.get(reason, Verdict.INCONCLUSIVE),
+            reason=reason,
+            text=text,
+            pairs=len(differences),
+            estimate=math.expm1(signed_rank.hodges_lehmann(differences)) if differences else None,
+            interval=(math.expm1(low), math.expm1(high)) if math.isfinite(low) else None,
+            floor=self.taken[-1].floor if self.taken else None,
+            looks=tuple(self.taken),
+            differences=self.differences,
+            baseline=self._median("baseline"),
+            candidate=self._median("candidate"),
+        )
+
+    def _unsteady(self, count: int) -> str | None:
+        for name in SIDES:
+            runs = [run for pair in self.pairs[:count] if (run := pair.side(name)) is not None]
+            unsteady = sum(not run.steady for run in runs)
+            if unsteady > _UNSTEADY_SHARE * len(runs):
+                return (
+                    f"{unsteady} of {len(runs)} runs of the {name} never got steady; give them more warm-up "
+                    "(protocol.max_warmup), or look at what else the machine does"
+                )
+        return None
+
+    def _median(self, name: SideName) -> float | None:
+        values = [
+            run.metrics[self.metric]
+            for pair in self.pairs
+            if (run := pair.side(name)) is not None and self.metric in run.metrics
+        ]
+        return statistics.median(values) if values else None
+
+    def _value(self, run: Sample) -> float:
+        return run.metrics[self.metric]
+

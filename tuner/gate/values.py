@@ -1,0 +1,277 @@
+"""What a gate is asked and what it answers, as frozen values; `GateResult` is the document of `gate --json`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from bench.metrics import HIGHER_IS_BETTER, metric_names
+from bench.record import Failure, Machine
+from bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Protocol, Value, Workload
+
+SHORT_NAMES = {
+    "ttft": "mean_ttft_ms",
+    "tpot": "mean_tpot_ms",
+    "e2el": "mean_e2el_ms",
+    "peak_memory": "peak_memory_bytes",
+}
+"""Names that a gate understands beside those of `bench.metrics`."""
+
+
+def full_name(metric: str) -> str:
+    """The metric's name in records.
+
+    Raises:
+        ValueError: no run of any size yields such a metric.
+    """
+    name = SHORT_NAMES.get(metric, metric)
+    known = metric_names(10**6, 2, gpu=True)
+    if name not in known:
+        raise ValueError(f"{metric!r} is no metric; there are {', '.join((*SHORT_NAMES, *known))}")
+    return name
+
+
+class Tolerance(Value):
+    """How much worse a metric may become."""
+
+    margin: float = Field(default=0.05, gt=0.0, lt=1.0)
+    """OK means: surely not worse by so large a share."""
+    least_effect: float = Field(default=0.02, ge=0.0, lt=1.0)
+    """A difference below this share never fails, however sure it is."""
+
+
+Metrics = dict[Annotated[str, AfterValidator(full_name)], Tolerance]
+
+
+class GateConfig(Value):
+    """The section `gate` of a config."""
+
+    metrics: Metrics = Field(
+        default_factory=lambda: {
+            "output_throughput": Tolerance(),
+            "mean_ttft_ms": Tolerance(),
+            "mean_tpot_ms": Tolerance(),
+            "peak_memory_bytes": Tolerance(),
+        }
+    )
+    """What is compared, and how much worse each may become; those that the workload does not yield by itself (TTFT
+    where texts are scored) are left out of the default, and are an error where they are named."""
+    noise_floor: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Differences that this machine is known to show between equal sides, beyond what the pairs themselves show."""
+    session_noise: float = Field(default=0.05, gt=0.0, lt=1.0)
+    """For stored baselines: how much one session's level may differ from another's (SD of its logarithm) where fewer
+    than three sessions are stored to tell."""
+
+
+SideName = Literal["baseline", "candidate"]
+SIDES: tuple[SideName, SideName] = ("baseline", "candidate")
+
+
+class Side(Value):
+    """What one side runs, as far as it may differ from the other."""
+
+    name: SideName
+    model: ModelSpec
+    plan: Plan
+    devices: tuple[str, ...]
+    """Of its fleet: those without a stage take their share of the cores as well."""
+    python: str | None = None
+    """Interpreter of the environment that pipetune is installed in; None is this one."""
+    ref: str | None = None
+    """Revision of pipetune's own repository, as given; it is built in an environment of its own."""
+    revision: str | None = None
+    """Commit that `ref` resolved to."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables that its processes get on top of the gate's own."""
+
+    def describe(self) -> str:
+        """What sets it apart, in one line for people."""
+        parts = [self.plan.describe(), self.model.dtype]
+        parts += [f"at {self.ref}"] if self.ref else [f"by {self.python}"] if self.python else []
+        return " · ".join((*parts, *(f"{key}={value}" for key, value in self.env.items())))
+
+
+class Case(Value):
+    """One config: both sides under one workload."""
+
+    name: str
+    workload: Workload
+    protocol: Protocol
+    baseline: Side
+    candidate: Side
+    metrics: dict[str, Tolerance]
+    noise_floor: float = 0.0
+
+    def side(self, name: SideName) -> Side:
+        return self.baseline if name == "baseline" else self.candidate
+
+
+class Sample(Value):
+    """One fresh process, or one run in a running fleet: a unit of the gate."""
+
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Of the run, each the median over its iterations or as `bench.metrics` derives it; empty for a failure."""
+    durations_s: tuple[float, ...] = ()
+    """Of its timed iterations."""
+    steady: bool = True
+    disturbances: tuple[str, ...] = ()
+    failure: Failure | None = None
+    hardware_id: str | None = None
+    started_at: str
+    """UTC, ISO 8601."""
+    wall_s: float
+
+
+class Pair(Value):
+    """Both sides, one right after the other."""
+
+    case: str
+    number: int
+    first: SideName
+    """Drawn by lot."""
+    baseline: Sample | None
+    """None where the pair ended before it."""
+    candidate: Sample | None
+
+    def side(self, name: SideName) -> Sample | None:
+        return self.baseline if name == "baseline" else self.candidate
+
+
+class Session(Value):
+    """All runs of one plan in one stored study or file, or the new ones beside them."""
+
+    place: str
+    """Folder or file, or `now`."""
+    case: str
+    """Name of the config, or of the benchmark."""
+    samples: tuple[Sample, ...]
+    machine: Machine | None = None
+
+
+class Verdict(StrEnum):
+    """What a gate says."""
+
+    FAIL = "FAIL"
+    OK = "OK"
+    INCONCLUSIVE = "INCONCLUSIVE"
+
+
+class Reason(StrEnum):
+    """Why."""
+
+    WORSE = "worse"
+    """FAIL: surely worse, and by more than the least effect and the noise floor."""
+    CANDIDATE_FAILED = "candidate_failed"
+    """FAIL: it did not run where the baseline ran."""
+    WITHIN_MARGIN = "within_margin"
+    """OK: surely not worse by the margin."""
+    NOT_TOLD = "not_told"
+    """The pairs are used up."""
+    OUT_OF_TIME = "out_of_time"
+    """The minutes are used up."""
+    UNFIT_MACHINE = "unfit_machine"
+    """Equal sides would seem to differ by more than the margin here."""
+    NEVER_STEADY = "never_steady"
+    BASELINE_FAILED = "baseline_failed"
+    MISSING_BASELINE = "missing_baseline"
+    MISSING_CANDIDATE = "missing_candidate"
+    MISSING_METRIC = "missing_metric"
+    NOT_FINITE = "not_finite"
+    """NaN, infinite, or not above zero where a ratio is asked for."""
+    OTHER_HARDWARE = "other_hardware"
+    SETTLED = "settled"
+    """Another metric of the case failed first, which settles it."""
+    TOO_FEW = "too_few"
+    """Stored sessions too few for their spread to be known."""
+    UNREADABLE = "unreadable"
+    """A file that is cut off, or none of ours."""
+
+
+VERDICTS = {
+    Reason.WORSE: Verdict.FAIL,
+    Reason.CANDIDATE_FAILED: Verdict.FAIL,
+    Reason.WITHIN_MARGIN: Verdict.OK,
+}
+"""All other reasons are INCONCLUSIVE."""
+EXIT_CODES = {Verdict.OK: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
+
+
+class LookTaken(Value):
+    """What one look at one hypothesis said."""
+
+    pairs: int
+    p_fail: float
+    alpha_fail: float
+    p_ok: float
+    alpha_ok: float
+    estimate: float
+    """Share by which the candidate is worse: 0.05 is 5 % worse, -0.02 is 2 % better."""
+    floor: float
+    """Share that equal sides may seem to differ by here."""
+
+
+class Finding(Value):
+    """One hypothesis: a metric of a case."""
+
+    case: str
+    metric: str
+    margin: float
+    least_effect: float
+    verdict: Verdict
+    reason: Reason
+    text: str
+    """For people: what was found, and what to do."""
+    pairs: int = 0
+    estimate: float | None = None
+    """As in `LookTaken`; None where there was nothing to compare."""
+    interval: tuple[float, float] | None = None
+    """95 % confidence, as shares; None where the pairs are too few for one."""
+    floor: float | None = None
+    looks: tuple[LookTaken, ...] = ()
+    differences: tuple[float, ...] = ()
+    """Of each pair: log(candidate / baseline), turned so that worse is positive."""
+    baseline: float | None = None
+    """Median over the runs, in the metric's own unit."""
+    candidate: float | None = None
+
+
+Method = Literal["fresh_processes", "running_fleet", "stored"]
+
+
+class GateResult(Value):
+    """A gate, whole."""
+
+    schema_version: int = SCHEMA_VERSION
+    verdict: Verdict
+    exit_code: int
+    method: Method
+    cannot_see: tuple[str, ...] = ()
+    """What this way of comparing is blind to."""
+    findings: tuple[Finding, ...]
+    cases: tuple[Case, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    sessions: tuple[Session, ...] = ()
+    """Of a stored baseline; the candidate's is the last of each case."""
+    order_seed: int | None = None
+    """Of the lots that say which side of a pair runs first."""
+    machines: dict[SideName, Machine | None] = Field(default_factory=dict)
+    """Hardware and software of both sides."""
+    started_at: str
+    took_s: float
+    notes: tuple[str, ...] = ()
+    """What a reader must know: software that differs, disturbed runs, unsteady ones."""
+
+
+def is_better_higher(metric: str) -> bool:
+    """Whether more of the metric is better."""
+    return metric in HIGHER_IS_BETTER
+
+
+def verdict_of(findings: tuple[Finding, ...]) -> Verdict:
+    """FAIL goes before INCONCLUSIVE, and that before OK; of nothing at all nothing can be said."""
+    found = {finding.verdict for finding in findings}
+    if not found or Verdict.INCONCLUSIVE in found:
+        return Verdict.FAIL if Verdict.FAIL in found else Verdict.INCONCLUSIVE
+    return Verdict.FAIL if Verdict.FAIL in found else Verdict.OK

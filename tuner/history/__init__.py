@@ -1,0 +1,1 @@
+"""The history of studies: what nights measured, metric by metric, and where a level changed."""

@@ -1,0 +1,75 @@
+"""A history as frozen values; `History` is the document of `history --json`."""
+
+from __future__ import annotations
+
+from bench.spec import SCHEMA_VERSION, Value
+
+
+class Night(Value):
+    """One study."""
+
+    study: str
+    place: str
+    started_at: str
+    """Of its first record; UTC, ISO 8601."""
+    plan: str | None
+    """Its best plan; None where no plan has a rank."""
+    git_revision: str | None
+    software: str
+    """Packages that compute, in one line."""
+
+
+class LevelChange(Value):
+    """A new level of a series."""
+
+    night: int
+    """Index of the first night at the new level, within the series."""
+    study: str
+    p: float
+    before: float
+    after: float
+    is_worse: bool
+    also_changed: tuple[str, ...]
+    """What else changed between that night and the one before: software, the plan."""
+
+    @property
+    def share(self) -> float:
+        """-0.1: the metric is 10 % lower than before."""
+        return self.after / self.before - 1.0
+
+
+class Series(Value):
+    """One metric over the nights of one question."""
+
+    metric: str
+    subject: str
+    """`best plan`, `device_map`, or a plan that many nights ran."""
+    nights: tuple[int, ...]
+    """Indices into `Question.nights`."""
+    values: tuple[float, ...]
+    changes: tuple[LevelChange, ...]
+
+    @property
+    def latest_is_new(self) -> bool:
+        """Whether the newest level began within the last few nights."""
+        return bool(self.changes) and len(self.values) - self.changes[-1].night <= 7
+
+
+class Question(Value):
+    """Studies of one model and workload on equal hardware: their nights make series."""
+
+    title: str
+    hardware_id: str
+    machine: str
+    nights: tuple[Night, ...]
+    """In order of time."""
+    series: tuple[Series, ...]
+
+
+class History(Value):
+    """All of it."""
+
+    schema_version: int = SCHEMA_VERSION
+    questions: tuple[Question, ...]
+    skipped: tuple[str, ...] = ()
+    """Folders that hold no study that can be read, and why."""
