@@ -15,7 +15,7 @@ from bench.memory import ModelShape
 from bench.record import Machine
 from bench.spec import SCHEMA_VERSION, Device, ModelSpec, Sampling, Value
 
-PROFILE_METHOD = 1
+PROFILE_METHOD = 2
 """Counts up when profiles are taken otherwise than before: those kept from then are measured anew."""
 
 

@@ -35,7 +35,11 @@ class Repeats(Job):
 
 
 def repeat(kind: Kind, count: int, grid: ProfileGrid, shape: ModelShape, *, pad_token_id: int) -> Repeats:
-    """So many tasks of a kind. What keeps states is given the past first, by one task more, and goes on from there."""
+    """So many tasks of a kind. What keeps states is given the past first, by one task more, and goes on from there.
+
+    Tokens that decode steps work on are part of the prompts, and unlike from row to row as in a real batch: rows that
+    were all alike would meet in the same experts.
+    """
     rows, new, past = kind
     length = past if kind.is_decode else past + new
     recurs = kind.is_decode and shape.recurrent
@@ -45,7 +49,8 @@ def repeat(kind: Kind, count: int, grid: ProfileGrid, shape: ModelShape, *, pad_
     else:
         tasks = [_task(rows, 0, past, past + new)] * count
     source = random.Random(0)
-    lengths = [length] + [max(1, length - grid.padded)] * (rows - 1)
+    ahead = DECODE_STEPS if kind.is_decode else 0
+    lengths = [length + ahead] + [max(1, length - grid.padded) + ahead] * (rows - 1)
     return Repeats(
         prompts=tuple(tuple(source.randrange(shape.vocab_size) for _ in range(own)) for own in lengths),
         output_len=0 if grid.scores else DECODE_STEPS if kind.is_decode else 1,

@@ -52,6 +52,9 @@ class ModelError(Value):
     p90: float
     bias: float
     """Median of predicted / measured - 1."""
+    shape: float
+    """As `median`, had all predictions been right on the whole: the machine's mood while the model learnt is a factor on
+    all of them."""
     rank_correlation: float
     """Spearman's."""
 
@@ -64,8 +67,8 @@ def error_table(landscapes: Sequence[tuple[str, Path]]) -> str:
     """
     lines = [
         "| landscape | known before | runs learnt from | plans judged | error: median | 90th percentile | bias "
-        "| rank correlation |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| median without bias | rank correlation |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     memory = []
     for name, folder in landscapes:
@@ -86,6 +89,7 @@ def _line(error: ModelError) -> str:
         f"{error.median:.1%}",
         f"{error.p90:.1%}",
         f"{error.bias:+.1%}",
+        f"{error.shape:.1%}",
         f"{error.rank_correlation:.3f}",
     )
     return "| " + " | ".join(cells) + " |"
@@ -131,12 +135,13 @@ def _errors(
                     float(np.median(np.abs(errors))),
                     float(np.quantile(np.abs(errors), 0.9)),
                     float(np.median(errors)),
+                    float(np.median(np.abs((1.0 + errors) / (1.0 + np.median(errors)) - 1.0))),
                     float(spearmanr(predicted[rest], truth[rest]).statistic),
                 )
             )
     found = []
     for learnt, rows in judged.items():
-        median, p90, bias, correlation = (statistics.median(column) for column in zip(*rows, strict=True))
+        median, p90, bias, shape, correlation = (statistics.median(column) for column in zip(*rows, strict=True))
         found.append(
             ModelError(
                 landscape=name,
@@ -146,6 +151,7 @@ def _errors(
                 median=median,
                 p90=p90,
                 bias=bias,
+                shape=shape,
                 rank_correlation=correlation,
             )
         )
