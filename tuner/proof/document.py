@@ -26,5 +26,7 @@ def put_between_marks(path: Path, command: str, text: str) -> None:
     before, begun, rest = path.read_text(encoding="utf-8").partition(begin_mark(command))
     _, ended, after = rest.partition(end_mark(command))
     if not begun or not ended:
-        raise ConfigError(f"{path}: has no place for these tables: put {begin_mark(command)} and {end_mark(command)} there")
+        raise ConfigError(
+            f"{path}: has no place for these tables: put {begin_mark(command)} and {end_mark(command)} there"
+        )
     write_durably(path, f"{before}{begin_mark(command)}\n\n{text}\n\n{end_mark(command)}{after}")

@@ -1,6 +1,6 @@
 """The command behind `make bench-gate`: real gates with a known answer, then simulated ones, and both tables.
 
-    python -m tuner.proof.gate --max-minutes 60 --docs docs/performance.md
+python -m tuner.proof.gate --max-minutes 60 --docs docs/performance.md
 """
 
 from __future__ import annotations

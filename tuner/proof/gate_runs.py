@@ -190,7 +190,9 @@ def _portable(result: GateResult) -> GateResult:
     def brief(sample: Sample | None) -> Sample | None:
         if sample is None:
             return None
-        return sample.model_copy(update={"metrics": {name: sample.metrics[name] for name in _KEPT if name in sample.metrics}})
+        return sample.model_copy(
+            update={"metrics": {name: sample.metrics[name] for name in _KEPT if name in sample.metrics}}
+        )
 
     pairs = tuple(
         pair.model_copy(update={"baseline": brief(pair.baseline), "candidate": brief(pair.candidate)})

@@ -26,6 +26,8 @@ class MemoryErrors:
 
     stage: int
     runs: int
+    under: int
+    """How many of them took more than was predicted."""
     median: float
     worst_over: float
     """The largest; 0 if none lies above."""
@@ -66,6 +68,7 @@ def _errors(stage: int, rows: Sequence[tuple[int, int, int]]) -> MemoryErrors:
     return MemoryErrors(
         stage=stage,
         runs=len(rows),
+        under=int(np.sum(whole < 0.0)),
         median=float(np.median(whole)),
         worst_over=float(max(whole.max(), 0.0)),
         worst_under=float(min(whole.min(), 0.0)),
@@ -78,8 +81,8 @@ def _errors(stage: int, rows: Sequence[tuple[int, int, int]]) -> MemoryErrors:
 def describe(errors: Sequence[MemoryErrors]) -> str:
     """As a Markdown table, in per cent."""
     lines = [
-        "| stage | runs | process: median | most over | most under | model alone: median | most over | most under |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stage | runs | of them under | process: median | most over | most under | model alone: median | most over | most under |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in errors:
         shares = (
@@ -91,7 +94,7 @@ def describe(errors: Sequence[MemoryErrors]) -> str:
             row.own_worst_under,
         )
         cells = " | ".join(f"{100 * share:+.1f} %" for share in shares)
-        lines.append(f"| {row.stage} | {row.runs} | {cells} |")
+        lines.append(f"| {row.stage} | {row.runs} | {row.under} | {cells} |")
     return "\n".join(lines)
 
 

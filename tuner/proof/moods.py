@@ -75,7 +75,9 @@ def fit(runs: Sequence[Run]) -> Mood:
             continue
         mood = Mood(ratio=ratio, length_s=length_s, slow_share=slow_share, noise=1.0)
         likelihood, variance = _restricted(runs, mood)
-        found.append((likelihood, Mood(ratio=ratio, length_s=length_s, slow_share=slow_share, noise=math.sqrt(variance))))
+        found.append(
+            (likelihood, Mood(ratio=ratio, length_s=length_s, slow_share=slow_share, noise=math.sqrt(variance)))
+        )
     return max(found, key=lambda one: one[0])[1]
 
 

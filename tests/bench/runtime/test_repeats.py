@@ -20,9 +20,7 @@ def test_no_two_rows_need_work_on_the_same_tokens(kind: Kind, recurrent: bool) -
     shape = make_shape().model_copy(update={"recurrent": recurrent})
     grid = ProfileGrid.model_construct(padded=0, scores=False, sampling=None)
     job = repeat(kind, 1, grid, shape, pad_token_id=0)
-    inputs = MicroBatchInputs.build(
-        job.prompts, output_len=job.output_len, pad_token_id=0, device=torch.device("cpu")
-    )
+    inputs = MicroBatchInputs.build(job.prompts, output_len=job.output_len, pad_token_id=0, device=torch.device("cpu"))
     task = job.tasks()[-1]
     ids = inputs.ids[:, task.first_token : task.end_token]
     assert ids.shape == (16, kind.new_tokens)

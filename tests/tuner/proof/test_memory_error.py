@@ -36,7 +36,7 @@ def test_errors_are_signed_and_the_worst_of_either_side_is_kept() -> None:
     assert second.own_worst_over == pytest.approx(1.0, rel=1e-6)
     assert second.own_worst_under == pytest.approx(1 / 1.25 - 1, rel=1e-6)
     assert 0 < second.worst_over < second.own_worst_over, "the process itself takes part"
-    assert "| 1 | 3 | +0.0 % |" in describe((first, second))
+    assert "| 1 | 3 | 1 | +0.0 % |" in describe((first, second))
 
 
 def test_failures_are_left_out() -> None:
