@@ -1,10 +1,12 @@
-"""A plan as the suite runs it, read from a `best_plan.json`: the plan, the model, the workload and the fleet's devices."""
+"""A plan as the suite runs it, read from a `best_plan.json`, and one round of it."""
 
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bench import metrics
 from bench.errors import PlanError
 from bench.launch import Fleet
-from bench.record import Failure, Machine
+from bench.record import Failure, Machine, Measurement
 from bench.spec import ModelSpec, Plan, Protocol, RunSpec, Workload
 
 
@@ -51,40 +53,63 @@ class PlanCase(BaseModel):
         prompts = case.workload.prompts_file
         if prompts is None:
             return case
-        workload = case.workload.model_copy(update={"prompts_file": str(path.parent / prompts)})
+        file = (path.parent / prompts).absolute()
+        try:
+            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise PlanError(f"{path}: workload.prompts_file: {file}: {error.strerror or error}") from None
+        workload = case.workload.model_copy(update={"prompts_file": str(file), "prompts_sha256": sha256})
         return case.model_copy(update={"workload": workload})
 
 
-def run_fresh(case: PlanCase, protocol: Protocol) -> tuple[dict[str, Any], float, Machine]:
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One fleet's run."""
+
+    run: dict[str, Any]
+    """As `extra_info` holds it: our metrics, and what they were derived from."""
+    metrics: dict[str, float]
+    duration_s: float
+    """Of the workload: the median over the round's iterations."""
+    machine: Machine
+    model: ModelSpec
+    """With the revision that it was resolved to."""
+
+
+def run_fresh(case: PlanCase, protocol: Protocol, folder: Path) -> Round:
     """Starts a fleet, measures the plan once, and ends it.
 
-    Returns:
-        What the round gave, as `extra_info` holds it; the workload's duration in seconds, the median over its
-        iterations; and the machine.
+    Args:
+        folder: where the unsplit model's output goes, if that is compared.
 
     Raises:
-        PlanError: the plan did not run; says why.
+        PipetuneError: the plan did not run, or its output is wrong; says why.
     """
     started_at, began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.monotonic()
-    with Fleet.start(
-        case.model, case.devices or case.plan.devices, hang_timeout_s=protocol.hang_timeout_s
-    ) as fleet:
-        machine = fleet.machine
-        outcome = fleet.resolve(case.plan, case.workload)
-        if not isinstance(outcome, Failure):
-            spec = RunSpec(model=fleet.model, workload=case.workload, plan=case.plan, protocol=protocol)
-            measured = fleet.measure(spec, outcome)
-        else:
-            measured = outcome
-    if isinstance(measured, Failure):
-        raise PlanError(f"{case.plan.describe()}: {measured.kind.value}: {measured.message}")
-    derived = metrics.derive(measured)
+    with Fleet.start(case.model, case.devices or case.plan.devices, hang_timeout_s=protocol.hang_timeout_s) as fleet:
+        machine, model = fleet.machine, fleet.model
+        outcome = _measure(fleet, case, protocol, folder / "reference.safetensors")
+    if isinstance(outcome, Failure):
+        raise PlanError(f"{case.plan.describe()}: {outcome.kind.value}: {outcome.message}")
+    derived = metrics.derive(outcome)
     run = {
         "metrics": derived,
-        "durations_s": [iteration.duration_s for iteration in measured.iterations],
-        "steady": measured.steady,
-        "disturbances": list(measured.telemetry.disturbances),
+        "durations_s": [iteration.duration_s for iteration in outcome.iterations],
+        "steady": outcome.steady,
+        "disturbances": list(outcome.telemetry.disturbances),
         "started_at": started_at,
         "wall_s": round(time.monotonic() - began, 3),
     }
-    return run, derived["duration_s"], machine
+    return Round(run=run, metrics=derived, duration_s=derived["duration_s"], machine=machine, model=model)
+
+
+def _measure(fleet: Fleet, case: PlanCase, protocol: Protocol, reference: Path) -> Measurement | Failure:
+    if protocol.check_outputs:
+        failure = fleet.make_reference(reference, case.workload, protocol)
+        if failure is not None:
+            return failure
+    effective = fleet.resolve(case.plan, case.workload)
+    if isinstance(effective, Failure):
+        return effective
+    spec = RunSpec(model=fleet.model, workload=case.workload, plan=case.plan, protocol=protocol)
+    return fleet.measure(spec, effective)

@@ -12,7 +12,10 @@ from tuner.cli import options as o
 
 def compare(
     studies: Annotated[
-        list[str], typer.Argument(metavar="STUDY STUDY…", help="Folders, or names under results/; the first is the base.")
+        list[str],
+        typer.Argument(
+            metavar="STUDY STUDY…", help="Folders, names under results/, or records of bench -o; the first is the base."
+        ),
     ],
     price: Annotated[
         list[str] | None,

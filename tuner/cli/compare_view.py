@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from bench.errors import ConfigError
 from tuner.compare.values import StudyComparison
-from tuner.compare.wording import STUDY_COLUMNS, story_of
+from tuner.compare.wording import story_of
 
 _MOST = 12
 
@@ -41,23 +42,36 @@ def show(comparison: StudyComparison, console: Console) -> None:
     # A study has more figures than a line has room for: they stand below each other.
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
-    for one in comparison.contestants:
-        table.add_column(Text(one.name), justify="right", overflow="fold")
-    for index, name in enumerate(STUDY_COLUMNS[1:], start=1):
-        cells = [line[index] for line in story.studies]
-        if any(cell != "–" for cell in cells):
+    # Names are long, and ratios must not be torn: below, letters stand for them.
+    letters = [_letter(index) for index in range(len(comparison.contestants))]
+    for letter, one in zip(letters, comparison.contestants, strict=True):
+        table.add_column(Text(f"{letter}: {one.name}"), justify="right", overflow="fold")
+    for name, *cells in zip(story.study_columns, *story.studies, strict=True):
+        if name != "study":
             table.add_row(name, *map(Text, cells))
     console.print(table)
     console.print()
     if story.plans:
         plans = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for index, name in enumerate(story.plan_columns):
-            plans.add_column(Text(name), justify="right" if index else "left", overflow="fold")
+        plans.add_column("plan", overflow="fold")
+        for letter in letters:
+            plans.add_column(letter, justify="right", no_wrap=True)
+        for letter in letters[1:]:
+            plans.add_column(f"{letter} / first", justify="right", no_wrap=True)
         for line in story.plans[:_MOST]:
-            plans.add_row(*map(Text, line))
+            plans.add_row(*map(Text, line[: 1 + len(letters)]), *(_below(cell) for cell in line[1 + len(letters) :]))
         console.print(plans)
         if len(story.plans) > _MOST:
             console.print(f"and {len(story.plans) - _MOST} plans more, in the CSV of --output-dir")
         console.print()
     for remark in story.remarks:
         console.print(f"· {remark}", markup=False)
+
+
+def _letter(index: int) -> str:
+    return string.ascii_uppercase[index] if index < len(string.ascii_uppercase) else str(index + 1)
+
+
+def _below(cell: str) -> Text:
+    """A ratio with its interval in a second line: side by side, two of them fill a screen."""
+    return Text(cell.replace(" ", "\n", 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -18,33 +19,41 @@ def gate(
     ctx: typer.Context,
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[BASELINE.json CANDIDATE.json]", help="Two files of pytest-benchmark, already measured."),
+        typer.Argument(
+            metavar="[BASELINE.json CANDIDATE.json]", help="Two files of pytest-benchmark, already measured."
+        ),
     ] = None,
     config: Annotated[
         list[Path] | None,
         typer.Option("--config", "-c", metavar="FILE", help="YAML file with any of the settings; each is a case."),
     ] = None,
     baseline_plan: Annotated[
-        Path | None, typer.Option("--baseline-plan", metavar="FILE", help="best_plan.json or a bare plan.", rich_help_panel=_SIDES)
+        Path | None,
+        typer.Option("--baseline-plan", metavar="FILE", help="best_plan.json or a bare plan.", rich_help_panel=_SIDES),
     ] = None,
     candidate_plan: Annotated[
-        Path | None, typer.Option("--candidate-plan", metavar="FILE", help="… by default the same.", rich_help_panel=_SIDES)
+        Path | None,
+        typer.Option("--candidate-plan", metavar="FILE", help="… by default the same.", rich_help_panel=_SIDES),
     ] = None,
     baseline_dtype: Annotated[
         str | None, typer.Option("--baseline-dtype", help="float32, bfloat16 or float16.", rich_help_panel=_SIDES)
     ] = None,
     candidate_dtype: Annotated[
-        str | None, typer.Option("--candidate-dtype", help="… by default the same.", rich_help_panel=_SIDES)
+        str | None, typer.Option("--candidate-dtype", help="… else what the settings say.", rich_help_panel=_SIDES)
     ] = None,
     baseline_python: Annotated[
-        str | None, typer.Option("--baseline-python", metavar="PYTHON", help="Of another environment.", rich_help_panel=_SIDES)
+        str | None,
+        typer.Option("--baseline-python", metavar="PYTHON", help="Of another environment.", rich_help_panel=_SIDES),
     ] = None,
     candidate_python: Annotated[
-        str | None, typer.Option("--candidate-python", metavar="PYTHON", help="… for the candidate.", rich_help_panel=_SIDES)
+        str | None,
+        typer.Option("--candidate-python", metavar="PYTHON", help="… for the candidate.", rich_help_panel=_SIDES),
     ] = None,
     baseline_ref: Annotated[
         str | None,
-        typer.Option("--baseline-ref", metavar="GIT_REV", help="pipetune's own older revision.", rich_help_panel=_SIDES),
+        typer.Option(
+            "--baseline-ref", metavar="GIT_REV", help="pipetune's own older revision.", rich_help_panel=_SIDES
+        ),
     ] = None,
     baseline_env: Annotated[
         list[str] | None,
@@ -59,7 +68,7 @@ def gate(
         typer.Option(
             "--stored",
             metavar="STUDY",
-            help="A study, or a file of pytest-benchmark, in place of a baseline that cannot run; one for each session.",
+            help="A study, or a file of pytest-benchmark, in place of a baseline that cannot run; may be repeated.",
             rich_help_panel=_SIDES,
         ),
     ] = None,
@@ -76,7 +85,9 @@ def gate(
     ] = None,
     rounds_in_process: Annotated[
         bool,
-        typer.Option("--rounds-in-process", help="In one running fleet: for models slow to load.", rich_help_panel=_RULE),
+        typer.Option(
+            "--rounds-in-process", help="In one running fleet: for models slow to load.", rich_help_panel=_RULE
+        ),
     ] = False,
     order_seed: Annotated[
         int | None, typer.Option("--order-seed", help="Of the lots for who runs first.", min=0, rich_help_panel=_RULE)
@@ -105,12 +116,17 @@ def gate(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            "--output-dir", "-o", metavar="FOLDER", help="New folder: JSON, JUnit, Markdown, plot.", rich_help_panel=_FILES
+            "--output-dir",
+            "-o",
+            metavar="FOLDER",
+            help="New folder: JSON, JUnit, Markdown, plot.",
+            rich_help_panel=_FILES,
         ),
     ] = None,
     junit: Annotated[
         Path | None, typer.Option("--junit", metavar="FILE", help="JUnit XML alone.", rich_help_panel=_FILES)
     ] = None,
+    show_config: o.ShowConfig = False,
     json: o.Json = False,
     no_progress: o.NoProgress = False,
 ) -> int:
@@ -140,12 +156,20 @@ def gate(
         rounds_in_process=rounds_in_process,
         order_seed=order_seed,
     )
+    if show_config:
+        typer.echo(request.shown(), nl=False)
+        return 0
     job = request.job()
     outputs.refuse_existing(output_dir, junit)
-    result = job(make_reporter(common.err(), silent=no_progress))
+    # A CI that cancels a job sends SIGTERM: as a Ctrl-C it ends the sides' processes as well.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = job(make_reporter(common.err(), silent=no_progress))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     outputs.write(result, output_dir, junit)
     if json:
-        common.print_json(result.model_dump(mode="json"))
+        typer.echo(result.model_dump_json(indent=1))
     else:
         gate_view.show(result, common.out())
     return result.exit_code

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bench.errors import ConfigError
+from tuner import settings
 from tuner.cli import common
-from tuner.config import TuneConfig
-from tuner.export import PLAN_FILE, PlanFile, read_plan
+from tuner.export import PLAN_FILE, read_plan
 from tuner.gate.cases import SideRequest, case_of, parse_env
-from tuner.gate.contenders import FreshProcesses, RunningFleet
+from tuner.gate.contenders import Contenders, FreshProcesses, RunningFleet
 from tuner.gate.session import Gate
 from tuner.gate.values import Case, GateConfig, GateResult, SideName, Tolerance, full_name
 from tuner.plan_request import PlanRequest
 from tuner.progress import Reporter
+from tuner.settings import KeyPath
+from tuner.study_files import CONFIG_FILE, read_config
 
 Job = Callable[[Reporter], GateResult]
 
@@ -55,32 +59,57 @@ class GateRequest:
             return self._of_files()
         if self.stored:
             return self._stored()
+        baseline = self._measured_plan()
+        if self.baseline_ref is not None and self.baseline_python is not None:
+            raise ConfigError("--baseline-ref and --baseline-python: give one; a revision brings its own environment")
+        cases = tuple(self._case(baseline, config) for config in self._configs())
+        contenders: Contenders = RunningFleet(cases) if self.rounds_in_process else FreshProcesses(cases)
+        return Gate(cases=cases, contenders=contenders, seed=self._order_seed(), max_minutes=self.max_minutes).run
+
+    def shown(self) -> str:
+        """The settings of every case with their sources, as YAML; those of the baseline, where sides differ.
+
+        Raises:
+            UserError: as `job`.
+        """
+        plan = self.candidate_plan or self._stored_plan() if self.stored else self._measured_plan()
+        if plan is None:
+            raise ConfigError(f"--stored {self.stored[0]}: no plan of it has a rank; name one by --candidate-plan FILE")
+        name: SideName = "candidate" if self.stored else "baseline"
+        shown = [settings.show(self._settings(name, plan, config)) for config in self._configs()]
+        return "---\n".join(shown)
+
+    def _measured_plan(self) -> Path:
         if self.baseline_plan is None:
             raise ConfigError(
                 "which plans? Give --baseline-plan FILE, and --candidate-plan FILE where it is another; "
                 "or --stored STUDY; or two files of pytest-benchmark"
             )
-        if self.baseline_ref is not None and self.baseline_python is not None:
-            raise ConfigError("--baseline-ref and --baseline-python: give one; a revision brings its own environment")
-        cases = tuple(self._case(config) for config in self._configs())
-        contenders = (RunningFleet if self.rounds_in_process else FreshProcesses)(cases)
-        seed = self._order_seed()
-        return Gate(cases=cases, contenders=contenders, seed=seed, max_minutes=self.max_minutes).run
+        return self.baseline_plan
 
     def _of_files(self) -> Job:
         from tuner.gate.stored import compare_files
 
         others = [self.baseline_plan, self.candidate_plan, *self.stored, self.baseline_ref]
-        if len(self.files) != 2 or any(other is not None for other in others):
+        if len(self.files) < 2 or any(other is not None for other in others):
             raise ConfigError(
-                "two files of pytest-benchmark, the baseline's and the candidate's, are compared by themselves; "
+                "files of pytest-benchmark are compared alone: one or more of the baseline, then the candidate's; "
                 f"given are {len(self.files)} files, and {sum(other is not None for other in others)} other sides"
             )
-        gate = self._gate_config(GateConfig())
-        return lambda reporter: compare_files(self.files[0], self.files[1], gate)
+        gate = self._gate_config(self._gate_of_files())
+        *baselines, candidate = self.files
+        return lambda reporter: compare_files(baselines, candidate, gate)
+
+    def _gate_of_files(self) -> GateConfig:
+        """The section of the config, if one is given: what ran is said by the files."""
+        if not self.configs:
+            return GateConfig()
+        (config,) = self._configs() if len(self.configs) < 2 else (self._several(),)
+        unused: dict[KeyPath, object] = {("model", "name"): "that of the files"}
+        return common.resolve_settings({"config": config}, below=unused, below_name="the files").config.gate
 
     def _stored(self) -> Job:
-        from tuner.gate.stored import StoredGate
+        from tuner.gate.stored import StoredGate, nothing_stored
 
         used = {
             "--baseline-plan": self.baseline_plan,
@@ -94,59 +123,65 @@ class GateRequest:
         if given:
             raise ConfigError(f"--stored and {given[0]}: the baseline is stored, and does not run; leave one out")
         (config,) = self._configs() if len(self.configs) < 2 else (self._several(),)
-        side = self._side("candidate", self.candidate_plan or self._stored_plan(), config)
-        return StoredGate(stored=self.stored, candidate=side, max_minutes=self.max_minutes).run
+        plan = self.candidate_plan or self._stored_plan()
+        if plan is None:
+            return lambda reporter: nothing_stored(self.stored[0], self._gate_config(GateConfig()))
+        return StoredGate(
+            stored=self.stored,
+            candidate=self._side("candidate", plan, config),
+            other_dtype=self.candidate_dtype is not None,
+            max_minutes=self.max_minutes,
+        ).run
 
-    def _stored_plan(self) -> Path:
-        """The best plan of the stored study: what else runs it now."""
+    def _stored_plan(self) -> Path | None:
+        """The best plan of the stored study: what else runs it now; None where a study has none."""
         plan = self.stored[0] / PLAN_FILE
-        if not plan.is_file():
-            raise ConfigError(f"--stored {self.stored[0]}: holds no {PLAN_FILE}; name a plan by --candidate-plan FILE")
-        return plan
+        if plan.is_file():
+            return plan
+        if (self.stored[0] / CONFIG_FILE).is_file():
+            return None
+        raise ConfigError(
+            f"--stored {self.stored[0]}: is no study with a {PLAN_FILE}; name a plan by --candidate-plan FILE"
+        )
 
     def _several(self) -> Path:
-        raise ConfigError(f"--stored: one case at a time; given are {len(self.configs)} configs")
+        raise ConfigError(f"one case at a time where a side is stored; given are {len(self.configs)} configs")
 
     def _configs(self) -> tuple[Path | None, ...]:
         names = [path.stem for path in self.configs]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
-            raise ConfigError(f"--config: two files are called {doubled[0]}; a case is named after its file, rename one")
+            raise ConfigError(
+                f"--config: two files are called {doubled[0]}; a case is named after its file, rename one"
+            )
         return self.configs or (None,)
 
-    def _case(self, config: Path | None) -> Case:
-        plan = self.candidate_plan or self.baseline_plan
+    def _case(self, baseline: Path, config: Path | None) -> Case:
         return case_of(
             config.stem if config is not None else "default",
-            self._side("baseline", self.baseline_plan, config),
-            self._side("candidate", plan, config),
+            self._side("baseline", baseline, config),
+            self._side("candidate", self.candidate_plan or baseline, config),
         )
 
-    def _side(self, name: SideName, plan: Path | None, config: Path | None) -> SideRequest:
-        assert plan is not None
-        request = PlanRequest.of(
-            plan=plan,
-            device_map=None,
-            layers=None,
-            micro_batch_size=None,
-            prefill_micro_batch_size=None,
-            memory_fraction=None,
-        )
-        below, below_name = request.settings_below()
-        dtype = self.baseline_dtype if name == "baseline" else self.candidate_dtype
-        resolved = common.resolve_settings(
-            {**self.params, "config": config, "dtype": dtype, "output_dir": None}, below=below, below_name=below_name
-        )
-        settings = resolved.config
-        file: PlanFile = read_plan(plan)
-        update = {"gate": self._gate_config(settings.gate)}
-        side: TuneConfig = settings.model_copy(update=update)
+    def _side(self, name: SideName, plan: Path, config: Path | None) -> SideRequest:
+        resolved = self._settings(name, plan, config).config
         return SideRequest(
-            config=side,
-            plan=file.plan,
+            config=resolved.model_copy(update={"gate": self._gate_config(resolved.gate)}),
+            plan=read_plan(plan).plan,
             python=self.baseline_python if name == "baseline" else self.candidate_python,
             ref=self.baseline_ref if name == "baseline" else None,
             env=parse_env(f"--{name}-env", self.baseline_env if name == "baseline" else self.candidate_env),
+        )
+
+    def _settings(self, name: SideName, plan: Path, config: Path | None) -> settings.Resolved:
+        request = PlanRequest(source=str(plan), plan_file=read_plan(plan), plan_folder=plan.parent)
+        below, below_name = request.settings_below()
+        if self.stored and (self.stored[0] / CONFIG_FILE).is_file():
+            protocol = read_config(self.stored[0]).protocol.model_dump(mode="json")
+            below = {**below, **{("protocol", key): value for key, value in protocol.items()}}
+        dtype = self.baseline_dtype if name == "baseline" else self.candidate_dtype
+        return common.resolve_settings(
+            {**self.params, "config": config, "dtype": dtype, "output_dir": None}, below=below, below_name=below_name
         )
 
     def _gate_config(self, config: GateConfig) -> GateConfig:
@@ -164,8 +199,10 @@ class GateRequest:
                     name: Tolerance(margin=self.margin, least_effect=min(tolerance.least_effect, self.margin))
                     for name, tolerance in metrics.items()
                 }
+        except ValidationError as error:
+            raise ConfigError(f"--margin {self.margin}: {error.errors(include_url=False)[0]['msg']}") from None
         except ValueError as error:
-            raise ConfigError(f"--metric, --margin: {error}") from None
+            raise ConfigError(f"--metric: {error}") from None
         return config.model_copy(update={"metrics": metrics})
 
     def _order_seed(self) -> int:

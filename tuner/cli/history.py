@@ -11,9 +11,7 @@ from tuner.cli import options as o
 
 
 def history(
-    places: Annotated[
-        list[Path], typer.Argument(metavar="PLACE…", help="Studies, or folders of studies.")
-    ],
+    places: Annotated[list[Path], typer.Argument(metavar="PLACE…", help="Studies, or folders of studies.")],
     metric: Annotated[
         list[str] | None, typer.Option("--metric", metavar="NAME", help="Show this one; may be repeated.")
     ] = None,

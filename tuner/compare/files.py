@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.errors import ConfigError
-from bench.record import write_durably
+from pydantic import ValidationError
+
+from bench.errors import ConfigError, StudyError
+from bench.record import Record, write_durably
+from bench.spec import device_index, device_kind
 from tuner.compare.values import StudyComparison
 from tuner.compare.wording import render_csv, render_markdown
+from tuner.config import TuneConfig
+from tuner.ranking import rank
 from tuner.report.data import Report
+from tuner.standings import Objective
 from tuner.study_files import load_study
 
 RESULT_FILE, CSV_FILE, MARKDOWN_FILE, PAGE_FILE = "compare.json", "compare.csv", "compare.md", "compare.html"
@@ -18,9 +24,12 @@ RESULT_FILE, CSV_FILE, MARKDOWN_FILE, PAGE_FILE = "compare.json", "compare.csv",
 def read_reports(folders: Sequence[Path]) -> tuple[list[Report], list[str]]:
     """Studies, ranked, and names that tell them apart.
 
+    Args:
+        folders: of studies, or files of records as `pipetune bench -o` writes them.
+
     Raises:
         ConfigError: fewer than two, or one given twice.
-        StudyError: a folder that holds no study, or one that is cut off.
+        StudyError: a folder that holds no study, a file that holds no records of one question, or one that is cut off.
     """
     places = [folder.resolve() for folder in folders]
     if len(places) < 2:
@@ -28,7 +37,7 @@ def read_reports(folders: Sequence[Path]) -> tuple[list[Report], list[str]]:
     doubled = sorted({str(place) for place in places if places.count(place) > 1})
     if doubled:
         raise ConfigError(f"compare: {doubled[0]} is given twice")
-    reports = [Report.of(load_study(folder)) for folder in folders]
+    reports = [_records_file(path) if path.is_file() else Report.of(load_study(path)) for path in folders]
     return reports, _names(places)
 
 
@@ -52,6 +61,39 @@ def write_all(comparison: StudyComparison, folder: Path) -> None:
             (folder / f"{name}.png").write_bytes(png)
     except OSError as error:
         raise ConfigError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _records_file(path: Path) -> Report:
+    """Records as a study without a search: what was asked is known from their specs, the machine by its id alone."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = [Record.model_validate_json(line) for line in lines]
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+        raise StudyError(f"{path}: is no file of records, as pipetune bench -o writes them ({why})") from None
+    specs = [record.spec for record in records if record.spec is not None]
+    if not specs:
+        raise StudyError(f"{path}: holds no record of a plan")
+    first = specs[0]
+    asked = {(spec.model.digest(), spec.workload.digest()) for spec in specs}
+    if len(asked) > 1 or len({record.hardware_id for record in records}) > 1:
+        raise StudyError(f"{path}: holds records of several models, workloads or machines; give a file of each")
+    devices = sorted({device for spec in specs for device in spec.plan.devices}, key=_device_order)
+    config = TuneConfig(model=first.model, workload=first.workload, protocol=first.protocol, devices=tuple(devices))
+    # Files that were joined by hand count from 0 more than once.
+    numbered = tuple(record.model_copy(update={"number": number}) for number, record in enumerate(records))
+    return Report(
+        folder=path,
+        config=config,
+        machine=None,
+        shape=None,
+        records=numbered,
+        ranking=rank(numbered, [Objective(metric=name) for name in config.objectives]),
+    )
+
+
+def _device_order(device: str) -> tuple[str, int]:
+    return device_kind(device), device_index(device)
 
 
 def _names(places: Sequence[Path]) -> list[str]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from bench import metrics
-from bench.record import Measurement, Record
-from bench.spec import ModelSpec, Plan, Workload, device_kind
+from bench.errors import ConfigError
+from bench.record import Hardware, Measurement
+from bench.spec import ModelSpec, Plan, Workload, device_index, device_kind
 from tuner.compare.values import Change, Contestant, Figures, RatioText, SharedPlan, StudyComparison
 from tuner.differences import differences
 from tuner.report.data import Report
+from tuner.report.wording import bytes_text
 from tuner.standings import Row
 from tuner.stats.ratios import ratio_of
 
@@ -23,8 +26,15 @@ def compare_studies(
     Args:
         names: of the studies, unique.
         prices: of one device and hour, by kind or name; those of each study's own config where it is None.
+
+    Raises:
+        ConfigError: a price of a device that no study has.
     """
     assert len(set(names)) == len(names) == len(reports) >= 2
+    devices = dict.fromkeys(device for report in reports for device in report.config.concrete_devices)
+    for priced in prices or {}:
+        if priced not in devices and priced not in map(device_kind, devices):
+            raise ConfigError(f"--price {priced}: no study has such a device; there are {', '.join(devices)}")
     contestants = tuple(_contestant(report, name, prices) for report, name in zip(reports, names, strict=True))
     figures = {name: _figures(report) for report, name in zip(reports, names, strict=True)}
     # What was asked differently does not compare, however equal the plans are.
@@ -40,25 +50,27 @@ def plan_key(plan: Plan) -> str:
     parts = [f"{plan.replicas}x{counts}", f"mb={plan.micro_batch_size}", f"prefill={plan.prefill_size}"]
     parts += [f"chunk={plan.prefill_chunk_size}"] if plan.prefill_chunk_size is not None else []
     # Which of the plan's devices is which matters where devices are unlike.
-    order = sorted(set(plan.devices))
+    order = sorted(set(plan.devices), key=lambda device: (device_kind(device), device_index(device)))
     places = tuple(order.index(device) for device in plan.devices)
     parts += [f"order={','.join(map(str, places))}"] if places != tuple(range(len(places))) else []
     return " ".join((*parts, *plan.switches))
 
 
 def _contestant(report: Report, name: str, prices: Mapping[str, float] | None) -> Contestant:
-    assert report.machine is not None
     best = report.ranking.best
     baseline = report.ranking.baseline
-    devices = report.config.concrete_devices
+    config, machine = report.config, report.machine
     return Contestant(
         name=name,
         place=str(report.folder),
-        machine=report.machine,
-        model=report.config.model,
-        workload=report.config.workload,
-        devices=devices,
-        price_per_hour=_price(devices, report.config.prices if prices is None else prices),
+        hardware_id=machine.hardware_id if machine is not None else report.records[0].hardware_id,
+        machine=machine,
+        model=config.model,
+        workload=config.workload,
+        protocol=config.protocol,
+        goals=(*config.objectives, *map(str, config.constraints)),
+        devices=config.concrete_devices,
+        price_per_hour=_price(config.concrete_devices, config.prices if prices is None else prices),
         baseline=baseline.throughput.median if baseline is not None else None,
         best=_figures_of(report, best) if best is not None else None,
         best_key=plan_key(best.plan) if best is not None else None,
@@ -83,7 +95,8 @@ def _figures(report: Report) -> dict[str, Figures]:
 
 
 def _figures_of(report: Report, row: Row) -> Figures:
-    used = [record for record in report.records if record.number in row.used_records]
+    used = [record.result for record in report.records if record.number in row.used_records]
+    runs = [result for result in used if isinstance(result, Measurement)]
     typical = report.typical(row)
     return Figures(
         plan=row.plan,
@@ -91,15 +104,22 @@ def _figures_of(report: Report, row: Row) -> Figures:
         stage_devices=tuple(stage.device for stage in typical.memory),
         cap_bytes=tuple(stage.cap_bytes for stage in typical.memory),
         peak_bytes=tuple(stage.peak_bytes for stage in typical.memory),
-        throughputs=tuple(_throughput(record) for record in used),
+        throughputs=tuple(statistics.median(metrics.throughputs(run)) for run in runs),
         metrics=row.metrics,
+        tokens_per_joule=_tokens_per_joule(runs),
         disturbed_runs=row.disturbed_runs,
     )
 
 
-def _throughput(record: Record) -> float:
-    assert isinstance(record.result, Measurement)
-    return statistics.median(metrics.throughputs(record.result))
+def _tokens_per_joule(runs: Sequence[Measurement]) -> float | None:
+    """Median over the runs that have their energy; of tokens generated, or of all where texts are scored."""
+    found = [
+        sum(speed * one.duration_s for speed, one in zip(metrics.throughputs(run), run.iterations, strict=True))
+        / energy
+        for run in runs
+        if (energy := run.telemetry.energy_j)
+    ]
+    return statistics.median(found) if found else None
 
 
 def _shared(figures: Mapping[str, Mapping[str, Figures]]) -> tuple[SharedPlan, ...]:
@@ -116,7 +136,9 @@ def _shared(figures: Mapping[str, Mapping[str, Figures]]) -> tuple[SharedPlan, .
                 text=next(iter(own.values())).plan.describe(),
                 figures=own,
                 ratios={name: _ratio(own[name], own[first]) for name in later},
-                notes=tuple(_unlike(name, own[name], first, own[first]) for name in later if _is_unlike(own[name], own[first])),
+                notes=tuple(
+                    _unlike(name, own[name], first, own[first]) for name in later if _is_unlike(own[name], own[first])
+                ),
             )
         )
     return tuple(sorted(found, key=lambda plan: -next(iter(plan.figures.values())).throughput))
@@ -128,16 +150,18 @@ def _ratio(ours: Figures, theirs: Figures) -> RatioText:
 
 
 def _is_unlike(one: Figures, other: Figures) -> bool:
-    return (one.in_flight, one.cap_bytes) != (other.in_flight, other.cap_bytes)
+    """Machines of one kind report a little more or less memory from boot to boot: that is no other cap."""
+    pairs = zip(one.cap_bytes, other.cap_bytes, strict=False)
+    return one.in_flight != other.in_flight or any(abs(ours - theirs) > 0.01 * theirs for ours, theirs in pairs)
 
 
 def _unlike(name: str, one: Figures, first: str, other: Figures) -> str:
     def caps(figures: Figures) -> str:
-        return ", ".join(f"{count / 2**30:.1f}" for count in figures.cap_bytes)
+        return ", ".join(bytes_text(count) for count in figures.cap_bytes)
 
     return (
-        f"{one.in_flight} in flight under caps of {caps(one)} GiB in {name}, "
-        f"{other.in_flight} under {caps(other)} GiB in {first}"
+        f"{one.in_flight} in flight under caps of {caps(one)} in {name}, "
+        f"{other.in_flight} under {caps(other)} in {first}"
     )
 
 
@@ -163,11 +187,15 @@ def _change(first: Contestant, other: Contestant, plans: Sequence[SharedPlan]) -
     moved = None
     if first.best is not None and other.best is not None and first.best_key != other.best_key and not work:
         moved = f"{first.best.plan.describe()} → {other.best.plan.describe()}"
-    anonymous = (one.machine.hardware.model_copy(update={"gpus": _without_ids(one)}) for one in (first, other))
+    software = (first.machine.software, other.machine.software) if first.machine and other.machine else None
+    protocol = [f"protocol.{line}" for line in differences(first.protocol, other.protocol)]
+    if first.goals != other.goals:
+        protocol.append(f"best plan chosen by: {', '.join(first.goals)} → {', '.join(other.goals)}")
     return Change(
         name=other.name,
-        hardware=tuple(differences(*anonymous)),
-        software=tuple(differences(first.machine.software, other.machine.software)),
+        hardware=tuple(_hardware(first, other)),
+        protocol=tuple(protocol),
+        software=tuple(differences(*software)) if software else (),
         work=work,
         same_plan=same_plan,
         own_best=own_best,
@@ -176,8 +204,31 @@ def _change(first: Contestant, other: Contestant, plans: Sequence[SharedPlan]) -
     )
 
 
-def _without_ids(contestant: Contestant) -> tuple[object, ...]:
-    return tuple(gpu.model_copy(update={"uuid": ""}) for gpu in contestant.machine.hardware.gpus)
+def _hardware(first: Contestant, other: Contestant) -> Iterator[str]:
+    if first.devices != other.devices:
+        yield f"devices: {', '.join(first.devices)} → {', '.join(other.devices)}"
+    if first.machine is None or other.machine is None:
+        if first.hardware_id != other.hardware_id:
+            yield f"hardware_id: {first.hardware_id} → {other.hardware_id} (a file of records tells no more)"
+        return
+    before, now = first.machine.hardware, other.machine.hardware
+    if _gpus(before) != _gpus(now):
+        yield f"gpus: {_gpus(before)} → {_gpus(now)}"
+    elif [gpu.uuid for gpu in before.gpus] != [gpu.uuid for gpu in now.gpus]:
+        yield "gpus: others of the same kind, by their UUIDs"
+    alike = {"gpus": (), "memory_bytes": 0}
+    yield from differences(before.model_copy(update=alike), now.model_copy(update=alike))
+    if before.memory_bytes != now.memory_bytes:
+        yield f"memory: {bytes_text(before.memory_bytes)} → {bytes_text(now.memory_bytes)}"
+
+
+def _gpus(hardware: Hardware) -> str:
+    counts = Counter(
+        f"{gpu.name} of {bytes_text(gpu.memory_bytes)}"
+        + (f", capability {gpu.compute_capability}" if gpu.compute_capability else "")
+        for gpu in hardware.gpus
+    )
+    return " and ".join(f"{count} × {text}" for text, count in counts.items()) or "none"
 
 
 def _text(
@@ -190,13 +241,14 @@ def _text(
 ) -> str:
     if work:
         return f"{other.name} was asked something else than {first.name}, and does not compare: {'; '.join(work)}"
-    if own_best is None:
-        lacking = first.name if first.best is None else other.name
-        return f"{lacking} has no best plan to compare"
-    if same_plan is None:
-        same = f"{other.name} did not run the best plan of {first.name}, so that machine and plan cannot be told apart"
-    else:
+    if same_plan is not None:
         same = f"the best plan of {first.name} is {_said(same_plan)} in {other.name}"
+    elif first.best is not None:
+        same = f"{other.name} did not measure the best plan of {first.name}, so machine and plan cannot be told apart"
+    else:
+        same = f"{first.name} has no best plan"
+    if own_best is None:
+        return same if other.best is not None else f"{same}; {other.name} has no best plan"
     best = f"each at its own best, {other.name} is {_said(own_best)}"
     return f"{same}; {best}" + (f", and another plan is best: {moved}" if moved else ", with the same plan")
 
@@ -204,9 +256,9 @@ def _text(
 def _said(ratio: RatioText) -> str:
     """`8.1 % slower (95 %: 5.2 to 10.9 %)`."""
     change = 100 * (ratio.value - 1)
-    word = "faster" if change >= 0 else "slower"
+    said = f"{abs(change):.1f} % {'faster' if change > 0 else 'slower'}" if abs(change) >= 0.05 else "as fast"
     if ratio.low is None or ratio.high is None:
-        return f"{abs(change):.1f} % {word} (single runs: nothing is told by that)"
+        return f"{said} (by a single run: that tells nothing)"
     ends = sorted((100 * (ratio.low - 1), 100 * (ratio.high - 1)))
     told = "" if ratio.is_told else ", not told apart from equal"
-    return f"{abs(change):.1f} % {word} (95 %: {ends[0]:+.1f} to {ends[1]:+.1f} %{told})"
+    return f"{said} (95 %: {ends[0]:+.1f} to {ends[1]:+.1f} %{told})"

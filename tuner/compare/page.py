@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuner.compare.plot import render_plots
 from tuner.compare.values import StudyComparison
-from tuner.compare.wording import STUDY_COLUMNS, story_of
+from tuner.compare.wording import story_of
 from tuner.report.canvas import DARK
 from tuner.report.page import Grid, Section, picture, render_page
 
@@ -22,7 +22,7 @@ def sections_of(comparison: StudyComparison) -> tuple[Section, ...]:
         Section(
             heading=f"Compared: {', '.join(names)}",
             remarks=story.remarks,
-            grids=(Grid(columns=STUDY_COLUMNS, lines=story.studies, text_columns=_TEXT_COLUMNS),),
+            grids=(Grid(columns=story.study_columns, lines=story.studies, text_columns=_TEXT_COLUMNS),),
             pictures=tuple(pictures[name] for name in ("own_best",) if name in pictures),
         )
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.record import Machine
-from bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value, Workload
+from bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Protocol, Value, Workload
 
 
 class RatioText(Value):
@@ -34,6 +34,8 @@ class Figures(Value):
     """Of each run, tokens per second."""
     metrics: dict[str, float]
     """Medians over the runs."""
+    tokens_per_joule: float | None = None
+    """Of the same tokens; None where no energy was measured."""
     disturbed_runs: int = 0
 
     @property
@@ -43,14 +45,19 @@ class Figures(Value):
 
 
 class Contestant(Value):
-    """One study."""
+    """One study, or one file of records."""
 
     name: str
     """Unique among those compared."""
     place: str
-    machine: Machine
+    hardware_id: str
+    machine: Machine | None
+    """None of a file of records, which knows its `hardware_id` alone."""
     model: ModelSpec
     workload: Workload
+    protocol: Protocol
+    goals: tuple[str, ...]
+    """Objectives and constraints that its best plan was chosen by."""
     devices: tuple[str, ...]
     price_per_hour: float | None
     """Of all its devices together; None where a device has no price."""
@@ -69,7 +76,7 @@ class Contestant(Value):
     @property
     def tokens_per_joule(self) -> float | None:
         """None where no energy was measured."""
-        return self.best.metrics.get("output_tokens_per_joule") if self.best else None
+        return self.best.tokens_per_joule if self.best else None
 
     @property
     def tokens_per_price(self) -> float | None:
@@ -98,7 +105,9 @@ class Change(Value):
 
     name: str
     hardware: tuple[str, ...]
-    """What differs, `key: before → now`."""
+    """What differs, `key: before → now`, GPUs' UUIDs and devices' names included."""
+    protocol: tuple[str, ...]
+    """What differs in how it was measured, and in what the best plan was chosen by."""
     software: tuple[str, ...]
     work: tuple[str, ...]
     """What differs in model and workload: then nothing else compares."""

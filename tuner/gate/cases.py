@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from bench.errors import ConfigError
 from bench.metrics import metric_names
-from bench.spec import Plan, device_kind
+from bench.spec import Plan, Workload, device_kind
 from tuner.config import TuneConfig
 from tuner.differences import differences
 from tuner.gate.values import Case, GateConfig, Side, SideName, Tolerance
+from tuner.settings import ENVIRONMENT_PREFIX, FLAGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +43,17 @@ def case_of(name: str, baseline: SideRequest, candidate: SideRequest) -> Case:
     Raises:
         ConfigError: the sides would not do the same work, or a metric that this work does not yield.
     """
-    for section in ("workload", "protocol"):
-        lines = differences(getattr(baseline.config, section), getattr(candidate.config, section))
-        if lines:
-            raise ConfigError(
-                f"{name}: the two sides were given different work ({section}: {'; '.join(lines)}); "
-                "say which by --config or by flags, which hold for both"
-            )
+    lines = [
+        *differences(_identity(baseline.config.workload), _identity(candidate.config.workload)),
+        *differences(baseline.config.protocol, candidate.config.protocol),
+    ]
+    if lines:
+        raise ConfigError(
+            f"{name}: the two sides were given different work ({'; '.join(lines)}); say which by --config or by flags, "
+            "which hold for both"
+        )
+    for side in (baseline, candidate):
+        _check_devices(name, side)
     config = baseline.config
     return Case(
         name=name,
@@ -56,7 +61,12 @@ def case_of(name: str, baseline: SideRequest, candidate: SideRequest) -> Case:
         protocol=config.protocol,
         baseline=baseline.side("baseline"),
         candidate=candidate.side("candidate"),
-        metrics=_metrics(name, config),
+        metrics=metrics_of(
+            name,
+            config.gate,
+            config.workload,
+            gpu=any(device_kind(device) == "cuda" for device in config.concrete_devices),
+        ),
         noise_floor=config.gate.noise_floor,
     )
 
@@ -74,21 +84,44 @@ def parse_env(flag: str, texts: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{flag} {text!r}: write KEY=VALUE, as in {flag} NCCL_ALGO=Ring")
         if key in found:
             raise ConfigError(f"{flag} {text!r}: {key} is given twice; keep one")
+        if key.removeprefix(ENVIRONMENT_PREFIX).lower() in FLAGS and key.startswith(ENVIRONMENT_PREFIX):
+            raise ConfigError(
+                f"{flag} {text!r}: it sets what both sides are to do alike; give it by a flag or a config"
+            )
         found[key] = value
     return found
 
 
-def _metrics(name: str, config: TuneConfig) -> dict[str, Tolerance]:
-    workload = config.workload
-    gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
+def metrics_of(name: str, gate: GateConfig, workload: Workload, *, gpu: bool) -> dict[str, Tolerance]:
+    """What a gate compares of a case.
+
+    Raises:
+        ConfigError: a metric is asked for by name that such a workload does not yield.
+    """
     yielded = metric_names(workload.num_prompts, workload.generated_len, gpu=gpu)
-    wanted = config.gate.metrics
+    wanted = gate.metrics
     missing = [metric for metric in wanted if metric not in yielded]
     if not missing:
         return dict(wanted)
-    if wanted != GateConfig().metrics:
+    if tuple(wanted) != tuple(GateConfig().metrics):
         raise ConfigError(
             f"gate.metrics: {missing[0]} is not measured in {name}; there are: {', '.join(sorted(yielded))}"
         )
     kept = {metric: tolerance for metric, tolerance in wanted.items() if metric in yielded}
-    return kept if "output_throughput" in kept else {"total_token_throughput": Tolerance(), **kept}
+    return kept if "output_throughput" in kept else {"total_token_throughput": wanted["output_throughput"], **kept}
+
+
+def _identity(workload: Workload) -> Workload:
+    """Two copies of one prompts file, each beside its plan, are the same prompts."""
+    return workload.model_copy(update={"prompts_file": None}) if workload.prompts_sha256 is not None else workload
+
+
+def _check_devices(name: str, side: SideRequest) -> None:
+    left = list(side.config.concrete_devices)
+    for device in side.plan.devices:
+        if device not in left:
+            raise ConfigError(
+                f"{name}: the plan {side.plan.describe()} wants {device}, and the devices are "
+                f"{', '.join(side.config.concrete_devices)}; give others by --devices, or another plan"
+            )
+        left.remove(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,10 +10,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from bench.errors import ConfigError, FleetError
-from bench.record import Failure, Machine, Outcome
+from bench.record import Failure, FailureKind, Machine, Outcome
 from bench.spec import Protocol as RunProtocol
 from bench.spec import RunSpec
 from tuner import locks
+from tuner.differences import differences
 from tuner.gate import interpreter
 from tuner.gate.side import run_fresh, sample_of, timed
 from tuner.gate.values import SIDES, Case, Method, Sample, Side, SideName
@@ -41,8 +43,13 @@ class Contenders(Protocol):
         """What a side runs on, of the first case."""
         ...
 
-    def run(self, case: Case, name: SideName, *, check: bool) -> Sample:
-        """One unit."""
+    def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
+        """One unit.
+
+        Args:
+            check: whether its output is compared with the unsplit model's.
+            timeout_s: beyond which it is given up; None is what the protocol lets a run take.
+        """
         ...
 
 
@@ -53,16 +60,16 @@ class FreshProcesses:
     cannot_see: tuple[str, ...] = ()
 
     def __init__(self, cases: tuple[Case, ...]) -> None:
+        self._case = cases[0]
+        self._interpreters: dict[SideName, interpreter.Interpreter] = {}
+        self._machines: dict[SideName, Machine | None] = {}
+
+    def __enter__(self) -> Self:
         """
         Raises:
             ConfigError: an environment that cannot be used, a revision that cannot be built.
         """
-        self._interpreters: dict[SideName, interpreter.Interpreter] = {
-            name: interpreter_of(cases[0].side(name)) for name in SIDES
-        }
-        self._machines: dict[SideName, Machine | None] = {}
-
-    def __enter__(self) -> Self:
+        self._interpreters = {name: interpreter_of(self._case.side(name)) for name in SIDES}
         self._machines = {name: one.machine() for name, one in self._interpreters.items()}
         return self
 
@@ -71,55 +78,61 @@ class FreshProcesses:
     def machine(self, name: SideName) -> Machine | None:
         return self._machines[name]
 
-    def run(self, case: Case, name: SideName, *, check: bool) -> Sample:
+    def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
         machine = self._machines[name]
         hardware_id = machine.hardware.hardware_id if machine is not None else None
-        return run_fresh(case, name, self._interpreters[name], hardware_id=hardware_id, check=check)
+        return run_fresh(
+            case, name, self._interpreters[name], hardware_id=hardware_id, check=check, timeout_s=timeout_s
+        )
 
 
 class RunningFleet:
-    """All runs of a case in one fleet, which moves the layers that change hands."""
+    """All runs in one fleet, which moves the layers that change hands."""
 
     method: Method = "running_fleet"
-    cannot_see: tuple[str, ...] = BLIND_IN_PROCESS
 
     def __init__(self, cases: tuple[Case, ...]) -> None:
         """
         Raises:
-            ConfigError: the sides differ in more than their plans.
+            ConfigError: the sides, or the cases, differ in more than plans and workloads.
         """
+        first = cases[0].baseline
         for case in cases:
             for side in (case.baseline, case.candidate):
-                alike = side.model == case.baseline.model and side.devices == case.baseline.devices
-                if side.python or side.ref or side.env or not alike:
+                other = [f"model.{line}" for line in differences(first.model, side.model)]
+                if side.python or side.ref or side.env:
+                    other.append("software or environment of its own")
+                if side.devices != first.devices:
+                    other.append(f"devices: {', '.join(first.devices)} → {', '.join(side.devices)} (see --devices)")
+                if other:
                     raise ConfigError(
-                        "--rounds-in-process: one running fleet can compare plans of one model on the same devices; the "
-                        f"sides of {case.name} differ in more than that: leave it out, and they run in fresh processes"
+                        "--rounds-in-process: one running fleet can compare plans alone, and the "
+                        f"{side.name} of {case.name} has {'; '.join(other)}; leave it out, and all run in fresh processes"
                     )
+        self.cannot_see: tuple[str, ...] = BLIND_IN_PROCESS
         self._cases = cases
         self._stack = ExitStack()
-        self._fleets: dict[str, Fleet] = {}
+        self._fleet: Fleet | None = None
+        self._references: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
+        """
+        Raises:
+            UserError: a model, prompts or devices that cannot be used.
+            FleetError: workers that do not start.
+        """
         from bench.launch import Fleet
 
+        side = self._cases[0].baseline
+        hang_timeout_s = max(case.protocol.hang_timeout_s for case in self._cases)
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipetune-gate-")))
+            fleet = stack.enter_context(Fleet.start(side.model, side.devices, hang_timeout_s=hang_timeout_s))
+            stack.enter_context(locks.hold_gpus(fleet.devices, fleet.machine.hardware.gpus))
             for case in self._cases:
-                fleet = stack.enter_context(
-                    Fleet.start(
-                        case.baseline.model, case.baseline.devices, hang_timeout_s=case.protocol.hang_timeout_s
-                    )
-                )
-                stack.enter_context(locks.hold_gpus(fleet.devices, fleet.machine.hardware.gpus))
                 if case.protocol.check_outputs:
-                    failure = fleet.make_reference(
-                        folder / f"{case.name}.safetensors", case.workload, case.protocol
-                    )
-                    if failure is not None:
-                        raise FleetError(failure)
-                self._fleets[case.name] = fleet
-            self._stack = stack.pop_all()
+                    self._make_reference(fleet, case, folder / f"{len(self._references)}.safetensors")
+            self._fleet, self._stack = fleet, stack.pop_all()
         return self
 
     def __exit__(
@@ -128,15 +141,33 @@ class RunningFleet:
         self._stack.close()
 
     def machine(self, name: SideName) -> Machine | None:
-        return self._fleets[self._cases[0].name].machine
+        return self._running.machine
 
-    def run(self, case: Case, name: SideName, *, check: bool) -> Sample:
-        fleet = self._fleets[case.name]
-        protocol = case.protocol.model_copy(update={"check_outputs": check})
-        outcome, took_s, started_at = timed(lambda: _measure(fleet, case, name, protocol))
-        return sample_of(
-            outcome, hardware_id=fleet.machine.hardware.hardware_id, started_at=started_at, wall_s=took_s
+    def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
+        reference = self._references.get(case.name) if check else None
+        longest_s = min(case.protocol.timeout_s, timeout_s or math.inf)
+        update = {"check_outputs": reference is not None, "timeout_s": longest_s}
+        if reference is not None:
+            self._running.use_reference(reference)
+        outcome, took_s, started_at = timed(
+            lambda: _measure(self._running, case, name, case.protocol.model_copy(update=update))
         )
+        hardware_id = self._running.machine.hardware_id
+        return sample_of(outcome, hardware_id=hardware_id, started_at=started_at, wall_s=took_s)
+
+    @property
+    def _running(self) -> Fleet:
+        assert self._fleet is not None, "the fleet was started"
+        return self._fleet
+
+    def _make_reference(self, fleet: Fleet, case: Case, path: Path) -> None:
+        failure = fleet.make_reference(path, case.workload, case.protocol)
+        if failure is None:
+            self._references[case.name] = path
+        elif failure.kind is FailureKind.OUT_OF_MEMORY:
+            self.cannot_see += (f"whether the output of {case.name} is right: {failure.message}",)
+        else:
+            raise FleetError(failure)
 
 
 def interpreter_of(side: Side) -> interpreter.Interpreter:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from filelock import FileLock
 from pydantic import ValidationError
 
 from bench.errors import ConfigError
@@ -23,7 +25,7 @@ from tuner.settings import ENVIRONMENT_PREFIX, FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 """Of the code that runs: a checkout, or where packages are installed."""
-_REQUIREMENTS = ("pyproject.toml", "constraints.txt")
+_PYPROJECT, _CONSTRAINTS = "pyproject.toml", "constraints.txt"
 _MACHINE = "from bench.machine import read_machine; print(read_machine().model_dump_json())"
 _TIMEOUT_S = 120.0
 _BUILD_TIMEOUT_S = 3600.0
@@ -39,7 +41,7 @@ class Interpreter:
     revision: str | None = None
     """Commit of that pipetune, where it was asked for by a revision."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """On top of this process's environment."""
+    """On top of this process's environment; a PYTHONPATH among them comes after `root`."""
 
     def command(self, *arguments: str) -> list[str]:
         """Of a module or a line of code: `-m tuner …`, `-c …`."""
@@ -49,11 +51,11 @@ class Interpreter:
     def environment(self) -> dict[str, str]:
         """Without pipetune's own variables that set what a config sets: what is to run is said by files alone."""
         settings = {ENVIRONMENT_PREFIX + name.upper() for name in FLAGS}
-        environment = {key: value for key, value in os.environ.items() if key not in settings}
-        if self.root is not None:
-            before = environment.get("PYTHONPATH")
-            environment["PYTHONPATH"] = os.pathsep.join([str(self.root), *([before] if before else [])])
-        return {**environment, **self.env}
+        environment = {key: value for key, value in os.environ.items() if key not in settings} | dict(self.env)
+        given = environment.pop("PYTHONPATH", "").split(os.pathsep)
+        # Whoever runs this pipetune in place has it on the path, where it would hide the one of another environment.
+        path = [*([str(self.root)] if self.root else []), *(one for one in given if one and one != str(ROOT))]
+        return environment | ({"PYTHONPATH": os.pathsep.join(path)} if path else {})
 
     def machine(self) -> Machine | None:
         """Hardware and software as this side sees them; None where its pipetune does not say so in our words."""
@@ -100,7 +102,8 @@ def of_python(python: str, env: Mapping[str, str]) -> Interpreter:
         return here
     if "PackageNotFoundError" in done.stderr:
         return Interpreter(python=python, root=ROOT, env=env)
-    raise ConfigError(f"{python}: does not run Python code: {done.stderr.strip()[-300:]}")
+    why = done.stderr.strip()[-300:] or f"it ended with exit code {done.returncode} and said nothing"
+    raise ConfigError(f"{python}: does not run Python code: {why}")
 
 
 def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT) -> Interpreter:
@@ -117,32 +120,46 @@ def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT) -> Inte
     commit = _git(repository, ref, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     folder = cache_root() / "revisions" / commit
     tree = folder / "tree"
-    if not (tree / "pyproject.toml").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _git(repository, ref, "worktree", "prune")
-        _git(repository, ref, "worktree", "add", "--force", "--detach", str(tree), commit)
-    if all(_same(tree / name, repository / name) for name in _REQUIREMENTS):
-        return Interpreter(python=sys.executable, root=tree, revision=commit, env=env)
-    python = folder / "environment" / "bin" / "python"
-    ready = folder / ".installed"
-    if not ready.exists():
-        install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", "constraints.txt"]
-        _build(tree, ref, [sys.executable, "-m", "venv", "--clear", str(python.parents[1])])
-        _build(tree, ref, [*install, "setuptools"])
-        _build(tree, ref, [*install, "--no-build-isolation", "-e", "."])
-        ready.touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if not (tree / _PYPROJECT).exists():
+            _git(repository, ref, "worktree", "prune")
+            _git(repository, ref, "worktree", "add", "--force", "--detach", str(tree), commit)
+        if _requirements(tree) == _requirements(repository):
+            return Interpreter(python=sys.executable, root=tree, revision=commit, env=env)
+        python, ready = folder / "environment" / "bin" / "python", folder / ".installed"
+        if not ready.exists():
+            install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", _CONSTRAINTS]
+            _build(tree, ref, [sys.executable, "-m", "venv", "--clear", str(python.parents[1])])
+            _build(tree, ref, [*install, "setuptools"])
+            _build(tree, ref, [*install, "--no-build-isolation", "-e", "."])
+            ready.touch()
     return Interpreter(python=str(python), root=tree, revision=commit, env=env)
 
 
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.read_bytes() == other.read_bytes()
+def _requirements(tree: Path) -> tuple[object, object, bytes]:
+    """What an environment for that pipetune is built from."""
+    try:
+        project = tomllib.loads((tree / _PYPROJECT).read_text(encoding="utf-8"))["project"]
+        return project["requires-python"], project["dependencies"], (tree / _CONSTRAINTS).read_bytes()
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"--baseline-ref: {tree} says not what pipetune needs: {error}; take a later revision"
+        ) from None
 
 
 def _git(repository: Path, ref: str, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(repository), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ConfigError(f"--baseline-ref {ref}: git cannot be run: {error}; install it") from None
     if done.returncode:
         why = done.stderr.strip() or f"{repository} has no such revision"
-        raise ConfigError(f"--baseline-ref {ref}: {why}; `git log --oneline` lists revisions")
+        raise ConfigError(
+            f"--baseline-ref {ref}: {why}; `git log --oneline` lists those that are there, and a shallow checkout has "
+            "few (`git fetch --unshallow`; in GitHub's actions/checkout, fetch-depth: 0)"
+        )
     return done.stdout.strip()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tuner.gate.values import (
+    REHEARSAL,
     SIDES,
     VERDICTS,
     Case,
@@ -39,8 +40,8 @@ def judge(
 ) -> Finding | None:
     """What is to be said of a metric by now; None for: more pairs.
 
-    What was decided at one look stays decided whatever later pairs show, so that a hypothesis may be judged again with
-    all pairs of a gate that went on for the sake of another.
+    What was decided at one look stays decided whatever later pairs show, or fail to show: a hypothesis may be judged
+    again with all pairs of a gate that went on for the sake of another.
 
     Args:
         pairs: of this case, in order.
@@ -48,9 +49,6 @@ def judge(
         because: why no more pairs will come, so that something must be said; OUT_OF_TIME, for one.
     """
     told = _Told(case=case, metric=metric, pairs=tuple(pairs))
-    broken = told.broken()
-    if broken is not None:
-        return told.finding(*broken)
     for look in looks:
         if len(told.differences) < look.pairs:
             break
@@ -59,6 +57,8 @@ def judge(
             return told.finding(*decided, at=look.pairs)
     if len(told.differences) >= looks[-1].pairs:
         return told.finding(*told.undecided(Reason.NOT_TOLD))
+    if told.broken is not None:
+        return told.finding(*told.broken)
     return told.finding(*told.undecided(because)) if because is not None else None
 
 
@@ -104,35 +104,51 @@ class _Told:
 
     @functools.cached_property
     def differences(self) -> tuple[float, ...]:
-        """Of whole pairs: log(candidate / baseline), turned so that worse is positive."""
-        if self.broken() is not None:
-            return ()
+        """Of the pairs before anything broke: log(candidate / baseline), turned so that worse is positive."""
         sign = -1.0 if is_better_higher(self.metric) else 1.0
         return tuple(
-            sign * math.log(self._value(pair.candidate) / self._value(pair.baseline))
-            for pair in self.pairs
-            if pair.baseline is not None and pair.candidate is not None
+            sign * math.log(pair.candidate.metrics[self.metric] / pair.baseline.metrics[self.metric])
+            for pair in self.pairs[: self._whole]
         )
 
+    @property
     def broken(self) -> tuple[Reason, str] | None:
-        """What ends the comparison of this metric, whatever its values are."""
-        runs = [(pair, name, pair.side(name)) for pair in self.pairs for name in SIDES]
-        for pair, name, run in runs:
-            if run is None:
-                continue
-            where = f"pair {pair.number + 1}, {name}"
-            if run.failure is not None:
-                reason = Reason.CANDIDATE_FAILED if name == "candidate" else Reason.BASELINE_FAILED
-                return reason, f"{where}: {run.failure.kind.value}: {run.failure.message}"
-            if self.metric not in run.metrics:
-                there = ", ".join(run.metrics) or "none"
-                return Reason.MISSING_METRIC, f"{where}: there is no {self.metric}; there are: {there}"
-            value = run.metrics[self.metric]
-            if not (math.isfinite(value) and value > 0):
-                return Reason.NOT_FINITE, f"{where}: {self.metric} is {value}, of which there is no ratio"
-        machines = {run.hardware_id for *_, run in runs if run is not None}
-        if len(machines) > 1:
-            return Reason.OTHER_HARDWARE, f"the runs come from {len(machines)} different machines"
+        """What ended the comparison of this metric, whatever its values are; None while nothing did."""
+        return self._break[1]
+
+    @property
+    def _whole(self) -> int:
+        return self._break[0]
+
+    @functools.cached_property
+    def _break(self) -> tuple[int, tuple[Reason, str] | None]:
+        """How many pairs are whole, and what is wrong with the next one."""
+        hardware = next((pair.baseline.hardware_id for pair in self.pairs), None)
+        for count, pair in enumerate(self.pairs):
+            for name in SIDES:
+                problem = self._problem(name, pair.side(name), hardware)
+                if problem is not None:
+                    reason, text = problem
+                    where = "rehearsal" if pair.number == REHEARSAL else f"pair {pair.number + 1}"
+                    return count, (reason, f"{where}, {name}: {text}")
+        return len(self.pairs), None
+
+    def _problem(self, name: SideName, run: Sample, hardware: str | None) -> tuple[Reason, str] | None:
+        if run.failure is not None:
+            failed = Reason.CANDIDATE_FAILED if name == "candidate" else Reason.BASELINE_FAILED
+            return failed, f"{run.failure.kind.value}: {run.failure.message}"
+        if self.metric not in run.metrics:
+            return Reason.MISSING_METRIC, f"there is no {self.metric}; there are: {', '.join(run.metrics) or 'none'}"
+        value = run.metrics[self.metric]
+        if not (math.isfinite(value) and value > 0):
+            return Reason.NOT_FINITE, f"{self.metric} is {value}, of which there is no ratio"
+        if run.hardware_id is None:
+            return (
+                Reason.OTHER_HARDWARE,
+                "the hardware that it ran on could not be read, so that none can be called equal",
+            )
+        if run.hardware_id != hardware:
+            return Reason.OTHER_HARDWARE, f"it ran on hardware {run.hardware_id}, and the first run on {hardware}"
         return None
 
     def look(self, look: Look, *, last: int) -> tuple[Reason, str] | None:
@@ -191,7 +207,7 @@ class _Told:
 
     def _unsteady(self, count: int) -> str | None:
         for name in SIDES:
-            runs = [run for pair in self.pairs[:count] if (run := pair.side(name)) is not None]
+            runs = self._runs(name)[:count]
             unsteady = sum(not run.steady for run in runs)
             if unsteady > _UNSTEADY_SHARE * len(runs):
                 return (
@@ -201,13 +217,9 @@ class _Told:
         return None
 
     def _median(self, name: SideName) -> float | None:
-        values = [
-            run.metrics[self.metric]
-            for pair in self.pairs
-            if (run := pair.side(name)) is not None and self.metric in run.metrics
-        ]
+        values = [run.metrics.get(self.metric, math.nan) for run in self._runs(name)]
+        values = [value for value in values if math.isfinite(value)]
         return statistics.median(values) if values else None
 
-    def _value(self, run: Sample) -> float:
-        return run.metrics[self.metric]
-
+    def _runs(self, name: SideName) -> list[Sample]:
+        return [pair.side(name) for pair in self.pairs]

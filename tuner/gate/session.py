@@ -7,16 +7,19 @@ tells how long a pair takes.
 from __future__ import annotations
 
 import datetime as dt
+import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bench.record import Machine
 from tuner.differences import differences
 from tuner.gate.contenders import Contenders
 from tuner.gate.rule import judge
 from tuner.gate.values import (
     EXIT_CODES,
+    REHEARSAL,
     SIDES,
     Case,
     Finding,
@@ -28,7 +31,7 @@ from tuner.gate.values import (
     Verdict,
     verdict_of,
 )
-from tuner.progress import Reporter
+from tuner.progress import Reporter, values_text
 from tuner.stats.looks import Look, looks_for
 
 
@@ -40,31 +43,39 @@ class Gate:
     contenders: Contenders
     seed: int
     max_minutes: float | None = None
-    on_pair: Callable[[Pair], None] = lambda pair: None
-    """Told of every pair as soon as it is there."""
+    """From the start to the end, what is built and rehearsed among them."""
+    _deadline: float = math.inf
     _pairs: dict[str, list[Pair]] = field(default_factory=dict)
     _open: dict[str, list[str]] = field(default_factory=dict)
     """Metrics of each case that are not decided."""
     _findings: dict[tuple[str, str], Finding] = field(default_factory=dict)
-    _notes: list[str] = field(default_factory=list)
 
     def run(self, reporter: Reporter) -> GateResult:
         """Runs it to its end.
 
         Raises:
-            ConfigError: sides that cannot be started as they were asked for.
+            UserError: sides that cannot be started as they were asked for.
             FleetError: of a running fleet, the workers failed before anything was compared.
         """
         started_at, began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.monotonic()
+        self._deadline = math.inf if self.max_minutes is None else began + 60 * self.max_minutes
         self._pairs = {case.name: [] for case in self.cases}
         self._open = {case.name: list(case.metrics) for case in self.cases}
+        self._findings = {}
         looks = looks_for(sum(len(case.metrics) for case in self.cases))
-        with reporter, self.contenders:
-            machines = {name: self.contenders.machine(name) for name in SIDES}
-            pair_s = self._rehearse(reporter)
-            if pair_s:
-                reporter.say(self._forecast(pair_s, looks))
-            self._go_on(reporter, looks, deadline=None if self.max_minutes is None else began + 60 * self.max_minutes)
+        with reporter:
+            reporter.begin("getting both sides ready")
+            with self.contenders:
+                reporter.end(f"{len(self.cases)} case{'s' if len(self.cases) > 1 else ''}, order seed {self.seed}")
+                machines = {name: self.contenders.machine(name) for name in SIDES}
+                try:
+                    pair_s = self._rehearse(reporter, looks)
+                    if pair_s:
+                        reporter.say(self._forecast(sum(pair_s.values()), looks))
+                        self._go_on(reporter, looks, pair_s)
+                except _OutOfTime:
+                    for case in self.cases:
+                        self._decide(case, looks, because=Reason.OUT_OF_TIME)
         findings = tuple(self._findings[case.name, metric] for case in self.cases for metric in case.metrics)
         verdict = verdict_of(findings)
         return GateResult(
@@ -79,53 +90,57 @@ class Gate:
             machines=machines,
             started_at=started_at,
             took_s=round(time.monotonic() - began, 1),
-            notes=(*self._notes, *_software(machines), *_disturbed(self._pairs)),
+            notes=(*_fleets(self.cases), *_software(machines), *_disturbed(self._pairs)),
         )
 
-    def _rehearse(self, reporter: Reporter) -> dict[str, float]:
+    def _rehearse(self, reporter: Reporter, looks: tuple[Look, ...]) -> dict[str, float]:
         """Seconds of a pair, by case; those of which a side failed are decided already."""
         pair_s = {}
         for case in self.cases:
-            found: dict[SideName, Sample] = {}
+            found = {}
             for name in SIDES:
                 reporter.begin(f"{case.name} · rehearsal · {name}: {case.side(name).describe()}")
-                found[name] = self.contenders.run(case, name, check=case.protocol.check_outputs)
-                reporter.end(said(found[name]))
+                found[name] = self._sample(case, name, reporter, check=case.protocol.check_outputs)
             if any(sample.failure is not None for sample in found.values()):
-                self._pairs[case.name].append(Pair(case=case.name, number=0, first="baseline", **found))
-                self._decide(case, looks_for(1))
+                self._pairs[case.name].append(Pair(case=case.name, number=REHEARSAL, first=SIDES[0], **found))
+                self._decide(case, looks)
             else:
                 pair_s[case.name] = sum(sample.wall_s for sample in found.values())
         return pair_s
 
-    def _go_on(self, reporter: Reporter, looks: tuple[Look, ...], *, deadline: float | None) -> None:
+    def _go_on(self, reporter: Reporter, looks: tuple[Look, ...], pair_s: dict[str, float]) -> None:
         lots = random.Random(self.seed)
-        longest_s = 0.0
         for number in range(looks[-1].pairs):
             for case in self.cases:
+                # A lot is drawn for the decided ones as well, so that the order of a case hangs on the seed alone.
                 first: SideName = lots.choice(SIDES)
                 if not self._open[case.name]:
                     continue
-                if deadline is not None and time.monotonic() + longest_s > deadline:
-                    for late in self.cases:
-                        self._decide(late, looks, because=Reason.OUT_OF_TIME)
-                    return
-                began = time.monotonic()
+                if time.monotonic() + pair_s[case.name] > self._deadline:
+                    raise _OutOfTime
                 pair = self._pair(case, number, first, reporter)
-                longest_s = max(longest_s, time.monotonic() - began)
+                pair_s[case.name] = sum(pair.side(name).wall_s for name in SIDES)
                 self._pairs[case.name].append(pair)
-                self.on_pair(pair)
                 self._decide(case, looks)
 
     def _pair(self, case: Case, number: int, first: SideName, reporter: Reporter) -> Pair:
-        found: dict[str, Sample] = {}
+        found = {}
         for name in (first, *(other for other in SIDES if other != first)):
             reporter.begin(f"{case.name} · pair {number + 1} · {name}")
-            found[name] = self.contenders.run(case, name, check=False)
-            reporter.end(said(found[name]))
-        return Pair(
-            case=case.name, number=number, first=first, baseline=found["baseline"], candidate=found["candidate"]
-        )
+            found[name] = self._sample(case, name, reporter, check=False)
+        return Pair(case=case.name, number=number, first=first, **found)
+
+    def _sample(self, case: Case, name: SideName, reporter: Reporter, *, check: bool) -> Sample:
+        """One run; one that the deadline ended is none, and says nothing of the side."""
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise _OutOfTime
+        timeout_s = None if math.isinf(left_s) else left_s
+        sample = self.contenders.run(case, name, check=check, timeout_s=timeout_s)
+        if sample.failure is not None and time.monotonic() >= self._deadline:
+            raise _OutOfTime
+        reporter.end(said(sample))
+        return sample
 
     def _decide(self, case: Case, looks: tuple[Look, ...], *, because: Reason | None = None) -> None:
         for metric in list(self._open[case.name]):
@@ -133,51 +148,56 @@ class Gate:
             if finding is not None:
                 self._findings[case.name, metric] = finding
                 self._open[case.name].remove(metric)
-        if any(found.verdict is Verdict.FAIL for (name, _), found in self._findings.items() if name == case.name):
-            for metric in self._open[case.name]:
-                settled = judge(case, metric, self._pairs[case.name], looks, because=Reason.SETTLED)
-                assert settled is not None
-                self._findings[case.name, metric] = settled
-            self._open[case.name] = []
+        failed = any(self._findings[key].verdict is Verdict.FAIL for key in self._findings if key[0] == case.name)
+        if failed and self._open[case.name]:
+            self._decide(case, looks, because=Reason.SETTLED)
 
-    def _forecast(self, pair_s: Mapping[str, float], looks: tuple[Look, ...]) -> str:
+    def _forecast(self, pair_s: float, looks: tuple[Look, ...]) -> str:
         """`8 to 24 pairs of about 26 s: 4 to 11 minutes`."""
-        all_s = sum(pair_s.values())
         least, most = (next(look.pairs for look in looks if look.can_fail), looks[-1].pairs)
-        text = (
-            f"{least} to {most} pairs of about {all_s:.0f} s: {least * all_s / 60:.0f} to {most * all_s / 60:.0f} "
-            "minutes from here"
-        )
+        minutes = [max(1, round(pairs * pair_s / 60)) for pairs in (least, most)]
+        text = f"{least} to {most} pairs of about {pair_s:.0f} s: {minutes[0]} to {minutes[1]} minutes from here"
         return text if self.max_minutes is None else f"{text}, and no more than {self.max_minutes:g} in all"
+
+
+class _OutOfTime(Exception):
+    """The minutes are used up."""
 
 
 def said(sample: Sample) -> str:
     """What came of a run, in a line."""
     if sample.failure is not None:
         return f"{sample.failure.kind.value}: {sample.failure.message}"
-    speed = sample.metrics.get("output_throughput", sample.metrics["total_token_throughput"])
-    steady = "" if sample.steady else " · never steady"
-    return f"{speed:.1f} tok/s{steady} · {sample.wall_s:.0f} s"
+    speed = "output_throughput" if "output_throughput" in sample.metrics else "total_token_throughput"
+    parts = [values_text(sample.metrics, (speed,)), "" if sample.steady else "never steady", f"{sample.wall_s:.0f} s"]
+    return " · ".join(part for part in parts if part)
 
 
-def _software(machines: Mapping[SideName, object]) -> list[str]:
+def _fleets(cases: tuple[Case, ...]) -> list[str]:
+    """Workers without a stage take their share of the cores, so that fleets are part of what is compared."""
+    return [
+        f"{case.name}: the fleets differ: {', '.join(case.baseline.devices)} → {', '.join(case.candidate.devices)}; "
+        "--devices gives both the same"
+        for case in cases
+        if case.baseline.devices != case.candidate.devices
+    ]
+
+
+def _software(machines: Mapping[SideName, Machine | None]) -> list[str]:
     """What differs in software is what a gate is for, and only shown."""
-    from bench.record import Machine
-
     one, other = (machines[name] for name in SIDES)
-    if not (isinstance(one, Machine) and isinstance(other, Machine)):
-        missing = [name for name in SIDES if machines[name] is None]
-        return [f"what the {name} runs on could not be read from it" for name in missing]
+    if one is None or other is None:
+        return [f"what the {name} runs on could not be read from it" for name in SIDES if machines[name] is None]
     return [f"software differs: {line}" for line in differences(one.software, other.software)]
 
 
 def _disturbed(pairs: Mapping[str, list[Pair]]) -> list[str]:
     notes = []
     for case, rows in pairs.items():
-        runs = [run for pair in rows for name in SIDES if (run := pair.side(name)) is not None]
+        runs = [pair.side(name) for pair in rows for name in SIDES]
         disturbed = [run for run in runs if run.disturbances]
         if disturbed:
             notes.append(
-                f"{case}: {len(disturbed)} of {len(runs)} runs were disturbed, the first by {disturbed[0].disturbances[0]}"
+                f"{case}: {len(disturbed)} of {len(runs)} runs were disturbed: {disturbed[0].disturbances[0]}, for one"
             )
     return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,28 @@ from pydantic import ValidationError
 
 from bench.errors import StudyError
 from bench.record import Machine, Measurement, Record
+from bench.spec import ModelSpec, Plan, Workload
 from tuner.gate.side import sample_of
 from tuner.gate.values import Sample, Session
 from tuner.report.data import Report
-from tuner.study_files import StudyContents, load_study
+from tuner.study_files import load_study
 
 NOW = "now"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A session and the work that it did."""
+
+    session: Session
+    """Empty where the plan has no run."""
+    model: ModelSpec
+    workload: Workload
+    plan: Plan | None = None
+    """None where no plan of a study has a rank."""
+    key: str | None = None
+    """Of the effective plan, in a study."""
+    of_study: bool = False
 
 
 def is_benchmark_file(place: Path) -> bool:
@@ -23,14 +40,13 @@ def is_benchmark_file(place: Path) -> bool:
     return place.is_file()
 
 
-def read_study(folder: Path, *, key: str | None = None) -> tuple[StudyContents, str | None, Session]:
-    """A stored study, the effective plan's key, and its runs.
+def read_study(folder: Path, *, key: str | None = None) -> Stored:
+    """A stored study's session.
+
+    A plan's finals are taken where it has any: luck helped to choose it by its other runs, and they flatter it.
 
     Args:
         key: of the plan; None takes the study's best one.
-
-    Returns:
-        The study; the key, None where no plan of it has a rank; and the session, empty where the plan has no run.
 
     Raises:
         StudyError: the folder holds no study, or a file of it is cut off.
@@ -39,20 +55,28 @@ def read_study(folder: Path, *, key: str | None = None) -> tuple[StudyContents, 
     if key is None:
         best = Report.of(study).ranking.best
         key = best.key if best is not None else None
+    runs = [record for record in study.records if _is_run_of(record, key)]
+    runs = [record for record in runs if record.role == "finalist"] or runs
     samples = tuple(
         sample_of(
             record.result,
-            hardware_id=study.machine.hardware.hardware_id,
+            hardware_id=record.hardware_id,
             started_at=record.started_at,
             wall_s=record.wall_s,
         )
-        for record in study.records
-        if _is_run_of(record, key)
+        for record in runs
     )
-    return study, key, Session(place=str(folder), case="", samples=samples, machine=study.machine)
+    return Stored(
+        session=Session(place=str(folder), case="", samples=samples, machine=study.machine),
+        model=study.config.model,
+        workload=study.config.workload,
+        plan=runs[0].spec.plan if runs and runs[0].spec is not None else None,
+        key=key,
+        of_study=True,
+    )
 
 
-def read_benchmarks(path: Path) -> dict[str, Session]:
+def read_benchmarks(path: Path) -> dict[str, Stored]:
     """Sessions of a file that `pytest bench/suite --benchmark-json` wrote, by the benchmark's name.
 
     Raises:
@@ -60,27 +84,36 @@ def read_benchmarks(path: Path) -> dict[str, Session]:
     """
     try:
         document: Any = json.loads(path.read_text(encoding="utf-8"))
-        entries = document["benchmarks"]
-        return {str(entry["name"]): _session(path, entry) for entry in entries}
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read: {error}") from None
+        return {str(entry["name"]): _stored(path, entry) for entry in document["benchmarks"]}
     except json.JSONDecodeError as error:
         raise StudyError(f"{path}: is cut off, or no JSON: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
-        what = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
         raise StudyError(
-            f"{path}: is no file of `pytest bench/suite --benchmark-json` of this version: {what}"
+            f"{path}: is no file of `pytest bench/suite --benchmark-json` of this version: {_what(error)}"
         ) from None
 
 
-def _session(path: Path, entry: dict[str, Any]) -> Session:
+def _stored(path: Path, entry: dict[str, Any]) -> Stored:
     extra = entry["extra_info"]
     machine = Machine.model_validate(extra["machine"])
     hardware_id = machine.hardware.hardware_id
     samples = tuple(Sample.model_validate({**run, "hardware_id": hardware_id}) for run in extra["runs"])
-    return Session(place=str(path), case=str(entry["name"]), samples=samples, machine=machine)
+    return Stored(
+        session=Session(place=str(path), case=str(entry["name"]), samples=samples, machine=machine),
+        model=ModelSpec.model_validate(extra["model"]),
+        workload=Workload.model_validate(extra["workload"]),
+        plan=Plan.model_validate(extra["plan"]),
+    )
+
+
+def _what(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"there is no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _is_run_of(record: Record, key: str | None) -> bool:
     return record.effective is not None and record.effective.key == key and isinstance(record.result, Measurement)
-

@@ -1,30 +1,32 @@
 """A gate whose baseline is stored: it says how little it can see, and INCONCLUSIVE rather than a guess.
 
-The units are sessions (`tuner.stats.sessions`). FAIL: surely above what the stored sessions let expect, and by more than the
-least effect and the known noise floor. OK: surely within the margin, which needs three stored sessions at least. What
-never differs by a byte, as memory may, is decided exactly.
+The units are sessions, as `tuner.gate.stored_rule` judges them. One stored session says nothing of how much nights
+differ, and decides nothing unless `gate.session_noise` says it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
+import hashlib
 import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from bench.errors import ConfigError, StudyError
-from bench.spec import SCHEMA_VERSION
+from bench.spec import ModelSpec, Workload
 from tuner.differences import differences
-from tuner.gate.cases import SideRequest, case_of
+from tuner.gate.cases import SideRequest, case_of, metrics_of
 from tuner.gate.contenders import FreshProcesses
 from tuner.gate.session import said
-from tuner.gate.sessions import NOW, is_benchmark_file, read_benchmarks, read_study
+from tuner.gate.sessions import NOW, Stored, is_benchmark_file, read_benchmarks, read_study
+from tuner.gate.stored_rule import SESSION_RUNS, finding_of, foreseen, judge_case, stored_problem
 from tuner.gate.values import (
     EXIT_CODES,
-    VERDICTS,
     Case,
     Finding,
     GateConfig,
@@ -33,17 +35,17 @@ from tuner.gate.values import (
     Sample,
     Session,
     Tolerance,
-    Verdict,
-    is_better_higher,
     verdict_of,
 )
 from tuner.progress import Reporter
-from tuner.stats.looks import FALSE_ALARM, MISSED
-from tuner.stats.sessions import LEAST_SESSIONS, Prediction, predict
 
-SESSION_RUNS = 5
-"""Fresh processes of the candidate: more would not help, since the session is the unit."""
-CANNOT_SEE = ("what changed on the machine between the stored sessions and now: that counts as the candidate's",)
+BLIND_TO_NIGHTS = (
+    "what changed on the machine between the stored sessions and now, or a mood of it that no stored session had: "
+    "it counts as the candidate's"
+)
+BLIND_TO_FLEETS = (
+    "what a fleet shows that has run other plans before: the runs of a study share one, and the candidate's have none"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class StoredGate:
 
     stored: tuple[Path, ...]
     candidate: SideRequest
+    other_dtype: bool = False
+    """Whether another dtype is what is compared."""
     max_minutes: float | None = None
 
     def run(self, reporter: Reporter) -> GateResult:
@@ -60,215 +64,225 @@ class StoredGate:
         Raises:
             ConfigError: the stored side did other work than the candidate is asked for.
         """
-        started_at, began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.monotonic()
+        clock = _Clock.start()
         case = case_of("default", self.candidate, self.candidate)
         try:
-            stored = read_stored(self.stored, case)
+            stored = read_stored(self.stored, case, other_dtype=self.other_dtype)
         except StudyError as error:
-            return _unreadable(case.name, tuple(case.metrics), error, started_at)
-        session = self._measure(case, reporter, began)
-        findings = judge_case(case.name, case.metrics, stored, session, self.candidate.config.gate)
-        return _result(findings, (*stored, session), (case,), started_at, began)
+            return _unreadable(case.name, case.metrics, error, clock)
+        plan, model = next((one.plan for one in stored if one.plan is not None), None), stored[0].model
+        baseline = case.baseline.model_copy(update={"model": model, **({"plan": plan} if plan is not None else {})})
+        case = case.model_copy(update={"baseline": baseline})
+        sessions = [one.session for one in stored]
+        gate = self.candidate.config.gate
+        new = Session(place=NOW, case=case.name, samples=())
+        if any(stored_problem(metric, sessions) is None for metric in case.metrics):
+            with reporter:
+                for line in foreseen(case.metrics, sessions, gate):
+                    reporter.say(line)
+                new = self._measure(case, sessions, reporter, clock)
+        return _result(
+            judge_case(case.name, case.metrics, sessions, new, gate),
+            stored,
+            (new,),
+            clock,
+            cases=(case,),
+            notes=_notes(stored[0], new, case),
+        )
 
-    def _measure(self, case: Case, reporter: Reporter, began: float) -> Session:
+    def _measure(self, case: Case, stored: Sequence[Session], reporter: Reporter, clock: _Clock) -> Session:
         contenders = FreshProcesses((case,))
         samples: list[Sample] = []
-        with reporter, contenders:
-            for number in range(SESSION_RUNS):
-                late = samples and time.monotonic() - began + samples[-1].wall_s > 60 * (self.max_minutes or math.inf)
-                if late or any(sample.failure is not None for sample in samples):
-                    break
-                reporter.begin(f"candidate {number + 1} of {SESSION_RUNS}: {case.candidate.describe()}")
-                samples.append(contenders.run(case, "candidate", check=number == 0 and case.protocol.check_outputs))
-                reporter.end(said(samples[-1]))
+        with contenders:
             machine = contenders.machine("candidate")
+            if machine is None or machine.hardware.hardware_id in {
+                run.hardware_id for one in stored for run in one.samples
+            }:
+                samples = self._runs(case, contenders, reporter, clock)
         return Session(place=NOW, case=case.name, samples=tuple(samples), machine=machine)
 
+    def _runs(self, case: Case, contenders: FreshProcesses, reporter: Reporter, clock: _Clock) -> list[Sample]:
+        """A rehearsal, which compares its output with the unsplit model's and is not counted, then the session."""
+        check = case.protocol.check_outputs
+        samples: list[Sample] = []
+        for number in range(SESSION_RUNS):
+            if not samples and check:
+                reporter.begin(f"rehearsal: {case.candidate.describe()}")
+                rehearsal = contenders.run(case, "candidate", check=True)
+                reporter.end(said(rehearsal))
+                if rehearsal.failure is not None:
+                    return [rehearsal]
+            if samples and clock.took_s() + samples[-1].wall_s > 60 * (self.max_minutes or math.inf):
+                break
+            reporter.begin(f"candidate {number + 1} of {SESSION_RUNS}: {case.candidate.describe()}")
+            samples.append(contenders.run(case, "candidate", check=False))
+            reporter.end(said(samples[-1]))
+            if samples[-1].failure is not None:
+                break
+        return samples
 
-def compare_files(baseline: Path, candidate: Path, gate: GateConfig) -> GateResult:
-    """Two files of pytest-benchmark, benchmark by benchmark; one that only one of them has is never passed over."""
-    started_at, began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.monotonic()
+
+def nothing_stored(place: Path, gate: GateConfig) -> GateResult:
+    """Of a study that has no best plan, as one has that is empty or did not end: there is nothing to run now either."""
+    why = f"{place}: the study has no best plan, since it is empty or did not end; name a plan by --candidate-plan FILE"
+    findings = tuple(finding_of("default", *one, Reason.MISSING_BASELINE, why) for one in gate.metrics.items())
+    return _result(findings, (), (), _Clock.start())
+
+
+def compare_files(baselines: Sequence[Path], candidate: Path, gate: GateConfig) -> GateResult:
+    """Files of pytest-benchmark, benchmark by benchmark; one that only one side has is never passed over.
+
+    Args:
+        baselines: each holds a session of every benchmark.
+
+    Raises:
+        ConfigError: a metric that is asked for by name is not measured in a benchmark.
+    """
+    clock = _Clock.start()
     try:
-        old, new = read_benchmarks(baseline), read_benchmarks(candidate)
+        old, new = [read_benchmarks(path) for path in baselines], read_benchmarks(candidate)
     except StudyError as error:
-        return _unreadable("all", tuple(gate.metrics), error, started_at)
-    names = list(dict.fromkeys((*old, *new)))
-    findings = tuple(
-        finding
-        for name in names
-        for finding in judge_case(
-            name,
-            gate.metrics,
-            [old[name]] if name in old else [],
-            new.get(name, Session(place=str(candidate), case=name, samples=())),
-            gate,
-            hypotheses=len(names) * len(gate.metrics),
-        )
-    )
-    return _result(findings, (*old.values(), *new.values()), (), started_at, began)
+        return _unreadable("all", gate.metrics, error, clock)
+    names = list(dict.fromkeys(name for file in (*old, new) for name in file))
+    metrics = {
+        name: _metrics_of(name, next(file[name] for file in (*old, new) if name in file), gate) for name in names
+    }
+    hypotheses = sum(len(wanted) for wanted in metrics.values())
+    findings: list[Finding] = []
+    for name in names:
+        stored = [file[name] for file in old if name in file]
+        now = new[name].session if name in new else Session(place=str(candidate), case=name, samples=())
+        if stored and name in new and (other := _other_work(stored, new[name].model, new[name].workload)):
+            why = f"what is stored under this name did other work ({other}); give the plan another name"
+            findings += [finding_of(name, *one, Reason.MISSING_BASELINE, why) for one in metrics[name].items()]
+            continue
+        sessions = [one.session for one in stored]
+        findings += judge_case(name, metrics[name], sessions, now, gate, hypotheses=hypotheses)
+    stored = [file[name] for name in names for file in old if name in file]
+    return _result(tuple(findings), stored, [one.session for one in new.values()], clock, notes=())
 
 
-def read_stored(places: Sequence[Path], case: Case) -> tuple[Session, ...]:
+def read_stored(places: Sequence[Path], case: Case, *, other_dtype: bool = False) -> tuple[Stored, ...]:
     """Stored sessions of a case; of studies, all of the plan that is best in the first.
+
+    Args:
+        other_dtype: whether another dtype is what is compared.
 
     Raises:
         StudyError: a place that holds no session that can be read.
         ConfigError: it did other work.
     """
-    found: list[Session] = []
+    found: list[Stored] = []
     key: str | None = None
     for place in places:
         if is_benchmark_file(place):
             sessions = list(read_benchmarks(place).values())
-            if len(sessions) > 1:
+            if len(sessions) != 1:
                 raise ConfigError(
                     f"--stored {place}: holds {len(sessions)} benchmarks; give a file of one, or two files to compare"
                 )
-            found += [session.model_copy(update={"case": case.name}) for session in sessions]
-            continue
-        study, key, session = read_study(place, key=key)
-        other = differences(study.config.workload, case.workload)
+            one = sessions[0]
+        else:
+            one = read_study(place, key=key)
+            key = one.key
+        other = _other_work([one], case.candidate.model, case.workload, other_dtype=other_dtype)
         if other:
             raise ConfigError(
-                f"--stored {place}: was measured with another workload ({'; '.join(other)}); give the same by flags, "
-                "or by a --config"
+                f"--stored {place}: other work was measured there than is asked for now ({other}); give the same by "
+                "flags, or by a --config; another dtype is compared by --candidate-dtype"
             )
-        found.append(session.model_copy(update={"case": case.name}))
+        session = one.session.model_copy(update={"case": case.name})
+        found.append(dataclasses.replace(one, session=session))
     return tuple(found)
 
 
-def judge_case(
-    case: str,
-    metrics: Mapping[str, Tolerance],
-    stored: Sequence[Session],
-    new: Session,
-    gate: GateConfig,
-    *,
-    hypotheses: int | None = None,
-) -> tuple[Finding, ...]:
-    """A finding for every metric of a case.
+def _metrics_of(name: str, stored: Stored, gate: GateConfig) -> dict[str, Tolerance]:
+    machine = stored.session.machine
+    return metrics_of(name, gate, stored.workload, gpu=machine is not None and bool(machine.hardware.gpus))
 
-    Args:
-        hypotheses: of the whole gate; by default the case's own.
+
+def _other_work(stored: Sequence[Stored], model: ModelSpec, workload: Workload, *, other_dtype: bool = False) -> str:
+    """What sets the stored work apart, in words; empty where it is the same.
+
+    Of the model its name and dtype: its revision, its attention kernel and the like may be what is compared, and are
+    only shown. Prompts are the same if what they say is, wherever the file lies.
     """
-    alpha = FALSE_ALARM / (hypotheses or len(metrics))
-    return tuple(_judge(case, metric, tolerance, stored, new, gate, alpha) for metric, tolerance in metrics.items())
+    keys = {"name"} if other_dtype else {"name", "dtype"}
+    lines: list[str] = []
+    for one in stored:
+        lines += [f"model.{line}" for line in _model_lines(one.model, model) if line.partition(":")[0] in keys]
+        lines += [f"workload.{line}" for line in differences(_by_content(one.workload), _by_content(workload))]
+    return "; ".join(dict.fromkeys(lines))
 
 
-def _judge(
-    case: str,
-    metric: str,
-    tolerance: Tolerance,
-    stored: Sequence[Session],
-    new: Session,
-    gate: GateConfig,
-    alpha: float,
-) -> Finding:
-    sign = -1.0 if is_better_higher(metric) else 1.0
-    broken = _broken(metric, stored, new)
-    if broken is not None:
-        return _finding(case, metric, tolerance, *broken)
-    old_logs = [[sign * math.log(run.metrics[metric]) for run in session.samples] for session in stored]
-    new_logs = [sign * math.log(run.metrics[metric]) for run in new.samples]
-    flat = [one for session in old_logs for one in session]
-    found = predict(old_logs, new_logs, assumed_sd=gate.session_noise)
-    level = statistics.fmean(statistics.median(session) for session in old_logs)
-    if len(flat) > 1 and len(new_logs) > 1 and len({*flat, *new_logs}) == 1:
-        reason, text = Reason.WITHIN_MARGIN, "every run of both sides gave exactly the same"
-    else:
-        reason, text = _decide(found, tolerance, gate, alpha)
-    low, high = found.interval(0.95)
-    return _finding(
-        case,
-        metric,
-        tolerance,
-        reason,
-        text,
-        estimate=math.expm1(found.difference),
-        interval=(math.expm1(low), math.expm1(high)),
-        differences=tuple(one - level for one in new_logs),
-        baseline=math.exp(sign * level),
-        candidate=statistics.median(run.metrics[metric] for run in new.samples),
-    )
+def _model_lines(stored: ModelSpec, now: ModelSpec) -> list[str]:
+    """A revision that is not known is none that differs."""
+    known = stored.revision is not None and now.revision is not None
+    return [line for line in differences(stored, now) if known or not line.startswith("revision:")]
 
 
-def _decide(found: Prediction, tolerance: Tolerance, gate: GateConfig, alpha: float) -> tuple[Reason, str]:
-    estimate, margin = math.expm1(found.difference), math.log1p(tolerance.margin)
-    if found.above() <= alpha and estimate >= max(tolerance.least_effect, gate.noise_floor):
-        return Reason.WORSE, f"{estimate:.1%} worse; p {found.above():.2g}"
-    if not found.is_assumed and found.below(margin) <= MISSED:
-        return Reason.WITHIN_MARGIN, f"surely less than {tolerance.margin:.0%} worse"
-    power = found.power(margin, alpha)
-    seen = f"a true {tolerance.margin:+.0%} would be found {power:.0%} of the time"
-    if found.is_assumed:
-        spread = f"{gate.session_noise:.0%} (gate.session_noise)"
-        return Reason.TOO_FEW, (
-            f"{found.sessions} stored session{'s' if found.sessions > 1 else ''} cannot tell how much sessions differ, "
-            f"and {spread} is assumed: {seen}; store {LEAST_SESSIONS} or more, or run the baseline beside the candidate"
-        )
-    return Reason.NOT_TOLD, (
-        f"{found.sessions} stored sessions differ so much that {seen}; run the baseline beside the candidate"
-    )
+def _by_content(workload: Workload) -> Workload:
+    path, sha256 = workload.prompts_file, workload.prompts_sha256
+    if path is not None and sha256 is None and Path(path).is_file():
+        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return workload.model_copy(update={"prompts_file": None, "prompts_sha256": sha256})
 
 
-def _broken(metric: str, stored: Sequence[Session], new: Session) -> tuple[Reason, str] | None:
-    old = [(session.place, run) for session in stored for run in session.samples]
-    if not old:
-        places = ", ".join(session.place for session in stored)
-        return Reason.MISSING_BASELINE, f"there is no stored run of it{f' in {places}' if places else ''}"
-    if not new.samples:
-        return Reason.MISSING_CANDIDATE, f"{new.place} has no run of it"
-    sides = (("baseline", Reason.BASELINE_FAILED, old), ("candidate", Reason.CANDIDATE_FAILED, [(new.place, one) for one in new.samples]))
-    for side, failed, runs in sides:
-        for place, run in runs:
-            if run.failure is not None:
-                return failed, f"{side} ({place}): {run.failure.kind.value}: {run.failure.message}"
-            if metric not in run.metrics:
-                return Reason.MISSING_METRIC, f"{side} ({place}): there is no {metric}"
-            if not (math.isfinite(run.metrics[metric]) and run.metrics[metric] > 0):
-                return Reason.NOT_FINITE, f"{side} ({place}): {metric} is {run.metrics[metric]}"
-        unsteady = sum(not run.steady for _, run in runs)
-        if 3 * unsteady > len(runs):
-            return Reason.NEVER_STEADY, f"{unsteady} of {len(runs)} runs of the {side} never got steady"
-    machines = {run.hardware_id for _, run in (*old, *((new.place, one) for one in new.samples))}
-    if len(machines) > 1 or None in machines:
-        return Reason.OTHER_HARDWARE, "the two sides did not run on equal hardware; `pipetune compare` is for that"
-    return None
+def _notes(stored: Stored, new: Session, case: Case) -> tuple[str, ...]:
+    """What differs and is no reason not to compare."""
+    then, now = stored.session.machine, new.machine
+    pairs: list[tuple[str, BaseModel, BaseModel]] = []
+    if then is not None and now is not None:
+        pairs.append(("software", then.software, now.software))
+    lines = [f"model differs: {line}" for line in _model_lines(stored.model, case.candidate.model)]
+    lines += [f"{what} differs: {line}" for what, one, other in pairs for line in differences(one, other)]
+    disturbed = [run.disturbances[0] for run in new.samples if run.disturbances]
+    if disturbed:
+        lines.append(f"{len(disturbed)} of {len(new.samples)} runs were disturbed, the first by {disturbed[0]}")
+    return tuple(lines)
 
 
-def _finding(
-    case: str, metric: str, tolerance: Tolerance, reason: Reason, text: str, **values: object
-) -> Finding:
-    common: dict[str, object] = {"case": case, "metric": metric, "reason": reason, "text": text}
-    common |= {"margin": tolerance.margin, "least_effect": tolerance.least_effect}
-    return Finding.model_validate({**common, "verdict": VERDICTS.get(reason, Verdict.INCONCLUSIVE), **values})
-
-
-def _unreadable(case: str, metrics: Sequence[str], error: StudyError, started_at: str) -> GateResult:
-    findings = tuple(_finding(case, metric, Tolerance(), Reason.UNREADABLE, str(error)) for metric in metrics)
-    return _result(findings, (), (), started_at, time.monotonic())
+def _unreadable(case: str, metrics: Mapping[str, Tolerance], error: StudyError, clock: _Clock) -> GateResult:
+    findings = tuple(finding_of(case, *one, Reason.UNREADABLE, str(error)) for one in metrics.items())
+    return _result(findings, (), (), clock)
 
 
 def _result(
     findings: tuple[Finding, ...],
-    sessions: tuple[Session, ...],
-    cases: tuple[Case, ...],
-    started_at: str,
-    began: float,
+    stored: Sequence[Stored],
+    new: Sequence[Session],
+    clock: _Clock,
+    *,
+    cases: tuple[Case, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> GateResult:
     verdict = verdict_of(findings)
-    stored = [session for session in sessions if session.place != NOW]
-    new = [session for session in sessions if session.place == NOW] or stored[-1:]
+    old = [one.session for one in stored]
     return GateResult(
-        schema_version=SCHEMA_VERSION,
         verdict=verdict,
         exit_code=EXIT_CODES[verdict],
         method="stored",
-        cannot_see=CANNOT_SEE,
+        cannot_see=(BLIND_TO_NIGHTS, *((BLIND_TO_FLEETS,) if any(one.of_study for one in stored) else ())),
         findings=findings,
         cases=cases,
-        sessions=sessions,
-        machines={"baseline": stored[0].machine if stored else None, "candidate": new[0].machine if new else None},
-        started_at=started_at,
-        took_s=round(time.monotonic() - began, 1),
+        sessions=(*old, *new),
+        machines={"baseline": old[0].machine if old else None, "candidate": new[0].machine if new else None},
+        started_at=clock.started_at,
+        took_s=round(clock.took_s(), 1),
+        notes=notes,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clock:
+    """When a gate began, for people and for sums."""
+
+    started_at: str
+    began: float
+
+    @classmethod
+    def start(cls) -> _Clock:
+        return cls(started_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), began=time.monotonic())
+
+    def took_s(self) -> float:
+        return time.monotonic() - self.began

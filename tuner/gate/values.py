@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from bench.metrics import HIGHER_IS_BETTER, metric_names
 from bench.record import Failure, Machine
@@ -39,7 +39,24 @@ class Tolerance(Value):
     margin: float = Field(default=0.05, gt=0.0, lt=1.0)
     """OK means: surely not worse by so large a share."""
     least_effect: float = Field(default=0.02, ge=0.0, lt=1.0)
-    """A difference below this share never fails, however sure it is."""
+    """A difference below this share never fails, however sure it is; by default no more than the margin."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _least_effect_follows(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "least_effect" in values:
+            return values
+        margin = values.get("margin")
+        return values if not isinstance(margin, (int, float)) else {**values, "least_effect": min(0.02, margin)}
+
+    @model_validator(mode="after")
+    def _nothing_lies_between(self) -> Self:
+        if self.least_effect > self.margin:
+            raise ValueError(
+                f"least_effect={self.least_effect} is above margin={self.margin}: what lies between could neither fail "
+                "nor pass"
+            )
+        return self
 
 
 Metrics = dict[Annotated[str, AfterValidator(full_name)], Tolerance]
@@ -60,9 +77,9 @@ class GateConfig(Value):
     where texts are scored) are left out of the default, and are an error where they are named."""
     noise_floor: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Differences that this machine is known to show between equal sides, beyond what the pairs themselves show."""
-    session_noise: float = Field(default=0.05, gt=0.0, lt=1.0)
-    """For stored baselines: how much one session's level may differ from another's (SD of its logarithm) where fewer
-    than three sessions are stored to tell."""
+    session_noise: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """For stored baselines: by how much one session differs from another on this machine (SD of their levels' logarithms),
+    used where one session alone is stored. Without it, one session decides nothing."""
 
 
 SideName = Literal["baseline", "candidate"]
@@ -109,7 +126,12 @@ class Case(Value):
 
 
 class Sample(Value):
-    """One fresh process, or one run in a running fleet: a unit of the gate."""
+    """One fresh process, or one run in a running fleet: a unit of the gate.
+
+    What is no number is kept, since it decides a gate; JSON has no word for it, and says it as a string.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     metrics: dict[str, float] = Field(default_factory=dict)
     """Of the run, each the median over its iterations or as `bench.metrics` derives it; empty for a failure."""
@@ -124,18 +146,22 @@ class Sample(Value):
     wall_s: float
 
 
+REHEARSAL = -1
+"""Number of a pair that was only to rehearse, which is kept where it failed."""
+
+
 class Pair(Value):
     """Both sides, one right after the other."""
 
     case: str
     number: int
+    """Counted from 0; or `REHEARSAL`."""
     first: SideName
     """Drawn by lot."""
-    baseline: Sample | None
-    """None where the pair ended before it."""
-    candidate: Sample | None
+    baseline: Sample
+    candidate: Sample
 
-    def side(self, name: SideName) -> Sample | None:
+    def side(self, name: SideName) -> Sample:
         return self.baseline if name == "baseline" else self.candidate
 
 
@@ -272,6 +298,5 @@ def is_better_higher(metric: str) -> bool:
 def verdict_of(findings: tuple[Finding, ...]) -> Verdict:
     """FAIL goes before INCONCLUSIVE, and that before OK; of nothing at all nothing can be said."""
     found = {finding.verdict for finding in findings}
-    if not found or Verdict.INCONCLUSIVE in found:
-        return Verdict.FAIL if Verdict.FAIL in found else Verdict.INCONCLUSIVE
-    return Verdict.FAIL if Verdict.FAIL in found else Verdict.OK
+    worst = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.OK)
+    return next((verdict for verdict in worst if verdict in found), Verdict.INCONCLUSIVE)

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.errors import ConfigError, PipetuneError
 from bench.metrics import metric_names
 from bench.record import write_durably
-from tuner.history.series import METRICS, history_of
+from tuner.history.series import StudyNight, history_of
 from tuner.history.values import History
 from tuner.history.wording import render_markdown
 from tuner.report.data import Report
@@ -33,13 +33,18 @@ def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History
     unknown = [name for name in metrics if name not in known]
     if unknown:
         raise ConfigError(f"--metric {unknown[0]}: there are {', '.join(known)}")
-    reports, skipped = [], []
+    nights, skipped = [], []
     for folder in _studies(places):
         try:
-            reports.append(Report.of(load_study(folder)))
+            night = StudyNight.of(Report.of(load_study(folder)))
         except PipetuneError as error:
-            skipped.append(f"{folder}: {error}")
-    return history_of(reports, tuple(metrics) or METRICS, skipped)
+            skipped.append(str(error) if str(folder) in str(error) else f"{folder}: {error}")
+            continue
+        if night is None:
+            skipped.append(f"{folder}: nothing was measured")
+        else:
+            nights.append(night)
+    return history_of(nights, tuple(metrics), skipped)
 
 
 def write_all(history: History, folder: Path) -> None:
@@ -68,6 +73,10 @@ def _studies(places: Sequence[Path]) -> list[Path]:
     for place in places:
         if not place.is_dir():
             raise ConfigError(f"{place}: is no folder; name studies, or a folder of studies")
-        inner = [place] if (place / CONFIG_FILE).exists() else sorted(path.parent for path in place.glob(f"*/{CONFIG_FILE}"))
+        inner = (
+            [place]
+            if (place / CONFIG_FILE).exists()
+            else sorted(path.parent for path in place.glob(f"*/{CONFIG_FILE}"))
+        )
         found += [folder for folder in inner if folder.resolve() not in {one.resolve() for one in found}]
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuner.history.plots import render_plots
 from tuner.history.values import History, Question
-from tuner.history.wording import COLUMNS, changes_of, lines_of
+from tuner.history.wording import COLUMNS, events_of, lines_of, trust_text
 from tuner.report.canvas import DARK
 from tuner.report.page import Grid, Section, picture, render_page
 
@@ -12,8 +12,8 @@ from tuner.report.page import Grid, Section, picture, render_page
 def render_html(history: History) -> str:
     """The page."""
     nights = sum(len(question.nights) for question in history.questions)
-    changes = sum(len(changes_of(question)) for question in history.questions)
-    facts = [("nights", str(nights)), ("changes of level", str(changes))]
+    changes = sum(len(events_of(question)) for question in history.questions)
+    facts = [("nights", str(nights)), ("changes of level", f"from {changes} nights on" if changes else "none")]
     facts += [("not read", text) for text in history.skipped]
     return render_page("History", facts, [_section(question) for question in history.questions])
 
@@ -24,10 +24,9 @@ def _section(question: Question) -> Section:
         heading=question.title,
         remarks=(
             f"{len(question.nights)} nights on {question.machine}.",
-            *(changes_of(question) or ["No level has changed."]),
+            *([event.text for event in events_of(question)] or ["No level has changed."]),
+            trust_text(question),
         ),
-        grids=(
-            Grid(columns=COLUMNS, lines=tuple(lines_of(question)), text_columns=frozenset({"subject", "metric"})),
-        ),
+        grids=(Grid(columns=COLUMNS, lines=tuple(lines_of(question)), text_columns=frozenset({"subject", "metric"})),),
         pictures=tuple(picture(f"{metric}, night by night", png, dark[metric]) for metric, png in light.items()),
     )

@@ -2,116 +2,174 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from bench.metrics import HIGHER_IS_BETTER
 from tuner.compare.join import plan_key
+from tuner.config import GENERATE_OBJECTIVE, SCORE_OBJECTIVE
 from tuner.history.values import History, LevelChange, Night, Question, Series
 from tuner.report.data import Report
 from tuner.report.wording import model_text, workload_text
-from tuner.stats.change_points import change_points
+from tuner.stats.change_points import LEAST_NIGHTS, change_points, dependence
 
-METRICS = ("output_throughput", "total_token_throughput", "mean_ttft_ms", "mean_tpot_ms", "bubble_ratio", "peak_memory_bytes")
+METRICS = ("mean_ttft_ms", "mean_tpot_ms", "bubble_ratio", "peak_memory_bytes")
+"""Shown beside tokens per second when nothing is said."""
 BEST, BASELINE = "best plan", "device_map"
-LEAST_SHARED_NIGHTS = 6
+LEAST_SHARED_NIGHTS = 2 * LEAST_NIGHTS
 """A plan that so many nights ran is a series of its own: unlike the best plan it stays what it is."""
+MOST_SHARED_PLANS = 6
+FALSE_CHANGES = 0.05
+"""Chance that any series of a question shows a change where none of them has one; shared equally among them."""
 _COMPUTING = ("torch", "transformers", "numpy")
 
 
-def history_of(reports: Sequence[Report], metrics: Sequence[str] = METRICS, skipped: Sequence[str] = ()) -> History:
-    """Groups studies by what they asked and where, and looks for changes of level in each metric.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyNight:
+    """What history keeps of a study: a ranking has some kilobytes where its records have many megabytes."""
+
+    question: str
+    title: str
+    hardware_id: str
+    machine: str
+    night: Night
+    scores: bool
+    subjects: Mapping[str, Mapping[str, float]]
+    """Metrics of the best plan and of the baseline."""
+    plans: Mapping[str, tuple[str, Mapping[str, float]]]
+    """By plan key: its text and its metrics."""
+
+    @classmethod
+    def of(cls, report: Report) -> StudyNight | None:
+        """None for a study that has not measured anything yet."""
+        if report.machine is None or not report.records:
+            return None
+        config, ranking, hardware = report.config, report.ranking, report.machine.hardware
+        workload = config.workload.model_copy(update={"prompts_file": None})
+        goals = [*map(str, ranking.objectives), *map(str, config.constraints)]
+        identity = (hardware.hardware_id, config.model.digest(), workload.digest(), *config.concrete_devices, *goals)
+        title = [model_text(config.model), workload_text(config.workload), ", ".join(config.concrete_devices)]
+        title += [f"for {', '.join(goals)}"] if goals != [report.throughput_metric] else []
+        gpus = ", ".join(dict.fromkeys(gpu.name for gpu in hardware.gpus))
+        subjects = {BEST: ranking.best, BASELINE: ranking.baseline}
+        plans: dict[str, tuple[str, Mapping[str, float]]] = {}
+        for row in ranking.rows:
+            plans.setdefault(plan_key(row.plan), (row.plan.describe(), row.metrics))
+        return cls(
+            question=" ".join(identity),
+            title=" · ".join(title),
+            hardware_id=hardware.hardware_id,
+            machine=f"{len(hardware.gpus)} × {gpus}" if gpus else f"{hardware.cpu_model}, {hardware.cpu_cores} cores",
+            night=_night(report),
+            scores=report.scores,
+            subjects={name: row.metrics for name, row in subjects.items() if row is not None},
+            plans=plans,
+        )
+
+
+def history_of(nights: Iterable[StudyNight], metrics: Sequence[str] = (), skipped: Sequence[str] = ()) -> History:
+    """Groups nights by what they asked and where, and looks for changes of level in each metric.
 
     Args:
-        metrics: those that no night has are left out.
+        metrics: tokens per second and `METRICS` where none is given; those that no night has are left out.
     """
-    groups: dict[str, list[Report]] = defaultdict(list)
-    for report in reports:
-        if report.machine is not None and report.records:
-            groups[_question_of(report)].append(report)
+    groups: dict[str, list[StudyNight]] = defaultdict(list)
+    for night in nights:
+        groups[night.question].append(night)
     questions = [_question(group, metrics) for group in groups.values()]
-    return History(questions=tuple(sorted(questions, key=lambda one: one.title)), skipped=tuple(skipped))
-
-
-def _question_of(report: Report) -> str:
-    assert report.machine is not None
-    workload = report.config.workload.model_copy(update={"prompts_file": None})
-    model = report.config.model
-    return " ".join((report.machine.hardware.hardware_id, model.digest(), workload.digest(), *report.config.concrete_devices))
-
-
-def _question(reports: list[Report], metrics: Sequence[str]) -> Question:
-    ordered = sorted(reports, key=_began)
-    nights = tuple(_night(report) for report in ordered)
-    last = ordered[-1]
-    assert last.machine is not None
-    hardware = last.machine.hardware
-    gpus = ", ".join(dict.fromkeys(gpu.name for gpu in hardware.gpus))
-    return Question(
-        title=f"{model_text(last.config.model)} · {workload_text(last.config.workload)} · {', '.join(last.config.concrete_devices)}",
-        hardware_id=hardware.hardware_id,
-        machine=f"{len(hardware.gpus)} × {gpus}" if gpus else f"{hardware.cpu_model}, {hardware.cpu_cores} cores",
-        nights=nights,
-        series=tuple(_all_series(ordered, nights, metrics)),
+    return History(
+        questions=tuple(sorted(questions, key=lambda one: (one.title, one.machine, one.hardware_id))),
+        skipped=tuple(skipped),
     )
 
 
-def _all_series(reports: Sequence[Report], nights: Sequence[Night], metrics: Sequence[str]) -> Iterable[Series]:
+def _question(group: list[StudyNight], metrics: Sequence[str]) -> Question:
+    ordered = sorted(group, key=lambda one: (one.night.started_at, one.night.place))
+    nights = tuple(one.night for one in ordered)
+    last = ordered[-1]
+    wanted = tuple(metrics) or (SCORE_OBJECTIVE if last.scores else GENERATE_OBJECTIVE, *METRICS)
+    points = list(_points(ordered, wanted))
+    # What is too short or always the same can show no change, and takes no share of the chance of a false one.
+    open_ = sum(len(values) >= 2 * LEAST_NIGHTS and len(set(values)) > 1 for *_, values in points)
+    alpha = FALSE_CHANGES / max(1, open_)
+    return Question(
+        title=last.title,
+        hardware_id=last.hardware_id,
+        machine=last.machine,
+        nights=nights,
+        alpha=alpha,
+        series=tuple(_series(*point, nights, alpha) for point in points),
+    )
+
+
+def _points(
+    ordered: Sequence[StudyNight], metrics: Sequence[str]
+) -> Iterable[tuple[str, str, tuple[int, ...], tuple[float, ...]]]:
+    """Subject, metric, nights and values of every series."""
     subjects: dict[str, dict[int, Mapping[str, float]]] = {BEST: {}, BASELINE: {}}
     shared: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
     texts: dict[str, str] = {}
-    for index, report in enumerate(reports):
-        ranking = report.ranking
-        if ranking.best is not None:
-            subjects[BEST][index] = ranking.best.metrics
-        if ranking.baseline is not None:
-            subjects[BASELINE][index] = ranking.baseline.metrics
-        for row in ranking.rows:
-            key = plan_key(row.plan)
-            shared[key].setdefault(index, row.metrics)
-            texts.setdefault(key, row.plan.describe())
-    often = sorted((key for key in shared if len(shared[key]) >= LEAST_SHARED_NIGHTS), key=lambda key: -len(shared[key]))
-    subjects |= {texts[key]: shared[key] for key in often}
+    for index, one in enumerate(ordered):
+        for name, row in one.subjects.items():
+            subjects[name][index] = row
+        for key, (text, row) in one.plans.items():
+            shared[key][index] = row
+            texts[key] = text
+    # A plan that was best on all of its nights would only repeat what the best plan's series say.
+    often = [key for key in shared if len(shared[key]) >= LEAST_SHARED_NIGHTS and shared[key] != subjects[BEST]]
+    often.sort(key=lambda key: -len(shared[key]))
+    subjects |= {texts[key]: shared[key] for key in often[:MOST_SHARED_PLANS]}
     for subject, rows in subjects.items():
         for metric in metrics:
-            places = [index for index, row in rows.items() if metric in row]
-            if places:
-                yield _series(metric, subject, places, [rows[index][metric] for index in places], nights)
+            found = {index: row[metric] for index, row in rows.items() if math.isfinite(row.get(metric, math.nan))}
+            if found:
+                yield subject, metric, tuple(found), tuple(found.values())
 
 
 def _series(
-    metric: str, subject: str, places: Sequence[int], values: Sequence[float], nights: Sequence[Night]
+    subject: str,
+    metric: str,
+    places: tuple[int, ...],
+    values: tuple[float, ...],
+    nights: Sequence[Night],
+    alpha: float,
 ) -> Series:
-    found = change_points(values)
+    found = change_points(values, alpha=alpha)
+    own = [nights[place] for place in places]
     return Series(
         metric=metric,
         subject=subject,
-        nights=tuple(places),
-        values=tuple(values),
+        nights=places,
+        values=values,
         changes=tuple(
             LevelChange(
                 night=point.index,
-                study=nights[places[point.index]].study,
+                study=own[point.index].study,
                 p=point.p,
                 before=point.before,
                 after=point.after,
                 is_worse=(point.after < point.before) == (metric in HIGHER_IS_BETTER),
-                also_changed=_also(nights[places[point.index - 1]], nights[places[point.index]], subject),
+                also_changed=tuple(_also(own, point.index, is_best=subject == BEST)),
             )
             for point in found
         ),
+        dependence=dependence(values, found),
     )
 
 
-def _also(before: Night, now: Night, subject: str) -> tuple[str, ...]:
-    changed = []
-    if subject == BEST and before.plan != now.plan:
-        changed.append(f"best plan: {before.plan} → {now.plan}")
-    if before.software != now.software:
-        changed.append(f"software: {before.software} → {now.software}")
-    if before.git_revision != now.git_revision:
-        changed.append(f"pipetune: {(before.git_revision or 'unknown')[:12]} → {(now.git_revision or 'unknown')[:12]}")
-    return tuple(changed)
+def _also(nights: Sequence[Night], place: int, *, is_best: bool) -> Iterable[str]:
+    """What else changed there, and a night before or after: where noise hides it, a level is found to begin beside."""
+    for index in range(max(1, place - 1), min(len(nights), place + 2)):
+        before, now = nights[index - 1], nights[index]
+        when = "" if index == place else f" (from {now.study} on)"
+        if is_best and before.plan != now.plan:
+            yield f"best plan: {before.plan or 'none'} → {now.plan or 'none'}{when}"
+        if before.software != now.software:
+            yield f"software: {before.software} → {now.software}{when}"
+        if before.git_revision != now.git_revision:
+            yield f"pipetune: {(before.git_revision or '?')[:12]} → {(now.git_revision or '?')[:12]}{when}"
 
 
 def _night(report: Report) -> Night:
@@ -123,12 +181,8 @@ def _night(report: Report) -> Night:
     return Night(
         study=report.name,
         place=str(report.folder),
-        started_at=_began(report),
+        started_at=min(record.started_at for record in report.records),
         plan=best.plan.describe() if best is not None else None,
         git_revision=software.git_revision,
         software=packages + driver,
     )
-
-
-def _began(report: Report) -> str:
-    return min(record.started_at for record in report.records)

@@ -33,9 +33,9 @@ class LevelChange(Value):
     """What else changed between that night and the one before: software, the plan."""
 
     @property
-    def share(self) -> float:
-        """-0.1: the metric is 10 % lower than before."""
-        return self.after / self.before - 1.0
+    def share(self) -> float | None:
+        """-0.1: the metric is 10 % lower than before; None where that was zero or less."""
+        return self.after / self.before - 1.0 if self.before > 0 else None
 
 
 class Series(Value):
@@ -48,11 +48,8 @@ class Series(Value):
     """Indices into `Question.nights`."""
     values: tuple[float, ...]
     changes: tuple[LevelChange, ...]
-
-    @property
-    def latest_is_new(self) -> bool:
-        """Whether the newest level began within the last few nights."""
-        return bool(self.changes) and len(self.values) - self.changes[-1].night <= 7
+    dependence: float | None = None
+    """Autocorrelation around the levels, where nights hang together; a change may then be a spell that passes."""
 
 
 class Question(Value):
@@ -63,6 +60,8 @@ class Question(Value):
     machine: str
     nights: tuple[Night, ...]
     """In order of time."""
+    alpha: float
+    """Chance of a change being seen in a series that has none."""
     series: tuple[Series, ...]
 
 

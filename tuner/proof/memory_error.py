@@ -81,7 +81,8 @@ def _errors(stage: int, rows: Sequence[tuple[int, int, int]]) -> MemoryErrors:
 def describe(errors: Sequence[MemoryErrors]) -> str:
     """As a Markdown table, in per cent."""
     lines = [
-        "| stage | runs | of them under | process: median | most over | most under | model alone: median | most over | most under |",
+        "| stage | runs | of them under | process: median | most over | most under "
+        "| model alone: median | most over | most under |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in errors:

@@ -53,8 +53,8 @@ class ModelError(Value):
     bias: float
     """Median of predicted / measured - 1."""
     shape: float
-    """As `median`, had all predictions been right on the whole: the machine's mood while the model learnt is a factor on
-    all of them."""
+    """As `median`, had predictions been right on the whole: the machine's mood while the model learnt is in all of
+    them."""
     rank_correlation: float
     """Spearman's."""
 

@@ -41,8 +41,8 @@ def write_reports(report: Report, sections: Sequence[Section] = ()) -> None:
         sections: further ones of the page, such as a comparison with other studies.
     """
     # matplotlib takes half a second to import: those who only print a table need not wait for it.
-    from tuner.report.html import render_html
     from tuner.report.canvas import DARK
+    from tuner.report.html import render_html
     from tuner.report.plots import render_plots
 
     folder = report.folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.record import Measurement
 from tuner.export import engine_replicas
@@ -29,7 +28,6 @@ from tuner.report.wording import (
 from tuner.standings import BaselineRow
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
     """A remark that runs left, and which runs."""
@@ -51,22 +49,26 @@ def render_html(
         sections: further ones, such as a comparison with other studies.
     """
     table = build_table(report)
-    return environment().get_template("report.html.j2").render(
-        report=report,
-        table=table,
-        headline=_headline(report, table),
-        finding=find(report),
-        separation=sentence(report.ranking.separation.text),
-        recommended=sentence(because) if (because := report.ranking.recommended_because) else "",
-        story=table.search,
-        costs=costs_of(report.profile) if report.profile else None,
-        peer=peer_name(report.config.workload),
-        sweep=_sweep(report),
-        plots={name: (data_uri(png), data_uri(dark_plots.get(name, png))) for name, png in plots.items()},
-        machine=_machine(report),
-        notes=_notes(report),
-        uses=_uses(report),
-        sections=sections,
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            table=table,
+            headline=_headline(report, table),
+            finding=find(report),
+            separation=sentence(report.ranking.separation.text),
+            recommended=sentence(because) if (because := report.ranking.recommended_because) else "",
+            story=table.search,
+            costs=costs_of(report.profile) if report.profile else None,
+            peer=peer_name(report.config.workload),
+            sweep=_sweep(report),
+            plots={name: (data_uri(png), data_uri(dark_plots.get(name, png))) for name, png in plots.items()},
+            machine=_machine(report),
+            notes=_notes(report),
+            uses=_uses(report),
+            sections=sections,
+        )
     )
 
 

@@ -30,7 +30,8 @@ def render_markdown(table: RankingTable) -> str:
         out += ["", "## Runs without a measurement", "", "| record | plan | kind | where | what happened |"]
         out += ["| ---: | :--- | :--- | :--- | :--- |"]
         out += [
-            f"| {line.record:04} | {escaped(line.plan)} | {line.kind} | {escaped(line.where)} | {escaped(line.message)} |"
+            f"| {line.record:04} | {escaped(line.plan)} | {line.kind} | {escaped(line.where)} "
+            f"| {escaped(line.message)} |"
             for line in table.failures
         ]
     return "\n".join([*out, "", *(f"{escaped(line)}  " for line in table.closing), ""])
@@ -51,6 +52,9 @@ def _search(story: SearchStory) -> list[str]:
     return out
 
 
+_MARKUP = re.compile(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)|~(?=~)|(?<=~)~")
+
+
 def escaped(text: str) -> str:
-    """Text in which Markdown finds no markup, table cells included."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    """Text in which Markdown finds no markup, table cells included; underscores within words are none."""
+    return _MARKUP.sub(r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))

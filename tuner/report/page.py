@@ -1,4 +1,4 @@
-"""Pages of sections: headings, remarks, tables and figures, in the looks of a study's report; no scripts, no requests."""
+"""Pages of sections: headings, remarks, tables, figures, in the looks of a study's report; no scripts, no requests."""
 
 from __future__ import annotations
 

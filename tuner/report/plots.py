@@ -11,7 +11,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from tuner.report.canvas import (
-    BLUE,
     GREEN,
     GREY,
     LIGHT,

@@ -88,7 +88,7 @@ def render_csv(report: Report) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=[*_HEAD, *names, *_TAIL], restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in entry.items()} for entry in entries)
+    writer.writerows({name: safe_cell(value) for name, value in entry.items()} for entry in entries)
     return out.getvalue()
 
 
@@ -184,7 +184,7 @@ def _joined(parts: Iterable[str]) -> str:
     return " ".join(parts)
 
 
-def _cell(value: Cell) -> Cell:
+def safe_cell(value: Cell) -> Cell:
     """Numbers as they are; text on one line, and never one that a spreadsheet would take for a formula."""
     if isinstance(value, bool):
         return str(value).lower()

@@ -43,12 +43,12 @@ def looks_for(hypotheses: int) -> tuple[Look, ...]:
     margin lets it be so no more often than itself (intersection-union; Berger 1982, Technometrics 24, 295-300).
     """
     assert hypotheses >= 1
-    looks, saved, usable = [], 0.0, sum(least_p(pairs) <= FALSE_ALARM / hypotheses for pairs in PAIRS)
+    looks, saved = [], 0.0
     for pairs, share in zip(PAIRS, _SHARES, strict=True):
         saved += FALSE_ALARM * share / hypotheses
         can_fail = least_p(pairs) <= saved
         looks.append(Look(pairs=pairs, alpha_fail=saved, alpha_ok=MISSED / len(PAIRS) if can_fail else 0.0))
         if can_fail:
             saved = 0.0
-    assert usable, f"{hypotheses} hypotheses are too many for {PAIRS[-1]} pairs"
+    assert any(look.can_fail for look in looks), f"{hypotheses} hypotheses are too many for {PAIRS[-1]} pairs"
     return tuple(looks)

@@ -47,6 +47,4 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float], *, level: float = L
         share**2 / (len(side) - 1) for share, side in zip(shares, (one, other), strict=True)
     )
     half = float(t.ppf((1 + level) / 2, freedom)) * math.sqrt(sum(shares))
-    return RatioEstimate(
-        value=math.exp(difference), low=math.exp(difference - half), high=math.exp(difference + half)
-    )
+    return RatioEstimate(value=math.exp(difference), low=math.exp(difference - half), high=math.exp(difference + half))

@@ -18,6 +18,7 @@ from tuner.cli import run
 from tuner.export import read_plan
 
 MODEL = ("--model", "m", "--devices", "cpu:0-1")
+COMMANDS = ("tune", "plan", "bench", "gate", "compare", "history", "report", "export", "doctor", "profile")
 
 
 def pipetune(*args: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -44,11 +45,11 @@ def test_help_loads_nothing_heavy() -> None:
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
     assert "typer" in loaded
     assert not loaded & {"torch", "transformers", "optuna", "pandas", "matplotlib", "numpy", "pydantic", "sqlalchemy"}
-    for command in ("tune", "plan", "profile", "bench", "report", "export", "doctor"):
+    for command in COMMANDS:
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["tune", "plan", "profile", "bench", "report", "export", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_within_80_columns(command: str) -> None:
     result = pipetune(command, "--help")
     assert result.returncode == 0

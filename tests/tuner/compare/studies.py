@@ -33,4 +33,3 @@ def write_night(
     machine = machine or make_machine()
     update = {"started_at": started_at, "hardware_id": machine.hardware_id}
     return write_study(folder, [record.model_copy(update=update) for record in records], machine=machine)
-

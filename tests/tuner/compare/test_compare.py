@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from bench.errors import ConfigError, StudyError
+from bench.record import GpuInfo, Machine
 from bench.spec import Workload
 from tests.record_factory import make_machine
 from tests.study_factory import write_study
@@ -18,7 +20,8 @@ from tuner.cli import run
 from tuner.compare.files import read_reports, write_all
 from tuner.compare.join import compare_studies, plan_key
 from tuner.compare.values import StudyComparison
-from tuner.compare.wording import render_csv, render_markdown
+from tuner.compare.wording import render_csv, render_markdown, story_of
+from tuner.study_files import load_records
 
 
 def compared(*folders: Path, **options: dict[str, float]) -> StudyComparison:
@@ -70,7 +73,9 @@ def test_other_hardware_is_named_and_money_counts_by_device(tmp_path: Path) -> N
     hardware = machine.hardware.model_copy(update={"cpu_model": "Faster CPU"})
     other = machine.model_copy(update={"hardware": hardware, "hardware_id": hardware.hardware_id})
     found = compared(
-        write_night(tmp_path / "a"), write_night(tmp_path / "b", machine=other, seed=9), prices={"cpu": 0.5, "cpu:1": 1.5}
+        write_night(tmp_path / "a"),
+        write_night(tmp_path / "b", machine=other, seed=9),
+        prices={"cpu": 0.5, "cpu:1": 1.5},
     )
     assert any("cpu_model" in line and "Faster CPU" in line for line in found.changes[0].hardware)
     one = found.contestants[0]
@@ -82,9 +87,84 @@ def test_other_hardware_is_named_and_money_counts_by_device(tmp_path: Path) -> N
     assert len(one.best.cap_bytes) == len(one.best.peak_bytes) == 2
 
 
-def test_a_device_without_a_price_leaves_the_sum_open(tmp_path: Path) -> None:
-    found = compared(write_night(tmp_path / "a"), write_night(tmp_path / "b"), prices={"cuda": 2.0})
-    assert found.contestants[0].tokens_per_price is None
+def test_a_device_without_a_price_leaves_the_sum_open_and_a_price_of_no_device_is_refused(tmp_path: Path) -> None:
+    first, second = write_night(tmp_path / "a"), write_night(tmp_path / "b")
+    assert compared(first, second, prices={"cpu:0": 2.0}).contestants[0].tokens_per_price is None
+    with pytest.raises(ConfigError, match="--price cuda: no study has such a device; there are cpu:0, cpu:1"):
+        compared(first, second, prices={"cuda": 2.0})
+
+
+def test_a_file_of_records_stands_beside_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = write_night(tmp_path / "a")
+    records = [record for record in load_records(write_night(tmp_path / "b", seed=9)) if record.spec is not None]
+    file = tmp_path / "bench.jsonl"
+    file.write_text("".join(f"{record.model_dump_json()}\n" for record in records))
+    found = compared(study, file)
+    assert found.contestants[1].machine is None
+    assert found.changes[0].hardware == ()
+    assert found.changes[0].same_plan is not None
+    assert found.changes[0].same_plan.value == pytest.approx(1.0, rel=0.05)
+    assert run(["compare", str(study), str(file)]) == 0
+    other = records[0].model_copy(update={"hardware_id": "0" * 64})
+    (tmp_path / "else.jsonl").write_text(f"{other.model_dump_json()}\n")
+    assert "hardware_id" in compared(study, tmp_path / "else.jsonl").changes[0].hardware[0]
+    file.write_text(f"{records[0].model_dump_json()}\n{other.model_dump_json()}\n")
+    with pytest.raises(StudyError, match="several models, workloads or machines"):
+        compared(study, file)
+    file.write_text(records[0].model_dump_json()[:-40])
+    assert run(["compare", str(study), str(file)]) == 2
+
+
+def test_other_gpus_of_the_same_kind_are_the_same_hardware_and_said(tmp_path: Path) -> None:
+    def machine(name: str, *uuids: str) -> Machine:
+        gpus = tuple(GpuInfo(name=name, memory_bytes=80 * 2**30, uuid=uuid) for uuid in uuids)
+        hardware = make_machine().hardware.model_copy(update={"gpus": gpus})
+        return make_machine().model_copy(update={"hardware": hardware, "hardware_id": hardware.hardware_id})
+
+    one, twin, better = machine("H100", "x", "y"), machine("H100", "z", "w"), machine("H200", "x", "y", "z")
+    folders = [write_night(tmp_path / name, machine=own) for name, own in (("a", one), ("b", twin), ("c", better))]
+    found = compared(*folders).changes
+    assert found[0].hardware == ("gpus: others of the same kind, by their UUIDs",)
+    assert found[1].hardware == ("gpus: 2 × H100 of 80 GiB → 3 × H200 of 80 GiB",)
+
+
+def test_a_study_and_its_copy_are_as_fast(tmp_path: Path) -> None:
+    first = write_night(tmp_path / "a")
+    shutil.copytree(first, tmp_path / "b")
+    change = compared(first, tmp_path / "b").changes[0]
+    assert "as fast" in change.text
+    assert "not told apart from equal" in change.text
+    assert (change.hardware, change.protocol, change.software, change.moved) == ((), (), (), None)
+
+
+def test_single_runs_have_no_interval_and_it_is_said(tmp_path: Path) -> None:
+    found = compared(write_night(tmp_path / "a", rounds=1), write_night(tmp_path / "b", rounds=1, seed=9))
+    assert "a single run: that tells nothing" in found.changes[0].text
+    assert not any("Intervals" in text for text in story_of(found).remarks)
+
+
+def test_a_study_without_a_best_plan_still_compares_the_same_plan(tmp_path: Path) -> None:
+    first = write_night(tmp_path / "a")
+    strict = write_study(
+        tmp_path / "b", load_records(write_night(tmp_path / "c", seed=9)), constraints=["mean_ttft_ms<=0.001"]
+    )
+    change = compared(first, strict).changes[0]
+    assert change.same_plan is not None
+    assert change.own_best is None
+    assert "b has no best plan" in change.text
+    assert any("mean_ttft_ms<=0.001" in line for line in change.protocol)
+
+
+def test_intervals_say_what_they_do_not_cover(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = write_night(tmp_path / "a"), write_night(tmp_path / "b", seed=9)
+    assert run(["compare", str(first), str(second)]) == 0
+    assert "nothing of how much nights or sessions do" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_cell_is_never_a_formula(tmp_path: Path) -> None:
+    found = compared(write_night(tmp_path / "=1+1"), write_night(tmp_path / "@b", seed=9))
+    names = {row["study"] for row in csv.DictReader(io.StringIO(render_csv(found)))}
+    assert names == {"'=1+1", "'@b"}
 
 
 def test_studies_of_other_work_do_not_compare(tmp_path: Path) -> None:

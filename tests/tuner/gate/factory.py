@@ -34,7 +34,7 @@ def make_sample(metrics: dict[str, float] | None = None, **fields: Any) -> Sampl
     """One unit; without metrics, a failure."""
     failure = None if metrics is not None else Failure(kind=FailureKind.WORKER_DIED, message="worker 1 died")
     values: dict[str, Any] = {"started_at": "2026-01-01T00:00:00+00:00", "wall_s": 12.0, "hardware_id": "abc"}
-    return Sample(metrics=metrics or {}, failure=failure, **(values | fields))
+    return Sample(metrics=metrics or {}, **({"failure": failure} | values | fields))
 
 
 def make_pairs(differences: Sequence[float], metric: str = "mean_ttft_ms", *, case: str = "small") -> list[Pair]:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests.record_factory import make_machine
-from tests.tuner.gate.factory import make_sample
+from tests.tuner.gate.factory import PLAN, make_sample
 from tuner.cli import run
-from tuner.gate.stored import judge_case
+from tuner.gate.stored_rule import foreseen, judge_case
 from tuner.gate.values import Finding, GateConfig, Reason, Session, Tolerance, Verdict
 
 METRIC = "mean_ttft_ms"
@@ -30,11 +30,34 @@ def judged(stored: Sequence[Session], new: Session, **config: Any) -> Finding:
     return judge_case("c", {METRIC: Tolerance()}, stored, new, GateConfig(**config))[0]
 
 
-def test_one_session_tells_gross_differences_and_passes_nothing() -> None:
-    assert judged([session(100)], session(100)).reason is Reason.TOO_FEW
-    assert "found" in judged([session(100)], session(100)).text
-    assert judged([session(100)], session(108)).verdict is Verdict.INCONCLUSIVE
-    assert judged([session(100)], session(150)).verdict is Verdict.FAIL
+@pytest.mark.parametrize("level", [50, 100, 108, 200])
+def test_one_session_decides_nothing_by_itself_and_says_what_could_be_seen_at_most(level: float) -> None:
+    found = judged([session(100)], session(level))
+    assert (found.verdict, found.reason) == (Verdict.INCONCLUSIVE, Reason.TOO_FEW)
+    assert "a true +5% would be found" in found.text
+    assert found.estimate == pytest.approx(level / 100 - 1, abs=0.05)
+    assert found.interval is None
+
+
+@pytest.mark.parametrize(("level", "verdict"), [(99, Verdict.OK), (104, Verdict.INCONCLUSIVE), (112, Verdict.FAIL)])
+def test_one_session_decides_by_the_noise_that_is_told(level: float, verdict: Verdict) -> None:
+    told = judged([session(100, sd=0.001)], session(level, sd=0.001), session_noise=0.015)
+    assert told.verdict is verdict
+    assert "gate.session_noise" in told.text
+
+
+def test_what_can_be_seen_is_said_before_anything_runs_and_after_every_verdict() -> None:
+    stored = [session(level) for level in (100, 100.4, 99.7)]
+    (line,) = foreseen({METRIC: Tolerance()}, stored, GateConfig())
+    assert line.startswith(f"{METRIC}: the 3 stored sessions differ by 0.")
+    assert "a true +5% is found" in line
+    for level in (90, 103, 130):
+        assert "a true +5% is found" in judged(stored, session(level)).text
+
+
+def test_a_noise_floor_above_the_margin_passes_nothing() -> None:
+    stored = [session(level, sd=0.001) for level in (100, 100.1, 99.9, 100.0)]
+    assert judged(stored, session(100, sd=0.001), noise_floor=0.08).reason is Reason.UNFIT_MACHINE
 
 
 def test_several_quiet_sessions_tell_more() -> None:
@@ -77,7 +100,9 @@ def write_benchmarks(path: Path, level: float, change: Change = lambda document:
     def entry(name: str) -> dict[str, Any]:
         values = np.exp(LOTS.normal(math.log(level), 0.01, 6))
         runs = [{**run_, "metrics": {METRIC: float(value)}, "durations_s": [1.0]} for value in values]
-        return {"name": name, "stats": {"data": [1.0] * 6}, "extra_info": {"machine": machine, "runs": runs}}
+        work = {"model": {"name": "tiny"}, "workload": {"num_prompts": 4}, "plan": PLAN.model_dump(mode="json")}
+        extra = {**work, "machine": machine, "runs": runs}
+        return {"name": name, "stats": {"data": [1.0] * 6}, "extra_info": extra}
 
     document = {"benchmarks": [entry("test_plan[old]"), entry("test_plan[new]")]}
     change(document)
@@ -98,6 +123,10 @@ def not_a_number(document: dict[str, Any]) -> None:
     document["benchmarks"][0]["extra_info"]["runs"][2]["metrics"][METRIC] = math.nan
 
 
+def other_work(document: dict[str, Any]) -> None:
+    document["benchmarks"][0]["extra_info"]["workload"]["output_len"] = 99
+
+
 def other_gpu(document: dict[str, Any]) -> None:
     document["benchmarks"][0]["extra_info"]["machine"]["hardware"]["cpu_model"] = "another"
 
@@ -110,6 +139,7 @@ def other_gpu(document: dict[str, Any]) -> None:
         (renamed, 3, Reason.MISSING_METRIC),
         (not_a_number, 3, Reason.NOT_FINITE),
         (other_gpu, 3, Reason.OTHER_HARDWARE),
+        (other_work, 3, Reason.MISSING_BASELINE),
     ],
 )
 def test_what_slips_through_elsewhere_has_its_verdict_and_exit_code(
@@ -132,9 +162,21 @@ def test_a_benchmark_that_only_the_new_file_has_is_not_passed_over(
     assert {one["reason"] for one in findings if one["case"] == "test_plan[new]"} == {"missing_baseline"}
 
 
-def test_a_file_of_something_half_as_fast_fails(tmp_path: Path) -> None:
-    old, new = write_benchmarks(tmp_path / "old.json", 100), write_benchmarks(tmp_path / "new.json", 200)
-    assert run(["gate", str(old), str(new), "--metric", METRIC]) == 1
+@pytest.mark.parametrize(("level", "code"), [(100, 0), (104, 3), (130, 1)])
+def test_several_files_are_the_sessions_that_a_last_one_is_compared_with(
+    tmp_path: Path, level: float, code: int
+) -> None:
+    old = [str(write_benchmarks(tmp_path / f"old{one}.json", 100 + one / 5)) for one in range(-2, 3)]
+    new = write_benchmarks(tmp_path / "new.json", level)
+    assert run(["gate", *old, str(new), "--metric", METRIC]) == code
+
+
+@pytest.mark.parametrize(("level", "code"), [(100, 0), (200, 1)])
+def test_a_config_tells_the_noise_of_sessions_to_files(tmp_path: Path, level: float, code: int) -> None:
+    config = tmp_path / "gate.yaml"
+    config.write_text("gate: {session_noise: 0.01}\n")
+    old, new = write_benchmarks(tmp_path / "old.json", 100), write_benchmarks(tmp_path / "new.json", level)
+    assert run(["gate", str(old), str(new), "--metric", METRIC, "--config", str(config)]) == code
 
 
 def test_a_file_that_is_cut_off_is_inconclusive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,10 @@ import pytest
 from tests.record_factory import make_machine
 from tests.tuner.compare.studies import EVEN, UNEVEN, write_night
 from tuner.cli import run
+from tuner.cli.history_view import sparkline
 from tuner.history.files import read_history
 from tuner.history.series import BASELINE, BEST
-from tuner.history.values import History
+from tuner.history.values import History, LevelChange, Series
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,9 @@ def test_a_level_that_changed_is_found_with_what_else_changed(nights: Path) -> N
 
 def test_the_baseline_and_plans_run_often_are_series_of_their_own(nights: Path) -> None:
     (question,) = read_history([nights], ["output_throughput"]).questions
-    assert {one.subject for one in question.series} == {BEST, BASELINE, EVEN.describe(), UNEVEN.describe()}
+    assert {one.subject for one in question.series} == {BEST, BASELINE, EVEN.describe()}, (
+        "what is always best is no series twice"
+    )
     baseline = next(one for one in question.series if one.subject == BASELINE)
     assert baseline.changes == ()
 
@@ -82,3 +85,38 @@ def test_the_command_prints_writes_and_refuses(
     assert run(["history", str(tmp_path / "nowhere")]) == 2
     assert run(["history", str(nights), "--metric", "speed"]) == 2
     assert run(["history", str(tmp_path / "out")]) == 3
+
+
+def test_nights_of_two_machines_are_two_questions_and_equal_times_keep_an_order(tmp_path: Path) -> None:
+    hardware = make_machine().hardware.model_copy(update={"cpu_model": "Other CPU"})
+    other = make_machine().model_copy(update={"hardware": hardware, "hardware_id": hardware.hardware_id})
+    for night in range(4):
+        write_night(tmp_path / f"night-{night}", seed=night, machine=other if night % 2 else None)
+    found = read_history([tmp_path])
+    assert [[night.study for night in question.nights] for question in found.questions] == [
+        ["night-0", "night-2"],
+        ["night-1", "night-3"],
+    ]
+    assert all(series.changes == () for question in found.questions for series in question.series)
+
+
+def test_a_metric_that_some_nights_lack_is_placed_by_the_nights_that_have_it(tmp_path: Path) -> None:
+    for night in range(10):
+        folder = write_night(
+            tmp_path / f"night-{night}", started_at=f"2026-01-{night + 1:02}T02:00:00+00:00", seed=night
+        )
+        if night in (2, 5):
+            for path in (folder / "records").iterdir():
+                record = json.loads(path.read_text())
+                record["result"]["memory"] = []
+                path.write_text(json.dumps(record))
+    (question,) = read_history([tmp_path], ["peak_memory_bytes"]).questions
+    assert question.series[0].nights == (0, 1, 3, 4, 6, 7, 8, 9)
+
+
+@pytest.mark.parametrize("values", [(0.0,) * 8, (-0.1, 0.0, 0.2, -0.05), (5.0,), (1e9, 1e9 + 1)])
+def test_bars_of_any_values_can_be_drawn(values: tuple[float, ...]) -> None:
+    series = Series(metric="bubble_ratio", subject=BEST, nights=tuple(range(len(values))), values=values, changes=())
+    assert len(sparkline(series)) == len(values)
+    change = LevelChange(night=0, study="a", p=0.001, before=0.0, after=0.1, is_worse=True, also_changed=())
+    assert change.share is None

@@ -33,6 +33,7 @@ from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampli
 from tests.study_factory import make_log, make_profile, write_study
 from tuner.config import SpaceConfig, TuneConfig
 from tuner.export import PlanFile
+from tuner.gate.values import Case, Finding, GateConfig, GateResult, LookTaken, Pair, Sample, Session, Side, Tolerance
 from tuner.report import write_report
 from tuner.search.log import LoggedTrial, SearchLog, Stop
 from tuner.search.space import SearchSpace
@@ -74,7 +75,8 @@ SECTIONS: dict[type[Value], str] = {
     **dict.fromkeys((Profile, DeviceProfile, LayerTimes, TaskTime, LinkProfile, ContentionProfile), "Profile"),
     GpuInfo: "Hardware",
     LayerShape: "ModelShape",
-    SpaceConfig: "TuneConfig",
+    **dict.fromkeys((SpaceConfig, GateConfig, Tolerance), "TuneConfig"),
+    **dict.fromkeys((GateResult, Finding, LookTaken, Case, Pair, Session, Sample, Side), "Gate"),
     LoggedTrial: "SearchLog",
     Stop: "SearchLog",
 }

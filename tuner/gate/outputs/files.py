@@ -52,4 +52,6 @@ def write(result: GateResult, folder: Path | None, junit: Path | None) -> None:
             with Path(summary).open("a", encoding="utf-8") as file:
                 file.write(render_markdown(result))
     except OSError as error:
-        raise ConfigError(f"{error.filename or folder or junit}: cannot be written: {error.strerror or error}") from None
+        raise ConfigError(
+            f"{error.filename or folder or junit}: cannot be written: {error.strerror or error}"
+        ) from None

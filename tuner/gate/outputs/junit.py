@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 from bench.record import Machine
-from tuner.gate.outputs.wording import signed
-from tuner.gate.values import Finding, GateResult, Verdict
+from tuner.gate.outputs.wording import interval_text, signed
+from tuner.gate.values import SIDES, Finding, GateResult, Verdict
 
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 has no way to say."""
@@ -18,13 +18,16 @@ def render_junit(result: GateResult) -> str:
     """The whole document, XML declaration and last newline included."""
     names = list(dict.fromkeys(finding.case for finding in result.findings))
     suites = [_suite(result, name, [one for one in result.findings if one.case == name]) for name in names]
-    root = ET.Element("testsuites", {"name": "pipetune gate", **_counts(result.findings), "time": f"{result.took_s:.3f}"})
+    root = ET.Element(
+        "testsuites", {"name": "pipetune gate", **_counts(result.findings), "time": f"{result.took_s:.3f}"}
+    )
     root.extend(suites)
     ET.indent(root, " ")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{ET.tostring(root, encoding="unicode")}\n'
 
 
 def _suite(result: GateResult, name: str, findings: Sequence[Finding]) -> ET.Element:
+    took_s = _took_s(result, name)
     suite = ET.Element(
         "testsuite",
         {
@@ -32,23 +35,31 @@ def _suite(result: GateResult, name: str, findings: Sequence[Finding]) -> ET.Ele
             **_counts(findings),
             "skipped": "0",
             "timestamp": result.started_at,
-            "time": f"{result.took_s:.3f}",
+            "time": f"{took_s:.3f}",
         },
     )
+    hostname = next((machine.hostname for machine in result.machines.values() if machine is not None), None)
+    if hostname is not None:
+        suite.set("hostname", _legal(hostname))
     properties = ET.SubElement(suite, "properties")
     facts: dict[str, object] = {"method": result.method, "order_seed": result.order_seed}
     facts |= {f"{side}.{key}": value for side, machine in result.machines.items() for key, value in _facts(machine)}
     for key, value in facts.items():
         ET.SubElement(properties, "property", {"name": key, "value": _legal(str(value))})
     for finding in findings:
-        suite.append(_case(finding))
+        suite.append(_case(finding, took_s / len(findings)))
     return suite
 
 
-def _case(finding: Finding) -> ET.Element:
-    case = ET.Element(
-        "testcase", {"classname": _legal(f"pipetune.gate.{finding.case}"), "name": _legal(finding.metric), "time": "0"}
-    )
+def _took_s(result: GateResult, case: str) -> float:
+    """What the runs of a case took."""
+    return sum(pair.side(name).wall_s for pair in result.pairs if pair.case == case for name in SIDES)
+
+
+def _case(finding: Finding, took_s: float) -> ET.Element:
+    """A test. All metrics come from the same runs: each takes its share of their time, since readers add it up."""
+    attributes = {"classname": _legal(f"pipetune.gate.{finding.case}"), "name": _legal(finding.metric)}
+    case = ET.Element("testcase", {**attributes, "time": f"{took_s:.3f}"})
     said = {"message": _legal(finding.text), "type": finding.reason.value}
     if finding.verdict is not Verdict.OK:
         problem = ET.SubElement(case, "failure" if finding.verdict is Verdict.FAIL else "error", said)
@@ -61,9 +72,9 @@ def _case(finding: Finding) -> ET.Element:
 def _details(finding: Finding) -> str:
     lines = [f"verdict: {finding.verdict.value} ({finding.reason.value})"]
     if finding.estimate is not None:
-        lines.append(f"worse by: {signed(finding.estimate)} (margin {100 * finding.margin:g} %)")
+        lines.append(f"worse by: {signed(finding.estimate)} (margin {100 * finding.margin:g} %; negative is better)")
     if finding.interval is not None:
-        lines.append(f"95 % interval: {signed(finding.interval[0])} to {signed(finding.interval[1])}")
+        lines.append(f"95 % interval: {interval_text(finding.interval)}")
     if finding.floor is not None:
         lines.append(f"noise floor: {100 * finding.floor:.1f} %")
     lines += [f"pairs: {finding.pairs}", f"baseline: {finding.baseline}", f"candidate: {finding.candidate}"]

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from tuner.gate.outputs.wording import COLUMNS, story_of
+from tuner.gate.outputs.wording import LEGEND, TEXT_COLUMNS, story_of
 from tuner.gate.values import GateResult, Verdict
 from tuner.report.markdown import escaped
 
 _MARKS = {Verdict.OK: "✅", Verdict.FAIL: "❌", Verdict.INCONCLUSIVE: "⚠️"}
-_TEXT_COLUMNS = ("case", "metric", "verdict")
 
 
 def render_markdown(result: GateResult) -> str:
-    """The whole text, last newline included."""
+    """The whole text, last newline included; how it was measured is folded away."""
     story = story_of(result)
-    out = [f"## {_MARKS[result.verdict]} pipetune gate: {escaped(story.headline)}", ""]
-    out += [f"- **{escaped(label)}**: {escaped(text)}" for label, text in story.facts]
+    out = [f"## {_MARKS[result.verdict]} pipetune gate · {escaped(story.headline)}", ""]
     if story.lines:
-        out += ["", "| " + " | ".join(COLUMNS) + " |"]
-        out += ["|" + "|".join(" :--- " if name in _TEXT_COLUMNS else " ---: " for name in COLUMNS) + "|"]
+        out.append("| " + " | ".join(story.columns) + " |")
+        out.append("|" + "|".join(" :--- " if name in TEXT_COLUMNS else " ---: " for name in story.columns) + "|")
+        place = story.columns.index("verdict")
         for line in story.lines:
-            *cells, verdict = (escaped(cell) for cell in line.cells)
-            out.append(f"| {' | '.join(cells)} | {_MARKS[line.verdict]} {verdict} |")
+            cells = [escaped(cell) for cell in line.cells]
+            cells[place] = f"{_MARKS[line.verdict]} {cells[place]}"
+            out.append(f"| {' | '.join(cells)} |")
+        out += ["", LEGEND, ""]
     if story.remarks:
-        out += ["", *(f"- {escaped(remark)}" for remark in story.remarks)]
-    return "\n".join([*out, ""])
+        out += [*(f"- {escaped(remark)}" for remark in story.remarks), ""]
+    # GitHub takes what follows the tags for Markdown only after an empty line.
+    out += ["<details><summary>How it was measured</summary>", ""]
+    out += [f"- **{escaped(label)}**: {escaped(text)}" for label, text in story.facts]
+    return "\n".join([*out, "", "</details>", ""])

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from tuner.gate.values import SIDES, Finding, GateResult, Verdict
+from bench.record import Machine
+from tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict
+from tuner.report.wording import MISSING, bytes_text, clean, ms_text, number_text
 
-COLUMNS = ("case", "metric", "baseline", "candidate", "worse by", "95 % interval", "margin", "pairs", "verdict")
-METHODS = {
+LEGEND = "Worse by: how much the candidate loses, whichever way the metric runs; negative is better."
+TEXT_COLUMNS = frozenset({"case", "metric", "verdict"})
+_METHODS = {
     "fresh_processes": "pairs of fresh processes, their order drawn by lot",
     "running_fleet": "pairs of runs in one running fleet, their order drawn by lot",
-    "stored": "stored runs beside new ones, measured at different times",
+    "stored": "stored runs beside others, measured at different times",
 }
+_NAMED = 2
+"""Of what failed: so many stand in the headline, the others are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
     """One hypothesis."""
 
+    case: str
     cells: tuple[str, ...]
     verdict: Verdict
 
@@ -27,62 +35,148 @@ class Story:
     """A gate for people."""
 
     headline: str
-    facts: tuple[tuple[str, str], ...]
+    columns: tuple[str, ...]
     lines: tuple[Line, ...]
     remarks: tuple[str, ...]
+    """Of what is not OK, why; then what the gate cannot see, and what else a reader must know."""
+    facts: tuple[tuple[str, str], ...]
+    """How it was measured."""
 
 
 def story_of(result: GateResult) -> Story:
-    """What is told of a gate."""
-    counts = {verdict: sum(one.verdict is verdict for one in result.findings) for verdict in Verdict}
-    of = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count)
-    facts = [("how", f"{METHODS[result.method]}; {_took(result.took_s)}")]
-    for case in result.cases:
-        prefix = f"{case.name}, " if len(result.cases) > 1 else ""
-        facts += [(f"{prefix}{name}", case.side(name).describe()) for name in SIDES]
-    if result.order_seed is not None:
-        facts.append(("order seed", str(result.order_seed)))
-    remarks = [f"{finding.case} · {finding.metric}: {finding.text}" for finding in result.findings if finding.text]
+    """What is told of a gate; all of it on single lines, whatever a name or an error holds."""
+    columns = _columns(result)
+    several = len({finding.case for finding in result.findings}) > 1
+    remarks = [
+        f"{_name(finding, several)}: {finding.verdict.value}, {finding.text}"
+        for finding in result.findings
+        if finding.verdict is not Verdict.OK
+    ]
     remarks += [f"not seen: {blind}" for blind in result.cannot_see]
     return Story(
-        headline=f"{result.verdict.value} ({of or 'nothing was compared'})",
-        facts=tuple(facts),
-        lines=tuple(Line(cells=_cells(finding), verdict=finding.verdict) for finding in result.findings),
-        remarks=(*remarks, *result.notes),
+        headline=clean(f"{result.verdict.value}: {_headline(result, several)}"),
+        columns=tuple(columns),
+        lines=tuple(
+            Line(
+                case=clean(finding.case),
+                cells=tuple(clean(cell(finding)) for cell in columns.values()),
+                verdict=finding.verdict,
+            )
+            for finding in result.findings
+        ),
+        remarks=tuple(clean(remark) for remark in (*remarks, *result.notes)),
+        facts=tuple((clean(label), clean(text)) for label, text in _facts(result)),
     )
 
 
 def signed(share: float) -> str:
-    """`+5.2 %`, `-0.3 %`."""
-    return f"{100 * share:+.1f} %"
+    """`+5.2 %`, `-0.3 %`, `0.0 %`."""
+    return f"{_percent(share)} %"
 
 
 def value_text(metric: str, value: float | None) -> str:
-    """In the metric's unit, as people read it."""
-    if value is None:
-        return "–"
-    if metric.endswith("_throughput"):
-        return f"{value:.1f}/s"
+    """In the metric's unit, with the digits that a margin of some percent needs."""
+    if value is None or not math.isfinite(value):
+        return MISSING if value is None else str(value)
+    for end, unit in (
+        ("token_throughput", " tok/s"),
+        ("output_throughput", " tok/s"),
+        ("request_throughput", " req/s"),
+    ):
+        if metric.endswith(end):
+            return number_text(value, 4) + unit
     if metric.endswith("_ms"):
-        return f"{value:.1f} ms"
-    if metric.endswith("_bytes"):
-        return f"{value / 2**20:.0f} MiB"
-    return f"{value:.4g}"
+        return f"{number_text(value, 4)} ms" if value < 1000 else f"{number_text(value / 1000, 4)} s"
+    if metric.endswith("_s"):
+        return ms_text(1000 * value)
+    return bytes_text(value) if metric.endswith("_bytes") else number_text(value, 4)
 
 
-def _cells(finding: Finding) -> tuple[str, ...]:
-    interval = finding.interval
-    return (
-        finding.case,
-        finding.metric,
-        value_text(finding.metric, finding.baseline),
-        value_text(finding.metric, finding.candidate),
-        "–" if finding.estimate is None else signed(finding.estimate),
-        "–" if interval is None else f"{signed(interval[0])} … {signed(interval[1])}",
-        f"{100 * finding.margin:g} %",
-        str(finding.pairs),
-        finding.verdict.value,
-    )
+def _columns(result: GateResult) -> dict[str, Callable[[Finding], str]]:
+    columns: dict[str, Callable[[Finding], str]] = {
+        "case": lambda finding: finding.case,
+        "metric": lambda finding: finding.metric,
+        "verdict": lambda finding: finding.verdict.value,
+        "worse by": lambda finding: MISSING if finding.estimate is None else signed(finding.estimate),
+        "95 % interval": lambda finding: interval_text(finding.interval),
+        "baseline": lambda finding: value_text(finding.metric, finding.baseline),
+        "candidate": lambda finding: value_text(finding.metric, finding.candidate),
+        "margin": lambda finding: f"{100 * finding.margin:g} %",
+        "noise floor": lambda finding: MISSING if finding.floor is None else f"{100 * finding.floor:.1f} %",
+        "pairs": lambda finding: str(finding.pairs),
+    }
+    absent = {"noise floor", "pairs"} if result.method == "stored" else set()
+    return {name: cell for name, cell in columns.items() if name not in absent}
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """`-0.5 … +0.5 %`."""
+    return MISSING if interval is None else f"{_percent(interval[0])} … {_percent(interval[1])} %"
+
+
+def _percent(share: float) -> str:
+    # Not `-0.0`: a sign says which side is better.
+    return f"{tenths:+.1f}" if (tenths := round(100 * share, 1)) else "0.0"
+
+
+def _headline(result: GateResult, several: bool) -> str:
+    of = len(result.findings)
+    if not of:
+        return "nothing was compared"
+    if result.verdict is Verdict.OK:
+        margins = {finding.margin for finding in result.findings}
+        within = f"less than {100 * margins.pop():g} % worse" if len(margins) == 1 else "within its margin"
+        what = "comparison" if several else "metric"
+        return (
+            f"each of {of} {what}s is surely {within}" if of > 1 else f"{result.findings[0].metric} is surely {within}"
+        )
+    told = [finding for finding in result.findings if finding.verdict is result.verdict]
+    if result.verdict is Verdict.INCONCLUSIVE:
+        return f"{len(told)} of {of} comparison{'s' if of > 1 else ''} cannot be told, and nothing failed"
+    # A candidate that did not run fails in all metrics of its case at once: that is one thing to say.
+    said = list(dict.fromkeys(_failed(finding, several) for finding in told))
+    more = len(said) - _NAMED
+    return "; ".join(said[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _failed(finding: Finding, several: bool) -> str:
+    if finding.reason is Reason.WORSE and finding.estimate is not None:
+        return f"{_name(finding, several)} is {100 * finding.estimate:.1f} % worse"
+    return f"the candidate did not run{f' in {finding.case}' if several else ''}"
+
+
+def _name(finding: Finding, several: bool) -> str:
+    return f"{finding.case} · {finding.metric}" if several else finding.metric
+
+
+def _facts(result: GateResult) -> list[tuple[str, str]]:
+    counts = sorted({finding.pairs for finding in result.findings if finding.pairs})
+    pairs = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " " if counts else ""
+    facts = [("how", f"{pairs}{_METHODS[result.method]}; {_took(result.took_s)}")]
+    sides = {case.name: _sides(case) for case in result.cases}
+    if len(set(map(tuple, sides.values()))) == 1:
+        facts += next(iter(sides.values()))
+    else:
+        facts += [(f"{name}, {label}", text) for name, of in sides.items() for label, text in of]
+    # Pairs are of one machine, which is shown once; stored runs of another one are told apart in the findings.
+    facts += [("machine", _machine(machine)) for machine in list(result.machines.values())[-1:] if machine is not None]
+    if result.order_seed is not None:
+        facts.append(("order seed", str(result.order_seed)))
+    return facts
+
+
+def _sides(case: Case) -> list[tuple[str, str]]:
+    texts = {name: case.side(name).describe() for name in SIDES}
+    if len(set(texts.values())) == 1:
+        return [("both sides", texts["baseline"])]
+    return list(texts.items())
+
+
+def _machine(machine: Machine) -> str:
+    hardware = machine.hardware
+    gpus = list(dict.fromkeys(gpu.name for gpu in hardware.gpus))
+    parts = [f"{sum(gpu.name == name for gpu in hardware.gpus)} × {name}" for name in gpus]
+    return " · ".join((machine.hostname, *parts, f"{hardware.cpu_model}, {hardware.cpu_cores} cores"))
 
 
 def _took(seconds: float) -> str:

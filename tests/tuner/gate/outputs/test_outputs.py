@@ -3,72 +3,212 @@
 from __future__ import annotations
 
 import io
+import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from junitparser import Error, Failure, JUnitXml
+from markdown_it import MarkdownIt
+from matplotlib.collections import PathCollection
 from rich.console import Console
 
 from bench.errors import ConfigError
-from tests.tuner.gate.results import make_result
+from tests.tuner.gate.results import METRIC, make_result
 from tuner.cli import gate_view
 from tuner.gate.outputs import files
 from tuner.gate.outputs.junit import render_junit
 from tuner.gate.outputs.markdown import render_markdown
-from tuner.gate.values import GateResult, Verdict
+from tuner.gate.outputs.plot import draw
+from tuner.gate.outputs.wording import signed, story_of, value_text
+from tuner.gate.values import GateResult, Reason, Verdict
+from tuner.report.canvas import LIGHT
 
 ALL = {"prefill": 0.0, "decode": 0.1, "short": None}
 
 
+def read_junit(text: str) -> JUnitXml:
+    """As the readers of CI services do."""
+    return JUnitXml.fromstring(text.encode())
+
+
 def test_junit_has_a_case_for_every_metric_and_never_skips() -> None:
-    root = ET.fromstring(render_junit(make_result(ALL)).split("?>", 1)[1])
-    assert {key: root.get(key) for key in ("tests", "failures", "errors")} == {
-        "tests": "3",
-        "failures": "1",
-        "errors": "1",
+    result = make_result(ALL)
+    read = read_junit(render_junit(result))
+    assert (read.tests, read.failures, read.errors, read.skipped) == (3, 1, 1, 0)
+    found = {}
+    for suite in read:
+        assert (suite.tests, suite.skipped) == (1, 0)
+        properties = suite.properties()  # type: ignore[no-untyped-call]
+        assert {"order_seed", "baseline.hardware_id", "candidate.hardware_id"} <= {one.name for one in properties}
+        for case in suite:
+            assert (case.classname, case.name) == (suite.name, METRIC)
+            assert not case.is_skipped
+            found[suite.name] = [(type(one), one.type) for one in case.result]
+    assert found == {
+        "pipetune.gate.prefill": [],
+        "pipetune.gate.decode": [(Failure, "worse")],
+        "pipetune.gate.short": [(Error, "out_of_time")],
     }
-    found = {suite.get("name"): next(iter(suite.iter("testcase"))) for suite in root.iter("testsuite")}
-    assert found["pipetune.gate.prefill"].find("failure") is None
-    assert found["pipetune.gate.prefill"].find("error") is None
-    failure = found["pipetune.gate.decode"].find("failure")
-    assert failure is not None
-    assert failure.get("type") == "worse"
-    error = found["pipetune.gate.short"].find("error")
-    assert error is not None
-    assert error.get("type") == "out_of_time"
-    assert next(root.iter("skipped"), None) is None
-    properties = {one.get("name"): one.get("value") for one in root.iter("property")}
-    assert properties["order_seed"] == "7"
-    assert {"baseline.hardware_id", "candidate.hardware_id"} <= properties.keys()
 
 
-def test_junit_survives_text_that_xml_cannot_say() -> None:
+def test_junit_times_of_tests_add_up_to_what_the_runs_took() -> None:
+    result = make_result(ALL)
+    runs = [run for pair in result.pairs for run in (pair.baseline, pair.candidate)]
+    read = read_junit(render_junit(result))
+    assert sum(case.time for suite in read for case in suite) == pytest.approx(sum(run.wall_s for run in runs))
+
+
+@given(st.text(st.characters(), max_size=40))
+def test_junit_survives_any_text(text: str) -> None:
+    result = make_result({"odd": 0.1})
+    finding = result.findings[0].model_copy(update={"text": text, "case": text})
+    (suite,) = read_junit(render_junit(result.model_copy(update={"findings": (finding,)})))
+    (case,) = suite
+    assert len(case.result) == 1
+
+
+def test_junit_replaces_what_xml_cannot_say() -> None:
     result = make_result({"odd": 0.1})
     finding = result.findings[0].model_copy(update={"text": 'a <b> & "c" \x1b[31m \ud800'})
-    root = ET.fromstring(render_junit(result.model_copy(update={"findings": (finding,)})).split("?>", 1)[1])
-    failure = next(root.iter("failure"))
-    assert failure.get("message") == 'a <b> & "c" �[31m �'
+    (suite,) = read_junit(render_junit(result.model_copy(update={"findings": (finding,)})))
+    (case,) = suite
+    assert case.result[0].message == 'a <b> & "c" �[31m �'
 
 
-def test_markdown_is_one_table_that_no_name_can_break() -> None:
-    text = render_markdown(make_result({"a|b <script>": 0.1, "c": 0.0}))
-    assert text.startswith("## ❌ pipetune gate: FAIL (1 FAIL, 1 OK)")
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 4
-    assert {line.replace("\\|", "").count("|") for line in rows} == {10}
-    assert "<script>" not in text
-    assert "❌ FAIL" in rows[2]
-    assert "✅ OK" in rows[3]
-    assert "torch: 2.11.0 → 2.13.0" in text
+def rendered(text: str) -> ET.Element:
+    """Markdown as GitHub renders it, as a tree; `details` is HTML and passes through."""
+    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text)
+    return ET.fromstring(f"<body>{html}</body>")
 
 
-def test_the_screen_fits_into_80_columns() -> None:
+def cells_of(body: ET.Element) -> list[list[str]]:
+    (table,) = body.iter("table")
+    return [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
+
+
+def test_markdown_is_a_heading_a_table_and_what_is_to_be_said() -> None:
+    body = rendered(render_markdown(make_result(ALL)))
+    (heading,) = body.iter("h2")
+    assert heading.text == "❌ pipetune gate · FAIL: decode · mean_ttft_ms is 10.4 % worse"
+    head, *rows = cells_of(body)
+    assert head[:4] == ["case", "metric", "verdict", "worse by"]
+    assert [row[:3] for row in rows] == [
+        ["prefill", METRIC, "✅ OK"],
+        ["decode", METRIC, "❌ FAIL"],
+        ["short", METRIC, "⚠️ INCONCLUSIVE"],
+    ]
+    assert {len(row) for row in rows} == {len(head)}
+    said = ["".join(item.itertext()) for item in body.iter("li")]
+    assert any("software differs: packages.torch: 2.11.0 → 2.13.0" in line for line in said)
+    (details,) = body.iter("details")
+    assert [item.text for item in details.iter("strong")] == ["how", "both sides", "machine", "order seed"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a|b <script>",
+        "_x_ *y* ~~z~~",
+        "`tick",
+        "[a](b)",
+        "line\nbreak\n\n# no",
+        "\\|",
+        "<!-- -->",
+        "</details>",
+        "&amp;",
+    ],
+)
+def test_no_name_breaks_the_markdown(name: str) -> None:
+    body = rendered(render_markdown(make_result({name: 0.1, "c": None})))
+    head, *rows = cells_of(body)
+    assert {len(row) for row in rows} == {len(head)}
+    assert rows[0][0] == " ".join(name.split())
+    assert {element.tag for element in body.iter()} <= {
+        "body", "h2", "table", "thead", "tbody", "tr", "th", "td", "p", "ul", "li", "details", "summary", "strong",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shifts", "headline"),
+    [
+        ({"a": 0.0}, "OK: mean_ttft_ms is surely less than 5 % worse"),
+        ({"a": 0.0, "b": 0.0}, "OK: each of 2 comparisons is surely less than 5 % worse"),
+        ({"a": None, "b": 0.0}, "INCONCLUSIVE: 1 of 2 comparisons cannot be told, and nothing failed"),
+        ({"a": 0.1}, "FAIL: mean_ttft_ms is 10.9 % worse"),
+    ],
+)
+def test_the_headline_says_it_all(shifts: dict[str, float | None], headline: str) -> None:
+    assert story_of(make_result(shifts)).headline == headline
+
+
+def test_many_failures_are_counted_in_the_headline() -> None:
+    headline = story_of(make_result(dict.fromkeys("abcd", 0.1))).headline
+    assert headline.startswith("FAIL: a · mean_ttft_ms is ")
+    assert headline.endswith("; and 2 more")
+
+
+def test_a_candidate_that_did_not_run_is_said_once() -> None:
+    result = make_result({"a": 0.1, "b": 0.0})
+    died = {"verdict": Verdict.FAIL, "reason": Reason.CANDIDATE_FAILED, "case": "a"}
+    findings = tuple(finding.model_copy(update=died) for finding in result.findings)
+    assert story_of(result.model_copy(update={"findings": findings})).headline == "FAIL: the candidate did not run"
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("output_throughput", 60.84, "60.84 tok/s"),
+        ("request_throughput", 1.5, "1.500 req/s"),
+        ("mean_ttft_ms", 845.23, "845.2 ms"),
+        ("mean_ttft_ms", 12345.0, "12.35 s"),
+        ("peak_memory_bytes", 712 * 2.0**20, "712 MiB"),
+        ("mean_ttft_ms", float("nan"), "nan"),
+        ("mean_ttft_ms", None, "–"),
+    ],
+)
+def test_values_have_the_digits_that_a_margin_needs(metric: str, value: float | None, text: str) -> None:
+    assert value_text(metric, value) == text
+
+
+def test_a_sign_always_says_which_side_is_better() -> None:
+    assert [signed(share) for share in (0.052, -0.003, 0.0004, -0.0004)] == ["+5.2 %", "-0.3 %", "0.0 %", "0.0 %"]
+
+
+LONG = "a-config-whose-name-is-longer-than-the-terminal-is-wide-because-somebody-meant-it-well-{}"
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        make_result(ALL),
+        make_result({LONG.format(number): shift for number, shift in enumerate((0.0, 0.1, None) * 4)}),
+        make_result({"score": None}, metric="total_token_throughput"),
+    ],
+    ids=["three", "twelve", "long"],
+)
+def test_the_screen_fits_into_80_columns(result: GateResult) -> None:
     out = io.StringIO()
-    gate_view.show(make_result(ALL), Console(file=out, width=80))
+    gate_view.show(result, Console(file=out, width=80))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[-1].startswith("FAIL")
-    assert "mean_ttft_ms" in out.getvalue()
+    assert next(line for line in reversed(lines) if ": " in line).startswith(result.verdict.value)
+    for finding in result.findings:
+        assert finding.case in out.getvalue().replace("\n", "") or len(result.findings) == 1
+        assert finding.verdict.value in out.getvalue()
+    assert "negative is better" in " ".join(out.getvalue().split())
+
+
+def test_the_plot_has_a_dot_for_every_pair_in_the_unit_of_its_axis() -> None:
+    result = make_result(ALL)
+    (axes,) = draw(result, LIGHT).axes
+    offsets = [np.ma.getdata(one.get_offsets()) for one in axes.collections if isinstance(one, PathCollection)]
+    dots = np.concatenate(offsets)[:, 0].tolist()
+    expected = [100 * math.expm1(one) for finding in result.findings for one in finding.differences]
+    assert sorted(dots) == pytest.approx(sorted(expected))
 
 
 def test_a_folder_holds_everything_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
