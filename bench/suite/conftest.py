@@ -52,7 +52,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Without any plan, as where a whole repository is collected, the test is skipped."""
     if "plan" in metafunc.fixturenames:
-        metafunc.parametrize("plan", list(metafunc.config.stash[CASES]) if CASES in metafunc.config.stash else [])
+        cases: dict[str, PlanCase] = metafunc.config.stash.get(CASES, {})
+        metafunc.parametrize("plan", list(cases))
 
 
 @pytest.fixture

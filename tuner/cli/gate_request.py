@@ -90,7 +90,11 @@ class GateRequest:
     def _of_files(self) -> Job:
         from tuner.gate.stored import compare_files
 
-        others = [self.baseline_plan, self.candidate_plan, *self.stored, self.baseline_ref]
+        others = [
+            *(self.baseline_plan, self.candidate_plan, *self.stored, self.baseline_ref),
+            *(self.baseline_python, self.candidate_python, *self.baseline_env, *self.candidate_env, self.max_minutes),
+            *(self.rounds_in_process or None, self.order_seed, self.baseline_dtype, self.candidate_dtype),
+        ]
         if len(self.files) < 2 or any(other is not None for other in others):
             raise ConfigError(
                 "files of pytest-benchmark are compared alone: one or more of the baseline, then the candidate's; "

@@ -106,8 +106,8 @@ class RunningFleet:
                     other.append(f"devices: {', '.join(first.devices)} → {', '.join(side.devices)} (see --devices)")
                 if other:
                     raise ConfigError(
-                        "--rounds-in-process: one running fleet can compare plans alone, and the "
-                        f"{side.name} of {case.name} has {'; '.join(other)}; leave it out, and all run in fresh processes"
+                        f"--rounds-in-process: one running fleet can compare plans alone, and the {side.name} of "
+                        f"{case.name} has {'; '.join(other)}; leave it out, and all run in fresh processes"
                     )
         self.cannot_see: tuple[str, ...] = BLIND_IN_PROCESS
         self._cases = cases

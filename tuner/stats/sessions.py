@@ -1,8 +1,8 @@
 """One new session beside stored ones: what can be told when two sides did not run together.
 
 A session is all runs of one study or file; its level is the median of its runs' logarithms. Sessions of one thing
-differ by more than their runs do: another night, other neighbours, another temperature. So sessions are the units, however
-many runs each has, and the new one is compared with what stored ones let expect of a further one: a prediction
+differ by more than their runs do: another night, other neighbours, another temperature. So sessions are the units,
+however many runs each has, and the new one is compared with what stored ones let expect of a further one: a prediction
 interval of the normal distribution (Hahn and Meeker 1991, Statistical Intervals, section 4.5),
 
     mean +- t(k - 1) · sqrt(s² · (1 + 1 / k) + max(0, v - w))
@@ -23,10 +23,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import nct, norm, t
+from scipy.stats import chi2, nct, norm, t
 
 LEAST_SESSIONS = 2
 """From so many on, their own spread is known, by one degree of freedom less."""
+_FAR = 30.0
+"""Standard errors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +70,11 @@ class Prediction:
             return 1.0 if shift > 0 else 0.0
         if math.isinf(self.freedom):
             return float(norm.sf(bound - shift / self.error))
-        return float(nct.sf(bound, self.freedom, shift / self.error))
+        apart = shift / self.error
+        if apart > _FAR:
+            # There the normal part of t hardly varies, and scipy's noncentral t overflows.
+            return float(chi2.cdf(self.freedom * (apart / bound) ** 2, self.freedom))
+        return float(nct.sf(bound, self.freedom, apart))
 
     def _tail(self, above: float) -> float:
         if self.spread is None:
