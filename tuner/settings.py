@@ -207,7 +207,7 @@ def shown_values(config: TuneConfig) -> dict[str, Any]:
 
 
 def dump(config: TuneConfig) -> str:
-    """The config as `study.yaml` holds it: no places (a folder may be moved), no URL (it may hold a password), no gate."""
+    """The config as `study.yaml` holds it: no places (it may be moved), no URL (it may hold a password), no gate."""
     values = config.model_dump(mode="json", exclude={"name", "output_dir", "storage", "gate"})
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.special import ndtri
 
 from tuner.contest import Cells, decide, nominal_level, ordered
-from tuner.stats.signed_rank import hodges_lehmann
 from tuner.proof.finals_power import power
+from tuner.stats.signed_rank import hodges_lehmann
 
 NOISE = (
     (0.004, -0.009, 0.006, 0.001, -0.004, 0.008, -0.002, 0.005),

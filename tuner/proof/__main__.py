@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import PipetuneError
-from bench.record import write_durably
 from tuner.proof.document import put_between_marks
 from tuner.proof.questions import MEASURED
 
@@ -120,10 +120,12 @@ def _search(args: argparse.Namespace) -> int:
             error_table([(world.name, args.folder / world.name) for world in measured]),
         )
     )
-    write_durably(
-        args.folder / "searches.json",
-        json.dumps({"schema_version": 1, "curves": [curve.model_dump(mode="json") for curve in curves]}) + "\n",
-    )
+    document = {"schema_version": 1, "curves": [curve.model_dump(mode="json") for curve in curves]}
+    with (
+        (args.folder / "searches.json.gz").open("wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file,
+    ):
+        file.write(json.dumps(document).encode())
     if args.docs is not None:
         put_between_marks(args.docs, COMMAND, text)
     sys.stdout.write(text + "\n")

@@ -11,7 +11,8 @@ from tuner.proof.moods import Run, fit, judge
 def runs_of(worths: list[float], *, repeats: int, mood: float, noise: float, seed: int) -> list[Run]:
     """Each repeat in an order of its own, a run every 3 s, under moods that last for 40 s."""
     lots = np.random.default_rng(seed)
-    runs, state = [], 0.0
+    runs: list[Run] = []
+    state = 0.0
     for _ in range(repeats):
         for plan in lots.permutation(len(worths)):
             kept = float(np.exp(-3 / 40))
