@@ -1,7 +1,4 @@
-"""Faults put into worker processes from outside: a `sitecustomize` on their path changes one module as it is imported.
-
-The product has no test switch; a worker is broken the way a bad machine would break it.
-"""
+"""Faults put into worker processes from outside."""
 
 from __future__ import annotations
 
@@ -9,35 +6,7 @@ from pathlib import Path
 
 import pytest
 
-TEMPLATE = """
-import importlib.util
-import sys
-
-TARGET = {target!r}
-
-
-def patch(module):
-{body}
-
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != TARGET:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-
-        def exec_module(module):
-            load(module)
-            patch(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-sys.meta_path.insert(0, Finder())
-"""
+from tuner.proof.hook import write_hook
 
 
 def break_workers(folder: Path, monkeypatch: pytest.MonkeyPatch, *, target: str, body: str) -> None:
@@ -47,7 +16,6 @@ def break_workers(folder: Path, monkeypatch: pytest.MonkeyPatch, *, target: str,
         folder: where the `sitecustomize.py` goes.
         body: lines of code that see the imported module as `module`.
     """
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(TEMPLATE.format(target=target, body=body), encoding="utf-8")
+    write_hook(folder, target=target, body=body)
     root = Path(__file__).parent.parent
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{root}")

@@ -22,6 +22,7 @@ from tuner.gate.contenders import FreshProcesses
 from tuner.gate.session import Gate
 from tuner.gate.values import Case, GateResult, Sample, Side, SideName, Tolerance, Verdict
 from tuner.progress import PlainReporter
+from tuner.proof.hook import write_hook
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "results" / "gates"
@@ -32,14 +33,8 @@ _SEED = 0
 _KEPT = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "bubble_ratio", "peak_memory_bytes")
 
 SLOWDOWN = """
-import importlib.util
-import sys
-import time
+    import time
 
-TARGET, SHARE = "bench.runtime.stage", {share!r}
-
-
-def patch(module):
     import torch
 
     forward = module.Stage.forward
@@ -48,33 +43,14 @@ def patch(module):
     def longer(*args, **kwargs):
         began = time.perf_counter()
         output = forward(*args, **kwargs)
-        end = time.perf_counter() + SHARE * (time.perf_counter() - began)
+        end = time.perf_counter() + {share!r} * (time.perf_counter() - began)
         while time.perf_counter() < end:
             torch.mm(left, left)
         return output
 
     module.Stage.forward = longer
-
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != TARGET:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-
-        def exec_module(module):
-            load(module)
-            patch(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-sys.meta_path.insert(0, Finder())
 """
-"""The candidate's `sitecustomize`."""
+"""What is done to `bench.runtime.stage` in the candidate's processes."""
 
 
 def case_of(kind: str, folder: Path) -> Case:
@@ -86,8 +62,7 @@ def case_of(kind: str, folder: Path) -> Case:
     share = KINDS[kind]
     env = {}
     if share:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "sitecustomize.py").write_text(SLOWDOWN.format(share=share), encoding="utf-8")
+        write_hook(folder, target="bench.runtime.stage", body=SLOWDOWN.format(share=share))
         env = {"PYTHONPATH": f"{folder}:{ROOT}"}
     plan = Plan.from_layer_counts((16, 14), _DEVICES, 8, prefill_micro_batch_size=4)
 

@@ -13,10 +13,10 @@ import pytest
 
 from bench.record import FailureKind
 from bench.spec import ModelSpec, Plan, Protocol, Workload
-from tests.hooks import TEMPLATE
 from tests.tiny_models import save_tiny_model
 from tuner.gate.contenders import FreshProcesses, RunningFleet
 from tuner.gate.values import Case, Side, SideName, Tolerance
+from tuner.proof.hook import write_hook
 
 DEVICES = ("cpu:0", "cpu:1")
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,9 +44,7 @@ def make_case(model: ModelSpec, counts: tuple[int, ...] = (1, 3), env: dict[str,
 
 def hook(folder: Path, body: str) -> dict[str, str]:
     """A variable that breaks whatever it is given to; pipetune's own place on the path is the gate's business."""
-    folder.mkdir()
-    text = TEMPLATE.format(target="bench.runtime.stage", body=body)
-    (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
+    write_hook(folder, target="bench.runtime.stage", body=body)
     return {"PYTHONPATH": str(folder)}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.tuner.gate.results import make_result
 from tuner.proof.gate_runs import COUNTS, KINDS, ROOT, SLOWDOWN, case_of, order, read, table
+from tuner.proof.hook import write_hook
 
 PROBE = "from bench.runtime.stage import Stage; print(Stage.forward.__name__, Stage.forward.__module__)"
 
@@ -30,7 +31,7 @@ def test_equal_sides_are_equal_and_slower_ones_differ_in_their_environment_alone
 
 
 def test_the_hook_changes_the_stage_of_its_processes_and_of_no_others(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(SLOWDOWN.format(share=0.1))
+    write_hook(tmp_path, target="bench.runtime.stage", body=SLOWDOWN.format(share=0.1))
 
     def probed(path: str) -> str:
         return subprocess.run(
