@@ -20,9 +20,15 @@ class Method(Protocol):
 
     stopped: str | None
     """Why it ended by itself."""
+    trials: int | None
+    """Runs until then, where it measures its best plans again afterwards."""
 
     def next(self) -> Plan | None:
         """The next plan to run; None at the end."""
+        ...
+
+    def recommended(self) -> Plan | None:
+        """What it holds for the best; None leaves that to whoever asks."""
         ...
 
     def tell(self, record: Record) -> None:
@@ -34,12 +40,16 @@ class Listed:
     """Plans in an order that no result changes."""
 
     stopped: str | None = None
+    trials: int | None = None
 
     def __init__(self, plans: Iterator[Plan]) -> None:
         self._plans = plans
 
     def next(self) -> Plan | None:
         return next(self._plans, None)
+
+    def recommended(self) -> Plan | None:
+        return None
 
     def tell(self, record: Record) -> None:
         """Learns nothing."""
@@ -52,6 +62,7 @@ class Tpe:
     """
 
     stopped: str | None = None
+    trials: int | None = None
 
     def __init__(self, world: World, seed: int, *, multivariate: bool) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -70,6 +81,9 @@ class Tpe:
         order = orders[trial.suggest_int("order_index", 0, len(orders) - 1)] if len(orders) > 1 else orders[0]
         self._trial = trial
         return plan_of(world, apart(cuts, layers), order, size)
+
+    def recommended(self) -> Plan | None:
+        return None
 
     def tell(self, record: Record) -> None:
         self._study.tell(self._trial, throughput(record))

@@ -1,4 +1,4 @@
-"""Best so far against trials, a line for each method, a plot for each landscape."""
+"""Worth of the plan recommended against runs, a line for each method, a plot for each landscape."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plot_world(world: World, curves: Sequence[Curve], methods: Sequence[str], pa
     axes.minorticks_off()
     axes.set_xlim(1, most)
     axes.set_ylim(0, 70)
-    axes.set_xlabel("trials")
+    axes.set_xlabel("runs")
     axes.set_ylabel("behind the best plan")
     add_legend(figure, LIGHT, 3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,22 +11,25 @@ from tuner.proof.world import World, throughput
 
 
 class Curve(Value):
-    """A search, trial by trial."""
+    """A search, run by run."""
 
     world: str
     method: str
     seed: int
     scores: tuple[float, ...]
-    """After each trial: the worth of the plan that has the best mean so far, as a share of the best plan's."""
+    """After each run: the worth of the plan recommended, or else of the one that has the best mean so far, as a share
+    of the best plan's."""
     device_seconds: tuple[float, ...]
-    """After each trial: devices × seconds, what was learnt before the first trial included."""
+    """After each run: devices × seconds, what was learnt before the first trial included."""
     plans: tuple[str, ...]
     """Effective plans run, by their keys."""
     stopped: str | None = None
     """Why a search ended by itself."""
+    trials: int | None = None
+    """Runs until then; those behind are of its finals."""
 
     def trials_to(self, worth: float) -> int | None:
-        """Trials until the recommended plan is worth so much; None where that never came."""
+        """Runs until the recommended plan is worth so much; None where that never came."""
         return next((count for count, score in enumerate(self.scores, start=1) if score >= worth), None)
 
     def device_seconds_to(self, worth: float) -> float | None:
@@ -36,7 +39,7 @@ class Curve(Value):
 
 
 def search(world: World, method: str, seed: int, budget: int) -> Curve:
-    """Lets a method search a world for so many trials, or until it ends by itself."""
+    """Lets a method search a world for so many runs, or until it ends by itself."""
     visits: Counter[str] = Counter()
     seen: dict[str, list[float]] = defaultdict(list)
     plans: dict[str, Plan] = {}
@@ -56,8 +59,8 @@ def search(world: World, method: str, seed: int, budget: int) -> Curve:
         seen[key].append(throughput(record))
         plans[key] = plan
         cost += record.wall_s * len(plan.devices)
-        best = max(seen, key=lambda one: statistics.fmean(seen[one]))
-        scores.append(world.score(plans[best], seed))
+        best = searcher.recommended() or plans[max(seen, key=lambda one: statistics.fmean(seen[one]))]
+        scores.append(world.score(best, seed))
         spent.append(round(cost, 1))
         keys.append(key)
     return Curve(
@@ -68,4 +71,5 @@ def search(world: World, method: str, seed: int, budget: int) -> Curve:
         device_seconds=tuple(spent),
         plans=tuple(keys),
         stopped=searcher.stopped,
+        trials=searcher.trials,
     )

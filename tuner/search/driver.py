@@ -115,9 +115,10 @@ def _run(runs: Runs, book: LogBook, stack: contextlib.ExitStack) -> None:
         _measure_baseline(runs)
     with book.spend("single_stage"):
         _measure_single_stage(runs, space, resolve)
-    Search(runs, book, participant, space, cost, resolve, warm).run()
+    search = Search(runs, book, participant, space, cost, resolve, warm)
+    search.run()
     with book.spend("finals"):
-        _run_finals(runs, book, participant, stack)
+        _run_finals(runs, book, participant, search.preferred, stack)
 
 
 def _space(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
@@ -168,7 +169,9 @@ def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> 
     runs.measure("single_stage", f"single stage: {plan.describe()}", plan, resolve(plan))
 
 
-def _run_finals(runs: Runs, book: LogBook, participant: Participant, stack: contextlib.ExitStack) -> None:
+def _run_finals(
+    runs: Runs, book: LogBook, participant: Participant, preferred: Sequence[str], stack: contextlib.ExitStack
+) -> None:
     """Round by round until the best is told from the others, or a tie is declared."""
     store, config = runs.store, runs.store.config
     objectives = _objectives(store)
@@ -177,7 +180,12 @@ def _run_finals(runs: Runs, book: LogBook, participant: Participant, stack: cont
         runs.reporter.say(other)
         return
     entrants = finalists.entrants(
-        store.records, objectives, config.constraints, count=config.finalists, min_stages=config.space.min_stages
+        store.records,
+        objectives,
+        config.constraints,
+        count=config.finalists,
+        min_stages=config.space.min_stages,
+        preferred=preferred,
     )
     if not entrants.plans:
         return

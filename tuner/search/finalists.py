@@ -1,6 +1,7 @@
 """The finals: the best plans and the baseline measured again, side by side, until luck no longer chooses.
 
-The best of many noisy trials looks better than it is. In each round every contender runs once, in random order, so
+The best of many noisy trials looks better than it is; so those take part that the refitted model thinks best, which has
+smoothed luck out. In each round every contender runs once, in random order, so
 that a machine that slows down slows all of them alike. Rounds go on until the fastest is told apart from the others, or
 a tie is declared: `tuner.contest` has the statistics. Plans that fell behind take no part in further rounds.
 
@@ -78,18 +79,28 @@ def entrants(
     *,
     count: int,
     min_stages: int = 1,
+    preferred: Sequence[str] = (),
 ) -> Entrants:
-    """Who takes part in the finals that follow the last trial; the same whether none or some of its rounds are done."""
-    _, own = last_finals(records)
-    numbers = {record.number for record in own}
-    ranking = rank([record for record in records if record.number not in numbers], objectives, constraints)
+    """Who takes part in the finals that follow the last trial; the same whether none or some of its rounds are done.
+
+    Args:
+        preferred: keys of plans, best first, that go before all others where there is one objective.
+    """
+    ranking = rank(before_finals(records), objectives, constraints)
     return Entrants(
-        plans=_choose(ranking, count, min_stages),
+        plans=_choose(ranking, count, min_stages, preferred),
         baseline_batch_size=ranking.baseline.batch_size if ranking.baseline else None,
     )
 
 
-def _choose(ranking: Ranking, count: int, min_stages: int) -> tuple[EffectivePlan, ...]:
+def before_finals(records: Sequence[Record]) -> list[Record]:
+    """Without the finals that follow the last trial."""
+    _, own = last_finals(records)
+    numbers = {record.number for record in own}
+    return [record for record in records if record.number not in numbers]
+
+
+def _choose(ranking: Ranking, count: int, min_stages: int, preferred: Sequence[str]) -> tuple[EffectivePlan, ...]:
     """The best plans that keep the constraints and the bounds of the search; the single stage may lie outside these.
 
     Of three or more places the last goes to the best pipeline where all others went to replicas, or the other way
@@ -99,6 +110,8 @@ def _choose(ranking: Ranking, count: int, min_stages: int) -> tuple[EffectivePla
     rows = [row for row in ranking.rows if row.feasible and len(row.plan.stages) >= min_stages]
     if len(ranking.objectives) > 1:
         return tuple(row.effective for row in _knee_first(rows, ranking.objectives)[:count])
+    places = {key: place for place, key in enumerate(preferred)}
+    rows.sort(key=lambda row: places.get(row.key, len(places)))
     chosen, left = rows[:count], rows[count:]
     there = {row.plan.replicas > 1 for row in chosen if len(row.plan.devices) > 1}
     other = next((row for row in left if len(row.plan.devices) > 1 and (row.plan.replicas > 1) not in there), None)

@@ -118,6 +118,18 @@ class Strategy:
             step = self._by_model(history)
         return step or self._rest(history)
 
+    def preferred(self, records: Sequence[Record]) -> tuple[str, ...]:
+        """Keys of the measured plans, best first as the refitted model has them, which smooths the luck of runs out.
+
+        Empty where nothing predicts the objective, and of several objectives.
+        """
+        if self._num_objectives > 1 or self._lookout.is_blind or not self._lookout.num_candidates:
+            return ()
+        view = self._lookout.look(self._read(records, ()))
+        cost, _ = view.scalar(None)
+        order = np.argsort(cost, kind="stable").tolist()
+        return tuple(view.effective[place].key for place in order if view.was_measured[place])
+
     def _by_model(self, history: History) -> Proposal | Stop | None:
         view = self._lookout.look(history)
         if self._lookout.num_candidates <= self._n_trials:

@@ -12,6 +12,7 @@ from bench.record import Measurement, Record
 from bench.spec import EffectivePlan
 from tuner.planning.cost import CostModel
 from tuner.progress import values_text
+from tuner.search.finalists import before_finals
 from tuner.search.log import LogBook, Proposal, Stop
 from tuner.search.proposals import Proposals
 from tuner.search.resolver import Resolver
@@ -42,6 +43,8 @@ class Search:
         self._store, self._config = runs.store, runs.store.config
         self._space, self._cost, self._resolve, self._warm = space, cost, resolve, warm
         self._best_cost = math.inf
+        self.preferred: tuple[str, ...] = ()
+        """Keys of plans at the end of the search, best first as the refitted model has them."""
         for record in self._store.records:
             self._show_best(record)
 
@@ -63,6 +66,8 @@ class Search:
                 self._restore(proposals)
                 strategy = self._strategy(proposals)
             stop = self._search(strategy, proposals)
+        with self._book.spend("search"):
+            self.preferred = strategy.preferred(before_finals(self._store.records))
         self._book.end(stop)
         self._runs.reporter.say(f"the search ends: {stop.text}")
         return stop

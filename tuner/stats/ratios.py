@@ -21,11 +21,6 @@ class RatioEstimate:
     """End of the confidence interval; None where a side has one run alone."""
     high: float | None = None
 
-    @property
-    def is_different(self) -> bool:
-        """Whether the interval leaves 1 out."""
-        return self.low is not None and self.high is not None and not self.low <= 1.0 <= self.high
-
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float], *, level: float = LEVEL) -> RatioEstimate:
     """The ratio of geometric means, with Welch's interval of the logarithms (Welch 1947, Biometrika 34, 28-35).

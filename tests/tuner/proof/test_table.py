@@ -44,4 +44,9 @@ def test_searches_that_never_came_there_count_as_endless() -> None:
 
 def test_the_first_plan_and_the_stop_are_told_apart_from_the_rest() -> None:
     line = first_plan_table([named_world("w")], CURVES).splitlines()[2]
-    assert line == "| w | 97.0%, 90.0% | 3, 3 | 99.2%, 99.2% | > 10.0, > 6.7 |"
+    assert line == (
+        "| w | 97.0%, 90.0% | 67% | 100% | 100% | 3, 3, then 0, 0 | 99.2%, 99.2% | 100%, 100% | > 10.0, > 6.7 |"
+    )
+    own = [one.model_copy(update={"trials": 1}) for one in CURVES[:3]]
+    line = first_plan_table([named_world("w")], own).splitlines()[2]
+    assert line == "| w | 97.0%, 90.0% | 67% | 100% | 100% | 1, 1, then 2, 2 | 99.2%, 99.2% | 100%, 100% | –, – |"

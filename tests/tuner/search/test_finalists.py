@@ -142,6 +142,16 @@ def test_what_the_finals_measure_does_not_change_who_takes_part() -> None:
     assert entrants([*records, make_record(5, "finalist", FAST, slow, round_=0)], [THROUGHPUT], [], count=2) == before
 
 
+def test_plans_that_the_model_prefers_take_part_and_the_rest_as_measured() -> None:
+    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
+    records = searched(moods)
+    preferred = (key(make_plan((15, 15), 16)), key(SLOW))  # the first did not run, or breaks a constraint
+    taking_part = entrants(records, [THROUGHPUT], [], count=2, preferred=preferred)
+    assert [effective.plan for effective in taking_part.plans] == [SLOW, FAST]
+    of_a_front = entrants(records, [THROUGHPUT, TTFT], [], count=2, preferred=preferred)
+    assert of_a_front == entrants(records, [THROUGHPUT, TTFT], [], count=2)
+
+
 def test_trials_after_the_finals_call_for_new_finals() -> None:
     moods = {FAST: 0.5, GOOD: 0.7}
     records = searched(moods)

@@ -220,6 +220,29 @@ def test_an_objective_that_nothing_predicts_is_left_to_tpe_after_the_fast_plans(
     assert stop is not None
 
 
+def test_luck_in_a_run_is_smoothed_out_of_what_is_preferred() -> None:
+    strategy = make_strategy(PIPELINES, n_trials=12, stop_early=False)
+    records, _, _ = play(strategy, PIPELINES, before=[single_stage(PIPELINES)])
+    trials = [record for record in records if record.role == "trial"]
+    told = make_strategy(PIPELINES).preferred(records)
+    assert len(told) == len({record.effective.key for record in records if record.effective})
+    slowest = min(trials, key=throughput)
+    assert slowest.effective is not None
+    assert slowest.spec is not None
+    lucky = slowest.model_copy(update={"result": make_measurement(slowest.spec.plan, seed=1, hop_s=1e-3, mood=0.87)})
+    once = [lucky if record is slowest else record for record in records]
+    assert throughput(lucky) > max(map(throughput, trials))
+    assert make_strategy(PIPELINES).preferred(once)[0] == told[0]
+    many = [*once, *(lucky.model_copy(update={"number": 100 + again}) for again in range(8))]
+    assert make_strategy(PIPELINES).preferred(many)[0] == slowest.effective.key
+
+
+def test_nothing_is_preferred_where_nothing_predicts_the_objective_or_there_are_several() -> None:
+    records, _, _ = play(make_strategy(PIPELINES), PIPELINES, before=[single_stage(PIPELINES)], most=4)
+    assert make_strategy(PIPELINES, objectives=("output_throughput", "mean_ttft_ms")).preferred(records) == ()
+    assert make_strategy(PIPELINES, objectives=("energy_j",)).preferred(records) == ()
+
+
 def test_tpe_has_a_say_now_and_then() -> None:
     def suggest(is_new: Any) -> dict[str, int] | None:
         return next((point for point in PIPELINES[0].points() if is_new(point)), None)
