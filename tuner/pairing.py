@@ -13,12 +13,15 @@ from tuner.standings import Objective, Ratio, Row, Separation
 
 
 def last_finals(records: Sequence[Record]) -> tuple[int, tuple[Record, ...]]:
-    """The finals that chose among all trials; trials that came after a finals call for a new one.
+    """The finals that chose among all trials; plans measured after a finals call for a new one.
 
     Returns:
         Number of its first round, which is behind all rounds of earlier finals, and its records.
     """
-    last_trial = max((record.number for record in records if record.role == "trial"), default=-1)
+    last_trial = max(
+        (record.number for record in records if record.role == "trial" and isinstance(record.result, Measurement)),
+        default=-1,
+    )
     finals = [record for record in records if record.role == "finalist" and record.round is not None]
     first_round = max((record.round + 1 for record in finals if record.number < last_trial), default=0)  # type: ignore[operator]
     return first_round, tuple(record for record in finals if record.number > last_trial)
@@ -98,8 +101,10 @@ def separation_of(ranked: Sequence[Row], state: State | None, *, several: bool) 
         return Separation(separated=False, text=text)
     rivals = [gap for gap in state.gaps if gap.rival in state.active]
     if state.kind == "separated":
-        nearest = min(state.gaps, key=lambda gap: gap.log_ratio)
-        others = " and all other finalists" if len(state.gaps) > 1 else ""
+        beaten = [gap for gap in state.gaps if gap.is_behind(state.level)]
+        # One that was told to be behind another leader may not be told to be behind this one by the rounds it had.
+        nearest = min(beaten or state.gaps, key=lambda gap: gap.log_ratio)
+        others = " and all other finalists" if 1 < len(beaten) == len(state.gaps) else ""
         text = (
             f"{names[leader]} beats {names[nearest.rival]}{others}: by {_gap_text(nearest, state.level)} over "
             f"{_rounds_text(nearest.rounds)} (two equal plans would be told apart so 1 time in {1 / ALPHA:.0f})"

@@ -16,6 +16,7 @@ from tuner.cli import common
 from tuner.export import PLAN_FILE, read_plan
 from tuner.gate.cases import SideRequest, case_of, parse_env
 from tuner.gate.contenders import Contenders, FreshProcesses, RunningFleet
+from tuner.gate.interpreter import commit_of
 from tuner.gate.session import Gate
 from tuner.gate.values import Case, GateConfig, GateResult, SideName, Tolerance, full_name
 from tuner.plan_request import PlanRequest
@@ -90,15 +91,20 @@ class GateRequest:
     def _of_files(self) -> Job:
         from tuner.gate.stored import compare_files
 
-        others = [
-            *(self.baseline_plan, self.candidate_plan, *self.stored, self.baseline_ref),
-            *(self.baseline_python, self.candidate_python, *self.baseline_env, *self.candidate_env, self.max_minutes),
-            *(self.rounds_in_process or None, self.order_seed, self.baseline_dtype, self.candidate_dtype),
-        ]
-        if len(self.files) < 2 or any(other is not None for other in others):
+        others: dict[str, object] = {
+            "--stored": self.stored or None,
+            "--candidate-plan": self.candidate_plan,
+            "--candidate-dtype": self.candidate_dtype,
+            "--candidate-python": self.candidate_python,
+            "--candidate-env": self.candidate_env or None,
+            "--max-minutes": self.max_minutes,
+            **self._of_a_baseline_that_runs(),
+        }
+        given = [flag for flag, value in others.items() if value is not None]
+        if len(self.files) < 2 or given:
             raise ConfigError(
                 "files of pytest-benchmark are compared alone: one or more of the baseline, then the candidate's; "
-                f"given are {len(self.files)} files, and {sum(other is not None for other in others)} other sides"
+                f"given are {' '.join(map(str, self.files))}{' and ' if given else ''}{', '.join(given)}"
             )
         gate = self._gate_config(self._gate_of_files())
         *baselines, candidate = self.files
@@ -115,15 +121,7 @@ class GateRequest:
     def _stored(self) -> Job:
         from tuner.gate.stored import StoredGate, nothing_stored
 
-        used = {
-            "--baseline-plan": self.baseline_plan,
-            "--baseline-dtype": self.baseline_dtype,
-            "--baseline-python": self.baseline_python,
-            "--baseline-ref": self.baseline_ref,
-            "--baseline-env": self.baseline_env or None,
-            "--rounds-in-process": self.rounds_in_process or None,
-        }
-        given = [flag for flag, value in used.items() if value is not None]
+        given = [flag for flag, value in self._of_a_baseline_that_runs().items() if value is not None]
         if given:
             raise ConfigError(f"--stored and {given[0]}: the baseline is stored, and does not run; leave one out")
         (config,) = self._configs() if len(self.configs) < 2 else (self._several(),)
@@ -136,6 +134,18 @@ class GateRequest:
             other_dtype=self.candidate_dtype is not None,
             max_minutes=self.max_minutes,
         ).run
+
+    def _of_a_baseline_that_runs(self) -> dict[str, object]:
+        """Flags, with None for those that are not given."""
+        return {
+            "--baseline-plan": self.baseline_plan,
+            "--baseline-dtype": self.baseline_dtype,
+            "--baseline-python": self.baseline_python,
+            "--baseline-ref": self.baseline_ref,
+            "--baseline-env": self.baseline_env or None,
+            "--rounds-in-process": self.rounds_in_process or None,
+            "--order-seed": self.order_seed,
+        }
 
     def _stored_plan(self) -> Path | None:
         """The best plan of the stored study: what else runs it now; None where a study has none."""
@@ -169,11 +179,13 @@ class GateRequest:
 
     def _side(self, name: SideName, plan: Path, config: Path | None) -> SideRequest:
         resolved = self._settings(name, plan, config).config
+        ref = self.baseline_ref if name == "baseline" else None
         return SideRequest(
             config=resolved.model_copy(update={"gate": self._gate_config(resolved.gate)}),
             plan=read_plan(plan).plan,
             python=self.baseline_python if name == "baseline" else self.candidate_python,
-            ref=self.baseline_ref if name == "baseline" else None,
+            ref=ref,
+            revision=commit_of(ref) if ref is not None else None,
             env=parse_env(f"--{name}-env", self.baseline_env if name == "baseline" else self.candidate_env),
         )
 

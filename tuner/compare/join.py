@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from bench import metrics
 from bench.errors import ConfigError
 from bench.record import Hardware, Measurement
-from bench.spec import ModelSpec, Plan, Workload, device_index, device_kind
+from bench.spec import ModelSpec, Plan, Workload, device_kind
 from tuner.compare.values import Change, Contestant, Figures, RatioText, SharedPlan, StudyComparison
 from tuner.differences import differences
 from tuner.report.data import Report
@@ -44,13 +44,16 @@ def compare_studies(
     return StudyComparison(contestants=contestants, plans=plans, changes=changes)
 
 
-def plan_key(plan: Plan) -> str:
-    """What a plan is on any machine: without the devices' names and without what its caps resolve to."""
+def plan_key(plan: Plan, devices: Sequence[str]) -> str:
+    """What a plan is on any machine: without the devices' names and without what its caps resolve to.
+
+    Args:
+        devices: of its study, in order: which of them holds a stage matters where they are unlike.
+    """
     counts = "+".join(map(str, plan.layer_counts))
     parts = [f"{plan.replicas}x{counts}", f"mb={plan.micro_batch_size}", f"prefill={plan.prefill_size}"]
     parts += [f"chunk={plan.prefill_chunk_size}"] if plan.prefill_chunk_size is not None else []
-    # Which of the plan's devices is which matters where devices are unlike.
-    order = sorted(set(plan.devices), key=lambda device: (device_kind(device), device_index(device)))
+    order = [*devices, *sorted(set(plan.devices) - set(devices))]
     places = tuple(order.index(device) for device in plan.devices)
     parts += [f"order={','.join(map(str, places))}"] if places != tuple(range(len(places))) else []
     return " ".join((*parts, *plan.switches))
@@ -73,7 +76,7 @@ def _contestant(report: Report, name: str, prices: Mapping[str, float] | None) -
         price_per_hour=_price(config.concrete_devices, config.prices if prices is None else prices),
         baseline=baseline.throughput.median if baseline is not None else None,
         best=_figures_of(report, best) if best is not None else None,
-        best_key=plan_key(best.plan) if best is not None else None,
+        best_key=plan_key(best.plan, config.concrete_devices) if best is not None else None,
     )
 
 
@@ -84,13 +87,12 @@ def _price(devices: Sequence[str], prices: Mapping[str, float]) -> float | None:
 
 
 def _figures(report: Report) -> dict[str, Figures]:
-    """Of every plan that was measured and may be ranked; of two that differ in their caps alone, the faster."""
+    """Of every plan that was measured and may be ranked; of two that differ in their caps alone, the better."""
     found: dict[str, Figures] = {}
     for row in report.ranking.rows:
-        one = _figures_of(report, row)
-        key = plan_key(row.plan)
-        if key not in found or one.throughput > found[key].throughput:
-            found[key] = one
+        key = plan_key(row.plan, report.config.concrete_devices)
+        if key not in found:
+            found[key] = _figures_of(report, row)
     return found
 
 
@@ -124,6 +126,7 @@ def _tokens_per_joule(runs: Sequence[Measurement]) -> float | None:
 
 def _shared(figures: Mapping[str, Mapping[str, Figures]]) -> tuple[SharedPlan, ...]:
     keys = list(dict.fromkeys(key for rows in figures.values() for key in rows))
+    base = next(iter(figures))
     found = []
     for key in keys:
         own = {name: rows[key] for name, rows in figures.items() if key in rows}
@@ -135,7 +138,7 @@ def _shared(figures: Mapping[str, Mapping[str, Figures]]) -> tuple[SharedPlan, .
                 key=key,
                 text=next(iter(own.values())).plan.describe(),
                 figures=own,
-                ratios={name: _ratio(own[name], own[first]) for name in later},
+                ratios={name: _ratio(own[name], own[base]) for name in later} if first == base else {},
                 notes=tuple(
                     _unlike(name, own[name], first, own[first]) for name in later if _is_unlike(own[name], own[first])
                 ),

@@ -18,7 +18,7 @@ def render_plots(comparison: StudyComparison, theme: Theme = LIGHT) -> dict[str,
     figures = {}
     if any(one.best for one in comparison.contestants):
         figures["own_best"] = to_png(draw_best(comparison, theme))
-    if comparison.plans:
+    if any(plan.ratios for plan in comparison.plans):
         figures["same_plans"] = to_png(draw_ratios(comparison, theme))
     return figures
 
@@ -48,7 +48,7 @@ def draw_best(comparison: StudyComparison, theme: Theme) -> Figure:
 
 def draw_ratios(comparison: StudyComparison, theme: Theme) -> Figure:
     """The fastest shared plans, each later study's throughput over the first one's."""
-    plans = comparison.plans[:_MOST]
+    plans = [plan for plan in comparison.plans if plan.ratios][:_MOST]
     later = [one.name for one in comparison.contestants[1:]]
     title = f"The same plans, over {comparison.contestants[0].name}"
     figure, axes = new_figure(title, theme, size=(8.4, 1.6 + 0.42 * len(plans) * max(1, len(later))))

@@ -95,7 +95,7 @@ class SharedPlan(Value):
     figures: dict[str, Figures]
     """By the study's name."""
     ratios: dict[str, RatioText]
-    """Throughput over that of the first study that has it, for all later ones."""
+    """Throughput of each later study that has it over the first study's; empty where that did not run it."""
     notes: tuple[str, ...] = ()
     """Caps or numbers in flight that differ."""
 

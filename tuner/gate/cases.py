@@ -22,6 +22,7 @@ class SideRequest:
     plan: Plan
     python: str | None = None
     ref: str | None = None
+    revision: str | None = None
     env: Mapping[str, str] | None = None
 
     def side(self, name: SideName) -> Side:
@@ -33,6 +34,7 @@ class SideRequest:
             devices=self.config.concrete_devices,
             python=self.python,
             ref=self.ref,
+            revision=self.revision,
             env=dict(self.env or {}),
         )
 

@@ -39,6 +39,19 @@ class Contenders(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    def prepare(self, deadline: float) -> None:
+        """Gets both sides ready to run; that may take minutes.
+
+        Args:
+            deadline: by the monotonic clock.
+
+        Raises:
+            UserError: sides that cannot be started as they were asked for.
+            FleetError: workers that do not start.
+            OutOfTime: they are not ready by the deadline.
+        """
+        ...
+
     def machine(self, name: SideName) -> Machine | None:
         """What a side runs on, of the first case."""
         ...
@@ -65,15 +78,13 @@ class FreshProcesses:
         self._machines: dict[SideName, Machine | None] = {}
 
     def __enter__(self) -> Self:
-        """
-        Raises:
-            ConfigError: an environment that cannot be used, a revision that cannot be built.
-        """
-        self._interpreters = {name: interpreter_of(self._case.side(name)) for name in SIDES}
-        self._machines = {name: one.machine() for name, one in self._interpreters.items()}
         return self
 
     def __exit__(self, *exit_info: object) -> None: ...
+
+    def prepare(self, deadline: float) -> None:
+        self._interpreters = {name: interpreter_of(self._case.side(name), deadline) for name in SIDES}
+        self._machines = {name: one.machine() for name, one in self._interpreters.items()}
 
     def machine(self, name: SideName) -> Machine | None:
         return self._machines[name]
@@ -81,9 +92,12 @@ class FreshProcesses:
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
         machine = self._machines[name]
         hardware_id = machine.hardware.hardware_id if machine is not None else None
-        return run_fresh(
+        sample = run_fresh(
             case, name, self._interpreters[name], hardware_id=hardware_id, check=check, timeout_s=timeout_s
         )
+        if check and sample.is_measured and not sample.checked:
+            self.cannot_see += (f"whether the output of the {name} of {case.name} is right: it could not be checked",)
+        return sample
 
 
 class RunningFleet:
@@ -116,11 +130,10 @@ class RunningFleet:
         self._references: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
-        """
-        Raises:
-            UserError: a model, prompts or devices that cannot be used.
-            FleetError: workers that do not start.
-        """
+        return self
+
+    def prepare(self, deadline: float) -> None:
+        """As said of all; the start of the fleet has bounds of its own."""
         from bench.launch import Fleet
 
         side = self._cases[0].baseline
@@ -133,7 +146,6 @@ class RunningFleet:
                 if case.protocol.check_outputs:
                     self._make_reference(fleet, case, folder / f"{len(self._references)}.safetensors")
             self._fleet, self._stack = fleet, stack.pop_all()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -170,14 +182,15 @@ class RunningFleet:
             raise FleetError(failure)
 
 
-def interpreter_of(side: Side) -> interpreter.Interpreter:
+def interpreter_of(side: Side, deadline: float = math.inf) -> interpreter.Interpreter:
     """How a side's processes are started.
 
     Raises:
         ConfigError: an environment that cannot be used, a revision that cannot be built.
+        OutOfTime: a revision is not built by the deadline.
     """
     if side.ref is not None:
-        return interpreter.of_ref(side.ref, side.env)
+        return interpreter.of_ref(side.ref, side.env, deadline=deadline)
     if side.python is not None:
         return interpreter.of_python(side.python, side.env)
     return interpreter.own(side.env)

@@ -7,15 +7,17 @@ the user's cache under the commit.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from bench.errors import ConfigError
@@ -31,6 +33,10 @@ _TIMEOUT_S = 120.0
 _BUILD_TIMEOUT_S = 3600.0
 
 
+class OutOfTime(Exception):
+    """The minutes that a gate was given are used up."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Interpreter:
     """A Python that has pipetune."""
@@ -38,8 +44,6 @@ class Interpreter:
     python: str
     root: Path | None
     """Put before all packages: whose pipetune runs; None takes the one that is installed there."""
-    revision: str | None = None
-    """Commit of that pipetune, where it was asked for by a revision."""
     env: Mapping[str, str] = field(default_factory=dict)
     """On top of this process's environment; a PYTHONPATH among them comes after `root`."""
 
@@ -106,35 +110,52 @@ def of_python(python: str, env: Mapping[str, str]) -> Interpreter:
     raise ConfigError(f"{python}: does not run Python code: {why}")
 
 
-def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT) -> Interpreter:
+def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT, deadline: float = math.inf) -> Interpreter:
     """A revision of pipetune's own repository, built if it is not there yet; that may take minutes.
 
+    Args:
+        deadline: by the monotonic clock.
+
     Raises:
-        ConfigError: this pipetune is no git checkout, there is no such revision, or it cannot be built.
+        ConfigError: there is no such revision, as `commit_of` says, or it cannot be built.
+        OutOfTime: it is not built by the deadline.
+    """
+    commit = commit_of(ref, repository=repository)
+    folder = cache_root() / "revisions" / commit
+    tree = folder / "tree"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=-1 if math.isinf(deadline) else _left_s(deadline))
+    except Timeout:
+        raise OutOfTime from None
+    with held:
+        if not (tree / _PYPROJECT).exists():
+            _git(repository, ref, "worktree", "prune")
+            _git(repository, ref, "worktree", "add", "--force", "--detach", str(tree), commit)
+        if _requirements(tree) == _requirements(repository):
+            return Interpreter(python=sys.executable, root=tree, env=env)
+        python, ready = folder / "environment" / "bin" / "python", folder / ".installed"
+        if not ready.exists():
+            install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", _CONSTRAINTS]
+            _build(tree, ref, [sys.executable, "-m", "venv", "--clear", str(python.parents[1])], deadline)
+            _build(tree, ref, [*install, "setuptools"], deadline)
+            _build(tree, ref, [*install, "--no-build-isolation", "-e", "."], deadline)
+            ready.touch()
+    return Interpreter(python=str(python), root=tree, env=env)
+
+
+def commit_of(ref: str, *, repository: Path = ROOT) -> str:
+    """The full hash of the commit that a revision of pipetune's own repository stands for.
+
+    Raises:
+        ConfigError: this pipetune is no git checkout, or there is no such revision.
     """
     if not (repository / ".git").exists():
         raise ConfigError(
             f"--baseline-ref {ref}: {repository} is no git checkout of pipetune; install that version into an "
             "environment of its own and name its python by --baseline-python"
         )
-    commit = _git(repository, ref, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
-    folder = cache_root() / "revisions" / commit
-    tree = folder / "tree"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        if not (tree / _PYPROJECT).exists():
-            _git(repository, ref, "worktree", "prune")
-            _git(repository, ref, "worktree", "add", "--force", "--detach", str(tree), commit)
-        if _requirements(tree) == _requirements(repository):
-            return Interpreter(python=sys.executable, root=tree, revision=commit, env=env)
-        python, ready = folder / "environment" / "bin" / "python", folder / ".installed"
-        if not ready.exists():
-            install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", _CONSTRAINTS]
-            _build(tree, ref, [sys.executable, "-m", "venv", "--clear", str(python.parents[1])])
-            _build(tree, ref, [*install, "setuptools"])
-            _build(tree, ref, [*install, "--no-build-isolation", "-e", "."])
-            ready.touch()
-    return Interpreter(python=str(python), root=tree, revision=commit, env=env)
+    return _git(repository, ref, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
 
 
 def _requirements(tree: Path) -> tuple[object, object, bytes]:
@@ -163,14 +184,21 @@ def _git(repository: Path, ref: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _build(tree: Path, ref: str, command: list[str]) -> None:
+def _build(tree: Path, ref: str, command: list[str], deadline: float) -> None:
+    timeout_s = min(_BUILD_TIMEOUT_S, _left_s(deadline))
     try:
-        subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True, timeout=_BUILD_TIMEOUT_S)
+        subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True, timeout=timeout_s)
     except subprocess.CalledProcessError as error:
         raise ConfigError(
             f"--baseline-ref {ref}: its environment cannot be built: {error.stderr.strip()[-500:]}"
         ) from None
     except subprocess.TimeoutExpired:
+        if timeout_s < _BUILD_TIMEOUT_S:
+            raise OutOfTime from None
         raise ConfigError(
             f"--baseline-ref {ref}: its environment was not built within {_BUILD_TIMEOUT_S / 60:.0f} minutes"
         ) from None
+
+
+def _left_s(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())

@@ -124,9 +124,13 @@ class _Told:
     def _break(self) -> tuple[int, tuple[Reason, str] | None]:
         """How many pairs are whole, and what is wrong with the next one."""
         hardware = next((pair.baseline.hardware_id for pair in self.pairs), None)
+        recorded: dict[SideName, str] = {}
         for count, pair in enumerate(self.pairs):
             for name in SIDES:
-                problem = self._problem(name, pair.side(name), hardware)
+                run = pair.side(name)
+                now = run.recorded_hardware_id
+                before = recorded.setdefault(name, now) if now is not None else None
+                problem = self._problem(name, run, hardware) or _moved(before, now)
                 if problem is not None:
                     reason, text = problem
                     where = "rehearsal" if pair.number == REHEARSAL else f"pair {pair.number + 1}"
@@ -134,6 +138,8 @@ class _Told:
         return len(self.pairs), None
 
     def _problem(self, name: SideName, run: Sample, hardware: str | None) -> tuple[Reason, str] | None:
+        if run.not_comparable is not None:
+            return Reason.NOT_COMPARABLE, run.not_comparable
         if run.failure is not None:
             failed = Reason.CANDIDATE_FAILED if name == "candidate" else Reason.BASELINE_FAILED
             return failed, f"{run.failure.kind.value}: {run.failure.message}"
@@ -223,3 +229,10 @@ class _Told:
 
     def _runs(self, name: SideName) -> list[Sample]:
         return [pair.side(name) for pair in self.pairs]
+
+
+def _moved(before: str | None, now: str | None) -> tuple[Reason, str] | None:
+    """Whether a run of one side was on other hardware than that side's first."""
+    if before == now:
+        return None
+    return Reason.OTHER_HARDWARE, f"it ran on hardware {now}, and the first run of its side on {before}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from bench.record import Machine
 from tuner.differences import differences
 from tuner.gate.contenders import Contenders
+from tuner.gate.interpreter import OutOfTime
 from tuner.gate.rule import judge
 from tuner.gate.values import (
     EXIT_CODES,
@@ -63,17 +64,19 @@ class Gate:
         self._open = {case.name: list(case.metrics) for case in self.cases}
         self._findings = {}
         looks = looks_for(sum(len(case.metrics) for case in self.cases))
+        machines: dict[SideName, Machine | None] = {}
         with reporter:
             reporter.begin("getting both sides ready")
             with self.contenders:
-                reporter.end(f"{len(self.cases)} case{'s' if len(self.cases) > 1 else ''}, order seed {self.seed}")
-                machines = {name: self.contenders.machine(name) for name in SIDES}
                 try:
+                    self.contenders.prepare(self._deadline)
+                    reporter.end(f"{len(self.cases)} case{'s' if len(self.cases) > 1 else ''}, order seed {self.seed}")
+                    machines = {name: self.contenders.machine(name) for name in SIDES}
                     pair_s = self._rehearse(reporter, looks)
                     if pair_s:
                         reporter.say(self._forecast(sum(pair_s.values()), looks))
                         self._go_on(reporter, looks, pair_s)
-                except _OutOfTime:
+                except OutOfTime:
                     for case in self.cases:
                         self._decide(case, looks, because=Reason.OUT_OF_TIME)
         findings = tuple(self._findings[case.name, metric] for case in self.cases for metric in case.metrics)
@@ -101,7 +104,7 @@ class Gate:
             for name in SIDES:
                 reporter.begin(f"{case.name} · rehearsal · {name}: {case.side(name).describe()}")
                 found[name] = self._sample(case, name, reporter, check=case.protocol.check_outputs)
-            if any(sample.failure is not None for sample in found.values()):
+            if not all(sample.is_measured for sample in found.values()):
                 self._pairs[case.name].append(Pair(case=case.name, number=REHEARSAL, first=SIDES[0], **found))
                 self._decide(case, looks)
             else:
@@ -117,7 +120,7 @@ class Gate:
                 if not self._open[case.name]:
                     continue
                 if time.monotonic() + pair_s[case.name] > self._deadline:
-                    raise _OutOfTime
+                    raise OutOfTime
                 pair = self._pair(case, number, first, reporter)
                 pair_s[case.name] = sum(pair.side(name).wall_s for name in SIDES)
                 self._pairs[case.name].append(pair)
@@ -134,11 +137,11 @@ class Gate:
         """One run; one that the deadline ended is none, and says nothing of the side."""
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
-            raise _OutOfTime
+            raise OutOfTime
         timeout_s = None if math.isinf(left_s) else left_s
         sample = self.contenders.run(case, name, check=check, timeout_s=timeout_s)
         if sample.failure is not None and time.monotonic() >= self._deadline:
-            raise _OutOfTime
+            raise OutOfTime
         reporter.end(said(sample))
         return sample
 
@@ -160,14 +163,12 @@ class Gate:
         return text if self.max_minutes is None else f"{text}, and no more than {self.max_minutes:g} in all"
 
 
-class _OutOfTime(Exception):
-    """The minutes are used up."""
-
-
 def said(sample: Sample) -> str:
     """What came of a run, in a line."""
     if sample.failure is not None:
         return f"{sample.failure.kind.value}: {sample.failure.message}"
+    if sample.not_comparable is not None:
+        return f"not comparable: {sample.not_comparable}"
     speed = "output_throughput" if "output_throughput" in sample.metrics else "total_token_throughput"
     parts = [values_text(sample.metrics, (speed,)), "" if sample.steady else "never steady", f"{sample.wall_s:.0f} s"]
     return " · ".join(part for part in parts if part)
@@ -185,6 +186,8 @@ def _fleets(cases: tuple[Case, ...]) -> list[str]:
 
 def _software(machines: Mapping[SideName, Machine | None]) -> list[str]:
     """What differs in software is what a gate is for, and only shown."""
+    if not machines:
+        return []
     one, other = (machines[name] for name in SIDES)
     if one is None or other is None:
         return [f"what the {name} runs on could not be read from it" for name in SIDES if machines[name] is None]

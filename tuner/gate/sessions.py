@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Stored:
     key: str | None = None
     """Of the effective plan, in a study."""
     of_study: bool = False
+    empty_because: str | None = None
+    """Why the session is empty; None where it is not."""
 
 
 def is_benchmark_file(place: Path) -> bool:
@@ -73,6 +76,7 @@ def read_study(folder: Path, *, key: str | None = None) -> Stored:
         plan=runs[0].spec.plan if runs and runs[0].spec is not None else None,
         key=key,
         of_study=True,
+        empty_because=None if samples else _empty_because(study.records, key),
     )
 
 
@@ -80,11 +84,12 @@ def read_benchmarks(path: Path) -> dict[str, Stored]:
     """Sessions of a file that `pytest bench/suite --benchmark-json` wrote, by the benchmark's name.
 
     Raises:
-        StudyError: the file cannot be read, is cut off, or was written by another suite.
+        StudyError: the file cannot be read, is cut off, was written by another suite, or has two benchmarks of one
+            name.
     """
     try:
         document: Any = json.loads(path.read_text(encoding="utf-8"))
-        return {str(entry["name"]): _stored(path, entry) for entry in document["benchmarks"]}
+        found = [_stored(path, entry) for entry in document["benchmarks"]]
     except json.JSONDecodeError as error:
         raise StudyError(f"{path}: is cut off, or no JSON: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -93,6 +98,11 @@ def read_benchmarks(path: Path) -> dict[str, Stored]:
         raise StudyError(
             f"{path}: is no file of `pytest bench/suite --benchmark-json` of this version: {_what(error)}"
         ) from None
+    names = [one.session.case for one in found]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise StudyError(f"{path}: two benchmarks are called {doubled[0]}; give each plan a name of its own")
+    return dict(zip(names, found, strict=True))
 
 
 def _stored(path: Path, entry: dict[str, Any]) -> Stored:
@@ -105,6 +115,7 @@ def _stored(path: Path, entry: dict[str, Any]) -> Stored:
         model=ModelSpec.model_validate(extra["model"]),
         workload=Workload.model_validate(extra["workload"]),
         plan=Plan.model_validate(extra["plan"]),
+        empty_because=None if samples else "there is no run in it",
     )
 
 
@@ -113,6 +124,13 @@ def _what(error: Exception) -> str:
         first = error.errors(include_url=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return f"there is no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _empty_because(records: Sequence[Record], key: str | None) -> str:
+    if key is None:
+        return "no plan of it has a rank"
+    tried = sum(record.effective is not None and record.effective.key == key for record in records)
+    return f"every run of {key} failed there ({tried})" if tried else f"it has no run of {key}"
 
 
 def _is_run_of(record: Record, key: str | None) -> bool:

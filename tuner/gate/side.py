@@ -17,17 +17,19 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from bench import metrics
-from bench.record import Failure, FailureKind, Measurement, Outcome, Record
+from bench.errors import PlanError, UserError
+from bench.record import Failure, FailureKind, Outcome, Record
 from bench.spec import Value
 from tuner.differences import differences
-from tuner.gate.interpreter import Interpreter
+from tuner.gate.interpreter import Interpreter, own
 from tuner.gate.values import Case, Sample, SideName
 
 _START_S = 300.0
@@ -35,6 +37,18 @@ _START_S = 300.0
 _GOODBYE_S = 10.0
 """What a process that is told to stop has to clean up."""
 _TAIL = 2000
+_PREFIX, _IN_USE, _OF_PLAN = "pipetune: ", " is in use by ", "plan."
+"""How the command line begins a message, what `tuner.locks` says of a GPU that others hold, and how it goes on where a
+plan is not for the model."""
+
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class _NotComparable:
+    """A run that says nothing of its side, though the side did not fail."""
+
+    why: str
 
 
 def run_fresh(
@@ -52,25 +66,44 @@ def run_fresh(
         hardware_id: of the machine as this side sees it.
         check: whether its output is compared with the unsplit model's.
         timeout_s: beyond which it is ended; None is what the protocol lets a run take.
+
+    Raises:
+        PlanError: this very pipetune refuses the plan, so that it cannot be for that model whoever runs it.
     """
     longest_s = min(_START_S + 2 * case.protocol.timeout_s, timeout_s or math.inf)
     with tempfile.TemporaryDirectory(prefix="pipetune-gate-") as folder:
-        outcome, took_s, started_at = timed(
+        found, took_s, started_at = timed(
             lambda: _run(case, name, interpreter, Path(folder), check=check, timeout_s=longest_s)
         )
-    return sample_of(outcome, hardware_id=hardware_id, started_at=started_at, wall_s=took_s)
+    if isinstance(found, _NotComparable):
+        return Sample(not_comparable=found.why, hardware_id=hardware_id, started_at=started_at, wall_s=took_s)
+    return sample_of(
+        found.result if isinstance(found, Record) else found,
+        hardware_id=hardware_id,
+        recorded_hardware_id=found.hardware_id if isinstance(found, Record) else None,
+        started_at=started_at,
+        wall_s=took_s,
+    )
 
 
-def timed(run: Callable[[], Outcome]) -> tuple[Outcome, float, str]:
-    """An outcome, the seconds it took, and when it began."""
+def timed(run: Callable[[], _Found]) -> tuple[_Found, float, str]:
+    """What came of a run, the seconds it took, and when it began."""
     started_at, began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.monotonic()
-    outcome = run()
-    return outcome, round(time.monotonic() - began, 3), started_at
+    found = run()
+    return found, round(time.monotonic() - began, 3), started_at
 
 
-def sample_of(outcome: Outcome, *, hardware_id: str | None, started_at: str, wall_s: float) -> Sample:
+def sample_of(
+    outcome: Outcome,
+    *,
+    hardware_id: str | None,
+    started_at: str,
+    wall_s: float,
+    recorded_hardware_id: str | None = None,
+) -> Sample:
     """What the gate keeps of a run."""
-    common: dict[str, Any] = {"hardware_id": hardware_id, "started_at": started_at, "wall_s": wall_s}
+    common: dict[str, Any] = {"hardware_id": hardware_id, "recorded_hardware_id": recorded_hardware_id}
+    common |= {"started_at": started_at, "wall_s": wall_s}
     if isinstance(outcome, Failure):
         return Sample(failure=outcome, **common)
     return Sample(
@@ -78,13 +111,14 @@ def sample_of(outcome: Outcome, *, hardware_id: str | None, started_at: str, wal
         durations_s=tuple(run.duration_s for run in outcome.iterations),
         steady=outcome.steady,
         disturbances=outcome.telemetry.disturbances,
+        checked=outcome.check is not None,
         **common,
     )
 
 
 def _run(
     case: Case, name: SideName, interpreter: Interpreter, folder: Path, *, check: bool, timeout_s: float
-) -> Outcome:
+) -> Record | Failure | _NotComparable:
     side = case.side(name)
     config, plan, output = folder / "config.yaml", folder / "plan.json", folder / "records.jsonl"
     model = _given(side.model) | {"name": side.model.name}
@@ -110,7 +144,7 @@ def _run(
         raise KeyboardInterrupt
     if output.exists() and output.stat().st_size:
         return _read(output, case, name)
-    return _refusal(done.stdout) or _nothing(done)
+    return _refusal(done.stdout) or _nothing(done, name, interpreter)
 
 
 def _finish(command: list[str], environment: dict[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
@@ -124,11 +158,14 @@ def _finish(command: list[str], environment: dict[str, str], timeout_s: float) -
         try:
             said, complained = process.communicate(timeout=timeout_s)
         except BaseException:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=_GOODBYE_S)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            try:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=_GOODBYE_S)
+            finally:
+                # Also where a second Ctrl-C ends the waiting.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(command, process.returncode, said, complained)
 
@@ -146,9 +183,18 @@ def _refusal(document: str) -> Failure | None:
         return None
 
 
-def _nothing(done: subprocess.CompletedProcess[str]) -> Failure:
+def _nothing(
+    done: subprocess.CompletedProcess[str], name: SideName, interpreter: Interpreter
+) -> Failure | _NotComparable:
+    """What a process says that left no record."""
     said = (done.stderr.strip() or done.stdout.strip())[-_TAIL:]
     last = said.splitlines()[-1] if said else "it said nothing"
+    message = last.removeprefix(_PREFIX)
+    if done.returncode == UserError.exit_code and _IN_USE in message:
+        return _NotComparable(f"it did not get its GPU: {message}")
+    ours = interpreter == own(interpreter.env)
+    if done.returncode == UserError.exit_code and message.startswith(_OF_PLAN) and ours:
+        raise PlanError(f"{name}: {message}")
     return Failure(
         kind=FailureKind.WORKER_ERROR,
         message=f"pipetune bench ended with exit code {done.returncode} and left no record: {last}",
@@ -156,7 +202,7 @@ def _nothing(done: subprocess.CompletedProcess[str]) -> Failure:
     )
 
 
-def _read(output: Path, case: Case, name: SideName) -> Measurement | Failure:
+def _read(output: Path, case: Case, name: SideName) -> Record | _NotComparable:
     """The last record: others stand before it where a run was repeated."""
     line = output.read_text(encoding="utf-8").splitlines()[-1]
     try:
@@ -164,11 +210,17 @@ def _read(output: Path, case: Case, name: SideName) -> Measurement | Failure:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        return _foreign(f"its record is of another version than this pipetune reads: {where}: {first['msg']}")
+        return _NotComparable(
+            f"its record is of another version than this pipetune reads: {where}: {first['msg']}; compare with a "
+            "revision whose records it reads"
+        )
     other = _other_work(record, case, name)
-    return (
-        _foreign(f"it did other work than it was asked for, by other defaults: {other[0]}") if other else record.result
-    )
+    if other:
+        return _NotComparable(
+            f"it did other work than it was asked for, by other defaults: {other[0]}; give that by a flag or a "
+            "--config, as a value that is no default here: both sides are told it then"
+        )
+    return record
 
 
 def _other_work(record: Record, case: Case, name: SideName) -> list[str]:
@@ -181,7 +233,3 @@ def _other_work(record: Record, case: Case, name: SideName) -> list[str]:
         *differences(case.workload.model_copy(update=known), record.spec.workload.model_copy(update=known)),
         *differences(case.protocol, record.spec.protocol.model_copy(update=alike)),
     ]
-
-
-def _foreign(message: str) -> Failure:
-    return Failure(kind=FailureKind.WORKER_ERROR, message=message)

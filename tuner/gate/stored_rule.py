@@ -46,6 +46,25 @@ def judge_case(
     return tuple(_judge(case, metric, tolerance, stored, new, gate, alpha) for metric, tolerance in metrics.items())
 
 
+def out_of_time(findings: Sequence[Finding], runs: int) -> tuple[Finding, ...]:
+    """Findings of a candidate's session that was cut short by the time that a gate was given.
+
+    What its runs decided all the same stays decided, and what more of them would not help is still the reason.
+
+    Args:
+        runs: that the session has.
+    """
+    why = f"the time was up after {runs} of {SESSION_RUNS} runs; give more --max-minutes"
+
+    def cut(one: Finding) -> Finding:
+        if one.reason not in (Reason.MISSING_CANDIDATE, Reason.NOT_TOLD):
+            return one
+        text = f"{why}; {one.text}" if runs else why
+        return one.model_copy(update={"reason": Reason.OUT_OF_TIME, "text": text})
+
+    return tuple(map(cut, findings))
+
+
 def foreseen(metrics: Mapping[str, Tolerance], stored: Sequence[Session], gate: GateConfig) -> list[str]:
     """What can be seen of each metric, before anything is measured."""
     lines = []
@@ -163,6 +182,8 @@ def _problem(metric: str, side: str, runs: Sequence[tuple[str, Sample]]) -> tupl
     for place, run in runs:
         if run.failure is not None:
             return failed, f"{side} ({place}): {run.failure.kind.value}: {run.failure.message}"
+        if run.not_comparable is not None:
+            return Reason.NOT_COMPARABLE, f"{side} ({place}): {run.not_comparable}"
         if metric not in run.metrics:
             there = ", ".join(run.metrics) or "none"
             return Reason.MISSING_METRIC, f"{side} ({place}): there is no {metric}; there are: {there}"

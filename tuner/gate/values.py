@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from bench.metrics import HIGHER_IS_BETTER, metric_names
 from bench.record import Failure, Machine
@@ -81,6 +81,13 @@ class GateConfig(Value):
     """For stored baselines: by how much one session differs from another on this machine (SD of their levels'
     logarithms), used where one session alone is stored. Without it, one session decides nothing."""
 
+    @field_validator("metrics")
+    @classmethod
+    def _something_is_compared(cls, metrics: Metrics) -> Metrics:
+        if not metrics:
+            raise ValueError("name one at least, or leave the key out to compare the usual ones")
+        return metrics
+
 
 SideName = Literal["baseline", "candidate"]
 SIDES: tuple[SideName, SideName] = ("baseline", "candidate")
@@ -140,10 +147,24 @@ class Sample(Value):
     steady: bool = True
     disturbances: tuple[str, ...] = ()
     failure: Failure | None = None
+    not_comparable: str | None = None
+    """Why nothing was measured though its side did not fail: its GPU was taken, or it did other work than it was asked
+    for; and what helps."""
+    checked: bool = False
+    """Whether its output was compared with the unsplit model's."""
     hardware_id: str | None = None
+    """Of the machine as its side saw it at first, by this pipetune's digest."""
+    recorded_hardware_id: str | None = None
+    """Of this very run, by the digest of its side's own pipetune: comparable within that side alone. None where the
+    run left no record of its own."""
     started_at: str
     """UTC, ISO 8601."""
     wall_s: float
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is anything to compare."""
+        return self.failure is None and self.not_comparable is None
 
 
 REHEARSAL = -1
@@ -201,6 +222,8 @@ class Reason(StrEnum):
     """Equal sides would seem to differ by more than the margin here."""
     NEVER_STEADY = "never_steady"
     BASELINE_FAILED = "baseline_failed"
+    NOT_COMPARABLE = "not_comparable"
+    """A run of either side says nothing of it: its GPU was taken, or it did other work than it was asked for."""
     MISSING_BASELINE = "missing_baseline"
     MISSING_CANDIDATE = "missing_candidate"
     MISSING_METRIC = "missing_metric"

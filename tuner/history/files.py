@@ -36,12 +36,15 @@ def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History
     nights, skipped = [], []
     for folder in _studies(places):
         try:
-            night = StudyNight.of(Report.of(load_study(folder)))
+            report = Report.of(load_study(folder))
+            night = StudyNight.of(report)
         except PipetuneError as error:
             skipped.append(str(error) if str(folder) in str(error) else f"{folder}: {error}")
             continue
         if night is None:
             skipped.append(f"{folder}: nothing was measured")
+        elif report.log is not None and report.log.stop is None:
+            skipped.append(f"{folder}: its search has not ended, so that its best plan is not known; --resume ends it")
         else:
             nights.append(night)
     return history_of(nights, tuple(metrics), skipped)

@@ -56,7 +56,7 @@ class StudyNight:
         subjects = {BEST: ranking.best, BASELINE: ranking.baseline}
         plans: dict[str, tuple[str, Mapping[str, float]]] = {}
         for row in ranking.rows:
-            plans.setdefault(plan_key(row.plan), (row.plan.describe(), row.metrics))
+            plans.setdefault(plan_key(row.plan, config.concrete_devices), (row.plan.describe(), row.metrics))
         return cls(
             question=" ".join(identity),
             title=" · ".join(title),

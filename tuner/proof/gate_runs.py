@@ -15,7 +15,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.metrics import percentile
 from bench.record import write_durably
 from bench.spec import ModelSpec, Plan, Protocol, Workload
 from tuner.gate.contenders import FreshProcesses
@@ -134,8 +133,8 @@ def table(folder: Path) -> str:
     """What the gates said, as Markdown; empty where there is none."""
     lines = [
         "| candidate | gates | FAIL | OK | INCONCLUSIVE | worse by: median (least … largest) | pairs: median, most "
-        "| SD of a difference | minutes: median |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| SD of a difference: median | noise floor: median, most | minutes: median, in all |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     gates = read(folder)
     for kind, results in gates.items():
@@ -144,16 +143,22 @@ def table(folder: Path) -> str:
         findings = [result.findings[0] for result in results]
         estimates = [finding.estimate for finding in findings if finding.estimate is not None]
         spreads = [statistics.stdev(finding.differences) for finding in findings if len(finding.differences) > 1]
+        floors = [finding.floor for finding in findings if finding.floor is not None]
         pairs = [finding.pairs for finding in findings]
+        minutes = [result.took_s / 60 for result in results]
+        worse = (
+            f"{statistics.median(estimates):+.1%} ({min(estimates):+.1%} … {max(estimates):+.1%})" if estimates else "–"
+        )
         counts = [sum(finding.verdict is verdict for finding in findings) for verdict in Verdict]
         cells = (
             "equal sides" if not KINDS[kind] else f"stages work {KINDS[kind]:.0%} longer",
             str(len(results)),
             *map(str, counts),
-            f"{statistics.median(estimates):+.1%} ({min(estimates):+.1%} … {max(estimates):+.1%})",
+            worse,
             f"{statistics.median(pairs):g}, {max(pairs)}",
-            f"{statistics.median(spreads):.1%}",
-            f"{percentile([result.took_s / 60 for result in results], 0.5):.1f}",
+            f"{statistics.median(spreads):.1%}" if spreads else "–",
+            f"{statistics.median(floors):.1%}, {max(floors):.1%}" if floors else "–",
+            f"{statistics.median(minutes):.1f}, {sum(minutes):.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""

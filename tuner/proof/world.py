@@ -2,6 +2,8 @@
 
 A measured world's runs are split into two halves: a search draws its runs from one, as they are; every plan is judged
 by the other, the machine's moods taken out, lest luck be the optimum. Which half is which changes from seed to seed.
+The best plan is named by all runs, and so is one for all searches: named by the half that a search draws from, a search
+that has drawn all of it would have named it itself, luck included.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import datetime as dt
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -134,13 +137,14 @@ class MeasuredWorld:
         return records[order[visit % len(order)]]
 
     def score(self, plan: Plan, seed: int) -> float:
-        """By the half of the runs that the search did not see; 1 for the plan that is best by the half that it saw."""
-        seen, unseen = self.judged(seed)
-        best = max(seen.logs, key=lambda one: seen.logs[one])
+        """By the half of the runs that the search did not see; 1 for the plan that is best by all runs."""
+        _, unseen = self.judged(seed)
+        everything = self.judged_by_all
+        best = max(everything.logs, key=lambda one: everything.logs[one])
         own = list(self._runs).index(self.resolve(plan).key)
         return math.exp(unseen.logs[own] - unseen.logs[best])
 
-    @property
+    @cached_property
     def judged_by_all(self) -> moods.Judged:
         """What plans are worth by all their runs."""
         return moods.judge(all_timed(self._runs.values()), self.mood)

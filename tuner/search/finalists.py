@@ -84,11 +84,14 @@ def entrants(
     """Who takes part in the finals that follow the last trial; the same whether none or some of its rounds are done.
 
     Args:
-        preferred: keys of plans, best first, that go before all others where there is one objective.
+        preferred: keys of plans, best first, that go before all others where there is one objective; before them go
+            those that ran in these finals already, so that what was learnt in between changes nothing.
     """
+    _, own = last_finals(records)
+    ran = dict.fromkeys(record.effective.key for record in own if record.effective is not None)
     ranking = rank(before_finals(records), objectives, constraints)
     return Entrants(
-        plans=_choose(ranking, count, min_stages, preferred),
+        plans=_choose(ranking, count, min_stages, tuple(dict.fromkeys((*ran, *preferred)))),
         baseline_batch_size=ranking.baseline.batch_size if ranking.baseline else None,
     )
 

@@ -35,7 +35,12 @@ class Patience:
         self._calm.clear()
 
     def is_calm(self, history: History, view: Outlook) -> bool:
-        """Whether no open plan promises a gain after these records."""
+        """Whether no open plan promises a gain after these records.
+
+        What others run now is not open; it may be again after the same records, so that answer is not kept.
+        """
+        if history.taken:
+            return self._largest_chance(view)[0] < LEAST_CHANCE
         count = len(history.records)
         if count not in self._calm:
             self._calm[count] = self._largest_chance(view)[0] < LEAST_CHANCE

@@ -135,8 +135,7 @@ class Member:
         return self.database.patiently(self._claim_finals)
 
     def finish_finals(self) -> None:
-        claim = {**self.database.patiently(self.database.attributes)[_FINALS], "done": True}
-        self.database.patiently(lambda: self.database.set(_FINALS, claim))
+        self.database.patiently(self._finish_finals)
 
     def gone(self) -> frozenset[str]:
         """Names of the processes that ended, or gave no sign of life for `LEASE_S`."""
@@ -156,6 +155,13 @@ class Member:
             with contextlib.suppress(Exception):  # The others will find out by themselves.
                 self.database.set(STATE + self.name, LEFT)
         self.database.close()
+
+    def _finish_finals(self) -> None:
+        with self.database.alone():
+            claim = self.database.attributes()[_FINALS]
+            # A process that measured more trials may have claimed finals over these in the meantime.
+            if claim["name"] == self.name:
+                self.database.set(_FINALS, {**claim, "done": True})
 
     def _claim_finals(self) -> str | None:
         with self.database.alone():

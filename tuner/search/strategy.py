@@ -10,6 +10,7 @@ No clock and no global random numbers: replaying the records gives the same prop
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 
@@ -79,14 +80,10 @@ class Strategy:
         self._n_trials, self._seed, self._stop_early = n_trials, seed, stop_early
         self._num_objectives = len(objectives)
         self._first, self._suggest = tuple(first), suggest
-        self._lookout = Lookout(
-            space,
-            model,
-            resolve,
-            objectives=objectives,
-            constraints=constraints,
-            prior=prior,
-        )
+        look_out = functools.partial(Lookout, space, model, resolve, objectives=objectives, constraints=constraints)
+        self._lookout = look_out(prior=prior)
+        self._own = look_out() if prior else self._lookout
+        """Of this study alone."""
         self._lessons: Lessons = {}
         self._history = History(space, resolve)
         self._patience = Patience(self._lookout, num_objectives=len(objectives), seed=seed)
@@ -121,11 +118,11 @@ class Strategy:
     def preferred(self, records: Sequence[Record]) -> tuple[str, ...]:
         """Keys of the measured plans, best first as the refitted model has them, which smooths the luck of runs out.
 
-        Empty where nothing predicts the objective, and of several objectives.
+        What earlier studies taught is left aside. Empty of several objectives, or where nothing predicts the one.
         """
-        if self._num_objectives > 1 or self._lookout.is_blind or not self._lookout.num_candidates:
+        if self._num_objectives > 1 or self._own.is_blind or not self._own.num_candidates:
             return ()
-        view = self._lookout.look(self._read(records, ()))
+        view = self._own.look(self._read(records, ()))
         cost, _ = view.scalar(None)
         order = np.argsort(cost, kind="stable").tolist()
         return tuple(view.effective[place].key for place in order if view.was_measured[place])
@@ -168,6 +165,7 @@ class Strategy:
         if not self._history.is_extended_by(records):
             self._history = History(self._space, self._resolve)
             self._lookout.forget()
+            self._own.forget()
             self._patience.forget()
         self._history.extend(records, self._lessons)
         self._history.take(taken)

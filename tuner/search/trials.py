@@ -93,7 +93,8 @@ class Search:
             with self._book.spend("search"):
                 for record in proposals.pull(self._store):
                     self._show_best(record)
-                step = strategy.next(self._store.records, taken=proposals.taken)
+                # What finals measure must not reopen the search that they follow.
+                step = strategy.next(before_finals(self._store.records), taken=proposals.taken)
                 if time.monotonic() >= deadline and not (isinstance(step, Stop) and step.kind == "budget"):
                     return Stop(kind="time", text=f"{self._config.timeout_s:g} s are over, as many as were asked for")
                 if isinstance(step, Stop) and not proposals.taken:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "plan.json").write_text(PLAN.model_dump_json(), encoding="utf-8")
     (tmp_path / "strict.yaml").write_text("gate: {metrics: {ttft: {margin: 0.01}}}\n", encoding="utf-8")
     (tmp_path / "wrong.yaml").write_text("gate: {metrics: {speed: {}}}\n", encoding="utf-8")
+    (tmp_path / "empty.yaml").write_text("gate: {metrics: {}}\n", encoding="utf-8")
     (tmp_path / "gap.yaml").write_text("gate: {metrics: {ttft: {margin: 0.01, least_effect: 0.5}}}\n", encoding="utf-8")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "strict.yaml").write_text("", encoding="utf-8")
@@ -44,6 +46,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ((*GATE, "--metric", "speed"), "'speed' is no metric; there are ttft"),
         ((*GATE, "--margin", "2"), "--margin 2.0: Input should be less than 1"),
         ((*GATE, "--config", "wrong.yaml"), "'speed' is no metric"),
+        ((*GATE, "--config", "empty.yaml"), "name one at least"),
         ((*GATE, "--config", "gap.yaml"), "what lies between could neither fail nor pass"),
         ((*GATE, "-c", "strict.yaml", "-c", "other/strict.yaml"), "two files are called strict"),
         ((*GATE, "--output-len", "1", "--metric", "tpot"), "mean_tpot_ms is not measured in default"),
@@ -58,6 +61,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ((*GATE, "--baseline-python", "/bin/false"), "does not run Python code"),
         ((*GATE, "--baseline-ref", "no-such-revision"), "no such revision"),
         ((*GATE, "-o", "other"), "other exists and is not an empty folder"),
+        (("gate", "--stored", "other", "--order-seed", "0"), "--stored and --order-seed: the baseline is stored"),
+        (("gate", "old.json", "new.json", "--order-seed", "0"), "given are old.json new.json and --order-seed"),
+        (("gate", "old.json", "new.json", "--max-minutes", "0"), "given are old.json new.json and --max-minutes"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(
@@ -135,10 +141,14 @@ class TestEnvironments:
         git("commit", "-qm", "old")
         (repository / "code.py").write_text("new\n")
         found = interpreter.of_ref("HEAD", {}, repository=repository)
-        assert (found.python, found.revision) == (sys.executable, git("rev-parse", "HEAD"))
+        assert found.python == sys.executable
         assert found.root is not None
+        assert git("rev-parse", "HEAD") in found.root.parts
         assert (found.root / "code.py").read_text() == "old\n"
         assert interpreter.of_ref("HEAD", {}, repository=repository) == found
+        (repository / "constraints.txt").write_text("a==2\n")
+        with pytest.raises(interpreter.OutOfTime):
+            interpreter.of_ref("HEAD", {}, repository=repository, deadline=time.monotonic())
 
 
 def test_a_whole_gate_writes_its_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,8 +56,10 @@ def test_a_plan_is_the_same_wherever_its_stages_lie() -> None:
             )
         }
     )
-    assert plan_key(elsewhere) == plan_key(EVEN)
-    assert plan_key(EVEN) != plan_key(UNEVEN)
+    cpus = ("cpu:0", "cpu:1")
+    assert plan_key(elsewhere, ("cuda:2", "cuda:3")) == plan_key(EVEN, cpus)
+    assert plan_key(elsewhere, ("cuda:0", "cuda:1", "cuda:2", "cuda:3")) != plan_key(EVEN, cpus)
+    assert plan_key(EVEN, cpus) != plan_key(UNEVEN, cpus)
     turned = EVEN.model_copy(
         update={
             "stages": tuple(
@@ -65,7 +67,19 @@ def test_a_plan_is_the_same_wherever_its_stages_lie() -> None:
             )
         }
     )
-    assert plan_key(turned) != plan_key(EVEN)
+    assert plan_key(turned, cpus) != plan_key(EVEN, cpus)
+
+
+def test_ratios_are_over_the_first_study_or_there_are_none(tmp_path: Path) -> None:
+    first = write_night(tmp_path / "a", {UNEVEN: 1.0})
+    others = [
+        write_night(tmp_path / name, {UNEVEN: 1.0, EVEN: 1.3}, seed=seed) for name, seed in (("b", 50), ("c", 90))
+    ]
+    found = compared(first, *others)
+    by_text = {plan.text: plan for plan in found.plans}
+    assert set(by_text[UNEVEN.describe()].ratios) == {"b", "c"}
+    assert set(by_text[EVEN.describe()].figures) == {"b", "c"}
+    assert by_text[EVEN.describe()].ratios == {}
 
 
 def test_other_hardware_is_named_and_money_counts_by_device(tmp_path: Path) -> None:

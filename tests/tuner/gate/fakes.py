@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Self
 
 from bench.record import Machine
 from tests.record_factory import make_machine
 from tests.tuner.gate.factory import make_sample
+from tuner.gate.interpreter import OutOfTime
 from tuner.gate.values import Case, Method, Sample, SideName
 
 Answer = Callable[[Case, SideName, int], Sample]
@@ -25,6 +28,8 @@ class FakeContenders:
         self.machines = machines or {"baseline": make_machine(), "candidate": make_machine()}
         self.asked: list[tuple[str, SideName, bool]] = []
         self.open = False
+        self.getting_ready_s = -math.inf
+        """How long it would take to be ready."""
 
     def __enter__(self) -> Self:
         self.open = True
@@ -32,6 +37,10 @@ class FakeContenders:
 
     def __exit__(self, *exit_info: object) -> None:
         self.open = False
+
+    def prepare(self, deadline: float) -> None:
+        if deadline < time.monotonic() + self.getting_ready_s:
+            raise OutOfTime
 
     def machine(self, name: SideName) -> Machine | None:
         return self.machines[name]

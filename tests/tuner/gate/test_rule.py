@@ -178,6 +178,11 @@ GOOD = {METRIC: 100.0}
         ({"candidate": make_sample({METRIC: 0.0})}, Verdict.INCONCLUSIVE, Reason.NOT_FINITE),
         ({"candidate": make_sample(GOOD, hardware_id="xyz")}, Verdict.INCONCLUSIVE, Reason.OTHER_HARDWARE),
         ({"baseline": make_sample(GOOD, hardware_id=None)}, Verdict.INCONCLUSIVE, Reason.OTHER_HARDWARE),
+        (
+            {"candidate": make_sample({}, not_comparable="its GPU was taken")},
+            Verdict.INCONCLUSIVE,
+            Reason.NOT_COMPARABLE,
+        ),
     ],
 )
 def test_one_broken_run_ends_it_even_among_good_ones(
@@ -186,6 +191,20 @@ def test_one_broken_run_ends_it_even_among_good_ones(
     finding = found(replaced(make_pairs(noise(8)), **sides))
     assert (finding.verdict, finding.reason) == (verdict, reason)
     assert finding.text.startswith("pair 8, ")
+
+
+def test_hardware_that_changes_within_a_side_ends_it_and_another_digest_of_the_other_side_does_not() -> None:
+    def recorded(pair: Pair, baseline: str, candidate: str) -> Pair:
+        sides = {"baseline": (pair.baseline, baseline), "candidate": (pair.candidate, candidate)}
+        return pair.model_copy(
+            update={name: run.model_copy(update={"recorded_hardware_id": one}) for name, (run, one) in sides.items()}
+        )
+
+    pairs = [recorded(pair, "by old digests", "by ours") for pair in make_pairs(noise(8))]
+    assert found(pairs).verdict is Verdict.OK
+    moved = found([*pairs[:-1], recorded(pairs[-1], "by old digests", "by ours, with a card less")])
+    assert (moved.verdict, moved.reason) == (Verdict.INCONCLUSIVE, Reason.OTHER_HARDWARE)
+    assert moved.text.startswith("pair 8, candidate: ")
 
 
 def test_a_side_that_never_gets_steady_is_inconclusive_though_its_numbers_look_good() -> None:

@@ -135,6 +135,27 @@ def test_what_is_no_number_is_inconclusive_and_survives_json() -> None:
     assert again.findings == result.findings
 
 
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_run_that_says_nothing_of_its_side_blames_nobody(at: int) -> None:
+    def answer(case: Case, name: SideName, number: int) -> Sample:
+        if (name, number) != ("candidate", at):
+            return equal(case, name, number)
+        return make_sample({}, not_comparable="it did not get its GPU")
+
+    result, _ = run(answer)
+    assert (result.exit_code, result.findings[0].reason) == (3, Reason.NOT_COMPARABLE)
+    assert "it did not get its GPU" in result.findings[0].text
+    assert (result.pairs[-1].number == REHEARSAL) == (at == 0)
+
+
+def test_sides_that_are_not_ready_in_time_are_not_judged() -> None:
+    contenders = FakeContenders(equal)
+    contenders.getting_ready_s = 3600.0
+    result = Gate(cases=ONE, contenders=contenders, seed=1, max_minutes=30.0).run(SilentReporter())
+    assert (result.exit_code, result.findings[0].reason) == (3, Reason.OUT_OF_TIME)
+    assert (contenders.asked, contenders.open, result.machines, result.notes) == ([], False, {}, ())
+
+
 def test_no_minute_starts_nothing_and_says_so() -> None:
     result, contenders = run(max_minutes=0.0)
     assert (result.exit_code, result.findings[0].reason) == (3, Reason.OUT_OF_TIME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.errors import PlanError
 from bench.record import FailureKind
 from bench.spec import ModelSpec, Plan, Protocol, Workload
 from tests.tiny_models import save_tiny_model
 from tuner.gate.contenders import FreshProcesses, RunningFleet
+from tuner.gate.interpreter import Interpreter
+from tuner.gate.side import run_fresh
 from tuner.gate.values import Case, Side, SideName, Tolerance
 from tuner.proof.hook import write_hook
 
@@ -66,9 +70,12 @@ def test_both_sides_run_in_processes_of_their_own_and_say_what_they_run_on(
     monkeypatch.setenv("PIPETUNE_NUM_PROMPTS", "3")
     case = make_case(model)
     with FreshProcesses((case,)) as contenders:
+        contenders.prepare(math.inf)
         sample = contenders.run(case, "candidate", check=True)
         machine = contenders.machine("candidate")
     assert sample.failure is None
+    assert sample.checked
+    assert contenders.cannot_see == ()
     assert machine is not None
     assert sample.hardware_id == machine.hardware.hardware_id
     assert sample.metrics["output_throughput"] > 0
@@ -82,11 +89,13 @@ def test_a_broken_candidate_and_one_that_hangs_are_failures_that_leave_no_proces
 ) -> None:
     broken = make_case(model, env=hook(tmp_path / "broken", "    raise SystemExit('broken')"))
     with FreshProcesses((broken,)) as contenders:
+        contenders.prepare(math.inf)
         failure = contenders.run(broken, "candidate", check=False).failure
     assert failure is not None
     assert "exit code 4" in failure.message
     hanging = make_case(model, env=hook(tmp_path / "hanging", "    import time; time.sleep(600)"))
     with FreshProcesses((hanging,)) as contenders:
+        contenders.prepare(math.inf)
         began = time.monotonic()
         failure = contenders.run(hanging, "candidate", check=False, timeout_s=6.0).failure
     assert failure is not None
@@ -95,9 +104,42 @@ def test_a_broken_candidate_and_one_that_hangs_are_failures_that_leave_no_proces
     assert processes_with(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("echo 'pipetune: GPU 0 is in use by pid 7' >&2; exit 2", "it did not get its GPU: GPU 0 is in use by pid 7"),
+        (
+            'while [ "$1" != --output ]; do shift; done; echo "{}" > "$2"',
+            "its record is of another version than this pipetune reads",
+        ),
+    ],
+)
+def test_a_run_that_says_nothing_of_its_side_is_no_failure_of_it(
+    model: ModelSpec, tmp_path: Path, script: str, why: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    python.chmod(0o755)
+    found = run_fresh(
+        make_case(model), "baseline", Interpreter(python=str(python), root=None), hardware_id="abc", check=False
+    )
+    assert found.not_comparable is not None
+    assert why in found.not_comparable
+    assert (found.failure, found.is_measured) == (None, False)
+
+
+def test_a_plan_that_is_not_for_the_model_is_the_askers_mistake(model: ModelSpec) -> None:
+    case = make_case(model, (2, 3))
+    with FreshProcesses((case,)) as contenders:
+        contenders.prepare(math.inf)
+        with pytest.raises(PlanError, match="candidate: plan"):
+            contenders.run(case, "candidate", check=False)
+
+
 def test_a_running_fleet_changes_plans_and_checks_them(model: ModelSpec) -> None:
     case = make_case(model)
     with RunningFleet((case,)) as contenders:
+        contenders.prepare(math.inf)
         samples = [contenders.run(case, name, check=True) for name in ("baseline", "candidate")]
     assert [sample.failure for sample in samples] == [None, None]
     assert len({sample.hardware_id for sample in samples}) == 1

@@ -14,6 +14,8 @@ from tuner.cli.history_view import sparkline
 from tuner.history.files import read_history
 from tuner.history.series import BASELINE, BEST
 from tuner.history.values import History, LevelChange, Series
+from tuner.search.log import SearchLog
+from tuner.study_files import SEARCH_FILE
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,16 @@ def test_a_level_that_changed_is_found_with_what_else_changed(nights: Path) -> N
         assert any("torch 9.9.9" in text for text in change.also_changed)
     ttft = next(one for one in question.series if (one.subject, one.metric) == (BEST, "mean_ttft_ms"))
     assert [one.is_worse for one in ttft.changes] == [True]
+
+
+def test_a_study_whose_search_has_not_ended_is_no_night(tmp_path: Path) -> None:
+    write_night(tmp_path / "ended", {UNEVEN: 1.0, EVEN: 1.3})
+    running = write_night(tmp_path / "running", {UNEVEN: 1.0, EVEN: 1.3}, seed=9)
+    (running / SEARCH_FILE).write_text(SearchLog().model_dump_json())
+    found = read_history([tmp_path])
+    assert [night.study for question in found.questions for night in question.nights] == ["ended"]
+    (why,) = found.skipped
+    assert "running: its search has not ended" in why
 
 
 def test_the_baseline_and_plans_run_often_are_series_of_their_own(nights: Path) -> None:

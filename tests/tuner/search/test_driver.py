@@ -418,6 +418,30 @@ def test_a_finished_study_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert len(lab.calls) == calls
 
 
+def test_finals_that_were_killed_go_on_and_do_not_reopen_the_search(tmp_path: Path) -> None:
+    wanted = config(n_trials=30, stop_early=True, finalist_rounds=3, max_finalist_rounds=3)
+    whole = study(tmp_path / "whole", Lab(), wanted)[1]
+    trials = roles(whole)["trial"]
+    assert trials < 30, "it ended by itself"
+    lab = Lab()
+
+    def die(spec: RunSpec, number: int) -> Failure | None:
+        if number == trials + 4:  # behind the single stage and three runs of the finals
+            raise Killed
+        return None
+
+    lab.fault = die
+    with pytest.raises(Killed):
+        study(tmp_path / "s", lab, wanted)
+    before = load_records(tmp_path / "s")
+    assert roles(before)["finalist"] >= 2
+    lab.fault = lambda spec, number: None
+    _, records = study(tmp_path / "s", lab, wanted, resume=True)
+    assert records[: len(before)] == before
+    assert roles(records) == roles(whole)
+    assert {record.round for record in records if record.role == "finalist"} == {0, 1, 2}
+
+
 def test_a_lost_database_is_made_anew(tmp_path: Path) -> None:
     lab = Lab()
     study(tmp_path / "s", lab, config(n_trials=4))

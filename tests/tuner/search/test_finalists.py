@@ -152,6 +152,24 @@ def test_plans_that_the_model_prefers_take_part_and_the_rest_as_measured() -> No
     assert of_a_front == entrants(records, [THROUGHPUT, TTFT], [], count=2)
 
 
+def test_who_runs_in_the_finals_stays_in_whatever_was_learnt_since() -> None:
+    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
+    records = searched(moods)
+    records.append(make_record(4, "finalist", SLOW, make_measurement(SLOW, mood=0.9), round_=0))
+    taking_part = entrants(records, [THROUGHPUT], [], count=2, preferred=(key(GOOD), key(FAST), key(SLOW)))
+    assert {effective.plan for effective in taking_part.plans} == {SLOW, GOOD}
+
+
+def test_a_trial_that_measured_nothing_leaves_the_finals_as_they_are() -> None:
+    moods = {FAST: 0.5, GOOD: 0.7}
+    records = searched(moods)
+    verdict = play(records, moods)
+    assert verdict is not None
+    late = make_record(len(records), "trial", make_plan((18, 12), 16), make_failure(), trial_number=9)
+    assert play([*records, late], moods) == verdict
+    assert all(row.confirmed for row in rank([*records, late]).rows)
+
+
 def test_trials_after_the_finals_call_for_new_finals() -> None:
     moods = {FAST: 0.5, GOOD: 0.7}
     records = searched(moods)

@@ -295,9 +295,11 @@ def test_the_last_one_holds_the_finals(tmp_path: Path, database: str) -> None:
         assert "runs the finals" in str(a.member.claim_finals())
         b.member.finish_finals()
         assert "ran the finals" in str(a.member.claim_finals())
-        # More was measured since: there is something to decide again.
+        # More was measured since: there is something to decide again, which is not done when b ends its own.
         a.run(POINTS[1])
         assert a.member.claim_finals() is None
+        b.member.finish_finals()
+        assert "runs the finals" in str(b.member.claim_finals())
 
 
 @pytest.mark.usefixtures("short_lease")

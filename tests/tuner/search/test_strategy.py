@@ -261,6 +261,17 @@ def test_runs_without_spans_still_lead() -> None:
     assert len({record.effective.key for record in records if record.effective}) >= 5
 
 
+def test_a_calm_while_others_hold_the_promising_plans_is_not_remembered() -> None:
+    points = [one.point for one in candidates(PIPELINES[0], PIPELINES[2])]
+    hopeless = [one.point for one in candidates(PIPELINES[0], PIPELINES[2]) if one.effective.plan.layer_counts[0] <= 2]
+    held = [point for point in points if point not in hopeless]
+    options: dict[str, Any] = {"n_trials": len(points) - 1}
+    records, *_ = play(make_strategy(PIPELINES, **options), PIPELINES, before=[single_stage(PIPELINES)], most=2)
+    strategy = make_strategy(PIPELINES, **options)
+    strategy.next(records, taken=held)
+    assert strategy.next(records) == make_strategy(PIPELINES, **options).next(records)
+
+
 def test_plans_that_others_run_are_left_to_them_and_count() -> None:
     strategy = make_strategy(PIPELINES, n_trials=3)
     first = strategy.next([])

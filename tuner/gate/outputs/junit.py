@@ -52,8 +52,10 @@ def _suite(result: GateResult, name: str, findings: Sequence[Finding]) -> ET.Ele
 
 
 def _took_s(result: GateResult, case: str) -> float:
-    """What the runs of a case took."""
-    return sum(pair.side(name).wall_s for pair in result.pairs if pair.case == case for name in SIDES)
+    """What the runs of a case took; where the baseline is stored those of the candidate, whose session is the last."""
+    paired = [pair.side(name) for pair in result.pairs if pair.case == case for name in SIDES]
+    sessions = [session.samples for session in result.sessions if session.case == case]
+    return sum(run.wall_s for run in (*paired, *(sessions[-1] if sessions else ())))
 
 
 def _case(finding: Finding, took_s: float) -> ET.Element:

@@ -10,7 +10,7 @@ from bench.record import Machine
 from tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict
 from tuner.report.wording import MISSING, bytes_text, clean, ms_text, number_text
 
-LEGEND = "Worse by: how much the candidate loses, whichever way the metric runs; negative is better."
+LEGEND = "Worse by: how much more time (of a rate, time per token) or memory the candidate takes; negative is better."
 TEXT_COLUMNS = frozenset({"case", "metric", "verdict"})
 _METHODS = {
     "fresh_processes": "pairs of fresh processes, their order drawn by lot",

@@ -17,6 +17,7 @@ from matplotlib.collections import PathCollection
 from rich.console import Console
 
 from bench.errors import ConfigError
+from tests.tuner.gate.factory import make_sample
 from tests.tuner.gate.results import METRIC, make_result
 from tuner.cli import gate_view
 from tuner.gate.outputs import files
@@ -24,7 +25,7 @@ from tuner.gate.outputs.junit import render_junit
 from tuner.gate.outputs.markdown import render_markdown
 from tuner.gate.outputs.plot import draw
 from tuner.gate.outputs.wording import signed, story_of, value_text
-from tuner.gate.values import GateResult, Reason, Verdict
+from tuner.gate.values import GateResult, Reason, Session, Verdict
 from tuner.report.canvas import LIGHT
 
 ALL = {"prefill": 0.0, "decode": 0.1, "short": None}
@@ -60,6 +61,17 @@ def test_junit_times_of_tests_add_up_to_what_the_runs_took() -> None:
     runs = [run for pair in result.pairs for run in (pair.baseline, pair.candidate)]
     read = read_junit(render_junit(result))
     assert sum(case.time for suite in read for case in suite) == pytest.approx(sum(run.wall_s for run in runs))
+
+
+def test_junit_times_beside_a_stored_baseline_are_those_of_the_candidate() -> None:
+    sessions = tuple(
+        Session(place=place, case="decode", samples=(make_sample({METRIC: 1.0}, wall_s=wall_s),) * 5)
+        for place, wall_s in (("monday", 100.0), ("now", 12.0))
+    )
+    result = make_result({"decode": 0.0}).model_copy(update={"method": "stored", "pairs": (), "sessions": sessions})
+    (suite,) = read_junit(render_junit(result))
+    assert suite.time == pytest.approx(60.0)
+    assert sum(case.time for case in suite) == pytest.approx(60.0)
 
 
 @given(st.text(st.characters(), max_size=40))
