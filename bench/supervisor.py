@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.errors import FleetError
+from bench.errors import ConfigError, FleetError
 from bench.faults import KNOBS
 from bench.record import Failure, FailureKind
 from bench.spec import ModelSpec, Value, device_kind
@@ -33,6 +33,8 @@ STUCK_AFTER_S = 30.0
 KILL_TIMEOUT_S = 60.0
 """A killed worker that is not gone after so long is left to the kernel."""
 FOLDER_PREFIX = "pipetune-"
+_MAX_SOCKET_PATH = 103
+"""Bytes; of the systems that pipetune runs on, the least that a socket's address holds."""
 GRACE_S = 1.0
 """How long to wait, after a worker fell, for the one that fell first to say why."""
 
@@ -112,6 +114,7 @@ class Supervisor:
         Whoever calls this kills what was started if anything is raised, an interrupt among them.
 
         Raises:
+            ConfigError: the folder for temporary files has too long a path for a socket.
             FleetError: workers that do not start; they were killed.
         """
         self._oom_kills_before = _oom_kills()
@@ -120,6 +123,11 @@ class Supervisor:
         log_dir = self._log_dir or self._folder
         log_dir.mkdir(parents=True, exist_ok=True)
         path = self._folder / "driver.sock"
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"TMPDIR: {tempfile.gettempdir()} is too long: a socket's path there would have "
+                f"{len(os.fsencode(path))} bytes of at most {_MAX_SOCKET_PATH}; give a shorter one"
+            )
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         path.chmod(0o600)

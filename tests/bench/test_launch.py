@@ -289,6 +289,18 @@ def test_an_interrupted_start_leaves_nothing(folder: Path, monkeypatch: pytest.M
     assert not list(folder.parent.glob("pipetune-*"))
 
 
+def test_a_folder_too_deep_for_a_socket_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(ConfigError, match="TMPDIR: "):
+        Fleet.start(ModelSpec(name=str(folder)), DEVICES)
+    assert not list(deep.glob("*"))
+
+
 def test_a_plan_with_more_stages_on_a_device_than_workers_is_refused(fleet: Fleet) -> None:
     plan = Plan.from_layer_counts((3, 3), ("cuda:0", "cuda:0"), 2)
     with pytest.raises(PlanError, match="cuda:0 holds 2 stages"):
