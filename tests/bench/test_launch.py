@@ -289,9 +289,7 @@ def test_an_interrupted_start_leaves_nothing(folder: Path, monkeypatch: pytest.M
     assert not list(folder.parent.glob("pipetune-*"))
 
 
-def test_a_folder_too_deep_for_a_socket_is_named(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_too_deep_for_a_socket_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setenv("TMPDIR", str(deep))
