@@ -6,11 +6,16 @@ Its benchmarks are named alike wherever it is started, so that files of differen
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
 
 SUITE = Path(__file__).parent
 
 if __name__ == "__main__":
+    if missing := [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]:
+        sys.exit(
+            f"bench.suite: {' and '.join(missing)} not found in {sys.prefix}: pip install pytest pytest-benchmark there"
+        )
+    import pytest
+
     sys.exit(pytest.main([str(SUITE), f"--rootdir={SUITE.parents[1]}", "-p", "no:cacheprovider", *sys.argv[1:]]))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bench.record import Machine
@@ -47,11 +48,7 @@ def story_of(result: GateResult) -> Story:
     """What is told of a gate; all of it on single lines, whatever a name or an error holds."""
     columns = _columns(result)
     several = len({finding.case for finding in result.findings}) > 1
-    remarks = [
-        f"{_name(finding, several)}: {finding.verdict.value}, {finding.text}"
-        for finding in result.findings
-        if finding.verdict is not Verdict.OK
-    ]
+    remarks = _reasons(result)
     remarks += [f"not seen: {blind}" for blind in result.cannot_see]
     return Story(
         headline=clean(f"{result.verdict.value}: {_headline(result, several)}"),
@@ -137,6 +134,26 @@ def _headline(result: GateResult, several: bool) -> str:
     said = list(dict.fromkeys(_failed(finding, several) for finding in told))
     more = len(said) - _NAMED
     return "; ".join(said[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _reasons(result: GateResult) -> list[str]:
+    """Why not OK; what several comparisons share is told once."""
+    shared: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    every: dict[str, list[str]] = defaultdict(list)
+    for finding in result.findings:
+        every[finding.case].append(finding.metric)
+        if finding.verdict is not Verdict.OK:
+            shared[f"{finding.verdict.value}, {finding.text}"][finding.case].append(finding.metric)
+    return [f"{_names(of, every)}: {text}" for text, of in shared.items()]
+
+
+def _names(of: Mapping[str, list[str]], every: Mapping[str, list[str]]) -> str:
+    if len(every) == 1:
+        return ", ".join(*of.values())
+    # A case alone stands for all of its metrics.
+    return "; ".join(
+        case if len(some) == len(every[case]) > 1 else f"{case} · {', '.join(some)}" for case, some in of.items()
+    )
 
 
 def _failed(finding: Finding, several: bool) -> str:

@@ -121,6 +121,26 @@ def test_markdown_is_a_heading_a_table_and_what_is_to_be_said() -> None:
 
 
 @pytest.mark.parametrize(
+    ("others", "names"),
+    [
+        ([("prefill", "a"), ("prefill", "b")], "prefill"),
+        ([("prefill", "a"), ("decode", "a"), ("decode", "b")], "prefill · a; decode"),
+        ([("decode", "a")], "decode · a"),
+    ],
+)
+def test_what_several_comparisons_share_is_told_once(others: list[tuple[str, str]], names: str) -> None:
+    result = make_result({"prefill": 0.0, "decode": None})
+    fine, undecided = result.findings
+    findings = [
+        (undecided if (case, metric) in others else fine).model_copy(update={"case": case, "metric": metric})
+        for case in ("prefill", "decode")
+        for metric in ("a", "b")
+    ]
+    story = story_of(result.model_copy(update={"findings": tuple(findings)}))
+    assert [line for line in story.remarks if "INCONCLUSIVE" in line] == [f"{names}: INCONCLUSIVE, {undecided.text}"]
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "a|b <script>",
