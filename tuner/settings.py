@@ -223,7 +223,7 @@ def load(path: Path) -> TuneConfig:
     try:
         return TuneConfig.model_validate(layers.values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, layers.sources)) from None
+        raise ConfigError(_explain(error, layers.sources, elsewhere=f"{path}: ")) from None
 
 
 def _put_given(
@@ -333,8 +333,8 @@ def _leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[Ke
             yield (*above, key), value
 
 
-def _explain(error: ValidationError, sources: Mapping[KeyPath, str]) -> str:
-    """One line per problem: place, key, what is wrong, and the value."""
+def _explain(error: ValidationError, sources: Mapping[KeyPath, str], *, elsewhere: str = "") -> str:
+    """One line per problem: place (`elsewhere` for a key that nothing set), key, what is wrong, and the value."""
     lines = []
     for problem in error.errors(include_url=False)[:_MAX_PROBLEMS]:
         location = tuple(str(part) for part in problem["loc"] if not str(part).startswith("tuple["))
@@ -342,7 +342,7 @@ def _explain(error: ValidationError, sources: Mapping[KeyPath, str]) -> str:
         while path and path not in sources:
             path = path[:-1]
         key = ".".join(path or location)
-        place = f"{sources[path]}: " if path else ""
+        place = f"{sources[path]}: " if path else elsewhere
         message = problem["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
         # A flag or a variable says which setting it is, a message may; a line of a file does not.
         named = place.startswith(("--", ENVIRONMENT_PREFIX)) or not key or message.startswith(f"{key}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,13 @@ def test_a_recorded_config_of_before_has_the_defaults_of_what_it_lacks() -> None
     assert recorded.space.replicas is None
     assert recorded.workload.kind == "generate"
     assert recorded.workload.sampling is None
+
+
+def test_a_recorded_config_without_a_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("seed: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: model: Field required$"):
+        settings.load(path)
 
 
 def test_a_dumped_config_reads_back_without_places(tmp_path: Path) -> None:

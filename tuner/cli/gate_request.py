@@ -99,6 +99,7 @@ class GateRequest:
             "--candidate-env": self.candidate_env or None,
             "--max-minutes": self.max_minutes,
             **self._of_a_baseline_that_runs(),
+            **{f"--{name.replace('_', '-')}": self.params.get(name) for name in settings.FLAGS if name != "output_dir"},
         }
         given = [flag for flag, value in others.items() if value is not None]
         if len(self.files) < 2 or given:

@@ -73,7 +73,8 @@ class Prediction:
         apart = shift / self.error
         if apart > _FAR:
             # There the normal part of t hardly varies, and scipy's noncentral t overflows.
-            return float(chi2.cdf(self.freedom * (apart / bound) ** 2, self.freedom))
+            # Past as many bounds it is 1, and a square of more would overflow.
+            return float(chi2.cdf(self.freedom * min(apart / bound, _FAR) ** 2, self.freedom))
         return float(nct.sf(bound, self.freedom, apart))
 
     def _tail(self, above: float) -> float:

@@ -64,6 +64,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("gate", "--stored", "other", "--order-seed", "0"), "--stored and --order-seed: the baseline is stored"),
         (("gate", "old.json", "new.json", "--order-seed", "0"), "given are old.json new.json and --order-seed"),
         (("gate", "old.json", "new.json", "--max-minutes", "0"), "given are old.json new.json and --max-minutes"),
+        (("gate", "old.json", "new.json", "--input-len", "8", "-o", "new"), "old.json new.json and --input-len"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(

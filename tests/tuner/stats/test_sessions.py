@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tuner.stats.sessions import Prediction, predict
@@ -111,6 +111,7 @@ def test_the_interval_holds_what_the_tests_do_not_exclude(levels: list[int], new
     st.lists(st.floats(-1, 1), min_size=1, max_size=6),
     st.sampled_from([None, 0.02]),
 )
+@example([[0.0], [1.42e-160]], [0.0], None)
 def test_any_runs_give_probabilities_and_moving_all_changes_nothing(
     stored: list[list[float]], new: list[float], told: float | None
 ) -> None:
