@@ -33,6 +33,8 @@ STUCK_AFTER_S = 30.0
 KILL_TIMEOUT_S = 60.0
 """A killed worker that is not gone after so long is left to the kernel."""
 FOLDER_PREFIX = "pipetune-"
+_OWNER_FILE = ".driver"
+"""In a driver's own folder: its process id, and when that process began. What lacks it belongs to somebody else."""
 _MAX_SOCKET_PATH = 103
 """Bytes; of the systems that pipetune runs on, the least that a socket's address holds."""
 GRACE_S = 1.0
@@ -120,6 +122,7 @@ class Supervisor:
         self._oom_kills_before = _oom_kills()
         _sweep_leftovers()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
+        (self._folder / _OWNER_FILE).write_text(f"{os.getpid()} {_began(os.getpid())}", encoding="ascii")
         log_dir = self._log_dir or self._folder
         log_dir.mkdir(parents=True, exist_ok=True)
         path = self._folder / "driver.sock"
@@ -394,11 +397,23 @@ class Supervisor:
 
 def _sweep_leftovers() -> None:
     """Removes the folders of drivers that were killed: they could not do it themselves."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}[0-9]*-*"):
-        pid = int(folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0])
-        with contextlib.suppress(OSError):
-            if folder.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*-*"):
+        with contextlib.suppress(OSError, ValueError):
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            pid, began = (int(word) for word in (folder / _OWNER_FILE).read_text(encoding="ascii").split())
+            if folder.name.startswith(f"{FOLDER_PREFIX}{pid}-") and _began(pid) != began:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _began(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot; None where there is none of that number."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The name in parentheses may hold anything; behind it the start time is the 20th field.
+    return int(text.rpartition(")")[2].split()[19])
 
 
 def _oom_kills() -> int:
