@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.errors import ConfigError
@@ -39,6 +40,13 @@ def shown(url: str) -> str:
         return _parse(url).set(query={}).render_as_string(hide_password=True)
     except ConfigError:
         return "URL"
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file of an SQLite database; None for other databases, and for one in memory."""
+    parsed = _parse(url)
+    in_memory = parsed.database in (None, "", ":memory:") or str(parsed.database).startswith("file:")
+    return Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" and not in_memory else None
 
 
 def is_postgresql(url: str) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 import optuna
 import sqlalchemy
@@ -14,7 +17,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from bench.errors import StorageError, StudyError
-from tuner.storage_url import connectable, is_postgresql, shown
+from tuner.storage_url import connectable, is_postgresql, shown, sqlite_path
 
 PATIENCE_S = 60.0
 """How long a database that was there is waited for."""
@@ -32,14 +35,22 @@ _CONNECTION = {
 _T = TypeVar("_T")
 
 
+class CorruptDatabaseError(StudyError):
+    """An SQLite file that is damaged, or none at all."""
+
+
 def open_storage(url: str) -> optuna.storages.RDBStorage:
     """Opens an Optuna database.
 
     Raises:
         ConfigError: it is no URL, or the driver is missing.
-        StudyError: it cannot be used; no password is shown.
+        CorruptDatabaseError: an SQLite file that is damaged; it is left as it is.
+        StudyError: it cannot be used, or is another program's; no password is shown.
     """
     target = connectable(url)
+    path = sqlite_path(target)
+    if path is not None and path.is_file() and path.stat().st_size:
+        _check_file(path, url)
     # Optuna puts its schema's version into braces.
     optunas = target.replace("{", "{{").replace("}", "}}")
     try:
@@ -58,6 +69,40 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
             engine.dispose()
     except Exception as error:
         raise StudyError(f"storage {shown(url)}: cannot be used: {reason(error)}") from None
+
+
+_OPTUNAS = {"studies": "study_name", "version_info": "schema_version"}
+"""Tables of an Optuna database, each with a column by which it is known."""
+
+
+def _check_file(path: Path, url: str) -> None:
+    """Looks at an SQLite file without writing to it; one that is busy or cannot be read is left to Optuna to say.
+
+    Raises:
+        CorruptDatabaseError: it is damaged.
+        StudyError: it is another program's.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            columns = {
+                table: {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} for table in _OPTUNAS
+            }
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorname not in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
+            return
+        found, tables, columns = str(error), set(), {}
+    if found != "ok":
+        raise CorruptDatabaseError(
+            f"storage {shown(url)}: is damaged or no database: {found}; name another by --storage, or move this one "
+            "away: a resumed study builds its database anew from the records"
+        )
+    if tables and any(column not in columns[table] for table, column in _OPTUNAS.items()):
+        raise StudyError(
+            f"storage {shown(url)}: holds tables of another program ({', '.join(sorted(tables)[:3])}), and was left as "
+            "it is; name a new file, or one of Optuna's"
+        )
 
 
 def _lock(connection: sqlalchemy.Connection, name: str) -> None:

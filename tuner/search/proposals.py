@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -18,11 +17,11 @@ from bench import metrics
 from bench.errors import StudyError, UserError
 from bench.record import Failure, FailureKind, Measurement, Outcome, Record
 from tuner.config import Constraint
-from tuner.search.database import open_storage, reason
+from tuner.search.database import CorruptDatabaseError, open_storage, reason
 from tuner.search.resolver import overrun
 from tuner.search.space import Point, SearchSpace
 from tuner.standings import Objective
-from tuner.storage_url import shown
+from tuner.storage_url import shown, sqlite_path
 from tuner.store import StudyStore
 
 MEMORY_CONSTRAINT = "memory"
@@ -46,12 +45,22 @@ class Proposals:
         objectives: Sequence[str],
         constraints: Sequence[Constraint],
         seed: int,
+        set_aside: Callable[[str], None] | None = None,
     ) -> None:
+        """
+        Args:
+            set_aside: for a database of the study's own: if it is damaged it is kept under another name, which this is
+                told, and made anew. Without it the database may be somebody else's, and is never touched.
+
+        Raises:
+            CorruptDatabaseError, StudyError: the database cannot be used.
+        """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
         self._objectives = tuple(objectives)
         self._constraints = tuple(constraints)
         self._seed = seed
+        self._set_aside = set_aside
         self._study = self._open(url)
         self._distributions: dict[str, BaseDistribution] = {
             name: IntDistribution(low, high, log=log) for name, (low, high, log) in space.dimensions().items()
@@ -147,15 +156,18 @@ class Proposals:
     def _open(self, url: str) -> optuna.Study:
         try:
             return self._create(url)
-        except Exception as error:
-            # The records are the truth: a database of ours that cannot be read is set aside and built anew.
-            path = Path(url.removeprefix("sqlite:///"))
-            if not url.startswith("sqlite:///") or not path.exists():
-                if isinstance(error, UserError):
-                    raise
-                raise StudyError(f"storage {shown(url)}: cannot be used: {reason(error)}") from None
-            path.replace(path.with_name(f"{path.name}.broken"))
+        except CorruptDatabaseError:
+            path = sqlite_path(url)
+            if self._set_aside is None or path is None:
+                raise
+            # The records are the truth: the study's own database is built anew from them.
+            kept = path.replace(path.with_name(f"{path.name}.broken"))
+            self._set_aside(f"{path} is damaged: it is kept as {kept.name}, and made anew from the records")
             return self._create(url)
+        except UserError:
+            raise
+        except Exception as error:
+            raise StudyError(f"storage {shown(url)}: cannot be used: {reason(error)}") from None
 
     def _create(self, url: str) -> optuna.Study:
         self._storage = open_storage(url)

@@ -62,8 +62,9 @@ class Participant(Protocol):
 class Alone:
     """The one process of its study."""
 
-    def __init__(self, store: StudyStore) -> None:
+    def __init__(self, store: StudyStore, say: Callable[[str], None]) -> None:
         self._store = store
+        self._say = say
 
     @property
     def seed(self) -> int:
@@ -78,7 +79,14 @@ class Alone:
     def proposals(
         self, space: SearchSpace, resolve: Resolver, *, objectives: Sequence[str], constraints: Sequence[Constraint]
     ) -> Proposals:
-        return Proposals(self._store.storage_url, space, objectives=objectives, constraints=constraints, seed=self.seed)
+        return Proposals(
+            self._store.storage_url,
+            space,
+            objectives=objectives,
+            constraints=constraints,
+            seed=self.seed,
+            set_aside=self._say if self._store.config.storage is None else None,
+        )
 
     def claim_finals(self) -> str | None:
         return None
@@ -208,7 +216,7 @@ def participate(store: StudyStore, say: Callable[[str], None]) -> Iterator[Parti
     """
     config = store.config
     if config.shared_study is None:
-        yield Alone(store)
+        yield Alone(store, say)
         return
     assert config.storage is not None, "a shared study is checked before it begins"
     member = Member(store, Database(config.storage, config.shared_study), say)

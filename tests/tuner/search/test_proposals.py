@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,16 @@ SPACE = build()[0]
 LIMITS = (Constraint.model_validate("p90_ttft_ms<=2000"), Constraint.model_validate("bubble_ratio<=0.9"))
 
 
+said: list[str] = []
+
+
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'study.db'}"
 
 
 def open_(url: str, space: SearchSpace = SPACE, objectives: tuple[str, ...] = ("output_throughput",)) -> Proposals:
-    return Proposals(url, space, objectives=objectives, constraints=LIMITS, seed=0)
+    return Proposals(url, space, objectives=objectives, constraints=LIMITS, seed=0, set_aside=said.append)
 
 
 @pytest.fixture
@@ -104,6 +108,7 @@ def test_what_was_not_told_is_told_and_what_has_no_record_is_returned(proposals:
 @pytest.mark.parametrize("damage", ["lost", "torn"])
 def test_a_database_is_rebuilt_from_the_records(url: str, damage: str) -> None:
     path = Path(url.removeprefix("sqlite:///"))
+    said.clear()
     first = open_(url)
     records = [
         record(first.start(point), point, make_failure(FailureKind.OUT_OF_MEMORY) if index == 1 else None)
@@ -123,6 +128,48 @@ def test_a_database_is_rebuilt_from_the_records(url: str, damage: str) -> None:
     after = [(trial.number, trial.state, trial.params, trial.values, trial.constraints) for trial in trials(url)]
     assert after == before
     assert path.with_name("study.db.broken").exists() == (damage == "torn")
+    assert [text for text in said if "study.db.broken" in text] == said
+    assert bool(said) == (damage == "torn")
+
+
+@pytest.mark.parametrize("content", ["tables", "text", "torn"])
+def test_a_database_that_is_not_the_studys_own_stays_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "customers.db"
+    if content == "tables":
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("CREATE TABLE studies (customer TEXT)")
+            connection.execute("CREATE TABLE version_info (shoe_size INTEGER)")
+    elif content == "text":
+        path.write_text("no database at all, but somebody's notes\n" * 50)
+    else:
+        open_(f"sqlite:///{path}").close()
+        path.write_bytes(path.read_bytes()[:3000] + b"\xff" * 500)
+    before = path.read_bytes()
+    with pytest.raises(StudyError, match=r"customers\.db") as caught:
+        Proposals(f"sqlite:///{path}", SPACE, objectives=("output_throughput",), constraints=(), seed=0)
+    assert "another" in str(caught.value)
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("state", ["tables", "busy"])
+def test_a_database_of_ours_is_only_set_aside_when_it_is_damaged(url: str, state: str) -> None:
+    path = Path(url.removeprefix("sqlite:///"))
+    holder = sqlite3.connect(path)
+    if state == "tables":
+        holder.execute("CREATE TABLE studies (customer TEXT)")
+        holder.commit()
+    else:
+        open_(url).close()
+        holder.execute("BEGIN EXCLUSIVE")
+    before = path.read_bytes()
+    said.clear()
+    with pytest.raises(StudyError, match=r"study\.db"):
+        open_(f"{url}?timeout=0.1")
+    holder.close()
+    assert path.read_bytes() == before
+    assert not said
+    assert not path.with_name("study.db.broken").exists()
 
 
 def test_a_rebuilt_database_keeps_trial_numbers_over_gaps(proposals: Proposals, url: str) -> None:
