@@ -1,0 +1,90 @@
+"""How pipetune is started: the one place that knows its module."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MODULE = "tuner"
+HEAVY = (
+    "matplotlib.pyplot",
+    "optuna",
+    "pandas",
+    "pydantic",
+    "rich.console",
+    "scipy.stats",
+    "sqlalchemy",
+    "typer",
+    "yaml",
+)
+"""What commands spend most of their start on; loaded once for all that are forked."""
+
+_FORKING = """
+import importlib, json, os, runpy, sys
+for name in json.loads(sys.argv[2]):
+    importlib.import_module(name)
+module = sys.argv[1]
+for line in sys.stdin:
+    task = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(task["folder"])
+        os.environ.update(task["environment"])
+        for number, name in enumerate((os.devnull, "stdout", "stderr")):
+            path = name if number == 0 else os.path.join(task["outputs"], name)
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv = [module, *task["args"]]
+        sys.path[0] = task["folder"]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a plain terminal of 80 columns, with a cache of its own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PIPETUNE_", "GITHUB_"))}
+    screen = {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8", "MPLBACKEND": "Agg"}
+    return kept | screen | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PIPETUNE_CACHE": str(folder / "cache")}
+
+
+def run(args: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
+    """One command of this checkout, run in a folder."""
+    command = [sys.executable, "-m", MODULE, *args]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=280, check=False, cwd=folder, env=environment(folder)
+    )
+
+
+class Forks:
+    """Commands that start no fleet, forked from one process that has loaded what takes them longest."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _FORKING, MODULE, json.dumps(HEAVY)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env=environment(folder),
+        )
+
+    def run(self, args: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
+        """One command of this checkout, run in a folder."""
+        assert self._process.stdin
+        assert self._process.stdout
+        task = {"args": args, "folder": str(folder), "environment": environment(folder), "outputs": str(self._folder)}
+        self._process.stdin.write(json.dumps(task) + "\n")
+        self._process.stdin.flush()
+        code = int(self._process.stdout.readline())
+        out, err = ((self._folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(args, code, out, err)
+
+    def close(self) -> None:
+        """Ends the process that forks."""
+        self._process.communicate()

@@ -1,0 +1,115 @@
+"""What people see and what files hold: the same as recorded, but for the changes that `renames.txt` lists."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.golden.command import ROOT
+from tests.golden.record import DATA, load
+from tests.golden.scenarios import CHAINS, STARTS_FLEETS, SUBCOMMANDS, Sections, walk
+from tests.golden.text import same_shape, words
+
+ROOTS = {"bench": "bench", "tuner": "tuner"}
+"""Where each half of the library is imported from."""
+PUBLIC = {
+    "bench": (*("Pipeline", "Plan", "ModelSpec", "Sampling", "StagePlan", "GenerationResult", "ScoreResult"),),
+    "tuner": ("auto_split_model",),
+}
+"""The names that README.md and docs/ show to users of Python."""
+RENAMES = Path(__file__).parent / "renames.txt"
+
+Outcome = dict[str, Sections | Exception]
+
+
+def _walked(chain: str, folder: Path) -> Outcome:
+    return dict(walk(chain, folder))
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Outcome]]]:
+    """Of every chain that a chosen test asks for; chains run side by side."""
+    wanted = {
+        str(item.callspec.params["chain"])
+        for item in request.session.items
+        if hasattr(item, "callspec") and "chain" in item.callspec.params
+    }
+    chains = sorted((chain for chain in CHAINS if chain in wanted), key=lambda chain: chain not in STARTS_FLEETS)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        yield {chain: pool.submit(_walked, chain, tmp_path_factory.mktemp(chain).resolve()) for chain in chains}
+
+
+STEPS = [
+    pytest.param(chain, step.name, id=step.name, marks=[pytest.mark.e2e] if chain in STARTS_FLEETS else [])
+    for chain, steps in CHAINS.items()
+    for step in steps
+]
+
+
+@pytest.mark.parametrize(("chain", "name"), STEPS)
+def test_what_is_seen_is_what_was_recorded(chain: str, name: str, outcomes: dict[str, Future[Outcome]]) -> None:
+    found = outcomes[chain].result()[name]
+    if isinstance(found, Exception):
+        raise found
+    recorded = load((DATA / f"{name}.txt").read_text(encoding="utf-8"))
+    assert [*found] == [renamed(title) for title in recorded]
+    for (title, old), new in zip(recorded.items(), found.values(), strict=True):
+        assert_same(title, old, new)
+
+
+def assert_same(title: str, old: str, new: str) -> None:
+    """A section as it was recorded, looked at as its title says."""
+    if title.endswith("[shape]"):
+        old, new = same_shape(renamed(old), new)
+    elif title.endswith("[words]") or renamed(words(old)) != words(old):
+        old, new = renamed(words(old)), words(new)
+    assert new == old, title
+
+
+def renamed(text: str) -> str:
+    """A recorded text with the wanted changes made."""
+    for line in RENAMES.read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            before, arrow, after = line.partition(" → ")
+            assert arrow, f"{RENAMES.name}: no arrow in {line!r}"
+            text = text.replace(before, after)
+    return text
+
+
+def test_no_recording_is_left_over() -> None:
+    assert {path.stem for path in DATA.glob("*.txt")} == {step.name for steps in CHAINS.values() for step in steps}
+
+
+def test_every_command_is_recorded() -> None:
+    seen = load((DATA / "help.txt").read_text(encoding="utf-8"))["stdout [exact]"]
+    assert set(re.findall(r"(?m)^│ (\w+)", seen)) >= set(SUBCOMMANDS)
+
+
+@pytest.mark.parametrize(("half", "name"), [(half, name) for half, names in PUBLIC.items() for name in names])
+def test_public_names_are_imported_from_their_root(half: str, name: str) -> None:
+    code = f"from {ROOTS[half]} import {name}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_what_the_readme_imports_is_a_public_name() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"(?m)^(?:`|)from (?:bench|tuner|pipetune[\w.]*) import [\w, ]+", text)
+    names = {
+        alias.name
+        for line in lines
+        for node in ast.walk(ast.parse(line))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert names
+    assert names <= {name for group in PUBLIC.values() for name in group}
