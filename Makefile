@@ -57,25 +57,25 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 demo: $(VENV)/.installed-run
 	$(BIN)/pipetune tune --config examples/demo.yaml -o $(DEMO) $(if $(wildcard $(DEMO)/study.yaml),--resume)
 
-# A second `make bench-peers` goes on with what the first one measured. PEERS_ARGS: see `python -m bench.peers --help`.
+# A second `make bench-peers` goes on with what the first one measured. PEERS_ARGS: see `python -m tests.evaluation.peers --help`.
 bench-peers: $(VENV)/.installed-run
-	$(BIN)/python -m bench.peers $(if $(QUICK),--quick) $(PEERS_ARGS)
+	$(BIN)/python -m tests.evaluation.peers $(if $(QUICK),--quick) $(PEERS_ARGS)
 
-# SEARCH_ARGS: see `python -m tuner.proof --help`.
+# SEARCH_ARGS: see `python -m tests.evaluation.search --help`.
 bench-search: $(VENV)/.installed-run
-	$(BIN)/python -m tuner.proof search --docs docs/performance.md $(SEARCH_ARGS)
+	$(BIN)/python -m tests.evaluation.search search --docs docs/performance.md $(SEARCH_ARGS)
 
 # A landscape that is complete is not measured again; one that is not goes on. LANDSCAPES: their names; all by default.
 landscapes: $(VENV)/.installed-run
-	$(BIN)/python -m tuner.proof measure $(LANDSCAPES) $(SEARCH_ARGS)
+	$(BIN)/python -m tests.evaluation.search measure $(LANDSCAPES) $(SEARCH_ARGS)
 
-# GATE_ARGS: see `python -m tuner.proof.gate --help`.
+# GATE_ARGS: see `python -m tests.evaluation.gate --help`.
 bench-gate: $(VENV)/.installed-run
-	$(BIN)/python -m tuner.proof.gate --docs docs/performance.md $(GATE_ARGS)
+	$(BIN)/python -m tests.evaluation.gate --docs docs/performance.md $(GATE_ARGS)
 
-# GPU_CHECK_ARGS: see `python -m bench.gpu_check --help`.
+# GPU_CHECK_ARGS: see `python -m tests.evaluation.gpu --help`.
 gpu-check: $(VENV)/.installed-run
-	$(BIN)/python -m bench.gpu_check $(GPU_CHECK_ARGS)
+	$(BIN)/python -m tests.evaluation.gpu $(GPU_CHECK_ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,7 +1,4 @@
 """Measures one plan on real devices; knows nothing of search."""
 
-from bench.launch import GenerationResult, ScoreResult
-from bench.pipeline import Pipeline
-from bench.spec import ModelSpec, Plan, Sampling, StagePlan
-
-__all__ = ["GenerationResult", "ModelSpec", "Pipeline", "Plan", "Sampling", "ScoreResult", "StagePlan"]
+if __name__ != "pipetune.bench":
+    raise ImportError("bench is pipetune.bench: import that, or run `python -m pipetune.bench...`")

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bench.record import Failure
+    from pipetune.bench.record import Failure
 
 
 class PipetuneError(Exception):

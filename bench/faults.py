@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import traceback
 
-from bench.errors import UserError
-from bench.record import Failure, FailureKind
+from pipetune.bench.errors import UserError
+from pipetune.bench.record import Failure, FailureKind
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory|CU\w+_STATUS_ALLOC_FAILED", re.I

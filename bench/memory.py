@@ -6,10 +6,10 @@ import math
 
 from pydantic import Field
 
-from bench.errors import PlanError
-from bench.record import Failure, FailureKind
-from bench.schedule import micro_batch_sizes
-from bench.spec import EffectivePlan, Plan, Value, device_kind
+from pipetune.bench.errors import PlanError
+from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.schedule import micro_batch_sizes
+from pipetune.bench.spec import EffectivePlan, Plan, Value, device_kind
 
 KV_ALIGNMENT = 16
 """On GPUs KV slots have a multiple of so many positions: kernels of attention pad them in every call otherwise."""

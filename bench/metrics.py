@@ -19,7 +19,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from bench.record import Measurement
+from pipetune.bench.record import Measurement
 
 LATENCIES = ("queue", "ttft", "tpot", "e2el")
 PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}

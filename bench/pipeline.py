@@ -7,11 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bench.errors import PlanError
-from bench.launch import Fleet, GenerationResult, Progress, ScoreResult
-from bench.memory import check_plan, resolve
-from bench.record import Failure
-from bench.spec import ModelSpec, Plan, Sampling
+from pipetune.bench.errors import PlanError
+from pipetune.bench.fleet.fleet import Fleet, GenerationResult, Progress, ScoreResult
+from pipetune.bench.memory import check_plan, resolve
+from pipetune.bench.record import Failure
+from pipetune.bench.spec import ModelSpec, Plan, Sampling
 
 
 class Pipeline:

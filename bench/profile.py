@@ -11,9 +11,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from bench.memory import ModelShape
-from bench.record import Machine
-from bench.spec import SCHEMA_VERSION, Device, ModelSpec, Sampling, Value
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.record import Machine
+from pipetune.bench.spec import SCHEMA_VERSION, Device, ModelSpec, Sampling, Value
 
 PROFILE_METHOD = 2
 """Counts up when profiles are taken otherwise than before: those kept from then are measured anew."""

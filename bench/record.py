@@ -13,8 +13,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from bench.schedule import Task
-from bench.spec import SCHEMA_VERSION, EffectivePlan, RunSpec, Value
+from pipetune.bench.schedule import Task
+from pipetune.bench.spec import SCHEMA_VERSION, EffectivePlan, RunSpec, Value
 
 SHARED_DEVICE_NOTE = "shared_device"
 """How the note begins of a run whose stages shared a GPU: it proves correctness, never speed, and is not ranked."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bench.launch import Fleet
-from bench.profile import Profile
+from pipetune.bench.fleet.fleet import Fleet
+from pipetune.bench.profile import Profile
 
 
 def hush(monkeypatch: pytest.MonkeyPatch, *disturbances: str) -> None:

@@ -10,8 +10,8 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 
-from bench.memory import LayerShape, ModelShape
-from bench.record import (
+from pipetune.bench.memory import LayerShape, ModelShape
+from pipetune.bench.record import (
     Failure,
     FailureKind,
     GpuInfo,
@@ -29,8 +29,8 @@ from bench.record import (
     TaskShape,
     Telemetry,
 )
-from bench.schedule import Task, build_schedule, micro_batch_sizes, simulate
-from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.bench.schedule import Task, build_schedule, micro_batch_sizes, simulate
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
 
 DEVICES = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
 MODEL = ModelSpec(name="smollm2-135m", revision="b179c9523d0e")

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.metrics import derive
-from bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, TaskTime
-from bench.record import Machine, Measurement, Record, write_durably
-from bench.spec import Workload
+from pipetune.bench.metrics import derive
+from pipetune.bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, TaskTime
+from pipetune.bench.record import Machine, Measurement, Record, write_durably
+from pipetune.bench.spec import Workload
+from pipetune.tuner.config import sources
+from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.study.files import CONFIG_FILE, MACHINE_FILE, PROFILE_FILE, RECORDS_FOLDER, SEARCH_FILE, SHAPE_FILE
+from pipetune.tuner.study.search_log import LoggedTrial, Reason, SearchLog, Stop
 from tests.record_factory import (
     DECODE_LAYER_ROW_S,
     DECODE_LAYER_S,
@@ -21,10 +25,6 @@ from tests.record_factory import (
     make_shape,
     make_study_records,
 )
-from tuner import settings
-from tuner.config import TuneConfig
-from tuner.search.log import LoggedTrial, Reason, SearchLog, Stop
-from tuner.study_files import CONFIG_FILE, MACHINE_FILE, PROFILE_FILE, RECORDS_FOLDER, SEARCH_FILE, SHAPE_FILE
 
 
 def write_study(
@@ -53,7 +53,7 @@ def write_study(
         }
     )
     (folder / RECORDS_FOLDER).mkdir(parents=True)
-    write_durably(folder / CONFIG_FILE, settings.dump(config))
+    write_durably(folder / CONFIG_FILE, sources.dump(config))
     write_durably(folder / MACHINE_FILE, (machine or make_machine()).model_dump_json())
     write_durably(folder / SHAPE_FILE, make_shape().model_dump_json())
     for record in make_study_records() if records is None else records:

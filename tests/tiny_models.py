@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from bench.runtime.job import MicroBatchInputs, sort_by_length
+from pipetune.bench.runtime.job import MicroBatchInputs, sort_by_length
 
 VOCAB_SIZE = 300
 COMMON: dict[str, Any] = {

@@ -12,11 +12,11 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
-from bench import metrics
-from bench.record import Failure, Outcome
+from pipetune.bench import metrics
+from pipetune.bench.record import Failure, Outcome
 
 if TYPE_CHECKING:
-    from bench.launch import Progress
+    from pipetune.bench.fleet.fleet import Progress
 
 
 class Reporter(Protocol):

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from bench.errors import ModelError
-from bench.spec import ModelSpec, device_kind
+from pipetune.bench.errors import ModelError
+from pipetune.bench.spec import ModelSpec, device_kind
 
 _FLASH: dict[str, tuple[Callable[[], bool], str]] = {
     "flash_attention_2": (is_flash_attn_2_available, "flash-attn"),

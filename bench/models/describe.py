@@ -12,21 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from transformers.models.auto.auto_factory import _get_model_class
 
-from bench.cuts import embeds_in_layers, forbidden_cuts
-from bench.errors import ModelError
-from bench.memory import LayerShape, ModelShape
-from bench.models.attention import check_attention
-from bench.models.cache_kinds import DummyLayer
-from bench.models.layers import (
-    cache_name,
-    check_family,
-    check_splittable,
-    find_layers,
-    is_recurrent,
-)
-from bench.models.resolve import ResolvedModel
-from bench.models.states import state_bytes
-from bench.spec import DTYPE_BYTES
+from pipetune.bench.cuts import embeds_in_layers, forbidden_cuts
+from pipetune.bench.errors import ModelError
+from pipetune.bench.memory import LayerShape, ModelShape
+from pipetune.bench.models.attention import check_attention
+from pipetune.bench.models.cache_kinds import DummyLayer
+from pipetune.bench.models.layers import cache_name, check_family, check_splittable, find_layers, is_recurrent
+from pipetune.bench.models.resolve import ResolvedModel
+from pipetune.bench.models.states import state_bytes
+from pipetune.bench.spec import DTYPE_BYTES
 
 _BEHIND = re.compile(
     r"(.*_)?head|(final_?|output_?)?(layer_?norm|norm|ln)(_f|_out)?|final_.*|output.*|proj(ect)?_out|embed_out"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench.models.layers import find_layers
+from pipetune.bench.models.layers import find_layers
 
 
 def init_dummy_weights(model: PreTrainedModel, seed: int) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
-from bench.errors import ModelError
-from bench.models import checkpoint
-from bench.models.cache import CACHE_VARIABLE, build_once, cache_root
+from pipetune.bench.errors import ModelError
+from pipetune.bench.models import checkpoint
+from pipetune.bench.models.cache import CACHE_VARIABLE, build_once, cache_root
 
 CONVERSION = 1
 """Counts changes of `convert`: folders that an older one made are not used any more."""
@@ -132,7 +132,7 @@ def convert(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    from bench.models.layers import check_family
+    from pipetune.bench.models.layers import check_family
 
     place: dict[str, Any] = {"gguf_file": file.name}
     with _explained(file, header):

@@ -15,8 +15,8 @@ from transformers.cache_utils import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from bench.errors import ModelError
-from bench.models.cache_kinds import DummyLayer
+from pipetune.bench.errors import ModelError
+from pipetune.bench.models.cache_kinds import DummyLayer
 
 UNSPLITTABLE: dict[str, str] = {
     "hrm_text": "it runs the same layers several times in one forward pass",

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.errors import ModelError
-from bench.models import smollm2
-from bench.models.checkpoint import content_revision, read_config, refuse_adapter, weight_files
-from bench.models.gguf import find_gguf, gguf_folder, gguf_revision
-from bench.spec import ModelSpec
+from pipetune.bench.errors import ModelError
+from pipetune.bench.models import smollm2
+from pipetune.bench.models.checkpoint import content_revision, read_config, refuse_adapter, weight_files
+from pipetune.bench.models.gguf import find_gguf, gguf_folder, gguf_revision
+from pipetune.bench.spec import ModelSpec
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "*.model")

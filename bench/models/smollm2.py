@@ -11,9 +11,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.errors import ModelError
-from bench.models.cache import CACHE_VARIABLE, build_once, cache_root
-from bench.models.gguf import CONVERSION, convert
+from pipetune.bench.errors import ModelError
+from pipetune.bench.models.cache import CACHE_VARIABLE, build_once, cache_root
+from pipetune.bench.models.gguf import CONVERSION, convert
 
 ALIAS = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

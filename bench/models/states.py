@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from bench.models.layers import cache_name
+from pipetune.bench.models.layers import cache_name
 
 _TOKENS = 8
 

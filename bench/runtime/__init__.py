@@ -1,0 +1,1 @@
+"""The runtime: one stage of a pipeline, its loop over tasks, its kernels and its links."""

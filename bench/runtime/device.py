@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from bench.runtime import heap
-from bench.spec import device_index, device_kind
+from pipetune.bench.runtime.stage import allocator
+from pipetune.bench.spec import device_index, device_kind
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ANCHOR_TRIES = 5
@@ -94,7 +94,7 @@ class DeviceContext:
             torch.cuda.set_device(self.torch_device)
         else:
             self.torch_device = torch.device("cpu")
-            heap.set_up()
+            allocator.set_up()
 
     @property
     def is_cuda(self) -> bool:
@@ -131,19 +131,19 @@ class DeviceContext:
 
     def lasting(self) -> contextlib.AbstractContextManager[None]:
         """Within it weights are loaded: what is allocated lives long."""
-        return contextlib.nullcontext() if self.is_cuda else heap.lasting()
+        return contextlib.nullcontext() if self.is_cuda else allocator.lasting()
 
     def touch_libraries(self, dtype: torch.dtype) -> None:
         """CPU: brings into memory what every model needs of the libraries, so that no plan is charged with it."""
         if not self.is_cuda:
-            heap.touch_libraries(dtype)
+            allocator.touch_libraries(dtype)
 
     def free_cached(self) -> None:
         """Gives unused memory back, so that the next plan's peak is its own."""
         if self.is_cuda:
             torch.cuda.empty_cache()
         else:
-            heap.trim()
+            allocator.trim()
 
 
 @contextlib.contextmanager

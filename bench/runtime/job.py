@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.runtime.streams import to_device
-from bench.schedule import Task, build_schedule, micro_batch_sizes
-from bench.spec import Sampling
+from pipetune.bench.runtime.links.streams import to_device
+from pipetune.bench.schedule import Task, build_schedule, micro_batch_sizes
+from pipetune.bench.spec import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.spec import Sampling
+from pipetune.bench.spec import Sampling
 
 # How many of the likeliest tokens `top_p` is looked for among, before the whole vocabulary is sorted, which on a CPU
 # takes longer than a decode step of a small model.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from bench.record import StageTrace
-from bench.runtime.device import Clock, Stamp
+from pipetune.bench.record import StageTrace
+from pipetune.bench.runtime.device import Clock, Stamp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

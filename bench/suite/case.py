@@ -12,11 +12,11 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bench import metrics
-from bench.errors import PlanError
-from bench.launch import Fleet
-from bench.record import Failure, Machine, Measurement
-from bench.spec import ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.bench import metrics
+from pipetune.bench.errors import PlanError
+from pipetune.bench.fleet.fleet import Fleet
+from pipetune.bench.record import Failure, Machine, Measurement
+from pipetune.bench.spec import ModelSpec, Plan, Protocol, RunSpec, Workload
 
 
 class PlanCase(BaseModel):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.errors import PipetuneError
-from bench.suite.case import PlanCase
+from pipetune.bench.errors import PipetuneError
+from pipetune.bench.suite.case import PlanCase
 
 ROUNDS = 8
 ITERS = 3

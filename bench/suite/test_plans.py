@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bench.errors import PipetuneError
-from bench.spec import Protocol
-from bench.suite.case import PlanCase, Round, run_fresh
+from pipetune.bench.errors import PipetuneError
+from pipetune.bench.spec import Protocol
+from pipetune.bench.suite.case import PlanCase, Round, run_fresh
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from bench import errors
-from bench.record import Failure, FailureKind
+from pipetune.bench import errors
+from pipetune.bench.record import Failure, FailureKind
 
 
 @pytest.mark.parametrize(

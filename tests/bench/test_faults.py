@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.faults import failure_of
-from bench.record import FailureKind
+from pipetune.bench.faults import failure_of
+from pipetune.bench.record import FailureKind
 
 GIB, MIB = 2**30, 2**20
 CUDA = (

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.errors import PlanError
-from bench.memory import CPU_WORKSPACE_BYTES, LayerShape, ModelShape, check_plan, resolve, stage_bytes
-from bench.record import Failure, FailureKind
-from bench.spec import EffectivePlan, Plan
+from pipetune.bench.errors import PlanError
+from pipetune.bench.memory import CPU_WORKSPACE_BYTES, LayerShape, ModelShape, check_plan, resolve, stage_bytes
+from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.spec import EffectivePlan, Plan
 
 MIB = 2**20
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import metrics
-from bench.record import Iteration, Measurement, StageTrace, TaskShape, Telemetry
-from bench.spec import Plan, Workload
+from pipetune.bench import metrics
+from pipetune.bench.record import Iteration, Measurement, StageTrace, TaskShape, Telemetry
+from pipetune.bench.spec import Plan, Workload
 from tests.record_factory import make_baseline_measurement, make_measurement, make_plan
 
 finite = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)

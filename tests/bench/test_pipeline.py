@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.errors import ConfigError, PlanError
-from bench.pipeline import Pipeline
-from bench.spec import Plan, Sampling
+from pipetune.bench.errors import ConfigError, PlanError
+from pipetune.bench.pipeline import Pipeline
+from pipetune.bench.spec import Plan, Sampling
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 
 DEVICES = ("cpu:0", "cpu:1")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bench.record import (
+from pipetune.bench.record import (
     DeviceState,
     Failure,
     FailureKind,
@@ -29,7 +29,7 @@ from bench.record import (
     Telemetry,
     write_durably,
 )
-from bench.spec import EffectivePlan, ModelSpec, Plan, RunSpec, Workload
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, RunSpec, Workload
 
 SECONDS = st.floats(0, 1e6, allow_nan=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bench.spec import (
+from pipetune.bench.spec import (
     EffectivePlan,
     ModelSpec,
     Plan,

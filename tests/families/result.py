@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from bench.spec import Value
+from pipetune.bench.spec import Value
 
 Verdict = Literal["equal", "close", "refused", "wrong", "does not run unsplit", "config does not build", "crashed"]
 VERDICTS: dict[Verdict, str] = {

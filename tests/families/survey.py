@@ -24,14 +24,14 @@ import transformers
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from bench.errors import ModelError, PlanError
-from bench.memory import ModelShape, check_plan, stage_bytes
-from bench.models.describe import build_on_meta, describe_model
-from bench.models.resolve import ResolvedModel, resolve_model
-from bench.runtime.job import MicroBatchInputs
-from bench.runtime.stage import Stage
-from bench.runtime.unsplit import load_unsplit
-from bench.spec import ModelSpec, Plan, StagePlan
+from pipetune.bench.errors import ModelError, PlanError
+from pipetune.bench.memory import ModelShape, check_plan, stage_bytes
+from pipetune.bench.models.describe import build_on_meta, describe_model
+from pipetune.bench.models.resolve import ResolvedModel, resolve_model
+from pipetune.bench.runtime.job import MicroBatchInputs
+from pipetune.bench.runtime.stage.stage import Stage
+from pipetune.bench.runtime.stage.unsplit import load_unsplit
+from pipetune.bench.spec import ModelSpec, Plan, StagePlan
 from tests.families.configs import FAMILIES, UNBUILDABLE, tiny_config
 from tests.families.pool import survey_all
 from tests.families.result import Survey

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.errors import UserError
-from bench.runtime.stage import Stage
+from pipetune.bench.errors import UserError
+from pipetune.bench.runtime.stage.stage import Stage
 from tests.families.configs import FAMILIES, every_boundary, tiny_config
 from tests.families.fakes import fake_survey
 from tests.families.pool import Surveyor, survey_all

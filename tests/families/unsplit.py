@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from bench.runtime.job import MicroBatchInputs
+from pipetune.bench.runtime.job import MicroBatchInputs
 from tests.families.configs import VOCAB_SIZE
 
 NEW_TOKENS = 5

@@ -1,4 +1,4 @@
-"""A fleet without processes: simulated times, and faults on demand; it stands where `bench.launch.Fleet` does.
+"""A fleet without processes: simulated times, and faults on demand; it stands where `bench.fleet.fleet.Fleet` does.
 
 Its machine is the record factory's: profiles say what its tasks take, and measurements are its schedule simulated with
 these times, noise, and what a test adds that no profile knows of.
@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from bench.errors import FleetError
-from bench.launch import Progress
-from bench.memory import ModelShape
-from bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, ProfileGrid, TaskTime
-from bench.record import Failure, FailureKind, Machine, Measurement
-from bench.spec import EffectivePlan, ModelSpec, Protocol, RunSpec, Workload
+from pipetune.bench.errors import FleetError
+from pipetune.bench.fleet.fleet import Progress
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, ProfileGrid, TaskTime
+from pipetune.bench.record import Failure, FailureKind, Machine, Measurement
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Protocol, RunSpec, Workload
 from tests.record_factory import (
     HEAD_LAYERS,
     layer_s,

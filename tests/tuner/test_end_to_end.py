@@ -19,9 +19,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.record import FailureKind, Measurement
+from pipetune.bench.record import FailureKind, Measurement
+from pipetune.tuner.study.store import load_records, load_study, was_interrupted
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
-from tuner.store import load_records, load_study, was_interrupted
 
 pytestmark = pytest.mark.e2e
 
@@ -49,7 +49,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(*args: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tuner", *map(str, args)],
+        [sys.executable, "-m", "pipetune", *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -81,7 +81,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
             command = process.cmdline()
         except psutil.Error:
             continue
-        if "bench.worker" in command and str(pid) in command:
+        if "pipetune.bench.worker" in command and str(pid) in command:
             found.append(process)
     return found
 

@@ -7,9 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from bench.launch import Progress
-from tests.record_factory import make_failure, make_measurement, make_plan
-from tuner.progress import (
+from pipetune.bench.fleet.fleet import Progress
+from pipetune.tuner.progress import (
     LiveReporter,
     PlainReporter,
     SilentReporter,
@@ -18,6 +17,7 @@ from tuner.progress import (
     progress_text,
     values_text,
 )
+from tests.record_factory import make_failure, make_measurement, make_plan
 
 
 def console(*, terminal: bool = False) -> Console:

@@ -12,7 +12,7 @@ import pytest
 import typer.main
 import yaml
 
-from tuner.cli.app import app
+from pipetune.tuner.cli.app import app
 
 FOLDER = Path(__file__).parents[2] / "examples" / "github"
 WORKFLOWS = sorted(FOLDER.glob("*.yml"))

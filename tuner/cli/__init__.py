@@ -23,7 +23,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 def run(args: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    from tuner.cli.app import app
+    from pipetune.tuner.cli.app import app
 
     try:
         code = app(args=list(args) if args is not None else None, prog_name="pipetune", standalone_mode=False)
@@ -42,7 +42,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> int:
     """Says what went wrong, in a line where it can be said in one."""
-    from bench.errors import PipetuneError
+    from pipetune.bench.errors import PipetuneError
 
     if isinstance(error, PipetuneError):
         _say(f"pipetune: {error}")

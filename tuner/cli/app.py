@@ -6,16 +6,16 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli.bench import bench
-from tuner.cli.compare import compare
-from tuner.cli.doctor import doctor
-from tuner.cli.export import export
-from tuner.cli.gate import gate
-from tuner.cli.history import history
-from tuner.cli.plan import plan
-from tuner.cli.profile import profile
-from tuner.cli.report import report
-from tuner.cli.tune import tune
+from pipetune.tuner.cli.bench import bench
+from pipetune.tuner.cli.compare import compare
+from pipetune.tuner.cli.doctor import doctor
+from pipetune.tuner.cli.export import export
+from pipetune.tuner.cli.gate import gate
+from pipetune.tuner.cli.history import history
+from pipetune.tuner.cli.plan import plan
+from pipetune.tuner.cli.profile import profile
+from pipetune.tuner.cli.report import report
+from pipetune.tuner.cli.tune import tune
 
 app = typer.Typer(
     name="pipetune",

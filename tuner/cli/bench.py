@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 _PLAN = "Plan (one of --plan, --device-map and --layers)"
 
@@ -96,11 +96,11 @@ def bench(
     no_progress: o.NoProgress = False,
 ) -> int:
     """Measure one plan; with --compare-baseline, beside the un-pipelined model in interleaved rounds."""
-    from tuner import settings
-    from tuner.cli import bench_view, common
-    from tuner.one_plan import Bench
-    from tuner.plan_request import PlanRequest
-    from tuner.progress import make_reporter
+    from pipetune.tuner.cli import bench_view, common
+    from pipetune.tuner.commands.bench import Bench
+    from pipetune.tuner.commands.plan_request import PlanRequest
+    from pipetune.tuner.config import sources
+    from pipetune.tuner.progress import make_reporter
 
     request = PlanRequest.of(
         plan=plan,
@@ -120,7 +120,7 @@ def bench(
     below, below_name = request.settings_below()
     resolved = common.resolve_settings(ctx.params, below=below, below_name=below_name)
     if show_config:
-        typer.echo(settings.show(resolved), nl=False)
+        typer.echo(sources.show(resolved), nl=False)
         return 0
     job = Bench(
         config=resolved.config,

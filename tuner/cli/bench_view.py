@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench import metrics
-from bench.record import Failure, FailureKind, Measurement
-from tuner.one_plan import BenchResult
-from tuner.progress import values_text
-from tuner.report.data import host_us_a_task
-from tuner.report.wording import compared_text, steps_text
+from pipetune.bench import metrics
+from pipetune.bench.record import Failure, FailureKind, Measurement
+from pipetune.tuner.commands.bench import BenchResult
+from pipetune.tuner.progress import values_text
+from pipetune.tuner.report.data import host_us_a_task
+from pipetune.tuner.report.wording import compared_text, steps_text
 
 _PLANS_FAULT = frozenset(
     {FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY, FailureKind.WRONG_OUTPUT, FailureKind.TIMEOUT}

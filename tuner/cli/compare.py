@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 
 def compare(
@@ -28,9 +28,9 @@ def compare(
     json: o.Json = False,
 ) -> int:
     """Compare studies: what changed in the machine, the same plans, and each at its own best."""
-    from tuner.cli import common, compare_view
-    from tuner.compare import files
-    from tuner.compare.join import compare_studies
+    from pipetune.tuner.cli import common, compare_view
+    from pipetune.tuner.report.compare import files
+    from pipetune.tuner.report.compare.join import compare_studies
 
     reports, names = files.read_reports([common.study_at(study) for study in studies])
     comparison = compare_studies(reports, names, compare_view.parse_prices(price or []) if price else None)

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.errors import ConfigError
-from tuner.compare.values import StudyComparison
-from tuner.compare.wording import story_of
+from pipetune.bench.errors import ConfigError
+from pipetune.tuner.report.compare.values import StudyComparison
+from pipetune.tuner.report.compare.wording import story_of
 
 _MOST = 12
 

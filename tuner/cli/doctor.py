@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 _FIT = "Fit (with --model)"
 
@@ -37,9 +37,9 @@ def doctor(
 ) -> int:
     """Check this machine, with workers that really talk to each other; with --model, what a model is made of and
     what of it would fit."""
-    from tuner.checkup import Fitting, run_checkup
-    from tuner.cli import common, doctor_view
-    from tuner.progress import make_reporter
+    from pipetune.tuner.cli import common, doctor_view
+    from pipetune.tuner.commands.doctor import Fitting, run_checkup
+    from pipetune.tuner.progress import make_reporter
 
     named = model is not None or config is not None
     resolved = common.resolve_settings({**ctx.params, "model": model if named else "tiny"})

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tuner.anatomy import Anatomy, Fit, ranges_text
+from pipetune.tuner.planning.model_fit import Anatomy, Fit, ranges_text
 
 _LEFT = frozenset({"layers", "kind", "stage", "device"})
 _MAX_RANGES = 18

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 
 def export(
@@ -20,14 +20,14 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of stdout.")] = None,
 ) -> int:
     """Print the best plan as a device map (hf, seed), a plan, or a line for vLLM or SGLang."""
-    from bench.errors import ConfigError, NothingFeasibleError
-    from tuner.cli import common
-    from tuner.conclusion import plan_file
-    from tuner.export import FORMATS, render
-    from tuner.one_plan import write_new
-    from tuner.report.data import Report
-    from tuner.report.wording import export_note
-    from tuner.store import load_study
+    from pipetune.bench.errors import ConfigError, NothingFeasibleError
+    from pipetune.tuner.cli import common
+    from pipetune.tuner.commands.bench import write_new
+    from pipetune.tuner.commands.conclude import plan_file
+    from pipetune.tuner.report.data import Report
+    from pipetune.tuner.report.wording import export_note
+    from pipetune.tuner.study.plan_file import FORMATS, render
+    from pipetune.tuner.study.store import load_study
 
     known = next((name for name in FORMATS if name == form), None)
     if known is None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 _SIDES = "What differs"
 _RULE = "Rule"
@@ -131,13 +131,14 @@ def gate(
     no_progress: o.NoProgress = False,
 ) -> int:
     """Say whether a candidate is worse than the baseline: FAIL (exit code 1), OK (0) or INCONCLUSIVE (3)."""
-    from tuner.cli import common, gate_view
-    from tuner.cli.gate_request import GateRequest
-    from tuner.gate.outputs import files as outputs
-    from tuner.progress import make_reporter
+    from pipetune.tuner.cli import common, gate_view
+    from pipetune.tuner.commands.gate import GateRequest
+    from pipetune.tuner.gate.outputs import files as outputs
+    from pipetune.tuner.progress import make_reporter
 
     request = GateRequest(
         params=ctx.params,
+        warn=common.warn,
         configs=tuple(config or ()),
         baseline_plan=baseline_plan,
         candidate_plan=candidate_plan,

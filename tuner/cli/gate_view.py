@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tuner.gate.outputs.wording import LEGEND, TEXT_COLUMNS, story_of
-from tuner.gate.values import GateResult, Verdict
+from pipetune.tuner.gate.outputs.wording import LEGEND, TEXT_COLUMNS, story_of
+from pipetune.tuner.gate.values import GateResult, Verdict
 
 _STYLES = {Verdict.OK: "bold green", Verdict.FAIL: "bold red", Verdict.INCONCLUSIVE: "bold yellow"}
 _SHOWN = ("metric", "verdict", "worse by", "95 % interval", "baseline", "candidate")

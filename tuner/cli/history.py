@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 
 def history(
@@ -21,8 +21,8 @@ def history(
     json: o.Json = False,
 ) -> int:
     """Show the trend of each metric over many studies, and the nights at which its level changed."""
-    from tuner.cli import common, history_view
-    from tuner.history import files
+    from pipetune.tuner.cli import common, history_view
+    from pipetune.tuner.report.history import files
 
     found = files.read_history(places, metric or [])
     if output_dir is not None:

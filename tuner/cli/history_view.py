@@ -9,8 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tuner.history.values import History, Series
-from tuner.history.wording import events_of, lines_of, span_of, trust_text
+from pipetune.tuner.report.history.values import History, Series
+from pipetune.tuner.report.history.wording import events_of, lines_of, span_of, trust_text
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MOST_NIGHTS = 32

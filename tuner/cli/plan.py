@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 _FROM = "What predictions are made from"
 
@@ -67,12 +67,12 @@ def plan(
     no_progress: o.NoProgress = False,
 ) -> int:
     """Print the best predicted plans without running one; for devices here, or described in a file."""
-    from bench.errors import ConfigError
-    from tuner import settings
-    from tuner.cli import common, plan_view
-    from tuner.planned import find_plans
-    from tuner.planning.devices_file import read_devices
-    from tuner.progress import make_reporter
+    from pipetune.bench.errors import ConfigError
+    from pipetune.tuner.cli import common, plan_view
+    from pipetune.tuner.commands.plan import find_plans
+    from pipetune.tuner.config import sources
+    from pipetune.tuner.planning.costs.described import read_devices
+    from pipetune.tuner.progress import make_reporter
 
     if sum((device_file is not None, profile_file is not None, no_profile)) > 1:
         raise ConfigError("predict from what? Give one of --device-file, --profile and --no-profile, not several")
@@ -82,7 +82,7 @@ def plan(
         {**ctx.params, "profile": False if no_profile else None}, below=below, below_name=str(device_file)
     )
     if show_config:
-        typer.echo(settings.show(resolved), nl=False)
+        typer.echo(sources.show(resolved), nl=False)
         return 0
     reporter = make_reporter(common.err(), silent=no_progress)
     with reporter:

@@ -10,9 +10,9 @@ from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
-from bench.spec import device_index, device_kind
-from tuner.planned import Planned, PlannedPlan, PlannedStage
-from tuner.report.wording import (
+from pipetune.bench.spec import device_index, device_kind
+from pipetune.tuner.commands.plan import Planned, PlannedPlan, PlannedStage
+from pipetune.tuner.report.wording import (
     bytes_text,
     layers_text,
     model_text,

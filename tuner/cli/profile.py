@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 _GRID = "What is timed"
 
@@ -43,17 +43,17 @@ def profile(
     no_progress: o.NoProgress = False,
 ) -> int:
     """Time a model's layers, embedding and head on each device, and the links between them; kept for later commands."""
-    from bench.errors import ConfigError
-    from bench.launch import Fleet
-    from bench.profile import ProfileGrid
-    from tuner import profiles
-    from tuner.cli import common, profile_view
-    from tuner.progress import make_reporter
+    from pipetune.bench.errors import ConfigError
+    from pipetune.bench.fleet.fleet import Fleet
+    from pipetune.bench.profile import ProfileGrid
+    from pipetune.tuner.cli import common, profile_view
+    from pipetune.tuner.planning.costs import profile_cache
+    from pipetune.tuner.progress import make_reporter
 
     resolved = common.resolve_settings(ctx.params).config
     space, workload, names = resolved.space, resolved.workload, resolved.concrete_devices
     grid: dict[str, object] = {
-        "max_tokens": max_tokens or profiles.most_tokens_on(names),
+        "max_tokens": max_tokens or profile_cache.most_tokens_on(names),
         "scores": workload.kind == "score",
         "sampling": None if workload.sampling is None else workload.sampling.model_copy(update={"seed": 0}),
     }
@@ -71,10 +71,10 @@ def profile(
         reporter.begin(f"starting {len(names)} workers")
         with Fleet.start(resolved.model, names, on_progress=reporter.fleet) as fleet:
             wanted = ProfileGrid.model_validate(grid)
-            kept = None if refresh else profiles.read_kept(profiles.profile_key(fleet, wanted, **switches))
+            kept = None if refresh else profile_cache.read_kept(profile_cache.profile_key(fleet, wanted, **switches))
             if kept is None:
                 reporter.begin(f"timing {resolved.model.name} on {', '.join(names)}")
-            shown = kept or profiles.profile_for(fleet, wanted, **switches, refresh=True)
+            shown = kept or profile_cache.profile_for(fleet, wanted, **switches, refresh=True)
     if json:
         common.print_json(shown.model_dump(mode="json"))
     else:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from bench.profile import DeviceProfile, Profile, TaskTime
-from tuner.anatomy import ranges_text
+from pipetune.bench.profile import DeviceProfile, Profile, TaskTime
+from pipetune.tuner.planning.model_fit import ranges_text
 
 _SHOWN = 3
 """Kinds of prefill and of decode that a table has room for."""

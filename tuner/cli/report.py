@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 
 def report(
@@ -18,15 +18,15 @@ def report(
     json: o.Json = False,
 ) -> int:
     """Write a study's reports anew and print its ranking."""
-    from tuner.cli import common
-    from tuner.conclusion import conclude
+    from pipetune.tuner.cli import common
+    from pipetune.tuner.commands.conclude import conclude
 
     folder = common.study_at(study)
     if not compare:
         return common.show_study(conclude(folder), json=json)
-    from tuner.compare.files import read_reports
-    from tuner.compare.join import compare_studies
-    from tuner.compare.page import sections_of
+    from pipetune.tuner.report.compare.files import read_reports
+    from pipetune.tuner.report.compare.join import compare_studies
+    from pipetune.tuner.report.compare.page import sections_of
 
     reports, names = read_reports([common.study_at(other) for other in (*compare, study)])
     return common.show_study(conclude(folder, sections_of(compare_studies(reports, names))), json=json)

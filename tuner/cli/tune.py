@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tuner.cli import options as o
+from pipetune.tuner.cli import options as o
 
 if TYPE_CHECKING:
-    from tuner.config import TuneConfig
-    from tuner.progress import Reporter
-    from tuner.report.data import Report
+    from pipetune.tuner.config.schema import TuneConfig
+    from pipetune.tuner.progress import Reporter
+    from pipetune.tuner.report.data import Report
 
 
 def tune(
@@ -75,20 +75,20 @@ def tune(
     no_progress: o.NoProgress = False,
 ) -> int:
     """Find the best plan for a model: measure the un-pipelined baseline, then plans, then the best ones again."""
-    from tuner import settings
-    from tuner.cli import common
-    from tuner.cli.dry_run import dry_run_of
-    from tuner.progress import make_reporter
-    from tuner.store import study_folder
+    from pipetune.tuner.cli import common
+    from pipetune.tuner.commands.dry_run import dry_run_of
+    from pipetune.tuner.config import sources
+    from pipetune.tuner.progress import make_reporter
+    from pipetune.tuner.study.store import study_folder
 
     recorded = _recorded(ctx.params) if resume else None
     resolved = common.resolve_settings(ctx.params, recorded=recorded / "study.yaml" if recorded else None)
     if show_config:
         if json:
-            sources = {".".join(path): source for path, source in resolved.sources.items()}
-            common.print_json({"config": settings.shown_values(resolved.config), "sources": sources})
+            places = {".".join(path): source for path, source in resolved.sources.items()}
+            common.print_json({"config": sources.shown_values(resolved.config), "sources": places})
         else:
-            typer.echo(settings.show(resolved), nl=False)
+            typer.echo(sources.show(resolved), nl=False)
         return 0
     folder = recorded or study_folder(resolved.config)
     reporter = make_reporter(common.err(), silent=no_progress)
@@ -104,11 +104,11 @@ def tune(
 
 
 def _tune(folder: Path, config: TuneConfig, reporter: Reporter, *, resume: bool, json: bool) -> int:
-    from bench.errors import PipetuneError, UserError
-    from bench.launch import Fleet
-    from tuner.cli import common
-    from tuner.search.driver import run_study
-    from tuner.store import StudyStore
+    from pipetune.bench.errors import PipetuneError, UserError
+    from pipetune.bench.fleet.fleet import Fleet
+    from pipetune.tuner.cli import common
+    from pipetune.tuner.search.driver import run_study
+    from pipetune.tuner.study.store import StudyStore
 
     with StudyStore.resume(folder, config) if resume else StudyStore.create(folder, config) as store:
         try:
@@ -131,9 +131,9 @@ def _tune(folder: Path, config: TuneConfig, reporter: Reporter, *, resume: bool,
 
 def _conclude(folder: Path) -> Report:
     """Exports and reports; how long they took stands in the search's diary, though not in the reports themselves."""
-    from tuner.conclusion import conclude
-    from tuner.search.log import LogBook
-    from tuner.study_files import SEARCH_FILE
+    from pipetune.tuner.commands.conclude import conclude
+    from pipetune.tuner.study.files import SEARCH_FILE
+    from pipetune.tuner.study.search_log import LogBook
 
     book = LogBook(folder / SEARCH_FILE)
     with book.spend("reports"):
@@ -149,11 +149,11 @@ def _recorded(params: Mapping[str, Any]) -> Path:
         ConfigError: nothing says which.
         StudyError: it holds no study.
     """
-    from bench.errors import ConfigError, StudyError
-    from tuner import settings
-    from tuner.cli import common
+    from pipetune.bench.errors import ConfigError, StudyError
+    from pipetune.tuner.config import sources
+    from pipetune.tuner.config.resolve import given
 
-    output_dir, name = settings.place_of(params.get("config"), common.given(params))
+    output_dir, name = sources.place_of(params.get("config"), given(params))
     if output_dir is None and name is None:
         raise ConfigError("--resume: which study? Give its folder with -o, or its name with --study-name")
     folder = Path(output_dir) if output_dir is not None else Path("results") / str(name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.errors import ConfigError
-from bench.metrics import metric_names
-from bench.spec import Plan, Workload, device_kind
-from tuner.config import TuneConfig
-from tuner.differences import differences
-from tuner.gate.values import Case, GateConfig, Side, SideName, Tolerance
-from tuner.settings import ENVIRONMENT_PREFIX, FLAGS
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.metrics import metric_names
+from pipetune.bench.spec import Plan, Workload, device_kind
+from pipetune.tuner.config.gate import GateConfig, Tolerance
+from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.config.sources import ENVIRONMENT_PREFIX, FLAGS
+from pipetune.tuner.gate.values import Case, Side, SideName
+from pipetune.tuner.study.diff import differences
 
 
 @dataclass(frozen=True, kw_only=True)

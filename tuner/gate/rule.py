@@ -13,7 +13,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tuner.gate.values import (
+from pipetune.tuner.config.gate import Tolerance
+from pipetune.tuner.gate.values import (
     REHEARSAL,
     SIDES,
     VERDICTS,
@@ -24,12 +25,11 @@ from tuner.gate.values import (
     Reason,
     Sample,
     SideName,
-    Tolerance,
     Verdict,
     is_better_higher,
 )
-from tuner.stats import signed_rank
-from tuner.stats.looks import Look
+from pipetune.tuner.stats import signed_rank
+from pipetune.tuner.stats.looks import Look
 
 _UNSTEADY_SHARE = 1 / 3
 """Of the runs of one side: beyond it the side is called never steady."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.profile import Profile, TaskTime
-from tuner.anatomy import ranges_text
-from tuner.report.wording import MISSING, clean, number_text
+from pipetune.bench.profile import Profile, TaskTime
+from pipetune.tuner.planning.model_fit import ranges_text
+from pipetune.tuner.report.wording import MISSING, clean, number_text
 
 _SHOWN = 3
 """Kinds of prefill, and of decode."""

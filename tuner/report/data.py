@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bench.memory import ModelShape
-from bench.profile import Profile
-from bench.record import Machine, Measurement, OutputCheck, Record
-from tuner.config import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
-from tuner.ranking import rank
-from tuner.search.log import SearchLog
-from tuner.standings import Objective, Ranking, Row
-from tuner.study_files import PROFILE_FILE, SEARCH_FILE, read
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.profile import Profile
+from pipetune.bench.record import Machine, Measurement, OutputCheck, Record
+from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
+from pipetune.tuner.ranking.rank import rank
+from pipetune.tuner.ranking.values import Objective, Ranking, Row
+from pipetune.tuner.study.files import PROFILE_FILE, SEARCH_FILE, read
+from pipetune.tuner.study.search_log import SearchLog
 
 
 class StudyLike(Protocol):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tuner.report.data import Report, has_timeline, stage_tasks, typical_iteration
-from tuner.report.search import trials_of
-from tuner.report.wording import column_title, layers_text, stage_name
-from tuner.standings import BaselineRow
+from pipetune.tuner.ranking.values import BaselineRow
+from pipetune.tuner.report.data import Report, has_timeline, stage_tasks, typical_iteration
+from pipetune.tuner.report.search import trials_of
+from pipetune.tuner.report.wording import column_title, layers_text, stage_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.metrics import stage_metrics
-from bench.record import Measurement, OutputCheck, StageMemory
-from tuner.report.data import Report, host_us_a_task
-from tuner.report.tables import BASELINE_NAME
-from tuner.report.wording import (
+from pipetune.bench.metrics import stage_metrics
+from pipetune.bench.record import Measurement, OutputCheck, StageMemory
+from pipetune.tuner.ranking.values import Ratio, Row
+from pipetune.tuner.report.data import Report, host_us_a_task
+from pipetune.tuner.report.tables import BASELINE_NAME
+from pipetune.tuner.report.wording import (
     MISSING,
     bytes_text,
     column_title,
@@ -29,7 +30,6 @@ from tuner.report.wording import (
     steps_text,
     warnings_of,
 )
-from tuner.standings import Ratio, Row
 
 _LATENCIES = (
     ("time to first token", "mean_ttft_ms", "mean, all prompts given at once"),

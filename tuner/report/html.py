@@ -6,14 +6,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.record import Measurement
-from tuner.export import engine_replicas
-from tuner.report.costs import costs_of
-from tuner.report.data import Report
-from tuner.report.finding import find
-from tuner.report.page import Section, data_uri, environment
-from tuner.report.tables import BASELINE_NAME, RankingTable, build_table
-from tuner.report.wording import (
+from pipetune.bench.record import Measurement
+from pipetune.tuner.ranking.values import BaselineRow
+from pipetune.tuner.report.costs import costs_of
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.finding import find
+from pipetune.tuner.report.page import Section, data_uri, environment
+from pipetune.tuner.report.tables import BASELINE_NAME, RankingTable, build_table
+from pipetune.tuner.report.wording import (
     bytes_text,
     clean,
     export_note,
@@ -25,7 +25,7 @@ from tuner.report.wording import (
     sentence,
     spread_text,
 )
-from tuner.standings import BaselineRow
+from pipetune.tuner.study.plan_file import engine_replicas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

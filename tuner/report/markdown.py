@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from tuner.report.search import SearchStory
-from tuner.report.tables import RankingTable
-from tuner.report.wording import sentence
+from pipetune.tuner.report.search import SearchStory
+from pipetune.tuner.report.tables import RankingTable
+from pipetune.tuner.report.wording import sentence
 
 
 def render_markdown(table: RankingTable) -> str:

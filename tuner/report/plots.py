@@ -10,19 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from tuner.report.canvas import (
-    GREEN,
-    GREY,
-    LIGHT,
-    ORANGE,
-    VERMILION,
-    Theme,
-    add_legend,
-    new_figure,
-    to_png,
-)
-from tuner.report.data import Report
-from tuner.report.figures import (
+from pipetune.tuner.report.canvas import GREEN, GREY, LIGHT, ORANGE, VERMILION, Theme, add_legend, new_figure, to_png
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.figures import (
     Bar,
     Forecast,
     History,

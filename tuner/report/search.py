@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.metrics import derive
-from bench.record import Measurement, Record
-from tuner.report.data import Report
-from tuner.report.wording import MISSING, clean, metric_text, ms_text, number_text, percent_text, sentence
-from tuner.search.log import LoggedTrial, Phase, SearchLog, Stop
-from tuner.study_files import was_interrupted
+from pipetune.bench.metrics import derive
+from pipetune.bench.record import Measurement, Record
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.wording import MISSING, clean, metric_text, ms_text, number_text, percent_text, sentence
+from pipetune.tuner.study.files import was_interrupted
+from pipetune.tuner.study.search_log import LoggedTrial, Phase, SearchLog, Stop
 
 COLUMNS = ("trial", "plan", "why", "predicted", "measured", "error")
 _GROUPS: tuple[tuple[str, tuple[Phase, ...], str], ...] = (

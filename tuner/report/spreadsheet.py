@@ -6,12 +6,12 @@ import csv
 import io
 from collections.abc import Iterable
 
-from bench.metrics import metric_names
-from bench.spec import Plan
-from tuner.report.data import Report
-from tuner.report.search import Trial, trials_of
-from tuner.report.wording import clean
-from tuner.standings import BaselineRow, FailureRow, Ratio, Row, Spread
+from pipetune.bench.metrics import metric_names
+from pipetune.bench.spec import Plan
+from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ratio, Row, Spread
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.search import Trial, trials_of
+from pipetune.tuner.report.wording import clean
 
 Cell = str | int | float | bool | None
 

@@ -12,10 +12,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tuner.export import DEVICE_MAP_FILE, PLAN_FILE
-from tuner.report.data import Report
-from tuner.report.search import SearchStory, tell
-from tuner.report.wording import (
+from pipetune.tuner.ranking.values import BaselineRow, Row
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.search import SearchStory, tell
+from pipetune.tuner.report.wording import (
     MISSING,
     baseline_text,
     bytes_text,
@@ -40,7 +40,7 @@ from tuner.report.wording import (
     warnings_of,
     workload_text,
 )
-from tuner.standings import BaselineRow, Row
+from pipetune.tuner.study.plan_file import DEVICE_MAP_FILE, PLAN_FILE
 
 _SHOWN_ANYWAY = frozenset({"bubble_ratio", "peak_memory_bytes"})
 _EXPORTS = ("report.html", "ranking.csv", "trace.json.gz", PLAN_FILE, DEVICE_MAP_FILE)

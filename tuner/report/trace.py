@@ -11,10 +11,10 @@ import gzip
 import json
 from typing import Any
 
-from bench.record import Measurement, StageTrace, TaskShape
-from bench.spec import Plan
-from tuner.report.data import Report, has_timeline, replica_tasks, typical_iteration
-from tuner.report.wording import clean, row_text, stage_name
+from pipetune.bench.record import Measurement, StageTrace, TaskShape
+from pipetune.bench.spec import Plan
+from pipetune.tuner.report.data import Report, has_timeline, replica_tasks, typical_iteration
+from pipetune.tuner.report.wording import clean, row_text, stage_name
 
 _COMPUTE, _RECEIVE, _SEND = 1, 2, 3
 _TRACKS = {_COMPUTE: "compute", _RECEIVE: "receive wait", _SEND: "send wait"}

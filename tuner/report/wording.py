@@ -5,9 +5,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from bench.record import Measurement, OutputCheck
-from bench.spec import ModelSpec, Plan, Sampling, Workload
-from tuner.standings import BaselineRow, FailureRow, Ranking, Ratio, Rival, Row, Spread
+from pipetune.bench.record import Measurement, OutputCheck
+from pipetune.bench.spec import ModelSpec, Plan, Sampling, Workload
+from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Ratio, Rival, Row, Spread
 
 MISSING = "–"
 

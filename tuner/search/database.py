@@ -16,8 +16,8 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
-from bench.errors import StorageError, StudyError
-from tuner.storage_url import connectable, is_postgresql, shown, sqlite_path
+from pipetune.bench.errors import StorageError, StudyError
+from pipetune.tuner.config.storage_url import connectable, is_postgresql, shown, sqlite_path
 
 PATIENCE_S = 60.0
 """How long a database that was there is waited for."""

@@ -10,37 +10,37 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from bench.errors import StudyError
-from bench.record import Measurement, write_durably
-from bench.spec import Plan
-from tuner import locks
-from tuner.planning.cost import CostModel
-from tuner.progress import Reporter
-from tuner.ranking import rank
-from tuner.search import finalists
-from tuner.search.build import build_space
-from tuner.search.log import LogBook
-from tuner.search.resolver import Resolver
-from tuner.search.runs import Runs
-from tuner.search.sharing import Participant, participate
-from tuner.search.space import SearchSpace
-from tuner.search.stop import Interrupted, StopSignal
-from tuner.search.study_costs import study_costs
-from tuner.search.trials import Search
-from tuner.search.warm_start import warm_start
-from tuner.standings import Objective, Ranking
-from tuner.store import StudyStore, was_interrupted
-from tuner.study_files import read
+from pipetune.bench.errors import StudyError
+from pipetune.bench.record import Measurement, write_durably
+from pipetune.bench.spec import Plan
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.progress import Reporter
+from pipetune.tuner.ranking import finals
+from pipetune.tuner.ranking.rank import rank
+from pipetune.tuner.ranking.values import Objective, Ranking
+from pipetune.tuner.search.policy.warm_start import warm_start
+from pipetune.tuner.search.runs import Runs
+from pipetune.tuner.search.shared.participant import Participant, participate
+from pipetune.tuner.search.space.build import build_space
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.search.stop import Interrupted, StopSignal
+from pipetune.tuner.search.study_costs import study_costs
+from pipetune.tuner.search.trials import Search
+from pipetune.tuner.study import locks
+from pipetune.tuner.study.files import read
+from pipetune.tuner.study.search_log import LogBook
+from pipetune.tuner.study.store import StudyStore, was_interrupted
 
 if TYPE_CHECKING:
-    from bench.launch import Fleet
+    from pipetune.bench.fleet.fleet import Fleet
 
 
 def run_study(store: StudyStore, start_fleet: Callable[..., Fleet], reporter: Reporter) -> bool:
     """Runs what is left of a study.
 
     Args:
-        start_fleet: `bench.launch.Fleet.start`.
+        start_fleet: `bench.fleet.fleet.Fleet.start`.
 
     Returns:
         False if it was interrupted.
@@ -179,7 +179,7 @@ def _run_finals(
     if other is not None:
         runs.reporter.say(other)
         return
-    entrants = finalists.entrants(
+    entrants = finals.entrants(
         store.records,
         objectives,
         config.constraints,
@@ -189,10 +189,10 @@ def _run_finals(
     )
     if not entrants.plans:
         return
-    protocol = finalists.side_by_side(config.protocol)
+    protocol = finals.side_by_side(config.protocol)
     ran = False
     while True:
-        step = finalists.next_step(
+        step = finals.next_step(
             store.records,
             entrants,
             objectives=objectives,
@@ -201,7 +201,7 @@ def _run_finals(
             max_rounds=max(config.finalist_rounds, config.max_finalist_rounds),
             seed=config.seed,
         )
-        if isinstance(step, finalists.Verdict):
+        if isinstance(step, finals.Verdict):
             break
         if not ran:
             # A fresh fleet: what the workers have become over many plans shall not decide.
@@ -210,7 +210,7 @@ def _run_finals(
                 runs.open_fleet(stack)
             ran = True
         label = f"final round {step.shown_round + 1}"
-        if step.contender == finalists.BASELINE:
+        if step.contender == finals.BASELINE:
             assert entrants.baseline_batch_size is not None
             runs.baseline("finalist", f"{label} · baseline", protocol, entrants.baseline_batch_size, step.round)
         else:

@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from bench.errors import FleetError, ModelError
-from bench.record import Failure, FailureKind, Outcome, Record, Role
-from bench.spec import EffectivePlan, Plan, Protocol, RunSpec
-from tuner.progress import Reporter, describe
-from tuner.search.history import TRANSIENT
-from tuner.search.log import LogBook
-from tuner.search.stop import Interrupted, StopSignal
-from tuner.store import StudyStore
+from pipetune.bench.errors import FleetError, ModelError
+from pipetune.bench.record import Failure, FailureKind, Outcome, Record, Role
+from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec
+from pipetune.tuner.progress import Reporter, describe
+from pipetune.tuner.search.policy.history import TRANSIENT
+from pipetune.tuner.search.stop import Interrupted, StopSignal
+from pipetune.tuner.study.search_log import LogBook
+from pipetune.tuner.study.store import StudyStore
 
 if TYPE_CHECKING:
-    from bench.launch import Fleet
+    from pipetune.bench.fleet.fleet import Fleet
 
 _HOPELESS = 5
 """So many runs in a row that lost their workers: the machine is at fault, not the plans."""

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bench.errors import FleetError
-from bench.profile import Profile, ProfileGrid
-from bench.record import write_durably
-from bench.spec import Workload
-from tuner.config import TuneConfig
-from tuner.planning.cost import CostModel
-from tuner.planning.profiled import ProfiledCosts
-from tuner.profiles import grid_for, profile_for, profile_key, read_kept
-from tuner.search.build import build_space
-from tuner.search.resolver import Resolver
-from tuner.search.runs import Runs
-from tuner.search.space import SearchSpace
-from tuner.study_files import read
+from pipetune.bench.errors import FleetError
+from pipetune.bench.profile import Profile, ProfileGrid
+from pipetune.bench.record import write_durably
+from pipetune.bench.spec import Workload
+from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.costs.profile_cache import grid_for, profile_for, profile_key, read_kept
+from pipetune.tuner.planning.costs.profiled import ProfiledCosts
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.search.runs import Runs
+from pipetune.tuner.search.space.build import build_space
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.study.files import read
 
 if TYPE_CHECKING:
-    from bench.launch import Fleet
+    from pipetune.bench.fleet.fleet import Fleet
 
 
 def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel:

@@ -7,23 +7,23 @@ import datetime as dt
 import math
 import time
 
-from bench import metrics
-from bench.record import Measurement, Record
-from bench.spec import EffectivePlan
-from tuner.planning.cost import CostModel
-from tuner.progress import values_text
-from tuner.search.finalists import before_finals
-from tuner.search.log import LogBook, Proposal, Stop
-from tuner.search.proposals import Proposals
-from tuner.search.resolver import Resolver
-from tuner.search.runs import Runs, interruption, timestamp
-from tuner.search.sharing import Participant
-from tuner.search.space import SearchSpace
-from tuner.search.stop import Interrupted
-from tuner.search.strategy import Strategy
-from tuner.search.warm_start import WarmStart
-from tuner.standings import Objective
-from tuner.study_files import was_interrupted
+from pipetune.bench import metrics
+from pipetune.bench.record import Measurement, Record
+from pipetune.bench.spec import EffectivePlan
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.progress import values_text
+from pipetune.tuner.ranking.finals import before_finals
+from pipetune.tuner.ranking.values import Objective
+from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.policy.strategy import Strategy
+from pipetune.tuner.search.policy.warm_start import WarmStart
+from pipetune.tuner.search.runs import Runs, interruption, timestamp
+from pipetune.tuner.search.shared.participant import Participant
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.search.stop import Interrupted
+from pipetune.tuner.study.files import was_interrupted
+from pipetune.tuner.study.search_log import LogBook, Proposal, Stop
 
 
 class Search:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tuner.stats.signed_rank import least_p
+from pipetune.tuner.stats.signed_rank import least_p
 
 PAIRS = (8, 12, 16, 24)
 """At which numbers of pairs a gate looks."""

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.runtime import sampling as module
-from bench.runtime.sampling import draw, draw_margins, uniforms
-from bench.spec import Sampling
+from pipetune.bench.runtime import sampling as module
+from pipetune.bench.runtime.sampling import draw, draw_margins, uniforms
+from pipetune.bench.spec import Sampling
 
 VOCABULARY = 23
 CUTS = [Sampling(), Sampling(temperature=0.6), Sampling(top_k=5), Sampling(top_p=0.8), Sampling(top_k=7, top_p=0.7)]

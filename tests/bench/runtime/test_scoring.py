@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.errors import ConfigError
-from bench.launch import Fleet
-from bench.metrics import derive
-from bench.oracle import make_reference
-from bench.record import Failure, FailureKind, Measurement
-from bench.reference import Reference
-from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, Workload
-from tests.bench.runtime.test_equality import DEVICES, OUTPUT_LEN, PLANS, set_eos
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.fleet.fleet import Fleet
+from pipetune.bench.metrics import derive
+from pipetune.bench.record import Failure, FailureKind, Measurement
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, Workload
+from pipetune.bench.worker.reference import Reference
+from pipetune.bench.worker.unsplit_reference import make_reference
+from tests.bench.runtime.test_loop import DEVICES, OUTPUT_LEN, PLANS, set_eos
 from tests.hooks import break_workers
 from tests.tiny_models import save_tiny_model, tiny_prompts
 
@@ -165,7 +165,7 @@ def test_wrong_scores_and_draws_are_wrong_output(folder: Path, tmp_path: Path, m
     module._Pass.score = off
     module.draw = lambda logits, u, sampling: draw(logits, 1.0 - u, sampling)
 """
-    break_workers(tmp_path / "hook", monkeypatch, target="bench.runtime.generate", body=body)
+    break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.runtime.loop", body=body)
     with Fleet.start(ModelSpec(name=str(folder)), DEVICES[:2]) as broken:
         for workload, phase in ((SCORED, "check"), (SAMPLED, "measure")):
             assert broken.make_reference(tmp_path / "reference", workload, PROTOCOL) is None

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from bench.record import FailureKind
+from pipetune.bench.record import FailureKind
+from pipetune.tuner.cli import run
+from pipetune.tuner.study.plan_file import read_plan
 from tests.record_factory import make_failure, make_measurement, make_plan, make_record
 from tests.study_factory import write_study
-from tuner.cli import run
-from tuner.export import read_plan
 
 MODEL = ("--model", "m", "--devices", "cpu:0-1")
 COMMANDS = ("tune", "plan", "bench", "gate", "compare", "history", "report", "export", "doctor", "profile")
@@ -23,7 +23,7 @@ COMMANDS = ("tune", "plan", "bench", "gate", "compare", "history", "report", "ex
 
 def pipetune(*args: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tuner", *args],
+        [sys.executable, "-m", "pipetune", *args],
         capture_output=True,
         text=True,
         timeout=120,
@@ -40,7 +40,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_loads_nothing_heavy() -> None:
     result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "tuner", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", "-m", "pipetune", "--help"], capture_output=True, text=True, check=True
     )
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
     assert "typer" in loaded
@@ -272,7 +272,7 @@ def test_what_nobody_foresaw_exits_4_with_a_traceback_in_a_file(
     def fail(*args: Any) -> Any:
         raise RuntimeError("[bold]what[/bold] is this")
 
-    monkeypatch.setattr("tuner.conclusion.conclude", fail)
+    monkeypatch.setattr("pipetune.tuner.commands.conclude.conclude", fail)
     assert run(["report", str(study)]) == 4
     said = capsys.readouterr().err
     assert "RuntimeError: [bold]what[/bold] is this" in said
@@ -282,6 +282,6 @@ def test_what_nobody_foresaw_exits_4_with_a_traceback_in_a_file(
 
 
 def test_a_reader_who_leaves_early_is_no_error(study: Path) -> None:
-    command = f"{sys.executable} -m tuner report {study} --json | head -c 10"
+    command = f"{sys.executable} -m pipetune report {study} --json | head -c 10"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.errors import ConfigError
-from bench.spec import Plan
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.spec import Plan
+from pipetune.tuner.cli import run
+from pipetune.tuner.config import sources
+from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.gate import python_env
+from pipetune.tuner.gate.values import GateResult
 from tests.tiny_models import save_tiny_model
-from tuner import settings
-from tuner.cli import run
-from tuner.config import TuneConfig
-from tuner.gate import interpreter
-from tuner.gate.values import GateResult
 
 PLAN = Plan.from_layer_counts((2, 2), ("cpu:0", "cpu:1"), 2)
 GATE = ("gate", "--baseline-plan", "plan.json", "--model", "m")
@@ -78,7 +78,7 @@ def test_what_cannot_be_is_said_before_anything_runs(
 
 def test_a_revision_needs_a_checkout(place: Path) -> None:
     with pytest.raises(ConfigError, match="is no git checkout of pipetune"):
-        interpreter.of_ref("HEAD", {}, repository=place)
+        python_env.of_ref("HEAD", {}, repository=place)
 
 
 def test_the_settings_are_shown_with_their_sources(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,15 +89,15 @@ def test_the_settings_are_shown_with_their_sources(place: Path, capsys: pytest.C
 
 
 def test_a_margin_takes_the_least_effect_with_it(place: Path) -> None:
-    config = settings.resolve(file=place / "strict.yaml", flags={"model": "m"}, environ={}).config
+    config = sources.resolve(file=place / "strict.yaml", flags={"model": "m"}, environ={}).config
     (tolerance,) = config.gate.metrics.values()
     assert (tolerance.margin, tolerance.least_effect) == (0.01, 0.01)
 
 
 def test_the_gate_is_no_part_of_a_study(place: Path) -> None:
     plain = TuneConfig.model_validate({"model": {"name": "m"}})
-    strict = settings.resolve(file=place / "strict.yaml", flags={"model": "m"}, environ={}).config
-    assert settings.dump(strict) == settings.dump(plain)
+    strict = sources.resolve(file=place / "strict.yaml", flags={"model": "m"}, environ={}).config
+    assert sources.dump(strict) == sources.dump(plain)
 
 
 class TestEnvironments:
@@ -105,20 +105,20 @@ class TestEnvironments:
 
     def test_our_own_comes_before_what_a_user_puts_on_the_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PYTHONPATH", "/theirs")
-        path = interpreter.own({"PYTHONPATH": "/hook"}).environment["PYTHONPATH"]
-        assert path == f"{interpreter.ROOT}:/hook"
-        assert interpreter.own({}).environment["PYTHONPATH"] == f"{interpreter.ROOT}:/theirs"
+        path = python_env.own({"PYTHONPATH": "/hook"}).environment["PYTHONPATH"]
+        assert path == f"{python_env.ROOT}:/hook"
+        assert python_env.own({}).environment["PYTHONPATH"] == f"{python_env.ROOT}:/theirs"
 
     def test_ours_does_not_hide_that_of_another_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PYTHONPATH", str(interpreter.ROOT))
-        assert "PYTHONPATH" not in interpreter.Interpreter(python="p", root=None).environment
+        monkeypatch.setenv("PYTHONPATH", str(python_env.ROOT))
+        assert "PYTHONPATH" not in python_env.Interpreter(python="p", root=None).environment
 
     def test_settings_from_the_environment_do_not_reach_a_side_a_second_time(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("PIPETUNE_NUM_ITERS", "9")
         monkeypatch.setenv("PIPETUNE_CACHE", "/cache")
-        environment = interpreter.own({}).environment
+        environment = python_env.own({}).environment
         assert "PIPETUNE_NUM_ITERS" not in environment
         assert environment["PIPETUNE_CACHE"] == "/cache"
 
@@ -141,15 +141,15 @@ class TestEnvironments:
         git("add", ".")
         git("commit", "-qm", "old")
         (repository / "code.py").write_text("new\n")
-        found = interpreter.of_ref("HEAD", {}, repository=repository)
+        found = python_env.of_ref("HEAD", {}, repository=repository)
         assert found.python == sys.executable
         assert found.root is not None
         assert git("rev-parse", "HEAD") in found.root.parts
         assert (found.root / "code.py").read_text() == "old\n"
-        assert interpreter.of_ref("HEAD", {}, repository=repository) == found
+        assert python_env.of_ref("HEAD", {}, repository=repository) == found
         (repository / "constraints.txt").write_text("a==2\n")
-        with pytest.raises(interpreter.OutOfTime):
-            interpreter.of_ref("HEAD", {}, repository=repository, deadline=time.monotonic())
+        with pytest.raises(python_env.OutOfTime):
+            python_env.of_ref("HEAD", {}, repository=repository, deadline=time.monotonic())
 
 
 def test_a_whole_gate_writes_its_files(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.profile import Profile
+from pipetune.bench.profile import Profile
 from tests.tiny_models import tiny_config
 
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def profile(folder: Path, cache: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tuner", "profile", "--model", str(folder), "--load-format", "dummy"]
+    command = [sys.executable, "-m", "pipetune", "profile", "--model", str(folder), "--load-format", "dummy"]
     return subprocess.run(
         [*command, "--devices", "cpu:0-1", *args],
         capture_output=True,

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bench.record import Failure, FailureKind
-from bench.spec import ModelSpec, Plan, Protocol, Workload
-from tuner.gate.values import Case, Pair, Sample, Side, SideName, Tolerance
+from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.spec import ModelSpec, Plan, Protocol, Workload
+from pipetune.tuner.config.gate import Tolerance
+from pipetune.tuner.gate.values import Case, Pair, Sample, Side, SideName
 
 PLAN = Plan.from_layer_counts((2, 2), ("cpu:0", "cpu:1"), 2)
 

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from bench.record import Machine
+from pipetune.bench.record import Machine
+from pipetune.tuner.gate.python_env import OutOfTime
+from pipetune.tuner.gate.values import Case, Method, Sample, SideName
 from tests.record_factory import make_machine
 from tests.tuner.gate.factory import make_sample
-from tuner.gate.interpreter import OutOfTime
-from tuner.gate.values import Case, Method, Sample, SideName
 
 Answer = Callable[[Case, SideName, int], Sample]
 """Of a case, a side, and the number of its run: 0 is the rehearsal."""

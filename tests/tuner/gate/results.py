@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipetune.tuner.config.gate import Tolerance
+from pipetune.tuner.gate.rule import judge
+from pipetune.tuner.gate.values import EXIT_CODES, GateResult, Reason, verdict_of
+from pipetune.tuner.stats.looks import looks_for
 from tests.record_factory import make_machine
 from tests.tuner.gate.factory import make_case, make_pairs
-from tuner.gate.rule import judge
-from tuner.gate.values import EXIT_CODES, GateResult, Reason, Tolerance, verdict_of
-from tuner.stats.looks import looks_for
 
 METRIC = "mean_ttft_ms"
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipetune.tuner.config.gate import Tolerance
+from pipetune.tuner.gate.rule import judge
+from pipetune.tuner.gate.values import Finding, Pair, Reason, Sample, Verdict, verdict_of
+from pipetune.tuner.stats.looks import looks_for
 from tests.tuner.gate.factory import make_case, make_pairs, make_sample
-from tuner.gate.rule import judge
-from tuner.gate.values import Finding, Pair, Reason, Sample, Tolerance, Verdict, verdict_of
-from tuner.stats.looks import looks_for
 
 METRIC = "mean_ttft_ms"
 ONE, TWELVE = looks_for(1), looks_for(12)

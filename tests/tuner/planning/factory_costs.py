@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bench.memory import ModelShape
+from pipetune.bench.memory import ModelShape
+from pipetune.tuner.planning.costs.base import TaskKind
+from pipetune.tuner.planning.simulation.model import CostModel
 from tests.record_factory import (
     DECODE_LAYER_ROW_S,
     DECODE_LAYER_S,
@@ -18,8 +20,6 @@ from tests.record_factory import (
     make_prompt_lens,
     make_shape,
 )
-from tuner.planning.cost import CostModel
-from tuner.planning.costs import TaskKind
 
 HOP_S = 1.5e-3
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.memory import LayerShape, ModelShape
-from bench.metrics import metric_names
-from bench.profile import ContentionProfile, DeviceProfile, LayerTimes, LinkProfile, Profile, TaskTime
-from bench.record import (
+from pipetune.bench.memory import LayerShape, ModelShape
+from pipetune.bench.metrics import metric_names
+from pipetune.bench.profile import ContentionProfile, DeviceProfile, LayerTimes, LinkProfile, Profile, TaskTime
+from pipetune.bench.record import (
     DeviceState,
     Failure,
     FailureKind,
@@ -29,14 +29,15 @@ from bench.record import (
     TaskShape,
     Telemetry,
 )
-from bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, StagePlan, Value, Workload
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, StagePlan, Value, Workload
+from pipetune.tuner.config.gate import GateConfig, Tolerance
+from pipetune.tuner.config.schema import SpaceConfig, TuneConfig
+from pipetune.tuner.gate.values import Case, Finding, GateResult, LookTaken, Pair, Sample, Session, Side
+from pipetune.tuner.report.files import write_report
+from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.study.plan_file import PlanFile
+from pipetune.tuner.study.search_log import LoggedTrial, SearchLog, Stop
 from tests.study_factory import make_log, make_profile, write_study
-from tuner.config import SpaceConfig, TuneConfig
-from tuner.export import PlanFile
-from tuner.gate.values import Case, Finding, GateConfig, GateResult, LookTaken, Pair, Sample, Session, Side, Tolerance
-from tuner.report import write_report
-from tuner.search.log import LoggedTrial, SearchLog, Stop
-from tuner.search.space import SearchSpace
 
 README = (Path(__file__).parents[3] / "results" / "README.md").read_text(encoding="utf-8")
 

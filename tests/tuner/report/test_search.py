@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench.metrics import derive
-from bench.record import FailureKind, Measurement, Record
+from pipetune.bench.metrics import derive
+from pipetune.bench.record import FailureKind, Measurement, Record
+from pipetune.tuner.commands.conclude import document
+from pipetune.tuner.config.schema import Constraint
+from pipetune.tuner.report.costs import costs_of
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.figures import forecast_of, history_of
+from pipetune.tuner.report.files import write_report
+from pipetune.tuner.report.search import tell, trials_of
+from pipetune.tuner.report.tables import build_table, render_rich
+from pipetune.tuner.study.files import SEARCH_FILE, load_study
+from pipetune.tuner.study.search_log import SearchLog, Stop
 from tests.record_factory import make_failure, make_measurement, make_plan, make_record, make_study_records
 from tests.study_factory import make_log, make_profile, write_study
-from tuner.conclusion import document
-from tuner.config import Constraint
-from tuner.report import write_report
-from tuner.report.costs import costs_of
-from tuner.report.data import Report
-from tuner.report.figures import forecast_of, history_of
-from tuner.report.search import tell, trials_of
-from tuner.report.tables import build_table, render_rich
-from tuner.search.log import SearchLog, Stop
-from tuner.study_files import SEARCH_FILE, load_study
 
 
 def report_of(folder: Path) -> Report:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from bench import metrics
+from pipetune.bench import metrics
+from pipetune.tuner.report.files import write_report
+from pipetune.tuner.report.trace import trace_events
 from tests.record_factory import make_measurement, make_plan
 from tests.study_factory import write_study
-from tuner.report import write_report
-from tuner.report.trace import trace_events
 
 PLAN = make_plan((8, 12, 10), 8, prefill=4)
 MEASUREMENT = make_measurement(PLAN)

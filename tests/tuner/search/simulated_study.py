@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.record import Failure, FailureKind, Measurement, Outcome, Record
-from bench.spec import EffectivePlan, Plan
+from pipetune.bench.record import Failure, FailureKind, Measurement, Outcome, Record
+from pipetune.bench.spec import EffectivePlan, Plan
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.search.policy.strategy import Proposal, Stop, Strategy
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import SearchSpace
 from tests.record_factory import make_measurement, make_record
-from tuner.planning.cost import CostModel
-from tuner.search.resolver import Resolver
-from tuner.search.space import SearchSpace
-from tuner.search.strategy import Proposal, Stop, Strategy
 
 World = Callable[[Plan, int], Outcome]
 """What a plan gives, run as record number so-and-so."""

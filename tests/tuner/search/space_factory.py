@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.memory import ModelShape
-from bench.spec import Workload
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.spec import Workload
+from pipetune.tuner.config.schema import SpaceConfig
+from pipetune.tuner.planning.costs.nominal import RATES, NominalCosts, Rates
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.search.space.build import build_space
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import SearchSpace
 from tests.record_factory import make_shape
-from tuner.config import SpaceConfig
-from tuner.planning.cost import CostModel
-from tuner.planning.nominal import RATES, NominalCosts, Rates
-from tuner.search.build import build_space
-from tuner.search.resolver import Resolver
-from tuner.search.space import SearchSpace
 
 SHAPE = make_shape()
 GIB = 2**30

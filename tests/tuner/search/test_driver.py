@@ -12,24 +12,24 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench import metrics
-from bench.errors import FleetError, ModelError, NothingFeasibleError, StudyError
-from bench.profile import Profile
-from bench.record import Failure, FailureKind, Measurement, Record
-from bench.spec import RunSpec
+from pipetune.bench import metrics
+from pipetune.bench.errors import FleetError, ModelError, NothingFeasibleError, StudyError
+from pipetune.bench.profile import Profile
+from pipetune.bench.record import Failure, FailureKind, Measurement, Record
+from pipetune.bench.spec import RunSpec
+from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.costs.profiled import ProfiledCosts
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.progress import PlainReporter, SilentReporter
+from pipetune.tuner.search.driver import baseline_batch_sizes, rank_study, run_study
+from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.policy.strategy import Proposal, Strategy
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.study.files import read
+from pipetune.tuner.study.search_log import SearchLog
+from pipetune.tuner.study.store import StudyStore, load_records, was_interrupted
 from tests.tuner.fake_fleet import Lab, failure
-from tuner.config import TuneConfig
-from tuner.planning.cost import CostModel
-from tuner.planning.profiled import ProfiledCosts
-from tuner.progress import PlainReporter, SilentReporter
-from tuner.search.driver import baseline_batch_sizes, rank_study, run_study
-from tuner.search.log import SearchLog
-from tuner.search.proposals import Proposals
-from tuner.search.resolver import Resolver
-from tuner.search.space import SearchSpace
-from tuner.search.strategy import Proposal, Strategy
-from tuner.store import StudyStore, load_records, was_interrupted
-from tuner.study_files import read
 
 MIB = 2**20
 

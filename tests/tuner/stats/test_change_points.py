@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tuner.stats.change_points import LEAST_NIGHTS, change_points, dependence
+from pipetune.tuner.stats.change_points import LEAST_NIGHTS, change_points, dependence
 
 
 def nights(*levels: float, each: int = 12, sd: float = 0.02, seed: int = 0) -> list[float]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.stats.looks import FALSE_ALARM, MISSED, PAIRS, looks_for
-from tuner.stats.signed_rank import least_p
+from pipetune.tuner.stats.looks import FALSE_ALARM, MISSED, PAIRS, looks_for
+from pipetune.tuner.stats.signed_rank import least_p
 
 
 @given(st.integers(1, 200))

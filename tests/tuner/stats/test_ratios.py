@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from tuner.stats.ratios import ratio_of
+from pipetune.tuner.stats.ratios import ratio_of
 
 LOTS = np.random.default_rng(0)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tuner.stats.sessions import Prediction, predict
+from pipetune.tuner.stats.sessions import Prediction, predict
 
 REPETITIONS = 800
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import rankdata, wilcoxon
 
-from tuner.stats.signed_rank import above, below, hodges_lehmann, interval, least_p, noise_floor
+from pipetune.tuner.stats.signed_rank import above, below, hodges_lehmann, interval, least_p, noise_floor
 
 DISTINCT = st.lists(st.integers(1, 10**6), min_size=1, max_size=20, unique=True)
 TIED = st.lists(st.integers(-3, 3), min_size=1, max_size=9)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bench.errors import ConfigError
-from bench.record import write_durably
-from tuner.gate.outputs.junit import render_junit
-from tuner.gate.outputs.markdown import render_markdown
-from tuner.gate.outputs.plot import render_plot
-from tuner.gate.values import GateResult
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.record import write_durably
+from pipetune.tuner.gate.outputs.junit import render_junit
+from pipetune.tuner.gate.outputs.markdown import render_markdown
+from pipetune.tuner.gate.outputs.plot import render_plot
+from pipetune.tuner.gate.values import GateResult
 
 RESULT_FILE, JUNIT_FILE, MARKDOWN_FILE, PLOT_FILE = "gate.json", "junit.xml", "gate.md", "differences.png"
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"

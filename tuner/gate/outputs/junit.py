@@ -6,9 +6,9 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
-from bench.record import Machine
-from tuner.gate.outputs.wording import interval_text, signed
-from tuner.gate.values import SIDES, Finding, GateResult, Verdict
+from pipetune.bench.record import Machine
+from pipetune.tuner.gate.outputs.wording import interval_text, signed
+from pipetune.tuner.gate.values import SIDES, Finding, GateResult, Verdict
 
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 has no way to say."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tuner.gate.outputs.wording import LEGEND, TEXT_COLUMNS, story_of
-from tuner.gate.values import GateResult, Verdict
-from tuner.report.markdown import escaped
+from pipetune.tuner.gate.outputs.wording import LEGEND, TEXT_COLUMNS, story_of
+from pipetune.tuner.gate.values import GateResult, Verdict
+from pipetune.tuner.report.markdown import escaped
 
 _MARKS = {Verdict.OK: "✅", Verdict.FAIL: "❌", Verdict.INCONCLUSIVE: "⚠️"}
 

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from tuner.gate.outputs.wording import signed
-from tuner.gate.values import Finding, GateResult, Verdict
-from tuner.report.canvas import GREEN, GREY, LIGHT, ORANGE, VERMILION, Theme, new_figure, to_png
+from pipetune.tuner.gate.outputs.wording import signed
+from pipetune.tuner.gate.values import Finding, GateResult, Verdict
+from pipetune.tuner.report.canvas import GREEN, GREY, LIGHT, ORANGE, VERMILION, Theme, new_figure, to_png
 
 _COLOURS = {Verdict.OK: GREEN, Verdict.FAIL: VERMILION, Verdict.INCONCLUSIVE: ORANGE}
 _SPREAD, _HALF = 0.28, 0.42

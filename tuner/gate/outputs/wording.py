@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bench.record import Machine
-from tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict
-from tuner.report.wording import MISSING, bytes_text, clean, ms_text, number_text
+from pipetune.bench.record import Machine
+from pipetune.tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict
+from pipetune.tuner.report.wording import MISSING, bytes_text, clean, ms_text, number_text
 
 LEGEND = "Worse by: how much more time (of a rate, time per token) or memory the candidate takes; negative is better."
 TEXT_COLUMNS = frozenset({"case", "metric", "verdict"})

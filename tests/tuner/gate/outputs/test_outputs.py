@@ -16,17 +16,17 @@ from markdown_it import MarkdownIt
 from matplotlib.collections import PathCollection
 from rich.console import Console
 
-from bench.errors import ConfigError
+from pipetune.bench.errors import ConfigError
+from pipetune.tuner.cli import gate_view
+from pipetune.tuner.gate.outputs import files
+from pipetune.tuner.gate.outputs.junit import render_junit
+from pipetune.tuner.gate.outputs.markdown import render_markdown
+from pipetune.tuner.gate.outputs.plot import draw
+from pipetune.tuner.gate.outputs.wording import signed, story_of, value_text
+from pipetune.tuner.gate.values import GateResult, Reason, Session, Verdict
+from pipetune.tuner.report.canvas import LIGHT
 from tests.tuner.gate.factory import make_sample
 from tests.tuner.gate.results import METRIC, make_result
-from tuner.cli import gate_view
-from tuner.gate.outputs import files
-from tuner.gate.outputs.junit import render_junit
-from tuner.gate.outputs.markdown import render_markdown
-from tuner.gate.outputs.plot import draw
-from tuner.gate.outputs.wording import signed, story_of, value_text
-from tuner.gate.values import GateResult, Reason, Session, Verdict
-from tuner.report.canvas import LIGHT
 
 ALL = {"prefill": 0.0, "decode": 0.1, "short": None}
 

@@ -1,0 +1,421 @@
+"""A fleet of workers as its users see it: commands in, values out, rebuilt at its next use after a failure.
+
+No torch here: whatever a worker dies of, `bench.fleet.supervisor` turns it into a `Failure` in a driver that lives on.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import TypeAdapter
+
+from pipetune.bench.errors import ConfigError, FleetError, ModelError, PlanError
+from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, Progress, Supervisor
+from pipetune.bench.machine.hardware import available_devices, device_bytes
+from pipetune.bench.memory import ModelShape, resolve
+from pipetune.bench.models.cache import CACHE_VARIABLE, cache_root
+from pipetune.bench.profile import Profile, ProfileGrid
+from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Outcome
+from pipetune.bench.spec import (
+    EffectivePlan,
+    ModelSpec,
+    Plan,
+    Protocol,
+    RunSpec,
+    Sampling,
+    Value,
+    Workload,
+    device_kind,
+)
+
+__all__ = [
+    "CACHE_VARIABLE",
+    "Fleet",
+    "GenerationResult",
+    "Progress",
+    "ScoreResult",
+    "available_devices",
+    "cache_root",
+    "device_bytes",
+]
+
+_OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Outcome)
+
+
+class GenerationResult(Value):
+    """What one prompt gave."""
+
+    token_ids: tuple[int, ...]
+    """Generated tokens, the end-of-sequence token included."""
+    text: str | None
+    """None where the model has no tokenizer."""
+    prompt_token_ids: tuple[int, ...]
+    ttft_s: float
+    """From the call's prompts to this prompt's first token."""
+    e2el_s: float
+    """… to its last token."""
+    token_times_s: tuple[float, ...]
+
+
+class ScoreResult(Value):
+    """What the model makes of one text."""
+
+    token_ids: tuple[int, ...]
+    """Of the text."""
+    logprobs: tuple[float, ...]
+    """Natural logarithms of the probabilities of all tokens but the first, which has none; empty for a single token."""
+    text: str | None
+    """None where the model has no tokenizer."""
+
+
+class Fleet:
+    """One worker process per device, kept over plans; rebuilt by itself after a failure, when next used."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        devices: Sequence[str],
+        *,
+        log_dir: Path | None,
+        hang_timeout_s: float,
+        on_progress: Callable[[Progress], None] | None,
+        worker_env: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        self.model = model
+        self.devices = tuple(devices)
+        self.worker_env = {device: dict(variables) for device, variables in (worker_env or {}).items()}
+        self.shape: ModelShape
+        self.machine: Machine
+        self.device_bytes: dict[str, int]
+        self._supervisor = Supervisor(
+            self.devices,
+            log_dir=log_dir,
+            hang_timeout_s=hang_timeout_s,
+            on_progress=on_progress,
+            worker_env=worker_env,
+        )
+        self._reference: Path | None = None
+
+    @classmethod
+    def start(
+        cls,
+        model: ModelSpec,
+        devices: Sequence[str],
+        *,
+        log_dir: Path | None = None,
+        hang_timeout_s: float = 10.0,
+        on_progress: Callable[[Progress], None] | None = None,
+        worker_env: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> Self:
+        """Starts one worker per device and waits until the model is known to all.
+
+        Args:
+            devices: `cpu:N` or `cuda:N`, one worker each; a GPU named twice gets two.
+            log_dir: where `rank-N.log` go; by default a temporary folder that goes with the fleet.
+            hang_timeout_s: a worker that gives no sign of life for so long is taken for hung.
+            worker_env: variables of the environment of single devices' workers: `{"cpu:1": {"ONEDNN_MAX_CPU_ISA":
+                "AVX2"}}` lets one CPU worker compute like an older CPU.
+
+        Raises:
+            ModelError: the model cannot be found, read or split.
+            ConfigError: a device that is not there.
+            FleetError: workers that do not start.
+        """
+        fleet = cls(
+            model,
+            devices,
+            log_dir=log_dir,
+            hang_timeout_s=hang_timeout_s,
+            on_progress=on_progress,
+            worker_env=worker_env,
+        )
+        fleet._check_devices()
+        fleet._launch()
+        return fleet
+
+    def prompts(self, workload: Workload) -> tuple[tuple[int, ...], ...]:
+        """Token ids of every prompt, in the order given.
+
+        Raises:
+            ConfigError: prompts that cannot be used.
+            FleetError: the workers failed.
+        """
+        answer = self._call("prompts", {"workload": _dump(workload)})
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return tuple(tuple(prompt) for prompt in answer["prompts"])
+
+    def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
+        """Length of every prompt in tokens; raises as `prompts` does."""
+        return tuple(len(prompt) for prompt in self.prompts(workload))
+
+    def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
+        """How many micro-batches the plan's memory caps let be in flight here, or why not even one fits.
+
+        Raises:
+            ConfigError: prompts that cannot be used.
+            PlanError: the plan does not suit the model, or names a device that is not the fleet's.
+        """
+        lens = self.prompt_lens(workload)
+        return resolve(
+            self.shape,
+            plan,
+            num_prompts=len(lens),
+            prompt_len=max(lens),
+            output_len=workload.generated_len,
+            device_bytes=self.device_bytes,
+        )
+
+    def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
+        """Asks the unsplit model for the truth that plans are checked against, and keeps it in a file."""
+        try:
+            answer = self._call(
+                "reference", {"path": str(path.absolute()), "workload": _dump(workload), "protocol": _dump(protocol)}
+            )
+        except FleetError as error:
+            return error.failure
+        if answer["failure"] is not None:
+            return Failure.model_validate(answer["failure"])
+        self._reference = path.absolute()
+        return None
+
+    def make_reference_from_plan(self, path: Path, spec: RunSpec, effective: EffectivePlan) -> Failure | None:
+        """Takes a plan's own output for the truth, where the unsplit model fits on no device.
+
+        Later plans can be told apart from it; whether it was right itself cannot be told.
+        """
+        self._check_stages(spec.plan)
+        try:
+            self._call(
+                "reference_from_plan",
+                {"path": str(path.absolute()), "spec": _dump(spec), "effective": _dump(effective)},
+                spec.protocol.timeout_s,
+            )
+        except FleetError as error:
+            return error.failure
+        self._reference = path.absolute()
+        return None
+
+    def use_reference(self, path: Path) -> None:
+        """Takes a reference made earlier, as on a resume."""
+        self._reference = path.absolute()
+        if self._supervisor.is_up:
+            self._call("use_reference", {"path": str(self._reference)})
+
+    def baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> Measurement | Failure:
+        """Measures the model un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`.
+
+        By HF `generate`, or by plain forward passes where texts are scored.
+        """
+        return self._outcome(
+            "baseline",
+            {"workload": _dump(workload), "protocol": _dump(protocol), "batch_size": batch_size},
+            protocol.timeout_s,
+        )
+
+    def measure(self, spec: RunSpec, effective: EffectivePlan) -> Measurement | Failure:
+        """Moves to the plan, checks its output, warms up and measures.
+
+        Raises:
+            PlanError: the plan names a device more often than this fleet has workers on it.
+        """
+        self._check_stages(spec.plan)
+        return self._outcome("measure", {"spec": _dump(spec), "effective": _dump(effective)}, spec.protocol.timeout_s)
+
+    def profile(self, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True) -> Profile:
+        """Times the model's parts on every device, all of them busy at once, and the links between each two.
+
+        Args:
+            packed_weights: as in plans.
+            cuda_graphs: as in plans.
+
+        Raises:
+            FleetError: the workers failed, or not even one layer of each kind fits between embedding and head.
+        """
+        answer = self._call(
+            "profile", {"grid": _dump(grid), "packed_weights": packed_weights, "cuda_graphs": cuda_graphs}
+        )
+        if "failure" in answer:
+            raise FleetError(Failure.model_validate(answer["failure"]))
+        return Profile.model_validate(
+            {
+                **answer,
+                "model": self.model,
+                "shape": self.shape,
+                "machine": self.machine,
+                "device_bytes": self.device_bytes,
+                "packed_weights": packed_weights,
+                "cuda_graphs": cuda_graphs,
+                "scores": grid.scores,
+                "measured_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            }
+        )
+
+    def generate(
+        self,
+        plan: Plan,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int,
+        in_flight: int | None = None,
+        ignore_eos: bool = False,
+        sampling: Sampling | None = None,
+    ) -> tuple[GenerationResult, ...]:
+        """Generates for use.
+
+        Args:
+            prompts: text, or token ids.
+            in_flight: micro-batches resident at once; by default as many as the plan lets be, or all of them.
+            ignore_eos: generate `max_new_tokens` for every prompt.
+            sampling: how tokens are drawn, the same for every plan: draws depend on the seed and on the prompt's place
+                among the prompts. None takes the likeliest token.
+
+        Raises:
+            ConfigError: prompts that cannot be used.
+            PlanError: the plan names a device more often than this fleet has workers on it.
+            FleetError: the workers failed.
+        """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        answer = self._call(
+            "generate",
+            {
+                **self._use(plan, prompts, in_flight),
+                "prompts": _plain(prompts),
+                "max_new_tokens": max_new_tokens,
+                "ignore_eos": ignore_eos,
+                "sampling": _dump(sampling) if sampling is not None else None,
+            },
+        )
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return tuple(
+            GenerationResult(
+                token_ids=tuple(row["token_ids"]),
+                text=row["text"],
+                prompt_token_ids=tuple(row["prompt_token_ids"]),
+                ttft_s=row["token_times_s"][0],
+                e2el_s=row["token_times_s"][-1],
+                token_times_s=tuple(row["token_times_s"]),
+            )
+            for row in answer["results"]
+        )
+
+    def score(
+        self, plan: Plan, texts: Sequence[str | Sequence[int]], *, in_flight: int | None = None
+    ) -> tuple[ScoreResult, ...]:
+        """Log-probabilities of the tokens of given texts, each under those before it.
+
+        Args:
+            texts: text, or token ids.
+            in_flight: micro-batches resident at once; by default as many as the plan lets be, or all of them.
+
+        Raises:
+            ConfigError: texts that cannot be used.
+            PlanError: the plan names a device more often than this fleet has workers on it.
+            FleetError: the workers failed.
+        """
+        answer = self._call("score", {**self._use(plan, texts, in_flight), "texts": _plain(texts)})
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return tuple(
+            ScoreResult(token_ids=tuple(row["prompt_token_ids"]), logprobs=tuple(row["logprobs"]), text=row["text"])
+            for row in answer["results"]
+        )
+
+    def _use(self, plan: Plan, prompts: Sequence[str | Sequence[int]], in_flight: int | None) -> dict[str, Any]:
+        self._check_stages(plan)
+        if not prompts:
+            raise ConfigError("prompts: there is none; give at least one")
+        return {"plan": _dump(plan), "in_flight": in_flight or plan.max_in_flight or len(prompts)}
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids by rank; empty while the fleet is down."""
+        return self._supervisor.pids
+
+    def interrupt(self) -> None:
+        """Kills the workers at once; the fleet starts anew when it is next used."""
+        self._supervisor.kill()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._supervisor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_devices(self) -> None:
+        if not self.devices:
+            raise ConfigError("devices: there is none; give cpu:0-1, cuda:0,cuda:1 or auto")
+        there = available_devices()
+        missing = [name for name in self.devices if device_kind(name) == "cuda" and name not in there]
+        if missing:
+            raise ConfigError(
+                f"devices: {missing[0]} is not on this machine; there are {', '.join(there)} and any cpu:N"
+            )
+
+    def _check_stages(self, plan: Plan) -> None:
+        named = list(plan.devices)
+        for device in named:
+            if named.count(device) > self.devices.count(device):
+                raise PlanError(
+                    f"plan.stages: {device} holds {named.count(device)} stages, and the fleet has "
+                    f"{self.devices.count(device)} workers on it; its devices are {', '.join(self.devices)}"
+                )
+
+    def _launch(self) -> None:
+        try:
+            self._start_and_describe()
+        except BaseException:
+            # Whatever it is, an interrupt among them: nobody else knows of these processes and this folder yet.
+            self._supervisor.kill()
+            raise
+
+    def _start_and_describe(self) -> None:
+        try:
+            self._supervisor.start(self.model)
+        except FleetError as error:
+            if error.failure.kind is FailureKind.UNSUPPORTED_MODEL:
+                raise ModelError(error.failure.message) from error
+            raise
+        described = self._supervisor.request("describe", {}, START_TIMEOUT_S)
+        self.model = ModelSpec.model_validate(described["model"])
+        self.shape = ModelShape.model_validate(described["shape"])
+        self.machine = Machine.model_validate(described["machine"])
+        self.device_bytes = described["device_bytes"]
+        if self._reference is not None:
+            self._supervisor.request("use_reference", {"path": str(self._reference)}, START_TIMEOUT_S)
+
+    def _outcome(self, command: str, args: dict[str, Any], timeout_s: float) -> Measurement | Failure:
+        try:
+            return _OUTCOME.validate_python(self._call(command, args, timeout_s)["outcome"])
+        except FleetError as error:
+            return error.failure
+
+    def _call(self, command: str, args: dict[str, Any], timeout_s: float = START_TIMEOUT_S) -> dict[str, Any]:
+        """Sends a command and waits for its answer, on a fleet that is started again if it is down.
+
+        Raises:
+            FleetError: the workers failed, and were killed.
+        """
+        if not self._supervisor.is_up:
+            self._launch()
+        return self._supervisor.request(command, args, timeout_s)
+
+
+def _plain(prompts: Sequence[str | Sequence[int]]) -> list[str | list[int]]:
+    return [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+
+
+def _dump(value: Value) -> dict[str, Any]:
+    return value.model_dump(mode="json")

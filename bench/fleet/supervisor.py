@@ -1,0 +1,425 @@
+"""Worker processes from outside: started, listened to, diagnosed when they die, hang or fall silent, and ended.
+
+Rank 0 alone is commanded. Every worker has a connection of its own for signs of life and for faults, so that one stuck
+rank cannot silence the diagnosis. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipetune.bench.errors import ConfigError, FleetError
+from pipetune.bench.faults import KNOBS
+from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.spec import ModelSpec, Value, device_kind
+
+START_TIMEOUT_S = 1800.0
+"""A first start may download and convert a model."""
+STUCK_AFTER_S = 30.0
+"""If every stage waits for another and no task ends for so long, messages were lost."""
+KILL_TIMEOUT_S = 60.0
+"""A killed worker that is not gone after so long is left to the kernel."""
+FOLDER_PREFIX = "pipetune-"
+_OWNER_FILE = ".driver"
+"""In a driver's own folder: its process id, and when that process began. What lacks it belongs to somebody else."""
+_MAX_SOCKET_PATH = 103
+"""Bytes; of the systems that pipetune runs on, the least that a socket's address holds."""
+GRACE_S = 1.0
+"""How long to wait, after a worker fell, for the one that fell first to say why."""
+
+
+class Progress(Value):
+    """What a fleet is doing, for people who wait."""
+
+    phase: str
+    message: str = ""
+    stage: int | None = None
+    done: int | None = None
+    total: int | None = None
+
+
+class _Worker:
+    """The driver's view of one worker process."""
+
+    def __init__(self, rank: int, device: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.rank, self.device, self.process, self.log = rank, device, process, log
+        self.connection: socket.socket | None = None
+        self.ready = False
+        self.beat_at = time.monotonic()
+        self.state: dict[str, Any] = {"phase": "start", "activity": "idle", "tasks_done": 0, "stage": None}
+
+    def log_tail(self, limit: int = 2000) -> str:
+        """The end of the worker's log."""
+        with contextlib.suppress(OSError):
+            return self.log.read_text(encoding="utf-8", errors="replace")[-limit:]
+        return ""
+
+
+class Supervisor:
+    """One worker process per device; down until started, and down again after any failure."""
+
+    def __init__(
+        self,
+        devices: Sequence[str],
+        *,
+        log_dir: Path | None,
+        hang_timeout_s: float,
+        on_progress: Callable[[Progress], None] | None,
+        worker_env: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """
+        Args:
+            devices: one worker each.
+            log_dir: where `rank-N.log` go; by default a temporary folder that goes with the workers.
+            hang_timeout_s: a worker that gives no sign of life for so long is taken for hung.
+            worker_env: variables of the environment of single devices' workers, on top of this process's.
+        """
+        self.hang_timeout_s = hang_timeout_s
+        self.on_progress = on_progress or (lambda progress: None)
+        self._devices = tuple(devices)
+        self._log_dir = log_dir
+        self._worker_env = worker_env or {}
+        self._workers: list[_Worker] = []
+        self._folder: Path | None = None
+        self._listener: socket.socket | None = None
+        self._selector: selectors.BaseSelector | None = None
+        self._next_id = 0
+        self._answers: dict[int, Any] = {}
+        self._oom_kills_before = 0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether there are workers: from their start until they are ended."""
+        return bool(self._workers)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids by rank; empty while there are no workers."""
+        return tuple(worker.process.pid for worker in self._workers)
+
+    def start(self, model: ModelSpec) -> None:
+        """Starts one worker per device and waits until each has read the model.
+
+        Whoever calls this kills what was started if anything is raised, an interrupt among them.
+
+        Raises:
+            ConfigError: the folder for temporary files has too long a path for a socket.
+            FleetError: workers that do not start; they were killed.
+        """
+        self._oom_kills_before = _oom_kills()
+        _sweep_leftovers()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
+        (self._folder / _OWNER_FILE).write_text(f"{os.getpid()} {_began(os.getpid())}", encoding="ascii")
+        log_dir = self._log_dir or self._folder
+        log_dir.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "driver.sock"
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"TMPDIR: {tempfile.gettempdir()} is too long: a socket's path there would have "
+                f"{len(os.fsencode(path))} bytes of at most {_MAX_SOCKET_PATH}; give a shorter one"
+            )
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        path.chmod(0o600)
+        self._listener.listen(len(self._devices))
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        environment = {
+            **os.environ,
+            # NVML counts GPUs by bus; CUDA would count the fastest first.
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if sum(device_kind(device) == "cuda" for device in self._devices) > 1:
+            # A kernel that is loaded at its first use waits for all that runs, and a posted NCCL receive runs until its
+            # message comes: two stages that wait so for each other wait for ever.
+            environment.setdefault("CUDA_MODULE_LOADING", "EAGER")
+        for rank, device in enumerate(self._devices):
+            log = log_dir / f"rank-{rank}.log"
+            with log.open("ab") as output:
+                process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-P", "-m", "pipetune.bench.worker"),
+                        *("--rank", str(rank), "--devices", ",".join(self._devices)),
+                        *("--model", model.model_dump_json()),
+                        *("--socket", str(path), "--rendezvous", str(self._folder / "rendezvous")),
+                        *("--driver-pid", str(os.getpid())),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env={**environment, **self._worker_env.get(device, {})},
+                    # A Ctrl-C at the terminal is the driver's to handle.
+                    start_new_session=True,
+                )
+            self._workers.append(_Worker(rank, device, process, log))
+        self.on_progress(Progress(phase="start", message=f"starting {len(self._devices)} workers"))
+        self._await(lambda: all(worker.ready for worker in self._workers), START_TIMEOUT_S, "start")
+
+    def request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Sends a command to rank 0 and waits for its answer.
+
+        Raises:
+            FleetError: the workers failed, and were killed.
+        """
+        self._next_id += 1
+        number = self._next_id
+        for worker in self._workers:
+            worker.beat_at = time.monotonic()
+        self._send({"id": number, "command": command, "args": args})
+        self._await(lambda: number in self._answers, timeout_s, command)
+        answer: dict[str, Any] = self._answers.pop(number)
+        return answer
+
+    def close(self) -> None:
+        """Asks the workers to exit, and ends those that do not."""
+        if self._workers and all(worker.process.poll() is None and worker.ready for worker in self._workers):
+            with contextlib.suppress(OSError, FleetError):
+                self._send({"id": -1, "command": "exit", "args": {}})
+                deadline = time.monotonic() + 2.0
+                while time.monotonic() < deadline and any(worker.process.poll() is None for worker in self._workers):
+                    time.sleep(0.01)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the workers at once, and removes what they were started with."""
+        for worker in self._workers:
+            if worker.process.poll() is None:
+                worker.process.kill()
+        for worker in self._workers:
+            # A process that hangs in a GPU's driver cannot even be killed.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(KILL_TIMEOUT_S)
+        if self._selector is not None:
+            for key in list(self._selector.get_map().values()):
+                if isinstance(key.fileobj, socket.socket):
+                    key.fileobj.close()
+            self._selector.close()
+        self._workers, self._selector, self._listener = [], None, None
+        self._answers = {}
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _send(self, message: dict[str, Any]) -> None:
+        connection = self._workers[0].connection
+        assert connection is not None
+        try:
+            connection.sendall((json.dumps(message) + "\n").encode())
+        except OSError:
+            self._fail(self._find_dead() or self._silent(self._workers[0]))
+
+    def _await(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Listens until `done`; whatever goes wrong meanwhile ends the workers and is raised."""
+        began = moved_at = time.monotonic()
+        tasks_done = -1
+        while not done():
+            self._listen(0.05)
+            now = time.monotonic()
+            dead = self._find_dead()
+            if dead is not None:
+                self._fail(dead)
+            silent = [
+                worker
+                for worker in self._workers
+                if worker.connection is not None and now - worker.beat_at > self.hang_timeout_s
+            ]
+            if silent:
+                self._fail(self._silent(silent[0]))
+            total = sum(worker.state["tasks_done"] for worker in self._workers)
+            stages = [worker for worker in self._workers if worker.state["activity"] != "idle"]
+            waiting = bool(stages) and all(worker.state["activity"] in ("receive", "send") for worker in stages)
+            if total != tasks_done or not waiting:
+                tasks_done, moved_at = total, now
+            elif now - moved_at > STUCK_AFTER_S:
+                self._fail(self._stuck(stages, now - moved_at))
+            if now - began > timeout_s:
+                self._fail(
+                    Failure(
+                        kind=FailureKind.TIMEOUT,
+                        phase=self._workers[0].state["phase"],
+                        message=(
+                            f"{what} took longer than {timeout_s:.0f} s; raise protocol.timeout_s or choose a smaller "
+                            "workload"
+                        ),
+                    )
+                )
+
+    def _listen(self, timeout_s: float) -> None:
+        assert self._selector is not None
+        assert self._listener is not None
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self._listener:
+                connection, _ = self._listener.accept()
+                connection.setblocking(True)
+                self._selector.register(connection, selectors.EVENT_READ, [b""])
+                continue
+            connection = key.fileobj  # type: ignore[assignment]
+            try:
+                data = connection.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                self._selector.unregister(connection)
+                connection.close()
+                continue
+            *lines, key.data[0] = (key.data[0] + data).split(b"\n")
+            for line in lines:
+                self._receive(json.loads(line), connection)
+
+    def _receive(self, message: dict[str, Any], connection: socket.socket) -> None:
+        worker = self._workers[message["rank"]]
+        worker.beat_at = time.monotonic()
+        kind = message["type"]
+        if kind == "hello":
+            worker.connection = connection
+        elif kind == "ready":
+            worker.ready = True
+        elif kind == "beat":
+            worker.state.update({name: message[name] for name in worker.state})
+        elif kind == "progress":
+            # All ranks take the same steps, and signs of life come seldom: a fault shall name the phase it fell into.
+            for other in self._workers:
+                other.state["phase"] = message["phase"]
+            self.on_progress(
+                Progress(
+                    phase=message["phase"],
+                    message=message["message"],
+                    stage=worker.state["stage"],
+                    done=message["done"],
+                    total=message["total"],
+                )
+            )
+        elif kind == "answer":
+            self._answers[message["id"]] = message["result"]
+        elif kind == "fault":
+            self._fault(Failure.model_validate(message["failure"]))
+
+    def _fault(self, failure: Failure) -> None:
+        """A worker told of its own fault. A lost peer is a consequence: whoever was lost is looked for first."""
+        if failure.kind is FailureKind.COMMUNICATION_TIMEOUT:
+            deadline = time.monotonic() + GRACE_S
+            while time.monotonic() < deadline:
+                dead = self._find_dead(only_signals=True)
+                if dead is not None:
+                    self._fail(dead)
+                # Another worker's own fault, if it is on its way, is raised from within.
+                self._listen(0.05)
+        self._fail(failure)
+
+    def _find_dead(self, *, only_signals: bool = False) -> Failure | None:
+        for worker in self._workers:
+            code = worker.process.poll()
+            if code is None or (only_signals and code >= 0):
+                continue
+            if code > 0:
+                # It exits by itself only after it has told why: read that first.
+                deadline = time.monotonic() + GRACE_S
+                while time.monotonic() < deadline:
+                    self._listen(0.05)
+            return self._died(worker, code)
+        return None
+
+    def _died(self, worker: _Worker, code: int) -> Failure:
+        stage, phase = worker.state["stage"], worker.state["phase"]
+        where = f"stage {stage} on {worker.device}" if stage is not None else f"worker on {worker.device}"
+        kind = FailureKind.WORKER_DIED
+        if code < 0:
+            name = signal.Signals(-code).name
+            by, hint = f"was killed by {name}", "see its log"
+            if name == "SIGKILL" and _oom_kills() > self._oom_kills_before:
+                kind = FailureKind.OUT_OF_MEMORY
+                hint = "the host ran out of memory, as the kernel's log says; " + KNOBS[FailureKind.OUT_OF_MEMORY]
+            elif name == "SIGKILL":
+                hint = "somebody killed it: the kernel has not killed anyone for memory meanwhile"
+        else:
+            by, hint = f"exited with code {code}", "see its log"
+        return Failure(
+            kind=kind,
+            stage=stage,
+            device=worker.device,
+            phase=phase,
+            message=f"{where} {by} during {phase}; {hint}",
+            detail=worker.log_tail(),
+        )
+
+    def _silent(self, worker: _Worker) -> Failure:
+        stage, phase = worker.state["stage"], worker.state["phase"]
+        where = f"stage {stage} on {worker.device}" if stage is not None else f"worker on {worker.device}"
+        return Failure(
+            kind=FailureKind.WORKER_HUNG,
+            stage=stage,
+            device=worker.device,
+            phase=phase,
+            message=(
+                f"{where} gave no sign of life for {self.hang_timeout_s:.0f} s during {phase}: it is stopped or "
+                "stuck; a slower machine may need a larger protocol.hang_timeout_s"
+            ),
+            detail=worker.log_tail(),
+        )
+
+    def _stuck(self, stages: Sequence[_Worker], waited_s: float) -> Failure:
+        doing = ", ".join(f"stage {worker.state['stage']} {worker.state['activity']}s" for worker in stages)
+        return Failure(
+            kind=FailureKind.COMMUNICATION_TIMEOUT,
+            stage=stages[0].state["stage"],
+            device=stages[0].device,
+            phase=stages[0].state["phase"],
+            message=(
+                f"nothing moved between the stages for {waited_s:.0f} s ({doing}): a message was lost; check the "
+                "links, or NCCL_DEBUG=INFO on GPUs"
+            ),
+        )
+
+    def _fail(self, failure: Failure) -> None:
+        """Ends the workers and raises; a worker that died may have been the first victim of another's fault."""
+        self.kill()
+        raise FleetError(failure)
+
+
+def _sweep_leftovers() -> None:
+    """Removes the folders of drivers that were killed: they could not do it themselves."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*-*"):
+        with contextlib.suppress(OSError, ValueError):
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            pid, began = (int(word) for word in (folder / _OWNER_FILE).read_text(encoding="ascii").split())
+            if folder.name.startswith(f"{FOLDER_PREFIX}{pid}-") and _began(pid) != began:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _began(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot; None where there is none of that number."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # The name in parentheses may hold anything; behind it the start time is the 20th field.
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed a process for memory since it booted; 0 where it does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

@@ -1,0 +1,1 @@
+"""The machine: hardware, software, and what its sensors say while a run goes on."""

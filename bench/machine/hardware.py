@@ -1,0 +1,237 @@
+"""The machine: its devices, how much memory and how many cores each may use, and what hardware and software it is.
+
+Loads no torch, so that a driver may ask; NVML and the kernel's files say it all.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pynvml
+
+from pipetune.bench.machine.nvml import nvml_session, read, text, visible_gpus
+from pipetune.bench.record import GpuInfo, Hardware, Machine, Software
+from pipetune.bench.spec import device_index, device_kind
+
+PACKAGES = ("torch", "transformers", "accelerate", "optuna", "numpy", "pydantic", "safetensors", "tokenizers")
+_GIB = 2**30
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_TOPOLOGY = {
+    pynvml.NVML_TOPOLOGY_INTERNAL: "PSB",
+    pynvml.NVML_TOPOLOGY_SINGLE: "PIX",
+    pynvml.NVML_TOPOLOGY_MULTIPLE: "PXB",
+    pynvml.NVML_TOPOLOGY_HOSTBRIDGE: "PHB",
+    pynvml.NVML_TOPOLOGY_NODE: "NODE",
+    pynvml.NVML_TOPOLOGY_SYSTEM: "SYS",
+}
+"""What `nvidia-smi topo -m` calls the nearest common ancestor of two GPUs."""
+
+
+def read_machine() -> Machine:
+    """Everything a record says of the machine it was made on."""
+    with nvml_session() as has_nvml:
+        gpus = visible_gpus() if has_nvml else {}
+        hardware = Hardware(
+            cpu_model=_cpu_model(),
+            cpu_cores=cpu_cores(),
+            memory_bytes=host_memory_bytes() // _GIB * _GIB,
+            gpus=tuple(_gpu_info(handle) for handle in gpus.values()),
+            links=tuple(f"{a}-{b}:{_link(gpus[a], gpus[b])}" for a, b in combinations(sorted(gpus), 2)),
+        )
+        driver = text(read(pynvml.nvmlSystemGetDriverVersion)) or None if has_nvml else None
+    return Machine(
+        hostname=socket.gethostname(),
+        hardware_id=hardware.hardware_id,
+        hardware=hardware,
+        software=Software(
+            python=platform.python_version(),
+            packages={name: version for name in PACKAGES if (version := _version(name))},
+            driver=driver,
+            # The CUDA build of torch brings the runtime as packages of their own, under names with and without suffix.
+            cuda=_first_version("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12"),
+            nccl=_first_version("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
+            os=platform.platform(),
+            git_revision=git_revision(Path(__file__).resolve().parents[2]),
+            pipetune=_version("pipetune") or "not installed",
+        ),
+    )
+
+
+def available_devices() -> tuple[str, ...]:
+    """All GPUs that CUDA would show; without any, two CPU workers, or one where there is but one core."""
+    with nvml_session() as has_nvml:
+        gpus = tuple(f"cuda:{index}" for index in visible_gpus()) if has_nvml else ()
+    return gpus or (("cpu:0", "cpu:1") if cpu_cores() >= 2 else ("cpu:0",))
+
+
+def device_bytes(devices: Sequence[str]) -> dict[str, int]:
+    """Memory of each device: a GPU's, or an even share of it where several workers share the GPU; of the host's, limits
+    of the cgroup respected, an even share per `cpu:N`.
+
+    Raises:
+        ValueError: a GPU is named that is not there.
+    """
+    num_cpus = sum(device_kind(device) == "cpu" for device in devices)
+    with nvml_session() as has_nvml:
+        gpus = visible_gpus() if has_nvml else {}
+        sizes = {}
+        for device in devices:
+            if device_kind(device) == "cpu":
+                sizes[device] = host_memory_bytes() // num_cpus
+            elif device_index(device) in gpus:
+                total = int(pynvml.nvmlDeviceGetMemoryInfo(gpus[device_index(device)]).total)
+                sizes[device] = total // list(devices).count(device)
+            else:
+                there = ", ".join(f"cuda:{index}" for index in gpus) or "no GPU"
+                raise ValueError(f"devices: {device} is not on this machine; NVML sees {there}")
+    return sizes
+
+
+def cpu_cores() -> int:
+    """Cores this process may use: its affinity and the cgroup's quota, whichever is less; at least 1."""
+    quota = _cgroup_cores(Path("/proc/self/cgroup").read_text(), _CGROUP_ROOT)
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def cores_of(device: str, devices: Sequence[str]) -> int:
+    """Cores for one worker of a fleet: an equal share, at least 1; what is left over stays free for gloo's threads.
+
+    Args:
+        device: of the worker.
+        devices: of all workers on this host.
+    """
+    assert device in devices, f"{device} is not one of {devices}"
+    return max(1, cpu_cores() // len(devices))
+
+
+def host_memory_bytes() -> int:
+    """Memory this process may use: the host's or the cgroup's limit, whichever is less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _cgroup_memory(Path("/proc/self/cgroup").read_text(), _CGROUP_ROOT)
+    return total if limit is None else min(total, limit)
+
+
+def git_revision(folder: Path) -> str | None:
+    """Commit of the checkout whose root `folder` is, with `-dirty` behind it where files were changed; else None."""
+    git = ["git", "-C", str(folder)]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+
+    def run(*command: str) -> str:
+        return subprocess.run(
+            [*git, *command], capture_output=True, text=True, check=True, timeout=10, env=environment
+        ).stdout.strip()
+
+    try:
+        # pipetune may be installed somewhere inside a repository that is not its own.
+        if Path(run("rev-parse", "--show-toplevel")).resolve() != folder.resolve():
+            return None
+        revision = run("rev-parse", "HEAD")
+        return f"{revision}-dirty" if run("status", "--porcelain", "--untracked-files=no") else revision
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _gpu_info(handle: Any) -> GpuInfo:
+    capability = read(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    return GpuInfo(
+        name=text(read(pynvml.nvmlDeviceGetName, handle)),
+        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        uuid=text(read(pynvml.nvmlDeviceGetUUID, handle)),
+        compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
+    )
+
+
+def _link(one: Any, other: Any) -> str:
+    """`NV<n>` for n NVLinks (direct or through a switch), else the topology, and `+p2p` where copies may go direct."""
+    if read(pynvml.nvmlDeviceGetP2PStatus, one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == pynvml.NVML_P2P_STATUS_OK:
+        return f"NV{_num_nvlinks(one, other)}"
+    level = _TOPOLOGY.get(read(pynvml.nvmlDeviceGetTopologyCommonAncestor, one, other), "unknown")
+    direct = read(pynvml.nvmlDeviceGetP2PStatus, one, other, pynvml.NVML_P2P_CAPS_INDEX_READ)
+    return f"{level}+p2p" if direct == pynvml.NVML_P2P_STATUS_OK else level
+
+
+def _num_nvlinks(one: Any, other: Any) -> int:
+    """Active links from one GPU to the other, or all its active links where they end at a switch."""
+    target = text(getattr(read(pynvml.nvmlDeviceGetPciInfo, other), "busId", ""))
+    ends = [
+        text(getattr(read(pynvml.nvmlDeviceGetNvLinkRemotePciInfo, one, link), "busId", ""))
+        for link in range(pynvml.NVML_NVLINK_MAX_LINKS)
+        if read(pynvml.nvmlDeviceGetNvLinkState, one, link) == pynvml.NVML_FEATURE_ENABLED
+    ]
+    return ends.count(target) or len(ends)
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_version(*packages: str) -> str | None:
+    return next((version for package in packages if (version := _version(package))), None)
+
+
+def _cgroup_cores(membership: str, root: Path) -> float | None:
+    """The tightest CPU quota, in cores, of a process's cgroup and those above it; None without one.
+
+    Args:
+        membership: content of `/proc/<pid>/cgroup`.
+        root: where cgroups are mounted.
+    """
+    quotas = []
+    for folder in _cgroup_folders(membership, root, controller="cpu"):
+        # Version 2 has "<quota or max> <period>" in one file, version 1 a file for each.
+        values = _words(folder / "cpu.max") or [
+            *_words(folder / "cpu.cfs_quota_us"),
+            *_words(folder / "cpu.cfs_period_us"),
+        ]
+        if len(values) == 2 and values[0].isdecimal() and int(values[1]) > 0:
+            quotas.append(int(values[0]) / int(values[1]))
+    return min(quotas, default=None)
+
+
+def _cgroup_memory(membership: str, root: Path) -> int | None:
+    """The tightest memory limit, in bytes, of a process's cgroup and those above it; None without one."""
+    limits = []
+    for folder in _cgroup_folders(membership, root, controller="memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limits += [int(word) for word in _words(folder / name) if word.isdecimal()]
+    return min(limits, default=None)
+
+
+def _cgroup_folders(membership: str, root: Path, *, controller: str) -> list[Path]:
+    """Folders, from a process's own cgroup up to the mount, that may hold a controller's files."""
+    folders = []
+    for line in membership.splitlines():
+        _, names, path = line.split(":", 2)
+        mounts = [root, root / "unified"] if not names else [root / names] if controller in names.split(",") else []
+        for mount in mounts:
+            # In a container the path may be the host's, and not exist below the mount; the mount itself then counts.
+            own = mount / path.lstrip("/")
+            folders += [folder for folder in (own, *own.parents) if folder.is_relative_to(mount) and folder.is_dir()]
+    return folders
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []

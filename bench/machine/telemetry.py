@@ -1,0 +1,117 @@
+"""Telemetry of a run: its devices before and after, what ran over them meanwhile, and whether it was disturbed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from pipetune.bench.machine.sensors import CpuSensors, NvmlSensors, Reading, Sensors
+from pipetune.bench.record import DeviceState, Telemetry
+from pipetune.bench.spec import device_kind
+
+DISTURBING_CORES = 0.5
+"""A run is doubtful when others took more than this many cores while it lasted."""
+_DISTURBING = ("hardware slowdown", "thermal limit (software)", "thermal limit (hardware)", "power brake")
+"""A power cap is not among them: many GPUs live under theirs, under every plan alike."""
+
+
+def sensors_for(devices: Sequence[str]) -> Sensors:
+    """The sensors of these devices, of one kind or of both."""
+    kinds = {device_kind(device) for device in devices}
+    parts: list[Sensors] = []
+    if "cuda" in kinds:
+        parts.append(NvmlSensors([device for device in devices if device_kind(device) == "cuda"]))
+    if "cpu" in kinds:
+        parts.append(CpuSensors([device for device in devices if device_kind(device) == "cpu"]))
+    return parts[0] if len(parts) == 1 else _Together(parts)
+
+
+def read_telemetry(
+    sensors: Sensors, before: tuple[DeviceState, ...], own_pids: Collection[int] | None = None
+) -> Telemetry:
+    """Stops the sensors and sums up; `before` is what their `state` gave before they were started."""
+    reading = sensors.stop()
+    return judge(before, sensors.state(own_pids), reading)
+
+
+def judge(before: Sequence[DeviceState], after: Sequence[DeviceState], reading: Reading) -> Telemetry:
+    """Telemetry of one run, with what makes it doubtful in words. Pure."""
+    disturbances = []
+    for device, reasons in reading.throttled.items():
+        disturbances += [f"{device} was slowed down: {reason}" for reason in _DISTURBING if reason in reasons]
+    for one, other in zip(before, after, strict=True):
+        if device_kind(one.device) == "cuda":
+            names = sorted({*one.foreign_processes, *other.foreign_processes})
+            if names:
+                disturbances.append(f"{one.device} was shared with {', '.join(names)}")
+        if one.ecc_errors is not None and other.ecc_errors is not None and other.ecc_errors > one.ecc_errors:
+            disturbances.append(f"{one.device} had {other.ecc_errors - one.ecc_errors} uncorrected ECC errors")
+    if reading.foreign_cores > DISTURBING_CORES:
+        names_text = ", ".join(reading.foreign_names) or "many small ones"
+        disturbances.append(f"other processes took {reading.foreign_cores:.1f} CPU cores: {names_text}")
+    if reading.stolen_cores > DISTURBING_CORES:
+        disturbances.append(f"the hypervisor took {reading.stolen_cores:.1f} CPU cores away")
+    return Telemetry(
+        before=tuple(before),
+        after=tuple(after),
+        energy_j=reading.energy_j,
+        gpu_utilization=reading.gpu_utilization,
+        disturbances=tuple(disturbances),
+    )
+
+
+class _Together:
+    """Sensors of several kinds, as one."""
+
+    def __init__(self, parts: Sequence[Sensors]) -> None:
+        self._parts = tuple(parts)
+
+    def state(self, own_pids: Collection[int] | None = None) -> tuple[DeviceState, ...]:
+        return tuple(state for part in self._parts for state in part.state(own_pids))
+
+    def start(self, own_pids: Collection[int] | None = None) -> None:
+        for part in self._parts:
+            part.start(own_pids)
+
+    def stop(self) -> Reading:
+        merged = Reading()
+        for reading in [part.stop() for part in self._parts]:
+            # Each kind fills fields of its own.
+            given = {field.name: getattr(reading, field.name) for field in dataclasses.fields(reading)}
+            merged = dataclasses.replace(merged, **{name: value for name, value in given.items() if value})
+        return merged
+
+
+def reset_peak_rss() -> bool:
+    """Makes `peak_rss_bytes` start anew from what is resident now; it never falls by itself.
+
+    Returns:
+        False where the kernel was built without it, or a container forbids it.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process since the last reset, or since it began (`VmHWM`)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/self/status has no VmHWM")
+
+
+def merge_telemetry(parts: Sequence[Telemetry]) -> Telemetry:
+    """One telemetry over the stages' devices: states in a row, energies added, utilisation averaged."""
+    energies = [part.energy_j for part in parts if part.energy_j is not None]
+    utilizations = [part.gpu_utilization for part in parts if part.gpu_utilization is not None]
+    return Telemetry(
+        before=tuple(state for part in parts for state in part.before),
+        after=tuple(state for part in parts for state in part.after),
+        energy_j=sum(energies) if len(energies) == len(parts) else None,
+        gpu_utilization=sum(utilizations) / len(utilizations) if utilizations else None,
+        disturbances=tuple(dict.fromkeys(text for part in parts for text in part.disturbances)),
+    )

@@ -1,0 +1,1 @@
+"""Messages between stages: links, the transports below them, and CUDA streams."""

@@ -1,0 +1,244 @@
+"""The KV cache of one slot: preallocated once, handed to the model as views, kept over micro-batches and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from pipetune.bench.models.cache_kinds import DummyLayer
+from pipetune.bench.runtime.stage import allocator
+
+
+class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of one attention layer, `[rows, heads, max_len, head_dim]`, written in place.
+
+    `seek` says which rows the next forward pass works on and how many positions they hold already. A layer that
+    belongs to another stage is sought as well but never updated, so that masks come out alike on every stage.
+    With a sliding window the view returned is the one that transformers' own sliding layer returns.
+    """
+
+    def __init__(self, *, rows: int, max_len: int, sliding_window: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rows = rows
+        self.max_len = max_len
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self._first_row = 0
+        self._end_row = rows
+        self._length = 0
+
+    def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
+        """Points at rows `[first_row, end_row)`, of which `length` positions are filled."""
+        self._first_row, self._end_row, self._length = first_row, end_row, length
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates `[rows, heads, max_len, head_dim]` for keys and for values (whose sizes may differ)."""
+        self.dtype, self.device = _kept_dtype(key_states), key_states.device
+        with allocator.lasting():
+            self.keys, self.values = (
+                torch.empty(
+                    (self.rows, states.shape[1], self.max_len, states.shape[3]),
+                    dtype=_kept_dtype(states),
+                    device=states.device,
+                )
+                for states in (key_states, value_states)
+            )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends `[rows, heads, tokens, head_dim]` and returns views of all positions that may be attended to."""
+        if self.keys is None:
+            SlotLayer.lazy_initialization(self, key_states, value_states)
+        begin, end = self._length, self._length + key_states.shape[-2]
+        assert end <= self.max_len, f"KV slot of {self.max_len} positions cannot take position {end}"
+        start = 0 if self.sliding_window is None else max(begin - self.sliding_window + 1, 0)
+        assert self.keys is not None
+        assert self.values is not None
+        views = []
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            rows = buffer[self._first_row : self._end_row]
+            rows[:, :, begin:end].copy_(states)
+            views.append(rows[:, :, start:end])
+        self._length = end
+        return views[0], views[1]
+
+    def get_seq_length(self) -> int:
+        """Positions filled in the rows sought."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `update` will return for `query_length` new tokens."""
+        start = 0 if self.sliding_window is None else max(self._length - self.sliding_window + 1, 0)
+        return self._length + query_length - start, start
+
+    def get_max_length(self) -> int:
+        return -1 if self.sliding_window is None else self.sliding_window
+
+
+def _kept_dtype(states: torch.Tensor) -> torch.dtype:
+    """In mixed precision attention reads halved numbers, whatever they come in: to keep wider ones would be in vain."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
+class SlotIndexedLayer(SlotLayer):  # type: ignore[no-untyped-call]
+    """Keys and values, and beside them the keys `[rows, max_len, dim]` by which positions to attend to are chosen."""
+
+    indexer_keys: torch.Tensor | None = None
+    indexer_position_ids: torch.Tensor | None = None
+    """Kept by families of recurrent states alone, for a whole micro-batch."""
+    _indexed = 0
+
+    def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
+        """As for keys and values: the two are written in turn, each at a length of its own."""
+        super().seek(first_row, end_row, length, is_own=is_own)
+        self._indexed = length
+        if length == 0:
+            self.indexer_position_ids = None
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Appends `[rows, tokens, dim]` and returns a view of all positions."""
+        states = indexer_key_states
+        if self.indexer_keys is None:
+            self.indexer_keys = states.new_empty((self.rows, self.max_len, states.shape[-1]))
+        begin, self._indexed = self._indexed, self._indexed + states.shape[1]
+        rows = self.indexer_keys[self._first_row : self._end_row]
+        rows[:, begin : self._indexed].copy_(states)
+        return rows[:, : self._indexed]
+
+
+class SlotStates(LinearAttentionLayer):
+    """Recurrent states of one layer, for a whole micro-batch; they start anew with every prefill."""
+
+    _num_rows = 0
+
+    def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
+        """Starts anew at `length` 0; states of as many rows stay at the same place in memory."""
+        if not is_own:
+            self.has_previous_state = dict.fromkeys(self.has_previous_state, length > 0)
+        elif length == 0:
+            if end_row - first_row != self._num_rows:
+                self._num_rows = end_row - first_row
+                SlotStates.__init__(self, number_of_states=self.number_of_states)
+            LinearAttentionLayer.reset(self)
+
+
+class SlotHybridLayer(SlotStates, SlotLayer):  # type: ignore[misc, no-untyped-call, override]
+    """Recurrent states and keys and values of one layer."""
+
+    is_compileable = False
+
+    def __init__(self, *, rows: int, max_len: int, sliding_window: int | None, number_of_states: int) -> None:
+        SlotLayer.__init__(self, rows=rows, max_len=max_len, sliding_window=sliding_window)
+        SlotStates.__init__(self, number_of_states=number_of_states)
+
+    def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
+        SlotStates.seek(self, first_row, end_row, length, is_own=is_own)
+        SlotLayer.seek(self, first_row, end_row, length, is_own=is_own)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of the states alone: keys and values are initialised by `update` itself."""
+        LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+
+class SlotCache(Cache):
+    """A model's cache for one slot of `rows` sequences of at most `max_len` positions.
+
+    What a family keeps in a kind of layer of its own stays that class, for a whole micro-batch at a time, and is
+    made anew for every prefill.
+
+    Args:
+        own_layers: of the model's `num_layers` layers, those whose keys, values and states are kept here.
+        recurrent: whether a state covers a whole micro-batch.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        rows: int,
+        max_len: int,
+        own_layers: range,
+        num_layers: int,
+        recurrent: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._config, self._dtype, self._device = config, dtype, device
+        self.rows = rows
+        self.max_len = max_len
+        self.rows_are_separable = not recurrent
+        """Whether rows may be prefilled in several pieces: not where a state covers the whole micro-batch."""
+        templates = self._templates(num_layers)
+        # Some families keep several entries for a layer.
+        entries = max(len(templates) // num_layers, 1)
+        self._own = range(own_layers.start * entries, own_layers.stop * entries)
+        layers = [self._entry(template, index in self._own) for index, template in enumerate(templates)]
+        self._of_own_kind = [index for index in self._own if not isinstance(layers[index], SlotLayer | SlotStates)]
+        # Not `super()`: beside this class may stand a family's own, which makes its layers itself.
+        Cache.__init__(self, layers=layers)
+
+    @torch.inference_mode()
+    def seek(self, first_row: int, end_row: int, length: int) -> None:
+        """Says which rows the next forward pass works on and how many positions they hold.
+
+        States that start anew are written here: they were made in inference mode, and cannot be outside of it.
+        """
+        if length == 0 and self._of_own_kind:
+            templates = self._templates(0)
+            for index in self._of_own_kind:
+                self.layers[index] = self._entry(templates[index], True)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SlotLayer | SlotStates):
+                layer.seek(first_row, end_row, length, is_own=index in self._own)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which entries hold states alone: a mask is made by the first that holds all keys."""
+        return [type(layer) is SlotStates for layer in self.layers]
+
+    def nbytes(self) -> int:
+        """Bytes of keys, values and states held by this stage."""
+        tensors = {id(tensor): tensor for layer in self.layers for tensor in _tensors(vars(layer))}
+        return sum(int(tensor.nbytes) for tensor in tensors.values())
+
+    def _templates(self, num_layers: int) -> list[Any]:
+        """What transformers would keep; configs of encoder-decoders may count the encoder's layers."""
+        known: list[Any] = DynamicCache(config=self._config).layers
+        return known + [DynamicLayer() for _ in range(num_layers - len(known))]  # type: ignore[no-untyped-call]
+
+    def _entry(self, template: Any, is_own: bool) -> Any:
+        kind = type(template)
+        sizes = {"rows": self.rows, "max_len": self.max_len}
+        window = template.sliding_window if isinstance(template, DynamicSlidingWindowLayer) else None
+        if kind is LinearAttentionLayer:
+            return SlotStates(number_of_states=template.number_of_states)
+        if kind in (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+            return SlotHybridLayer(**sizes, sliding_window=window, number_of_states=template.number_of_states)
+        if kind is DynamicIndexedLayer:
+            return SlotIndexedLayer(**sizes)
+        if kind is DummyLayer or (is_own and kind not in (DynamicLayer, DynamicSlidingWindowLayer)):
+            return template
+        return SlotLayer(**sizes, sliding_window=window)
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values.values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _tensors(value)

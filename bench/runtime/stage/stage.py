@@ -1,0 +1,209 @@
+"""One stage: the layers that this device holds, cut out of any Hugging Face causal LM without tracing it.
+
+The model's own `forward` runs on every stage, with the real ids, mask and positions, so that masks, rotary and ALiBi
+are built by the model itself. Layers of other stages are replaced, index for index, by modules that pass on what they
+get; a hook swaps the received hidden states in before the first own layer, another takes them out before the layer
+behind the last own one and leaves by an exception, so that norm and head run on the last stage alone.
+
+Shapes: B rows, S new tokens, M values of a message, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from pipetune.bench.cuts import embeds_in_layers
+from pipetune.bench.models.describe import build_on_meta
+from pipetune.bench.models.layers import cache_name, find_layers, is_recurrent
+from pipetune.bench.models.resolve import ResolvedModel
+from pipetune.bench.runtime.device import TORCH_DTYPES
+from pipetune.bench.runtime.stage.boundary import Boundary, StageDone, probe
+from pipetune.bench.runtime.stage.family_caches import SLOT_CACHES
+from pipetune.bench.runtime.stage.kv_cache import SlotCache
+from pipetune.bench.runtime.stage.packed_linear import PackedLinear, pack_linears, packed_bytes
+from pipetune.bench.runtime.stage.parts import Parts
+from pipetune.bench.runtime.stage.placeholders import StubEmbedding
+from pipetune.bench.runtime.stage.precision import computing
+
+
+class Stage:
+    """The part of a model between two cuts, on one device, changed in place when the plan changes."""
+
+    def __init__(self, resolved: ResolvedModel, device: torch.device) -> None:
+        self.resolved = resolved
+        self.device = device
+        self.dtype = TORCH_DTYPES[resolved.spec.dtype]
+        skeleton = build_on_meta(resolved)
+        self.config: Any = skeleton.config
+        self._format = probe(skeleton)
+        self._parts = Parts(resolved, skeleton, device, returns_tuple_of=self._format.returns_tuple_of)
+        self._boundary = Boundary(self._format)
+        self._recurrent = is_recurrent(skeleton)
+        self._embeds_always = embeds_in_layers(self.config)
+        self._cache_name = cache_name(skeleton) or "past_key_values"
+        self._accepts = frozenset(inspect.signature(type(skeleton).forward).parameters)
+        self.own_layers = range(0)
+        self.is_first = False
+        self.is_last = False
+        self.loaded_layers: tuple[int, ...] = ()
+        self._model: Any = None
+        self._head_hook: Any = None
+        self._without_logits = False
+
+    @property
+    def message_values(self) -> int:
+        """Values per token that cross to the next stage."""
+        return self._format.values
+
+    @property
+    def message_dtype(self) -> torch.dtype:
+        """Of what crosses to the next stage: some families keep hidden states in fp32 under halved weights."""
+        return self._format.dtype
+
+    @property
+    def model(self) -> Any:
+        assert self._model is not None, "no layers were assigned to this stage"
+        return self._model
+
+    def assign(self, first_layer: int, end_layer: int, *, is_first: bool, is_last: bool) -> tuple[int, ...]:
+        """Makes this stage hold layers `[first_layer, end_layer)`; loads only what it does not hold yet.
+
+        Returns:
+            The layers that were loaded.
+
+        Raises:
+            ModelError: the checkpoint lacks weights, or the model cannot be cut this way.
+        """
+        wanted = range(first_layer, end_layer)
+        tied = self._parts.is_tied
+        have_head = self._model is not None and self.is_last
+        # Packed, a tied head needs no embedding beside it any more.
+        shares = tied and not (have_head and isinstance(self.model.get_output_embeddings(), PackedLinear))
+        need_embedding = is_first or self._embeds_always or (is_last and shares)
+        have_embedding = self._model is not None and not isinstance(self.model.get_input_embeddings(), StubEmbedding)
+        missing = tuple(layer for layer in wanted if layer not in self.own_layers)
+        load_embedding = need_embedding and not have_embedding
+        load_head = is_last and not have_head
+        self._detach()
+        if self._model is not None:
+            # First of all: what was held and what comes may not fit the device together.
+            gone = set(self.own_layers) - set(wanted)
+            self._parts.drop(self._model, gone, embedding=not need_embedding, head=not is_last)
+        if missing or load_embedding or load_head:
+            # The head of a tied model needs its embedding beside it while it is loaded.
+            with_embedding = load_embedding or (load_head and tied)
+            donor = self._parts.load(missing, embedding=with_embedding, head=load_head)
+            if self._model is None:
+                self._model = donor
+            else:
+                self._parts.graft(self._model, donor, missing, embedding=with_embedding, head=load_head)
+        self.own_layers, self.is_first, self.is_last = wanted, is_first, is_last
+        self._attach()
+        self.loaded_layers = missing
+        return missing
+
+    def pack(self) -> None:
+        """Lays the linear weights out for oneDNN, those that are not yet."""
+        # A hooked layer is left alone.
+        self._detach()
+        pack_linears(self.model)
+        self._attach()
+        if self._parts.is_tied and self.is_last and not (self.is_first or self._embeds_always):
+            packed = isinstance(self.model.get_output_embeddings(), PackedLinear)
+            self._parts.drop(self.model, (), embedding=packed, head=False)
+
+    def release(self) -> None:
+        """Drops every layer, so that the device's memory is free for something else."""
+        self._detach()
+        self._model = None
+        self.own_layers, self.is_first, self.is_last = range(0), False, False
+
+    def weights_bytes(self) -> int:
+        """Bytes of parameters, packed ones among them, and buffers; shared storage counted once."""
+        if self._model is None:
+            return 0
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in (*self.model.parameters(), *self.model.buffers())
+        }
+        return int(sum(storages.values())) + packed_bytes(self.model)
+
+    def new_cache(self, *, rows: int, max_len: int) -> SlotCache:
+        """An empty KV slot for this stage."""
+        return SLOT_CACHES.get(self.config.model_type, SlotCache)(
+            self.config,
+            rows=rows,
+            max_len=max_len,
+            own_layers=self.own_layers,
+            num_layers=len(find_layers(self.model)[1]),
+            recurrent=self._recurrent,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: SlotCache,
+        hidden_states: torch.Tensor | None = None,
+        *,
+        all_logits: bool = False,
+        without_logits: bool = False,
+    ) -> torch.Tensor:
+        """Runs the own layers.
+
+        Args:
+            input_ids: `[B, S]`, the real ids on every stage.
+            attention_mask: `[B, past + S]`, 0 where a row is padded on the left.
+            position_ids: `[B, S]`.
+            cache: sought to the rows and to `past`.
+            hidden_states: `[B, S, M]` from the stage before, M being `message_values`; None on the first.
+            all_logits: on the last stage, return the logits of every position.
+            without_logits: on the last stage, leave out the head, as for a chunk of a prompt that is not its last.
+
+        Returns:
+            `[B, S, M]` for the next stage, or on the last one the logits `[B, V]` of the last position, or
+            `[B, S, V]` of all; what it returns without logits means nothing.
+        """
+        kwargs: dict[str, Any] = {"input_ids": input_ids, self._cache_name: cache, "use_cache": True}
+        # What has states alone takes the mask of the new tokens, and none once the padding lies behind.
+        if self._cache_name == "past_key_values" or attention_mask.shape == input_ids.shape:
+            kwargs["attention_mask"] = attention_mask
+        if "position_ids" in self._accepts:
+            kwargs["position_ids"] = position_ids
+        if self.is_last and not all_logits and "logits_to_keep" in self._accepts:
+            kwargs["logits_to_keep"] = 1
+        self._boundary.received = hidden_states
+        self._without_logits = without_logits
+        try:
+            with computing(self.resolved.spec, self.device):
+                logits: torch.Tensor = self.model(**kwargs).logits
+        except StageDone as done:
+            return done.message
+        finally:
+            self._boundary.received = None
+        return logits if all_logits else logits[:, -1]
+
+    def _attach(self) -> None:
+        _, layers = find_layers(self.model)
+        own = self.own_layers
+        self._boundary.attach(None if self.is_first else layers[own.start], None if self.is_last else layers[own.stop])
+        head = self.model.get_output_embeddings() if self.is_last else None
+        if head is not None:
+            self._head_hook = head.register_forward_pre_hook(self._leave_before_head)
+
+    def _detach(self) -> None:
+        self._boundary.detach()
+        if self._head_hook is not None:
+            self._head_hook.remove()
+            self._head_hook = None
+
+    def _leave_before_head(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if self._without_logits:
+            raise StageDone(args[0])

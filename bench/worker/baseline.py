@@ -1,0 +1,234 @@
+"""The un-pipelined peer: Hugging Face `generate`, or its plain forward pass where texts are scored.
+
+At a batch size of its own, sorted and padded as we do.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from pipetune.bench.machine.telemetry import peak_rss_bytes, read_telemetry, reset_peak_rss, sensors_for
+from pipetune.bench.record import Iteration, Measurement, StageMemory, TaskShape
+from pipetune.bench.runtime.device import undisturbed
+from pipetune.bench.runtime.job import MicroBatchInputs, sort_by_length
+from pipetune.bench.runtime.sampling import log_probabilities
+from pipetune.bench.schedule import micro_batch_sizes
+from pipetune.bench.spec import Protocol, Sampling, Workload, device_index, device_kind
+from pipetune.bench.worker.acceptance import is_steady
+
+
+class _TokenClock(StoppingCriteria):
+    """Called by `generate` after every token; notes when that was and never stops."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)
+        self.times_s.append(time.monotonic())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaselinePass:
+    """One pass over all prompts."""
+
+    duration_s: float
+    token_times_s: tuple[float, ...]
+    """Per batch and step, from the prompts on; per batch where texts are scored."""
+    tokens: dict[int, list[int]]
+    """By given index; empty where texts are scored."""
+    scores: dict[int, torch.Tensor] | None = None
+    """Where texts are scored: by given index `[length - 1]`, log-probabilities of all tokens but the first."""
+
+
+Processor = Callable[[Sequence[int], int], LogitsProcessor]
+"""Makes what changes the scores of a batch, from its prompts' given indices and its padded length."""
+
+
+def generate_once(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    output_len: int,
+    batch_size: int,
+    pad_token_id: int,
+    sampling: Sampling | None = None,
+    processor: Processor | None = None,
+) -> BaselinePass:
+    """Runs `generate` over the prompts, longest first, `batch_size` at a time, with a fixed output length.
+
+    Args:
+        sampling: transformers' own sampling with these settings; its draws are not ours, their cost is.
+        processor: made for each batch.
+    """
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling is not None:
+        how = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=output_len, eos_token_id=None, pad_token_id=pad_token_id, use_cache=True, **how
+    )
+    # `generate` fills what the given config leaves open from the model's own.
+    model.generation_config = config
+    batches = list(_batches(model, prompts, batch_size, pad_token_id))
+    tokens: dict[int, list[int]] = {}
+    clock = _TokenClock()
+    began = time.monotonic()
+    for chosen, inputs in batches:
+        processors = LogitsProcessorList([processor(chosen, inputs.prompt_len)] if processor is not None else [])
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=inputs.ids,
+                attention_mask=inputs.mask,
+                generation_config=config,
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        for index, row in zip(chosen, output[:, inputs.prompt_len :].tolist(), strict=True):
+            assert len(row) == output_len, f"generate gave {len(row)} tokens, not {output_len}"
+            tokens[index] = row
+    return BaselinePass(
+        duration_s=time.monotonic() - began,
+        token_times_s=tuple(round(moment - began, 6) for moment in clock.times_s),
+        tokens=tokens,
+    )
+
+
+def score_once(model: Any, prompts: Sequence[Sequence[int]], *, batch_size: int, pad_token_id: int) -> BaselinePass:
+    """Takes log-probabilities by plain forward passes over the prompts, longest first, `batch_size` at a time."""
+    batches = list(_batches(model, prompts, batch_size, pad_token_id))
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    scores: dict[int, torch.Tensor] = {}
+    times_s: list[float] = []
+    began = time.monotonic()
+    for chosen, inputs in batches:
+        positions = {"position_ids": inputs.positions} if takes_positions else {}
+        with torch.inference_mode():
+            logits = model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=False, **positions).logits
+            for row, index in enumerate(chosen):
+                length = len(prompts[index])
+                behind = inputs.ids[row, inputs.prompt_len - length + 1 :].to(logits.device)
+                scores[index] = log_probabilities(logits[row, inputs.prompt_len - length : -1], behind).cpu()
+            del logits
+        times_s.append(round(time.monotonic() - began, 6))
+    return BaselinePass(duration_s=times_s[-1], token_times_s=tuple(times_s), tokens={}, scores=scores)
+
+
+def _batches(
+    model: Any, prompts: Sequence[Sequence[int]], batch_size: int, pad_token_id: int
+) -> Iterator[tuple[tuple[int, ...], MicroBatchInputs]]:
+    """Given indices of each batch, longest prompts first, and its inputs."""
+    device = model.get_input_embeddings().weight.device
+    order, first = sort_by_length(prompts), 0
+    for size in micro_batch_sizes(len(prompts), batch_size):
+        chosen = order[first : first + size]
+        yield (
+            chosen,
+            MicroBatchInputs.build(
+                [prompts[index] for index in chosen], output_len=0, pad_token_id=pad_token_id, device=device
+            ),
+        )
+        first += size
+
+
+def measure_baseline(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    workload: Workload,
+    protocol: Protocol,
+    batch_size: int,
+    pad_token_id: int,
+    devices: Sequence[str],
+    device_bytes: dict[str, int],
+    report: Callable[[str, int, int], None],
+) -> Measurement:
+    """Measures the un-pipelined model: warm-up, then timed passes, as for a plan."""
+    gpus = tuple(dict.fromkeys(name for name in devices if device_kind(name) == "cuda"))
+    used = gpus or (devices[0],)
+
+    def once() -> BaselinePass:
+        with undisturbed():
+            if workload.kind == "score":
+                return score_once(model, prompts, batch_size=batch_size, pad_token_id=pad_token_id)
+            return generate_once(
+                model,
+                prompts,
+                output_len=workload.output_len,
+                batch_size=batch_size,
+                pad_token_id=pad_token_id,
+                sampling=workload.sampling,
+            )
+
+    warmup = []
+    for number in range(protocol.num_iters_warmup):
+        report("baseline warmup", number, protocol.num_iters_warmup)
+        warmup.append(round(once().duration_s, 6))
+    sensors = sensors_for(used)
+    before = sensors.state()
+    if not gpus:
+        reset_peak_rss()
+    for name in gpus:
+        torch.cuda.reset_peak_memory_stats(device_index(name))
+    sensors.start()
+    passes = []
+    for number in range(protocol.num_iters):
+        report("baseline", number, protocol.num_iters)
+        passes.append(once())
+    telemetry = read_telemetry(sensors, before)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    memory = tuple(
+        StageMemory(
+            device=name,
+            weights_bytes=weights // len(used),
+            kv_bytes=0,
+            activation_bytes=0,
+            peak_bytes=torch.cuda.max_memory_allocated(device_index(name)) if gpus else peak_rss_bytes(),
+            peak_source="cuda_allocator" if gpus else "vm_hwm",
+            cap_bytes=device_bytes[name],
+        )
+        for name in used
+    )
+    sizes = micro_batch_sizes(len(prompts), batch_size)
+    durations = [one.duration_s for one in passes]
+    steady = is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, protocol.steady_tolerance)
+    return Measurement(
+        method="hf_forward" if workload.kind == "score" else "hf_generate",
+        batch_size=batch_size,
+        prompt_lens=tuple(len(prompt) for prompt in prompts),
+        order=sort_by_length(prompts),
+        output_len=workload.generated_len,
+        micro_batch_sizes=sizes,
+        tasks=tuple(
+            TaskShape(micro_batch=batch, step=step, first_row=0, end_row=size)
+            for batch, size in enumerate(sizes)
+            for step in range(max(1, workload.generated_len))
+        ),
+        iterations=tuple(
+            Iteration(duration_s=round(one.duration_s, 6), token_times_s=one.token_times_s, stages=()) for one in passes
+        ),
+        warmup_s=tuple(warmup),
+        steady=steady,
+        memory=memory,
+        telemetry=telemetry,
+        transport="device_map" if len(gpus) > 1 else "local",
+    )

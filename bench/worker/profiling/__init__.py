@@ -1,0 +1,1 @@
+"""Times of a model's parts and of the links, taken as stages run them."""

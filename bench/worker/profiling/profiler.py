@@ -1,0 +1,336 @@
+"""Times a model's parts on every device at the same time, inside the workers.
+
+Each worker holds the same window of layers between the model's embedding and head, and works as the single stage of a
+pipeline of its own: the times are spans of the loop that plans run in. Real pipelines keep their devices busy together,
+and so does this: workers begin each kind of task at the same moment, and a fast one repeats it until the slowest has
+done, since they share what lies between them and the memory.
+
+Whole tasks are timed as plans run them. How a task is shared among its parts comes of a few more runs with hooks on the
+parts, which plans do not have; a part's time is its share of the whole. So the parts of a window always add up to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from pipetune.bench.cuts import idle_layers
+from pipetune.bench.machine.telemetry import read_telemetry, sensors_for
+from pipetune.bench.models.describe import build_on_meta
+from pipetune.bench.models.layers import find_layers
+from pipetune.bench.profile import DeviceProfile, LayerTimes, ProfileGrid, TaskTime
+from pipetune.bench.record import Failure
+from pipetune.bench.runtime.device import undisturbed
+from pipetune.bench.runtime.loop import StageLoop
+from pipetune.bench.runtime.stage.kv_cache import SlotCache, SlotLayer
+from pipetune.bench.worker.profiling.link_times import time_links
+from pipetune.bench.worker.profiling.part_times import PartShares, PartStamps
+from pipetune.bench.worker.profiling.repeats import repeat
+from pipetune.bench.worker.profiling.scope import MEMORY_FRACTION, Kind, Scope, scope_of
+from pipetune.bench.worker.stage_host import Runner
+
+ENOUGH_S = 0.6
+"""Of whole tasks of a kind, over all rounds; at least `MIN_SAMPLES` and at most `MAX_SAMPLES` of them."""
+MIN_SAMPLES, MAX_SAMPLES = 4, 30
+ROUNDS = 3
+"""The kinds are gone through so often, each time in another order: a machine's mood changes within seconds."""
+LONG_S = 0.05
+"""A task that takes longer is not slowed by hooks, so that those runs count as well; nor is one run cold by much."""
+CONTENTION_KINDS, CONTENTION_DEVICES = 3, 4
+"""So many kinds of each phase are also timed alone, on so many of the devices."""
+CONTENTION_TASK_S = 0.08
+"""Kinds that take longer are left out there."""
+BURST_S = 0.08
+"""Of tasks alone or together, one burst behind the other, so that they see the same mood of the machine."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Seen:
+    """Of one kind of task in one window."""
+
+    whole_s: list[float] = dataclasses.field(default_factory=list)
+    shares: list[PartShares] = dataclasses.field(default_factory=list)
+    wanted: int = MIN_SAMPLES
+    slowest_s: float = 0.0
+    """On any device, of one task."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Times:
+    """Of one kind of task in one window, part by part."""
+
+    samples: int
+    spread: float
+    """Between the quartiles of whole tasks, as a share."""
+    overhead_s: float
+    embedding_s: float
+    head_s: float
+    layers_s: dict[int, float]
+
+
+class Profiler:
+    """Times one grid; every rank makes one and calls `run`."""
+
+    def __init__(
+        self, runner: Runner, grid: ProfileGrid, *, packed_weights: bool, cuda_graphs: bool, pad_token_id: int
+    ) -> None:
+        self.runner, self.grid = runner, grid
+        self.packed_weights, self.cuda_graphs = packed_weights, cuda_graphs
+        self.pad_token_id = pad_token_id
+        self._filled: SlotCache | None = None
+        self._bursts: dict[Kind, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        """Of some kinds, seconds of tasks on all devices together, and on this one alone."""
+
+    def run(self) -> dict[str, Any]:
+        """`devices`, `contention`, `links`, `notes`, `disturbances` and `took_s`, or a `failure`, as JSON; of use on
+        rank 0 alone."""
+        runner, began = self.runner, time.perf_counter()
+        sensors = sensors_for([runner.device.name])
+        before = sensors.state()
+        runner.status.phase = "profile"
+        least_bytes = min(runner.control.gather(runner.device_bytes))
+        alike = _alike(runner)
+        scope = scope_of(
+            self.grid,
+            runner.shape,
+            alike,
+            devices=runner.devices,
+            device_bytes=least_bytes,
+            packed_weights=self.packed_weights,
+        )
+        if isinstance(scope, Failure):
+            return {"failure": scope.model_dump(mode="json")}
+        sensors.start()
+        links = time_links(runner.links, runner.control, runner.devices, runner.device, runner.stage.message_dtype)
+        notes: dict[str, None] = dict.fromkeys(scope.notes)
+        windows: list[dict[Kind, _Times]] = []
+        for number, window in enumerate(scope.windows):
+            windows.append(self._window(window, scope, done=number))
+            assert runner.loop is not None
+            notes |= dict.fromkeys(runner.loop.graphs.notes if runner.loop.graphs is not None else ())
+            runner.loop.close()
+            runner.loop = None
+        disturbances = read_telemetry(sensors, before).disturbances
+        runner.free()
+        own = _device_profile(runner.device.name, scope.kinds, windows, alike)
+        contention = {
+            "prefill": self._contention(is_decode=False),
+            "decode": self._contention(is_decode=True),
+        }
+        rows = runner.control.gather(
+            {"device": own.model_dump(mode="json"), "notes": list(notes), "disturbances": list(disturbances)}
+        )
+        # Workers that share a GPU saw the same; one of them speaks for it.
+        devices = {row["device"]["device"]: row["device"] for row in reversed(rows)}
+        return {
+            "devices": [devices[name] for name in dict.fromkeys(runner.devices)],
+            "contention": contention,
+            "links": [link.model_dump(mode="json") for link in links],
+            **{
+                name: list(dict.fromkeys(text for row in rows for text in row[name]))
+                for name in ("notes", "disturbances")
+            },
+            "took_s": round(time.perf_counter() - began, 3),
+        }
+
+    def _window(self, window: range, scope: Scope, *, done: int) -> dict[Kind, _Times]:
+        """Times every kind of task on one window."""
+        runner = self.runner
+        loop = runner.hold(
+            window,
+            packed_weights=self.packed_weights,
+            cuda_graphs=self.cuda_graphs,
+            memory_fraction=MEMORY_FRACTION,
+        )
+        runner.status.phase = "profile"
+        self._filled = None
+        seen: dict[Kind, _Seen] = {kind: _Seen() for kind in scope.kinds}
+        total = len(scope.windows) * ROUNDS * len(scope.kinds)
+        for number in range(ROUNDS):
+            # The same on every rank.
+            order = random.Random(number).sample(scope.kinds, len(scope.kinds))
+            for place, kind in enumerate(order):
+                runner.report("profile", (done * ROUNDS + number) * len(order) + place, total)
+                with undisturbed():
+                    if number == 0:
+                        self._begin(loop, kind, seen[kind])
+                    elif seen[kind].slowest_s < LONG_S:
+                        self._time(loop, kind, 1)
+                    missing = seen[kind].wanted - len(seen[kind].whole_s)
+                    seen[kind].whole_s += self._time(loop, kind, max(1, missing // (ROUNDS - number)))
+            if done == 0 and len(runner.devices) > 1:
+                for kind in _contending(seen):
+                    self._contend(loop, kind, max(3, round(BURST_S / seen[kind].slowest_s)))
+        return {kind: _times_of(one, window) for kind, one in seen.items()}
+
+    def _contend(self, loop: StageLoop, kind: Kind, burst: int) -> None:
+        """Times a burst of tasks on all devices together, and then on one after the other alone."""
+        control = self.runner.control
+        last = control.world_size - 1
+        turns = sorted({place * last // (CONTENTION_DEVICES - 1) for place in range(CONTENTION_DEVICES)})
+        burst = min(burst, MAX_SAMPLES)
+        together, alone = self._bursts[kind]
+        with undisturbed():
+            self._time(loop, kind, 1)
+            together += self._time(loop, kind, burst)
+            for rank in turns:
+                control.barrier()
+                if control.rank == rank:
+                    alone += [end - start for start, end in self._spans(loop, kind, burst, together=False)]
+            control.barrier()
+
+    def _contention(self, *, is_decode: bool) -> float | None:
+        """Logarithm of how much longer tasks take while all devices compute than while one does; None without tasks.
+
+        By lower quartiles: whatever else runs on the machine can only make tasks longer, those alone above all.
+        """
+        found = [
+            math.log(_lower_quartile(together) / _lower_quartile(alone))
+            for kind, (together, alone) in self._bursts.items()
+            if kind.is_decode == is_decode and alone
+        ]
+        ratios = [ratio for row in self.runner.control.gather(found) for ratio in row]
+        return round(max(0.0, statistics.median(ratios)), 4) if ratios else None
+
+    def _begin(self, loop: StageLoop, kind: Kind, seen: _Seen) -> None:
+        """Warms up, takes shares, and says how many whole tasks are to be timed on this device."""
+        (cold_s,) = self._time(loop, kind, 1)
+        device = self.runner.device
+        count = 1 if max(self.runner.control.gather(cold_s)) > 4 * LONG_S else 4
+        graphs, loop.graphs = loop.graphs, None
+        with PartStamps(self.runner.stage, device.clock()) as stamps:
+            spans = self._spans(loop, kind, count)
+            seen.shares += stamps.shares(spans)
+        loop.graphs = graphs
+        task_s = statistics.median(end - start for start, end in spans)
+        seen.slowest_s = max(self.runner.control.gather(task_s))
+        if seen.slowest_s > LONG_S and not device.is_cuda:
+            seen.whole_s += [end - start for start, end in spans]
+        # As long as the slowest device takes for the least number, so that none of them idles meanwhile.
+        wanted_s = max(ENOUGH_S, MIN_SAMPLES * seen.slowest_s)
+        seen.wanted = min(max(math.ceil(wanted_s / max(task_s, 1e-6)), MIN_SAMPLES), MAX_SAMPLES)
+
+    def _time(self, loop: StageLoop, kind: Kind, count: int) -> list[float]:
+        return [end - start for start, end in self._spans(loop, kind, count)]
+
+    def _spans(self, loop: StageLoop, kind: Kind, count: int, *, together: bool = True) -> list[tuple[float, float]]:
+        """Begin and end of so many tasks, in monotonic seconds; all devices begin together, or only this one does."""
+        job = repeat(kind, count, self.grid, self.runner.shape, pad_token_id=self.pad_token_id)
+        loop.prepare(job.with_room(max(1, self.grid.max_tokens // kind.rows)))
+        if kind.past_tokens > 0 and not self.runner.shape.recurrent and loop.slots[0] is not self._filled:
+            loop.run(repeat(kind, 1, self.grid, self.runner.shape, pad_token_id=self.pad_token_id))
+            _fill(loop.slots[0])
+            self._filled = loop.slots[0]
+        timeline = loop.run(job, start=self.runner.control.barrier if together else lambda: None).timeline
+        spans = list(zip(timeline.compute_start_s, timeline.compute_end_s, strict=True))
+        return spans[-count:]
+
+
+@torch.inference_mode()
+def _fill(slot: SlotCache) -> None:
+    """Writes every position of a new slot: pages that nobody ever wrote are all one, which never leaves the cache."""
+    for layer in slot.layers:
+        if isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys.fill_(0.01)
+            layer.values.fill_(0.01)
+
+
+def _alike(runner: Runner) -> tuple[int, ...]:
+    """Of each layer the number of its kind: equal in shape, in what it is made of, and in whether it is called."""
+    kinds: dict[Hashable, int] = {}
+    found: list[int] = []
+    if runner.rank == 0:
+        skeleton = build_on_meta(runner.stage.resolved)
+        idle = idle_layers(skeleton.config)
+        for index, layer in enumerate(find_layers(skeleton)[1]):
+            modules = tuple(
+                (name, type(module).__qualname__, getattr(module, "sliding_window", None))
+                for name, module in layer.named_modules()
+            )
+            parameters = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+            signature = (runner.shape.layers[index], modules, parameters, index in idle)
+            found.append(kinds.setdefault(signature, len(kinds)))
+    return tuple(runner.control.broadcast(found))
+
+
+def _contending(seen: dict[Kind, _Seen]) -> list[Kind]:
+    """Some kinds of each phase, the shortest among them: what is to be told of long ones would take long as well."""
+    chosen: list[Kind] = []
+    for is_decode in (False, True):
+        ranked = sorted((one.slowest_s, kind) for kind, one in seen.items() if kind.is_decode == is_decode)
+        short = [kind for slowest_s, kind in ranked if slowest_s <= CONTENTION_TASK_S]
+        short = short or [kind for _, kind in ranked[:1]]
+        places = {place * (len(short) - 1) // (CONTENTION_KINDS - 1) for place in range(CONTENTION_KINDS)}
+        chosen += [short[place] for place in sorted(places) if short]
+    return chosen
+
+
+def _lower_quartile(seconds: Sequence[float]) -> float:
+    return statistics.quantiles(seconds, n=4, method="inclusive")[0]
+
+
+def _times_of(seen: _Seen, window: range) -> _Times:
+    whole_s = statistics.median(seen.whole_s)
+    quarters = statistics.quantiles(seen.whole_s, n=4, method="inclusive")
+
+    def part_s(shares: Iterable[float]) -> float:
+        return whole_s * statistics.fmean(shares)
+
+    return _Times(
+        samples=len(seen.whole_s),
+        spread=(quarters[2] - quarters[0]) / whole_s,
+        overhead_s=part_s(shares.overhead for shares in seen.shares),
+        embedding_s=part_s(shares.embedding for shares in seen.shares),
+        head_s=part_s(shares.head for shares in seen.shares),
+        layers_s={layer: part_s(shares.layers[layer] for shares in seen.shares) for layer in window},
+    )
+
+
+def _device_profile(
+    device: str, kinds: Sequence[Kind], windows: Sequence[dict[Kind, _Times]], alike: Sequence[int]
+) -> DeviceProfile:
+    """Puts windows together: what several of them hold is the mean over them, and like layers are one."""
+
+    def times(values: Callable[[_Times], Sequence[float]]) -> tuple[TaskTime, ...]:
+        rows = []
+        for kind in kinds:
+            found = [(time_s, window[kind]) for window in windows for time_s in values(window[kind])]
+            seconds = statistics.fmean(time_s for time_s, _ in found)
+            rows.append(
+                TaskTime(
+                    rows=kind.rows,
+                    new_tokens=kind.new_tokens,
+                    past_tokens=kind.past_tokens,
+                    seconds=round(seconds, 9),
+                    spread_s=round(seconds * statistics.fmean(one.spread for _, one in found), 9),
+                    samples=min(one.samples for _, one in found),
+                )
+            )
+        return tuple(rows)
+
+    groups: dict[int, list[int]] = defaultdict(list)
+    for layer, number in enumerate(alike):
+        groups[number].append(layer)
+
+    def layer_times(layers: Sequence[int]) -> LayerTimes:
+        own = frozenset(layers)
+        return LayerTimes(
+            layers=tuple(layers),
+            times=times(lambda one: [time_s for layer, time_s in one.layers_s.items() if layer in own]),
+        )
+
+    return DeviceProfile(
+        device=device,
+        layers=tuple(layer_times(layers) for layers in groups.values()),
+        overhead=times(lambda one: [one.overhead_s]),
+        embedding=times(lambda one: [one.embedding_s]),
+        head=times(lambda one: [one.head_s]),
+    )

@@ -1,0 +1,160 @@
+"""What a profile times: kinds of tasks, and windows of layers; chosen alike on every worker, from shapes alone.
+
+A layer is timed among others, as in a stage: alone it would stay in the cache, and its weights would cost nothing to
+read. A window is a run of layers, as long as a stage of the model on so many devices; together the windows hold a
+layer of every kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from pipetune.bench.memory import ModelShape, stage_bytes
+from pipetune.bench.profile import ProfileGrid
+from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.spec import Plan
+
+MEMORY_FRACTION = 0.9
+"""Of a device: what a window, its KV and its activations may take."""
+DECODE_STEPS = 64
+"""Positions behind the past for which a slot has room."""
+
+
+class Kind(NamedTuple):
+    """Tasks that take the same time on a stage; see `bench.profile.TaskTime`."""
+
+    rows: int
+    new_tokens: int
+    past_tokens: int
+
+    @property
+    def is_decode(self) -> bool:
+        return self.new_tokens == 1 and self.past_tokens > 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Scope:
+    """What is timed, on every device."""
+
+    windows: tuple[range, ...]
+    """Layers held at a time."""
+    kinds: tuple[Kind, ...]
+    notes: tuple[str, ...] = ()
+
+
+def scope_of(
+    grid: ProfileGrid,
+    shape: ModelShape,
+    alike: Sequence[Hashable],
+    *,
+    devices: Sequence[str],
+    device_bytes: int,
+    packed_weights: bool,
+) -> Scope | Failure:
+    """Chooses kinds and windows.
+
+    Args:
+        alike: of each layer; layers with equal ones cost the same.
+        devices: of the fleet.
+        device_bytes: memory of the device that has the least.
+
+    Returns:
+        What to time, or why not even one layer of each kind has room for the smallest task.
+    """
+    kinds, notes = _possible(grid, shape)
+    cap = int(MEMORY_FRACTION * device_bytes)
+    # What a GPU rounds up and a CPU packs is more than what others take: the kind of device that takes most decides.
+    used = {name.partition(":")[0]: name for name in devices}.values()
+
+    def bytes_of(window: range, kind: Kind) -> int:
+        return max(_bytes(shape, window, kind, name, grid, packed_weights=packed_weights) for name in used)
+
+    windows: tuple[range, ...] = ()
+    for width in range(math.ceil(shape.num_layers / len(devices)), 0, -1):
+        windows = windows_of(alike, shape.forbidden_cuts, width)
+        if all(bytes_of(window, kind) <= cap for window in windows for kind in kinds):
+            return Scope(windows=windows, kinds=kinds, notes=notes)
+    need = {kind: max(bytes_of(window, kind) for window in windows) for kind in kinds}
+    fitting = tuple(kind for kind in kinds if need[kind] <= cap)
+    if not fitting:
+        least = min(need.values(), default=0)
+        return Failure(
+            kind=FailureKind.OVER_MEMORY_CAP,
+            phase="profile",
+            bytes_wanted=least,
+            bytes_had=cap,
+            message=(
+                f"a single layer between embedding and head needs {least / 2**20:.0f} MiB and {MEMORY_FRACTION:.0%} of "
+                f"the smallest device are {cap / 2**20:.0f} MiB; use fewer CPU workers, larger devices or a smaller "
+                "dtype"
+            ),
+        )
+    left_out = f"{len(kinds) - len(fitting)} of {len(kinds)} kinds of tasks were left out: no memory for them"
+    return Scope(windows=windows, kinds=fitting, notes=(*notes, left_out))
+
+
+def windows_of(alike: Sequence[Hashable], forbidden_cuts: Sequence[int], width: int) -> tuple[range, ...]:
+    """Few runs of up to `width` layers that together hold one of every kind, in order.
+
+    A run is longer where its layers cannot be parted. Greedy: each time the one that adds most kinds, then the longest.
+    """
+    bounds = [cut for cut in range(len(alike) + 1) if cut not in forbidden_cuts or cut in (0, len(alike))]
+    candidates = []
+    for start in bounds[:-1]:
+        ends = [end for end in bounds if end > start]
+        candidates.append(range(start, max((end for end in ends if end - start <= width), default=ends[0])))
+    missing, chosen = set(alike), []
+    while missing:
+        best = max(candidates, key=lambda one: (len(missing & {alike[layer] for layer in one}), len(one), -one.start))
+        chosen.append(best)
+        missing -= {alike[layer] for layer in best}
+    return tuple(sorted(chosen, key=lambda window: window.start))
+
+
+def _possible(grid: ProfileGrid, shape: ModelShape) -> tuple[tuple[Kind, ...], tuple[str, ...]]:
+    """Kinds of the grid that the model can run and that are not too large; of prefill always the smallest one."""
+    notes = []
+    prefill = [Kind(rows, length, 0) for length in grid.lengths for rows in grid.rows]
+    # What keeps states has to see the whole past before each decode step that is timed.
+    pasts = [
+        Kind(rows, 1, past)
+        for past in grid.pasts
+        for rows in grid.rows
+        if not grid.scores and (not shape.recurrent or rows * past <= grid.max_tokens)
+    ]
+    chunks = [Kind(rows, new, past) for new, past in grid.chunks for rows in grid.rows if not shape.recurrent]
+    if grid.chunks and shape.recurrent:
+        notes.append(f"chunks were left out: {shape.architecture} must be given whole prompts")
+    kinds = list(dict.fromkeys((*prefill, *pasts, *chunks)))
+    if shape.max_positions is not None:
+        room = shape.max_positions - DECODE_STEPS if shape.recurrent else shape.max_positions
+        fitting = [kind for kind in kinds if kind.new_tokens + kind.past_tokens + 1 <= room]
+        if not any(kind.past_tokens == 0 for kind in fitting):
+            fitting.append(Kind(min(grid.rows), 1, 0))
+        if len(fitting) < len(kinds):
+            notes.append(f"tasks beyond the model's {shape.max_positions} positions were left out")
+        kinds = fitting
+    small = [kind for kind in kinds if kind.rows * kind.new_tokens <= grid.max_tokens]
+    if not any(kind.past_tokens == 0 for kind in small):
+        small.append(min(kind for kind in kinds if kind.past_tokens == 0))
+    return tuple(small), tuple(notes)
+
+
+def _bytes(
+    shape: ModelShape, window: range, kind: Kind, device: str, grid: ProfileGrid, *, packed_weights: bool
+) -> int:
+    """Of a model of these layers alone, while it runs such a task."""
+    part = shape.model_copy(update={"layers": shape.layers[window.start : window.stop]})
+    chunk = None if kind.past_tokens == 0 or shape.recurrent else kind.new_tokens
+    plan = Plan.from_layer_counts((len(window),), (device,), kind.rows, prefill_chunk_size=chunk)
+    need = stage_bytes(
+        part,
+        plan.model_copy(update={"packed_weights": packed_weights}),
+        0,
+        prompt_len=kind.past_tokens + kind.new_tokens,
+        output_len=0 if grid.scores else DECODE_STEPS if kind.is_decode else 1,
+    )
+    return need.total(1)

@@ -1,0 +1,51 @@
+"""Finds, by measuring, the best way to split a causal language model over several devices as a pipeline.
+
+The public API is what stands here. `pipetune.bench` measures one plan; `pipetune.tuner` decides what to measure.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipetune.bench.fleet.fleet import GenerationResult, ScoreResult
+    from pipetune.bench.pipeline import Pipeline
+    from pipetune.bench.spec import ModelSpec, Plan, Sampling, StagePlan
+    from pipetune.tuner.planning.partition.auto_split import auto_split_model
+
+_HOMES = {
+    "GenerationResult": "bench.fleet.fleet",
+    "ModelSpec": "bench.spec",
+    "Pipeline": "bench.pipeline",
+    "Plan": "bench.spec",
+    "Sampling": "bench.spec",
+    "ScoreResult": "bench.fleet.fleet",
+    "StagePlan": "bench.spec",
+    "auto_split_model": "tuner.planning.partition.auto_split",
+}
+__all__ = [
+    "GenerationResult",
+    "ModelSpec",
+    "Pipeline",
+    "Plan",
+    "Sampling",
+    "ScoreResult",
+    "StagePlan",
+    "auto_split_model",
+]
+
+for _name in ("bench", "tuner"):
+    if not Path(__file__).with_name(_name).is_dir():
+        raise ImportError(
+            f"pipetune/{_name} is a link to ../{_name} and was lost where this tree was copied: "
+            f"`ln -sfn ../{_name} pipetune/{_name}` in the checkout makes it anew"
+        )
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for, so that the command line need not wait for it.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"pipetune.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,127 @@
+"""What is timed: windows hold every kind of layer and are never cut where they must not be; tasks fit into memory."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipetune.bench.memory import LayerShape, ModelShape
+from pipetune.bench.profile import ProfileGrid
+from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.worker.profiling.scope import Kind, Scope, scope_of, windows_of
+
+LAYER = LayerShape(weight_bytes=200_000_000, active_params=250, kv_bytes_per_token=10)
+
+
+def shape_of(num_layers: int = 8, **changes: object) -> ModelShape:
+    shape = ModelShape(
+        architecture="LlamaForCausalLM",
+        num_parameters=1,
+        layers_prefix="model.layers",
+        first_modules=(),
+        last_modules=(),
+        embedding_bytes=500,
+        head_bytes=500,
+        other_bytes=0,
+        tied=False,
+        hidden_size=4,
+        intermediate_size=8,
+        num_attention_heads=1,
+        vocab_size=16,
+        dtype_bytes=4,
+        layers=(LAYER,) * num_layers,
+    )
+    return shape.model_copy(update=changes)
+
+
+def scope(grid: ProfileGrid, shape: ModelShape, *, device_bytes: int = 10**11, devices: int = 2) -> Scope | Failure:
+    names = tuple(f"cpu:{index}" for index in range(devices))
+    alike = (0,) * shape.num_layers
+    return scope_of(grid, shape, alike, devices=names, device_bytes=device_bytes, packed_weights=True)
+
+
+def chosen(grid: ProfileGrid, shape: ModelShape, **given: int) -> Scope:
+    found = scope(grid, shape, **given)
+    assert isinstance(found, Scope)
+    return found
+
+
+@given(
+    alike=st.lists(st.integers(0, 3), min_size=1, max_size=24),
+    forbidden=st.sets(st.integers(1, 23)),
+    width=st.integers(1, 24),
+)
+def test_windows_hold_every_kind_and_are_cut_where_allowed(alike: list[int], forbidden: set[int], width: int) -> None:
+    forbidden = {cut for cut in forbidden if cut < len(alike)}
+    windows = windows_of(alike, tuple(forbidden), width)
+    assert {alike[layer] for window in windows for layer in window} == set(alike)
+    assert len(windows) <= len(set(alike))
+    for window in windows:
+        assert 0 <= window.start < window.stop <= len(alike)
+        assert window.start not in forbidden
+        assert window.stop not in forbidden
+        parts = [cut for cut in range(window.start + 1, window.stop) if cut not in forbidden]
+        assert len(window) <= width or not parts, "longer than wanted only where it cannot be parted"
+
+
+def test_like_layers_need_one_window_as_long_as_a_stage() -> None:
+    assert windows_of((0,) * 30, (), 15) == (range(15),)
+
+
+def test_one_window_over_two_kinds_is_preferred_to_two() -> None:
+    (window,) = windows_of((0,) * 8 + (1,) * 8, (), 8)
+    assert window.start < 8 < window.stop
+    assert len(window) == 8
+
+
+def test_the_grid_is_taken_up_to_the_largest_task() -> None:
+    grid = ProfileGrid(rows=(1, 4), lengths=(8, 64), pasts=(32,), chunks=((16, 32),), max_tokens=64)
+    assert set(chosen(grid, shape_of()).kinds) == {
+        *(Kind(1, 8, 0), Kind(4, 8, 0), Kind(1, 64, 0)),
+        *(Kind(1, 1, 32), Kind(4, 1, 32), Kind(1, 16, 32), Kind(4, 16, 32)),
+    }
+
+
+def test_the_smallest_prefill_is_timed_even_if_it_is_larger_than_wanted() -> None:
+    found = chosen(ProfileGrid(rows=(4, 8), lengths=(64,), pasts=(), max_tokens=16), shape_of())
+    assert found.kinds == (Kind(4, 64, 0),)
+
+
+def test_scores_have_no_decode() -> None:
+    kinds = chosen(ProfileGrid(rows=(1,), lengths=(8,), pasts=(8,), scores=True), shape_of()).kinds
+    assert kinds == (Kind(1, 8, 0),)
+
+
+def test_what_keeps_states_is_given_whole_prompts_and_short_pasts() -> None:
+    grid = ProfileGrid(rows=(1, 8), lengths=(8,), pasts=(16,), chunks=((4, 8),), max_tokens=64)
+    found = chosen(grid, shape_of(recurrent=True))
+    assert set(found.kinds) == {Kind(1, 8, 0), Kind(8, 8, 0), Kind(1, 1, 16)}
+    assert any("whole prompts" in note for note in found.notes)
+
+
+def test_nothing_goes_beyond_the_positions_of_the_model() -> None:
+    found = chosen(ProfileGrid(rows=(1,), lengths=(16, 512), pasts=(16, 512)), shape_of(max_positions=64))
+    assert found.kinds == (Kind(1, 16, 0), Kind(1, 1, 16))
+    assert any("64 positions" in note for note in found.notes)
+
+
+def test_a_window_becomes_shorter_before_a_task_is_left_out() -> None:
+    grid = ProfileGrid(rows=(1,), lengths=(8,), pasts=())
+    assert chosen(grid, shape_of()).windows == (range(4),)
+    small = chosen(grid, shape_of(), device_bytes=700_000_000)
+    (window,) = small.windows
+    assert 1 <= len(window) < 4
+    assert small.kinds == (Kind(1, 8, 0),)
+    tight = ProfileGrid(rows=(1, 100_000), lengths=(8,), pasts=(), max_tokens=10**9)
+    found = chosen(tight, shape_of(), device_bytes=300_000_000)
+    assert found.kinds == (Kind(1, 8, 0),)
+    assert any("1 of 2 kinds" in note for note in found.notes)
+
+
+def test_where_not_even_a_layer_fits_the_bytes_are_named() -> None:
+    found = scope(ProfileGrid(), shape_of(), device_bytes=1000)
+    assert isinstance(found, Failure)
+    assert found.kind is FailureKind.OVER_MEMORY_CAP
+    assert found.bytes_wanted is not None
+    assert found.bytes_had == 900
+    assert found.bytes_wanted > found.bytes_had

@@ -1,0 +1,112 @@
+"""Six families, split over 1, 2 and 4 stages, against the unsplit model: over host staging, and over NCCL.
+
+Fleets and plans as users make them. With fewer GPUs than stages a GPU is named several times: that proves correctness
+and never speed, which is all that is asked here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import get_args
+
+import torch
+
+from pipetune.bench.errors import FleetError
+from pipetune.bench.fleet.fleet import Fleet
+from pipetune.bench.record import Failure, Measurement
+from pipetune.bench.spec import Dtype, EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from tests.evaluation.gpu.context import Context, SkippedError
+from tests.evaluation.gpu.models import TINY, TINY_LAYERS, save_config
+
+SHARED_NCCL = (2, 30)
+"""From this version on ranks may share a GPU."""
+SPLITS = ((8,), (5, 3), (2, 2, 3, 1))
+WORKLOAD = Workload(num_prompts=8, input_len=20, random_range_ratio=0.5, output_len=12)
+PROTOCOL = Protocol(num_iters=1, num_iters_warmup=0, max_warmup=0, timeout_s=90.0)
+MICRO_BATCH, IN_FLIGHT = 3, 3
+PER_FLEET_S = 12.0
+FP32_TOLERANCE = 1e-3
+"""Largest difference of a logit in fp32; its kernels differ by batch shape, and weights here are large."""
+
+
+def nccl_environment() -> dict[str, str]:
+    """What lets ranks share a GPU over NCCL."""
+    return {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "4"}
+
+
+def run(context: Context, dtype: Dtype, transport: str) -> None:
+    """All families in one dtype over one transport."""
+    assert dtype in get_args(Dtype)
+    devices = _devices(transport)
+    splits = [counts for counts in SPLITS if len(counts) <= len(devices)]
+    assert all(sum(counts) == TINY_LAYERS for counts in splits)
+    wrong, compared = [], 0
+    for family, config in TINY.items():
+        if context.left_s < PER_FLEET_S:
+            context.note(f"out of time before {family}")
+            break
+        folder = save_config(context.work / family, config, family)
+        model = ModelSpec(name=str(folder), dtype=dtype, load_format="dummy")
+        try:
+            with Fleet.start(model, devices, log_dir=context.work / f"{family}-logs") as fleet:
+                reference = fleet.make_reference(context.work / f"{family}.reference", WORKLOAD, PROTOCOL)
+                if reference is not None:
+                    wrong.append(f"{family}: {reference.message}")
+                    continue
+                for counts in splits:
+                    compared += 1
+                    plan = Plan.from_layer_counts(counts, devices, MICRO_BATCH)
+                    spec = RunSpec(model=fleet.model, workload=WORKLOAD, plan=plan, protocol=PROTOCOL)
+                    outcome = fleet.measure(spec, EffectivePlan(plan=plan, in_flight=IN_FLIGHT))
+                    if not _add_row(context, family, len(counts), outcome, dtype):
+                        wrong.append(f"{family} over {len(counts)} stages")
+        except FleetError as error:
+            wrong.append(f"{family}: {error}")
+    context.aim(
+        f"the unsplit model's output in {dtype} over {transport}",
+        not wrong and compared > 0,
+        f"{compared - len(wrong)} of {compared} plans" + (f"; not {', '.join(wrong)}" if wrong else ""),
+        proves_correctness=True,
+    )
+
+
+def _devices(transport: str) -> tuple[str, ...]:
+    """Four workers on the GPUs there are; over NCCL on GPUs of their own, or sharing one where NCCL lets them."""
+    count = torch.cuda.device_count()
+    shared = tuple(f"cuda:{number % count}" for number in range(4))
+    if transport != "nccl":
+        # Neighbours on one GPU talk by way of the host.
+        os.environ.pop("NCCL_MULTI_RANK_GPU_ENABLE", None)
+        return ("cuda:0",) * 4
+    version = tuple(torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
+    if version >= SHARED_NCCL or count >= 4:
+        os.environ.update(nccl_environment() if count < 4 else {})
+        return shared
+    if count >= 2:
+        return tuple(f"cuda:{number}" for number in range(count))
+    own, least = (".".join(map(str, numbers)) for numbers in (version, SHARED_NCCL))
+    raise SkippedError(f"there is one GPU, and NCCL {own} does not let ranks share it, which {least} does")
+
+
+def _add_row(context: Context, family: str, stages: int, outcome: Measurement | Failure, dtype: Dtype) -> bool:
+    if isinstance(outcome, Failure):
+        context.row(family=family, stages=stages, verdict=outcome.kind.value, notes=outcome.message)
+        return False
+    check = outcome.check
+    assert check is not None, "there was a reference"
+    is_equal = check.argmax_flips == 0
+    if dtype == "float32":
+        is_equal = is_equal and check.tokens_equal is True and check.max_logit_error <= FP32_TOLERANCE
+    graphs = [note for note in outcome.notes if note.startswith("cuda_graphs")]
+    context.row(
+        family=family,
+        stages=stages,
+        transport=outcome.transport,
+        verdict="equal" if is_equal else "wrong",
+        max_logit_error=check.max_logit_error,
+        tolerance=check.tolerance,
+        tokens_equal=check.tokens_equal,
+        near_ties=check.near_ties,
+        notes="; ".join(graphs),
+    )
+    return is_equal

@@ -1,0 +1,76 @@
+"""The table says what the cells hold, and takes its place in a document without touching the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipetune.bench.errors import ConfigError
+from tests.evaluation.peers.cell_factory import make_cell, make_round
+from tests.evaluation.peers.table import BEGIN, END, put_between_marks, render
+from tests.evaluation.peers.values import Replan
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "performance.md"
+
+
+def test_rows_carry_ratio_spread_and_verdict() -> None:
+    durations = [(2.0, 4.0, 3.0), (2.0, 5.0, 3.0), (2.0, 3.0, 3.0)]
+    cell = make_cell(
+        [
+            make_round(number, {"pipeline": ours, "hf_one": peer, "single": single})
+            for number, (ours, peer, single) in enumerate(durations)
+        ],
+        absent={"hf_pp": "OSError: no | gloo <here>\nat all"},
+    )
+    cell = cell.model_copy(
+        update={"replans": (Replan(from_cut=3, to_cut=5, ready_s=1.5, load_s=0.2, check_s=1.0, layers=2),)}
+    )
+    lines = render([cell]).splitlines()
+    row = next(line for line in lines if "| HF generate, one worker's cores |" in line)
+    assert row.startswith("| some-model, balanced | ours, two stages | 20.0 |")
+    assert "**2.00** (1.50–2.50, n=3) | 0.50 | 1.33 | ≥ 1.85 | met |" in row
+    row = next(line for line in lines if "| ours, one stage on one worker |" in line)
+    assert "**1.50**" in row
+    assert "missed by 14%" in row
+    row = next(line for line in lines if "pp_size=2" in line and line.startswith("|"))
+    assert "not run: OSError: no \\| gloo &lt;here> at all" in row
+    row = next(line for line in lines if "cut 3 ⇄ 5" in line)
+    assert "**1.50 s**" in row
+    assert "missed by 50%" in row
+    assert not any("ScheduleGPipe" in line for line in lines)
+    widths = {line.replace("\\|", "").count("|") for line in lines if line.startswith("|")}
+    assert widths == {11}
+
+
+def test_other_tokens_are_told() -> None:
+    cell = make_cell([make_round(0, {"pipeline": 2.0, "hf_one": 4.0})])
+    frozen = cell.frozen["hf_one"].model_copy(update={"tokens_differ": 3})
+    cell = cell.model_copy(update={"frozen": {**cell.frozen, "hf_one": frozen}})
+    assert "met; HF generate, one worker's cores: other tokens for 3 prompts" in render([cell])
+
+
+def test_nothing_measured_is_said() -> None:
+    assert render([]) == "Nothing was measured yet.\n"
+
+
+def test_the_rest_of_the_document_stays(tmp_path: Path) -> None:
+    path = tmp_path / "performance.md"
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    put_between_marks(path, "new\n")
+    put_between_marks(path, "newer\n")
+    assert path.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
+
+
+def test_a_document_without_marks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "performance.md"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        put_between_marks(path, "new\n")
+    path.write_text("no marks")
+    with pytest.raises(ConfigError, match="has no lines"):
+        put_between_marks(path, "new\n")
+
+
+def test_our_document_has_the_marks() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert text.index(BEGIN) < text.index(END)

@@ -1,0 +1,160 @@
+"""The command behind `make bench-search` and `make landscapes`: measure, profile, search, and write the tables."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipetune.bench.errors import PipetuneError
+from tests.evaluation.document import put_between_marks
+from tests.evaluation.search.questions import MEASURED
+
+if TYPE_CHECKING:
+    from tests.evaluation.search.replay import Curve
+    from tests.evaluation.search.world import World
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "results" / "landscapes"
+SEEDS, BUDGET = 24, 64
+COMMAND = "bench-search"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when all that was asked for is there, 3 when time ran out before, else the error's own code."""
+    args = _arguments(arguments)
+    os.chdir(ROOT)  # models of the landscapes are named from here
+    try:
+        return int({"measure": _measure, "profile": _profile, "search": _search}[args.what](args))
+    except PipetuneError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on with what is there")
+        return 130
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.evaluation.search", description=__doc__)
+    parser.add_argument("what", choices=("measure", "profile", "search"))
+    parser.add_argument("names", nargs="*", help=f"landscapes; of {', '.join(MEASURED)}; none means all")
+    parser.add_argument("--max-minutes", type=float, default=120.0, help="for measuring")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--budget", type=int, default=BUDGET, help="trials of a search")
+    parser.add_argument("--no-simulated", action="store_true", help="leave the simulated landscapes out")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--docs", type=Path, help="document whose tables are written; by default none is")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args(arguments)
+    unknown = sorted(set(args.names) - set(MEASURED))
+    if unknown:
+        parser.error(f"{unknown[0]} is no landscape; there are {', '.join(MEASURED)}")
+    args.names = args.names or list(MEASURED)
+    args.folder = args.folder.absolute()
+    return args
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from tests.evaluation.search.measure import measure_landscape, profile_landscape
+
+    deadline = time.monotonic() + 60 * args.max_minutes
+    complete = True
+    for name in args.names:
+        left_s = deadline - time.monotonic()
+        complete &= left_s > 0 and measure_landscape(MEASURED[name], args.folder / name, timeout_s=left_s, say=_say)
+        if complete and not (args.folder / name / "profile.json").exists():
+            profile_landscape(MEASURED[name], args.folder / name, say=_say)
+    return 0 if complete else 3
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from tests.evaluation.search.measure import profile_landscape
+
+    for name in args.names:
+        profile_landscape(MEASURED[name], args.folder / name, say=_say)
+    return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    from tests.evaluation.search.methods import METHODS
+    from tests.evaluation.search.model_error import error_table
+    from tests.evaluation.search.plots import plot_world
+    from tests.evaluation.search.simulated import simulated_worlds
+    from tests.evaluation.search.table import first_plan_table, judging_table, searches_table
+    from tests.evaluation.search.world import MeasuredWorld
+
+    measured = [MeasuredWorld(args.folder / name) for name in args.names]
+    worlds: list[World] = [*measured, *([] if args.no_simulated else simulated_worlds())]
+    methods = list(METHODS)
+    jobs = [
+        (args.folder, world.name, world.simulated, method, seed, args.budget)
+        for world in worlds
+        for method in methods
+        if world.auto_counts is not None or "device_map" not in method
+        for seed in range(args.seeds)
+    ]
+    _say(f"{len(jobs)} searches of {len(worlds)} landscapes by {len(methods)} methods")
+    curves: list[Curve] = []
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for curve in pool.map(_search_one, jobs, chunksize=4):
+            curves.append(curve)
+            if len(curves) % 100 == 0:
+                _say(f"{len(curves)} of {len(jobs)}")
+    for world in worlds:
+        plot_world(world, curves, methods, args.folder / "plots" / f"{world.name}.png")
+    text = "\n\n".join(
+        (
+            f"{args.seeds} seeds, {args.budget} trials at most; landscapes: "
+            + "; ".join(f"**{world.name}**: {world.about}" for world in worlds)
+            + ".",
+            judging_table(measured),
+            searches_table(worlds, curves, methods),
+            first_plan_table(worlds, curves),
+            error_table([(world.name, args.folder / world.name) for world in measured]),
+        )
+    )
+    document = {"schema_version": 1, "curves": [curve.model_dump(mode="json") for curve in curves]}
+    with (
+        (args.folder / "searches.json.gz").open("wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as file,
+    ):
+        file.write(json.dumps(document).encode())
+    if args.docs is not None:
+        put_between_marks(args.docs, COMMAND, text)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _search_one(job: tuple[Path, str, bool, str, int, int]) -> Curve:
+    from tests.evaluation.search.replay import search
+    from tests.evaluation.search.simulated import simulated_worlds
+    from tests.evaluation.search.world import MeasuredWorld
+
+    folder, name, simulated, method, seed, budget = job
+    if name not in _worlds:
+        _worlds[name] = (
+            next(world for world in simulated_worlds() if world.name == name)
+            if simulated
+            else MeasuredWorld(folder / name)
+        )
+    return search(_worlds[name], method, seed, budget)
+
+
+_worlds: dict[str, World] = {}
+"""Of a worker process, read once."""
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"[{time.strftime('%H:%M:%S')}] {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

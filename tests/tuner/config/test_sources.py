@@ -1,0 +1,198 @@
+"""Flags over environment over file over defaults; and every mistake named with its key and place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from pipetune.bench.errors import ConfigError
+from pipetune.tuner.config import sources
+from pipetune.tuner.config.schema import TuneConfig
+
+MODEL = "model: {name: m}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "tune.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_later_sources_win_and_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path, MODEL + "workload:\n  num_prompts: 4\n  input_len: 5\n  output_len: 6\n")
+    resolved = sources.resolve(
+        file=file,
+        environ={"PIPETUNE_INPUT_LEN": "50", "PIPETUNE_OUTPUT_LEN": "60"},
+        flags={"output_len": 600, "seed": None},
+    )
+    workload = resolved.config.workload
+    assert (workload.num_prompts, workload.input_len, workload.output_len) == (4, 50, 600)
+    assert resolved.source("workload", "num_prompts") == f"{file}:3"
+    assert resolved.source("workload", "input_len") == "PIPETUNE_INPUT_LEN"
+    assert resolved.source("workload", "output_len") == "--output-len"
+    assert resolved.source("seed") == "default"
+
+
+def test_defaults_are_those_of_the_model() -> None:
+    resolved = sources.resolve(flags={"model": "m"}, environ={})
+    assert resolved.config == TuneConfig.model_validate({"model": {"name": "m"}})
+
+
+def test_a_seed_seeds_everything_that_has_one() -> None:
+    config = sources.resolve(flags={"model": "m", "seed": 7}, environ={}).config
+    assert (config.seed, config.workload.seed, config.model.seed) == (7, 7, 7)
+
+
+def test_lists_may_come_from_the_environment() -> None:
+    environ = {"PIPETUNE_CONSTRAINT": "p90_ttft_ms<=5, bubble_ratio<=0.2", "PIPETUNE_MICRO_BATCH_SIZES": "4,8"}
+    config = sources.resolve(flags={"model": "m"}, environ=environ).config
+    assert [str(constraint) for constraint in config.constraints] == ["p90_ttft_ms<=5", "bubble_ratio<=0.2"]
+    assert config.space.micro_batch_sizes == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("workload:\n  num_prompt: 4\n", r"tune\.yaml:3: unknown key 'workload\.num_prompt'; did you mean num_prompts"),
+        ("workloads: {}\n", r"tune\.yaml:2: unknown key 'workloads'; did you mean workload\?"),
+        ("num_prompts: 4\n", r"tune\.yaml:2: unknown key 'num_prompts'; did you mean workload\.num_prompts\?"),
+        ("zzz: 4\n", r"unknown key 'zzz'; there are .*n_trials"),
+        ("seed: 1\nseed: 2\n", r"tune\.yaml:3: seed is given twice"),
+        ("workload: 3\n", r"tune\.yaml:2: workload must be a mapping"),
+        ("workload: {num_prompts: 0}\n", r"tune\.yaml:2: workload\.num_prompts: .*greater than or equal to 1"),
+        ("workload: {num_prompts: many}\n", r"tune\.yaml:2: workload\.num_prompts: .*many"),
+        ("devices: gpu:0\n", r"tune\.yaml:2: devices: 'gpu:0' is not a device"),
+        (
+            "workload:\n  sampling: {temprature: 1}\n",
+            r"tune\.yaml:3: unknown key 'workload\.sampling\.temprature'; did you mean temperature\?",
+        ),
+        ("workload: {sampling: {top_p: 2}}\n", r"tune\.yaml:2: workload\.sampling\.top_p: .*less than or equal to 1"),
+        ("workload: {kind: score, sampling: {top_k: 2}}\n", r"workload\.sampling: nothing is sampled"),
+        ("space: {compile: often}\n", r"tune\.yaml:2: space\.compile: neither true nor false nor search"),
+        ("constraints: [fast]\n", r"tune\.yaml:2: constraints: 'fast' is no constraint"),
+        ("seed: [1\n", r"tune\.yaml:3:1: malformed YAML"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "malformed YAML: could not determine a constructor"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sources.resolve(file=write(tmp_path, MODEL + text), environ={})
+
+
+@pytest.mark.parametrize("text", ["- a\n", "just text\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        sources.resolve(file=write(tmp_path, text), environ={})
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the config"):
+        sources.resolve(file=tmp_path / "none.yaml", environ={})
+
+
+def test_a_mistake_in_flag_or_environment_is_named() -> None:
+    with pytest.raises(ConfigError, match="--num-prompts: Input should be greater than or equal to 1"):
+        sources.resolve(flags={"model": "m", "num_prompts": 0}, environ={})
+    with pytest.raises(ConfigError, match="PIPETUNE_N_TRIALS: Input should be"):
+        sources.resolve(flags={"model": "m"}, environ={"PIPETUNE_N_TRIALS": "0"})
+
+
+def test_a_misspelt_variable_is_said() -> None:
+    resolved = sources.resolve(flags={"model": "m"}, environ={"PIPETUNE_NUM_PROMPT": "3", "PIPETUNE_CACHE": "x"})
+    assert resolved.warnings == ("PIPETUNE_NUM_PROMPT is not read; did you mean PIPETUNE_NUM_PROMPTS?",)
+
+
+def test_sampling_may_be_given_in_parts_and_over_nothing(tmp_path: Path) -> None:
+    file = write(tmp_path, MODEL + "workload:\n  sampling:\n    temperature: 0.5\n    top_k: 7\n")
+    resolved = sources.resolve(file=file, environ={"PIPETUNE_TOP_P": "0.9"}, flags={"top_k": 3})
+    sampling = resolved.config.workload.sampling
+    assert sampling is not None
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.5, 3, 0.9, 0)
+    assert resolved.source("workload", "sampling", "temperature") == f"{file}:4"
+    assert resolved.source("workload", "sampling", "top_k") == "--top-k"
+    nothing: dict[sources.KeyPath, object] = {("workload", "sampling"): None}
+    over = sources.resolve(flags={"model": "m", "sampling_seed": 4}, environ={}, below=nothing, below_name="plan.json")
+    assert over.config.workload.sampling is not None
+    assert over.config.workload.sampling.seed == 4
+
+
+def test_a_model_must_be_given() -> None:
+    with pytest.raises(ConfigError, match="--model"):
+        sources.resolve(environ={})
+
+
+def test_remote_code_is_trusted_on_the_command_line_alone(tmp_path: Path) -> None:
+    file = write(tmp_path, "model: {name: m, trust_remote_code: true}\n")
+    with pytest.raises(ConfigError, match="--trust-remote-code"):
+        sources.resolve(file=file, environ={})
+    with pytest.raises(ConfigError, match="--trust-remote-code"):
+        sources.resolve(flags={"model": "m"}, environ={"PIPETUNE_TRUST_REMOTE_CODE": "1"})
+    resolved = sources.resolve(file=file, environ={}, flags={"trust_remote_code": True})
+    assert resolved.config.model.trust_remote_code
+
+
+def test_a_shown_config_is_yaml_that_says_the_same() -> None:
+    resolved = sources.resolve(flags={"model": "a: b # c", "constraint": ["p90_ttft_ms<=5"]}, environ={})
+    shown = sources.show(resolved)
+    assert TuneConfig.model_validate(yaml.safe_load(shown)) == resolved.config
+    assert next(line for line in shown.splitlines() if "p90" in line).endswith("# --constraint")
+
+
+def test_sections_within_sections_are_shown_once() -> None:
+    resolved = sources.resolve(flags={"model": "m", "temperature": 0.5}, environ={})
+    shown = sources.show(resolved)
+    assert shown.count("workload:") == 1
+    assert "    temperature: 0.5" in shown
+    assert TuneConfig.model_validate(yaml.safe_load(shown)) == resolved.config
+
+
+def test_a_recorded_config_of_before_has_the_defaults_of_what_it_lacks() -> None:
+    recorded = sources.load(Path("tests/data/study-before-replicas/study.yaml"))
+    assert recorded.space.replicas is None
+    assert recorded.workload.kind == "generate"
+    assert recorded.workload.sampling is None
+
+
+def test_a_recorded_config_without_a_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("seed: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: model: Field required$"):
+        sources.load(path)
+
+
+def test_a_dumped_config_reads_back_without_places(tmp_path: Path) -> None:
+    given = sources.resolve(
+        flags={"model": "m", "study_name": "x", "output_dir": "y", "storage": "postgresql://u:secret@h/d"}, environ={}
+    ).config
+    path = tmp_path / "study.yaml"
+    path.write_text(sources.dump(given), encoding="utf-8")
+    assert "secret" not in path.read_text(encoding="utf-8")
+    assert sources.load(path) == given.model_copy(update={"name": None, "output_dir": None, "storage": None})
+
+
+def test_values_of_a_plan_file_lie_below_and_go_with_its_model_only() -> None:
+    below: dict[sources.KeyPath, object] = {
+        ("model", "name"): "a",
+        ("model", "revision"): "abc",
+        ("workload", "num_prompts"): 5,
+    }
+    kept = sources.resolve(environ={}, below=below, below_name="best.json")
+    assert (kept.config.model.revision, kept.source("model", "name")) == ("abc", "best.json")
+    other = sources.resolve(environ={}, flags={"model": "b"}, below=below, below_name="best.json")
+    assert other.config.model.revision is None
+    assert other.config.workload.num_prompts == 5
+
+
+def test_every_flag_sets_a_field_that_exists() -> None:
+    for name, paths in sources.FLAGS.items():
+        for path in paths:
+            model: type[BaseModel] | None = TuneConfig
+            for key in path[:-1]:
+                assert model is not None, name
+                model = sources._section(model, key)
+            assert model is not None, name
+            assert path[-1] in model.model_fields, name

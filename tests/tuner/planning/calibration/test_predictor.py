@@ -1,0 +1,150 @@
+"""The predictor: the model where nothing is known, what was measured where it is, and how sure of which."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipetune.bench.spec import Plan
+from pipetune.tuner.planning.calibration.observation import Observation, observe
+from pipetune.tuner.planning.calibration.predictor import (
+    LEAST_NOISE,
+    NOISE_SD,
+    Predictor,
+    expected_improvement,
+    noise_of,
+)
+from pipetune.tuner.planning.calibration.residual_gp import PRIOR_SD, Features, Process
+from tests.record_factory import make_effective, make_measurement, make_plan, make_record
+from tests.tuner.planning.factory_costs import FactoryCosts, make_model
+
+METRICS = ("output_throughput", "p90_ttft_ms", "bubble_ratio")
+
+
+def learn(plan: Plan, seed: int = 0, *, mood: float = 1.0, noise: float = 0.01) -> Observation:
+    observation = observe(make_record(0, "trial", plan, make_measurement(plan, seed=seed, mood=mood, noise=noise)))
+    assert observation is not None
+    return observation
+
+
+def asked(*plans: Plan) -> list[tuple[Plan, int]]:
+    return [(plan, make_effective(plan).in_flight) for plan in plans]
+
+
+def test_without_observations_it_says_what_the_model_says() -> None:
+    model, plans = make_model(), asked(make_plan((16, 14), 16), make_plan((10, 20), 8))
+    predicted = Predictor.fit(model, [], metrics=METRICS).predict(plans)
+    for metric in METRICS:
+        expected = [one.metrics[metric] for one in model.predict_many(plans)]
+        assert predicted.mean[metric] == pytest.approx(expected)
+    assert predicted.relative_sd["output_throughput"] == pytest.approx(PRIOR_SD)
+    assert predicted.relative_sd["bubble_ratio"][0] > PRIOR_SD
+
+
+def test_a_plan_run_often_gives_what_it_gave_and_is_known_best() -> None:
+    plan, other = make_plan((16, 14), 16), make_plan((10, 20), 4)
+    observations = [learn(plan, seed) for seed in range(6)]
+    predictor = Predictor.fit(make_model(FactoryCosts(prefill=1.2)), observations, metrics=METRICS)
+    predicted = predictor.predict(asked(plan, other))
+    for metric in METRICS:
+        measured = np.mean([one.metrics[metric] for one in observations])
+        assert predicted.mean[metric][0] == pytest.approx(measured, rel=0.03)
+    sd = predicted.relative_sd["output_throughput"]
+    assert 0.0 < sd[0] < sd[1]
+
+
+def test_it_is_deterministic() -> None:
+    observations = [learn(make_plan((first, 30 - first), 16), first) for first in (14, 16, 18)]
+    plans = asked(*(make_plan((first, 30 - first), 8) for first in range(2, 29, 3)))
+    one, again = (Predictor.fit(make_model(), observations, metrics=METRICS).predict(plans) for _ in range(2))
+    for metric in METRICS:
+        assert one.mean[metric].tolist() == again.mean[metric].tolist()
+
+
+def test_layouts_and_switches_are_told_apart() -> None:
+    observations = [learn(make_plan((16, 14), 16), seed) for seed in range(3)]
+    observations += [learn(make_plan((16, 14), 16, compile=True), mood=0.7)]
+    predictor = Predictor.fit(make_model(), observations, metrics=METRICS[:1])
+    eager, compiled, replicas = (
+        float(predictor.predict(asked(plan)).mean[METRICS[0]][0])
+        for plan in (
+            make_plan((17, 13), 16),
+            make_plan((17, 13), 16, compile=True),
+            make_plan((30,), 16, replicas=2),
+        )
+    )
+    assert compiled / eager == pytest.approx(1 / 0.7, rel=0.06)
+    exact = make_model().predict_many(asked(make_plan((30,), 16, replicas=2)))[0]
+    assert replicas == pytest.approx(exact.metrics[METRICS[0]], rel=0.06)
+
+
+def test_metrics_that_were_not_measured_are_left_to_the_model() -> None:
+    observation = learn(make_plan((16, 14), 16))
+    bare = observation.model_copy(update={"metrics": {"duration_s": observation.metrics["duration_s"]}})
+    predicted = Predictor.fit(make_model(), [bare], metrics=METRICS).predict(asked(make_plan((16, 14), 16)))
+    assert predicted.relative_sd["p90_ttft_ms"][0] == pytest.approx(PRIOR_SD)
+
+
+def test_noise_comes_from_repeats_and_starts_from_a_guess() -> None:
+    assert noise_of([]) == NOISE_SD
+    plan = make_plan((16, 14), 16)
+    quiet = [learn(plan, noise=0.0).model_copy(update={"spread": 0.0})] * 150
+    assert LEAST_NOISE <= noise_of(quiet) < 0.005
+    moods = [math.exp(0.06 * (-1) ** seed) for seed in range(30)]
+    loud = [learn(plan, seed, mood=mood, noise=0.0) for seed, mood in enumerate(moods)]
+    assert noise_of(loud) == pytest.approx(0.06, rel=0.15)
+    uneven = [learn(plan, seed).model_copy(update={"spread": 0.1}) for seed in range(3)]
+    assert noise_of(uneven) == pytest.approx(0.125 / math.sqrt(3), rel=0.01)
+    disturbed = [one.model_copy(update={"disturbed": True}) for one in loud]
+    assert noise_of(disturbed) == NOISE_SD
+
+
+def test_errors_are_learnt_from_neighbours_and_forgotten_far_away() -> None:
+    plans = asked(*(make_plan((first, 30 - first), 16) for first in range(2, 29)))
+    shares = [[one.layer_counts[0], one.layer_counts[1]] for one, _ in plans]
+    features = Features.of(plans, shares, longest=64)
+    seen = [12, 13, 14, 15]
+    process = Process(features.take(seen), np.full(4, 0.06), np.full(4, 1e-5))
+    mean, sd = process.predict(features)
+    assert mean[13] == pytest.approx(0.06, abs=0.01)
+    assert abs(mean[0]) < mean[13]
+    assert sd[13] < 0.01 < sd[0]
+
+
+@given(
+    mean=st.floats(50.0, 150.0),
+    sd=st.floats(0.0, 0.3),
+    noise=st.floats(0.003, 0.1),
+    higher=st.booleans(),
+)
+def test_expected_improvement_is_no_less_than_none_and_no_more_than_without_noise(
+    mean: float, sd: float, noise: float, higher: bool
+) -> None:
+    def gain(noise: float) -> float:
+        found = expected_improvement(np.array([mean]), np.array([sd]), best=100.0, noise=noise, higher_is_better=higher)
+        return float(found[0])
+
+    assert 0.0 <= gain(noise) <= gain(noise / 2) + 1e-12
+    if sd == 0.0:
+        assert gain(noise) == 0.0
+
+
+def test_expected_improvement_prefers_the_better_and_the_less_known() -> None:
+    better = expected_improvement(
+        np.array([98.0, 100.0, 102.0]), np.full(3, 0.03), best=100.0, noise=0.02, higher_is_better=True
+    )
+    assert better[0] < better[1] < better[2]
+    # φ(0) · s · (1 − ε / √(s² + ε²))
+    assert better[1] == pytest.approx(0.398942 * 0.03 * (1 - 0.02 / math.hypot(0.03, 0.02)))
+    shorter = expected_improvement(
+        np.array([98.0, 100.0, 102.0]), np.full(3, 0.03), best=100.0, noise=0.02, higher_is_better=False
+    )
+    assert shorter[0] > shorter[1] > shorter[2]
+    known = expected_improvement(
+        np.full(2, 100.0), np.array([0.01, 0.05]), best=100.0, noise=0.02, higher_is_better=True
+    )
+    assert known[0] < known[1]

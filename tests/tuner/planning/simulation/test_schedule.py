@@ -1,0 +1,215 @@
+"""The simulation of many plans at once: as the schedule's own, and as the buffers between stages would have it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipetune.bench.runtime.job import Job
+from pipetune.bench.runtime.links.links import HIDDEN_DEPTH
+from pipetune.bench.schedule import Task, build_schedule, simulate
+from pipetune.tuner.planning.costs.base import TaskKind
+from pipetune.tuner.planning.simulation.schedule import RING_DEPTH, Course, anchors_of, course_of, simulate_plans
+
+Floats = npt.NDArray[np.float64]
+SCHEDULES = st.fixed_dictionaries(
+    {
+        "sizes": st.lists(st.integers(1, 4), min_size=1, max_size=6),
+        "output_len": st.integers(1, 5),
+        "in_flight": st.integers(1, 7),
+        "prefill_size": st.none() | st.integers(1, 5),
+        "chunk_size": st.none() | st.integers(1, 9),
+    }
+)
+NUM_PLANS = 3
+
+
+def tasks_of(schedule: dict[str, object]) -> tuple[Task, ...]:
+    sizes = schedule["sizes"]
+    assert isinstance(sizes, list)
+    return build_schedule(prompt_lens=[9 - 2 * (index % 4) for index in range(len(sizes))], **schedule)  # type: ignore[arg-type]
+
+
+def course(schedule: dict[str, object]) -> Course:
+    return Course.of(tasks_of(schedule), schedule["sizes"], scores=False)  # type: ignore[arg-type]
+
+
+def times(own: Course, num_stages: int, seed: int) -> tuple[Floats, Floats, Floats, Floats]:
+    """Compute, hops, returns and gaps."""
+    rng = np.random.default_rng(seed)
+    kinds = len(own.kinds)
+    return (
+        rng.uniform(0.1, 2.0, (kinds, num_stages, NUM_PLANS)),
+        rng.uniform(0.0, 0.5, (kinds, num_stages - 1, NUM_PLANS)),
+        np.broadcast_to(rng.uniform(0.0, 0.5, NUM_PLANS), (kinds, NUM_PLANS)),
+        rng.uniform(0.0, 0.2, (num_stages, NUM_PLANS)),
+    )
+
+
+@given(schedule=SCHEDULES, num_stages=st.integers(1, 4), hop_s=st.floats(0, 2), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_it_is_the_schedules_own_simulation(
+    schedule: dict[str, object], num_stages: int, hop_s: float, seed: int
+) -> None:
+    own = course(schedule)
+    busy_s = times(own, num_stages, seed)[0]
+    hops_s = np.full((len(own.kinds), num_stages - 1, NUM_PLANS), hop_s)
+    returns_s = np.full((len(own.kinds), NUM_PLANS), hop_s)
+    spans = simulate_plans(own, busy_s, hops_s, returns_s, depth=None)
+    for plan in range(NUM_PLANS):
+        durations = [[busy_s[kind, stage, plan] for kind in own.kind_of] for stage in range(num_stages)]
+        starts = simulate(tasks_of(schedule), durations, hop_s=hop_s)
+        assert spans.first_starts_s[:, plan] == pytest.approx(starts[0], abs=1e-9)
+        ends = [start + took for start, took in zip(starts[-1], durations[-1], strict=True)]
+        assert spans.last_ends_s[:, plan] == pytest.approx(ends, abs=1e-9)
+        assert spans.began_s[:, plan] == pytest.approx([row[0] for row in starts], abs=1e-9)
+        last = [row[-1] + took[-1] for row, took in zip(starts, durations, strict=True)]
+        assert spans.ended_s[:, plan] == pytest.approx(last, abs=1e-9)
+
+
+@given(
+    schedule=SCHEDULES,
+    num_stages=st.integers(1, 4),
+    depth=st.none() | st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None)
+def test_it_is_what_buffers_between_stages_make_of_it(
+    schedule: dict[str, object], num_stages: int, depth: int | None, seed: int
+) -> None:
+    own = course(schedule)
+    busy_s, hops_s, returns_s, gap_s = times(own, num_stages, seed)
+    spans = simulate_plans(own, busy_s, hops_s, returns_s, gap_s=gap_s, depth=depth)
+    for plan in range(NUM_PLANS):
+        starts, ends = by_buffers(
+            own,
+            busy_s[:, :, plan].T[:, own.kind_of],
+            hops_s[:, :, plan].T[:, own.kind_of],
+            returns_s[own.kind_of, plan] if num_stages > 1 else np.zeros(len(own.kind_of)),
+            gap_s[:, plan],
+            depth or len(own.kind_of),
+        )
+        assert spans.first_starts_s[:, plan] == pytest.approx(starts[0], abs=1e-9)
+        assert spans.last_ends_s[:, plan] == pytest.approx(ends[-1], abs=1e-9)
+
+
+def by_buffers(
+    own: Course, busy_s: Floats, hops_s: Floats, returns_s: Floats, gap_s: Floats, depth: int
+) -> tuple[Floats, Floats]:
+    """Starts and ends, `[stage, task]`: nothing happens before what it waits for, and no later; found by repetition.
+
+    A message may be received once its receive is posted, which is when the receiver is free of the task `depth` before
+    it; a send is over when its message may be received; and a stage is free of a task when it has handed the output
+    over, for which `depth` sends may be under way.
+    """
+    num_stages, num_tasks = busy_s.shape
+    starts, free = np.zeros_like(busy_s), np.zeros_like(busy_s)
+    before = {
+        index: max(other for other in range(index) if own.micro_batches[other] == own.micro_batches[index])
+        for index in range(num_tasks)
+        if own.decodes[index]
+    }
+    for _ in range(num_stages * num_tasks * 4):
+        known = starts.copy(), free.copy()
+        ends = starts + busy_s
+        for stage, index in itertools.product(range(num_stages), range(num_tasks)):
+            waits = [0.0]
+            if index:
+                waits.append(free[stage, index - 1])
+            if stage:
+                waits.append(ends[stage - 1, index] + hops_s[stage - 1, index])
+            elif index in before:
+                waits.append(ends[-1, before[index]] + returns_s[before[index]])
+            starts[stage, index] = max(waits)
+            over = [starts[stage, index] + busy_s[stage, index] + gap_s[stage]]
+            if stage + 1 < num_stages and index >= 2 * depth:
+                over.append(free[stage + 1, index - 2 * depth])
+            free[stage, index] = max(over)
+        if np.array_equal(known[0], starts) and np.array_equal(known[1], free):
+            return starts, starts + busy_s
+    raise AssertionError("times go on growing: something waits for itself")
+
+
+def test_rings_are_as_deep_as_the_runtimes() -> None:
+    assert RING_DEPTH == HIDDEN_DEPTH
+
+
+def test_a_message_sent_too_early_stalls_its_receiver() -> None:
+    own = course_of((4,) * 6, output_len=1, micro_batch_size=1, prefill_size=1, chunk_size=None, in_flight=None)
+    busy_s = np.array([0.5, 1.0]).reshape(1, 2, 1)
+    nothing = np.zeros((1, 1, 1)), np.zeros((1, 1))
+    without, with_stalls = (
+        simulate_plans(own, busy_s, *nothing, stall_s=seconds).last_ends_s[-1, 0] for seconds in (0.0, 0.4)
+    )
+    assert without == pytest.approx(6.5)
+    # The last three are sent while the receiver has two more to take; the sender computes for half of the time.
+    assert with_stalls == pytest.approx(6.5 + 3 * 0.4 * 0.5**2)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("output_len", [0, 1, 3])
+def test_courses_are_those_of_the_runtime(replicas: int, output_len: int) -> None:
+    lens = (5, 9, 7, 7, 2, 8, 8, 3)
+    job = Job(
+        prompts=tuple((1,) * length for length in lens),
+        output_len=output_len,
+        micro_batch_size=3,
+        prefill_size=2,
+        chunk_size=4,
+        in_flight=2,
+        pad_token_id=0,
+    )
+    longest_first = tuple(sorted(lens, reverse=True))
+    for replica in range(replicas):
+        part = job.part(job.share(replica, replicas))
+        own = course_of(
+            longest_first[replica::replicas],
+            output_len=output_len,
+            micro_batch_size=3,
+            prefill_size=2,
+            chunk_size=4,
+            in_flight=2,
+        )
+        tasks = part.tasks()
+        assert own.micro_batches == tuple(task.micro_batch for task in tasks)
+        assert own.slots == len({task.slot for task in tasks})
+        kinds = [own.kinds[kind] for kind in own.kind_of]
+        assert [(kind.rows, kind.new_tokens, kind.past_tokens) for kind in kinds] == [
+            (task.num_rows, task.num_tokens, task.first_token) for task in tasks
+        ]
+        # Where texts are scored, every position needs the head.
+        assert [kind.samples for kind in kinds] == [task.samples or output_len == 0 for task in tasks]
+        assert own.counts.tolist() == [kinds.count(kind) for kind in own.kinds]
+        assert own.last_tokens.tolist() == last_of(tasks, part.sizes)
+
+
+def last_of(tasks: Sequence[Task], sizes: Sequence[int]) -> list[int]:
+    """Of each row, the last task that works on it."""
+    firsts = [0, *itertools.accumulate(sizes)]
+    return [
+        max(
+            index
+            for index, task in enumerate(tasks)
+            if task.first_row <= row - firsts[task.micro_batch] < task.end_row and row >= firsts[task.micro_batch]
+        )
+        for row in range(sum(sizes))
+    ]
+
+
+def test_pasts_of_decode_are_looked_up_at_few_points_and_linear_in_between() -> None:
+    kinds = [TaskKind(4, 1, past) for past in range(1, 300)] + [TaskKind(4, 16, 21, False), TaskKind(4, 300, 0)]
+    anchors, weights = anchors_of(kinds)
+    assert len(anchors) < 20
+    pasts = np.array([anchor.past_tokens for anchor in anchors], dtype=float)
+    assert weights @ pasts == pytest.approx([kind.past_tokens for kind in kinds])
+    assert weights.sum(axis=1) == pytest.approx(1.0)
+    assert {TaskKind(4, 16, 21, False), TaskKind(4, 300, 0)} <= set(anchors)
+    # Pasts that are powers of two, or one and a half of them, are looked up themselves.
+    for past in (1, 2, 3, 48, 64, 256):
+        assert weights[past - 1, anchors.index(TaskKind(4, 1, past))] == pytest.approx(1.0)

@@ -1,0 +1,277 @@
+"""The finals: who takes part, which run is due, and what is found; from the records alone, wherever a study stopped."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipetune.bench.record import Record
+from pipetune.bench.spec import EffectivePlan, Plan, Protocol
+from pipetune.tuner.config.schema import Constraint
+from pipetune.tuner.ranking import finals
+from pipetune.tuner.ranking.finals import BASELINE, Entrants, Run, Verdict, entrants, next_step
+from pipetune.tuner.ranking.rank import rank
+from pipetune.tuner.ranking.values import Objective
+from tests.record_factory import (
+    make_baseline_measurement,
+    make_effective,
+    make_failure,
+    make_measurement,
+    make_plan,
+    make_record,
+)
+
+THROUGHPUT, TTFT = Objective(metric="output_throughput"), Objective(metric="mean_ttft_ms")
+FAST, GOOD, SLOW = make_plan((17, 13), 16), make_plan((16, 14), 16), make_plan((10, 20), 16)
+NAMES = ("a", "b", "c", BASELINE)
+
+
+def searched(moods: Mapping[Plan, float]) -> list[Record]:
+    """A baseline, and a trial of each plan."""
+    records = [make_record(0, "baseline", None, make_baseline_measurement(32))]
+    for index, (plan, mood) in enumerate(moods.items()):
+        records.append(
+            make_record(index + 1, "trial", plan, make_measurement(plan, mood=mood, noise=0.0), trial_number=index)
+        )
+    return records
+
+
+def play(
+    records: list[Record],
+    moods: Mapping[Plan, float],
+    *,
+    noise: float = 0.005,
+    objectives: Sequence[Objective] = (THROUGHPUT,),
+    constraints: Sequence[Constraint] = (),
+    failing: Sequence[Plan] = (),
+    rounds: tuple[int, int] = (3, 8),
+    most: int = 99,
+) -> Verdict | None:
+    """Runs finals, appending to the records; None when it was stopped after `most` runs."""
+    for _ in range(most):
+        taking_part = entrants(records, objectives, constraints, count=3)
+        step = next_step(
+            records,
+            taking_part,
+            objectives=objectives,
+            constraints=constraints,
+            min_rounds=rounds[0],
+            max_rounds=rounds[1],
+            seed=7,
+        )
+        if isinstance(step, Verdict):
+            return step
+        rng = random.Random(f"{step.contender} in round {step.round}")
+        mood = (1 + 0.1 * (step.round % 3)) * (1 + rng.gauss(0, noise))
+        if step.contender == BASELINE:
+            assert taking_part.baseline_batch_size == 32
+            result = make_baseline_measurement(32, num_iters=1, mood=mood)
+            records.append(make_record(len(records), "finalist", None, result, round_=step.round))
+            continue
+        plan = taking_part.plan(step.contender).plan
+        outcome = (
+            make_failure()
+            if plan in failing
+            else make_measurement(plan, num_iters=1, mood=mood * moods[plan], noise=0.0, seed=step.round)
+        )
+        records.append(make_record(len(records), "finalist", plan, outcome, round_=step.round))
+    return None
+
+
+def runs_of(records: Sequence[Record]) -> dict[str, int]:
+    names = [
+        BASELINE if record.spec is None else record.spec.plan.describe()
+        for record in records
+        if record.role == "finalist"
+    ]
+    return {name: names.count(name) for name in names}
+
+
+def key(plan: Plan) -> str:
+    return make_effective(plan).key
+
+
+def test_a_clear_winner_takes_the_least_rounds_and_everybody_runs_in_each() -> None:
+    records = searched({FAST: 0.5, GOOD: 0.7, SLOW: 0.9})
+    verdict = play(records, {FAST: 0.5, GOOD: 0.7, SLOW: 0.9})
+    assert verdict is not None
+    assert (verdict.kind, verdict.leader, verdict.tied, verdict.rounds) == ("separated", key(FAST), (), 3)
+    assert set(runs_of(records).values()) == {3}
+    finals = records[4:]
+    assert {record.round for record in finals[:4]} == {0}
+    orders = {
+        tuple(record.effective.key if record.effective else "" for record in finals[at : at + 4]) for at in (0, 4, 8)
+    }
+    assert len(orders) > 1
+
+
+def test_rounds_go_on_for_those_that_are_close_and_who_is_behind_leaves() -> None:
+    base = {plan: 1 / rank(searched({plan: 1.0})).rows[0].value for plan in (FAST, GOOD)}  # type: ignore[operator]
+    moods = {FAST: 0.5, GOOD: 0.5 * base[FAST] / base[GOOD] * 1.002, SLOW: 0.9}
+    records = searched(moods)
+    verdict = play(records, moods, noise=0.03)
+    assert verdict is not None
+    assert verdict.kind == "tie"
+    assert {verdict.leader, *verdict.tied} == {key(FAST), key(GOOD)}
+    assert runs_of(records) == {FAST.describe(): 8, GOOD.describe(): 8, SLOW.describe(): 3, BASELINE: 8}
+    ranking = rank(records)
+    assert ranking.separation.text in verdict.text
+    assert all(row.confirmed for row in ranking.rows)
+
+
+@given(stop=st.integers(1, 20))
+def test_a_stop_anywhere_changes_nothing(stop: int) -> None:
+    moods = {FAST: 0.5, GOOD: 0.52, SLOW: 0.9}
+    whole, stopped = searched(moods), searched(moods)
+    verdict = play(whole, moods, noise=0.02)
+    play(stopped, moods, noise=0.02, most=stop)
+    assert play(stopped, moods, noise=0.02) == verdict
+    assert [record.effective for record in stopped] == [record.effective for record in whole]
+
+
+def test_what_the_finals_measure_does_not_change_who_takes_part() -> None:
+    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9, make_plan((15, 15), 16): 1.0}
+    records = searched(moods)
+    before = entrants(records, [THROUGHPUT], [], count=2)
+    assert [effective.plan for effective in before.plans] == [FAST, GOOD]
+    slow = make_measurement(FAST, mood=9.0)
+    assert entrants([*records, make_record(5, "finalist", FAST, slow, round_=0)], [THROUGHPUT], [], count=2) == before
+
+
+def test_plans_that_the_model_prefers_take_part_and_the_rest_as_measured() -> None:
+    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
+    records = searched(moods)
+    preferred = (key(make_plan((15, 15), 16)), key(SLOW))  # the first did not run, or breaks a constraint
+    taking_part = entrants(records, [THROUGHPUT], [], count=2, preferred=preferred)
+    assert [effective.plan for effective in taking_part.plans] == [SLOW, FAST]
+    of_a_front = entrants(records, [THROUGHPUT, TTFT], [], count=2, preferred=preferred)
+    assert of_a_front == entrants(records, [THROUGHPUT, TTFT], [], count=2)
+
+
+def test_who_runs_in_the_finals_stays_in_whatever_was_learnt_since() -> None:
+    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
+    records = searched(moods)
+    records.append(make_record(4, "finalist", SLOW, make_measurement(SLOW, mood=0.9), round_=0))
+    taking_part = entrants(records, [THROUGHPUT], [], count=2, preferred=(key(GOOD), key(FAST), key(SLOW)))
+    assert {effective.plan for effective in taking_part.plans} == {SLOW, GOOD}
+
+
+def test_a_trial_that_measured_nothing_leaves_the_finals_as_they_are() -> None:
+    moods = {FAST: 0.5, GOOD: 0.7}
+    records = searched(moods)
+    verdict = play(records, moods)
+    assert verdict is not None
+    late = make_record(len(records), "trial", make_plan((18, 12), 16), make_failure(), trial_number=9)
+    assert play([*records, late], moods) == verdict
+    assert all(row.confirmed for row in rank([*records, late]).rows)
+
+
+def test_trials_after_the_finals_call_for_new_finals() -> None:
+    moods = {FAST: 0.5, GOOD: 0.7}
+    records = searched(moods)
+    assert play(records, moods) is not None
+    late = make_plan((18, 12), 16)
+    records.append(make_record(len(records), "trial", late, make_measurement(late, mood=0.3), trial_number=9))
+    taking_part = entrants(records, [THROUGHPUT], [], count=2)
+    assert late in [effective.plan for effective in taking_part.plans]
+    step = next_step(records, taking_part, objectives=[THROUGHPUT], min_rounds=3, max_rounds=8, seed=7)
+    assert isinstance(step, Run)
+    assert (step.round, step.shown_round) == (3, 0)
+
+
+def test_a_finalist_that_fails_twice_leaves() -> None:
+    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
+    records = searched(moods)
+    verdict = play(records, moods, failing=[FAST])
+    assert verdict is not None
+    assert (verdict.kind, verdict.leader) == ("separated", key(GOOD))
+    assert runs_of(records)[FAST.describe()] == 2
+    everybody = searched(moods)
+    lost = play(everybody, moods, failing=list(moods))
+    assert lost is not None
+    assert (lost.kind, lost.leader) == ("none", None)
+    assert "no finalist is left" in lost.text
+
+
+@pytest.mark.parametrize("metric", ["p90_ttft_ms", "peak_memory_fraction"])
+def test_a_finalist_that_breaks_a_constraint_in_the_finals_is_not_best(metric: str) -> None:
+    moods = {FAST: 0.5, GOOD: 0.7}
+    records = searched(moods)
+    rows = {row.plan: row.metrics[metric] for row in rank(records).rows}
+    limit = max(rows.values()) * 1.02
+    constraint = Constraint.model_validate(f"{metric}<={limit}")
+    if metric == "p90_ttft_ms":
+        verdict = play(records, {FAST: 0.5, GOOD: 9.0}, constraints=[constraint])
+    else:
+        verdict = play(records, moods, constraints=[Constraint.model_validate(f"{metric}<={min(rows.values()) / 2}")])
+    assert verdict is not None
+    assert verdict.leader == (key(FAST) if metric == "p90_ttft_ms" else None)
+
+
+def test_with_several_objectives_each_entrant_gets_the_least_rounds() -> None:
+    moods = {make_plan((17, 13), size): 1.0 for size in (4, 8, 16, 32)}
+    records = searched(moods)
+    verdict = play(records, moods, objectives=[THROUGHPUT, TTFT])
+    assert verdict is not None
+    assert (verdict.kind, verdict.tied) == ("front", ())
+    assert set(runs_of(records).values()) == {3}
+
+
+def test_without_plans_or_baseline_there_is_less_to_run() -> None:
+    nobody = entrants([], [THROUGHPUT], [], count=3)
+    assert nobody == Entrants(plans=(), baseline_batch_size=None)
+    assert entrants(searched({FAST: 1.0}), [THROUGHPUT], [], count=0).plans == ()
+    records = [make_record(0, "trial", FAST, make_measurement(FAST), trial_number=0)]
+    verdict = play(records, {FAST: 1.0})
+    assert verdict is not None
+    assert (verdict.kind, verdict.leader) == ("alone", key(FAST))
+    assert runs_of(records) == {FAST.describe(): 3}
+
+
+def test_rounds_have_orders_of_their_own() -> None:
+    whole = finals.schedule(NAMES, rounds=8, seed=0)
+    assert sorted(whole) == sorted((round_, name) for round_ in range(8) for name in NAMES)
+    orders = {tuple(name for round_, name in whole if round_ == number) for number in range(8)}
+    assert len(orders) > 3
+
+
+def test_a_round_is_one_repetition_without_a_check() -> None:
+    protocol = finals.side_by_side(Protocol(num_iters=7))
+    assert (protocol.num_iters, protocol.check_outputs) == (1, False)
+
+
+def chosen(records: Sequence[Record], count: int, min_stages: int = 1) -> list[Plan]:
+    taking_part: tuple[EffectivePlan, ...] = entrants(
+        records, [THROUGHPUT], [], count=count, min_stages=min_stages
+    ).plans
+    return [effective.plan for effective in taking_part]
+
+
+def test_the_last_of_three_places_goes_to_the_other_way_of_using_the_devices() -> None:
+    copies = [make_plan((30,), size, replicas=2) for size in (4, 8, 16)]
+    pipelines = [make_plan((17, 13), 16), make_plan((10, 20), 16)]
+    moods = dict(zip([*copies, *pipelines], (0.1, 0.1, 0.1, 0.5, 0.5), strict=True))
+    records = [
+        make_record(number, "trial", plan, make_measurement(plan, mood=mood), trial_number=number)
+        for number, (plan, mood) in enumerate(moods.items())
+    ]
+    three = chosen(records, 3)
+    assert [plan.replicas for plan in three] == [2, 2, 1]
+    assert three[2] == pipelines[0]
+    assert [plan.replicas for plan in chosen(records, 2)] == [2, 2]
+    assert [plan.replicas for plan in chosen(records, 5)] == [2, 2, 2, 1, 1]
+    assert len(chosen(records[:3], 3)) == 3
+
+
+def test_the_single_stage_is_no_finalist_where_the_search_is_bound_to_more() -> None:
+    single, split = make_plan((30,)), make_plan()
+    records = [
+        make_record(0, "single_stage", single, make_measurement(single, mood=0.1)),
+        make_record(1, "trial", split, make_measurement(split), trial_number=0),
+    ]
+    assert [len(plan.stages) for plan in chosen(records, 2)] == [1, 2]
+    assert [len(plan.stages) for plan in chosen(records, 2, min_stages=2)] == [2]

@@ -1,0 +1,247 @@
+"""Optuna as it is used: every constraint told, infeasible is not failed, and the database is only a copy."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from pipetune.bench.errors import StudyError
+from pipetune.bench.record import FailureKind, Outcome, Record
+from pipetune.tuner.config.schema import Constraint
+from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.space.space import Point, SearchSpace
+from tests.record_factory import make_failure, make_measurement, make_record
+from tests.tuner.search.space_factory import build
+
+SPACE = build()[0]
+LIMITS = (Constraint.model_validate("p90_ttft_ms<=2000"), Constraint.model_validate("bubble_ratio<=0.9"))
+
+
+said: list[str] = []
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def open_(url: str, space: SearchSpace = SPACE, objectives: tuple[str, ...] = ("output_throughput",)) -> Proposals:
+    return Proposals(url, space, objectives=objectives, constraints=LIMITS, seed=0, set_aside=said.append)
+
+
+@pytest.fixture
+def proposals(url: str) -> Iterator[Proposals]:
+    opened = open_(url)
+    yield opened
+    opened.close()
+
+
+def trials(url: str) -> list[optuna.trial.FrozenTrial]:
+    storage = optuna.storages.RDBStorage(url)
+    found = optuna.load_study(study_name=None, storage=storage).trials
+    storage.remove_session()
+    storage.engine.dispose()
+    return found
+
+
+def record(number: int | None, point: Point, result: Outcome | None = None) -> Record:
+    assert number is not None
+    plan = SPACE.plan(point)
+    made = make_record(number, "trial", plan, result or make_measurement(plan), trial_number=number)
+    return made.model_copy(update={"params": dict(point)})
+
+
+POINTS: list[Point] = [{"partition_rank": 1 + i, "micro_batch_index": 4, "prefill_index": i % 5} for i in range(6)]
+
+
+def test_a_measured_plan_is_complete_with_every_constraint(proposals: Proposals, url: str) -> None:
+    for index, point in enumerate(POINTS):
+        assert proposals.start(point) == index
+        proposals.tell(record(index, point))
+    found = trials(url)
+    assert [trial.state for trial in found] == [TrialState.COMPLETE] * 6
+    assert [trial.params for trial in found] == POINTS
+    for trial in found:
+        assert set(trial.constraints) == {"memory", "p90_ttft_ms<=2000", "bubble_ratio<=0.9"}
+        assert trial.constraints["memory"] == 0
+        assert trial.value is not None
+        assert trial.value > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        (FailureKind.OUT_OF_MEMORY, TrialState.PRUNED),
+        (FailureKind.OVER_MEMORY_CAP, TrialState.PRUNED),
+        (FailureKind.WORKER_DIED, TrialState.FAIL),
+        (FailureKind.WRONG_OUTPUT, TrialState.FAIL),
+        (FailureKind.INTERRUPTED, TrialState.FAIL),
+    ],
+)
+def test_infeasible_is_pruned_with_an_amount_and_broken_is_failed(
+    proposals: Proposals, url: str, kind: FailureKind, state: TrialState
+) -> None:
+    failure = make_failure(kind).model_copy(update={"bytes_wanted": 300, "bytes_had": 200})
+    proposals.tell(record(proposals.start(POINTS[0]), POINTS[0], failure))
+    (trial,) = trials(url)
+    assert trial.state == state
+    amounts = {"memory": 0.5, "p90_ttft_ms<=2000": 0.0, "bubble_ratio<=0.9": 0.0}
+    assert trial.constraints == (amounts if state == TrialState.PRUNED else {})
+
+
+def test_what_was_not_told_is_told_and_what_has_no_record_is_returned(proposals: Proposals, url: str) -> None:
+    for point in POINTS[:3]:
+        proposals.start(point)
+    records = [record(0, POINTS[0]), record(1, POINTS[1], make_failure())]
+    open_trials = proposals.restore(records)
+    assert [trial.number for trial in open_trials] == [2]
+    assert open_trials[0].params == POINTS[2]
+    assert [trial.state for trial in trials(url)] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
+
+
+@pytest.mark.parametrize("damage", ["lost", "torn"])
+def test_a_database_is_rebuilt_from_the_records(url: str, damage: str) -> None:
+    path = Path(url.removeprefix("sqlite:///"))
+    said.clear()
+    first = open_(url)
+    records = [
+        record(first.start(point), point, make_failure(FailureKind.OUT_OF_MEMORY) if index == 1 else None)
+        for index, point in enumerate(POINTS)
+    ]
+    for one in records:
+        first.tell(one)
+    first.close()
+    before = [(trial.number, trial.state, trial.params, trial.values, trial.constraints) for trial in trials(url)]
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:3000] + b"\xff" * 500)
+    second = open_(url)
+    assert second.restore(records) == ()
+    second.close()
+    after = [(trial.number, trial.state, trial.params, trial.values, trial.constraints) for trial in trials(url)]
+    assert after == before
+    assert path.with_name("study.db.broken").exists() == (damage == "torn")
+    assert [text for text in said if "study.db.broken" in text] == said
+    assert bool(said) == (damage == "torn")
+
+
+@pytest.mark.parametrize("content", ["tables", "text", "torn"])
+def test_a_database_that_is_not_the_studys_own_stays_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "customers.db"
+    if content == "tables":
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("CREATE TABLE studies (customer TEXT)")
+            connection.execute("CREATE TABLE version_info (shoe_size INTEGER)")
+    elif content == "text":
+        path.write_text("no database at all, but somebody's notes\n" * 50)
+    else:
+        open_(f"sqlite:///{path}").close()
+        path.write_bytes(path.read_bytes()[:3000] + b"\xff" * 500)
+    before = path.read_bytes()
+    with pytest.raises(StudyError, match=r"customers\.db") as caught:
+        Proposals(f"sqlite:///{path}", SPACE, objectives=("output_throughput",), constraints=(), seed=0)
+    assert "another" in str(caught.value)
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("state", ["tables", "busy"])
+def test_a_database_of_ours_is_only_set_aside_when_it_is_damaged(url: str, state: str) -> None:
+    path = Path(url.removeprefix("sqlite:///"))
+    holder = sqlite3.connect(path)
+    if state == "tables":
+        holder.execute("CREATE TABLE studies (customer TEXT)")
+        holder.commit()
+    else:
+        open_(url).close()
+        holder.execute("BEGIN EXCLUSIVE")
+    before = path.read_bytes()
+    said.clear()
+    with pytest.raises(StudyError, match=r"study\.db"):
+        open_(f"{url}?timeout=0.1")
+    holder.close()
+    assert path.read_bytes() == before
+    assert not said
+    assert not path.with_name("study.db.broken").exists()
+
+
+def test_a_rebuilt_database_keeps_trial_numbers_over_gaps(proposals: Proposals, url: str) -> None:
+    proposals.restore([record(2, POINTS[2])])
+    assert [trial.state for trial in trials(url)] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_suggestions_are_new_and_leave_no_trace_until_they_start(proposals: Proposals, url: str) -> None:
+    seen: list[Point] = []
+    for index in range(12):
+        point = proposals.suggest(lambda point: point not in seen)
+        assert point is not None
+        assert len(trials(url)) == index
+        seen.append(point)
+        proposals.tell(record(proposals.start(point), point))
+    assert len({tuple(point.values()) for point in seen}) == 12
+
+
+def test_the_last_new_point_is_found_and_then_none(proposals: Proposals) -> None:
+    last = list(SPACE.points())[-1]
+    assert proposals.suggest(lambda point: point == last) == last
+    assert proposals.suggest(lambda point: False) is None
+
+
+def test_a_seed_gives_one_sequence_and_a_resumed_study_does_not_start_over(tmp_path: Path) -> None:
+    def suggestions(name: str, reopen: bool) -> list[Point | None]:
+        url = f"sqlite:///{tmp_path / name}"
+        found = []
+        opened = open_(url)
+        for _ in range(6):
+            point = opened.suggest(lambda point: True)
+            assert point is not None
+            found.append(point)
+            opened.tell(record(opened.start(point), point))
+            if reopen:
+                opened.close()
+                opened = open_(url)
+        opened.close()
+        return list(found)
+
+    assert suggestions("a.db", reopen=False) == suggestions("b.db", reopen=True)
+
+
+def test_several_objectives_have_directions_of_their_own(url: str) -> None:
+    opened = open_(url, objectives=("output_throughput", "mean_ttft_ms"))
+    for point in POINTS:
+        opened.tell(record(opened.start(point), point))
+    assert opened.suggest(lambda point: point not in POINTS) is not None
+    opened.close()
+    storage = optuna.storages.RDBStorage(url)
+    study = optuna.load_study(study_name=None, storage=storage)
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def test_a_foreign_database_that_fails_is_named_without_its_password() -> None:
+    with pytest.raises(StudyError) as caught:
+        open_("nosuchdialect://user:secret@host/db")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "a {b} c").mkdir()
+    opened = open_(f"sqlite:///{tmp_path / 'a {b} c/study.db'}")
+    assert opened.start(POINTS[0]) == 0
+    opened.close()
+    assert (tmp_path / "a {b} c/study.db").exists()
+
+
+def test_the_database_is_whole_after_every_step(proposals: Proposals, url: str) -> None:
+    proposals.tell(record(proposals.start(POINTS[0]), POINTS[0]))
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+        assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
+    connection.close()

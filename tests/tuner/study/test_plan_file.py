@@ -1,0 +1,78 @@
+"""Plan files: what is written reads back, bare plans are taken too, and mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipetune.bench.errors import PlanError
+from pipetune.bench.spec import Plan
+from pipetune.tuner.study.plan_file import FORMATS, PlanFile, read_plan, render, write_best
+from tests.record_factory import MODEL, WORKLOAD, make_plan, make_shape
+
+FILE = PlanFile(plan=make_plan(prefill=8), model=MODEL, workload=WORKLOAD, in_flight=2, metrics={"duration_s": 1.0})
+
+
+def test_a_study_exports_a_plan_and_a_map(tmp_path: Path) -> None:
+    write_best(tmp_path, FILE, make_shape())
+    assert read_plan(tmp_path / "best_plan.json") == FILE
+    device_map = json.loads((tmp_path / "best_device_map.json").read_text(encoding="utf-8"))
+    assert len(device_map) == 30 + 4
+    assert set(device_map.values()) == {"cpu"}
+
+
+def test_a_bare_plan_is_a_plan_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(FILE.plan.model_dump_json(), encoding="utf-8")
+    assert read_plan(path) == PlanFile(plan=FILE.plan)
+
+
+def test_every_form_ends_with_a_newline() -> None:
+    assert all(render(FILE, make_shape(), form).endswith("\n") for form in FORMATS)
+
+
+def test_engines_get_counts_and_the_number_of_stages() -> None:
+    assert render(FILE, make_shape(), "vllm").splitlines()[-1] == "VLLM_PP_LAYER_PARTITION=17,13"
+    assert "--pipeline-parallel-size 2" in render(FILE, make_shape(), "vllm")
+    assert render(FILE, make_shape(), "sglang").splitlines()[-1] == "SGLANG_PP_LAYER_PARTITION=17,13"
+
+
+def test_replicas_are_said_where_a_form_cannot_hold_them(tmp_path: Path) -> None:
+    file = FILE.model_copy(update={"plan": make_plan((17, 13), 8, chunk=32, replicas=2, compile=True)})
+    write_best(tmp_path, file, make_shape())
+    assert read_plan(tmp_path / "best_plan.json") == file
+    first = FILE.model_copy(update={"plan": make_plan((17, 13), 8)})
+    for form in ("hf", "seed"):
+        assert render(file, make_shape(), form) == render(first, make_shape(), form)
+    lines = render(file, make_shape(), "vllm").splitlines()
+    assert lines[1] == "# The plan runs 2 replicas side by side: --data-parallel-size 2, not measured either."
+    assert lines[-1] == "VLLM_PP_LAYER_PARTITION=17,13"
+    assert "--dp-size 2, not measured" in render(file, make_shape(), "sglang")
+    assert "replicas" not in render(FILE, make_shape(), "vllm")
+
+
+def _without_a_layer() -> str:
+    values = Plan.from_layer_counts((2, 2), ("cpu:0", "cpu:1"), 1).model_dump()
+    values["stages"][1]["first_layer"] = 3
+    return json.dumps({"plan": values})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the plan is not JSON"),
+        ("[]", "plan.json"),
+        ('{"plan": {"stages": [], "micro_batch_size": 1}}', r"plan\.stages: "),
+        ('{"plan": {}, "colour": 1}', "plan"),
+        (_without_a_layer(), r"layer 2 is missing before 3"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(PlanError, match=message):
+        read_plan(path)
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        read_plan(tmp_path / "none.json")

@@ -1,0 +1,178 @@
+"""The end of a study: best plan and device map exported, reports written, and what is to be said of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipetune.bench.record import FailureKind
+from pipetune.tuner.ranking.values import Ranking, Ratio, Row
+from pipetune.tuner.study.files import StudyContents, load_study
+from pipetune.tuner.study.plan_file import DEVICE_MAP_FILE, PLAN_FILE, PlanFile, write_best
+
+if TYPE_CHECKING:
+    from pipetune.tuner.report.data import Report
+    from pipetune.tuner.report.page import Section
+
+DONE, NOTHING_FEASIBLE, FAULT, INTERRUPTED = 0, 3, 4, 130
+
+_PLANS_FAULT = frozenset(
+    {
+        FailureKind.OVER_MEMORY_CAP,
+        FailureKind.OUT_OF_MEMORY,
+        FailureKind.WRONG_OUTPUT,
+        FailureKind.UNSUPPORTED_MODEL,
+        FailureKind.TIMEOUT,
+    }
+)
+"""Failures that lie with a plan or its model; all others lie with the machine or with us."""
+
+
+def conclude(folder: Path, sections: Sequence[Section] = ()) -> Report:
+    """Writes the exports and the reports of a study as it stands.
+
+    Args:
+        sections: further ones of its page.
+
+    Raises:
+        StudyError: the folder holds no study that can be read.
+    """
+    from pipetune.tuner.report.data import Report
+    from pipetune.tuner.report.files import write_reports
+
+    contents = load_study(folder)
+    report = Report.of(contents)
+    best = report.ranking.best
+    if best is None:
+        for name in (PLAN_FILE, DEVICE_MAP_FILE):
+            (folder / name).unlink(missing_ok=True)
+    else:
+        write_best(folder, plan_file(contents, best), contents.shape, contents.config.device_names)
+    write_reports(report, sections)
+    return report
+
+
+def plan_file(contents: StudyContents, row: Row) -> PlanFile:
+    """A ranked plan as it is exported."""
+    return PlanFile(
+        plan=row.plan,
+        model=contents.config.model,
+        workload=contents.config.workload,
+        devices=contents.config.concrete_devices,
+        in_flight=row.effective.in_flight,
+        metrics=row.metrics,
+    )
+
+
+def exit_code(ranking: Ranking, *, interrupted: bool = False) -> int:
+    """0 with a best plan, 3 without one, 4 if that was never a plan's fault, 130 if somebody stopped the study."""
+    if interrupted:
+        return INTERRUPTED
+    if ranking.best is not None:
+        return DONE
+    kinds = {row.failure.kind for row in ranking.failures if row.role == "trial"}
+    return FAULT if kinds and not ranking.rows and not kinds & _PLANS_FAULT else NOTHING_FEASIBLE
+
+
+def why_nothing(ranking: Ranking) -> str | None:
+    """Why there is no best plan; None if there is one."""
+    if ranking.best is not None:
+        return None
+    if ranking.rows:
+        broken = Counter(why.partition(" ")[0] for row in ranking.rows for why in row.broken_constraints)
+        most = broken.most_common(1)[0][0] if broken else "a constraint"
+        nearest = ranking.rows[0]
+        return (
+            f"all {len(ranking.rows)} plans that were measured break a constraint, most often on {most}; the first of "
+            f"them: {nearest.plan.describe()}: {'; '.join(nearest.broken_constraints)}"
+        )
+    if ranking.unranked:
+        return f"no plan can be ranked: {ranking.unranked[0].unranked_because}"
+    trials = [row.failure for row in ranking.failures if row.role in ("trial", "single_stage")]
+    if not trials:
+        return "no plan was run"
+    kind, count = Counter(failure.kind for failure in trials).most_common(1)[0]
+    example = next(failure for failure in trials if failure.kind == kind)
+    return f"no plan ran: {count} of {len(trials)} failed with {kind.value}, the first so: {example.message}"
+
+
+def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
+    """The study for machines: what `--json` prints."""
+    ranking = report.ranking
+    files = sorted(path.name for path in report.folder.iterdir() if not path.name.startswith("."))
+    return {
+        "schema_version": 1,
+        "study": str(report.folder),
+        "exit_code": exit_code(ranking, interrupted=interrupted),
+        "interrupted": interrupted,
+        "objectives": [str(objective) for objective in ranking.objectives],
+        "constraints": [str(constraint) for constraint in ranking.constraints],
+        "best": _row(ranking.best),
+        "baseline": ranking.baseline
+        and {"batch_size": ranking.baseline.batch_size, "metrics": ranking.baseline.metrics},
+        "single_stage": _row(ranking.single_stage),
+        "recommended_because": ranking.recommended_because,
+        "front": [row.rank for row in ranking.front],
+        "separated": ranking.separation.separated,
+        "separation": ranking.separation.text,
+        "search": _search(report),
+        "rival": ranking.rival
+        and {"plan": ranking.rival.row.plan.model_dump(mode="json"), "gain_over_it": _ratio(ranking.rival.gain)},
+        "ranking": [_row(row) for row in ranking.rows],
+        "failures": [
+            {"record": row.record, "role": row.role, "kind": row.failure.kind.value, "message": row.failure.message}
+            for row in ranking.failures
+        ],
+        "files": files,
+    }
+
+
+def _row(row: Row | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    return {
+        "rank": row.rank,
+        "plan": row.plan.model_dump(mode="json"),
+        "layers": list(row.plan.layer_counts),
+        "in_flight": row.effective.in_flight,
+        "confirmed": row.confirmed,
+        "recommended": row.recommended,
+        "metrics": row.metrics,
+        "speedup_over_baseline": _ratio(row.speedup_over_baseline),
+        "speedup_over_single_stage": _ratio(row.speedup_over_single_stage),
+        "broken_constraints": list(row.broken_constraints),
+        "records": list(row.records),
+    }
+
+
+def _search(report: Report) -> dict[str, Any]:
+    """How the search went; times and the reason of its end are null in studies from before a diary was kept."""
+    from pipetune.tuner.report.search import median_error, trials_of
+
+    trials, log = trials_of(report), report.log
+    return {
+        "stop": log.stop.model_dump(mode="json") if log and log.stop else None,
+        "trials": [
+            {
+                "trial": trial.number,
+                "record": trial.record.number,
+                "source": trial.record.source,
+                "kind": trial.entry.kind if trial.entry else None,
+                "reason": trial.entry.reason if trial.entry else None,
+                "predicted": trial.predicted,
+                "predicted_sd": trial.predicted_sd,
+                "measured": trial.measured,
+                "error": trial.error,
+            }
+            for trial in trials
+        ],
+        "median_prediction_error": median_error(trials),
+        "seconds": dict(log.seconds) if log else None,
+        "measuring_share": 1 - log.not_measuring_s / log.total_s if log and log.seconds else None,
+    }
+
+
+def _ratio(ratio: Ratio | None) -> dict[str, Any] | None:
+    return None if ratio is None else ratio.model_dump(mode="json")

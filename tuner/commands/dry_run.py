@@ -1,0 +1,171 @@
+"""What `tune --dry-run` prints: devices, baselines, the size of the space, and the plans that would run first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.spec import Plan
+from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.progress import Reporter, values_text
+from pipetune.tuner.search.driver import baseline_batch_sizes
+from pipetune.tuner.search.policy.acquisition import even_weights
+from pipetune.tuner.search.policy.forecaster import Lookout
+from pipetune.tuner.search.policy.history import History
+from pipetune.tuner.search.space.build import build_space, count_raw_partitions
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.search.study_costs import kept_costs
+
+if TYPE_CHECKING:
+    from pipetune.bench.fleet.fleet import Fleet
+
+_SHOWN = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """A study that did not run."""
+
+    folder: Path
+    config: TuneConfig
+    shape: ModelShape
+    baseline_batch_sizes: tuple[int, ...]
+    num_partitions: int
+    space: SearchSpace
+    over_profile: bool
+    """Whether the cost model knows this machine; else its rates are nominal."""
+    queue: tuple[tuple[Plan, dict[str, float]], ...]
+    """Plans that are predicted to be best, with the metrics predicted: the first ones would run first, and what they
+    give decides what follows."""
+
+    @property
+    def _replicas(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.space.replicas))) or (1,)
+
+    def document(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "schema_version": 1,
+            "study": str(self.folder),
+            "model": self.config.model.model_dump(mode="json"),
+            "architecture": self.shape.architecture,
+            "layers": self.shape.num_layers,
+            "devices": list(self.config.concrete_devices),
+            "baseline_batch_sizes": list(self.baseline_batch_sizes),
+            "space": {
+                "partitions": self.num_partitions,
+                "ranked_partitions": len(self.space.partitions),
+                "replicas": list(self._replicas),
+                "micro_batch_sizes": list(self.space.micro_batch_sizes),
+                "prefill_micro_batch_sizes": list(self.space.prefill_sizes),
+                "prefill_chunk_sizes": list(self.space.chunk_sizes),
+                "memory_fractions": list(self.space.memory_fractions),
+                "compile": list(self.space.compile),
+                "points": self.space.num_points,
+            },
+            "n_trials": self.config.n_trials,
+            "predicted_from": "profile" if self.over_profile else "nominal rates",
+            "queue": [
+                {
+                    "plan": plan.model_dump(mode="json"),
+                    "predicted_s": round(predicted["duration_s"], 3),
+                    "predicted": {name: round(value, 4) for name, value in predicted.items()},
+                }
+                for plan, predicted in self.queue
+            ],
+        }
+
+    def print(self, console: Console) -> None:
+        """For people."""
+        space, config = self.space, self.config
+        finals = (
+            f"{config.finalists} best plans and the baseline, {config.finalist_rounds} rounds or more"
+            if config.finalists
+            else "none"
+        )
+        facts = {
+            "model": f"{config.model.name} ({self.shape.architecture}, {self.shape.num_layers} layers)",
+            "devices": ", ".join(config.concrete_devices),
+            "study": str(self.folder),
+            "baseline": f"batch sizes {_joined(self.baseline_batch_sizes)}",
+            "partitions": f"{self.num_partitions}, of which the best {len(space.partitions)} are ranked",
+            "replicas": _joined(self._replicas),
+            "micro-batches": _joined(space.micro_batch_sizes),
+            "prefill": _joined(space.prefill_sizes),
+            "chunks": ", ".join("whole prompts" if size is None else str(size) for size in space.chunk_sizes),
+            "memory caps": _joined(space.memory_fractions)
+            + (" (others make no difference)" if len(space.memory_fractions) == 1 else ""),
+            "compiled": " and ".join("yes" if switch else "no" for switch in space.compile),
+            "space": f"{space.num_points} points, {config.n_trials} trials",
+            "finals": finals,
+        }
+        grid = Table.grid(padding=(0, 2))
+        for name, text in facts.items():
+            grid.add_row(name, escape(text))
+        console.print(grid)
+        console.print("\npredicted to be best:")
+        names = ("output_throughput", "total_token_throughput")
+        for plan, predicted in self.queue:
+            rate = next(name for name in names if name in predicted)
+            values = values_text(predicted, (*config.objectives, rate))
+            console.print(f"  {plan.describe()}   {values} · {predicted['duration_s']:.2f} s", markup=False)
+        source = "a profile of this machine" if self.over_profile else "nominal rates, until the machine is profiled"
+        console.print(f"Predictions are from {source}, and no claim: nothing was run.", markup=False)
+
+
+def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
+    """Plans a study without running it. The model is read by a fleet, which ends again; nothing is written.
+
+    Raises:
+        UserError: a model, prompts or bounds that cannot be used.
+    """
+    from pipetune.bench.fleet.fleet import Fleet
+
+    reporter.begin(f"reading {config.model.name}")
+    with Fleet.start(config.model, config.concrete_devices, on_progress=reporter.fleet) as fleet:
+        return _plan(folder, config, fleet)
+
+
+def _plan(folder: Path, config: TuneConfig, fleet: Fleet) -> DryRun:
+    lens = fleet.prompt_lens(config.workload)
+    resolve = Resolver.of_workload(fleet.shape, config.workload, lens, fleet.device_bytes)
+    cost, over_profile = kept_costs(fleet, config, lens, resolve)
+    space = build_space(config.space, fleet.devices, fleet.shape, cost, resolve)
+    return DryRun(
+        folder=folder,
+        config=config,
+        shape=fleet.shape,
+        baseline_batch_sizes=baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts),
+        num_partitions=count_raw_partitions(config.space, fleet.shape, len(fleet.devices), config.workload.num_prompts),
+        space=space,
+        over_profile=over_profile,
+        queue=_queue(config, space, cost, resolve),
+    )
+
+
+def _queue(
+    config: TuneConfig, space: SearchSpace, cost: CostModel, resolve: Resolver
+) -> tuple[tuple[Plan, dict[str, float]], ...]:
+    lookout = Lookout(
+        space,
+        cost,
+        resolve,
+        objectives=config.objectives,
+        constraints=config.constraints,
+    )
+    view = lookout.look(History(space, resolve))
+    worth = view.worth(view.scalar(even_weights(len(config.objectives)))[0])
+    first = sorted(range(len(worth)), key=lambda place: -worth[place])[:_SHOWN]
+    return tuple((view.effective[place].plan, view.predicted(place)[0]) for place in first)
+
+
+def _joined(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,233 @@
+"""What the flags of `gate` ask for: a gate that measures, one against a stored baseline, or one of two files."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipetune.bench.errors import ConfigError
+from pipetune.tuner.commands.plan_request import PlanRequest
+from pipetune.tuner.config import sources
+from pipetune.tuner.config.gate import GateConfig, Tolerance, full_name
+from pipetune.tuner.config.resolve import resolve_settings
+from pipetune.tuner.config.sources import KeyPath
+from pipetune.tuner.gate.cases import SideRequest, case_of, parse_env
+from pipetune.tuner.gate.python_env import commit_of
+from pipetune.tuner.gate.run import Gate
+from pipetune.tuner.gate.runners import Contenders, FreshProcesses, RunningFleet
+from pipetune.tuner.gate.values import Case, GateResult, SideName
+from pipetune.tuner.progress import Reporter
+from pipetune.tuner.study.files import CONFIG_FILE, read_config
+from pipetune.tuner.study.plan_file import PLAN_FILE, read_plan
+
+Job = Callable[[Reporter], GateResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateRequest:
+    """The flags as they were given."""
+
+    params: Mapping[str, Any]
+    warn: Callable[[str], None]
+    """Told of each thing that a user should look at."""
+    configs: tuple[Path, ...]
+    baseline_plan: Path | None
+    candidate_plan: Path | None
+    baseline_dtype: str | None
+    candidate_dtype: str | None
+    baseline_python: str | None
+    candidate_python: str | None
+    baseline_ref: str | None
+    baseline_env: tuple[str, ...]
+    candidate_env: tuple[str, ...]
+    stored: tuple[Path, ...]
+    files: tuple[Path, ...]
+    metrics: tuple[str, ...]
+    margin: float | None
+    max_minutes: float | None
+    rounds_in_process: bool
+    order_seed: int | None
+
+    def job(self) -> Job:
+        """What there is to do, checked as far as it can be before anything runs.
+
+        Raises:
+            UserError: flags that do not go together, files that cannot be read, settings that do not fit.
+        """
+        if self.files:
+            return self._of_files()
+        if self.stored:
+            return self._stored()
+        baseline = self._measured_plan()
+        if self.baseline_ref is not None and self.baseline_python is not None:
+            raise ConfigError("--baseline-ref and --baseline-python: give one; a revision brings its own environment")
+        cases = tuple(self._case(baseline, config) for config in self._configs())
+        contenders: Contenders = RunningFleet(cases) if self.rounds_in_process else FreshProcesses(cases)
+        return Gate(cases=cases, contenders=contenders, seed=self._order_seed(), max_minutes=self.max_minutes).run
+
+    def shown(self) -> str:
+        """The settings of every case with their sources, as YAML; those of the baseline, where sides differ.
+
+        Raises:
+            UserError: as `job`.
+        """
+        plan = self.candidate_plan or self._stored_plan() if self.stored else self._measured_plan()
+        if plan is None:
+            raise ConfigError(f"--stored {self.stored[0]}: no plan of it has a rank; name one by --candidate-plan FILE")
+        name: SideName = "candidate" if self.stored else "baseline"
+        shown = [sources.show(self._settings(name, plan, config)) for config in self._configs()]
+        return "---\n".join(shown)
+
+    def _measured_plan(self) -> Path:
+        if self.baseline_plan is None:
+            raise ConfigError(
+                "which plans? Give --baseline-plan FILE, and --candidate-plan FILE where it is another; "
+                "or --stored STUDY; or two files of pytest-benchmark"
+            )
+        return self.baseline_plan
+
+    def _of_files(self) -> Job:
+        from pipetune.tuner.gate.stored.run import compare_files
+
+        others: dict[str, object] = {
+            "--stored": self.stored or None,
+            "--candidate-plan": self.candidate_plan,
+            "--candidate-dtype": self.candidate_dtype,
+            "--candidate-python": self.candidate_python,
+            "--candidate-env": self.candidate_env or None,
+            "--max-minutes": self.max_minutes,
+            **self._of_a_baseline_that_runs(),
+            **{f"--{name.replace('_', '-')}": self.params.get(name) for name in sources.FLAGS if name != "output_dir"},
+        }
+        given = [flag for flag, value in others.items() if value is not None]
+        if len(self.files) < 2 or given:
+            raise ConfigError(
+                "files of pytest-benchmark are compared alone: one or more of the baseline, then the candidate's; "
+                f"given are {' '.join(map(str, self.files))}{' and ' if given else ''}{', '.join(given)}"
+            )
+        gate = self._gate_config(self._gate_of_files())
+        *baselines, candidate = self.files
+        return lambda reporter: compare_files(baselines, candidate, gate)
+
+    def _gate_of_files(self) -> GateConfig:
+        """The section of the config, if one is given: what ran is said by the files."""
+        if not self.configs:
+            return GateConfig()
+        (config,) = self._configs() if len(self.configs) < 2 else (self._several(),)
+        unused: dict[KeyPath, object] = {("model", "name"): "that of the files"}
+        return resolve_settings({"config": config}, below=unused, below_name="the files", warn=self.warn).config.gate
+
+    def _stored(self) -> Job:
+        from pipetune.tuner.gate.stored.run import StoredGate, nothing_stored
+
+        given = [flag for flag, value in self._of_a_baseline_that_runs().items() if value is not None]
+        if given:
+            raise ConfigError(f"--stored and {given[0]}: the baseline is stored, and does not run; leave one out")
+        (config,) = self._configs() if len(self.configs) < 2 else (self._several(),)
+        plan = self.candidate_plan or self._stored_plan()
+        if plan is None:
+            return lambda reporter: nothing_stored(self.stored[0], self._gate_config(GateConfig()))
+        return StoredGate(
+            stored=self.stored,
+            candidate=self._side("candidate", plan, config),
+            other_dtype=self.candidate_dtype is not None,
+            max_minutes=self.max_minutes,
+        ).run
+
+    def _of_a_baseline_that_runs(self) -> dict[str, object]:
+        """Flags, with None for those that are not given."""
+        return {
+            "--baseline-plan": self.baseline_plan,
+            "--baseline-dtype": self.baseline_dtype,
+            "--baseline-python": self.baseline_python,
+            "--baseline-ref": self.baseline_ref,
+            "--baseline-env": self.baseline_env or None,
+            "--rounds-in-process": self.rounds_in_process or None,
+            "--order-seed": self.order_seed,
+        }
+
+    def _stored_plan(self) -> Path | None:
+        """The best plan of the stored study: what else runs it now; None where a study has none."""
+        plan = self.stored[0] / PLAN_FILE
+        if plan.is_file():
+            return plan
+        if (self.stored[0] / CONFIG_FILE).is_file():
+            return None
+        raise ConfigError(
+            f"--stored {self.stored[0]}: is no study with a {PLAN_FILE}; name a plan by --candidate-plan FILE"
+        )
+
+    def _several(self) -> Path:
+        raise ConfigError(f"one case at a time where a side is stored; given are {len(self.configs)} configs")
+
+    def _configs(self) -> tuple[Path | None, ...]:
+        names = [path.stem for path in self.configs]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ConfigError(
+                f"--config: two files are called {doubled[0]}; a case is named after its file, rename one"
+            )
+        return self.configs or (None,)
+
+    def _case(self, baseline: Path, config: Path | None) -> Case:
+        return case_of(
+            config.stem if config is not None else "default",
+            self._side("baseline", baseline, config),
+            self._side("candidate", self.candidate_plan or baseline, config),
+        )
+
+    def _side(self, name: SideName, plan: Path, config: Path | None) -> SideRequest:
+        resolved = self._settings(name, plan, config).config
+        ref = self.baseline_ref if name == "baseline" else None
+        return SideRequest(
+            config=resolved.model_copy(update={"gate": self._gate_config(resolved.gate)}),
+            plan=read_plan(plan).plan,
+            python=self.baseline_python if name == "baseline" else self.candidate_python,
+            ref=ref,
+            revision=commit_of(ref) if ref is not None else None,
+            env=parse_env(f"--{name}-env", self.baseline_env if name == "baseline" else self.candidate_env),
+        )
+
+    def _settings(self, name: SideName, plan: Path, config: Path | None) -> sources.Resolved:
+        request = PlanRequest(source=str(plan), plan_file=read_plan(plan), plan_folder=plan.parent)
+        below, below_name = request.settings_below()
+        if self.stored and (self.stored[0] / CONFIG_FILE).is_file():
+            protocol = read_config(self.stored[0]).protocol.model_dump(mode="json")
+            below = {**below, **{("protocol", key): value for key, value in protocol.items()}}
+        dtype = self.baseline_dtype if name == "baseline" else self.candidate_dtype
+        return resolve_settings(
+            {**self.params, "config": config, "dtype": dtype, "output_dir": None},
+            below=below,
+            below_name=below_name,
+            warn=self.warn,
+        )
+
+    def _gate_config(self, config: GateConfig) -> GateConfig:
+        """With what flags say instead.
+
+        Raises:
+            ConfigError: a metric or a margin that cannot be.
+        """
+        metrics = dict(config.metrics)
+        try:
+            if self.metrics:
+                metrics = {full_name(name): metrics.get(full_name(name), Tolerance()) for name in self.metrics}
+            if self.margin is not None:
+                metrics = {
+                    name: Tolerance(margin=self.margin, least_effect=min(tolerance.least_effect, self.margin))
+                    for name, tolerance in metrics.items()
+                }
+        except ValidationError as error:
+            raise ConfigError(f"--margin {self.margin}: {error.errors(include_url=False)[0]['msg']}") from None
+        except ValueError as error:
+            raise ConfigError(f"--metric: {error}") from None
+        return config.model_copy(update={"metrics": metrics})
+
+    def _order_seed(self) -> int:
+        """New lots every night, unless they are given: a fixed order would repeat its luck."""
+        return secrets.randbelow(2**31) if self.order_seed is None else self.order_seed

@@ -1,0 +1,278 @@
+"""All settings of a study as one frozen value; its defaults are the only ones, its dump is `study.yaml`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
+
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.metrics import LATENCIES, PERCENTILES, metric_names, samples_needed
+from pipetune.bench.spec import Device, ModelSpec, Protocol, Value, Workload, device_kind, parse_devices
+from pipetune.tuner.config.gate import GateConfig
+
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CONSTRAINT = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*")
+
+
+class Constraint(Value):
+    """A limit that a plan must keep: `p90_ttft_ms<=500`; written and read as that text."""
+
+    metric: str
+    operator: Literal["<=", ">="]
+    limit: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = _CONSTRAINT.fullmatch(value)
+        if not match:
+            raise ValueError(f"{value!r} is no constraint; write metric<=number, as in p90_ttft_ms<=500")
+        return {"metric": match[1], "operator": match[2], "limit": match[3]}
+
+    @model_serializer
+    def _text(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.operator}{self.limit:.12g}"
+
+    def excess(self, value: float) -> float:
+        """How far a value breaks the limit, as a share of it; zero or less when it is kept."""
+        distance = value - self.limit if self.operator == "<=" else self.limit - value
+        return distance / max(abs(self.limit), 1e-9)
+
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def _parse_chunks(value: Any) -> Any:
+    """`whole` and null, the prompt in one go, are one choice; so `64,whole` is a list of two."""
+    parts = _split(value)
+    if not isinstance(parts, (list, tuple)):
+        return parts
+    chunks = [None if isinstance(part, str) and part.lower() == "whole" else part for part in parts]
+    for chunk in chunks:
+        if isinstance(chunk, str) and not chunk.isdecimal():
+            raise ValueError(f"{chunk!r} is neither a number of tokens nor whole")
+    return tuple(chunks)
+
+
+def _parse_compile(value: Any) -> Any:
+    words = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+    value = words.get(value.lower(), value.lower()) if isinstance(value, str) else value
+    if not isinstance(value, bool) and value != "search":
+        raise ValueError("neither true nor false nor search")
+    return value
+
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Sizes = Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_split)]
+Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1), BeforeValidator(_split)]
+Chunks = Annotated[tuple[Positive | None, ...], Field(min_length=1), BeforeValidator(_parse_chunks)]
+Compile = Annotated[bool | Literal["search"], BeforeValidator(_parse_compile)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+GENERATE_OBJECTIVE, SCORE_OBJECTIVE = "output_throughput", "total_token_throughput"
+"""What is made better when nothing is said: where texts are scored, nothing is put out."""
+
+
+class SpaceConfig(Value):
+    """Bounds of what the search may propose."""
+
+    micro_batch_sizes: Sizes | None = None
+    """None: even divisions of the prompts, and powers of two."""
+    prefill_micro_batch_sizes: Sizes | None = None
+    """None: the same sizes as for decoding; a plan never prefills more rows together than it decodes."""
+    prefill_chunk_sizes: Chunks | None = None
+    """Tokens of a prompt prefilled at a time, `whole` among them; None: whole prompts, and where they are long and
+    few also a half, a quarter and an eighth of the longest."""
+    replicas: Sizes | None = None
+    """Pipelines side by side; None: every division of the devices whose pipelines fit into memory."""
+    min_stages: Positive = 1
+    """Of one pipeline."""
+    max_stages: Positive | None = None
+    """Of one pipeline; None: as many as there are devices."""
+    memory_fractions: Fractions = (0.5, 0.7, 0.9)
+    """Memory caps; those that let the same number of micro-batches be in flight are one plan."""
+    compile: Compile = False
+    """Whether layers are compiled by `torch.compile`; `search` tries both."""
+    cuda_graphs: bool = True
+    """GPU: whether decode steps are captured as CUDA graphs."""
+    packed_weights: bool = True
+    """CPU: whether linear weights are laid out for oneDNN's kernels."""
+    device_order: Literal["auto", "given"] = "auto"
+    """`auto`: where devices are unlike, also in which order they hold the stages."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_stages is not None and self.max_stages < self.min_stages:
+            raise ValueError(f"max_stages={self.max_stages} is less than min_stages={self.min_stages}")
+        return self
+
+
+class TuneConfig(Value):
+    """What `pipetune tune` needs to know."""
+
+    schema_version: Literal[1] = 1
+    name: str | None = None
+    """The study lands in `results/<name>`; None makes one of the model and the time."""
+    output_dir: str | None = None
+    """Any folder, instead of `results/<name>`."""
+    model: ModelSpec
+    workload: Workload = Workload()
+    protocol: Protocol = Protocol()
+    devices: Literal["auto"] | tuple[Device, ...] = "auto"
+    """`auto`: all GPUs of the machine, or else two CPU workers."""
+    profile: bool = True
+    """Layers and links are timed first, or their times taken from this machine's cache; else nominal rates serve."""
+    warm_start: Names = ()
+    """Folders of earlier studies: on equal hardware their records teach the cost model, and from anywhere their best
+    plans run first. Nothing counts that was not measured anew."""
+    n_trials: int = Field(default=20, ge=1)
+    """Plans to run; refusals of plans that cannot fit and interrupted ones are not counted."""
+    timeout_s: float | None = Field(default=None, gt=0.0)
+    """No further trial starts after so many seconds of search; the baseline and the finalists come on top."""
+    stop_early: bool = True
+    """The search ends when no plan is predicted to be better than the best by more than the noise."""
+    objectives: Annotated[Names, Field(min_length=1)] = (GENERATE_OBJECTIVE,)
+    """When none is given: `total_token_throughput` where texts are scored."""
+    constraints: Annotated[tuple[Constraint, ...], BeforeValidator(_split)] = ()
+    seed: int = Field(default=0, ge=0)
+    """Seed of the search; the workload and dummy weights have their own."""
+    space: SpaceConfig = SpaceConfig()
+    baseline_batch_sizes: Sizes | None = None
+    """None: all prompts at once, a half and a quarter of them."""
+    finalists: int = Field(default=3, ge=0)
+    """Best plans that are measured again beside the baseline; 0 leaves the finals out."""
+    finalist_rounds: Positive = 3
+    """At least; more follow until the best is told from the next."""
+    max_finalist_rounds: Positive = 8
+    """If it cannot be told by then, that is a tie."""
+    storage: str | None = None
+    """Optuna storage URL; None is SQLite in the study's folder."""
+    shared_study: Annotated[str | None, BeforeValidator(lambda value: value or None)] = None
+    """Name of a study in `storage` that several processes search together, each with its own folder and devices; empty
+    as none."""
+    gate: GateConfig = GateConfig()
+    """What `pipetune gate` compares, and how much worse it may become."""
+    prices: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
+    """What an hour of one device costs, by kind or name: `{cuda: 2.5}`; in any currency, the same for all."""
+    device_names: Names = ()
+    """Names to write into device maps in place of the devices, in their order; empty keeps theirs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_the_workload(cls, values: Any) -> Any:
+        """Where texts are scored nothing is put out, so that the default objective is another."""
+        workload = values.get("workload") if isinstance(values, dict) else None
+        kind = workload.get("kind") if isinstance(workload, dict) else getattr(workload, "kind", None)
+        return {"objectives": (SCORE_OBJECTIVE,), **values} if kind == "score" else values
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str | None) -> str | None:
+        if value is not None and not STUDY_NAME.fullmatch(value):
+            raise ValueError(
+                f"{value!r} is no study name: up to 64 letters, digits, dots, dashes and underscores, "
+                "the first a letter or a digit; for any other folder use output_dir"
+            )
+        return value
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _parse_devices(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+            value = ",".join(value)
+        if isinstance(value, str) and value != "auto":
+            return parse_devices(value)
+        return value
+
+    @field_validator("objectives")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"an objective is given twice: {', '.join(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _stages_have_devices(self) -> Self:
+        if self.devices == "auto":
+            return self
+        wanted = {"min_stages": self.space.min_stages, "max_stages": self.space.max_stages}
+        wanted["replicas"] = max(self.space.replicas, default=None) if self.space.replicas else None
+        for key, count in wanted.items():
+            if count is not None and count > len(self.devices):
+                raise ValueError(
+                    f"space.{key}={count} needs as many devices; given are {len(self.devices)}: "
+                    f"{', '.join(self.devices)}"
+                )
+        fewest = min(self.space.replicas or (1,))
+        if fewest * self.space.min_stages > len(self.devices):
+            raise ValueError(
+                f"space.replicas={fewest} of at least {self.space.min_stages} stages (space.min_stages) need "
+                f"{fewest * self.space.min_stages} devices; given are {len(self.devices)}: {', '.join(self.devices)}"
+            )
+        return self
+
+    @property
+    def concrete_devices(self) -> tuple[str, ...]:
+        """The devices, once `auto` has been resolved."""
+        assert self.devices != "auto", "devices are resolved before anything runs"
+        return self.devices
+
+
+def check_metrics(config: TuneConfig) -> None:
+    """Refuses objectives and constraints on metrics that this workload will not yield.
+
+    Args:
+        config: with its devices resolved.
+
+    Raises:
+        ConfigError: names the metric, and the prompts that its percentile would need.
+    """
+    workload = config.workload
+    gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
+    known = set(metric_names(workload.num_prompts, workload.generated_len, gpu=gpu))
+    if not config.protocol.instrument:
+        known -= {name for name in known if name.startswith("bubble") or name.endswith("_queue_ms")}
+        known -= {"comm_ms", "steady_utilization"}
+    places = [(f"objectives: {name}", name) for name in config.objectives]
+    places += [(f"constraints: {constraint}", constraint.metric) for constraint in config.constraints]
+    for place, metric in places:
+        if metric not in known:
+            raise ConfigError(f"{place}: {_why_absent(metric, config, known, gpu=gpu)}")
+
+
+def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) -> str:
+    workload = config.workload
+    if workload.kind == "score" and metric in set(metric_names(workload.num_prompts, 2, gpu=gpu)) - set(
+        metric_names(workload.num_prompts, 0, gpu=gpu)
+    ):
+        return (
+            f"{metric} counts generated tokens, and where texts are scored there are none; take {SCORE_OBJECTIVE}, "
+            "request_throughput or mean_e2el_ms, or --workload-kind generate"
+        )
+    label, _, rest = metric.partition("_")
+    if label in PERCENTILES and rest.removesuffix("_ms") in LATENCIES and rest.endswith("_ms"):
+        needed = samples_needed(PERCENTILES[label])
+        if workload.num_prompts < needed:
+            return (
+                f"{metric} needs at least {needed} prompts and this workload has {workload.num_prompts}; "
+                f"give --num-prompts {needed} or more, or use a lower percentile"
+            )
+    if "_tpot_" in metric and workload.output_len < 2:
+        return f"{metric} needs an output of at least 2 tokens, not {workload.output_len}; give --output-len 2 or more"
+    if metric in metric_names(workload.num_prompts, workload.generated_len, gpu=gpu):
+        return f"{metric} needs protocol.instrument: true"
+    if not gpu and metric in metric_names(workload.num_prompts, workload.generated_len, gpu=True):
+        return f"{metric} is only measured on GPUs, and the devices are {', '.join(config.concrete_devices)}"
+    near = difflib.get_close_matches(metric, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(known))}"
+    return f"{metric} is no metric of this workload; {hint}"

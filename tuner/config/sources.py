@@ -1,0 +1,356 @@
+"""Where settings come from: flags over environment over file over defaults, each value with its source."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipetune.bench.errors import ConfigError
+from pipetune.tuner.config.schema import TuneConfig
+
+KeyPath = tuple[str, ...]
+
+FLAGS: dict[str, tuple[KeyPath, ...]] = {
+    "study_name": (("name",),),
+    "output_dir": (("output_dir",),),
+    "model": (("model", "name"),),
+    "dtype": (("model", "dtype"),),
+    "storage_dtype": (("model", "storage_dtype"),),
+    "load_format": (("model", "load_format"),),
+    "attention": (("model", "attention"),),
+    "revision": (("model", "revision"),),
+    "trust_remote_code": (("model", "trust_remote_code"),),
+    "workload_kind": (("workload", "kind"),),
+    "num_prompts": (("workload", "num_prompts"),),
+    "input_len": (("workload", "input_len"),),
+    "output_len": (("workload", "output_len"),),
+    "random_range_ratio": (("workload", "random_range_ratio"),),
+    "prompts": (("workload", "prompts_file"),),
+    "temperature": (("workload", "sampling", "temperature"),),
+    "top_k": (("workload", "sampling", "top_k"),),
+    "top_p": (("workload", "sampling", "top_p"),),
+    "sampling_seed": (("workload", "sampling", "seed"),),
+    "num_iters": (("protocol", "num_iters"),),
+    "num_iters_warmup": (("protocol", "num_iters_warmup"),),
+    "check": (("protocol", "check_outputs"),),
+    "devices": (("devices",),),
+    "device_order": (("space", "device_order"),),
+    "profile": (("profile",),),
+    "warm_start": (("warm_start",),),
+    "stop_early": (("stop_early",),),
+    "n_trials": (("n_trials",),),
+    "timeout": (("timeout_s",),),
+    "objective": (("objectives",),),
+    "constraint": (("constraints",),),
+    "seed": (("seed",), ("workload", "seed"), ("model", "seed")),
+    "micro_batch_sizes": (("space", "micro_batch_sizes"),),
+    "prefill_micro_batch_sizes": (("space", "prefill_micro_batch_sizes"),),
+    "prefill_chunk_sizes": (("space", "prefill_chunk_sizes"),),
+    "replicas": (("space", "replicas"),),
+    "min_stages": (("space", "min_stages"),),
+    "max_stages": (("space", "max_stages"),),
+    "memory_fractions": (("space", "memory_fractions"),),
+    "compile": (("space", "compile"),),
+    "cuda_graphs": (("space", "cuda_graphs"),),
+    "packed_weights": (("space", "packed_weights"),),
+    "baseline_batch_sizes": (("baseline_batch_sizes",),),
+    "finalists": (("finalists",),),
+    "finalist_rounds": (("finalist_rounds",),),
+    "max_finalist_rounds": (("max_finalist_rounds",),),
+    "storage": (("storage",),),
+    "shared_study": (("shared_study",),),
+    "device_names": (("device_names",),),
+}
+"""Names of flags (`--num-prompts`) and, in capitals behind `PIPETUNE_`, of environment variables; what they set."""
+
+ENVIRONMENT_PREFIX = "PIPETUNE_"
+_COMMAND_LINE_ONLY = ("model", "trust_remote_code")
+_MAX_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config with the source of every value: `flag --seed`, `PIPETUNE_SEED`, `tune.yaml:3`, `default`."""
+
+    config: TuneConfig
+    sources: Mapping[KeyPath, str]
+    warnings: tuple[str, ...] = ()
+
+    def source(self, *path: str) -> str:
+        return self.sources.get(path, "default")
+
+    def is_default(self, *path: str) -> bool:
+        return path not in self.sources
+
+
+@dataclass
+class _Layers:
+    """Values merged so far; a later layer overwrites leaves of an earlier one."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[KeyPath, str] = field(default_factory=dict)
+
+    def put(self, path: KeyPath, value: Any, source: str) -> None:
+        inner = self.values
+        for key in path[:-1]:
+            if inner.get(key) is None:
+                # Left open so far, as by `sampling: null`.
+                inner[key] = {}
+            inner = inner[key]
+        inner[path[-1]] = value
+        self.sources[path] = source
+
+    def drop(self, section: str, source: str) -> None:
+        """Forgets what one source said of a section."""
+        for path in [path for path, place in self.sources.items() if path[0] == section and place == source]:
+            del self.sources[path]
+            inner = self.values
+            for key in path[:-1]:
+                inner = inner[key]
+            del inner[path[-1]]
+
+
+def resolve(
+    *,
+    file: Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+    recorded: Path | None = None,
+    below: Mapping[KeyPath, object] | None = None,
+    below_name: str = "",
+) -> Resolved:
+    """Merges all sources into one config.
+
+    Args:
+        file: YAML file given by the user.
+        flags: values by the names of `FLAGS`; None means not given.
+        environ: None reads the process's environment.
+        recorded: `study.yaml` of a study that is resumed; it lies below the file.
+        below: values that lie below the file as well, such as those of a plan file called `below_name`.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, or a value that does not fit; names key and place.
+    """
+    layers = _Layers()
+    if recorded is not None:
+        _put_file(layers, recorded)
+    for key, value in (below or {}).items():
+        layers.put(key, value, below_name)
+    warnings = _put_given(layers, file, flags or {}, os.environ if environ is None else environ)
+    if layers.sources.get(("model", "name")) != below_name:
+        # Another model is meant than the one that the plan file knows: its revision and the like do not go with it.
+        layers.drop("model", below_name)
+    source = layers.sources.get(_COMMAND_LINE_ONLY, "")
+    if source and not source.startswith("--") and layers.values["model"]["trust_remote_code"] is not False:
+        raise ConfigError(
+            f"{source}: model.trust_remote_code runs code from the model's folder; "
+            "it must be given on the command line, as --trust-remote-code"
+        )
+    if "name" not in layers.values.get("model", {}):
+        raise ConfigError("model.name: no model is given; use --model ID_OR_FOLDER, or model: {name: …} in a --config")
+    try:
+        config = TuneConfig.model_validate(layers.values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, layers.sources)) from None
+    return Resolved(config=config, sources=layers.sources, warnings=tuple(warnings))
+
+
+def place_of(
+    file: Path | None, flags: Mapping[str, object], environ: Mapping[str, str] | None = None
+) -> tuple[str | None, str | None]:
+    """`output_dir` and `name` as given, before anything else is known: a resume reads the rest from there.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    layers = _Layers()
+    _put_given(layers, file, flags, os.environ if environ is None else environ)
+    output_dir, name = layers.values.get("output_dir"), layers.values.get("name")
+    return (str(output_dir) if output_dir is not None else None, str(name) if name is not None else None)
+
+
+def show(resolved: Resolved) -> str:
+    """The resolved config as YAML, with the source of each value behind it."""
+    leaves = list(_leaves(shown_values(resolved.config)))
+    lines = []
+    section: KeyPath = ()
+    for path, value in leaves:
+        above = path[:-1]
+        shared = sum(itertools.takewhile(bool, (one == other for one, other in zip(above, section, strict=False))))
+        lines += [(f"{'  ' * depth}{above[depth]}:", "") for depth in range(shared, len(above))]
+        section = above
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        text = text.removesuffix("\n").removesuffix("\n...")
+        lines.append((f"{'  ' * len(section)}{path[-1]}: {text}", resolved.source(*path)))
+    width = min(44, max(len(text) for text, _ in lines))
+    return "".join(f"{text:<{width}}  # {source}\n" if source else f"{text}\n" for text, source in lines)
+
+
+def shown_values(config: TuneConfig) -> dict[str, Any]:
+    """All values as people may see them: a database's URL without its password."""
+    values = config.model_dump(mode="json")
+    if config.storage is not None:
+        from pipetune.tuner.config.storage_url import shown
+
+        values["storage"] = shown(config.storage)
+    return values
+
+
+def dump(config: TuneConfig) -> str:
+    """The config as `study.yaml` holds it: no places (it may be moved), no URL (it may hold a password), no gate."""
+    values = config.model_dump(mode="json", exclude={"name", "output_dir", "storage", "gate"})
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def load(path: Path) -> TuneConfig:
+    """Reads a `study.yaml` back, as it was recorded.
+
+    Raises:
+        ConfigError: the file cannot be read or is no config.
+    """
+    layers = _Layers()
+    _put_file(layers, path)
+    try:
+        return TuneConfig.model_validate(layers.values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, layers.sources, elsewhere=f"{path}: ")) from None
+
+
+def _put_given(
+    layers: _Layers, file: Path | None, flags: Mapping[str, object], environ: Mapping[str, str]
+) -> list[str]:
+    if file is not None:
+        _put_file(layers, file)
+    warnings = _put_environment(layers, environ)
+    for name, value in flags.items():
+        if value is not None:
+            for key in FLAGS[name]:
+                layers.put(key, value, f"--{name.replace('_', '-')}")
+    return warnings
+
+
+def _put_file(layers: _Layers, path: Path) -> None:
+    for key, value, place in _read_yaml(path):
+        layers.put(key, value, place)
+
+
+def _put_environment(layers: _Layers, environ: Mapping[str, str]) -> list[str]:
+    names = {ENVIRONMENT_PREFIX + name.upper(): name for name in FLAGS}
+    warnings = []
+    for variable, value in sorted(environ.items()):
+        if variable in names:
+            for key in FLAGS[names[variable]]:
+                layers.put(key, value, variable)
+        elif variable.startswith(ENVIRONMENT_PREFIX):
+            near = difflib.get_close_matches(_tail(variable), map(_tail, names), n=1, cutoff=0.85)
+            if near:
+                warnings.append(f"{variable} is not read; did you mean {ENVIRONMENT_PREFIX}{near[0]}?")
+    return warnings
+
+
+def _tail(variable: str) -> str:
+    return variable.removeprefix(ENVIRONMENT_PREFIX)
+
+
+def _read_yaml(path: Path) -> Iterator[tuple[KeyPath, Any, str]]:
+    """Leaves of a YAML file, each with its place; refuses what no config has."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{path}: cannot read the config: {why}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: malformed YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: malformed YAML: {error}") from None
+    if node is None:
+        return
+    yield from _walk(path, node, values, TuneConfig, ())
+
+
+def _walk(
+    path: Path, node: yaml.Node, values: Any, model: type[BaseModel], above: KeyPath
+) -> Iterator[tuple[KeyPath, Any, str]]:
+    place = f"{path}:{node.start_mark.line + 1}"
+    if not isinstance(node, yaml.MappingNode):
+        what = ".".join(above) or "the config"
+        raise ConfigError(f"{place}: {what} must be a mapping of keys to values, not {values!r}")
+    seen: set[str] = set()
+    for key_node, value_node in node.value:
+        key = key_node.value
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        dotted = ".".join((*above, str(key)))
+        if not isinstance(key, str) or key not in model.model_fields:
+            raise ConfigError(f"{place}: unknown key {dotted!r}; {_nearest(str(key), model)}")
+        if key in seen:
+            raise ConfigError(f"{place}: {dotted} is given twice; keep one")
+        seen.add(key)
+        inner = _section(model, key)
+        if inner is None:
+            yield (*above, key), values[key], place
+        elif values[key] is not None:
+            yield from _walk(path, value_node, values[key], inner, (*above, key))
+
+
+def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The model of a nested section, which may be left open; None for a plain value."""
+    annotation = model.model_fields[key].annotation
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _nearest(key: str, model: type[BaseModel]) -> str:
+    close = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]}?"
+    for section in model.model_fields:
+        inner = _section(model, section)
+        if inner is not None and key in inner.model_fields:
+            return f"did you mean {section}.{key}?"
+    return f"there are {', '.join(model.model_fields)}"
+
+
+def _leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def _explain(error: ValidationError, sources: Mapping[KeyPath, str], *, elsewhere: str = "") -> str:
+    """One line per problem: place (`elsewhere` for a key that nothing set), key, what is wrong, and the value."""
+    lines = []
+    for problem in error.errors(include_url=False)[:_MAX_PROBLEMS]:
+        location = tuple(str(part) for part in problem["loc"] if not str(part).startswith("tuple["))
+        path = location
+        while path and path not in sources:
+            path = path[:-1]
+        key = ".".join(path or location)
+        place = f"{sources[path]}: " if path else elsewhere
+        message = problem["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
+        # A flag or a variable says which setting it is, a message may; a line of a file does not.
+        named = place.startswith(("--", ENVIRONMENT_PREFIX)) or not key or message.startswith(f"{key}.")
+        line = f"{place}{message}" if named else f"{place}{key}: {message}"
+        given = problem["input"]
+        shown = json.dumps(given, default=str, ensure_ascii=False)
+        if isinstance(given, (str, int, float)) and str(given) not in message:
+            line += f" (given: {shown})"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Gates against stored sessions, where the baseline cannot run any more."""

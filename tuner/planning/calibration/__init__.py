@@ -1,0 +1,1 @@
+"""The cost model corrected by what runs took: observations, regression, and a residual Gaussian process."""

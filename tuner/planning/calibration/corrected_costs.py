@@ -1,0 +1,131 @@
+"""Costs corrected by what plans took: factors on the times of layers and of a stage's ends, and some seconds.
+
+A task of one kind takes on one stage
+
+    exp(K) · ( exp(A) · Σ_g exp(h_g) · L_g  +  exp(B) · E  +  c · u )
+
+where L_g is what the uncorrected costs say of the stage's layers of group g (layers of one shape), E of its ends
+(overhead, embedding, head), and u the time of the smallest task of one layer. K is how fast a device is: the sum of a
+term for all, one for each phase, each device, and both together. A tells sizes apart, by a curve over them and one
+more term for each on each device; B and c tell the first and the last stage from the others, c being what they do that
+nobody foresaw. So what was never run gets what it has in common with all that was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pipetune.tuner.planning.costs.base import Costs, TaskKind
+
+Floats = npt.NDArray[np.float64]
+Term: TypeAlias = tuple[str | int | bool, ...]
+"""What a term is of: its level, then device, phase, size … as far as they matter."""
+Weighted: TypeAlias = tuple[tuple[Term, float], ...]
+
+SMALLEST = TaskKind(1, 1, 1)
+
+
+def octaves_of(kind: TaskKind) -> float:
+    """The size of a task in doublings: of its rows in decode, of its tokens in prefill."""
+    return math.log2(kind.rows if kind.is_decode else kind.rows * kind.new_tokens)
+
+
+def speed_terms(device: str, kind: TaskKind) -> Weighted:
+    """The terms of K."""
+    decode = kind.is_decode
+    return (
+        (("all",), 1.0),
+        (("phase", decode), 1.0),
+        (("device", device), 1.0),
+        (("device_phase", device, decode), 1.0),
+    )
+
+
+def layer_terms(device: str, kind: TaskKind, middle: int) -> Weighted:
+    """The terms of A.
+
+    Args:
+        middle: of the sizes seen, in doublings.
+    """
+    decode, octaves = kind.is_decode, octaves_of(kind)
+    # A random walk from the middle, a step each doubling: beyond the sizes seen it goes on level.
+    low, high, sign = (middle, octaves, 1.0) if octaves > middle else (octaves, middle, -1.0)
+    steps = range(math.floor(low), math.ceil(high))
+    curve = tuple((("size", decode, step), sign * (min(step + 1, high) - max(step, low))) for step in steps)
+    return (*curve, (("cell", device, decode, kind.rows, round(2 * octaves)), 1.0))
+
+
+def ends_terms(kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
+    """The terms of B."""
+    return _by_place("ends", kind, is_first, is_last)
+
+
+def extra_terms(kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
+    """The terms of c."""
+    return _by_place("extra", kind, is_first, is_last)
+
+
+def group_term(group: int, kind: TaskKind) -> Term:
+    """h of one group of layers."""
+    return ("group", group, kind.is_decode)
+
+
+def _by_place(level: str, kind: TaskKind, is_first: bool, is_last: bool) -> Weighted:
+    decode = kind.is_decode
+    places = ["any"] + ["first"] * is_first + ["last"] * is_last
+    return tuple(((level, decode, place), 1.0) for place in places)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefittedCosts:
+    """`Costs` over others, corrected by terms; terms that are missing are zero."""
+
+    base: Costs
+    terms: Mapping[Term, float]
+    groups: tuple[int, ...]
+    """Of each layer: the number of its group."""
+    middles: tuple[int, int] = (0, 0)
+    """Of the sizes seen in prefill and in decode, in doublings."""
+    hop_log: float = 0.0
+    """Messages take exp(this) times as long …"""
+    hop_slope: float = 0.0
+    """… and exp(this) times more for each doubling above `hop_bytes`."""
+    hop_bytes: float = 1.0
+    _layers: dict[tuple[str, TaskKind], Floats] = field(default_factory=dict, compare=False, repr=False)
+
+    def layers_s(self, device: str, kind: TaskKind) -> Floats:
+        """As `Costs` says."""
+        known = self._layers.get((device, kind))
+        if known is None:
+            terms = (*speed_terms(device, kind), *layer_terms(device, kind, self.middles[kind.is_decode]))
+            factor = math.exp(self._sum(terms))
+            count = max(self.groups) + 1
+            by_group = np.exp([self.terms.get(group_term(group, kind), 0.0) for group in range(count)])
+            known = self.base.layers_s(device, kind) * factor * by_group[list(self.groups)]
+            self._layers[device, kind] = known
+        return known
+
+    def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
+        """As `Costs` says."""
+        place = {"is_first": is_first, "is_last": is_last}
+        seconds = math.exp(self._sum(ends_terms(kind, **place))) * self.base.ends_s(device, kind, **place)
+        extra = self._sum(extra_terms(kind, **place))
+        if extra:
+            seconds += extra * float(self.base.layers_s(device, SMALLEST).mean())
+        seconds *= math.exp(self._sum(speed_terms(device, kind)))
+        # What is taken off must leave a stage of a single layer something to do.
+        return max(seconds, -0.5 * float(self.layers_s(device, kind).min()))
+
+    def hop_s(self, source: str, target: str, num_bytes: int) -> float:
+        """As `Costs` says."""
+        doublings = math.log2(max(num_bytes, 1) / self.hop_bytes)
+        return self.base.hop_s(source, target, num_bytes) * math.exp(self.hop_log + self.hop_slope * doublings)
+
+    def _sum(self, terms: Iterable[tuple[Term, float]]) -> float:
+        return sum(weight * self.terms.get(term, 0.0) for term, weight in terms)

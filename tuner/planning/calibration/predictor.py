@@ -1,0 +1,188 @@
+"""What plans will give: the refitted cost model times what it is seen to miss, with how sure one can be of it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr
+
+from pipetune.bench.spec import Plan
+from pipetune.tuner.planning.calibration.observation import Observation
+from pipetune.tuner.planning.calibration.refit import refit
+from pipetune.tuner.planning.calibration.residual_gp import PRIOR_SD, Features, Process
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.planning.simulation.prediction import Prediction
+
+Floats = npt.NDArray[np.float64]
+
+NOISE_SD, NOISE_WEIGHT, LEAST_NOISE = 0.02, 3.0, 0.003
+"""Relative standard deviation of repeated runs before any are seen, what that counts in repeats, and its floor."""
+_HUBER = 2.0
+"""Runs of one plan further from their median than so many times the noise count for less."""
+_DISTURBED = 0.25
+"""What a disturbed run counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedMetrics:
+    """Of each plan asked for."""
+
+    mean: Mapping[str, Floats]
+    """By metric."""
+    relative_sd: Mapping[str, Floats]
+    """By metric: how far the mean over many runs of a plan may be from that; a single run's noise comes on top."""
+    predictions: tuple[Prediction, ...]
+    """Of the refitted model alone."""
+
+
+class Predictor:
+    """A refitted cost model and what it is seen to miss, metric by metric."""
+
+    def __init__(self, model: CostModel, noise: float, metrics: Sequence[str]) -> None:
+        self.model = model
+        """Over refitted costs."""
+        self.noise = noise
+        """Relative standard deviation of a repeated run."""
+        self.metrics = tuple(metrics)
+        self._processes: dict[str, Process] = {}
+
+    @classmethod
+    def fit(cls, model: CostModel, observations: Sequence[Observation], *, metrics: Sequence[str]) -> Predictor:
+        """Learns from what was observed; from nothing, it predicts what the model says.
+
+        Args:
+            model: over uncorrected costs.
+            metrics: names of metrics that the model predicts.
+        """
+        predictor = cls(refit(model, observations), noise_of(observations), metrics)
+        groups: dict[str, list[Observation]] = defaultdict(list)
+        for observation in observations:
+            groups[observation.effective.key].append(observation)
+        if groups:
+            predictor._learn(list(groups.values()))
+        return predictor
+
+    def _learn(self, groups: Sequence[Sequence[Observation]]) -> None:
+        plans = [(group[0].effective.plan, group[0].effective.in_flight) for group in groups]
+        predictions = self.model.predict_many(plans)
+        features = self._features(plans, predictions)
+        for metric in self.metrics:
+            modelled = _logs(predictions, metric)
+            rows, errors, variances = [], [], []
+            for row, group in enumerate(groups):
+                runs = [one for one in group if metric in one.metrics]
+                if runs and math.isfinite(modelled[row]):
+                    mean, weight = _mean(runs, metric, self.noise)
+                    rows.append(row)
+                    errors.append(mean - modelled[row])
+                    variances.append(self.noise**2 / weight)
+            if rows:
+                self._processes[metric] = Process(features.take(rows), np.array(errors), np.array(variances))
+
+    def predict(self, plans: Sequence[tuple[Plan, int]]) -> PredictedMetrics:
+        """What plans will give.
+
+        Args:
+            plans: each with its micro-batches in flight.
+
+        Raises:
+            KeyError: the model does not predict a metric that was asked for.
+        """
+        predictions = tuple(self.model.predict_many(plans))
+        features = self._features(plans, predictions)
+        means, sds = {}, {}
+        for metric in self.metrics:
+            modelled = _logs(predictions, metric)
+            error, sd = np.zeros(len(plans)), np.full(len(plans), PRIOR_SD)
+            if metric in self._processes:
+                error, sd = self._processes[metric].predict(features)
+            means[metric], sds[metric] = _back(modelled + error, sd, metric)
+        return PredictedMetrics(mean=means, relative_sd=sds, predictions=predictions)
+
+    def _features(self, plans: Sequence[tuple[Plan, int]], predictions: Sequence[Prediction]) -> Features:
+        shares = [one.stage_busy_s[: len(plan.stages)] for (plan, _), one in zip(plans, predictions, strict=True)]
+        return Features.of(plans, shares, longest=max(self.model.prompt_lens))
+
+
+def noise_of(observations: Sequence[Observation]) -> float:
+    """Relative standard deviation of the duration of a repeated run.
+
+    Pooled over the repeats of each plan, with a prior; and no less than runs differ within themselves: the median of n
+    iterations has about 1.25 / √n of an iteration's. Disturbed runs tell nothing.
+    """
+    groups: dict[str, list[float]] = defaultdict(list)
+    within: list[float] = []
+    for observation in observations:
+        if observation.disturbed:
+            continue
+        groups[observation.effective.key].append(math.log(observation.metrics["duration_s"]))
+        if observation.spread is not None:
+            within.append(observation.spread**2 / observation.iterations)
+    squares, weight = NOISE_WEIGHT * NOISE_SD**2, NOISE_WEIGHT
+    for logs in groups.values():
+        if len(logs) > 1:
+            squares += (len(logs) - 1) * float(np.var(logs, ddof=1))
+            weight += len(logs) - 1
+    floor = 1.25 * math.sqrt(float(np.mean(within))) if within else 0.0
+    return max(LEAST_NOISE, floor, math.sqrt(squares / weight))
+
+
+def expected_improvement(
+    mean: Floats, relative_sd: Floats, *, best: float, noise: float, higher_is_better: bool
+) -> Floats:
+    """How much better than the best a run of each plan may be expected to show it to be, as a share of the best.
+
+    Augmented expected improvement (D. Huang, T. T. Allen, W. I. Notz and N. Zeng, J. Global Optimization 34, 2006):
+
+        (d · Φ(d / s) + s · φ(d / s)) · (1 − ε / √(s² + ε²))
+
+    with d the predicted advantage over the best, s its standard deviation and ε that of a run, all as shares of
+    `best`. The last factor lets plans alone whose mean is known better than another run could tell.
+
+    Args:
+        mean: predicted, of each plan.
+        best: predicted, of the plan that is taken for the best.
+        noise: relative standard deviation of a run.
+    """
+    advantage = (mean - best) / best * (1.0 if higher_is_better else -1.0)
+    scale = mean / best
+    sd = np.maximum(relative_sd * scale, 1e-12)
+    z = advantage / sd
+    improvement = advantage * ndtr(z) + sd * np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+    gain: Floats = np.maximum(improvement, 0.0) * (1.0 - noise / np.hypot(relative_sd, noise))
+    return gain
+
+
+def _is_share(metric: str) -> bool:
+    """Shares that may be nought: what is left of one is the product that a cost model gets wrong by a factor."""
+    return metric.startswith("bubble_")
+
+
+def _logs(predictions: Sequence[Prediction], metric: str) -> Floats:
+    return np.log(np.maximum([_positive(one.metrics[metric], metric) for one in predictions], 1e-12))
+
+
+def _positive(value: float, metric: str) -> float:
+    return 1.0 - value if _is_share(metric) else value
+
+
+def _back(logs: Floats, sd: Floats, metric: str) -> tuple[Floats, Floats]:
+    """Mean and relative standard deviation of the metric itself."""
+    values = np.exp(logs)
+    if not _is_share(metric):
+        return values, sd
+    shares = np.maximum(1.0 - values, 1e-6)
+    return shares, sd * values / shares
+
+
+def _mean(runs: Sequence[Observation], metric: str, noise: float) -> tuple[float, float]:
+    """Mean of the logs of a plan's runs and what it weighs in runs; odd and disturbed ones count for less."""
+    logs = np.log(np.maximum([_positive(one.metrics[metric], metric) for one in runs], 1e-12))
+    far = np.abs(logs - np.median(logs)) / (_HUBER * noise)
+    weights = np.where([one.disturbed for one in runs], _DISTURBED, 1.0) / np.maximum(far, 1.0)
+    return float(weights @ logs / weights.sum()), float(weights.sum())

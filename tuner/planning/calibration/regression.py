@@ -1,0 +1,267 @@
+"""The regression behind `refit`: measured times of tasks on the terms of `refitted`, under a prior.
+
+All terms have normal priors about zero (`priors`). The fit is the mode of their posterior given the logs of the times
+measured, found by Gauss–Newton steps with Huber's weights (P. J. Huber, Robust Statistics, 1981, ch. 7), so that single
+odd times count for little. Each record has a term of its own for the machine's mood while it ran, with a tail that lets
+a disturbed run be slow as a whole; each set of execution switches has one against the common one. At zero the prior
+costs nothing, and no step is taken that raises the objective: so no mode explains what was seen worse than the
+uncorrected costs do. How wide a prior should be depends on where these are from: several are tried, and their modes
+averaged by the evidence for each, in Laplace's approximation (D. J. C. MacKay, Neural Computation 4, 1992).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pipetune.bench.spec import StagePlan
+from pipetune.tuner.planning.calibration.corrected_costs import (
+    SMALLEST,
+    Floats,
+    Term,
+    Weighted,
+    ends_terms,
+    extra_terms,
+    group_term,
+    layer_terms,
+    octaves_of,
+    speed_terms,
+)
+from pipetune.tuner.planning.calibration.observation import Observation
+from pipetune.tuner.planning.calibration.priors import PRIORS, Widths
+from pipetune.tuner.planning.calibration.spans import TaskSpan
+from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.tuner.planning.costs.contention import Contention
+
+HUBER = 1.5
+"""Deviations beyond so many standard deviations count linearly."""
+_DISTURBED = 3.0
+"""So much wider are the times of a disturbed record, and its mood."""
+_MOST_STEPS, _MOST_HALVINGS = 12, 8
+_SMALL_STEP = 1e-4
+
+
+class Rows:
+    """The regression's rows: the time of a kind of task on a stage of a record each."""
+
+    def __init__(
+        self,
+        base: Costs,
+        groups: Sequence[int],
+        observations: Sequence[Observation],
+        measured: Contention | None = None,
+    ) -> None:
+        """
+        Args:
+            measured: what devices lose to each other, as far as it is known: what is fitted comes on top.
+        """
+        self.base = base
+        self.measured = measured or Contention(
+            prefill=0.0,
+            decode=0.0,
+            devices=max(len(observation.effective.plan.devices) for observation in observations),
+        )
+        self.devices = self.measured.devices
+        """In the largest plan seen, or those measured."""
+        self.middles = _middles(observations)
+        self.groups = np.eye(max(groups) + 1)[list(groups)]
+        self.columns: dict[Term, int] = {}
+        self.log_s: list[float] = []
+        self.counts: list[int] = []
+        self.disturbed: list[bool] = []
+        self.layers_s: list[Floats] = []
+        self.ends_s: list[float] = []
+        self.entries: dict[str, list[tuple[int, int, float]]] = {"layers": [], "ends": [], "extra": [], "whole": []}
+        self.group_columns: list[list[int]] = []
+        self.wide_moods: set[int] = set()
+        self._known: dict[tuple[str, TaskKind], tuple[Floats, Weighted]] = {}
+
+        common = Counter(observation.effective.plan.switches for observation in observations).most_common(1)[0][0]
+        for number, observation in enumerate(observations):
+            self._add(number, observation, common)
+
+    def _add(self, number: int, observation: Observation, common_switches: tuple[str, ...]) -> None:
+        """Adds what one record tells."""
+        plan = observation.effective.plan
+        mood = self._column(("mood", number))
+        if observation.disturbed:
+            self.wide_moods.add(mood)
+        for span in observation.tasks:
+            index = span.stage % len(plan.stages)
+            stage = plan.stages[index]
+            device = plan.devices[span.stage]
+            row = len(self.log_s)
+            self._add_row(device, stage, span, index == 0, index == len(plan.stages) - 1)
+            self.disturbed.append(observation.disturbed)
+            self.entries["whole"].append((row, mood, 1.0))
+            if plan.switches != common_switches:
+                term = ("switches", " ".join(plan.switches), span.kind.is_decode)
+                self.entries["whole"].append((row, self._column(term), 1.0))
+
+    def _add_row(self, device: str, stage: StagePlan, span: TaskSpan, is_first: bool, is_last: bool) -> None:
+        kind, row = span.kind, len(self.log_s)
+        sums, terms = self._of_kind(device, kind)
+        self.layers_s.append(sums[stage.end_layer] - sums[stage.first_layer])
+        self.ends_s.append(self.base.ends_s(device, kind, is_first=is_first, is_last=is_last))
+        log_s = math.log(max(span.seconds, 1e-9))
+        self.counts.append(span.count)
+        ends = ends_terms(kind, is_first=is_first, is_last=is_last)
+        extra = extra_terms(kind, is_first=is_first, is_last=is_last)
+        unit = float(self.base.layers_s(device, SMALLEST).mean())
+        if self.devices > 1:
+            # Costs are what tasks take while all devices compute.
+            share = min(span.others / (self.devices - 1), 1.0) - 1.0
+            log_s -= share * self.measured.of(decode=kind.is_decode)
+            self.entries["whole"].append((row, self._column(("contention", kind.is_decode)), share))
+        self.log_s.append(log_s)
+        self.entries["whole"] += [(row, self._column(term), weight) for term, weight in speed_terms(device, kind)]
+        self.entries["layers"] += [(row, self._column(term), weight) for term, weight in terms]
+        self.entries["ends"] += [(row, self._column(term), weight) for term, weight in ends]
+        self.entries["extra"] += [(row, self._column(term), weight * unit) for term, weight in extra]
+        count = self.groups.shape[1]
+        self.group_columns.append([self._column(group_term(group, kind)) for group in range(count)])
+
+    def _of_kind(self, device: str, kind: TaskKind) -> tuple[Floats, Weighted]:
+        """Sums of the layers before each layer, `[layers + 1, groups]`, and the terms."""
+        known = self._known.get((device, kind))
+        if known is None:
+            each = self.base.layers_s(device, kind)[:, None] * self.groups
+            sums = np.concatenate([np.zeros((1, each.shape[1])), np.cumsum(each, axis=0)])
+            known = self._known[device, kind] = (sums, layer_terms(device, kind, self.middles[kind.is_decode]))
+        return known
+
+    def _column(self, term: Term) -> int:
+        return self.columns.setdefault(term, len(self.columns))
+
+    def contention(self, terms: Mapping[Term, float]) -> Contention | None:
+        """What devices lose to each other; None where they were never seen together."""
+        if self.devices < 2:
+            return None
+        prefill, decode = (
+            max(0.0, self.measured.of(decode=is_decode) + terms.get(("contention", is_decode), 0.0))
+            for is_decode in (False, True)
+        )
+        return Contention(prefill=prefill, decode=decode, devices=self.devices)
+
+    def fit(self, priors: Sequence[Widths] = PRIORS) -> dict[Term, float]:
+        """The mode of the posterior under each prior, averaged by how likely the times are under each."""
+        fits = [self._mode(_Problem(self, widths)) for widths in priors]
+        logs = np.array(
+            [log_evidence + widths.log_odds for (log_evidence, _), widths in zip(fits, priors, strict=True)]
+        )
+        shares = np.exp(logs - logs.max())
+        values = sum(share * values for share, (_, values) in zip(shares / shares.sum(), fits, strict=True))
+        return dict(zip(self.columns, np.asarray(values).tolist(), strict=True))
+
+    def _mode(self, problem: _Problem) -> tuple[float, Floats]:
+        """Of the posterior, behind the log of the evidence for its prior."""
+        values = np.zeros(len(self.columns))
+        objective = problem.objective(values)
+        for _ in range(_MOST_STEPS):
+            step = problem.step(values)
+            for _ in range(_MOST_HALVINGS):
+                after = problem.objective(values + step)
+                if after <= objective:
+                    break
+                step = step / 2
+            else:
+                break
+            values, gained, objective = values + step, objective - after, after
+            if gained <= _SMALL_STEP * (1.0 + objective):
+                break
+        return problem.log_evidence(values), values
+
+
+def _middles(observations: Sequence[Observation]) -> tuple[int, int]:
+    """Of the sizes in prefill and in decode, in doublings."""
+    seen: dict[bool, list[float]] = {False: [0.0], True: [0.0]}
+    for observation in observations:
+        for span in observation.tasks:
+            seen[span.kind.is_decode].append(octaves_of(span.kind))
+    prefill, decode = (round(statistics.median(seen[is_decode][1:] or [0.0])) for is_decode in (False, True))
+    return prefill, decode
+
+
+class _Problem:
+    """The objective, −log posterior, and a Gauss–Newton step of it."""
+
+    def __init__(self, rows: Rows, widths: Widths) -> None:
+        count, width = len(rows.log_s), len(rows.columns)
+        self.log_s = np.array(rows.log_s)
+        self.sd = np.hypot(widths.task, widths.single_task / np.sqrt(rows.counts))
+        self.sd = np.where(rows.disturbed, _DISTURBED * self.sd, self.sd)
+        self.layers_s, self.ends_s = np.array(rows.layers_s), np.array(rows.ends_s)
+        self.group_columns = np.array(rows.group_columns)
+        self.design = {name: np.zeros((count, width)) for name in rows.entries}
+        for name, entries in rows.entries.items():
+            where = np.array(entries)
+            np.add.at(self.design[name], (where[:, 0].astype(int), where[:, 1].astype(int)), where[:, 2])
+        self.prior_sd = np.array([getattr(widths, str(term[0])) for term in rows.columns])
+        self.prior_sd[sorted(rows.wide_moods)] *= _DISTURBED
+        self.is_mood = np.array([term[0] == "mood" for term in rows.columns])
+
+    def _parts(self, values: Floats) -> tuple[Floats, Floats, Floats]:
+        """Times of the layers `[row, group]`, of the ends and of the whole task."""
+        by_group = np.exp(values[self.group_columns]) if self.group_columns.shape[1] > 1 else 1.0
+        layers = np.exp(self.design["layers"] @ values)[:, None] * self.layers_s * by_group
+        ends = np.exp(self.design["ends"] @ values) * self.ends_s
+        whole = layers.sum(1) + ends
+        # Nothing takes less than a small part of what its layers and ends do, whatever is taken off.
+        return layers, ends, np.maximum(whole + self.design["extra"] @ values, 0.05 * whole)
+
+    def residuals(self, values: Floats) -> Floats:
+        """Log times measured less those modelled, in standard deviations."""
+        whole = self._parts(values)[2]
+        return (self.log_s - np.log(whole) - self.design["whole"] @ values) / self.sd
+
+    def objective(self, values: Floats) -> float:
+        """Huber's loss of times and of moods, squares of all other terms."""
+        scaled = values / self.prior_sd
+        return float(
+            _huber(self.residuals(values)).sum()
+            + _huber(scaled[self.is_mood]).sum()
+            + 0.5 * (scaled[~self.is_mood] ** 2).sum()
+        )
+
+    def step(self, values: Floats) -> Floats:
+        """Towards the minimum of the objective."""
+        jacobian, weights, precision = self._linear(values)
+        normal = (jacobian.T * weights) @ jacobian + np.diag(precision)
+        pull = jacobian.T @ (weights * self.residuals(values) * self.sd) - precision * values
+        return np.asarray(np.linalg.solve(normal, pull), dtype=np.float64)
+
+    def log_evidence(self, values: Floats) -> float:
+        """For the prior, by Laplace's approximation at the mode; up to what is the same for all priors."""
+        jacobian, weights, precision = self._linear(values)
+        log_det = np.linalg.slogdet((jacobian.T * weights) @ jacobian + np.diag(precision))[1]
+        return -self.objective(values) - 0.5 * float(log_det) - float(np.log(self.prior_sd).sum())
+
+    def _linear(self, values: Floats) -> tuple[Floats, Floats, Floats]:
+        """How the log times move with the terms, what each time weighs, and what the prior does."""
+        layers, ends, whole = self._parts(values)
+        jacobian = (
+            self.design["layers"] * (layers.sum(1) / whole)[:, None]
+            + self.design["ends"] * (ends / whole)[:, None]
+            + self.design["extra"] / whole[:, None]
+            + self.design["whole"]
+        )
+        if self.group_columns.shape[1] > 1:
+            places = np.arange(len(whole))[:, None]
+            np.add.at(jacobian, (places, self.group_columns), layers / whole[:, None])
+        weights: Floats = _huber_weight(self.residuals(values)) / self.sd**2
+        precision: Floats = np.where(self.is_mood, _huber_weight(values / self.prior_sd), 1.0) / self.prior_sd**2
+        return jacobian, weights, precision
+
+
+def _huber(scaled: Floats) -> Floats:
+    size = np.abs(scaled)
+    return np.asarray(np.where(size <= HUBER, 0.5 * size**2, HUBER * (size - 0.5 * HUBER)), dtype=np.float64)
+
+
+def _huber_weight(scaled: Floats) -> Floats:
+    weight: Floats = np.minimum(1.0, HUBER / np.maximum(np.abs(scaled), 1e-12))
+    return weight

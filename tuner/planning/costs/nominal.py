@@ -1,0 +1,131 @@
+"""What tasks cost by nominal rates: good for the order in which to try plans, and for devices that are not here.
+
+Every layer costs
+
+    overhead + bytes / bandwidth + flops / compute
+
+where the bytes are its weights, read once a task, and the KV cache of its rows; and the flops are 2 · active parameters
+of each token, and of full attention 4 · hidden size · positions attended to. Prefill meets many tokens a task and is
+bound by the last term, so pieces may be small; decode meets one token a row and is bound by the middle one, so its
+micro-batches want to be large. The head runs on the last stage: on one position a row, or on all of them where texts
+are scored. Embedding and sampling are taken to cost nothing.
+
+Compilation, CUDA graphs and packed weights speed every plan up alike, as far as is known here. Of rates the ratios
+decide the order of plans, so they need not be those of the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.spec import device_kind
+from pipetune.tuner.planning.costs.base import TaskKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a device does in a second, and how messages reach it."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    """Of a layer's weights, at the batch sizes where decode is bound by them."""
+    head_bytes_per_s: float
+    """Of the head's: one wide matrix is read faster than a layer's many."""
+    layer_overhead_s: float
+    """What one layer costs however small it is: launches from Python."""
+    hop_latency_s: float
+    """Of a message to or from another device."""
+    hop_bytes_per_s: float
+
+
+RATES: Mapping[str, Rates] = {
+    "cpu": Rates(
+        flops_per_s=1.9e11,
+        bytes_per_s=2.5e10,
+        head_bytes_per_s=2.1e10,
+        layer_overhead_s=1.5e-4,
+        hop_latency_s=2.5e-4,
+        hop_bytes_per_s=3e9,
+    ),
+    "cuda": Rates(
+        flops_per_s=2e14,
+        bytes_per_s=2e12,
+        head_bytes_per_s=2e12,
+        layer_overhead_s=1.5e-4,
+        hop_latency_s=5e-5,
+        hop_bytes_per_s=2e10,
+    ),
+}
+"""By kind of device; of a CPU, one core with packed weights in fp32."""
+
+
+@dataclass(frozen=True)
+class NominalCosts:
+    """Costs by rates; see `tuner.planning.costs.base.Costs`.
+
+    Args:
+        rates_by_device: of each device by its name, or of all of a kind by the kind: `cpu`, `cuda`.
+        scores: whether texts are scored, which takes the head on every position.
+    """
+
+    shape: ModelShape
+    rates_by_device: Mapping[str, Rates] = field(default_factory=lambda: RATES)
+    scores: bool = False
+    _layers: dict[tuple[Rates, TaskKind], npt.NDArray[np.float64]] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+
+    def rates(self, device: str) -> Rates:
+        """Of one device.
+
+        Raises:
+            KeyError: neither the device nor its kind has rates.
+        """
+        own = self.rates_by_device.get(device)
+        return self.rates_by_device[device_kind(device)] if own is None else own
+
+    def layers_s(self, device: str, kind: TaskKind) -> npt.NDArray[np.float64]:
+        """`[num_layers]`, of each layer if it lay on the device."""
+        rates = self.rates(device)
+        # The head is no layer's affair.
+        key = (rates, kind._replace(samples=True))
+        known = self._layers.get(key)
+        if known is None:
+            known = self._layers[key] = self._of_layers(rates, kind)
+            known.setflags(write=False)
+        return known
+
+    def _of_layers(self, rates: Rates, kind: TaskKind) -> npt.NDArray[np.float64]:
+        layers = self.shape.layers
+        tokens = kind.rows * kind.new_tokens
+        # Over the new positions of a row, the mean of what is attended to is what was there and half of them.
+        attended = kind.past_tokens + kind.new_tokens / 2
+        active = np.array([layer.active_params for layer in layers], dtype=float)
+        weights = np.array([layer.weight_bytes for layer in layers], dtype=float)
+        kv = np.array([layer.kv_bytes_per_token for layer in layers], dtype=float)
+        attends = np.array([layer.kind == "full_attention" for layer in layers], dtype=float)
+        # Of routed experts no more is read than the tokens choose.
+        read = np.minimum(weights, tokens * active * self.shape.kept_bytes) + kind.rows * attended * kv
+        flops = tokens * (2 * active + attends * 4 * self.shape.hidden_size * attended)
+        seconds: npt.NDArray[np.float64] = rates.layer_overhead_s + read / rates.bytes_per_s + flops / rates.flops_per_s
+        return seconds
+
+    def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
+        """Of the head, on the last stage."""
+        if not (is_last and kind.samples):
+            return 0.0
+        rates = self.rates(device)
+        head = self.shape.hidden_size * self.shape.vocab_size
+        positions = kind.rows * (kind.new_tokens if self.scores else 1)
+        return head * self.shape.kept_bytes / rates.head_bytes_per_s + 2 * head * positions / rates.flops_per_s
+
+    def hop_s(self, source: str, target: str, num_bytes: int) -> float:
+        """By the slower of both ends."""
+        ends = (self.rates(source), self.rates(target))
+        bandwidth = min(rates.hop_bytes_per_s for rates in ends)
+        return max(rates.hop_latency_s for rates in ends) + num_bytes / bandwidth

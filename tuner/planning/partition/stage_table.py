@@ -1,0 +1,96 @@
+"""What any run of layers would take as a stage: seconds over the whole run, and bytes; and which devices are alike.
+
+Tables are `[first, end]`, for the layers `[first, end)`. What begins with layer 0 is a first stage, and what ends with
+the last layer a last one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipetune.bench.memory import ModelShape, stage_bytes
+from pipetune.bench.spec import Plan, StagePlan
+from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.tuner.planning.simulation.schedule import anchors_of
+
+Matrix = npt.NDArray[np.float64]
+
+ALIKE = 0.02
+"""Devices whose times and memory differ by no more than this share are taken for equal."""
+
+
+def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> Matrix:
+    """Seconds that a stage on the device computes over a run of these tasks.
+
+    Args:
+        kinds: how many tasks of each kind there are.
+    """
+    anchors, weights = anchors_of(tuple(kinds))
+    counts = np.array(list(kinds.values()), dtype=float) @ weights
+    layers = np.sum([count * costs.layers_s(device, kind) for kind, count in zip(anchors, counts, strict=True)], axis=0)
+    before = np.concatenate([[0.0], np.cumsum(layers)])
+    seconds = before[np.newaxis, :] - before[:, np.newaxis]
+    places = np.arange(len(before))
+    for is_first, is_last in itertools.product((False, True), repeat=2):
+        ends_s = sum(
+            count * costs.ends_s(device, kind, is_first=is_first, is_last=is_last)
+            for kind, count in zip(anchors, counts.tolist(), strict=True)
+        )
+        seconds[np.ix_((places == 0) == is_first, (places == len(layers)) == is_last)] += ends_s
+    table: Matrix = np.maximum(seconds, 0.0)
+    return table
+
+
+def stage_needs(shape: ModelShape, plan: Plan, device: str, *, prompt_len: int, output_len: int) -> Matrix:
+    """Bytes that a stage takes with one micro-batch in flight; infinity where there is no stage.
+
+    Args:
+        plan: whose sizes and switches they are; its stages do not matter.
+        device: one of the kind that it is for.
+        prompt_len: longest prompt, tokens.
+        output_len: tokens generated; 0 where texts are scored.
+    """
+    num_layers = shape.num_layers
+    needs = np.full((num_layers + 1, num_layers + 1), np.inf)
+    # Thousands of them, and nothing in them to check.
+    stages = {
+        (first, end): StagePlan.model_construct(device=device, first_layer=first, end_layer=end)
+        for first, end in itertools.combinations(range(num_layers + 1), 2)
+    }
+    for (first, end), stage in stages.items():
+        before = () if first == 0 else (stages[0, first],)
+        behind = () if end == num_layers else (stages[end, num_layers],)
+        cut = plan.model_copy(update={"stages": (*before, stage, *behind)})
+        need = stage_bytes(shape, cut, len(before), prompt_len=prompt_len, output_len=output_len)
+        needs[first, end] = need.total(1)
+    return needs
+
+
+def alike_classes(values: npt.NDArray[np.float64], tolerance: float = ALIKE) -> tuple[int, ...]:
+    """Class of each device, counted from 0 in order; a device is of the first class whose first member is like it.
+
+    Args:
+        values: `[device, quantity]`, positive: times, bytes.
+        tolerance: share of the larger value by which any two may differ.
+    """
+    firsts: list[npt.NDArray[np.float64]] = []
+    classes = []
+    for row in values:
+        for kind, other in enumerate(firsts):
+            if np.all(np.abs(row - other) <= tolerance * np.maximum(row, other)):
+                classes.append(kind)
+                break
+        else:
+            classes.append(len(firsts))
+            firsts.append(row)
+    return tuple(classes)
+
+
+def count_states(classes: Sequence[int]) -> int:
+    """How many ways there are to have taken some of the devices, equal ones apart."""
+    return int(np.prod([count + 1 for count in Counter(classes).values()], dtype=object))

@@ -1,0 +1,1 @@
+"""The schedule as a discrete-event simulation, and the metrics that follow from it."""

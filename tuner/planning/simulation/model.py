@@ -1,0 +1,228 @@
+"""Predicts what a plan gives before it is run: the real schedule, simulated with what its tasks are thought to cost.
+
+What tasks cost is told by `Costs`: nominal rates (`nominal`), a profile of this machine (`profiled`), or either of
+them corrected by what plans took (`refit`). None of them tells compiled from eager layers, packed weights from unpacked
+ones or CUDA graphs from launches: they predict these alike, unless they were measured with them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.spec import Plan, Workload, device_kind
+from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.tuner.planning.costs.contention import Contention
+from pipetune.tuner.planning.costs.nominal import NominalCosts
+from pipetune.tuner.planning.costs.profiled import ProfiledCosts
+from pipetune.tuner.planning.simulation.prediction import Prediction, Run, predictions_of
+from pipetune.tuner.planning.simulation.schedule import Course, course_of, simulate_plans
+
+Floats = npt.NDArray[np.float64]
+
+GAPS_S: Mapping[str, float] = {"cpu": 3e-4, "cuda": 0.0}
+"""By kind of device: from the end of a task's compute until its stage can begin another, while it hands the output on.
+On CPUs measured, with gloo: the median over many plans. On GPUs the host does it while the device computes."""
+STALLS_S: Mapping[str, float] = {"cpu": 2e-3, "cuda": 0.0}
+"""By kind of device: see `simulate_plans`. On CPUs measured, with gloo, on a machine whose workers take every core."""
+TOKEN_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Predicts runs of one workload on one model.
+
+    Args:
+        prompt_lens: of all prompts, tokens, in any order.
+        output_len: tokens generated for each prompt; 0 where texts are scored.
+        costs: what tasks cost.
+        gaps_s: of each device by its name or its kind, as in `GAPS_S`.
+        stalls_s: of each receiving device, as in `STALLS_S`.
+        contention: what devices that compute at once lose to each other; None where the costs hold as they are.
+    """
+
+    shape: ModelShape
+    prompt_lens: tuple[int, ...]
+    output_len: int
+    costs: Costs
+    gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
+    stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
+    contention: Contention | None = None
+    _before: dict[tuple[str, TaskKind], Floats] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _layers: dict[tuple[Course, str], Floats] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _ends: dict[tuple[Course, str, bool, bool], Floats] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+    _messages: dict[tuple[Course, str, str, bool], Floats] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
+
+    @classmethod
+    def of_workload(
+        cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int], costs: Costs | None = None
+    ) -> CostModel:
+        """A model for these prompts; `prompt_lens` in tokens, costs by nominal rates where none are given."""
+        return cls(
+            shape=shape,
+            prompt_lens=tuple(prompt_lens),
+            output_len=workload.generated_len,
+            costs=NominalCosts(shape, scores=workload.generated_len == 0) if costs is None else costs,
+            contention=costs.contention if isinstance(costs, ProfiledCosts) else None,
+        )
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt_lens)
+
+    @cached_property
+    def _longest_first(self) -> tuple[int, ...]:
+        return tuple(sorted(self.prompt_lens, reverse=True))
+
+    def kinds(self, plan: Plan, in_flight: int | None = None) -> Counter[TaskKind]:
+        """How many tasks of each kind every stage runs, in the replica that has most prompts.
+
+        Args:
+            in_flight: micro-batches resident at once in each replica; None means all.
+        """
+        course = self._course(plan, in_flight, 0)
+        return Counter(dict(zip(course.kinds, course.counts.tolist(), strict=True)))
+
+    def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:
+        """Time of the whole workload."""
+        return self.predict(plan, in_flight).duration_s
+
+    def predict(self, plan: Plan, in_flight: int | None = None) -> Prediction:
+        """What a run of the plan is thought to give.
+
+        Args:
+            in_flight: micro-batches resident at once in each replica; None means all.
+        """
+        return self._predict_alike([plan], in_flight)[0]
+
+    def predict_many(self, plans: Sequence[tuple[Plan, int | None]]) -> tuple[Prediction, ...]:
+        """What runs of many plans, each with its number in flight, are thought to give; in the order given.
+
+        Plans of one schedule are simulated together, so that many at once cost little more than one.
+        """
+        groups: dict[tuple[int | None, ...], list[int]] = defaultdict(list)
+        for index, (plan, in_flight) in enumerate(plans):
+            sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
+            groups[plan.replicas, len(plan.stages), *sizes, in_flight].append(index)
+        found: dict[int, Prediction] = {}
+        for members in groups.values():
+            alike = self._predict_alike([plans[index][0] for index in members], plans[members[0]][1])
+            found.update(zip(members, alike, strict=True))
+        return tuple(found[index] for index in range(len(plans)))
+
+    def _course(self, plan: Plan, in_flight: int | None, replica: int) -> Course:
+        return course_of(
+            self._longest_first[replica :: plan.replicas],
+            output_len=self.output_len,
+            micro_batch_size=plan.micro_batch_size,
+            prefill_size=plan.prefill_size,
+            chunk_size=plan.prefill_chunk_size,
+            in_flight=in_flight,
+        )
+
+    def _predict_alike(self, plans: Sequence[Plan], in_flight: int | None) -> list[Prediction]:
+        """Of plans that differ in the layers and devices of their stages alone."""
+        width = len(plans[0].stages)
+        devices = [plan.devices for plan in plans]
+        bounds = np.array([[(stage.first_layer, stage.end_layer) for stage in plan.stages] for plan in plans])
+        runs = []
+        # A replica without prompts has idle stages.
+        for replica in range(min(plans[0].replicas, self.num_prompts)):
+            own = [names[replica * width : (replica + 1) * width] for names in devices]
+            runs.append(self._run(self._course(plans[0], in_flight, replica), own, bounds, plans[0].replicas))
+        return predictions_of(
+            runs, prompt_lens=self.prompt_lens, output_len=self.output_len, num_stages=width * plans[0].replicas
+        )
+
+    def _run(
+        self, course: Course, devices: Sequence[tuple[str, ...]], bounds: npt.NDArray[np.int_], replicas: int
+    ) -> Run:
+        """One of the replicas of each plan; `bounds` is `[plan, stage, (first, end)]`."""
+        num_plans, num_stages = bounds.shape[:2]
+        names = sorted({name for row in devices for name in row})
+        place = {name: index for index, name in enumerate(names)}
+        device = np.array([[place[name] for name in row] for row in devices])
+        layers = np.stack([self._course_layers(course, name) for name in names])
+        busy_s = np.empty((len(course.kinds), num_stages, num_plans))
+        for stage in range(num_stages):
+            at, first, end = device[:, stage], bounds[:, stage, 0], bounds[:, stage, 1]
+            is_first, is_last = stage == 0, stage == num_stages - 1
+            ends = np.stack([self._course_ends(course, name, is_first, is_last) for name in names])
+            busy_s[:, stage] = (layers[at, :, end] - layers[at, :, first] + ends[at]).T
+        if self.contention is not None:
+            busy_s *= self.contention.factors(course, busy_s, replicas=replicas)
+        hops_s = np.empty((len(course.kinds), num_stages - 1, num_plans))
+        for stage in range(num_stages - 1):
+            hops_s[:, stage] = self._hops(course, [(row[stage], row[stage + 1]) for row in devices])
+        returns_s = np.zeros((len(course.kinds), num_plans))
+        if num_stages > 1:
+            returns_s = self._hops(course, [(row[-1], row[0]) for row in devices], tokens=True)
+        gaps, stalls = (
+            np.array([known.get(name, known.get(device_kind(name), 0.0)) for name in names])
+            for known in (self.gaps_s, self.stalls_s)
+        )
+        spans = simulate_plans(
+            course,
+            busy_s,
+            hops_s,
+            returns_s,
+            # A stage alone hands nothing on.
+            gap_s=gaps[device.T] if num_stages > 1 else 0.0,
+            stall_s=stalls[device.T[1:]],
+        )
+        return Run(course=course, spans=spans, busy_s=np.einsum("k,ksp->sp", course.counts.astype(float), busy_s))
+
+    def _layers_before(self, device: str, kind: TaskKind) -> Floats:
+        """`[num_layers + 1]`: of all layers before each one."""
+        known = self._before.get((device, kind))
+        if known is None:
+            known = np.concatenate([[0.0], np.cumsum(self.costs.layers_s(device, kind))])
+            self._before[device, kind] = known
+        return known
+
+    def _course_layers(self, course: Course, device: str) -> Floats:
+        """`[kind, num_layers + 1]`: of all layers before each one."""
+        known = self._layers.get((course, device))
+        if known is None:
+            known = course.weights @ np.stack([self._layers_before(device, kind) for kind in course.anchors])
+            self._layers[course, device] = known
+        return known
+
+    def _course_ends(self, course: Course, device: str, is_first: bool, is_last: bool) -> Floats:
+        """`[kind]`."""
+        key = (course, device, is_first, is_last)
+        known = self._ends.get(key)
+        if known is None:
+            known = course.weights @ np.array(
+                [self.costs.ends_s(device, kind, is_first=is_first, is_last=is_last) for kind in course.anchors]
+            )
+            self._ends[key] = known
+        return known
+
+    def _hops(self, course: Course, links: Sequence[tuple[str, str]], *, tokens: bool = False) -> Floats:
+        """`[kind, plan]`: messages from one device to another, of hidden states or of tokens."""
+        pairs = list(dict.fromkeys(links))
+        place = {pair: index for index, pair in enumerate(pairs)}
+        each = np.stack([self._message_s(course, source, target, tokens) for source, target in pairs])
+        return each[[place[pair] for pair in links]].T
+
+    def _message_s(self, course: Course, source: str, target: str, tokens: bool) -> Floats:
+        """`[kind]`."""
+        key = (course, source, target, tokens)
+        known = self._messages.get(key)
+        if known is None:
+            position_bytes = self.shape.crossing_bytes
+            sizes = [kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * position_bytes) for kind in course.kinds]
+            seconds = {size: self.costs.hop_s(source, target, size) for size in dict.fromkeys(sizes)}
+            known = self._messages[key] = np.array([seconds[size] for size in sizes])
+        return known

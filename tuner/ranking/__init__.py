@@ -1,0 +1,1 @@
+"""The order of records: values, pooled runs, paired rounds, and the elimination of finalists."""

@@ -1,0 +1,193 @@
+"""A ranking as frozen values: rows of plans, the baseline, the failures, and how sure the order is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pipetune.bench.metrics import HIGHER_IS_BETTER
+from pipetune.bench.record import Failure, Role
+from pipetune.bench.spec import EffectivePlan, Plan, Value
+from pipetune.tuner.config.schema import Constraint
+
+
+class Objective(Value):
+    """One metric to make better."""
+
+    metric: str
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric in HIGHER_IS_BETTER
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        """As Optuna spells it."""
+        return "maximize" if self.higher_is_better else "minimize"
+
+    def cost(self, value: float) -> float:
+        """The value turned so that less is better."""
+        return -value if self.higher_is_better else value
+
+    def gain(self, ours: float, theirs: float) -> float | None:
+        """How many times better `ours` is than `theirs`; None where a zero or a sign makes that meaningless."""
+        over, under = (ours, theirs) if self.higher_is_better else (theirs, ours)
+        return over / under if over > 0 and under > 0 else None
+
+    def __str__(self) -> str:
+        return self.metric
+
+
+class Spread(Value):
+    """A metric over repetitions."""
+
+    median: float
+    q1: float
+    q3: float
+    samples: int
+    """Iterations for throughput and duration, runs for other metrics."""
+    runs: int
+
+    @property
+    def iqr(self) -> float:
+        return self.q3 - self.q1
+
+
+class Ratio(Value):
+    """How many times better one thing is than another in the first objective."""
+
+    value: float
+    """Median of the rounds' ratios when paired, else the ratio of the two medians."""
+    low: float | None = None
+    """Least ratio of a round."""
+    high: float | None = None
+    rounds: int = 0
+    """Interleaved rounds in which both were measured; 0 means unpaired."""
+
+    @property
+    def paired(self) -> bool:
+        return self.rounds > 0
+
+
+class Row(Value):
+    """One effective plan with all of its runs."""
+
+    key: str
+    effective: EffectivePlan
+    rank: int | None
+    """1 is best; None when a constraint is broken or `unranked_because` says why."""
+    value: float | None
+    """The first objective's, median; None when it was not measured."""
+    spread: Spread | None
+    throughput: Spread
+    """Of `output_throughput`, whatever the objective; of `total_token_throughput` where texts are scored."""
+    metrics: dict[str, float]
+    """Median of every metric over the runs used."""
+    confirmed: bool
+    """Measured in the last finals until it was told to be behind, one round missed at most; where there are such plans,
+    only they are called best."""
+    roles: tuple[Role, ...]
+    records: tuple[int, ...]
+    """Numbers of all measurements of this plan."""
+    used_records: tuple[int, ...]
+    """Those that the values come from."""
+    typical_record: int
+    """The used one nearest to the median, with a timeline if any has one."""
+    broken_constraints: tuple[str, ...] = ()
+    on_front: bool = False
+    """No other ranked plan is at least as good in every objective and better in one."""
+    recommended: bool = False
+    """The best plan; `Ranking.recommended_because` says why it is, where its value alone does not."""
+    speedup_over_baseline: Ratio | None = None
+    speedup_over_single_stage: Ratio | None = None
+    unranked_because: str | None = None
+    notes: tuple[str, ...] = ()
+    disturbed_runs: int = 0
+    failed_runs: int = 0
+
+    @property
+    def plan(self) -> Plan:
+        return self.effective.plan
+
+    @property
+    def feasible(self) -> bool:
+        return not self.broken_constraints
+
+
+class BaselineRow(Value):
+    """The un-pipelined model at one batch size."""
+
+    batch_size: int
+    value: float | None
+    spread: Spread | None
+    throughput: Spread
+    metrics: dict[str, float]
+    confirmed: bool
+    records: tuple[int, ...]
+    used_records: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    disturbed_runs: int = 0
+
+
+class FailureRow(Value):
+    """One run that gave no measurement."""
+
+    record: int
+    role: Role
+    trial_number: int | None
+    plan: Plan | None
+    """None for the baseline."""
+    batch_size: int | None
+    """Of the baseline, where it is known."""
+    failure: Failure
+
+
+class Rival(Value):
+    """The best plan of the other kind: one pipeline where the best plan has replicas, replicas where it has none."""
+
+    row: Row
+    gain: Ratio | None
+    """Of the best plan over it."""
+
+
+class Separation(Value):
+    """Whether the fastest finalist is told apart from all others."""
+
+    separated: bool
+    text: str
+    rounds: int = 0
+    """Whole interleaved rounds of the last finals."""
+    tied: tuple[str, ...] = ()
+    """Keys of the plans that are not told apart, the fastest first; empty where one is, and without finals."""
+
+
+class Ranking(Value):
+    """What a study found."""
+
+    objectives: tuple[Objective, ...]
+    constraints: tuple[Constraint, ...]
+    rows: tuple[Row, ...]
+    """Best first: those that keep the constraints, then those that break one."""
+    unranked: tuple[Row, ...]
+    """Measured, but no basis for a claim of speed."""
+    baseline: BaselineRow | None
+    """The un-pipelined model at its best batch size, which every speed-up is over."""
+    baseline_sweep: tuple[BaselineRow, ...]
+    """At every batch size tried, with the values from before the finals, so that they compare with each other."""
+    single_stage: Row | None
+    """The best plan of one stage on one device, our own runtime without a pipeline: what it gains, pipelining did
+    not."""
+    rival: Rival | None = None
+    """None where plans of one kind alone are ranked."""
+    failures: tuple[FailureRow, ...]
+    separation: Separation
+    recommended_because: str | None = None
+    """Why the best plan is not simply the one with the best value: a tie, or several objectives."""
+
+    @property
+    def best(self) -> Row | None:
+        """The best plan that keeps every constraint; None when there is none."""
+        return next((row for row in self.rows if row.rank == 1), None)
+
+    @property
+    def front(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.on_front)

@@ -1,0 +1,267 @@
+"""Joins studies by what was run: the same model, workload and plan, whatever the devices are called. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from pipetune.bench import metrics
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.record import Hardware, Measurement
+from pipetune.bench.spec import ModelSpec, Plan, Workload, device_kind
+from pipetune.tuner.ranking.values import Row
+from pipetune.tuner.report.compare.values import Change, Contestant, Figures, RatioText, SharedPlan, StudyComparison
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.wording import bytes_text
+from pipetune.tuner.stats.ratios import ratio_of
+from pipetune.tuner.study.diff import differences
+
+
+def compare_studies(
+    reports: Sequence[Report], names: Sequence[str], prices: Mapping[str, float] | None = None
+) -> StudyComparison:
+    """Compares studies with the first one.
+
+    Args:
+        names: of the studies, unique.
+        prices: of one device and hour, by kind or name; those of each study's own config where it is None.
+
+    Raises:
+        ConfigError: a price of a device that no study has.
+    """
+    assert len(set(names)) == len(names) == len(reports) >= 2
+    devices = dict.fromkeys(device for report in reports for device in report.config.concrete_devices)
+    for priced in prices or {}:
+        if priced not in devices and priced not in map(device_kind, devices):
+            raise ConfigError(f"--price {priced}: no study has such a device; there are {', '.join(devices)}")
+    contestants = tuple(_contestant(report, name, prices) for report, name in zip(reports, names, strict=True))
+    figures = {name: _figures(report) for report, name in zip(reports, names, strict=True)}
+    # What was asked differently does not compare, however equal the plans are.
+    alike = {one.name for one in contestants if not _work(contestants[0], one)}
+    plans = _shared({name: rows for name, rows in figures.items() if name in alike})
+    changes = tuple(_change(contestants[0], other, plans) for other in contestants[1:])
+    return StudyComparison(contestants=contestants, plans=plans, changes=changes)
+
+
+def plan_key(plan: Plan, devices: Sequence[str]) -> str:
+    """What a plan is on any machine: without the devices' names and without what its caps resolve to.
+
+    Args:
+        devices: of its study, in order: which of them holds a stage matters where they are unlike.
+    """
+    counts = "+".join(map(str, plan.layer_counts))
+    parts = [f"{plan.replicas}x{counts}", f"mb={plan.micro_batch_size}", f"prefill={plan.prefill_size}"]
+    parts += [f"chunk={plan.prefill_chunk_size}"] if plan.prefill_chunk_size is not None else []
+    order = [*devices, *sorted(set(plan.devices) - set(devices))]
+    places = tuple(order.index(device) for device in plan.devices)
+    parts += [f"order={','.join(map(str, places))}"] if places != tuple(range(len(places))) else []
+    return " ".join((*parts, *plan.switches))
+
+
+def _contestant(report: Report, name: str, prices: Mapping[str, float] | None) -> Contestant:
+    best = report.ranking.best
+    baseline = report.ranking.baseline
+    config, machine = report.config, report.machine
+    return Contestant(
+        name=name,
+        place=str(report.folder),
+        hardware_id=machine.hardware_id if machine is not None else report.records[0].hardware_id,
+        machine=machine,
+        model=config.model,
+        workload=config.workload,
+        protocol=config.protocol,
+        goals=(*config.objectives, *map(str, config.constraints)),
+        devices=config.concrete_devices,
+        price_per_hour=_price(config.concrete_devices, config.prices if prices is None else prices),
+        baseline=baseline.throughput.median if baseline is not None else None,
+        best=_figures_of(report, best) if best is not None else None,
+        best_key=plan_key(best.plan, config.concrete_devices) if best is not None else None,
+    )
+
+
+def _price(devices: Sequence[str], prices: Mapping[str, float]) -> float | None:
+    each = [prices.get(device, prices.get(device_kind(device))) for device in devices]
+    known = [price for price in each if price is not None]
+    return sum(known) if len(known) == len(each) else None
+
+
+def _figures(report: Report) -> dict[str, Figures]:
+    """Of every plan that was measured and may be ranked; of two that differ in their caps alone, the better."""
+    found: dict[str, Figures] = {}
+    for row in report.ranking.rows:
+        key = plan_key(row.plan, report.config.concrete_devices)
+        if key not in found:
+            found[key] = _figures_of(report, row)
+    return found
+
+
+def _figures_of(report: Report, row: Row) -> Figures:
+    used = [record.result for record in report.records if record.number in row.used_records]
+    runs = [result for result in used if isinstance(result, Measurement)]
+    typical = report.typical(row)
+    return Figures(
+        plan=row.plan,
+        in_flight=row.effective.in_flight,
+        stage_devices=tuple(stage.device for stage in typical.memory),
+        cap_bytes=tuple(stage.cap_bytes for stage in typical.memory),
+        peak_bytes=tuple(stage.peak_bytes for stage in typical.memory),
+        throughputs=tuple(statistics.median(metrics.throughputs(run)) for run in runs),
+        metrics=row.metrics,
+        tokens_per_joule=_tokens_per_joule(runs),
+        disturbed_runs=row.disturbed_runs,
+    )
+
+
+def _tokens_per_joule(runs: Sequence[Measurement]) -> float | None:
+    """Median over the runs that have their energy; of tokens generated, or of all where texts are scored."""
+    found = [
+        sum(speed * one.duration_s for speed, one in zip(metrics.throughputs(run), run.iterations, strict=True))
+        / energy
+        for run in runs
+        if (energy := run.telemetry.energy_j)
+    ]
+    return statistics.median(found) if found else None
+
+
+def _shared(figures: Mapping[str, Mapping[str, Figures]]) -> tuple[SharedPlan, ...]:
+    keys = list(dict.fromkeys(key for rows in figures.values() for key in rows))
+    base = next(iter(figures))
+    found = []
+    for key in keys:
+        own = {name: rows[key] for name, rows in figures.items() if key in rows}
+        if len(own) < 2:
+            continue
+        first, *later = own
+        found.append(
+            SharedPlan(
+                key=key,
+                text=next(iter(own.values())).plan.describe(),
+                figures=own,
+                ratios={name: _ratio(own[name], own[base]) for name in later} if first == base else {},
+                notes=tuple(
+                    _unlike(name, own[name], first, own[first]) for name in later if _is_unlike(own[name], own[first])
+                ),
+            )
+        )
+    return tuple(sorted(found, key=lambda plan: -next(iter(plan.figures.values())).throughput))
+
+
+def _ratio(ours: Figures, theirs: Figures) -> RatioText:
+    found = ratio_of(ours.throughputs, theirs.throughputs)
+    return RatioText(value=found.value, low=found.low, high=found.high)
+
+
+def _is_unlike(one: Figures, other: Figures) -> bool:
+    """Machines of one kind report a little more or less memory from boot to boot: that is no other cap."""
+    pairs = zip(one.cap_bytes, other.cap_bytes, strict=False)
+    return one.in_flight != other.in_flight or any(abs(ours - theirs) > 0.01 * theirs for ours, theirs in pairs)
+
+
+def _unlike(name: str, one: Figures, first: str, other: Figures) -> str:
+    def caps(figures: Figures) -> str:
+        return ", ".join(bytes_text(count) for count in figures.cap_bytes)
+
+    return (
+        f"{one.in_flight} in flight under caps of {caps(one)} in {name}, "
+        f"{other.in_flight} under {caps(other)} in {first}"
+    )
+
+
+def _work(one: Contestant, other: Contestant) -> tuple[str, ...]:
+    return tuple(
+        line
+        for before, now in ((one.model, other.model), (one.workload, other.workload))
+        for line in _lines(before, now)
+    )
+
+
+def _lines(before: ModelSpec | Workload, now: ModelSpec | Workload) -> list[str]:
+    # A copy of the prompts is named by its hash; where it lies says nothing.
+    ignored = ("prompts_file:",)
+    return [line for line in differences(before, now) if not line.startswith(ignored)]
+
+
+def _change(first: Contestant, other: Contestant, plans: Sequence[SharedPlan]) -> Change:
+    work = _work(first, other)
+    shared = next((plan for plan in plans if plan.key == first.best_key), None)
+    same_plan = shared.ratios.get(other.name) if shared is not None and first.name in shared.figures else None
+    own_best = _ratio(other.best, first.best) if other.best and first.best and not work else None
+    moved = None
+    if first.best is not None and other.best is not None and first.best_key != other.best_key and not work:
+        moved = f"{first.best.plan.describe()} → {other.best.plan.describe()}"
+    software = (first.machine.software, other.machine.software) if first.machine and other.machine else None
+    protocol = [f"protocol.{line}" for line in differences(first.protocol, other.protocol)]
+    if first.goals != other.goals:
+        protocol.append(f"best plan chosen by: {', '.join(first.goals)} → {', '.join(other.goals)}")
+    return Change(
+        name=other.name,
+        hardware=tuple(_hardware(first, other)),
+        protocol=tuple(protocol),
+        software=tuple(differences(*software)) if software else (),
+        work=work,
+        same_plan=same_plan,
+        own_best=own_best,
+        moved=moved,
+        text=_text(first, other, work, same_plan, own_best, moved),
+    )
+
+
+def _hardware(first: Contestant, other: Contestant) -> Iterator[str]:
+    if first.devices != other.devices:
+        yield f"devices: {', '.join(first.devices)} → {', '.join(other.devices)}"
+    if first.machine is None or other.machine is None:
+        if first.hardware_id != other.hardware_id:
+            yield f"hardware_id: {first.hardware_id} → {other.hardware_id} (a file of records tells no more)"
+        return
+    before, now = first.machine.hardware, other.machine.hardware
+    if _gpus(before) != _gpus(now):
+        yield f"gpus: {_gpus(before)} → {_gpus(now)}"
+    elif [gpu.uuid for gpu in before.gpus] != [gpu.uuid for gpu in now.gpus]:
+        yield "gpus: others of the same kind, by their UUIDs"
+    alike = {"gpus": (), "memory_bytes": 0}
+    yield from differences(before.model_copy(update=alike), now.model_copy(update=alike))
+    if before.memory_bytes != now.memory_bytes:
+        yield f"memory: {bytes_text(before.memory_bytes)} → {bytes_text(now.memory_bytes)}"
+
+
+def _gpus(hardware: Hardware) -> str:
+    counts = Counter(
+        f"{gpu.name} of {bytes_text(gpu.memory_bytes)}"
+        + (f", capability {gpu.compute_capability}" if gpu.compute_capability else "")
+        for gpu in hardware.gpus
+    )
+    return " and ".join(f"{count} × {text}" for text, count in counts.items()) or "none"
+
+
+def _text(
+    first: Contestant,
+    other: Contestant,
+    work: Sequence[str],
+    same_plan: RatioText | None,
+    own_best: RatioText | None,
+    moved: str | None,
+) -> str:
+    if work:
+        return f"{other.name} was asked something else than {first.name}, and does not compare: {'; '.join(work)}"
+    if same_plan is not None:
+        same = f"the best plan of {first.name} is {_said(same_plan)} in {other.name}"
+    elif first.best is not None:
+        same = f"{other.name} did not measure the best plan of {first.name}, so machine and plan cannot be told apart"
+    else:
+        same = f"{first.name} has no best plan"
+    if own_best is None:
+        return same if other.best is not None else f"{same}; {other.name} has no best plan"
+    best = f"each at its own best, {other.name} is {_said(own_best)}"
+    return f"{same}; {best}" + (f", and another plan is best: {moved}" if moved else ", with the same plan")
+
+
+def _said(ratio: RatioText) -> str:
+    """`8.1 % slower (95 %: 5.2 to 10.9 %)`."""
+    change = 100 * (ratio.value - 1)
+    said = f"{abs(change):.1f} % {'faster' if change > 0 else 'slower'}" if abs(change) >= 0.05 else "as fast"
+    if ratio.low is None or ratio.high is None:
+        return f"{said} (by a single run: that tells nothing)"
+    ends = sorted((100 * (ratio.low - 1), 100 * (ratio.high - 1)))
+    told = "" if ratio.is_told else ", not told apart from equal"
+    return f"{said} (95 %: {ends[0]:+.1f} to {ends[1]:+.1f} %{told})"

@@ -1,0 +1,70 @@
+"""Reports of a study, written into its folder: tables, figures, a page and a trace, all derived from the records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipetune.bench.record import write_durably
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.markdown import render_markdown
+from pipetune.tuner.report.spreadsheet import render_csv
+from pipetune.tuner.report.tables import build_table
+from pipetune.tuner.report.trace import render_trace
+from pipetune.tuner.study.files import load_study
+
+if TYPE_CHECKING:
+    from pipetune.tuner.report.page import Section
+
+PLOTS_FOLDER = "plots"
+TRACE_FILE = "trace.json.gz"
+
+
+def write_report(folder: Path) -> None:
+    """Writes `ranking.csv`, `ranking.md`, `report.html`, `plots/*.png` and `trace.json.gz` of a study.
+
+    What the records do not yield (no plan ran, no run was instrumented) is said in the texts, and its file of an
+    earlier report is taken away.
+
+    Raises:
+        StudyError: the folder holds no study that can be read.
+    """
+    write_reports(Report.of(load_study(folder)))
+
+
+def write_reports(report: Report, sections: Sequence[Section] = ()) -> None:
+    """Writes the reports of a study that was loaded and ranked already.
+
+    Args:
+        sections: further ones of the page, such as a comparison with other studies.
+    """
+    # matplotlib takes half a second to import: those who only print a table need not wait for it.
+    from pipetune.tuner.report.canvas import DARK
+    from pipetune.tuner.report.html import render_html
+    from pipetune.tuner.report.plots import render_plots
+
+    folder = report.folder
+    plots = render_plots(report)
+    (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
+    for stale in (folder / PLOTS_FOLDER).glob("*.png"):
+        if stale.stem not in plots:
+            stale.unlink()
+    for name, png in plots.items():
+        _replace(folder / PLOTS_FOLDER / f"{name}.png", png)
+    trace = render_trace(report)
+    if trace is None:
+        (folder / TRACE_FILE).unlink(missing_ok=True)
+    else:
+        _replace(folder / TRACE_FILE, trace)
+    write_durably(folder / "ranking.csv", render_csv(report))
+    write_durably(folder / "report.html", render_html(report, plots, render_plots(report, DARK), sections))
+    write_durably(folder / "ranking.md", render_markdown(build_table(report)))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file that is whole or not there; it can be made again, so it need not outlive a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,74 @@
+"""A history as frozen values; `History` is the document of `history --json`."""
+
+from __future__ import annotations
+
+from pipetune.bench.spec import SCHEMA_VERSION, Value
+
+
+class Night(Value):
+    """One study."""
+
+    study: str
+    place: str
+    started_at: str
+    """Of its first record; UTC, ISO 8601."""
+    plan: str | None
+    """Its best plan; None where no plan has a rank."""
+    git_revision: str | None
+    software: str
+    """Packages that compute, in one line."""
+
+
+class LevelChange(Value):
+    """A new level of a series."""
+
+    night: int
+    """Index of the first night at the new level, within the series."""
+    study: str
+    p: float
+    before: float
+    after: float
+    is_worse: bool
+    also_changed: tuple[str, ...]
+    """What else changed between that night and the one before: software, the plan."""
+
+    @property
+    def share(self) -> float | None:
+        """-0.1: the metric is 10 % lower than before; None where that was zero or less."""
+        return self.after / self.before - 1.0 if self.before > 0 else None
+
+
+class Series(Value):
+    """One metric over the nights of one question."""
+
+    metric: str
+    subject: str
+    """`best plan`, `device_map`, or a plan that many nights ran."""
+    nights: tuple[int, ...]
+    """Indices into `Question.nights`."""
+    values: tuple[float, ...]
+    changes: tuple[LevelChange, ...]
+    dependence: float | None = None
+    """Autocorrelation around the levels, where nights hang together; a change may then be a spell that passes."""
+
+
+class Question(Value):
+    """Studies of one model and workload on equal hardware: their nights make series."""
+
+    title: str
+    hardware_id: str
+    machine: str
+    nights: tuple[Night, ...]
+    """In order of time."""
+    alpha: float
+    """Chance of a change being seen in a series that has none."""
+    series: tuple[Series, ...]
+
+
+class History(Value):
+    """All of it."""
+
+    schema_version: int = SCHEMA_VERSION
+    questions: tuple[Question, ...]
+    skipped: tuple[str, ...] = ()
+    """Folders that hold no study that can be read, and why."""

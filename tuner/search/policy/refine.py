@@ -1,0 +1,110 @@
+"""Partitions that the refitted model likes and the space does not list: the best splits for the sizes of a plan.
+
+A space lists the partitions that were promising before anything ran. When a refit finds a device slower or a layer
+dearer than was thought, the best cuts move, and with many stages soon beyond the list. So they are sought anew, for
+the devices and sizes of a promising candidate. Such a point carries its cuts, beside the rank of the listed partition
+that is nearest: it means the same plan for ever, and TPE sees the neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipetune.bench.spec import EffectivePlan
+from pipetune.tuner.planning.partition.splits import Partition, Table, best_splits, count_partitions
+from pipetune.tuner.planning.partition.stage_table import stage_seconds
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.search.space.candidates import Candidate
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import Point, SearchSpace, cut_name
+
+_Class = tuple[int, int, tuple[int, ...]]
+"""Replicas, stages and the order of the devices."""
+_TOLERANCE = 0.1
+"""Splits whose slowest stage takes so much longer than that of the best one are not looked at."""
+
+
+class Resplitter:
+    """Finds further partitions for candidates of a space."""
+
+    def __init__(self, space: SearchSpace, resolve: Resolver) -> None:
+        self._space, self._resolve = space, resolve
+        ranks: dict[_Class, list[int]] = {}
+        for rank in range(1, len(space.partitions) + 1):
+            ranks.setdefault(self._class_of({"partition_rank": rank}), []).append(rank)
+        self._listed = {kind: (own, self._cuts_of(own)) for kind, own in ranks.items()}
+        """Ranks, and their cuts `[partition, cut]`."""
+        self._cut_names = tuple(cut_name(index) for index in range(1, max(map(len, space.partitions))))
+
+    def class_of(self, candidate: Candidate) -> tuple[object, ...]:
+        """Equal for candidates that differ in their cuts, and perhaps their caps, alone."""
+        plan = candidate.effective.plan
+        sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
+        return (*self._class_of(candidate.point), *sizes, plan.compile, candidate.effective.in_flight)
+
+    def is_whole(self, candidate: Candidate) -> bool:
+        """Whether the space lists every partition of the candidate's stages."""
+        listed, _ = self._listed[self._class_of(candidate.point)]
+        stages, shape = len(candidate.effective.plan.stages), self._resolve.shape
+        return len(listed) == count_partitions(
+            shape.num_layers, min_stages=stages, max_stages=stages, forbidden_cuts=shape.forbidden_cuts
+        )
+
+    def nearest_ranks(self, partition: Partition) -> tuple[int, ...]:
+        """Of each number of replicas and order of the devices with so many stages, the rank nearest to a partition."""
+        cuts = np.cumsum(partition[:-1], dtype=int)
+        return tuple(
+            ranks[int(np.abs(listed - cuts).sum(axis=1).argmin())]
+            for (_, stages, _), (ranks, listed) in self._listed.items()
+            if stages == len(partition)
+        )
+
+    def best(self, candidate: Candidate, model: CostModel, *, limit: int) -> Iterator[Candidate]:
+        """The best partitions for a candidate's devices and sizes that fit into memory, listed ones among them."""
+        plan = candidate.effective.plan
+        stages = len(plan.stages)
+        kinds = model.kinds(plan, candidate.effective.in_flight)
+        known: dict[str, Table] = {}
+        for device in plan.devices:
+            if device not in known:
+                known[device] = stage_seconds(model.costs, device, kinds)
+        # All replicas are cut alike: a stage is as slow as the slowest of the devices that hold it.
+        columns = [[known[device] for device in plan.devices[index::stages]] for index in range(stages)]
+        splits = best_splits(
+            np.array([np.max(tables, axis=0) for tables in columns]),
+            range(stages),
+            min_stages=stages,
+            max_stages=stages,
+            any_order=False,
+            forbidden_cuts=self._resolve.shape.forbidden_cuts,
+            tolerance=_TOLERANCE,
+            limit=limit,
+        )
+        for split in splits:
+            point = self.point(candidate.point, split.partition)
+            resolved = self._resolve(self._space.plan(point))
+            if isinstance(resolved, EffectivePlan):
+                yield Candidate(point=point, effective=resolved)
+
+    def point(self, point: Point, partition: Partition) -> Point:
+        """A point of the same devices, sizes and switches, with another partition."""
+        cuts = np.cumsum(partition[:-1], dtype=int)
+        ranks, listed = self._listed[self._class_of(point)]
+        distances = np.abs(listed - cuts).sum(axis=1)
+        nearest = int(distances.argmin())
+        plain = {name: value for name, value in point.items() if name not in self._cut_names}
+        plain["partition_rank"] = ranks[nearest]
+        if distances[nearest] == 0:
+            return plain
+        return plain | dict(zip(self._cut_names, cuts.tolist(), strict=False))
+
+    def _cuts_of(self, ranks: Sequence[int]) -> npt.NDArray[np.int_]:
+        return np.array([np.cumsum(self._space.partitions[rank - 1][:-1], dtype=int) for rank in ranks])
+
+    def _class_of(self, point: Point) -> _Class:
+        rank = point["partition_rank"]
+        order = self._space.orders[rank - 1] if self._space.orders else ()
+        return self._space.replicas_of(point), len(self._space.partitions[rank - 1]), order

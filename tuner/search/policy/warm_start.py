@@ -1,0 +1,198 @@
+"""A warm start: what earlier studies teach about this one, and which of their plans to run first.
+
+On equal hardware and for the same question their runs teach the cost model. From anywhere, if the model is the same,
+their best plans run first, measured anew: devices stand for each other by their places. Nothing counts that this study
+has not measured itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipetune.bench.errors import StudyError
+from pipetune.bench.record import Machine, write_durably
+from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value, Workload
+from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.calibration.observation import Observation, observe
+from pipetune.tuner.ranking.rank import rank
+from pipetune.tuner.ranking.values import Objective
+from pipetune.tuner.search.policy.refine import Resplitter
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import Point, SearchSpace
+from pipetune.tuner.study.files import StudyContents, load_study, read
+
+BEST_PLANS = 3
+"""Taken of each earlier study."""
+MOST_OBSERVATIONS = 30
+"""Taken of each: the last ones, which are most like today."""
+
+
+class WarmStart(Value):
+    """What a study begins with; kept beside it as `warm_start.json`, so that a resume begins with the same."""
+
+    schema_version: int = SCHEMA_VERSION
+    folders: tuple[str, ...] = ()
+    prior: tuple[Observation, ...] = ()
+    first: tuple[dict[str, int], ...] = ()
+    """Points of this study's space."""
+    said: tuple[str, ...] = ()
+    """For people: what of each folder is used, and why the rest is not."""
+
+
+def warm_start(
+    path: Path, config: TuneConfig, *, model: ModelSpec, machine: Machine, space: SearchSpace, resolve: Resolver
+) -> WarmStart:
+    """What the earlier studies of `config.warm_start` give, as kept in `path` or read now and kept there.
+
+    Args:
+        model: as the fleet resolved it.
+
+    Raises:
+        StudyError: a folder holds no study, or one that cannot be read.
+    """
+    if path.exists():
+        kept = read(path, WarmStart)
+        if kept.folders == config.warm_start:
+            return kept
+    if not config.warm_start:
+        return WarmStart()
+    found = read_warm_start(config, model=model, machine=machine, space=space, resolve=resolve)
+    write_durably(path, found.model_dump_json(exclude_defaults=True) + "\n")
+    return found
+
+
+def read_warm_start(
+    config: TuneConfig, *, model: ModelSpec, machine: Machine, space: SearchSpace, resolve: Resolver
+) -> WarmStart:
+    """Reads the earlier studies; arguments and errors as in `warm_start`."""
+    prior: list[Observation] = []
+    first: list[Point] = []
+    said: list[str] = []
+    for folder in config.warm_start:
+        try:
+            earlier = load_study(_place(folder))
+        except StudyError as error:
+            raise StudyError(f"warm_start: {error}") from None
+        if earlier.shape != resolve.shape:
+            said.append(
+                f"{folder}: measured {earlier.config.model.name}, a model of another shape than {config.model.name}; "
+                "nothing of it is used"
+            )
+            continue
+        why_not = _why_no_lesson(earlier, config, model, machine)
+        lessons = [] if why_not else _observations(earlier)
+        points, missing = _best_points(earlier, space, resolve, config)
+        prior += lessons
+        first += [point for point in points if point not in first]
+        parts = [f"its {len(lessons)} last runs teach the cost model" if lessons else ""]
+        parts.append(f"its records teach nothing here: {why_not}" if why_not else "")
+        parts.append(f"its {len(points)} best plans run first, measured anew" if points else "")
+        parts.append(f"{missing} of its best plans are not in this study's space" if missing else "")
+        said.append(f"{folder}: " + ("; ".join(filter(None, parts)) or "it measured nothing"))
+    return WarmStart(folders=config.warm_start, prior=tuple(prior), first=tuple(first), said=tuple(said))
+
+
+def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Sequence[str]) -> Point | None:
+    """The point that runs like a plan under the largest cap, with cuts of its own where the space does not list the
+    plan's partition; None where there is none.
+
+    Args:
+        devices: of the study that the plan is from, in order.
+    """
+    wanted = _moved(plan, devices, space.devices)
+    if wanted is None:
+        return None
+    caps = {"memory_index": len(space.memory_fractions) - 1} if len(space.memory_fractions) > 1 else {}
+    few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
+    resplitter = Resplitter(space, resolve)
+    for rank_ in resplitter.nearest_ranks(wanted.layer_counts):
+        for listed in few.points(rank_):
+            point = resplitter.point({**listed, **caps}, wanted.layer_counts)
+            if _runs_alike(space.plan(point), wanted):
+                return point
+    return None
+
+
+def _place(folder: str) -> Path:
+    """A study by its folder, or by its name under `results/`."""
+    path, named = Path(folder), Path("results") / folder
+    return named if not path.exists() and named.exists() else path
+
+
+def _why_no_lesson(earlier: StudyContents, config: TuneConfig, model: ModelSpec, machine: Machine) -> str | None:
+    """Why the times of an earlier study say nothing of this one's; None where they do."""
+    if earlier.machine.hardware_id != machine.hardware_id:
+        return "they are of other hardware"
+    if earlier.config.concrete_devices != config.concrete_devices:
+        return f"they are of {', '.join(earlier.config.concrete_devices)}"
+    for name in ("dtype", "storage_dtype", "attention"):
+        theirs, ours = getattr(earlier.config.model, name), getattr(model, name)
+        if theirs != ours:
+            return f"they are of model.{name}={theirs}"
+    theirs_, ours_ = _question(earlier.config.workload), _question(config.workload)
+    changed = [name for name in ours_ if theirs_[name] != ours_[name]]
+    return f"their workload has {', '.join(f'{name}={theirs_[name]}' for name in changed)}" if changed else None
+
+
+def _question(workload: Workload) -> dict[str, object]:
+    """What of a workload decides how long things take."""
+    values: dict[str, object] = {
+        "kind": workload.kind,
+        "num_prompts": workload.num_prompts,
+        "output_len": workload.generated_len,
+        "sampled": workload.sampling is not None,
+        "prompts_sha256": workload.prompts_sha256,
+    }
+    if workload.prompts_sha256 is None:
+        values |= {"input_len": workload.input_len, "random_range_ratio": workload.random_range_ratio}
+    return values
+
+
+def _observations(earlier: StudyContents) -> list[Observation]:
+    found = (observe(record) for record in earlier.records if record.source is None)
+    return [observation for observation in found if observation is not None][-MOST_OBSERVATIONS:]
+
+
+def _best_points(
+    earlier: StudyContents, space: SearchSpace, resolve: Resolver, config: TuneConfig
+) -> tuple[list[Point], int]:
+    """Points of the earlier study's best plans by what is asked now, and how many of them have none."""
+    objectives = [Objective(metric=name) for name in config.objectives]
+    rows = [row for row in rank(earlier.records, objectives, config.constraints).rows if len(row.plan.devices) > 1]
+    if not any(len(devices) > 1 for devices in (space.devices, earlier.config.concrete_devices)):
+        rows = list(rank(earlier.records, objectives, config.constraints).rows)
+    best = [row.plan for row in rows if row.feasible][:BEST_PLANS] or [row.plan for row in rows][:BEST_PLANS]
+    points = [point_of_plan(space, resolve, plan, earlier.config.concrete_devices) for plan in best]
+    found = [point for point in points if point is not None]
+    return found, len(points) - len(found)
+
+
+def _moved(plan: Plan, theirs: Sequence[str], ours: Sequence[str]) -> Plan | None:
+    """The plan on devices of the same places; None where there are too few of them."""
+    places = {device: place for place, device in enumerate(theirs)}
+    if any(device not in places or places[device] >= len(ours) for device in plan.devices):
+        return None
+
+    def moved(devices: Sequence[str]) -> Iterator[str]:
+        return (ours[places[device]] for device in devices)
+
+    stages = tuple(
+        stage.model_copy(update={"device": device})
+        for stage, device in zip(plan.stages, moved([stage.device for stage in plan.stages]), strict=True)
+    )
+    rows = tuple(tuple(moved(row)) for row in plan.replica_devices)
+    return plan.model_copy(update={"stages": stages, "replica_devices": rows})
+
+
+def _runs_alike(one: Plan, other: Plan) -> bool:
+    """Whether two plans are equal but for their caps and the switches that a study sets for all."""
+    return (
+        one.layer_counts == other.layer_counts
+        and one.devices == other.devices
+        and one.replicas == other.replicas
+        and one.micro_batch_size == other.micro_batch_size
+        and one.prefill_size == other.prefill_size
+        and one.prefill_chunk_size == other.prefill_chunk_size
+        and one.compile == other.compile
+    )

@@ -1,0 +1,1 @@
+"""One study among several processes, in a database."""

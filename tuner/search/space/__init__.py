@@ -1,0 +1,1 @@
+"""The search space: layouts of stages, knobs, and plans with their memory caps resolved."""

@@ -1,0 +1,74 @@
+"""What a plan comes to under the memory caps, and when two plans are one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipetune.bench import memory
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.record import Failure
+from pipetune.bench.spec import EffectivePlan, Plan, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolver:
+    """Tells what a plan comes to under the memory caps of these devices."""
+
+    shape: ModelShape
+    num_prompts: int
+    prompt_len: int
+    """Longest prompt, tokens."""
+    output_len: int
+    """Tokens generated for each prompt; 0 where texts are scored."""
+    device_bytes: dict[str, int]
+    _known: dict[Plan, EffectivePlan | Failure] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of_workload(
+        cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int], device_bytes: dict[str, int]
+    ) -> Resolver:
+        """A resolver for these prompts; `prompt_lens` in tokens."""
+        return cls(
+            shape=shape,
+            num_prompts=workload.num_prompts,
+            prompt_len=max(prompt_lens),
+            output_len=workload.generated_len,
+            device_bytes=device_bytes,
+        )
+
+    def __call__(self, plan: Plan) -> EffectivePlan | Failure:
+        if plan not in self._known:
+            self._known[plan] = memory.resolve(
+                self.shape,
+                plan,
+                num_prompts=self.num_prompts,
+                prompt_len=self.prompt_len,
+                output_len=self.output_len,
+                device_bytes=self.device_bytes,
+            )
+        return self._known[plan]
+
+    def needed_bytes(self, effective: EffectivePlan) -> dict[str, int]:
+        """What the plan is accounted to need on each of its devices."""
+        needed: dict[str, int] = {}
+        for replica in range(effective.plan.replicas):
+            plan = effective.plan.replica(replica)
+            for index, stage in enumerate(plan.stages):
+                need = memory.stage_bytes(
+                    self.shape, plan, index, prompt_len=self.prompt_len, output_len=self.output_len
+                )
+                needed[stage.device] = needed.get(stage.device, 0) + need.total(effective.in_flight)
+        return needed
+
+
+def identity(plan: Plan, resolved: EffectivePlan | Failure) -> str:
+    """Equal for points that would run the same way."""
+    return resolved.key if isinstance(resolved, EffectivePlan) else f"refused {plan.digest()}"
+
+
+def overrun(failure: Failure) -> float:
+    """How far over its memory a plan is, as a share of what there was; 1 where nobody knows."""
+    if failure.bytes_wanted is None or not failure.bytes_had:
+        return 1.0
+    return max(failure.bytes_wanted / failure.bytes_had - 1.0, 0.01)

@@ -1,0 +1,1 @@
+"""A study on disk: its folder, files, locks, and what plans and device maps it leaves."""

@@ -1,0 +1,85 @@
+"""Locks that name their holder: one study a folder, one study at a time on each GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from pipetune.bench.errors import StudyError
+from pipetune.bench.record import GpuInfo
+from pipetune.bench.spec import device_index, device_kind
+
+
+@contextlib.contextmanager
+def hold(path: Path, what: str, *, way_out: str) -> Iterator[None]:
+    """Holds a lock until the block or the process ends, and writes beside it who holds it.
+
+    Args:
+        path: of the lock file, which stays.
+        what: what is locked, for the message.
+        way_out: what a user can do who does not get it.
+
+    Raises:
+        StudyError: somebody else holds it; names them.
+    """
+    lock = FileLock(path, blocking=False)
+    holder = path.with_name(f"{path.name}.holder")
+    try:
+        lock.acquire()
+    except Timeout:
+        try:
+            who = holder.read_text(encoding="utf-8").strip()
+        except OSError:
+            who = "another process"
+        raise StudyError(f"{what} is in use by {who}; {way_out}") from None
+    try:
+        holder.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def hold_gpus(devices: Sequence[str], gpus: Sequence[GpuInfo]) -> Iterator[None]:
+    """Holds every GPU among the devices by its UUID, for this user; CPU workers need no lock.
+
+    Args:
+        gpus: of the machine, in CUDA's order.
+
+    Raises:
+        StudyError: another study runs on one of them.
+    """
+    used = sorted({device_index(device) for device in devices if device_kind(device) == "cuda"})
+    with contextlib.ExitStack() as stack:
+        if used:
+            folder = _runtime_folder()
+            # In the order of UUIDs, so that two studies cannot each hold what the other waits for.
+            for index in sorted(used, key=lambda index: gpus[index].uuid):
+                name = gpus[index].uuid or f"cuda-{index}"
+                stack.enter_context(
+                    hold(
+                        folder / f"{name.replace('/', '_')}.lock",
+                        f"cuda:{index} ({name})",
+                        way_out="two studies on one GPU would spoil each other: wait for it, or take other devices",
+                    )
+                )
+        yield
+
+
+def _runtime_folder() -> Path:
+    """A folder of this user's own, where locks outlive no reboot."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(base) / "pipetune" if base else Path(tempfile.gettempdir()) / f"pipetune-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        raise StudyError(f"{folder} belongs to somebody else or is writable by others; remove it, it holds our locks")
+    return folder

@@ -1,0 +1,140 @@
+"""The search's diary: why each trial ran, what was predicted of it before, why the search ended, where the time went.
+
+It is kept beside the records as `search.json` and written whole at every step, so that a kill loses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pipetune.bench.record import write_durably
+from pipetune.bench.spec import SCHEMA_VERSION, Value
+from pipetune.tuner.study.files import read
+
+Reason = Literal["again", "first", "all", "model", "kind", "tpe", "replicate"]
+"""Why a plan runs: `again`, it was stopped or lost its workers; `first`, an earlier study liked it; `all`, the space is
+within the budget; `model`, the cost model promises most of it; `kind`, no plan of its kind was measured; `tpe`, Optuna
+likes it; `replicate`, it leads, and nobody knows for sure."""
+
+StopKind = Literal["budget", "time", "converged", "exhausted"]
+
+Phase = Literal["start", "profile", "reference", "baseline", "single_stage", "trials", "search", "finals", "reports"]
+"""What a study spends time on; `search` is choosing the next trial and telling what came of it."""
+
+MEASURING: tuple[Phase, ...] = ("baseline", "single_stage", "trials", "finals")
+
+
+class Proposal(Value):
+    """What to run next."""
+
+    point: dict[str, int]
+    kind: Reason
+    reason: str
+    """For people."""
+    predicted: dict[str, float] = Field(default_factory=dict)
+    """Metrics, before it runs."""
+    predicted_sd: dict[str, float] = Field(default_factory=dict)
+    """Relative standard deviations of these."""
+
+
+class Stop(Value):
+    """The end of a search."""
+
+    kind: StopKind
+    text: str
+    """For people."""
+
+
+class LoggedTrial(Value):
+    """A proposal that became a trial."""
+
+    trial_number: int
+    point: dict[str, int]
+    kind: Reason
+    reason: str
+    predicted: dict[str, float] = Field(default_factory=dict)
+    predicted_sd: dict[str, float] = Field(default_factory=dict)
+
+
+class SearchLog(Value):
+    """The diary of one study; a resume goes on with it."""
+
+    schema_version: int = SCHEMA_VERSION
+    entries: tuple[LoggedTrial, ...] = ()
+    stop: Stop | None = None
+    """None while the search goes on, or where it was interrupted."""
+    seconds: dict[Phase, float] = Field(default_factory=dict)
+    """By phase, over all sessions of the study."""
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def not_measuring_s(self) -> float:
+        """What went by beside runs of plans and of the baseline."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase not in MEASURING)
+
+
+class LogBook:
+    """Writes the diary."""
+
+    def __init__(self, path: Path) -> None:
+        """Goes on with what is there.
+
+        Raises:
+            StudyError: what is there cannot be read.
+        """
+        self._path = path
+        self.log = read(path, SearchLog) if path.exists() else SearchLog()
+        self._phases: list[Phase] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def spend(self, phase: Phase) -> Iterator[None]:
+        """Counts the block's time for a phase, and not for the phase that it interrupts."""
+        self._count()
+        self._phases.append(phase)
+        try:
+            yield
+        finally:
+            self._count()
+            self._phases.pop()
+
+    def note(self, trial_number: int, proposal: Proposal) -> None:
+        """Writes down what is to run, before it runs."""
+        entry = LoggedTrial(trial_number=trial_number, **proposal.model_dump())
+        others = (other for other in self.log.entries if other.trial_number != trial_number)
+        self._write({"entries": (*others, entry), "stop": None})
+
+    def end(self, stop: Stop) -> None:
+        """Writes down why the search ended."""
+        self._write({"stop": stop})
+
+    def save(self) -> None:
+        """Writes down the time spent so far."""
+        self._write({})
+
+    def save_if_there(self) -> None:
+        """The same, for a study that has anything to keep."""
+        if self._path.exists():
+            self.save()
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        if self._phases:
+            seconds = dict(self.log.seconds)
+            seconds[self._phases[-1]] = round(seconds.get(self._phases[-1], 0.0) + now - self._since, 4)
+            self.log = self.log.model_copy(update={"seconds": seconds})
+        self._since = now
+
+    def _write(self, update: dict[str, object]) -> None:
+        self._count()
+        self.log = self.log.model_copy(update=update)
+        write_durably(self._path, self.log.model_dump_json(exclude_defaults=True, indent=1) + "\n")
