@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULE = "tuner"
+MODULE = "pipetune"
 HEAVY = (
     "matplotlib.pyplot",
     "optuna",

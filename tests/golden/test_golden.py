@@ -18,7 +18,7 @@ from tests.golden.record import DATA, load
 from tests.golden.scenarios import CHAINS, STARTS_FLEETS, SUBCOMMANDS, Sections, walk
 from tests.golden.text import same_shape, words
 
-ROOTS = {"bench": "bench", "tuner": "tuner"}
+ROOTS = {"bench": "pipetune", "tuner": "pipetune"}
 """Where each half of the library is imported from."""
 PUBLIC = {
     "bench": (*("Pipeline", "Plan", "ModelSpec", "Sampling", "StagePlan", "GenerationResult", "ScoreResult"),),
@@ -107,7 +107,7 @@ def test_what_the_readme_imports_is_a_public_name() -> None:
     names = {
         alias.name
         for line in lines
-        for node in ast.walk(ast.parse(line))
+        for node in ast.walk(ast.parse(line.lstrip("`")))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

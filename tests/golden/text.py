@@ -68,7 +68,7 @@ def shape(document: Any) -> str:
 
 
 def same_shape(left: str, right: str) -> tuple[str, str]:
-    """Two shapes without what is null or empty in some place, and without what stands below a place that is so in all."""
+    """Two shapes without what is null or empty in some place, and what stands below a place that is so in all."""
     sides = [dict(line.rpartition(": ")[::2] for line in text.splitlines()) for text in (left, right)]
     untold = [{place for place, kinds in side.items() if set(kinds.split("|")) <= {"null", "empty"}} for side in sides]
     bare = {
