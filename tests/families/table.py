@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -49,7 +50,7 @@ def write_table(surveys: Sequence[Survey], versions: Mapping[str, str], *, befor
         *(rows[family] for family in sorted(rows)),
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith("|") else textwrap.fill(line, 100) for line in lines)
 
 
 def read_verdicts(document: str) -> dict[str, str]:
