@@ -38,18 +38,20 @@ def doctor(
     """Check this machine, with workers that really talk to each other; with --model, what a model is made of and
     what of it would fit."""
     from pipetune.tuner.cli import common, doctor_view
-    from pipetune.tuner.commands.doctor import Fitting, run_checkup
+    from pipetune.tuner.commands.doctor import Fitting, run_doctor
     from pipetune.tuner.progress import make_reporter
 
     named = model is not None or config is not None
     resolved = common.resolve_settings({**ctx.params, "model": model if named else "tiny"})
     given = {"micro_batch_size": micro_batch_size, "memory_fraction": memory_fraction}
     fitting = Fitting.model_validate({name: value for name, value in given.items() if value is not None})
-    checkup = run_checkup(resolved.config, fitting if named else None, make_reporter(common.err(), silent=no_progress))
+    result = run_doctor(resolved.config, fitting if named else None, make_reporter(common.err(), silent=no_progress))
     if json:
-        common.print_json(checkup.model_dump(mode="json") | {"schema_version": 1, "exit_code": checkup.exit_code})
+        common.print_json(
+            result.model_dump(mode="json", by_alias=True) | {"schema_version": 1, "exit_code": result.exit_code}
+        )
     else:
-        checkup.print(common.out())
-        if checkup.anatomy is not None:
-            doctor_view.show(checkup.anatomy, common.out())
-    return checkup.exit_code
+        result.print(common.out())
+        if result.model_fit is not None:
+            doctor_view.show(result.model_fit, common.out())
+    return result.exit_code

@@ -6,33 +6,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipetune.tuner.planning.model_fit import Anatomy, Fit, ranges_text
+from pipetune.tuner.planning.model_fit import Fit, ModelFit, ranges_text
 
 _LEFT = frozenset({"layers", "kind", "stage", "device"})
 _MAX_RANGES = 18
 
 
-def show(anatomy: Anatomy, console: Console) -> None:
+def show(model_fit: ModelFit, console: Console) -> None:
     """Prints a model."""
     console.print()
-    console.print(_facts(anatomy))
+    console.print(_facts(model_fit))
     console.print()
-    console.print(_layers(anatomy))
+    console.print(_layers(model_fit))
     console.print()
-    _show_fit(anatomy, console)
-    for text in anatomy.refused:
+    _show_fit(model_fit, console)
+    for text in model_fit.refused:
         console.print(f"refused: {text}", markup=False)
 
 
-def _facts(anatomy: Anatomy) -> Table:
-    shape = anatomy.shape
+def _facts(model_fit: ModelFit) -> Table:
+    shape = model_fit.shape
     outside = {"embedding": shape.embedding_bytes, "head": shape.head_bytes, "other": shape.other_bytes}
     in_layers = sum(layer.weight_bytes for layer in shape.layers)
     active = sum(layer.active_params for layer in shape.layers)
     routed = active < 0.9 * in_layers / shape.dtype_bytes
-    cuts = f"before layers {ranges_text(anatomy.cuts)}" if anatomy.cuts else "nowhere: it runs on one device"
-    if anatomy.cuts == tuple(range(1, shape.num_layers)):
-        cuts = f"anywhere: before layers {ranges_text(anatomy.cuts)}"
+    cuts = f"before layers {ranges_text(model_fit.cuts)}" if model_fit.cuts else "nowhere: it runs on one device"
+    if model_fit.cuts == tuple(range(1, shape.num_layers)):
+        cuts = f"anywhere: before layers {ranges_text(model_fit.cuts)}"
     facts = {
         "parameters": _count(shape.num_parameters)
         + (f"; of those in the layers a token meets {_count(active)}" if routed else ""),
@@ -53,9 +53,9 @@ def _facts(anatomy: Anatomy) -> Table:
     return grid
 
 
-def _layers(anatomy: Anatomy) -> Table:
+def _layers(model_fit: ModelFit) -> Table:
     table = _table("layers", "n", "kind", "weights MiB", "active params", "KV B/token")
-    for group in anatomy.groups:
+    for group in model_fit.groups:
         ranges = ranges_text(group.indices)
         table.add_row(
             ranges if len(ranges) <= _MAX_RANGES else f"{ranges[: _MAX_RANGES - 2].rpartition(',')[0]}, …",
@@ -68,8 +68,8 @@ def _layers(anatomy: Anatomy) -> Table:
     return table
 
 
-def _show_fit(anatomy: Anatomy, console: Console) -> None:
-    fit = anatomy.fit
+def _show_fit(model_fit: ModelFit, console: Console) -> None:
+    fit = model_fit.fit
     split = "+".join(str(count) for count in fit.layer_counts)
     size = f"micro-batch {fit.micro_batch_size}"
     if fit.micro_batch_size < fit.whole_size:

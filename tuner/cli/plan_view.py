@@ -35,7 +35,7 @@ def document(planned: Planned) -> dict[str, Any]:
     config, source = planned.config, planned.source
     return {
         "schema_version": 1,
-        "predicted_from": {"kind": source.kind, "text": source.text, "way_out": source.way_out},
+        "predicted_from": {"kind": source.kind, "text": source.text, "way_out": source.remedy},
         "model": planned.model.model_dump(mode="json"),
         "architecture": planned.shape.architecture,
         "layers": planned.shape.num_layers,
@@ -89,8 +89,8 @@ def show(planned: Planned, console: Console) -> None:
     """For people."""
     console.print("Predictions: nothing was run.", style="bold")
     console.print(f"From {planned.source.text}.", markup=False)
-    if planned.source.way_out is not None:
-        console.print(f"{planned.source.way_out}.", markup=False)
+    if planned.source.remedy is not None:
+        console.print(f"{planned.source.remedy}.", markup=False)
     console.print()
     console.print(_facts(planned))
     console.print()

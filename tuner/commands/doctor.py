@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,7 +20,7 @@ from rich.table import Table
 from pipetune.bench.errors import ConfigError, FleetError, ModelError, NothingFeasibleError, PipetuneError, UserError
 from pipetune.bench.spec import ModelSpec, Plan, Value, device_kind
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.planning.model_fit import Anatomy, Wanted, dissect
+from pipetune.tuner.planning.model_fit import ModelFit, Wanted, fit_model
 from pipetune.tuner.progress import Reporter
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ class Fitting(Value):
     memory_fraction: float = 0.9
 
 
-class Checkup(Value):
+class DoctorResult(Value):
     """All checks, the model if one was named, and the exit code they amount to."""
 
     checks: tuple[Check, ...]
-    anatomy: Anatomy | None = None
+    model_fit: ModelFit | None = Field(default=None, serialization_alias="anatomy")
     fault_code: int = 0
 
     @property
@@ -84,7 +85,7 @@ class _Findings:
     """What was found so far."""
 
     checks: list[Check]
-    anatomy: Anatomy | None = None
+    model_fit: ModelFit | None = None
     fault_code: int = 0
 
     def fail(self, name: str, text: str, code: int) -> None:
@@ -93,7 +94,7 @@ class _Findings:
         self.fault_code = self.fault_code or code
 
 
-def run_checkup(config: TuneConfig, fitting: Fitting | None, reporter: Reporter) -> Checkup:
+def run_doctor(config: TuneConfig, fitting: Fitting | None, reporter: Reporter) -> DoctorResult:
     """Looks at software, disk, devices and, with real workers, at what is needed to run.
 
     Args:
@@ -114,7 +115,7 @@ def run_checkup(config: TuneConfig, fitting: Fitting | None, reporter: Reporter)
                 _look_at_model(config, fitting, reporter, found)
     except PipetuneError as error:
         found.fail("model" if isinstance(error, ModelError) else "workers", _reason(error), error.exit_code)
-    return Checkup(checks=tuple(found.checks), anatomy=found.anatomy, fault_code=found.fault_code)
+    return DoctorResult(checks=tuple(found.checks), model_fit=found.model_fit, fault_code=found.fault_code)
 
 
 def _software() -> Iterator[Check]:
@@ -174,9 +175,9 @@ def _look_at_model(config: TuneConfig, fitting: Fitting, reporter: Reporter, fou
             micro_batch_size=fitting.micro_batch_size,
             memory_fraction=fitting.memory_fraction,
         )
-        found.anatomy = dissect(fleet.shape, wanted)
-    if found.anatomy.way_out is not None:
-        text = f"not even one micro-batch fits: {found.anatomy.way_out}"
+        found.model_fit = fit_model(fleet.shape, wanted)
+    if found.model_fit.remedy is not None:
+        text = f"not even one micro-batch fits: {found.model_fit.remedy}"
         found.fail("fit", text, NothingFeasibleError.exit_code)
 
 

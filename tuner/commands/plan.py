@@ -42,7 +42,7 @@ class Source:
     kind: SourceKind
     text: str
     """For people: which profile, of when and where; which file; or that rates are nominal."""
-    way_out: str | None = None
+    remedy: str | None = None
     """How to get a better one."""
 
 
@@ -266,7 +266,7 @@ def _costs(
     return None, Source(
         kind="nominal",
         text="nominal rates, by the kind of device alone: the order of plans means more than their numbers",
-        way_out=f"`pipetune profile {_flags(config)}` times layers and links",
+        remedy=f"`pipetune profile {_flags(config)}` times layers and links",
     )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _POSTGRESQL = frozenset({"postgresql", "postgres"})
 _DRIVER = "psycopg"
-_WAY_OUT = "give --storage postgresql://USER@HOST/DATABASE"
+_REMEDY = "give --storage postgresql://USER@HOST/DATABASE"
 _ALONE = "or work alone by --shared-study ''"
 
 
@@ -70,13 +70,13 @@ def check_sharing(config: TuneConfig) -> None:
         )
     if config.storage is None:
         raise ConfigError(
-            f"shared_study={name}: the processes meet in a database; {_WAY_OUT} (it is not kept in study.yaml, since "
+            f"shared_study={name}: the processes meet in a database; {_REMEDY} (it is not kept in study.yaml, since "
             f"it may hold a password), {_ALONE}"
         )
     if not is_postgresql(config.storage):
         raise ConfigError(
             f"shared_study={name}: storage {shown(config.storage)} cannot be shared, SQLite and the like are for one "
-            f"process; {_WAY_OUT}, {_ALONE}"
+            f"process; {_REMEDY}, {_ALONE}"
         )
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from pydantic import Field
 
 from pipetune.bench.memory import LayerShape, ModelShape, resolve, stage_bytes
 from pipetune.bench.record import Failure
@@ -61,7 +62,7 @@ class Fit(Value):
     stages: tuple[StageNeed, ...]
 
 
-class Anatomy(Value):
+class ModelFit(Value):
     """All that `doctor` says of a model."""
 
     shape: ModelShape
@@ -71,7 +72,7 @@ class Anatomy(Value):
     fit: Fit
     refused: tuple[str, ...]
     """What `tune` and `bench` would refuse of this model, and why."""
-    way_out: str | None
+    remedy: str | None = Field(serialization_alias="way_out")
     """Where not even one micro-batch fits: what would help."""
 
 
@@ -109,18 +110,18 @@ class Wanted:
         )
 
 
-def dissect(shape: ModelShape, wanted: Wanted) -> Anatomy:
+def fit_model(shape: ModelShape, wanted: Wanted) -> ModelFit:
     """Describes a model and what of it would fit."""
     cuts = tuple(sorted(set(range(1, shape.num_layers)) - set(shape.forbidden_cuts)))
     num_stages = min(len(wanted.devices), len(cuts) + 1)
     fit = _fit(shape, wanted, num_stages)
-    return Anatomy(
+    return ModelFit(
         shape=shape,
         groups=group_layers(shape.layers),
         cuts=cuts,
         fit=fit,
         refused=tuple(_refusals(shape, wanted, cuts)),
-        way_out=None if fit.in_flight else _way_out(shape, wanted, cuts, fit),
+        remedy=None if fit.in_flight else _remedy(shape, wanted, cuts, fit),
     )
 
 
@@ -228,7 +229,7 @@ def _refusals(shape: ModelShape, wanted: Wanted, cuts: tuple[int, ...]) -> list[
     return refused
 
 
-def _way_out(shape: ModelShape, wanted: Wanted, cuts: tuple[int, ...], fit: Fit) -> str:
+def _remedy(shape: ModelShape, wanted: Wanted, cuts: tuple[int, ...], fit: Fit) -> str:
     """What would let it fit: the first of smaller micro-batches, half precision and more devices that does."""
     size = fit.micro_batch_size
     while size > 1:

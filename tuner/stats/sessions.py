@@ -32,7 +32,7 @@ _FAR = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
+class NewLevel:
     """How a new session's level lies to what stored ones let expect of it."""
 
     difference: float
@@ -89,7 +89,7 @@ class Prediction:
         return float(norm.ppf(share)) if math.isinf(self.freedom) else float(t.ppf(share, self.freedom))
 
 
-def predict(stored: Sequence[Sequence[float]], new: Sequence[float], *, told_spread: float | None) -> Prediction:
+def predict(stored: Sequence[Sequence[float]], new: Sequence[float], *, told_spread: float | None) -> NewLevel:
     """How a new session lies to stored ones.
 
     Args:
@@ -111,7 +111,7 @@ def predict(stored: Sequence[Sequence[float]], new: Sequence[float], *, told_spr
     variance = runs_alone if spread is None else spread**2 * (1 + 1 / count) + max(0.0, new_open - old_open)
     if count < LEAST_SESSIONS:
         variance = max(variance, runs_alone)
-    return Prediction(
+    return NewLevel(
         difference=statistics.median(new) - statistics.fmean(levels),
         error=math.sqrt(variance),
         freedom=float(count - 1) if count >= LEAST_SESSIONS else math.inf,

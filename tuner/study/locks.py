@@ -18,13 +18,13 @@ from pipetune.bench.spec import device_index, device_kind
 
 
 @contextlib.contextmanager
-def hold(path: Path, what: str, *, way_out: str) -> Iterator[None]:
+def hold(path: Path, what: str, *, remedy: str) -> Iterator[None]:
     """Holds a lock until the block or the process ends, and writes beside it who holds it.
 
     Args:
         path: of the lock file, which stays.
         what: what is locked, for the message.
-        way_out: what a user can do who does not get it.
+        remedy: what a user can do who does not get it.
 
     Raises:
         StudyError: somebody else holds it; names them.
@@ -38,7 +38,7 @@ def hold(path: Path, what: str, *, way_out: str) -> Iterator[None]:
             who = holder.read_text(encoding="utf-8").strip()
         except OSError:
             who = "another process"
-        raise StudyError(f"{what} is in use by {who}; {way_out}") from None
+        raise StudyError(f"{what} is in use by {who}; {remedy}") from None
     try:
         holder.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
@@ -68,7 +68,7 @@ def hold_gpus(devices: Sequence[str], gpus: Sequence[GpuInfo]) -> Iterator[None]
                     hold(
                         folder / f"{name.replace('/', '_')}.lock",
                         f"cuda:{index} ({name})",
-                        way_out="two studies on one GPU would spoil each other: wait for it, or take other devices",
+                        remedy="two studies on one GPU would spoil each other: wait for it, or take other devices",
                     )
                 )
         yield

@@ -361,7 +361,7 @@ class StudyStore:
 def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locks.hold(folder / _LOCK_FILE, str(folder), way_out="wait for it, or take another folder"))
+        stack.enter_context(locks.hold(folder / _LOCK_FILE, str(folder), remedy="wait for it, or take another folder"))
     except OSError as error:
         raise StudyError(f"{folder}: cannot write a study there: {error.strerror or error}") from None
 

@@ -15,7 +15,7 @@ from pipetune.bench.memory import LayerShape, ModelShape
 from pipetune.bench.spec import Plan, Workload
 from pipetune.tuner.planning.partition.splits import all_partitions
 from pipetune.tuner.planning.simulation.model import CostModel
-from pipetune.tuner.planning.simulation.schedule import course_of
+from pipetune.tuner.planning.simulation.schedule import task_sequence_of
 
 REPEATS, WANTED = 7, 2000.0
 LAYERS, STAGES, PROMPTS, INPUT_LEN, OUTPUT_LEN = 32, 4, 64, 64, 32
@@ -34,7 +34,7 @@ def rates_of(count: int) -> list[float]:
     workload = Workload(num_prompts=PROMPTS, input_len=INPUT_LEN, output_len=OUTPUT_LEN)
     rates = []
     for _ in range(REPEATS):
-        course_of.cache_clear()
+        task_sequence_of.cache_clear()
         model = CostModel.of_workload(shape, workload, [INPUT_LEN] * PROMPTS)
         began = time.perf_counter()
         model.predict_many(plans)

@@ -14,7 +14,7 @@ from pipetune.bench.memory import ModelShape, resolve
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, Workload
 from pipetune.tuner.cli.doctor_view import show
-from pipetune.tuner.planning.model_fit import Anatomy, Wanted, dissect, group_layers, ranges_text
+from pipetune.tuner.planning.model_fit import ModelFit, Wanted, fit_model, group_layers, ranges_text
 from tests.record_factory import make_shape
 
 GIB = 2**30
@@ -31,14 +31,14 @@ def wanted(memory: int = 4 * GIB, devices: int = 2, **changes: Any) -> Wanted:
     )
 
 
-def resolved(anatomy: Anatomy, job: Wanted) -> EffectivePlan | Failure:
+def resolved(model_fit: ModelFit, job: Wanted) -> EffectivePlan | Failure:
     """What the plan that was described resolves to."""
-    fit = anatomy.fit
+    fit = model_fit.fit
     plan = Plan.from_layer_counts(
         fit.layer_counts, job.devices, fit.micro_batch_size, memory_fraction=fit.memory_fraction
     )
     return resolve(
-        anatomy.shape,
+        model_fit.shape,
         plan,
         num_prompts=job.workload.num_prompts,
         prompt_len=max(job.prompt_lens),
@@ -47,9 +47,9 @@ def resolved(anatomy: Anatomy, job: Wanted) -> EffectivePlan | Failure:
     )
 
 
-def printed(anatomy: Anatomy) -> list[str]:
+def printed(model_fit: ModelFit) -> list[str]:
     text = StringIO()
-    show(anatomy, Console(file=text, width=80))
+    show(model_fit, Console(file=text, width=80))
     return text.getvalue().splitlines()
 
 
@@ -89,21 +89,21 @@ def test_what_is_said_to_fit_is_what_a_plan_resolves_to(
 ) -> None:
     shape = SMALL.model_copy(update={"forbidden_cuts": tuple(sorted(forbidden))})
     job = wanted(memory, devices, micro_batch_size=size)
-    anatomy = dissect(shape, job)
-    outcome = resolved(anatomy, job)
-    fit = anatomy.fit
+    model_fit = fit_model(shape, job)
+    outcome = resolved(model_fit, job)
+    fit = model_fit.fit
     assert fit.in_flight == (outcome.in_flight if isinstance(outcome, EffectivePlan) else 0)
-    assert (anatomy.way_out is None) == (fit.in_flight > 0)
+    assert (model_fit.remedy is None) == (fit.in_flight > 0)
     rooms = [stage.in_flight for stage in fit.stages if stage.in_flight is not None]
     assert fit.in_flight == min([*rooms, fit.num_micro_batches])
-    assert sum(fit.layer_counts) == len(anatomy.shape.layers)
-    assert set(anatomy.cuts) == set(range(1, 12)) - forbidden
-    assert len(fit.stages) == min(devices, len(anatomy.cuts) + 1)
-    assert max(map(len, printed(anatomy))) <= 80
+    assert sum(fit.layer_counts) == len(model_fit.shape.layers)
+    assert set(model_fit.cuts) == set(range(1, 12)) - forbidden
+    assert len(fit.stages) == min(devices, len(model_fit.cuts) + 1)
+    assert max(map(len, printed(model_fit))) <= 80
 
 
 def test_weights_of_the_stages_are_the_models_and_a_second_embedding() -> None:
-    fit = dissect(SHAPE, wanted()).fit
+    fit = fit_model(SHAPE, wanted()).fit
     total = sum(stage.weight_bytes for stage in fit.stages)
     layers = sum(layer.weight_bytes for layer in SHAPE.layers)
     assert total == layers + 2 * SHAPE.embedding_bytes + 2 * SHAPE.other_bytes
@@ -111,29 +111,29 @@ def test_weights_of_the_stages_are_the_models_and_a_second_embedding() -> None:
 
 def test_micro_batches_shrink_until_they_fit_unless_they_were_asked_for() -> None:
     job: dict[str, Any] = {"memory": GIB, "workload": {"input_len": 1024, "num_prompts": 64}}
-    fit = dissect(SHAPE, wanted(**job)).fit
+    fit = fit_model(SHAPE, wanted(**job)).fit
     assert fit.whole_size == 32
     assert 1 <= fit.micro_batch_size < 32
     assert fit.in_flight
-    assert any("(32 does not fit)" in line for line in printed(dissect(SHAPE, wanted(**job))))
-    asked = dissect(SHAPE, wanted(**job, micro_batch_size=32))
+    assert any("(32 does not fit)" in line for line in printed(fit_model(SHAPE, wanted(**job))))
+    asked = fit_model(SHAPE, wanted(**job, micro_batch_size=32))
     assert asked.fit.in_flight == 0
-    assert asked.way_out == f"micro-batches of {fit.micro_batch_size} would fit"
+    assert asked.remedy == f"micro-batches of {fit.micro_batch_size} would fit"
 
 
 def test_a_model_that_is_too_large_says_how_many_devices_would_do() -> None:
-    anatomy = dissect(SHAPE, wanted(2**28))
-    assert anatomy.fit.micro_batch_size == 1
-    assert anatomy.way_out is not None
-    half, more = anatomy.way_out.split("; ")
+    model_fit = fit_model(SHAPE, wanted(2**28))
+    assert model_fit.fit.micro_batch_size == 1
+    assert model_fit.remedy is not None
+    half, more = model_fit.remedy.split("; ")
     assert half == "--dtype bfloat16 would fit"
     count = int(more.split()[0])
-    assert dissect(SHAPE, wanted(2**28, count, micro_batch_size=1)).fit.in_flight
-    assert not dissect(SHAPE, wanted(2**28, count - 1, micro_batch_size=1)).fit.in_flight
+    assert fit_model(SHAPE, wanted(2**28, count, micro_batch_size=1)).fit.in_flight
+    assert not fit_model(SHAPE, wanted(2**28, count - 1, micro_batch_size=1)).fit.in_flight
 
 
 def test_devices_that_are_too_small_for_a_layer_are_said_to_be() -> None:
-    assert dissect(SHAPE, wanted(2**22)).way_out == (
+    assert fit_model(SHAPE, wanted(2**22)).remedy == (
         "--dtype bfloat16 is not enough, though it halves the need; it needs larger devices: "
         "not even a layer on each of them would fit"
     )
@@ -141,7 +141,7 @@ def test_devices_that_are_too_small_for_a_layer_are_said_to_be() -> None:
 
 def test_what_is_refused_is_listed() -> None:
     shape = SHAPE.model_copy(update={"forbidden_cuts": tuple(range(2, 30)), "recurrent": True})
-    refused = dissect(shape, wanted(devices=4)).refused
+    refused = fit_model(shape, wanted(devices=4)).refused
     assert [text.partition(":")[0] for text in refused] == [
         "cuts before layers 2-29",
         "prefill in smaller pieces or chunks than a micro-batch",
@@ -151,12 +151,12 @@ def test_what_is_refused_is_listed() -> None:
 
 def test_layers_without_a_cache_have_room_for_any_number() -> None:
     layers = tuple(layer.model_copy(update={"kv_bytes_per_token": 0}) for layer in SHAPE.layers)
-    anatomy = dissect(SHAPE.model_copy(update={"layers": layers}), wanted())
-    assert [stage.in_flight for stage in anatomy.fit.stages] == [None, None]
-    assert anatomy.fit.in_flight == anatomy.fit.num_micro_batches == 2
+    model_fit = fit_model(SHAPE.model_copy(update={"layers": layers}), wanted())
+    assert [stage.in_flight for stage in model_fit.fit.stages] == [None, None]
+    assert model_fit.fit.in_flight == model_fit.fit.num_micro_batches == 2
 
 
 def test_an_anatomy_survives_json() -> None:
-    anatomy = dissect(SHAPE, wanted())
-    assert Anatomy.model_validate_json(anatomy.model_dump_json()) == anatomy
-    assert ModelShape.model_validate(anatomy.model_dump()["shape"]) == SHAPE
+    model_fit = fit_model(SHAPE, wanted())
+    assert ModelFit.model_validate_json(model_fit.model_dump_json()) == model_fit
+    assert ModelShape.model_validate(model_fit.model_dump()["shape"]) == SHAPE

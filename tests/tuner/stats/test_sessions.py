@@ -9,14 +9,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipetune.tuner.stats.sessions import Prediction, predict
+from pipetune.tuner.stats.sessions import NewLevel, predict
 
 REPETITIONS = 800
 
 
 def simulated(
     count: int, old_runs: int, new_runs: int, *, nights_sd: float, runs_sd: float, told: float | None = None
-) -> list[Prediction]:
+) -> list[NewLevel]:
     """Predictions of a session that differs from the stored ones by its night alone."""
     lots = np.random.default_rng(count * 100 + old_runs)
     found = []

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pipetune.tuner.config.gate import GateConfig, Tolerance
 from pipetune.tuner.gate.values import VERDICTS, Finding, Reason, Sample, Session, Verdict, is_better_higher
 from pipetune.tuner.stats.looks import FALSE_ALARM, MISSED
-from pipetune.tuner.stats.sessions import Prediction, predict
+from pipetune.tuner.stats.sessions import NewLevel, predict
 
 SESSION_RUNS = 5
 """Fresh processes of the candidate: more would not help, since the session is the unit."""
@@ -103,7 +103,7 @@ def _judge(
     )
 
 
-def _decide(found: Prediction, tolerance: Tolerance, gate: GateConfig, alpha: float) -> tuple[Reason, str]:
+def _decide(found: NewLevel, tolerance: Tolerance, gate: GateConfig, alpha: float) -> tuple[Reason, str]:
     estimate, margin = math.expm1(found.difference), math.log1p(tolerance.margin)
     seen = _seen(found, tolerance, alpha)
     if found.above() <= alpha and estimate >= max(tolerance.least_effect, gate.noise_floor):
@@ -125,7 +125,7 @@ def _decide(found: Prediction, tolerance: Tolerance, gate: GateConfig, alpha: fl
     )
 
 
-def _seen(found: Prediction, tolerance: Tolerance, alpha: float) -> str:
+def _seen(found: NewLevel, tolerance: Tolerance, alpha: float) -> str:
     """How little can be seen: the power at the margin."""
     if found.spread is None and found.error == 0.0:
         return "one stored session does not say how much sessions differ, so nothing is decided"

@@ -13,7 +13,7 @@ from pydantic import Field
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import SHARED_DEVICE_NOTE, Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Value
-from pipetune.tuner.planning.calibration.spans import HandOver, Spans, TaskSpan, together
+from pipetune.tuner.planning.calibration.spans import HandOver, StageSpans, TaskSpan, together
 from pipetune.tuner.planning.costs.base import TaskKind
 
 
@@ -65,7 +65,7 @@ def observe(record: Record) -> Observation | None:
     first_task = 0
     for replica, count in enumerate(counts):
         own = range(first_task, first_task + count)
-        spans = Spans(measurement, kinds, own, range(replica * num_stages, (replica + 1) * num_stages), others)
+        spans = StageSpans(measurement, kinds, own, range(replica * num_stages, (replica + 1) * num_stages), others)
         tasks += spans.tasks()
         hand_overs += spans.hand_overs()
         gaps += spans.gaps_s()

@@ -57,7 +57,7 @@ class HandOver(Value):
     count: int = Field(ge=1)
 
 
-class Spans:
+class StageSpans:
     """The spans of one replica's stages over all iterations."""
 
     def __init__(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipetune.tuner.planning.simulation.schedule import Course
+from pipetune.tuner.planning.simulation.schedule import TaskSequence
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,7 +33,7 @@ class Contention:
         """k of a phase."""
         return self.decode if decode else self.prefill
 
-    def factors(self, course: Course, busy_s: Floats, *, replicas: int) -> Floats:
+    def factors(self, sequence: TaskSequence, busy_s: Floats, *, replicas: int) -> Floats:
         """Of the times of tasks, where all devices computing at once is 1.
 
         Args:
@@ -42,15 +42,15 @@ class Contention:
         Returns:
             `[kind, stage, plan]`.
         """
-        decodes = np.array([kind.is_decode for kind in course.kinds])
+        decodes = np.array([kind.is_decode for kind in sequence.kinds])
         factors = np.ones_like(busy_s)
         for decode in (False, True):
             members = np.flatnonzero(decodes == decode)
             if len(members) and self.devices > 1:
-                counts = course.counts[members].astype(float)
+                counts = sequence.counts[members].astype(float)
                 total_s = np.einsum("k,ksp->sp", counts, busy_s[members])
                 others = _others(
-                    total_s, tasks=int(counts.sum()), slots=course.slots if decode else None, replicas=replicas
+                    total_s, tasks=int(counts.sum()), slots=sequence.slots if decode else None, replicas=replicas
                 )
                 share = np.minimum(others / (self.devices - 1), 1.0)
                 factors[members] = np.exp(-self.of(decode=decode) * (1.0 - share))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pipetune.bench.memory import ModelShape, stage_bytes
 from pipetune.bench.spec import Plan, StagePlan
 from pipetune.tuner.planning.costs.base import Costs, TaskKind
-from pipetune.tuner.planning.simulation.schedule import anchors_of
+from pipetune.tuner.planning.simulation.schedule import grid_points_of
 
 Matrix = npt.NDArray[np.float64]
 
@@ -30,16 +30,18 @@ def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> M
     Args:
         kinds: how many tasks of each kind there are.
     """
-    anchors, weights = anchors_of(tuple(kinds))
+    grid_points, weights = grid_points_of(tuple(kinds))
     counts = np.array(list(kinds.values()), dtype=float) @ weights
-    layers = np.sum([count * costs.layers_s(device, kind) for kind, count in zip(anchors, counts, strict=True)], axis=0)
+    layers = np.sum(
+        [count * costs.layers_s(device, kind) for kind, count in zip(grid_points, counts, strict=True)], axis=0
+    )
     before = np.concatenate([[0.0], np.cumsum(layers)])
     seconds = before[np.newaxis, :] - before[:, np.newaxis]
     places = np.arange(len(before))
     for is_first, is_last in itertools.product((False, True), repeat=2):
         ends_s = sum(
             count * costs.ends_s(device, kind, is_first=is_first, is_last=is_last)
-            for kind, count in zip(anchors, counts.tolist(), strict=True)
+            for kind, count in zip(grid_points, counts.tolist(), strict=True)
         )
         seconds[np.ix_((places == 0) == is_first, (places == len(layers)) == is_last)] += ends_s
     table: Matrix = np.maximum(seconds, 0.0)

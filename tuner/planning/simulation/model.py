@@ -21,8 +21,8 @@ from pipetune.tuner.planning.costs.base import Costs, TaskKind
 from pipetune.tuner.planning.costs.contention import Contention
 from pipetune.tuner.planning.costs.nominal import NominalCosts
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
-from pipetune.tuner.planning.simulation.prediction import Prediction, Run, predictions_of
-from pipetune.tuner.planning.simulation.schedule import Course, course_of, simulate_plans
+from pipetune.tuner.planning.simulation.prediction import Prediction, SimulatedRun, predictions_of
+from pipetune.tuner.planning.simulation.schedule import TaskSequence, simulate_plans, task_sequence_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -55,11 +55,11 @@ class CostModel:
     stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
     contention: Contention | None = None
     _before: dict[tuple[str, TaskKind], Floats] = field(init=False, default_factory=dict, compare=False, repr=False)
-    _layers: dict[tuple[Course, str], Floats] = field(init=False, default_factory=dict, compare=False, repr=False)
-    _ends: dict[tuple[Course, str, bool, bool], Floats] = field(
+    _layers: dict[tuple[TaskSequence, str], Floats] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _ends: dict[tuple[TaskSequence, str, bool, bool], Floats] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )
-    _messages: dict[tuple[Course, str, str, bool], Floats] = field(
+    _messages: dict[tuple[TaskSequence, str, str, bool], Floats] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )
 
@@ -90,8 +90,8 @@ class CostModel:
         Args:
             in_flight: micro-batches resident at once in each replica; None means all.
         """
-        course = self._course(plan, in_flight, 0)
-        return Counter(dict(zip(course.kinds, course.counts.tolist(), strict=True)))
+        sequence = self._sequence(plan, in_flight, 0)
+        return Counter(dict(zip(sequence.kinds, sequence.counts.tolist(), strict=True)))
 
     def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:
         """Time of the whole workload."""
@@ -120,8 +120,8 @@ class CostModel:
             found.update(zip(members, alike, strict=True))
         return tuple(found[index] for index in range(len(plans)))
 
-    def _course(self, plan: Plan, in_flight: int | None, replica: int) -> Course:
-        return course_of(
+    def _sequence(self, plan: Plan, in_flight: int | None, replica: int) -> TaskSequence:
+        return task_sequence_of(
             self._longest_first[replica :: plan.replicas],
             output_len=self.output_len,
             micro_batch_size=plan.micro_batch_size,
@@ -139,40 +139,40 @@ class CostModel:
         # A replica without prompts has idle stages.
         for replica in range(min(plans[0].replicas, self.num_prompts)):
             own = [names[replica * width : (replica + 1) * width] for names in devices]
-            runs.append(self._run(self._course(plans[0], in_flight, replica), own, bounds, plans[0].replicas))
+            runs.append(self._run(self._sequence(plans[0], in_flight, replica), own, bounds, plans[0].replicas))
         return predictions_of(
             runs, prompt_lens=self.prompt_lens, output_len=self.output_len, num_stages=width * plans[0].replicas
         )
 
     def _run(
-        self, course: Course, devices: Sequence[tuple[str, ...]], bounds: npt.NDArray[np.int_], replicas: int
-    ) -> Run:
+        self, sequence: TaskSequence, devices: Sequence[tuple[str, ...]], bounds: npt.NDArray[np.int_], replicas: int
+    ) -> SimulatedRun:
         """One of the replicas of each plan; `bounds` is `[plan, stage, (first, end)]`."""
         num_plans, num_stages = bounds.shape[:2]
         names = sorted({name for row in devices for name in row})
         place = {name: index for index, name in enumerate(names)}
         device = np.array([[place[name] for name in row] for row in devices])
-        layers = np.stack([self._course_layers(course, name) for name in names])
-        busy_s = np.empty((len(course.kinds), num_stages, num_plans))
+        layers = np.stack([self._layers_of(sequence, name) for name in names])
+        busy_s = np.empty((len(sequence.kinds), num_stages, num_plans))
         for stage in range(num_stages):
             at, first, end = device[:, stage], bounds[:, stage, 0], bounds[:, stage, 1]
             is_first, is_last = stage == 0, stage == num_stages - 1
-            ends = np.stack([self._course_ends(course, name, is_first, is_last) for name in names])
+            ends = np.stack([self._ends_of(sequence, name, is_first, is_last) for name in names])
             busy_s[:, stage] = (layers[at, :, end] - layers[at, :, first] + ends[at]).T
         if self.contention is not None:
-            busy_s *= self.contention.factors(course, busy_s, replicas=replicas)
-        hops_s = np.empty((len(course.kinds), num_stages - 1, num_plans))
+            busy_s *= self.contention.factors(sequence, busy_s, replicas=replicas)
+        hops_s = np.empty((len(sequence.kinds), num_stages - 1, num_plans))
         for stage in range(num_stages - 1):
-            hops_s[:, stage] = self._hops(course, [(row[stage], row[stage + 1]) for row in devices])
-        returns_s = np.zeros((len(course.kinds), num_plans))
+            hops_s[:, stage] = self._hops(sequence, [(row[stage], row[stage + 1]) for row in devices])
+        returns_s = np.zeros((len(sequence.kinds), num_plans))
         if num_stages > 1:
-            returns_s = self._hops(course, [(row[-1], row[0]) for row in devices], tokens=True)
+            returns_s = self._hops(sequence, [(row[-1], row[0]) for row in devices], tokens=True)
         gaps, stalls = (
             np.array([known.get(name, known.get(device_kind(name), 0.0)) for name in names])
             for known in (self.gaps_s, self.stalls_s)
         )
-        spans = simulate_plans(
-            course,
+        timeline = simulate_plans(
+            sequence,
             busy_s,
             hops_s,
             returns_s,
@@ -180,7 +180,9 @@ class CostModel:
             gap_s=gaps[device.T] if num_stages > 1 else 0.0,
             stall_s=stalls[device.T[1:]],
         )
-        return Run(course=course, spans=spans, busy_s=np.einsum("k,ksp->sp", course.counts.astype(float), busy_s))
+        return SimulatedRun(
+            sequence=sequence, timeline=timeline, busy_s=np.einsum("k,ksp->sp", sequence.counts.astype(float), busy_s)
+        )
 
     def _layers_before(self, device: str, kind: TaskKind) -> Floats:
         """`[num_layers + 1]`: of all layers before each one."""
@@ -190,39 +192,41 @@ class CostModel:
             self._before[device, kind] = known
         return known
 
-    def _course_layers(self, course: Course, device: str) -> Floats:
+    def _layers_of(self, sequence: TaskSequence, device: str) -> Floats:
         """`[kind, num_layers + 1]`: of all layers before each one."""
-        known = self._layers.get((course, device))
+        known = self._layers.get((sequence, device))
         if known is None:
-            known = course.weights @ np.stack([self._layers_before(device, kind) for kind in course.anchors])
-            self._layers[course, device] = known
+            known = sequence.weights @ np.stack([self._layers_before(device, kind) for kind in sequence.grid_points])
+            self._layers[sequence, device] = known
         return known
 
-    def _course_ends(self, course: Course, device: str, is_first: bool, is_last: bool) -> Floats:
+    def _ends_of(self, sequence: TaskSequence, device: str, is_first: bool, is_last: bool) -> Floats:
         """`[kind]`."""
-        key = (course, device, is_first, is_last)
+        key = (sequence, device, is_first, is_last)
         known = self._ends.get(key)
         if known is None:
-            known = course.weights @ np.array(
-                [self.costs.ends_s(device, kind, is_first=is_first, is_last=is_last) for kind in course.anchors]
+            known = sequence.weights @ np.array(
+                [self.costs.ends_s(device, kind, is_first=is_first, is_last=is_last) for kind in sequence.grid_points]
             )
             self._ends[key] = known
         return known
 
-    def _hops(self, course: Course, links: Sequence[tuple[str, str]], *, tokens: bool = False) -> Floats:
+    def _hops(self, sequence: TaskSequence, links: Sequence[tuple[str, str]], *, tokens: bool = False) -> Floats:
         """`[kind, plan]`: messages from one device to another, of hidden states or of tokens."""
         pairs = list(dict.fromkeys(links))
         place = {pair: index for index, pair in enumerate(pairs)}
-        each = np.stack([self._message_s(course, source, target, tokens) for source, target in pairs])
+        each = np.stack([self._message_s(sequence, source, target, tokens) for source, target in pairs])
         return each[[place[pair] for pair in links]].T
 
-    def _message_s(self, course: Course, source: str, target: str, tokens: bool) -> Floats:
+    def _message_s(self, sequence: TaskSequence, source: str, target: str, tokens: bool) -> Floats:
         """`[kind]`."""
-        key = (course, source, target, tokens)
+        key = (sequence, source, target, tokens)
         known = self._messages.get(key)
         if known is None:
             position_bytes = self.shape.crossing_bytes
-            sizes = [kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * position_bytes) for kind in course.kinds]
+            sizes = [
+                kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * position_bytes) for kind in sequence.kinds
+            ]
             seconds = {size: self.costs.hop_s(source, target, size) for size in dict.fromkeys(sizes)}
             known = self._messages[key] = np.array([seconds[size] for size in sizes])
         return known

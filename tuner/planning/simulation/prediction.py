@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, samples_needed
-from pipetune.tuner.planning.simulation.schedule import Course, Spans
+from pipetune.tuner.planning.simulation.schedule import TaskSequence, Timeline
 
 Floats = npt.NDArray[np.float64]
 Limit = Literal["compute", "imbalance", "fill and drain", "waits"]
@@ -46,17 +46,17 @@ class Prediction:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Run:
+class SimulatedRun:
     """One replica of many plans."""
 
-    course: Course
-    spans: Spans
+    sequence: TaskSequence
+    timeline: Timeline
     busy_s: Floats
     """`[stage, plan]`, over the run."""
 
 
 def predictions_of(
-    runs: Sequence[Run], *, prompt_lens: Sequence[int], output_len: int, num_stages: int
+    runs: Sequence[SimulatedRun], *, prompt_lens: Sequence[int], output_len: int, num_stages: int
 ) -> list[Prediction]:
     """One prediction of each plan.
 
@@ -72,12 +72,14 @@ def predictions_of(
 class _Outcome:
     """What all replicas of many plans give together."""
 
-    def __init__(self, runs: Sequence[Run], prompt_lens: Sequence[int], output_len: int, num_stages: int) -> None:
+    def __init__(
+        self, runs: Sequence[SimulatedRun], prompt_lens: Sequence[int], output_len: int, num_stages: int
+    ) -> None:
         self.runs, self.prompt_lens, self.output_len, self.num_stages = runs, prompt_lens, output_len, num_stages
-        self.duration_s: Floats = np.max([run.spans.last_ends_s[-1] for run in runs], axis=0)
+        self.duration_s: Floats = np.max([run.timeline.last_ends_s[-1] for run in runs], axis=0)
         self.busy_s = self._of_stages([run.busy_s for run in runs])
-        self.began_s = self._of_stages([run.spans.began_s for run in runs])
-        self.ended_s = self._of_stages([run.spans.ended_s for run in runs])
+        self.began_s = self._of_stages([run.timeline.began_s for run in runs])
+        self.ended_s = self._of_stages([run.timeline.ended_s for run in runs])
 
     def predictions(self) -> list[Prediction]:
         """One of each plan."""
@@ -148,7 +150,7 @@ class _Outcome:
         """`[prompt, plan]`, seconds, in an order of their own."""
 
         def known(seconds: str, tasks: str) -> Floats:
-            return np.concatenate([getattr(run.spans, seconds)[getattr(run.course, tasks)] for run in self.runs])
+            return np.concatenate([getattr(run.timeline, seconds)[getattr(run.sequence, tasks)] for run in self.runs])
 
         last = known("last_ends_s", "last_tokens")
         first = known("last_ends_s", "first_tokens")

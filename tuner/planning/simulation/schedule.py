@@ -33,7 +33,7 @@ RING_DEPTH = 2
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Course:
+class TaskSequence:
     """What every stage of a replica works through, with tasks of one kind counted together."""
 
     micro_batches: tuple[int, ...]
@@ -48,10 +48,10 @@ class Course:
     """Different ones, in the order of their first tasks."""
     counts: Indices
     """Of each kind: how many tasks."""
-    anchors: tuple[TaskKind, ...]
+    grid_points: tuple[TaskKind, ...]
     """Kinds whose costs are asked for."""
     weights: Floats
-    """`[kind, anchor]`: what the cost of each kind is made of."""
+    """`[kind, point]`: what the cost of each kind is made of."""
     begins: Indices
     """Of each prompt, longest first: the task that first works on it,"""
     first_tokens: Indices
@@ -60,7 +60,7 @@ class Course:
     """and the one that gives its last."""
 
     @classmethod
-    def of(cls, tasks: Sequence[Task], sizes: Sequence[int], *, scores: bool) -> Course:
+    def of(cls, tasks: Sequence[Task], sizes: Sequence[int], *, scores: bool) -> TaskSequence:
         """Of a schedule over micro-batches of these sizes."""
         known: dict[TaskKind, int] = {}
         kind_of = []
@@ -74,7 +74,7 @@ class Course:
             if task.is_prefill:
                 begins[rows] = np.where(begins[rows] < 0, index, begins[rows])
                 first_tokens[rows] = index
-        anchors, weights = anchors_of(tuple(known))
+        grid_points, weights = grid_points_of(tuple(known))
         return cls(
             micro_batches=tuple(task.micro_batch for task in tasks),
             slots=1 + max(task.slot for task in tasks),
@@ -82,7 +82,7 @@ class Course:
             kind_of=tuple(kind_of),
             kinds=tuple(known),
             counts=np.bincount(kind_of, minlength=len(known)),
-            anchors=anchors,
+            grid_points=grid_points,
             weights=weights,
             begins=begins,
             first_tokens=first_tokens,
@@ -90,8 +90,8 @@ class Course:
         )
 
 
-def anchors_of(kinds: Sequence[TaskKind]) -> tuple[tuple[TaskKind, ...], Floats]:
-    """Kinds of which others are made, and `[kind, anchor]` weights.
+def grid_points_of(kinds: Sequence[TaskKind]) -> tuple[tuple[TaskKind, ...], Floats]:
+    """Kinds of which others are made, and `[kind, point]` weights.
 
     The past of decode steps grows by one a step. Costs are looked up at two pasts an octave (2, 3, 4, 6, 8, 12 …) and
     taken for linear in between, as reading the KV cache is.
@@ -103,8 +103,8 @@ def anchors_of(kinds: Sequence[TaskKind]) -> tuple[tuple[TaskKind, ...], Floats]
         parts.append([(known.setdefault(kind._replace(past_tokens=past), len(known)), share) for past, share in shares])
     weights = np.zeros((len(kinds), len(known)))
     for row, shares_of in zip(weights, parts, strict=True):
-        for anchor, share in shares_of:
-            row[anchor] += share
+        for point, share in shares_of:
+            row[point] += share
     return tuple(known), weights
 
 
@@ -119,7 +119,7 @@ def _past_shares(past: int) -> tuple[tuple[int, float], ...]:
 
 
 @lru_cache(maxsize=512)
-def course_of(
+def task_sequence_of(
     prompt_lens: tuple[int, ...],
     *,
     output_len: int,
@@ -127,8 +127,8 @@ def course_of(
     prefill_size: int,
     chunk_size: int | None,
     in_flight: int | None,
-) -> Course:
-    """The course over prompts of these lengths, longest first.
+) -> TaskSequence:
+    """The sequence over prompts of these lengths, longest first.
 
     Args:
         output_len: tokens generated for each; 0 where texts are scored.
@@ -144,11 +144,11 @@ def course_of(
         prefill_size=prefill_size,
         chunk_size=chunk_size,
     )
-    return Course.of(tasks, sizes, scores=output_len == 0)
+    return TaskSequence.of(tasks, sizes, scores=output_len == 0)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Spans:
+class Timeline:
     """When things happened, in seconds from when the prompts were given; the last axis runs over plans."""
 
     first_starts_s: Floats
@@ -162,7 +162,7 @@ class Spans:
 
 
 def simulate_plans(
-    course: Course,
+    sequence: TaskSequence,
     busy_s: Floats,
     hops_s: Floats,
     returns_s: Floats,
@@ -170,8 +170,8 @@ def simulate_plans(
     gap_s: Floats | float = 0.0,
     stall_s: Floats | float = 0.0,
     depth: int | None = RING_DEPTH,
-) -> Spans:
-    """Runs the course on many plans of equally many stages.
+) -> Timeline:
+    """Runs the sequence on many plans of equally many stages.
 
     Args:
         busy_s: `[kind, stage, plan]`, compute of a task.
@@ -186,7 +186,7 @@ def simulate_plans(
     busy = [list(of_kind) for of_kind in busy_s]
     hops = [list(of_kind) for of_kind in hops_s]
     gaps = list(np.broadcast_to(gap_s, (num_stages, num_plans)))
-    ahead = len(course.kind_of) if depth is None else 2 * depth
+    ahead = len(sequence.kind_of) if depth is None else 2 * depth
     # A sender that waits for room in the ring is idle for the rest of the next stage's task.
     stalls_s = stall_s * np.minimum(1.0, busy_s[:, :-1] / np.maximum(busy_s[:, 1:], 1e-12)) ** 2
     stalls = [list(of_kind) for of_kind in stalls_s] if depth is not None and np.any(stalls_s) else []
@@ -194,10 +194,10 @@ def simulate_plans(
     free: list[list[Floats]] = [[] for _ in range(num_stages)]
     """Of each stage: when it was free again, task by task."""
     tokens_at: dict[int, Floats] = {}
-    first_starts_s, last_ends_s = (np.empty((len(course.kind_of), num_plans)) for _ in range(2))
+    first_starts_s, last_ends_s = (np.empty((len(sequence.kind_of), num_plans)) for _ in range(2))
     began_s, ended_s = (np.empty((num_stages, num_plans)) for _ in range(2))
     start = end = zero
-    tasks = zip(course.micro_batches, course.decodes, course.kind_of, strict=True)
+    tasks = zip(sequence.micro_batches, sequence.decodes, sequence.kind_of, strict=True)
     for index, (micro_batch, decodes, kind) in enumerate(tasks):
         ready = tokens_at[micro_batch] if decodes else zero
         for stage in range(num_stages):
@@ -215,10 +215,10 @@ def simulate_plans(
             free[stage].append(handed_over)
             if index == 0:
                 began_s[stage] = start
-            if index == len(course.kind_of) - 1:
+            if index == len(sequence.kind_of) - 1:
                 ended_s[stage] = end
             if stage + 1 < num_stages:
                 ready = end + hops[kind][stage]
         last_ends_s[index] = end
         tokens_at[micro_batch] = end + returns_s[kind] if num_stages > 1 else end
-    return Spans(first_starts_s=first_starts_s, last_ends_s=last_ends_s, began_s=began_s, ended_s=ended_s)
+    return Timeline(first_starts_s=first_starts_s, last_ends_s=last_ends_s, began_s=began_s, ended_s=ended_s)

@@ -62,13 +62,13 @@ class Question(Value):
         lines = differences(self, wanted)
         if self.hardware != wanted.hardware:
             lines = [line for line in lines if line.startswith("hardware.")]
-            why, way_out = "runs on other hardware", "give a --shared-study of its own to this kind of machine"
+            why, remedy = "runs on other hardware", "give a --shared-study of its own to this kind of machine"
         else:
-            why, way_out = "asks something else", "give the same settings, or another name with --shared-study"
+            why, remedy = "asks something else", "give the same settings, or another name with --shared-study"
         raise StudyError(
             f"shared study {study} {why}, and its measurements would not compare:\n  "
             + "\n  ".join(lines)
-            + f"\n{way_out}"
+            + f"\n{remedy}"
         )
 
 

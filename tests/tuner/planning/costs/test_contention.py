@@ -10,19 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.tuner.planning.costs.contention import Contention
-from pipetune.tuner.planning.simulation.schedule import Course, course_of
+from pipetune.tuner.planning.simulation.schedule import TaskSequence, task_sequence_of
 
 CONTENTION = Contention(prefill=0.1, decode=0.2, devices=2)
 
 
-def course(micro_batch: int = 4, in_flight: int | None = None) -> Course:
-    return course_of(
+def sequence(micro_batch: int = 4, in_flight: int | None = None) -> TaskSequence:
+    return task_sequence_of(
         (32,) * 16, output_len=4, micro_batch_size=micro_batch, prefill_size=micro_batch, chunk_size=None,
         in_flight=in_flight,
     )  # fmt: skip
 
 
-def factors(work: Course, stages: tuple[float, ...], *, replicas: int = 1) -> tuple[list[float], list[float]]:
+def factors(work: TaskSequence, stages: tuple[float, ...], *, replicas: int = 1) -> tuple[list[float], list[float]]:
     """Of prefill and of decode, stage by stage, when stages take so long for every task."""
     busy_s = np.broadcast_to(np.array(stages)[None, :, None], (len(work.kinds), len(stages), 1)).copy()
     found = CONTENTION.factors(work, busy_s, replicas=replicas)[:, :, 0]
@@ -31,25 +31,25 @@ def factors(work: Course, stages: tuple[float, ...], *, replicas: int = 1) -> tu
 
 
 def test_a_device_alone_loses_nothing() -> None:
-    prefill, decode = factors(course(), (1.0,))
+    prefill, decode = factors(sequence(), (1.0,))
     assert prefill == [pytest.approx(math.exp(-0.1))]
     assert decode == [pytest.approx(math.exp(-0.2))]
-    assert factors(course(in_flight=1), (1.0, 1.0))[1] == [pytest.approx(math.exp(-0.2))] * 2
+    assert factors(sequence(in_flight=1), (1.0, 1.0))[1] == [pytest.approx(math.exp(-0.2))] * 2
 
 
 def test_equal_stages_and_copies_lose_all_of_it_in_decode() -> None:
-    assert factors(course(), (1.0, 1.0))[1] == [pytest.approx(1.0)] * 2
-    prefill, decode = factors(course(), (1.0,), replicas=2)
+    assert factors(sequence(), (1.0, 1.0))[1] == [pytest.approx(1.0)] * 2
+    prefill, decode = factors(sequence(), (1.0,), replicas=2)
     assert prefill + decode == [pytest.approx(1.0)] * 2
 
 
 def test_a_pipe_that_fills_and_drains_loses_less_in_prefill() -> None:
-    few, many = factors(course(8), (1.0, 1.0))[0], factors(course(1), (1.0, 1.0))[0]
+    few, many = factors(sequence(8), (1.0, 1.0))[0], factors(sequence(1), (1.0, 1.0))[0]
     assert math.exp(-0.1) < few[0] < many[0] < 1.0
 
 
 def test_the_longer_stage_computes_alone_for_the_rest_of_the_time() -> None:
-    short, long = factors(course(), (1.0, 4.0))[1]
+    short, long = factors(sequence(), (1.0, 4.0))[1]
     assert short == pytest.approx(1.0)
     assert long == pytest.approx(math.exp(-0.2 * 0.75))
 
@@ -64,7 +64,7 @@ def test_factors_lie_between_alone_and_together(
     stages: list[float], micro_batch: int, in_flight: int | None, replicas: int
 ) -> None:
     contention = Contention(prefill=0.1, decode=0.2, devices=len(stages) * replicas)
-    work = course(micro_batch, in_flight)
+    work = sequence(micro_batch, in_flight)
     busy_s = np.broadcast_to(np.array(stages)[None, :, None], (len(work.kinds), len(stages), 1)).copy()
     found = contention.factors(work, busy_s, replicas=replicas)
     assert np.all(found <= 1.0 + 1e-12)

@@ -8,26 +8,30 @@ import pytest
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Iteration, Measurement, StageTrace, TaskShape
 from pipetune.bench.schedule import build_schedule, micro_batch_sizes
-from pipetune.tuner.planning.simulation.prediction import Prediction, Run, predictions_of
-from pipetune.tuner.planning.simulation.schedule import Course, Floats, course_of, simulate_plans
+from pipetune.tuner.planning.simulation.prediction import Prediction, SimulatedRun, predictions_of
+from pipetune.tuner.planning.simulation.schedule import Floats, TaskSequence, simulate_plans, task_sequence_of
 
 LENS = (40, 12, 33, 25, 25, 18, 7, 30, 21, 16, 11)
 GAPS_S = (0.004, 0.007)
 
 
-def run_of(lens: tuple[int, ...], output_len: int, busy_s: Floats | None = None) -> tuple[Run, Floats]:
+def run_of(lens: tuple[int, ...], output_len: int, busy_s: Floats | None = None) -> tuple[SimulatedRun, Floats]:
     """Two stages over some prompts, longest first, with what each kind of task takes on each stage."""
-    course = course_of(lens, output_len=output_len, micro_batch_size=3, prefill_size=2, chunk_size=16, in_flight=2)
+    tasks = task_sequence_of(
+        lens, output_len=output_len, micro_batch_size=3, prefill_size=2, chunk_size=16, in_flight=2
+    )
     if busy_s is None:
-        busy_s = np.random.default_rng(len(lens)).uniform(0.05, 0.2, (len(course.kinds), 2, 1))
-    hops_s, returns_s = np.full((len(course.kinds), 1, 1), 0.01), np.full((len(course.kinds), 1), 0.01)
-    spans = simulate_plans(course, busy_s, hops_s, returns_s, gap_s=np.array(GAPS_S)[:, None])
-    return Run(course=course, spans=spans, busy_s=np.einsum("k,ksp->sp", course.counts.astype(float), busy_s)), busy_s
+        busy_s = np.random.default_rng(len(lens)).uniform(0.05, 0.2, (len(tasks.kinds), 2, 1))
+    hops_s, returns_s = np.full((len(tasks.kinds), 1, 1), 0.01), np.full((len(tasks.kinds), 1), 0.01)
+    timeline = simulate_plans(tasks, busy_s, hops_s, returns_s, gap_s=np.array(GAPS_S)[:, None])
+    return SimulatedRun(
+        sequence=tasks, timeline=timeline, busy_s=np.einsum("k,ksp->sp", tasks.counts.astype(float), busy_s)
+    ), busy_s
 
 
-def traces_of(run: Run, busy_s: Floats) -> tuple[StageTrace, StageTrace]:
-    took = busy_s[list(run.course.kind_of), :, 0]
-    first, last = run.spans.first_starts_s[:, 0], run.spans.last_ends_s[:, 0]
+def traces_of(run: SimulatedRun, busy_s: Floats) -> tuple[StageTrace, StageTrace]:
+    took = busy_s[list(run.sequence.kind_of), :, 0]
+    first, last = run.timeline.first_starts_s[:, 0], run.timeline.last_ends_s[:, 0]
     return (
         StageTrace(compute_start_s=tuple(first), compute_end_s=tuple(first + took[:, 0])),
         StageTrace(compute_start_s=tuple(last - took[:, 1]), compute_end_s=tuple(last)),
@@ -39,7 +43,7 @@ def traces_of(run: Run, busy_s: Floats) -> tuple[StageTrace, StageTrace]:
 def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, output_len: int) -> None:
     order = sorted(range(len(LENS)), key=lambda index: -LENS[index])
     shares = [order[replica::replicas] for replica in range(replicas)]
-    runs: list[tuple[Run, Floats]] = []
+    runs: list[tuple[SimulatedRun, Floats]] = []
     tasks: list[TaskShape] = []
     counts: list[int] = []
     sizes: list[int] = []
@@ -71,8 +75,8 @@ def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, out
             replica_tasks=tuple(counts) if replicas > 1 else None,
             iterations=(
                 Iteration(
-                    duration_s=max(run.spans.last_ends_s[-1, 0] for run, _ in runs),
-                    token_times_s=tuple(moment for run, _ in runs for moment in run.spans.last_ends_s[:, 0]),
+                    duration_s=max(run.timeline.last_ends_s[-1, 0] for run, _ in runs),
+                    token_times_s=tuple(moment for run, _ in runs for moment in run.timeline.last_ends_s[:, 0]),
                     stages=tuple(trace for run, busy_s in runs for trace in traces_of(run, busy_s)),
                 ),
             ),
@@ -95,7 +99,7 @@ def test_a_replica_without_prompts_has_idle_stages() -> None:
 
 
 def predicted(lens: tuple[int, ...], output_len: int, stages_s: tuple[float, float]) -> Prediction:
-    kinds = len(run_of(lens, output_len)[0].course.kinds)
+    kinds = len(run_of(lens, output_len)[0].sequence.kinds)
     run, _ = run_of(lens, output_len, np.tile(np.array(stages_s)[None, :, None], (kinds, 1, 1)))
     return predictions_of([run], prompt_lens=lens, output_len=output_len, num_stages=2)[0]
 
@@ -115,10 +119,12 @@ def test_it_says_where_the_time_goes() -> None:
 
 
 def test_one_stage_is_limited_by_its_compute() -> None:
-    course: Course = course_of((8,) * 4, output_len=3, micro_batch_size=2, prefill_size=2, chunk_size=None, in_flight=2)
-    busy_s = np.full((len(course.kinds), 1, 1), 0.1)
-    spans = simulate_plans(course, busy_s, np.empty((len(course.kinds), 0, 1)), np.zeros((len(course.kinds), 1)))
-    run = Run(course=course, spans=spans, busy_s=course.counts.sum() * busy_s[0])
+    tasks: TaskSequence = task_sequence_of(
+        (8,) * 4, output_len=3, micro_batch_size=2, prefill_size=2, chunk_size=None, in_flight=2
+    )
+    busy_s = np.full((len(tasks.kinds), 1, 1), 0.1)
+    timeline = simulate_plans(tasks, busy_s, np.empty((len(tasks.kinds), 0, 1)), np.zeros((len(tasks.kinds), 1)))
+    run = SimulatedRun(sequence=tasks, timeline=timeline, busy_s=tasks.counts.sum() * busy_s[0])
     (prediction,) = predictions_of([run], prompt_lens=(8,) * 4, output_len=3, num_stages=1)
     assert prediction.limited_by == "compute"
     assert (prediction.duration_s, prediction.bound_s, prediction.ideal_s) == pytest.approx((0.6, 0.6, 0.6))

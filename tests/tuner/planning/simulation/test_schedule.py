@@ -15,7 +15,13 @@ from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.links.links import HIDDEN_DEPTH
 from pipetune.bench.schedule import Task, build_schedule, simulate
 from pipetune.tuner.planning.costs.base import TaskKind
-from pipetune.tuner.planning.simulation.schedule import RING_DEPTH, Course, anchors_of, course_of, simulate_plans
+from pipetune.tuner.planning.simulation.schedule import (
+    RING_DEPTH,
+    TaskSequence,
+    grid_points_of,
+    simulate_plans,
+    task_sequence_of,
+)
 
 Floats = npt.NDArray[np.float64]
 SCHEDULES = st.fixed_dictionaries(
@@ -36,11 +42,11 @@ def tasks_of(schedule: dict[str, object]) -> tuple[Task, ...]:
     return build_schedule(prompt_lens=[9 - 2 * (index % 4) for index in range(len(sizes))], **schedule)  # type: ignore[arg-type]
 
 
-def course(schedule: dict[str, object]) -> Course:
-    return Course.of(tasks_of(schedule), schedule["sizes"], scores=False)  # type: ignore[arg-type]
+def sequence(schedule: dict[str, object]) -> TaskSequence:
+    return TaskSequence.of(tasks_of(schedule), schedule["sizes"], scores=False)  # type: ignore[arg-type]
 
 
-def times(own: Course, num_stages: int, seed: int) -> tuple[Floats, Floats, Floats, Floats]:
+def times(own: TaskSequence, num_stages: int, seed: int) -> tuple[Floats, Floats, Floats, Floats]:
     """Compute, hops, returns and gaps."""
     rng = np.random.default_rng(seed)
     kinds = len(own.kinds)
@@ -57,20 +63,20 @@ def times(own: Course, num_stages: int, seed: int) -> tuple[Floats, Floats, Floa
 def test_it_is_the_schedules_own_simulation(
     schedule: dict[str, object], num_stages: int, hop_s: float, seed: int
 ) -> None:
-    own = course(schedule)
+    own = sequence(schedule)
     busy_s = times(own, num_stages, seed)[0]
     hops_s = np.full((len(own.kinds), num_stages - 1, NUM_PLANS), hop_s)
     returns_s = np.full((len(own.kinds), NUM_PLANS), hop_s)
-    spans = simulate_plans(own, busy_s, hops_s, returns_s, depth=None)
+    timeline = simulate_plans(own, busy_s, hops_s, returns_s, depth=None)
     for plan in range(NUM_PLANS):
         durations = [[busy_s[kind, stage, plan] for kind in own.kind_of] for stage in range(num_stages)]
         starts = simulate(tasks_of(schedule), durations, hop_s=hop_s)
-        assert spans.first_starts_s[:, plan] == pytest.approx(starts[0], abs=1e-9)
+        assert timeline.first_starts_s[:, plan] == pytest.approx(starts[0], abs=1e-9)
         ends = [start + took for start, took in zip(starts[-1], durations[-1], strict=True)]
-        assert spans.last_ends_s[:, plan] == pytest.approx(ends, abs=1e-9)
-        assert spans.began_s[:, plan] == pytest.approx([row[0] for row in starts], abs=1e-9)
+        assert timeline.last_ends_s[:, plan] == pytest.approx(ends, abs=1e-9)
+        assert timeline.began_s[:, plan] == pytest.approx([row[0] for row in starts], abs=1e-9)
         last = [row[-1] + took[-1] for row, took in zip(starts, durations, strict=True)]
-        assert spans.ended_s[:, plan] == pytest.approx(last, abs=1e-9)
+        assert timeline.ended_s[:, plan] == pytest.approx(last, abs=1e-9)
 
 
 @given(
@@ -83,9 +89,9 @@ def test_it_is_the_schedules_own_simulation(
 def test_it_is_what_buffers_between_stages_make_of_it(
     schedule: dict[str, object], num_stages: int, depth: int | None, seed: int
 ) -> None:
-    own = course(schedule)
+    own = sequence(schedule)
     busy_s, hops_s, returns_s, gap_s = times(own, num_stages, seed)
-    spans = simulate_plans(own, busy_s, hops_s, returns_s, gap_s=gap_s, depth=depth)
+    timeline = simulate_plans(own, busy_s, hops_s, returns_s, gap_s=gap_s, depth=depth)
     for plan in range(NUM_PLANS):
         starts, ends = by_buffers(
             own,
@@ -95,12 +101,12 @@ def test_it_is_what_buffers_between_stages_make_of_it(
             gap_s[:, plan],
             depth or len(own.kind_of),
         )
-        assert spans.first_starts_s[:, plan] == pytest.approx(starts[0], abs=1e-9)
-        assert spans.last_ends_s[:, plan] == pytest.approx(ends[-1], abs=1e-9)
+        assert timeline.first_starts_s[:, plan] == pytest.approx(starts[0], abs=1e-9)
+        assert timeline.last_ends_s[:, plan] == pytest.approx(ends[-1], abs=1e-9)
 
 
 def by_buffers(
-    own: Course, busy_s: Floats, hops_s: Floats, returns_s: Floats, gap_s: Floats, depth: int
+    own: TaskSequence, busy_s: Floats, hops_s: Floats, returns_s: Floats, gap_s: Floats, depth: int
 ) -> tuple[Floats, Floats]:
     """Starts and ends, `[stage, task]`: nothing happens before what it waits for, and no later; found by repetition.
 
@@ -141,7 +147,7 @@ def test_rings_are_as_deep_as_the_runtimes() -> None:
 
 
 def test_a_message_sent_too_early_stalls_its_receiver() -> None:
-    own = course_of((4,) * 6, output_len=1, micro_batch_size=1, prefill_size=1, chunk_size=None, in_flight=None)
+    own = task_sequence_of((4,) * 6, output_len=1, micro_batch_size=1, prefill_size=1, chunk_size=None, in_flight=None)
     busy_s = np.array([0.5, 1.0]).reshape(1, 2, 1)
     nothing = np.zeros((1, 1, 1)), np.zeros((1, 1))
     without, with_stalls = (
@@ -168,7 +174,7 @@ def test_courses_are_those_of_the_runtime(replicas: int, output_len: int) -> Non
     longest_first = tuple(sorted(lens, reverse=True))
     for replica in range(replicas):
         part = job.part(job.share(replica, replicas))
-        own = course_of(
+        own = task_sequence_of(
             longest_first[replica::replicas],
             output_len=output_len,
             micro_batch_size=3,
@@ -204,12 +210,12 @@ def last_of(tasks: Sequence[Task], sizes: Sequence[int]) -> list[int]:
 
 def test_pasts_of_decode_are_looked_up_at_few_points_and_linear_in_between() -> None:
     kinds = [TaskKind(4, 1, past) for past in range(1, 300)] + [TaskKind(4, 16, 21, False), TaskKind(4, 300, 0)]
-    anchors, weights = anchors_of(kinds)
-    assert len(anchors) < 20
-    pasts = np.array([anchor.past_tokens for anchor in anchors], dtype=float)
+    grid_points, weights = grid_points_of(kinds)
+    assert len(grid_points) < 20
+    pasts = np.array([point.past_tokens for point in grid_points], dtype=float)
     assert weights @ pasts == pytest.approx([kind.past_tokens for kind in kinds])
     assert weights.sum(axis=1) == pytest.approx(1.0)
-    assert {TaskKind(4, 16, 21, False), TaskKind(4, 300, 0)} <= set(anchors)
+    assert {TaskKind(4, 16, 21, False), TaskKind(4, 300, 0)} <= set(grid_points)
     # Pasts that are powers of two, or one and a half of them, are looked up themselves.
     for past in (1, 2, 3, 48, 64, 256):
-        assert weights[past - 1, anchors.index(TaskKind(4, 1, past))] == pytest.approx(1.0)
+        assert weights[past - 1, grid_points.index(TaskKind(4, 1, past))] == pytest.approx(1.0)
