@@ -13,6 +13,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from pipetune.tuner.config.sources import KeyPath, Resolved
     from pipetune.tuner.report.data import Report
+    from pipetune.tuner.report.document import Document
 
 
 def out() -> Console:
@@ -23,6 +24,13 @@ def out() -> Console:
 def err() -> Console:
     """For progress and messages."""
     return Console(file=sys.stderr, highlight=False)
+
+
+def show(document: Document) -> None:
+    """Prints a document on stdout."""
+    from pipetune.tuner.report.render.rich import render_rich
+
+    out().print(render_rich(document))
 
 
 def print_json(document: Any) -> None:
@@ -56,9 +64,9 @@ def show_study(report: Report, *, json: bool, interrupted: bool = False) -> int:
     if json:
         print_json(conclude.document(report, interrupted=interrupted))
     else:
-        from pipetune.tuner.report.tables import build_table, render_rich
+        from pipetune.tuner.report.ranking import screen_of
 
-        out().print(render_rich(build_table(report)))
+        show(screen_of(report))
     why = conclude.why_nothing(report.ranking)
     if why is not None and not interrupted:
         err().print(f"pipetune: {why}", markup=False, soft_wrap=True)

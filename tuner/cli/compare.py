@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pipetune.bench.errors import ConfigError
 from pipetune.tuner.cli import options as o
 
 
@@ -28,16 +31,36 @@ def compare(
     json: o.Json = False,
 ) -> int:
     """Compare studies: what changed in the machine, the same plans, and each at its own best."""
-    from pipetune.tuner.cli import common, compare_view
+    from pipetune.tuner.cli import common
     from pipetune.tuner.report.compare import files
     from pipetune.tuner.report.compare.join import compare_studies
+    from pipetune.tuner.report.compare.wording import screen_of
 
     reports, names = files.read_reports([common.study_at(study) for study in studies])
-    comparison = compare_studies(reports, names, compare_view.parse_prices(price or []) if price else None)
+    comparison = compare_studies(reports, names, parse_prices(price or []) if price else None)
     if output_dir is not None:
         files.write_all(comparison, output_dir)
     if json:
         common.print_json(comparison.model_dump(mode="json"))
     else:
-        compare_view.show(comparison, common.out())
+        common.show(screen_of(comparison))
     return 0
+
+
+def parse_prices(texts: Sequence[str]) -> dict[str, float]:
+    """`DEVICE=PRICE` of each.
+
+    Raises:
+        ConfigError: one is not of that form, or its price is no amount.
+    """
+    prices = {}
+    for text in texts:
+        device, _, amount = text.partition("=")
+        try:
+            price = float(amount)
+        except ValueError:
+            price = math.nan
+        if not device or not (math.isfinite(price) and price > 0):
+            raise ConfigError(f"--price {text!r}: write DEVICE=PRICE of an hour, as in cuda=2.5 or cuda:0=2.5")
+        prices[device] = price
+    return prices

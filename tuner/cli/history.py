@@ -21,8 +21,9 @@ def history(
     json: o.Json = False,
 ) -> int:
     """Show the trend of each metric over many studies, and the nights at which its level changed."""
-    from pipetune.tuner.cli import common, history_view
+    from pipetune.tuner.cli import common
     from pipetune.tuner.report.history import files
+    from pipetune.tuner.report.history.wording import screen_of
 
     found = files.read_history(places, metric or [])
     if output_dir is not None:
@@ -30,5 +31,5 @@ def history(
     if json:
         common.print_json(found.model_dump(mode="json"))
     else:
-        history_view.show(found, common.out())
+        common.show(screen_of(found))
     return 0 if found.questions else 3

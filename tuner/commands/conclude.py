@@ -14,7 +14,7 @@ from pipetune.tuner.study.plan_file import DEVICE_MAP_FILE, PLAN_FILE, PlanFile,
 
 if TYPE_CHECKING:
     from pipetune.tuner.report.data import Report
-    from pipetune.tuner.report.page import Section
+    from pipetune.tuner.report.document import Section
 
 DONE, NOTHING_FEASIBLE, FAULT, INTERRUPTED = 0, 3, 4, 130
 

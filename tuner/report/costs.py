@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pipetune.bench.profile import Profile, TaskTime
 from pipetune.tuner.planning.model_fit import ranges_text
+from pipetune.tuner.report.document import Column, Facts, Section, Table, Text, left, rows_of
 from pipetune.tuner.report.wording import MISSING, clean, number_text
 
 _SHOWN = 3
@@ -15,20 +15,8 @@ _SHOWN = 3
 _Kind = tuple[int, int, int]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CostTable:
-    """Times of the parts on each device, in milliseconds, and of the links."""
-
-    columns: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    links: tuple[tuple[str, str, str], ...]
-    """From and to, latency, bandwidth."""
-    origin: str
-    legend: str
-
-
-def costs_of(profile: Profile) -> CostTable:
-    """The profile's times at the least, the largest and a middle kind of prefill and of decode."""
+def costs_of(profile: Profile) -> Section:
+    """The profile's times in ms at the least, the largest and a middle kind of prefill and of decode; its links."""
     times = [time for device in profile.devices for time in device.overhead]
     prefill = _some([time for time in times if time.past_tokens == 0])
     decode = _some([time for time in times if time.past_tokens > 0 and time.new_tokens == 1])
@@ -40,25 +28,27 @@ def costs_of(profile: Profile) -> CostTable:
             seconds = {_kind(time): time.seconds for time in own}
             cells = [_ms_cell(seconds.get(kind)) for kind in (*prefill, *decode)]
             lines.append((device.device if index == 0 else "", part, *cells))
-    return CostTable(
-        columns=(
-            "device",
-            "part",
-            *(f"{rows} × {new}" for rows, new, _ in prefill),
-            *(f"{rows} @ {past}" for rows, _, past in decode),
+    titles = [f"{rows} × {new}" for rows, new, _ in prefill] + [f"{rows} @ {past}" for rows, _, past in decode]
+    notes = "".join(f"; {clean(note)}" for note in profile.notes)
+    origin = f"Measured in {profile.took_s:.0f} s at {clean(profile.measured_at)}{notes}."
+    links = tuple(
+        (
+            f"{link.source} → {link.target}",
+            f"{1e6 * link.latency_s:.0f} µs, {number_text(link.bytes_per_s / 1e9)} GB/s",
+        )
+        for link in profile.links
+    )
+    return Section(
+        "What the model's parts take",
+        (
+            Text(f"{origin} The search predicts from these times, and corrects them by what it measures."),
+            Table(
+                columns=(left("device"), left("part"), *map(Column, titles)),
+                rows=rows_of(lines),
+                legend="milliseconds; rows × tokens in prefill, rows @ tokens cached in decode",
+            ),
+            *([Facts(links)] if links else []),
         ),
-        lines=tuple(lines),
-        links=tuple(
-            (
-                f"{link.source} → {link.target}",
-                f"{1e6 * link.latency_s:.0f} µs",
-                f"{number_text(link.bytes_per_s / 1e9)} GB/s",
-            )
-            for link in profile.links
-        ),
-        origin=f"Measured in {profile.took_s:.0f} s at {clean(profile.measured_at)}"
-        + "".join(f"; {clean(note)}" for note in profile.notes),
-        legend="milliseconds; rows × tokens in prefill, rows @ tokens cached in decode",
     )
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipetune.bench.record import write_durably
 from pipetune.tuner.report.data import Report
-from pipetune.tuner.report.markdown import render_markdown
-from pipetune.tuner.report.spreadsheet import render_csv
-from pipetune.tuner.report.tables import build_table
+from pipetune.tuner.report.document import Section
+from pipetune.tuner.report.page import page_of
+from pipetune.tuner.report.ranking import whole_of
+from pipetune.tuner.report.render.csv import render_csv
+from pipetune.tuner.report.render.html import render_html
+from pipetune.tuner.report.render.markdown import render_markdown
+from pipetune.tuner.report.spreadsheet import columns_of, entries_of
 from pipetune.tuner.report.trace import render_trace
 from pipetune.tuner.study.files import load_study
-
-if TYPE_CHECKING:
-    from pipetune.tuner.report.page import Section
 
 PLOTS_FOLDER = "plots"
 TRACE_FILE = "trace.json.gz"
@@ -41,26 +41,24 @@ def write_reports(report: Report, sections: Sequence[Section] = ()) -> None:
         sections: further ones of the page, such as a comparison with other studies.
     """
     # matplotlib takes half a second to import: those who only print a table need not wait for it.
-    from pipetune.tuner.report.canvas import DARK
-    from pipetune.tuner.report.html import render_html
-    from pipetune.tuner.report.plots import render_plots
+    from pipetune.tuner.report.plots import draw_study
 
     folder = report.folder
-    plots = render_plots(report)
+    pictures = draw_study(report)
     (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
     for stale in (folder / PLOTS_FOLDER).glob("*.png"):
-        if stale.stem not in plots:
+        if stale.stem not in pictures:
             stale.unlink()
-    for name, png in plots.items():
-        _replace(folder / PLOTS_FOLDER / f"{name}.png", png)
+    for name, picture in pictures.items():
+        _replace(folder / PLOTS_FOLDER / f"{name}.png", picture.light)
     trace = render_trace(report)
     if trace is None:
         (folder / TRACE_FILE).unlink(missing_ok=True)
     else:
         _replace(folder / TRACE_FILE, trace)
-    write_durably(folder / "ranking.csv", render_csv(report))
-    write_durably(folder / "report.html", render_html(report, plots, render_plots(report, DARK), sections))
-    write_durably(folder / "ranking.md", render_markdown(build_table(report)))
+    write_durably(folder / "ranking.csv", render_csv(columns_of(report), entries_of(report)))
+    write_durably(folder / "report.html", render_html(page_of(report, pictures, sections)))
+    write_durably(folder / "ranking.md", render_markdown(whole_of(report)))
 
 
 def _replace(path: Path, content: bytes) -> None:

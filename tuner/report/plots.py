@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
@@ -10,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from pipetune.tuner.report.canvas import GREEN, GREY, LIGHT, ORANGE, VERMILION, Theme, add_legend, new_figure, to_png
+from pipetune.tuner.report.canvas import GREEN, GREY, ORANGE, VERMILION, Theme, add_legend, new_figure, picture
 from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.document import Picture
 from pipetune.tuner.report.figures import (
     Bar,
     Forecast,
@@ -25,23 +27,21 @@ from pipetune.tuner.report.figures import (
 )
 
 
-def render_plots(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
-    """All figures that the study has data for, by file name without ending, as PNG."""
-    figures: dict[str, Figure] = {}
+def draw_study(report: Report) -> dict[str, Picture]:
+    """All figures that the study has data for, by file name without ending."""
     bubble = scatter_of(report, "bubble_ratio", "bubble ratio, % of stage time without compute", 100.0)
     memory = scatter_of(report, "peak_memory_bytes", "peak memory of the fullest stage, MiB", 2.0**-20)
     history, forecast, timeline = history_of(report), forecast_of(report), timeline_of(report)
-    if bubble:
-        figures["throughput_vs_bubble"] = draw_scatter(bubble, theme)
-    if memory:
-        figures["throughput_vs_memory"] = draw_scatter(memory, theme)
-    if history:
-        figures["history"] = draw_history(history, theme, wide=forecast is None)
-    if forecast:
-        figures["predicted_vs_measured"] = draw_forecast(forecast, theme)
-    if timeline:
-        figures["timeline"] = draw_timeline(timeline, theme)
-    return {name: to_png(figure) for name, figure in figures.items()}
+    is_wide = forecast is None
+    pictures = {
+        "throughput_vs_bubble": bubble and picture("Throughput against bubble ratio", partial(draw_scatter, bubble)),
+        "throughput_vs_memory": memory and picture("Throughput against peak memory", partial(draw_scatter, memory)),
+        "history": history
+        and picture("Best so far, trial by trial", partial(draw_history, history, wide=is_wide), wide=is_wide),
+        "predicted_vs_measured": forecast and picture("Predicted against measured", partial(draw_forecast, forecast)),
+        "timeline": timeline and picture("Timeline of the stages", partial(draw_timeline, timeline), wide=True),
+    }
+    return {name: drawn for name, drawn in pictures.items() if drawn}
 
 
 def draw_scatter(data: Scatter, theme: Theme) -> Figure:

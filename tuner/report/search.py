@@ -9,17 +9,25 @@ from dataclasses import dataclass
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.document import Bar, Cell, Column, Segment, Table, Text, left, rows_of
 from pipetune.tuner.report.wording import MISSING, clean, metric_text, ms_text, number_text, percent_text, sentence
 from pipetune.tuner.study.files import was_interrupted
 from pipetune.tuner.study.search_log import LoggedTrial, Phase, SearchLog, Stop
 
-COLUMNS = ("trial", "plan", "why", "predicted", "measured", "error")
-_GROUPS: tuple[tuple[str, tuple[Phase, ...], str], ...] = (
-    ("trials", ("trials",), "c1"),
-    ("finals", ("finals",), "c5"),
-    ("baseline and single stage", ("baseline", "single_stage"), "c3"),
-    ("profile", ("profile",), "c2"),
-    ("all else", ("start", "reference", "search", "reports"), "c4"),
+_COLUMNS = (
+    Column("trial"),
+    left("plan"),
+    left("why", "prose"),
+    Column("predicted"),
+    Column("measured"),
+    Column("error"),
+)
+_GROUPS: tuple[tuple[str, tuple[Phase, ...], int], ...] = (
+    ("trials", ("trials",), 1),
+    ("finals", ("finals",), 5),
+    ("baseline and single stage", ("baseline", "single_stage"), 3),
+    ("profile", ("profile",), 2),
+    ("all else", ("start", "reference", "search", "reports"), 4),
 )
 
 
@@ -48,29 +56,11 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TimeShare:
-    """A piece of the study's time."""
-
-    label: str
-    seconds: float
-    percent: float
-    style: str
-    """Its CSS class."""
-
-    @property
-    def text(self) -> str:
-        return ms_text(self.seconds * 1e3)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SearchStory:
-    """A search as text; the plans' cells are not yet escaped."""
+    """How a search went, in words."""
 
-    columns: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    """Cells of each trial."""
-    leaders: tuple[bool, ...]
-    """Which of them was the best so far."""
+    table: Table
+    """A row for each trial."""
     stop: str
     """Why it ended; empty where that is not known."""
     errors: str
@@ -79,8 +69,8 @@ class SearchStory:
     """How much of it went into measuring; empty where that is not known."""
     phases: str
     """Where it went, phase by phase."""
-    shares: tuple[TimeShare, ...]
-    legend: str
+    shares: Bar | None
+    """The same as a bar; None where it is not known."""
 
     @property
     def summary(self) -> str:
@@ -138,21 +128,21 @@ def tell(report: Report) -> SearchStory | None:
         return None
     log = report.log
     explained = any(trial.entry for trial in trials)
-    shown = [index for index, name in enumerate(COLUMNS) if explained or name not in ("why", "predicted", "error")]
-    cells = [_cells(report, trial) for trial in trials]
-    return SearchStory(
-        columns=tuple(COLUMNS[index] for index in shown),
-        lines=tuple(tuple(line[index] for index in shown) for line in cells),
-        leaders=tuple(trial.is_best_so_far for trial in trials),
-        stop=_stop_text(trials, log.stop) if log and log.stop else "",
-        errors=_errors_text(trials),
-        time=_time_text(log) if log and log.seconds else "",
-        phases=_phases_text(log) if log else "",
-        shares=_shares(log) if log else (),
+    table = Table(
+        columns=_COLUMNS,
+        rows=rows_of(_cells(report, trial) for trial in trials),
         legend=(
             f"measured: {report.objective.metric} of the trial's own run, before any finals; bold: the best so far"
             + ("; error: what was predicted before the run, over what was measured" if explained else "")
         ),
+    )
+    return SearchStory(
+        table=table if explained else table.only(("trial", "plan", "measured")),
+        stop=_stop_text(trials, log.stop) if log and log.stop else "",
+        errors=_errors_text(trials),
+        time=_time_text(log) if log and log.seconds else "",
+        phases=_phases_text(log) if log else "",
+        shares=_shares(log) if log and log.seconds else None,
     )
 
 
@@ -165,7 +155,7 @@ def _stop_text(trials: Sequence[Trial], stop: Stop) -> str:
     return sentence(f"{text}; {clean(stop.text)}")
 
 
-def _cells(report: Report, trial: Trial) -> tuple[str, ...]:
+def _cells(report: Report, trial: Trial) -> tuple[Cell, ...]:
     record, metric = trial.record, report.objective.metric
     plan = record.spec.plan.describe() if record.spec else MISSING
     measured = metric_text(metric, trial.measured)
@@ -177,7 +167,8 @@ def _cells(report: Report, trial: Trial) -> tuple[str, ...]:
     why = clean(trial.entry.reason) if trial.entry else MISSING
     if record.source is not None:
         why = f"measured by {clean(record.source.partition('/')[0])}"
-    return (str(trial.number), plan, why, predicted, measured, error_text(trial.error))
+    best = Text(measured, "strong") if trial.is_best_so_far else measured
+    return (str(trial.number), plan, why, predicted, best, error_text(trial.error))
 
 
 def error_text(error: float | None) -> str:
@@ -197,13 +188,15 @@ def _errors_text(trials: Sequence[Trial]) -> str:
     return f"{text}."
 
 
-def _shares(log: SearchLog) -> tuple[TimeShare, ...]:
-    shares = []
-    for label, phases, style in _GROUPS:
-        seconds = sum(log.seconds.get(phase, 0.0) for phase in phases)
-        if seconds > 0:
-            shares.append(TimeShare(label=label, seconds=seconds, percent=100 * seconds / log.total_s, style=style))
-    return tuple(shares)
+def _shares(log: SearchLog) -> Bar:
+    sums = [(label, sum(log.seconds.get(phase, 0.0) for phase in phases), colour) for label, phases, colour in _GROUPS]
+    return Bar(
+        segments=tuple(
+            Segment(label=label, text=ms_text(1e3 * seconds), percent=100 * seconds / log.total_s, colour=colour)
+            for label, seconds, colour in sums
+            if seconds > 0
+        )
+    )
 
 
 def _time_text(log: SearchLog) -> str:

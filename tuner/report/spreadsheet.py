@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable
-
 from pipetune.bench.metrics import metric_names
 from pipetune.bench.spec import Plan
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ratio, Row, Spread
 from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.render.csv import Cell
 from pipetune.tuner.report.search import Trial, trials_of
-from pipetune.tuner.report.wording import clean
 
-Cell = str | int | float | bool | None
-
-_FORMULA_STARTS = ("=", "+", "-", "@")
 _HEAD = (
     "entry",
     "rank",
@@ -67,29 +60,29 @@ _TAIL = (
 )
 
 
-def render_csv(report: Report) -> str:
-    """The ranking as CSV text with a header line; columns are defined in `results/README.md`."""
+def columns_of(report: Report) -> tuple[str, ...]:
+    """The names of the columns, which `results/README.md` defines."""
+    workload = report.config.workload
+    metrics = dict.fromkeys(metric_names(workload.num_prompts, workload.generated_len, gpu=True))
+    return (*_HEAD, *metrics, *_TAIL)
+
+
+def entries_of(report: Report) -> list[dict[str, Cell]]:
+    """A row for every plan, baseline and failure."""
     ranking, objective = report.ranking, report.objective.metric
-    forecasts: dict[str, Trial] = {}
+    predicted: dict[str, Trial] = {}
     for trial in trials_of(report):
         if trial.predicted is not None and trial.record.effective is not None:
-            forecasts.setdefault(trial.record.effective.key, trial)
+            predicted.setdefault(trial.record.effective.key, trial)
     entries: list[dict[str, Cell]] = [
-        {"objective": objective, **_plan_entry(row), **_forecast_cells(forecasts.get(row.key))}
+        {"objective": objective, **_plan_entry(row), **_prediction_cells(predicted.get(row.key))}
         for row in (*ranking.rows, *ranking.unranked)
     ]
     baselines = [(row, False) for row in ranking.baseline_sweep]
     if ranking.baseline and ranking.baseline.confirmed:
         baselines.append((ranking.baseline, True))
     entries += [{"objective": objective, **_baseline_entry(row, confirmed)} for row, confirmed in baselines]
-    entries += [_failure_entry(row) for row in ranking.failures]
-    workload = report.config.workload
-    names = dict.fromkeys(metric_names(workload.num_prompts, workload.generated_len, gpu=True))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=[*_HEAD, *names, *_TAIL], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: safe_cell(value) for name, value in entry.items()} for entry in entries)
-    return out.getvalue()
+    return [*entries, *map(_failure_entry, ranking.failures)]
 
 
 def _plan_entry(row: Row) -> dict[str, Cell]:
@@ -109,7 +102,7 @@ def _plan_entry(row: Row) -> dict[str, Cell]:
         **row.metrics,
         "disturbed_runs": row.disturbed_runs,
         "failed_runs": row.failed_runs,
-        "records": _joined(f"{number:04}" for number in row.records),
+        "records": " ".join(f"{number:04}" for number in row.records),
         "broken_constraints": "; ".join(row.broken_constraints),
         "unranked_because": row.unranked_because,
         "notes": "; ".join(row.notes),
@@ -125,7 +118,7 @@ def _baseline_entry(row: BaselineRow, confirmed: bool) -> dict[str, Cell]:
         **_spread_cells(row.spread),
         **row.metrics,
         "disturbed_runs": row.disturbed_runs,
-        "records": _joined(f"{number:04}" for number in row.used_records),
+        "records": " ".join(f"{number:04}" for number in row.used_records),
         "notes": "; ".join(row.notes),
     }
 
@@ -147,8 +140,8 @@ def _plan_cells(plan: Plan) -> dict[str, Cell]:
     return {
         "layers": "+".join(map(str, plan.layer_counts)),
         "replicas": plan.replicas,
-        "devices": _joined(plan.devices),
-        "memory_fractions": _joined(str(stage.memory_fraction) for stage in plan.stages),
+        "devices": " ".join(plan.devices),
+        "memory_fractions": " ".join(str(stage.memory_fraction) for stage in plan.stages),
         "micro_batch_size": plan.micro_batch_size,
         "prefill_micro_batch_size": plan.prefill_size,
         "prefill_chunk_size": plan.prefill_chunk_size,
@@ -170,7 +163,7 @@ def _ratio_cells(name: str, ratio: Ratio | None) -> dict[str, Cell]:
     return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high, f"{name}_rounds": ratio.rounds}
 
 
-def _forecast_cells(trial: Trial | None) -> dict[str, Cell]:
+def _prediction_cells(trial: Trial | None) -> dict[str, Cell]:
     if trial is None:
         return {}
     return {
@@ -178,17 +171,3 @@ def _forecast_cells(trial: Trial | None) -> dict[str, Cell]:
         "predicted_sd": trial.predicted_sd,
         "prediction_error": trial.error,
     }
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return " ".join(parts)
-
-
-def safe_cell(value: Cell) -> Cell:
-    """Numbers as they are; text on one line, and never one that a spreadsheet would take for a formula."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if not isinstance(value, str):
-        return value
-    text = clean(value)
-    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pipetune.tuner.report.tables import build_table, render_rich
 from rich.console import Console
 
 from pipetune.bench.record import Failure, FailureKind, Measurement, Record
@@ -18,7 +19,6 @@ from pipetune.bench.spec import ModelSpec, Sampling
 from pipetune.tuner.commands.conclude import conclude
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.files import write_report
-from pipetune.tuner.report.tables import build_table, render_rich
 from pipetune.tuner.report.wording import metric_text, model_text, rival_text, workload_text
 from pipetune.tuner.study.files import load_study
 from pipetune.tuner.study.plan_file import read_plan

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pipetune.tuner.report.tables import build_table, render_rich
 from rich.console import Console
 
 from pipetune.bench.metrics import derive
@@ -19,7 +20,6 @@ from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.figures import forecast_of, history_of
 from pipetune.tuner.report.files import write_report
 from pipetune.tuner.report.search import tell, trials_of
-from pipetune.tuner.report.tables import build_table, render_rich
 from pipetune.tuner.study.files import SEARCH_FILE, load_study
 from pipetune.tuner.study.search_log import SearchLog, Stop
 from tests.record_factory import make_failure, make_measurement, make_plan, make_record, make_study_records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipetune.tuner.gate.outputs.wording import LEGEND, TEXT_COLUMNS, story_of
 from pipetune.tuner.gate.values import GateResult, Verdict
-from pipetune.tuner.report.markdown import escaped
+from pipetune.tuner.report.render.markdown import escaped
 
 _MARKS = {Verdict.OK: "✅", Verdict.FAIL: "❌", Verdict.INCONCLUSIVE: "⚠️"}
 

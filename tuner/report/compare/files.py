@@ -14,8 +14,11 @@ from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.report.compare.values import StudyComparison
-from pipetune.tuner.report.compare.wording import render_csv, render_markdown
+from pipetune.tuner.report.compare.wording import CSV_COLUMNS, entries_of, whole_of
 from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.render.csv import render_csv
+from pipetune.tuner.report.render.html import render_html
+from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.study.files import load_study
 
 RESULT_FILE, CSV_FILE, MARKDOWN_FILE, PAGE_FILE = "compare.json", "compare.csv", "compare.md", "compare.html"
@@ -48,17 +51,17 @@ def write_all(comparison: StudyComparison, folder: Path) -> None:
         ConfigError: it cannot be written.
     """
     # matplotlib takes half a second to import: who only looks at the screen need not wait for it.
-    from pipetune.tuner.report.compare.page import render_html
-    from pipetune.tuner.report.compare.plot import render_plots
+    from pipetune.tuner.report.compare.page import page_of
+    from pipetune.tuner.report.compare.plot import draw_comparison
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / RESULT_FILE, comparison.model_dump_json(indent=1) + "\n")
-        write_durably(folder / CSV_FILE, render_csv(comparison))
-        write_durably(folder / MARKDOWN_FILE, render_markdown(comparison))
-        write_durably(folder / PAGE_FILE, render_html(comparison))
-        for name, png in render_plots(comparison).items():
-            (folder / f"{name}.png").write_bytes(png)
+        write_durably(folder / CSV_FILE, render_csv(CSV_COLUMNS, entries_of(comparison)))
+        write_durably(folder / MARKDOWN_FILE, render_markdown(whole_of(comparison)))
+        write_durably(folder / PAGE_FILE, render_html(page_of(comparison)))
+        for name, picture in draw_comparison(comparison).items():
+            (folder / f"{name}.png").write_bytes(picture.light)
     except OSError as error:
         raise ConfigError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
 

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from pipetune.tuner.report.canvas import DARK
-from pipetune.tuner.report.compare.plot import render_plots
+from pipetune.tuner.report.compare.plot import draw_comparison
 from pipetune.tuner.report.compare.values import StudyComparison
-from pipetune.tuner.report.compare.wording import story_of
-from pipetune.tuner.report.page import Grid, Section, picture, render_page
+from pipetune.tuner.report.compare.wording import plans_table, remarks_of, studies_table
+from pipetune.tuner.report.document import Bullets, Document, Pictures, Section
 
-_TEXT_COLUMNS = frozenset({"study", "best plan", "plan"})
-_ALTS = {"own_best": "Each study at its own best", "same_plans": "The same plans, as ratios over the first study"}
+
+def page_of(comparison: StudyComparison) -> Document:
+    """A page of its own."""
+    first, *others = comparison.contestants
+    return Document(
+        title=f"{first.name} and {len(others)} more",
+        facts=tuple((one.name, one.place) for one in comparison.contestants),
+        parts=sections_of(comparison),
+    )
 
 
 def sections_of(comparison: StudyComparison) -> tuple[Section, ...]:
     """Each at its own best, the same plans, and what changed."""
-    story = story_of(comparison)
-    plots, dark = render_plots(comparison), render_plots(comparison, DARK)
-    pictures = {name: picture(_ALTS[name], png, dark[name]) for name, png in plots.items()}
-    names = [one.name for one in comparison.contestants]
-    found = [
-        Section(
-            heading=f"Compared: {', '.join(names)}",
-            remarks=story.remarks,
-            grids=(Grid(columns=story.study_columns, lines=story.studies, text_columns=_TEXT_COLUMNS),),
-            pictures=tuple(pictures[name] for name in ("own_best",) if name in pictures),
-        )
-    ]
-    if story.plans:
-        found.append(
-            Section(
-                heading="The same plans",
-                grids=(Grid(columns=story.plan_columns, lines=story.plans, text_columns=_TEXT_COLUMNS),),
-                pictures=tuple(pictures[name] for name in ("same_plans",) if name in pictures),
-            )
-        )
-    return tuple(found)
+    pictures = draw_comparison(comparison)
 
+    def figure(name: str) -> Pictures:
+        return Pictures(tuple(pictures[one] for one in (name,) if one in pictures))
 
-def render_html(comparison: StudyComparison) -> str:
-    """A page of its own."""
-    first = comparison.contestants[0]
-    facts = [(one.name, one.place) for one in comparison.contestants]
-    return render_page(f"{first.name} and {len(comparison.contestants) - 1} more", facts, sections_of(comparison))
+    names = ", ".join(one.name for one in comparison.contestants)
+    own = (Bullets(remarks_of(comparison)), studies_table(comparison), figure("own_best"))
+    found = (Section(f"Compared: {names}", own),)
+    plans = plans_table(comparison)
+    return (*found, Section("The same plans", (plans, figure("same_plans")))) if plans else found

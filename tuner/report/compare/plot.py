@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
 
 from matplotlib.figure import Figure
 
@@ -10,29 +11,30 @@ from pipetune.tuner.report.canvas import (
     BLUE,
     GREEN,
     GREY,
-    LIGHT,
     ORANGE,
     SKY,
     VERMILION,
     Theme,
     add_legend,
     new_figure,
-    to_png,
+    picture,
 )
 from pipetune.tuner.report.compare.values import StudyComparison
+from pipetune.tuner.report.document import Picture
 
 _COLOURS = (BLUE, ORANGE, GREEN, VERMILION, SKY)
 _MOST = 12
 
 
-def render_plots(comparison: StudyComparison, theme: Theme = LIGHT) -> dict[str, bytes]:
-    """PNGs by file name without ending; what there is no data for is left out."""
-    figures = {}
+def draw_comparison(comparison: StudyComparison) -> dict[str, Picture]:
+    """Figures by file name without ending; what there is no data for is left out."""
+    pictures = {}
     if any(one.best for one in comparison.contestants):
-        figures["own_best"] = to_png(draw_best(comparison, theme))
+        pictures["own_best"] = picture("Each study at its own best", partial(draw_best, comparison), wide=True)
     if any(plan.ratios for plan in comparison.plans):
-        figures["same_plans"] = to_png(draw_ratios(comparison, theme))
-    return figures
+        alt = "The same plans, as ratios over the first study"
+        pictures["same_plans"] = picture(alt, partial(draw_ratios, comparison), wide=True)
+    return pictures
 
 
 def draw_best(comparison: StudyComparison, theme: Theme) -> Figure:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from dataclasses import dataclass
+import string
+from collections.abc import Iterator, Sequence
 
 from pipetune.tuner.report.compare.values import Contestant, Figures, RatioText, SharedPlan, StudyComparison
-from pipetune.tuner.report.markdown import escaped
-from pipetune.tuner.report.spreadsheet import Cell, safe_cell
+from pipetune.tuner.report.document import (
+    GAP,
+    Bullets,
+    Cell,
+    Column,
+    Document,
+    Part,
+    Section,
+    Table,
+    Text,
+    left,
+    rows_of,
+)
+from pipetune.tuner.report.render.csv import Cell as CsvCell
 from pipetune.tuner.report.wording import MISSING, bytes_text
 
 STUDY_COLUMNS = (
     "study", "best plan", "in flight", "tok/s", "× device_map", "tok/s/device", "tok/J", "tok per price", "peak / cap",
 )  # fmt: skip
 
-_CSV_COLUMNS = (
+_MOST_PLANS = 12
+"""What a screen has room for."""
+CSV_COLUMNS = (
     "plan", "study", "is_best", "tokens_per_s", "runs", "ratio", "ratio_low", "ratio_high", "in_flight", "cap_bytes",
     "peak_bytes", "tokens_per_joule", "devices", "price_per_hour",
 )  # fmt: skip
@@ -25,21 +38,60 @@ _OF_INTERVALS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Story:
-    """What is told of a comparison."""
+def screen_of(comparison: StudyComparison) -> Document:
+    """For a terminal of 80 columns: each study at its own best, the same plans, then what is to be said."""
+    # A study has more figures than a line has room for: they stand below each other. Names are long, and ratios must
+    # not be torn: letters stand for them.
+    letters = [_letter(place) for place in range(len(comparison.contestants))]
+    names = (f"{letter}: {one.name}" for letter, one in zip(letters, comparison.contestants, strict=True))
+    studies = studies_table(comparison)
+    turned = zip(*(row.cells for row in studies.rows), strict=True)
+    lines = [(column.title, *cells) for column, cells in zip(studies.columns, turned, strict=True)][1:]
+    columns = (Column("", "left", "narrow"), *(Column(name, wrap="narrow") for name in names))
+    parts: list[Part] = [Table(columns=columns, rows=rows_of(lines)), GAP]
+    if plans := plans_table(comparison):
+        shown = [_below(row.cells, len(letters)) for row in plans.rows[:_MOST_PLANS]]
+        titles = (*letters, *(f"{letter} / first" for letter in letters[1:]))
+        parts.append(Table(columns=(left("plan", "narrow"), *map(Column, titles)), rows=rows_of(shown)))
+        if len(plans.rows) > _MOST_PLANS:
+            parts.append(Text(f"and {len(plans.rows) - _MOST_PLANS} plans more, in the CSV of --output-dir"))
+        parts.append(GAP)
+    return Document(parts=(*parts, Bullets(remarks_of(comparison))))
 
-    study_columns: tuple[str, ...]
-    """Those of `STUDY_COLUMNS` that any study has something for."""
-    studies: tuple[tuple[str, ...], ...]
-    plan_columns: tuple[str, ...]
-    plans: tuple[tuple[str, ...], ...]
-    remarks: tuple[str, ...]
+
+def whole_of(comparison: StudyComparison) -> Document:
+    """All of the comparison: what `compare.md` holds."""
+    first, *others = (one.name for one in comparison.contestants)
+    plans = plans_table(comparison)
+    same = [Section("The same plans", (plans,))] if plans else []
+    return Document(
+        title=f"{first} against {', '.join(others)}",
+        parts=(studies_table(comparison), *same, Bullets(remarks_of(comparison))),
+    )
 
 
-def story_of(comparison: StudyComparison) -> Story:
-    """The tables and what is to be said of them."""
+def studies_table(comparison: StudyComparison) -> Table:
+    """Each study at its own best, in the columns that any study has something for."""
+    rows = [_study(one) for one in comparison.contestants]
+    kept = [name for place, name in enumerate(STUDY_COLUMNS) if any(row[place] != MISSING for row in rows)]
+    columns = tuple(left(name) if name in ("study", "best plan") else Column(name) for name in STUDY_COLUMNS)
+    return Table(columns=columns, rows=rows_of(rows)).only(kept)
+
+
+def plans_table(comparison: StudyComparison) -> Table | None:
+    """The plans that several studies ran; None where there is none."""
+    if not comparison.plans:
+        return None
     names = [one.name for one in comparison.contestants]
+    titles = (*names, *(f"{name} / first" for name in names[1:]))
+    return Table(
+        columns=(left("plan"), *map(Column, titles)),
+        rows=rows_of(_plan(plan, names) for plan in comparison.plans),
+    )
+
+
+def remarks_of(comparison: StudyComparison) -> tuple[str, ...]:
+    """What changed from the first study to each later one, and what intervals do not say."""
     remarks = []
     for change in comparison.changes:
         remarks.append(change.text)
@@ -49,34 +101,11 @@ def story_of(comparison: StudyComparison) -> Story:
     remarks += [f"{plan.text}: {note}" for plan in comparison.plans for note in plan.notes]
     if any(ratio.low is not None for plan in comparison.plans for ratio in plan.ratios.values()):
         remarks.append(_OF_INTERVALS)
-    lines = [_study(one) for one in comparison.contestants]
-    kept = [index for index in range(len(STUDY_COLUMNS)) if any(line[index] != MISSING for line in lines)]
-    return Story(
-        study_columns=tuple(STUDY_COLUMNS[index] for index in kept),
-        studies=tuple(tuple(line[index] for index in kept) for line in lines),
-        plan_columns=("plan", *names, *(f"{name} / first" for name in names[1:])),
-        plans=tuple(_plan(plan, names) for plan in comparison.plans),
-        remarks=tuple(remarks),
-    )
+    return tuple(remarks)
 
 
-def render_markdown(comparison: StudyComparison) -> str:
-    """GitHub-flavoured Markdown, last newline included."""
-    story = story_of(comparison)
-    first, *others = (one.name for one in comparison.contestants)
-    out = [f"# {escaped(first)} against {escaped(', '.join(others))}", ""]
-    out += _table(story.study_columns, story.studies)
-    if story.plans:
-        out += ["", "## The same plans", "", *_table(story.plan_columns, story.plans)]
-    out += ["", *(f"- {escaped(remark)}" for remark in story.remarks)]
-    return "\n".join([*out, ""])
-
-
-def render_csv(comparison: StudyComparison) -> str:
-    """Every plan that two studies share and every best one, a line a study, in full precision."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
+def entries_of(comparison: StudyComparison) -> Iterator[dict[str, CsvCell]]:
+    """Rows of `compare.csv`: every plan that two studies share and every best one, a row a study."""
     shared = {plan.key: (plan.text, plan.figures, plan.ratios) for plan in comparison.plans}
     for one in comparison.contestants:
         # A best plan that no other study has run stands alone.
@@ -86,11 +115,10 @@ def render_csv(comparison: StudyComparison) -> str:
         for one in comparison.contestants:
             if one.name in figures:
                 cells = _csv_line(text, one, key, figures[one.name], ratios.get(one.name))
-                writer.writerow([safe_cell(cell) for cell in cells])
-    return out.getvalue()
+                yield dict(zip(CSV_COLUMNS, cells, strict=True))
 
 
-def _csv_line(text: str, one: Contestant, key: str, figures: Figures, ratio: RatioText | None) -> tuple[Cell, ...]:
+def _csv_line(text: str, one: Contestant, key: str, figures: Figures, ratio: RatioText | None) -> tuple[CsvCell, ...]:
     return (
         text,
         one.name,
@@ -143,9 +171,11 @@ def _number(value: float | None, digits: int) -> str:
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
-def _table(columns: tuple[str, ...], lines: tuple[tuple[str, ...], ...]) -> list[str]:
-    return [
-        "| " + " | ".join(map(escaped, columns)) + " |",
-        "|" + "|".join(" :--- " if name in ("study", "plan", "best plan") else " ---: " for name in columns) + "|",
-        *("| " + " | ".join(map(escaped, line)) + " |" for line in lines),
-    ]
+def _letter(place: int) -> str:
+    return string.ascii_uppercase[place] if place < len(string.ascii_uppercase) else str(place + 1)
+
+
+def _below(cells: Sequence[Cell], speeds: int) -> tuple[Cell, ...]:
+    """Ratios with their intervals in a second line: side by side, two of them fill a screen."""
+    ratios = (cell.replace(" ", "\n", 1) if isinstance(cell, str) else cell for cell in cells[1 + speeds :])
+    return (*cells[: 1 + speeds], *ratios)

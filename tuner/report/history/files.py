@@ -11,7 +11,9 @@ from pipetune.bench.record import write_durably
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.history.series import StudyNight, history_of
 from pipetune.tuner.report.history.values import History
-from pipetune.tuner.report.history.wording import render_markdown
+from pipetune.tuner.report.history.wording import page_of, whole_of
+from pipetune.tuner.report.render.html import render_html
+from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.study.files import CONFIG_FILE, load_study
 
 RESULT_FILE, MARKDOWN_FILE, PAGE_FILE = "history.json", "history.md", "history.html"
@@ -56,17 +58,17 @@ def write_all(history: History, folder: Path) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    from pipetune.tuner.report.history.page import render_html
-    from pipetune.tuner.report.history.plots import render_plots
+    from pipetune.tuner.report.history.plots import draw_question
 
+    pictures = [draw_question(question) for question in history.questions]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / RESULT_FILE, history.model_dump_json(indent=1) + "\n")
-        write_durably(folder / MARKDOWN_FILE, render_markdown(history))
-        write_durably(folder / PAGE_FILE, render_html(history))
-        for number, question in enumerate(history.questions, start=1):
-            for metric, png in render_plots(question).items():
-                (folder / f"{number}-{metric}.png").write_bytes(png)
+        write_durably(folder / MARKDOWN_FILE, render_markdown(whole_of(history)))
+        write_durably(folder / PAGE_FILE, render_html(page_of(history, pictures)))
+        for number, drawn in enumerate(pictures, start=1):
+            for metric, picture in drawn.items():
+                (folder / f"{number}-{metric}.png").write_bytes(picture.light)
     except OSError as error:
         raise ConfigError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
 

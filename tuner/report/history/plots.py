@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -13,15 +14,15 @@ from pipetune.tuner.report.canvas import (
     BLUE,
     GREEN,
     GREY,
-    LIGHT,
     ORANGE,
     SKY,
     VERMILION,
     Theme,
     add_legend,
     new_figure,
-    to_png,
+    picture,
 )
+from pipetune.tuner.report.document import Picture
 from pipetune.tuner.report.history.values import Question, Series
 from pipetune.tuner.report.history.wording import span_of
 
@@ -29,12 +30,12 @@ _COLOURS = ((BLUE, "o"), (ORANGE, "s"), (SKY, "D"), (GREY, "P"))
 _SCALES = {"_bytes": (2.0**-20, " in MiB"), "_ratio": (100.0, " in %")}
 
 
-def render_plots(question: Question, theme: Theme = LIGHT) -> dict[str, bytes]:
-    """PNGs by metric."""
-    metrics = dict.fromkeys(series.metric for series in question.series)
+def draw_question(question: Question) -> dict[str, Picture]:
+    """Figures by metric."""
+    series = {metric: [one for one in question.series if one.metric == metric] for metric in question.metrics}
     return {
-        metric: to_png(draw(question, [one for one in question.series if one.metric == metric], theme))
-        for metric in metrics
+        metric: picture(f"{metric}, night by night", partial(draw, question, own), wide=True)
+        for metric, own in series.items()
     }
 
 

@@ -64,6 +64,11 @@ class Question(Value):
     """Chance of a change being seen in a series that has none."""
     series: tuple[Series, ...]
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics that have a series, once each."""
+        return tuple(dict.fromkeys(one.metric for one in self.series))
+
 
 class History(Value):
     """All of it."""

@@ -2,17 +2,121 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipetune.tuner.report.document import (
+    GAP,
+    Bullet,
+    Bullets,
+    Column,
+    Document,
+    Part,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    Text,
+    left,
+    rows_of,
+)
 from pipetune.tuner.report.history.values import History, LevelChange, Question, Series
-from pipetune.tuner.report.markdown import escaped
 from pipetune.tuner.report.wording import clean, metric_text
 from pipetune.tuner.stats.change_points import LEAST_NIGHTS
 
-COLUMNS = ("subject", "metric", "nights", "first level", "last level", "changes")
+_BARS = "▁▂▃▄▅▆▇█"
+_MOST_NIGHTS, _MOST_EVENTS = 32, 5
+"""What a screen has room for."""
+
+
+def screen_of(history: History) -> Document:
+    """For a terminal of 80 columns: changes of level first, then each series with a line of its nights."""
+    parts: list[Part] = []
+    for question in history.questions:
+        events = events_of(question)
+        parts += [Text(question.title, "strong"), Text(_nights_text(question))]
+        parts += [Bullets(tuple(event.bullet for event in events[:_MOST_EVENTS]))]
+        if len(events) > _MOST_EVENTS:
+            parts.append(Text(f"· and {len(events) - _MOST_EVENTS} earlier nights, on the page of --output-dir"))
+        parts += [] if events else [Text("no level has changed")]
+        parts.append(Text(trust_text(question), "faint"))
+        width = max(map(len, question.metrics), default=0)
+        columns = (
+            left("", min_width=width),
+            *(Column(title, wrap="narrow", min_width=11) for title in ("first level", "last level")),
+            left("nights"),
+        )
+        for subject, series in itertools.groupby(question.series, key=lambda one: one.subject):
+            lines = [(one.metric, *_levels(one), sparkline(one)) for one in series]
+            parts += [Text(subject, "strong"), Table(columns=columns, rows=rows_of(lines))]
+        parts.append(GAP)
+    return Document(parts=(*parts, *(Text(f"not read: {text}") for text in history.skipped)))
+
+
+def whole_of(history: History) -> Document:
+    """All of the history: what `history.md` holds."""
+    sections = [
+        Section(
+            question.title,
+            (Text(_nights_text(question)), *changes_of(question), Text(trust_text(question)), series_table(question)),
+        )
+        for question in history.questions
+    ]
+    skipped = Bullets(tuple(f"not read: {text}" for text in history.skipped))
+    return Document(title="History", parts=(*sections, skipped))
+
+
+def page_of(history: History, pictures: Sequence[Mapping[str, Picture]]) -> Document:
+    """The page: a section for each question.
+
+    Args:
+        pictures: of each question, by metric.
+    """
+    nights = sum(len(question.nights) for question in history.questions)
+    changes = sum(len(events_of(question)) for question in history.questions)
+    facts = [("nights", str(nights)), ("changes of level", f"from {changes} nights on" if changes else "none")]
+    facts += [("not read", text) for text in history.skipped]
+    sections = tuple(
+        Section(section.heading, (*section.parts, Pictures(tuple(drawn.values()))))
+        for section, drawn in zip(whole_of(history).parts, pictures, strict=False)
+        if isinstance(section, Section)
+    )
+    return Document(title="History", facts=tuple(facts), parts=sections)
+
+
+def changes_of(question: Question) -> tuple[Part, ...]:
+    """All changes of level, or that there is none."""
+    events = events_of(question)
+    return (Bullets(tuple(event.bullet for event in events)) if events else Text("No level has changed."),)
+
+
+def series_table(question: Question) -> Table:
+    """A row for each series: its first and its last level."""
+    lines = [
+        (one.subject, one.metric, str(len(one.values)), *_levels(one), str(len(one.changes))) for one in question.series
+    ]
+    titles = ("nights", "first level", "last level", "changes")
+    return Table(columns=(left("subject"), left("metric"), *map(Column, titles)), rows=rows_of(lines))
+
+
+def sparkline(series: Series) -> str:
+    """The last nights as bars."""
+    shown = series.values[-_MOST_NIGHTS:]
+    low, high = span_of(shown)
+    return "".join(_BARS[min(7, int(8 * (value - low) / (high - low)))] for value in shown)
+
+
+def _nights_text(question: Question) -> str:
+    return f"{len(question.nights)} nights on {question.machine}"
+
+
+def _levels(series: Series) -> tuple[str, str]:
+    first = series.changes[0].before if series.changes else statistics.median(series.values)
+    last = series.changes[-1].after if series.changes else first
+    return metric_text(series.metric, first), metric_text(series.metric, last)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +130,9 @@ class Event:
     is_worse: bool
 
     @property
-    def text(self) -> str:
-        """In one line."""
-        return f"{self.when}: {'; '.join(self.changes)}"
+    def bullet(self) -> Bullet:
+        """An item of a list, with a line below it for each subject."""
+        return Bullet(self.when, "warning" if self.is_worse else "", self.changes)
 
 
 def events_of(question: Question) -> tuple[Event, ...]:
@@ -77,43 +181,3 @@ def span_of(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     middle, half = (low + high) / 2, max((high - low) / 2, 0.1 * abs(high), 1e-9)
     return middle - half, middle + half
-
-
-def lines_of(question: Question) -> list[tuple[str, ...]]:
-    """Cells along `COLUMNS`, a line a series."""
-    return [_line(series) for series in question.series]
-
-
-def render_markdown(history: History) -> str:
-    """GitHub-flavoured Markdown, last newline included."""
-    out = ["# History", ""]
-    for question in history.questions:
-        out += [
-            f"## {escaped(question.title)}",
-            "",
-            f"{len(question.nights)} nights on {escaped(question.machine)}",
-            "",
-        ]
-        for event in events_of(question):
-            out += [f"- {escaped(event.when)}", *(f"  - {escaped(text)}" for text in event.changes)]
-        if out[-1] == "":
-            out.append("No level has changed.")
-        out += ["", trust_text(question)]
-        out += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "|".join([" :--- ", " :--- ", *[" ---: "] * 4]) + "|"]
-        out += ["| " + " | ".join(map(escaped, line)) + " |" for line in lines_of(question)]
-        out.append("")
-    out += [f"- not read: {escaped(text)}" for text in history.skipped]
-    return "\n".join([*out, ""])
-
-
-def _line(series: Series) -> tuple[str, ...]:
-    first = series.changes[0].before if series.changes else statistics.median(series.values)
-    last = series.changes[-1].after if series.changes else first
-    return (
-        series.subject,
-        series.metric,
-        str(len(series.values)),
-        metric_text(series.metric, first),
-        metric_text(series.metric, last),
-        str(len(series.changes)),
-    )

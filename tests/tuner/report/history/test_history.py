@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from pipetune.tuner.cli.history_view import sparkline
 
 from pipetune.tuner.cli import run
-from pipetune.tuner.cli.history_view import sparkline
 from pipetune.tuner.report.history.files import read_history
 from pipetune.tuner.report.history.series import BASELINE, BEST
 from pipetune.tuner.report.history.values import History, LevelChange, Series
