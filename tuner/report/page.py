@@ -172,7 +172,7 @@ def _uses(report: Report) -> list[Section]:
     names = ",".join(f"cuda:{index}" for index in range(len(best.plan.stages)))
     uses.append(("Export it for other devices", f"pipetune export {shlex.quote(folder)} --device-names {names}"))
     parts = [part for text, lines in uses for part in (Text(text), Code(lines))]
-    trace = "trace.json.gz is the timeline above in full detail; this page reads it in the browser:"
+    trace = "trace.json.gz is the timeline above in full detail; open it in the browser at"
     return [Section("Use the best plan", (*parts, Text(trace, link="https://ui.perfetto.dev")))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -104,7 +105,7 @@ def ranking_table(report: Report) -> Table | None:
     extras = tuple(metric for metric in dict.fromkeys(metrics) if metric not in shown)
     plans = (*ranking.rows, *ranking.unranked)
     rows = []
-    for row, following in zip(plans, (*plans[1:], None), strict=True):
+    for row, following in itertools.zip_longest(plans, plans[1:]):
         cells = _cells(row, latency[0], extras, several=len(ranking.objectives) > 1)
         rows.append(TableRow(cells, _style(row), following is None or following.confirmed != row.confirmed))
     if ranking.baseline:

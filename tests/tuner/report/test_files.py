@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from pipetune.tuner.report.tables import build_table, render_rich
 from rich.console import Console
 
 from pipetune.bench.record import Failure, FailureKind, Measurement, Record
@@ -19,6 +18,8 @@ from pipetune.bench.spec import ModelSpec, Sampling
 from pipetune.tuner.commands.conclude import conclude
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.files import write_report
+from pipetune.tuner.report.ranking import ranking_table, screen_of
+from pipetune.tuner.report.render.rich import render_rich
 from pipetune.tuner.report.wording import metric_text, model_text, rival_text, workload_text
 from pipetune.tuner.study.files import load_study
 from pipetune.tuner.study.plan_file import read_plan
@@ -74,7 +75,7 @@ class Page(HTMLParser):
 def terminal(folder: Path, width: int = 80) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None)
-    console.print(render_rich(build_table(Report.of(load_study(folder)))))
+    console.print(render_rich(screen_of(Report.of(load_study(folder)))))
     return out.getvalue()
 
 
@@ -231,8 +232,9 @@ def test_several_objectives_mark_the_front(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", objectives=["output_throughput", "mean_ttft_ms"])
     write_report(folder)
     front = [row for row in Report.of(load_study(folder)).ranking.rows if row.on_front]
-    table = build_table(Report.of(load_study(folder)))
-    assert sum("◆" in line.cells[0] for line in table.lines) == len(front) > 1
+    table = ranking_table(Report.of(load_study(folder)))
+    assert table is not None
+    assert sum("◆" in str(row.cells[0]) for row in table.rows) == len(front) > 1
 
 
 COPIES = make_plan((30,), 16, replicas=2)

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import pytest
-from pipetune.tuner.report.tables import build_table, render_rich
 from rich.console import Console
 
 from pipetune.bench.metrics import derive
@@ -17,13 +16,24 @@ from pipetune.tuner.commands.conclude import document
 from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.report.costs import costs_of
 from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.document import Facts, Table
 from pipetune.tuner.report.figures import forecast_of, history_of
 from pipetune.tuner.report.files import write_report
+from pipetune.tuner.report.ranking import screen_of
+from pipetune.tuner.report.render.rich import render_rich
 from pipetune.tuner.report.search import tell, trials_of
 from pipetune.tuner.study.files import SEARCH_FILE, load_study
 from pipetune.tuner.study.search_log import SearchLog, Stop
 from tests.record_factory import make_failure, make_measurement, make_plan, make_record, make_study_records
 from tests.study_factory import make_log, make_profile, write_study
+
+
+def titles(table: Table) -> tuple[str, ...]:
+    return tuple(column.title for column in table.columns)
+
+
+def texts(table: Table) -> list[tuple[str, ...]]:
+    return [tuple(cell if isinstance(cell, str) else cell.text for cell in row.cells) for row in table.rows]
 
 
 def report_of(folder: Path) -> Report:
@@ -37,15 +47,16 @@ def test_each_trial_stands_beside_its_prediction(tmp_path: Path) -> None:
     assert [round(trial.error, 6) for trial in trials[:4] if trial.error is not None] == [0.10, -0.05, 0.10, -0.05]
     story = tell(report)
     assert story is not None
-    assert story.columns == ("trial", "plan", "why", "predicted", "measured", "error")
-    assert story.lines[0][5] == "+10.0 %"
-    assert story.lines[8][3:] == ("–", "worker died", "–")
+    assert titles(story.table) == ("trial", "plan", "why", "predicted", "measured", "error")
+    assert texts(story.table)[0][5] == "+10.0 %"
+    assert texts(story.table)[8][3:] == ("–", "worker died", "–")
     best = [trial for trial in trials if trial.is_best_so_far][-1]
     assert best.measured == max(trial.measured for trial in trials if trial.measured is not None)
     assert story.stop.startswith("10 trials, 8 of them measured; no other plan is predicted")
     assert story.time == "92 % of 361 s went into measuring."
     assert "profile 21 s" in story.phases
-    assert sum(share.percent for share in story.shares) == pytest.approx(100)
+    assert story.shares is not None
+    assert sum(segment.percent for segment in story.shares.segments) == pytest.approx(100)
     forecast = forecast_of(report)
     assert forecast is not None
     assert len(forecast.numbers) == 8
@@ -57,7 +68,7 @@ def test_every_form_of_report_tells_it(tmp_path: Path) -> None:
     markdown = (folder / "ranking.md").read_text(encoding="utf-8")
     page = (folder / "report.html").read_text(encoding="utf-8")
     out = io.StringIO()
-    Console(file=out, width=80).print(render_rich(build_table(report_of(folder))))
+    Console(file=out, width=80).print(render_rich(screen_of(report_of(folder))))
     assert max(len(line.rstrip()) for line in out.getvalue().splitlines()) <= 80
     for text in (markdown, page, " ".join(out.getvalue().split())):
         assert "92 % of 361 s went into measuring." in text
@@ -95,8 +106,8 @@ def test_a_study_without_a_diary_still_tells_its_trials(tmp_path: Path) -> None:
     write_report(folder)
     story = tell(report_of(folder))
     assert story is not None
-    assert story.columns == ("trial", "plan", "measured")
-    assert (story.summary, story.phases, story.shares) == ("", "", ())
+    assert titles(story.table) == ("trial", "plan", "measured")
+    assert (story.summary, story.phases, story.shares) == ("", "", None)
     assert not (folder / "plots" / "predicted_vs_measured.png").exists()
     assert (folder / "plots" / "history.png").exists()
 
@@ -107,7 +118,7 @@ def test_a_search_that_goes_on_or_measured_nothing_is_told_too(tmp_path: Path) -
     log = SearchLog(entries=make_log([stopped]).entries)
     story = tell(report_of(write_study(tmp_path / "s", [stopped], log=log)))
     assert story is not None
-    assert story.lines[0][4] == "stopped"
+    assert texts(story.table)[0][4] == "stopped"
     assert story.summary == ""
     assert tell(report_of(write_study(tmp_path / "none", []))) is None
 
@@ -120,8 +131,8 @@ def test_what_another_process_measured_says_so(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", [other, own], log=make_log([own]))
     story = tell(report_of(folder))
     assert story is not None
-    assert story.lines[0][2] == "measured by gpu-box-2-ab12cd"
-    assert story.lines[0][3] == "–"
+    assert texts(story.table)[0][2] == "measured by gpu-box-2-ab12cd"
+    assert texts(story.table)[0][3] == "–"
 
 
 def test_a_trial_that_breaks_a_constraint_is_never_the_best_so_far(tmp_path: Path) -> None:
@@ -149,8 +160,10 @@ def test_a_diary_that_is_cut_off_is_named(tmp_path: Path) -> None:
 
 
 def test_a_profile_is_shown_by_device_part_and_kind() -> None:
-    table = costs_of(make_profile())
-    assert table.columns == ("device", "part", "1 × 64", "8 × 64", "32 × 64", "1 @ 64", "8 @ 79", "32 @ 79")
-    assert [line[0] for line in table.lines] == ["cpu:0", "", "", "", "cpu:1", "", "", ""]
-    assert table.lines[0][1:3] == ("a layer of 0-29", "7.00")
-    assert table.links[0] == ("cpu:0 → cpu:1", "150 µs", "1.20 GB/s")
+    table, links = costs_of(make_profile()).parts[1:]
+    assert isinstance(table, Table)
+    assert titles(table) == ("device", "part", "1 × 64", "8 × 64", "32 × 64", "1 @ 64", "8 @ 79", "32 @ 79")
+    assert [line[0] for line in texts(table)] == ["cpu:0", "", "", "", "cpu:1", "", "", ""]
+    assert texts(table)[0][1:3] == ("a layer of 0-29", "7.00")
+    assert isinstance(links, Facts)
+    assert links.items[0] == ("cpu:0 → cpu:1", "150 µs, 1.20 GB/s")

@@ -17,7 +17,7 @@ from pipetune.tuner.cli import run
 from pipetune.tuner.report.compare.files import read_reports, write_all
 from pipetune.tuner.report.compare.join import compare_studies, plan_key
 from pipetune.tuner.report.compare.values import StudyComparison
-from pipetune.tuner.report.compare.wording import render_csv, render_markdown, story_of
+from pipetune.tuner.report.compare.wording import remarks_of
 from pipetune.tuner.study.files import load_records
 from tests.record_factory import make_machine
 from tests.study_factory import write_study
@@ -27,6 +27,15 @@ from tests.tuner.report.compare.studies import EVEN, UNEVEN, write_night
 def compared(*folders: Path, **options: dict[str, float]) -> StudyComparison:
     reports, names = read_reports(folders)
     return compare_studies(reports, names, **options)
+
+
+def write_to(found: StudyComparison, folder: Path) -> Path:
+    write_all(found, folder)
+    return folder
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((folder / "compare.csv").read_text(encoding="utf-8"))))
 
 
 def test_the_same_plan_slower_is_not_another_plan_that_is_best_now(tmp_path: Path) -> None:
@@ -154,7 +163,7 @@ def test_a_study_and_its_copy_are_as_fast(tmp_path: Path) -> None:
 def test_single_runs_have_no_interval_and_it_is_said(tmp_path: Path) -> None:
     found = compared(write_night(tmp_path / "a", rounds=1), write_night(tmp_path / "b", rounds=1, seed=9))
     assert "a single run: that tells nothing" in found.changes[0].text
-    assert not any("Intervals" in text for text in story_of(found).remarks)
+    assert not any("Intervals" in text for text in remarks_of(found))
 
 
 def test_a_study_without_a_best_plan_still_compares_the_same_plan(tmp_path: Path) -> None:
@@ -177,7 +186,7 @@ def test_intervals_say_what_they_do_not_cover(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_cell_is_never_a_formula(tmp_path: Path) -> None:
     found = compared(write_night(tmp_path / "=1+1"), write_night(tmp_path / "@b", seed=9))
-    names = {row["study"] for row in csv.DictReader(io.StringIO(render_csv(found)))}
+    names = {row["study"] for row in read_csv(write_to(found, tmp_path / "out"))}
     assert names == {"'=1+1", "'@b"}
 
 
@@ -192,12 +201,13 @@ def test_studies_of_other_work_do_not_compare(tmp_path: Path) -> None:
 
 def test_tables_hold_every_shared_plan(tmp_path: Path) -> None:
     found = compared(write_night(tmp_path / "a"), write_night(tmp_path / "b", seed=9))
-    rows = list(csv.DictReader(io.StringIO(render_csv(found))))
+    folder = write_to(found, tmp_path / "out")
+    rows = read_csv(folder)
     assert {(row["plan"], row["study"]) for row in rows} == {
         (plan.describe(), name) for plan in (EVEN, UNEVEN) for name in "ab"
     }
     assert float(next(row["ratio"] for row in rows if row["study"] == "b")) > 0
-    text = render_markdown(found)
+    text = (folder / "compare.md").read_text(encoding="utf-8")
     assert text.count("| 17+13") >= 1
     assert "## The same plans" in text
 

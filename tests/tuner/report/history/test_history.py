@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from pipetune.tuner.cli.history_view import sparkline
 
 from pipetune.tuner.cli import run
 from pipetune.tuner.report.history.files import read_history
 from pipetune.tuner.report.history.series import BASELINE, BEST
 from pipetune.tuner.report.history.values import History, LevelChange, Series
+from pipetune.tuner.report.history.wording import sparkline
 from pipetune.tuner.study.files import SEARCH_FILE
 from pipetune.tuner.study.search_log import SearchLog
 from tests.record_factory import make_machine

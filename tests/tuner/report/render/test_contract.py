@@ -1,0 +1,52 @@
+"""Who draws: tables, markup, cells and pages are made by the renderers of documents, and nowhere else."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[4]
+RENDERERS = ROOT / "tuner/report/render"
+DRAWING = ("rich.table", "rich.padding", "rich.box", "jinja2", "csv")
+WAITING = frozenset(
+    {
+        "tuner/cli/bench_view.py",
+        "tuner/cli/doctor_view.py",
+        "tuner/cli/gate_view.py",
+        "tuner/cli/plan_view.py",
+        "tuner/cli/profile_view.py",
+        "tuner/commands/comparison.py",
+        "tuner/commands/doctor.py",
+        "tuner/commands/dry_run.py",
+        "tuner/gate/outputs/markdown.py",
+    }
+)
+"""Modules that still draw for themselves: the list only ever gets shorter."""
+MARKDOWN_TABLE = re.compile(r"""["'](?:\| ?)?" ?\| "\.join|" \| "\.join|:---""")
+
+
+def modules() -> list[Path]:
+    return [path for half in ("bench", "tuner") for path in sorted((ROOT / half).rglob("*.py"))]
+
+
+def drawing(path: Path) -> Iterator[str]:
+    """What a module draws with."""
+    text = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [str(node.module), *(f"{node.module}.{name}" for name in names)]
+        yield from (name for name in names if name in DRAWING)
+    if MARKDOWN_TABLE.search(text):
+        yield "a Markdown table"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_renderers_draw(path: Path) -> None:
+    waits = str(path.relative_to(ROOT)) in WAITING
+    draws = list(drawing(path)) if RENDERERS not in path.parents else []
+    assert bool(draws) == waits, f"{path.name} draws with {draws}: build a Document, or take it off the list"

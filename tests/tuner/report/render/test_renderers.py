@@ -1,0 +1,144 @@
+"""A document of every kind of part, drawn in every medium: nothing is lost, and nothing in it is read as markup."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from pipetune.tuner.report.document import (
+    Bar,
+    Bullet,
+    Bullets,
+    Card,
+    Cards,
+    Code,
+    Column,
+    Document,
+    Facts,
+    Picture,
+    Pictures,
+    Section,
+    Segment,
+    Split,
+    Table,
+    TableRow,
+    Text,
+    left,
+    rows_of,
+)
+from pipetune.tuner.report.render.csv import render_csv
+from pipetune.tuner.report.render.html import render_html
+from pipetune.tuner.report.render.markdown import render_markdown
+from pipetune.tuner.report.render.rich import render_rich
+
+EVIL = "<b>[red]x[/red]</b> | `y` _z_"
+TABLE = Table(
+    columns=(left("plan", "narrow"), Column("tok/s"), left("why", "prose")),
+    rows=(
+        TableRow(("17+13", Text("201", "strong"), "fast"), "good", ends_group=True),
+        TableRow((EVIL, "64.2", ""), "other"),
+    ),
+    legend="tok/s: tokens a second",
+    ruled=True,
+)
+WEIGHTS = Segment(label="weights", text="9 MiB", percent=50, colour=1)
+DOCUMENT = Document(
+    title=f"Title {EVIL}",
+    facts=(("model", EVIL),),
+    parts=(
+        Text("one line\nanother", "warning"),
+        Text("see", link="https://example.org/"),
+        Facts((("busy", "time in compute"),), stacked=True),
+        Bullets(("plain", Bullet("changed", "bad", (EVIL, "below it")))),
+        Section("Hero", (Cards((Card(label="speed", number="3.1×", remark="over all"),)),), is_hero=True),
+        Section(
+            "Inner",
+            (
+                TABLE,
+                Bar(label="stage 0", text="cpu:0", segments=(WEIGHTS,)),
+                Split((("cpu:0", "layers 0–16", 57.0), ("cpu:1", "layers 17–29", 43.0))),
+                Code("pipetune bench"),
+                Pictures((Picture(alt="a figure", light=b"light", dark=b"dark"),)),
+            ),
+        ),
+    ),
+)
+SAID = (
+    *("17+13", "201", "64.2", "fast", "tok/s: tokens a second", "one line", "another", "https://example.org/"),
+    *("time in compute", "below it", "3.1×", "over all", "weights", "9 MiB", "layers 17–29", "pipetune bench"),
+)
+
+
+class Shown(HTMLParser):
+    """The text of a page, and its tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.tags = "", list[str]()
+        self.feed(text)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+
+def screen(document: Document, width: int = 80) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(render_rich(document))
+    return out.getvalue()
+
+
+def test_every_medium_says_all_of_it_and_reads_no_markup() -> None:
+    page = Shown(render_html(DOCUMENT))
+    assert "b" in page.tags, "labels of bars"
+    assert page.text.count(EVIL) == 5
+    assert [tag for tag in page.tags if tag == "img"] == ["img"]
+    body = Shown(MarkdownIt("commonmark").enable(["table"]).render(render_markdown(DOCUMENT)))
+    assert "b" not in body.tags
+    assert body.text.count(EVIL) == 4
+    wide = screen(DOCUMENT, width=200)
+    assert wide.count(EVIL) == 4
+    for text in (page.text, body.text, wide):
+        for said in SAID:
+            assert said in text
+
+
+def test_markdown_tables_are_aligned_and_bold_where_rows_are_best() -> None:
+    lines = render_markdown(Document(parts=(TABLE,))).splitlines()
+    assert lines[:3] == ["| plan | tok/s | why |", "| :--- | ---: | :--- |", "| **17+13** | **201** | **fast** |"]
+    assert len(re.findall(r"(?<!\\)\|", lines[3])) == 4
+    assert lines[-2:] == ["", "tok/s: tokens a second"]
+
+
+def test_a_screen_keeps_to_its_width_and_leaves_a_line_between_groups() -> None:
+    lines = screen(DOCUMENT, width=60).splitlines()
+    assert max(map(len, lines)) <= 60
+    at = next(place for place, line in enumerate(lines) if line.startswith("17+13"))
+    assert lines[at + 1].strip() == ""
+
+
+def test_a_table_of_fewer_columns_keeps_their_order() -> None:
+    assert [column.title for column in TABLE.only({"why", "plan"}).columns] == ["plan", "why"]
+    assert [row.cells for row in TABLE.only(["tok/s"]).rows] == [(Text("201", "strong"),), ("64.2",)]
+    assert [row.style for row in rows_of([("a",), ("b",)], "faint")] == ["faint", "faint"]
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"), [("=1+1", "'=1+1"), ("-x", "'-x"), (-0.5, "-0.5"), (True, "true"), (None, ""), ("a\nb", "a b")]
+)
+def test_cells_are_exact_and_never_formulas(value: str | float | bool | None, cell: str) -> None:
+    rows = list(csv.DictReader(io.StringIO(render_csv(("name", "other"), [{"name": value}]))))
+    assert rows == [{"name": cell, "other": ""}]
+
+
+def test_a_cell_of_no_column_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="extra"):
+        render_csv(("name",), [{"extra": 1}])
