@@ -80,7 +80,7 @@ def make_measurement(
     num_iters: int = 3,
     seed: int = 0,
     noise: float = 0.02,
-    mood: float = 1.0,
+    drift: float = 1.0,
     hop_s: float = 1.5e-3,
     slow: Mapping[str, float] | None = None,
     instrument: bool = True,
@@ -93,7 +93,7 @@ def make_measurement(
 
     Args:
         noise: relative spread of task times.
-        mood: factor on all times, for a machine that is slower today.
+        drift: factor on all times, for a machine that is slower today.
         slow: factors on the times of single devices.
         check: None makes a passed one.
     """
@@ -118,7 +118,7 @@ def make_measurement(
     ]
     iterations = []
     for _ in range(num_iters):
-        today = mood * rng.uniform(1 - noise, 1 + noise)
+        today = drift * rng.uniform(1 - noise, 1 + noise)
         seen = [
             _replica_run(plan.replica(replica), tasks, rng, today, noise, hop_s, slow or {})
             for replica, tasks in enumerate(schedules)
@@ -211,13 +211,13 @@ def make_baseline_measurement(
     num_iters: int = 3,
     seed: int = 0,
     noise: float = 0.02,
-    mood: float = 1.0,
+    drift: float = 1.0,
     notes: tuple[str, ...] = (),
 ) -> Measurement:
     """What HF generate gives, batch after batch, without spans."""
     plan = Plan.from_layer_counts((NUM_LAYERS,), DEVICES, batch_size).model_copy(update={"max_in_flight": 1})
     run = make_measurement(
-        plan, workload, num_iters=num_iters, seed=seed, noise=noise, mood=mood * BASELINE_OVERHEAD, instrument=False
+        plan, workload, num_iters=num_iters, seed=seed, noise=noise, drift=drift * BASELINE_OVERHEAD, instrument=False
     )
     iterations = tuple(iteration.model_copy(update={"stages": (), "host_gap_s": ()}) for iteration in run.iterations)
     return run.model_copy(
@@ -301,8 +301,8 @@ def make_study_records(
             make_record(number, role, plan, result, workload=workload, round_=round_, trial_number=trial_number)
         )
 
-    def measure(plan: Plan, mood: float = 1.0) -> Measurement:
-        return make_measurement(plan, workload, seed=seed + len(records), mood=mood, instrument=instrument)
+    def measure(plan: Plan, drift: float = 1.0) -> Measurement:
+        return make_measurement(plan, workload, seed=seed + len(records), drift=drift, instrument=instrument)
 
     for batch_size in (8, 16, 32):
         add("baseline", None, make_baseline_measurement(batch_size, workload, seed=seed + len(records)))
@@ -338,13 +338,13 @@ def make_study_records(
     trials.sort(key=lambda record: min(run.duration_s for run in record.result.iterations))  # type: ignore[union-attr]
     finalists = [*(record.spec.plan for record in trials[:3] if record.spec), None]
     for round_ in range(rounds):
-        mood = rng.uniform(0.95, 1.15)
+        drift = rng.uniform(0.95, 1.15)
         for finalist in rng.sample(finalists, len(finalists)):
             if finalist is None:
-                result = make_baseline_measurement(32, workload, seed=seed + len(records), mood=mood)
+                result = make_baseline_measurement(32, workload, seed=seed + len(records), drift=drift)
                 add("finalist", None, result, round_)
             else:
-                add("finalist", finalist, measure(finalist, mood), round_)
+                add("finalist", finalist, measure(finalist, drift), round_)
     return tuple(records)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,13 +19,19 @@ if TYPE_CHECKING:
     from pipetune.bench.fleet.fleet import Progress
 
 
-class Reporter(Protocol):
-    """Who waits is told what runs, how far it is, and what came out."""
+class Reporter:
+    """Who waits is told what runs, how far it is, and what came out; this one says nothing, as `--no-progress` wants.
 
-    def __enter__(self) -> Self: ...
+    It is entered around all work that it is told of, and may be entered again.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        return
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -46,7 +52,7 @@ class Reporter(Protocol):
 def make_reporter(console: Console, *, silent: bool = False) -> Reporter:
     """Live on a terminal, plain lines otherwise; silent if asked."""
     if silent:
-        return SilentReporter()
+        return Reporter()
     return LiveReporter(console) if console.is_terminal and not console.is_dumb_terminal else PlainReporter(console)
 
 
@@ -89,32 +95,13 @@ def _value_text(name: str, value: float, *, scored: bool) -> str:
     return f"{name.removesuffix('_ms')} {value:.0f} ms" if name.endswith("_ms") else f"{name} {value:.4g}"
 
 
-class SilentReporter:
-    """Says nothing; for `--no-progress`."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exit_info: object) -> None: ...
-    def say(self, text: str) -> None: ...
-    def begin(self, text: str) -> None: ...
-    def end(self, text: str) -> None: ...
-    def best(self, text: str) -> None: ...
-    def fleet(self, progress: Progress) -> None: ...
-
-
-class PlainReporter:
+class PlainReporter(Reporter):
     """Whole lines, for logs: what begins, what came of it, and long first steps such as a download."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last_message = ""
         self._begun = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exit_info: object) -> None: ...
 
     def say(self, text: str) -> None:
         self._line(text)
@@ -126,8 +113,6 @@ class PlainReporter:
     def end(self, text: str) -> None:
         self._line(f"  {text}")
 
-    def best(self, text: str) -> None: ...
-
     def fleet(self, progress: Progress) -> None:
         if progress.message and progress.message not in (self._last_message, self._begun):
             self._last_message = progress.message
@@ -138,7 +123,7 @@ class PlainReporter:
         self._console.print(Text(text), soft_wrap=True)
 
 
-class LiveReporter:
+class LiveReporter(Reporter):
     """Lines that stay scroll by above two that change: what runs now, and the best so far."""
 
     def __init__(self, console: Console) -> None:
@@ -152,7 +137,9 @@ class LiveReporter:
         self._live.start()
         return self
 
-    def __exit__(self, *exit_info: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._live.stop()
 
     def say(self, text: str) -> None:

@@ -88,7 +88,7 @@ class FakeFleet:
             num_iters=spec.protocol.num_iters,
             seed=len(self._lab.calls),
             hop_s=HOP_S,
-            mood=self._lab.mood(spec),
+            drift=self._lab.drift(spec),
         )
         return measured if spec.protocol.check_outputs else measured.model_copy(update={"check": None})
 
@@ -117,7 +117,7 @@ class Lab:
         self.machine: Machine = make_machine()
         self.device_bytes = 4 * 2**30
         self.profile_fault: Failure | None = None
-        self.mood: Callable[[RunSpec], float] = lambda spec: 1.0
+        self.drift: Callable[[RunSpec], float] = lambda spec: 1.0
         """How much slower a plan's tasks are than any profile says."""
         self.fault: Fault = lambda spec, number: None
         self.baseline_fault: Callable[[int], Failure | None] = lambda batch_size: None

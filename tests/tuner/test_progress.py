@@ -11,7 +11,7 @@ from pipetune.bench.fleet.fleet import Progress
 from pipetune.tuner.progress import (
     LiveReporter,
     PlainReporter,
-    SilentReporter,
+    Reporter,
     describe,
     make_reporter,
     progress_text,
@@ -32,7 +32,7 @@ def written(on: Console) -> str:
 def test_a_terminal_gets_live_lines_and_a_log_plain_ones() -> None:
     assert isinstance(make_reporter(console(terminal=True)), LiveReporter)
     assert isinstance(make_reporter(console()), PlainReporter)
-    assert isinstance(make_reporter(console(terminal=True), silent=True), SilentReporter)
+    assert isinstance(make_reporter(console(terminal=True), silent=True), Reporter)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

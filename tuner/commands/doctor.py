@@ -69,6 +69,7 @@ class DoctorResult(Value):
 
     @property
     def exit_code(self) -> int:
+        """Exit code of the worst check: 0, 2, 3 or 4."""
         return self.fault_code if any(check.verdict == "failed" for check in self.checks) else 0
 
     def print(self, console: Console) -> None:

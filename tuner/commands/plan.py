@@ -56,15 +56,16 @@ class PlannedStage:
     end_layer: int
     busy_s: float
     idle_share: float
-    """Of the plan's duration."""
+    """Share of the plan's duration in which the stage computes nothing."""
     memory: StageBytes
     kv_bytes: int
-    """Over all micro-batches in flight."""
+    """Bytes of the KV cache over all micro-batches in flight."""
     total_bytes: int
     cap_bytes: int
 
     @property
     def cap_share(self) -> float:
+        """Share of its memory cap that the stage is predicted to take."""
         return self.total_bytes / self.cap_bytes
 
 
@@ -82,6 +83,7 @@ class PlannedPlan:
 
     @property
     def plan(self) -> Plan:
+        """The plan without what was resolved of it."""
         return self.effective.plan
 
     @property

@@ -25,7 +25,7 @@ class LayerGroup(Value):
     indices: tuple[int, ...]
     kind: str
     weight_bytes: int
-    """Of each layer, as are the rest."""
+    """Bytes of weights of each layer; the other fields too are of one layer."""
     active_params: int
     kv_bytes_per_token: int
     state_bytes: int = 0
@@ -58,7 +58,7 @@ class Fit(Value):
     output_len: int
     num_micro_batches: int
     in_flight: int
-    """As the memory caps allow; 0 where not even one fits."""
+    """Micro-batches resident at once that the memory caps allow; 0 where not even one fits."""
     stages: tuple[StageNeed, ...]
 
 
@@ -95,11 +95,13 @@ class Wanted:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest prompt."""
         return max(self.prompt_lens)
 
     def resolve(
         self, shape: ModelShape, plan: Plan, device_bytes: dict[str, int] | None = None
     ) -> EffectivePlan | Failure:
+        """The plan with its micro-batches in flight, or why it cannot run; `device_bytes` stands in for its own."""
         return resolve(
             shape,
             plan,

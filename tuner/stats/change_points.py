@@ -47,7 +47,7 @@ class ChangePoint:
     """A new level."""
 
     index: int
-    """Of the first value at the new level."""
+    """Index of the first value at the new level."""
     p: float
     before: float
     """Median of the stretch before."""
@@ -131,7 +131,7 @@ def _share_of_orders(scores: Rows, statistic: Statistic, seen: float, alpha: flo
 
 
 def _steps(scores: Rows) -> tuple[Rows, tuple[int, ...]]:
-    """Of each row the largest Z_k, and where it lies in the first row."""
+    """Largest Z_k of each row, and where it lies in the first row."""
     count = scores.shape[1]
     before = np.arange(LEAST_NIGHTS, count - LEAST_NIGHTS + 1)
     sums = np.abs(np.cumsum(scores, axis=1)[:, before - 1])
@@ -140,7 +140,7 @@ def _steps(scores: Rows) -> tuple[Rows, tuple[int, ...]]:
 
 
 def _spells(scores: Rows) -> tuple[Rows, tuple[int, ...]]:
-    """Of each row the largest Z_ij, and i and j in the first row; none where there is no room for three levels."""
+    """Largest Z_ij of each row, and i and j in the first row; none where there is no room for three levels."""
     count = scores.shape[1]
     largest = np.zeros(len(scores))
     cuts: tuple[int, ...] = ()

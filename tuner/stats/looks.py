@@ -18,7 +18,7 @@ FALSE_ALARM = 0.01
 MISSED = 0.05
 """Chance that a gate says OK of a hypothesis that is really worse by the margin, over all its looks."""
 _SHARES = (0.4, 0.2, 0.2, 0.2)
-"""Of the chance of a false alarm, by look."""
+"""Shares of the chance of a false alarm, by look."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +33,7 @@ class Look:
 
     @property
     def can_fail(self) -> bool:
+        """Whether the least p possible at this look is within its share."""
         return least_p(self.pairs) <= self.alpha_fail
 
 

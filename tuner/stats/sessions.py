@@ -36,7 +36,7 @@ class NewLevel:
     """How a new session's level lies to what stored ones let expect of it."""
 
     difference: float
-    """Of logarithms: the new session's level less the stored ones' mean."""
+    """Logarithm of the new session's level less the mean of the stored ones'."""
     error: float
     """Standard error of that, were nothing but the night another; a lower bound where the nights' spread is unknown."""
     freedom: float

@@ -205,38 +205,47 @@ class StudyStore:
 
     @property
     def records(self) -> tuple[Record, ...]:
+        """All records of the study, in the order of their numbers."""
         return tuple(self._records)
 
     @property
     def has_measurements(self) -> bool:
+        """Whether any record holds a measurement."""
         return any(isinstance(record.result, Measurement) for record in self._records)
 
     @property
     def log_dir(self) -> Path:
+        """Folder of the workers' logs."""
         return self.folder / LOGS_FOLDER
 
     @property
     def reference_path(self) -> Path:
+        """File of the unsplit model's tokens and logits."""
         return self.folder / REFERENCE_FILE
 
     @property
     def space_path(self) -> Path:
+        """File of the search space."""
         return self.folder / SPACE_FILE
 
     @property
     def profile_path(self) -> Path:
+        """File of the profile that plans are predicted from."""
         return self.folder / PROFILE_FILE
 
     @property
     def search_path(self) -> Path:
+        """File of the search log."""
         return self.folder / SEARCH_FILE
 
     @property
     def warm_start_path(self) -> Path:
+        """File of what earlier studies gave."""
         return self.folder / WARM_START_FILE
 
     @property
     def sharing_path(self) -> Path:
+        """File that says who this folder is in a shared study."""
         return self.folder / SHARING_FILE
 
     @property
@@ -249,6 +258,7 @@ class StudyStore:
 
     @property
     def storage_url(self) -> str:
+        """URL of Optuna's database: the one that was given, or the study's own."""
         return self.config.storage or f"sqlite:///{(self.folder / DATABASE_FILE).resolve()}"
 
     def set_machine(self, machine: Machine, shape: ModelShape) -> tuple[str, ...]:

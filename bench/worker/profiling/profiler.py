@@ -41,7 +41,7 @@ ENOUGH_S = 0.6
 """Of whole tasks of a kind, over all rounds; at least `MIN_SAMPLES` and at most `MAX_SAMPLES` of them."""
 MIN_SAMPLES, MAX_SAMPLES = 4, 30
 ROUNDS = 3
-"""The kinds are gone through so often, each time in another order: a machine's mood changes within seconds."""
+"""The kinds are gone through so often, each time in another order: a machine's drift changes within seconds."""
 LONG_S = 0.05
 """A task that takes longer is not slowed by hooks, so that those runs count as well; nor is one run cold by much."""
 CONTENTION_KINDS, CONTENTION_DEVICES = 3, 4
@@ -49,7 +49,7 @@ CONTENTION_KINDS, CONTENTION_DEVICES = 3, 4
 CONTENTION_TASK_S = 0.08
 """Kinds that take longer are left out there."""
 BURST_S = 0.08
-"""Of tasks alone or together, one burst behind the other, so that they see the same mood of the machine."""
+"""Of tasks alone or together, one burst behind the other, so that they see the same drift of the machine."""
 
 
 @dataclasses.dataclass(slots=True)

@@ -2,9 +2,9 @@
 
     python -m tests.evaluation.gate.power --repetitions 2000 --seeds 3
 
-A process's logarithm of time is session + mood + noise. Sessions (nights) differ; moods are those of neighbours on the
-host, alike from one process to the next; the noise has bursts. All three are scaled so that the paired difference of
-two processes in a row has the standard deviation that names the class. Nothing here was measured.
+A process's logarithm of time is session + drift + noise. Sessions (nights) differ; drifts are those of neighbours on
+the host, alike from one process to the next; the noise has bursts. All three are scaled so that the paired difference
+of two processes in a row has the standard deviation that names the class. Nothing here was measured.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ HYPOTHESES = (1, 4, 12)
 POSITION = 0.005
 """What comes second in a pair is slower by so much."""
 _NOISE, _MOOD, _SESSION = math.sqrt(0.4), math.sqrt(0.222), 1.2
-"""Of a process, as shares of the class: 2 · noise² + 2 · mood² · (1 - kept) = 1."""
+"""Of a process, as shares of the class: 2 · noise² + 2 · drift² · (1 - kept) = 1."""
 _KEPT = 0.55
-"""Correlation of the moods of two processes in a row."""
+"""Correlation of the drifts of two processes in a row."""
 _COMMON = 0.5
 """Share of the noise that the metrics of one process have in common."""
 _BURSTS, _BURST = 0.05, 3.0
@@ -189,14 +189,14 @@ def _paired(lots: np.random.Generator, sd: float, hypotheses: int, pairs: int) -
 def _session(lots: np.random.Generator, sd: float, runs: int, *, hypotheses: int | None = None) -> Floats:
     """Logarithms of time of processes in a row: one row, or one for each hypothesis."""
     rows = hypotheses or 1
-    mood = np.empty(runs)
+    drift = np.empty(runs)
     state = float(lots.normal())
     for index in range(runs):
-        mood[index] = state
+        drift[index] = state
         state = _KEPT * state + math.sqrt(1 - _KEPT**2) * float(lots.normal())
     common, own = _bursty(lots, (1, runs)), _bursty(lots, (rows, runs))
     noise = math.sqrt(_COMMON) * common + math.sqrt(1 - _COMMON) * own if rows > 1 else common
-    values: Floats = sd * (_SESSION * lots.normal() + _MOOD * mood[None, :] + _NOISE * noise)
+    values: Floats = sd * (_SESSION * lots.normal() + _MOOD * drift[None, :] + _NOISE * noise)
     return values if hypotheses else values[0]
 
 

@@ -1,7 +1,7 @@
 """What the finals can tell: simulated over noises and true differences, how often they err, tie, and take how long.
 
 `python -m tests.evaluation.search.finals_power` prints the table. Three plans run; the second is slower than the best
-by the difference, the third by twice that. A round has a mood of its own, which all plans share.
+by the difference, the third by twice that. A round has a drift of its own, which all plans share.
 """
 
 from __future__ import annotations

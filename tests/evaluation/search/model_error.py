@@ -3,7 +3,7 @@
     python -m tests.evaluation.search.model_error results/landscapes/smollm2-prefill-heavy
 
 A search would run the plan predicted best, learn from it, run the plan then predicted best, and so on. After some such
-runs all plans not among them are judged: predicted throughput against what all their runs come to, the machine's moods
+runs all plans not among them are judged: predicted throughput against what all their runs come to, the machine's drift
 taken out. That is done once with each repeat as what the search sees; what is told is the median over these.
 """
 
@@ -26,7 +26,7 @@ from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.nominal import NominalCosts
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.model import CostModel
-from tests.evaluation.search import moods
+from tests.evaluation.search import drift
 from tests.evaluation.search.landscape import Landscape, LandscapeFolder, usable_runs
 from tests.evaluation.search.memory_error import describe, memory_errors
 from tests.evaluation.search.world import METRIC, all_timed, read_profile
@@ -53,7 +53,7 @@ class ModelError(Value):
     bias: float
     """Median of predicted / measured - 1."""
     shape: float
-    """As `median`, had predictions been right on the whole: the machine's mood while the model learnt is in all of
+    """As `median`, had predictions been right on the whole: the machine's drift while the model learnt is in all of
     them."""
     rank_correlation: float
     """Spearman's."""
@@ -121,7 +121,7 @@ def _errors(
     name: str, costs_name: str, model: CostModel, runs: Mapping[str, Sequence[Record]]
 ) -> tuple[ModelError, ...]:
     timed = all_timed(runs.values())
-    judged_logs = moods.judge(timed, moods.fit(timed)).logs
+    judged_logs = drift.judge(timed, drift.fit(timed)).logs
     truth = np.exp([judged_logs[place] for place in range(len(runs))])
     plans = [_effective(records) for records in runs.values()]
     repeats = min(len(records) for records in runs.values())

@@ -158,7 +158,7 @@ class SimulatedWorld:
             in_flight=effective.in_flight,
             prefill_size=plan.prefill_size,
         )
-        mood = 1.0 if rng is None else float(np.exp(rng.normal(0.0, _RUN_SD)))
+        drift = 1.0 if rng is None else float(np.exp(rng.normal(0.0, _RUN_SD)))
         durations = []
         for index, stage in enumerate(plan.stages):
             each = np.array(
@@ -174,7 +174,7 @@ class SimulatedWorld:
                 ]
             )
             noise = 1.0 if rng is None else np.exp(rng.normal(0.0, _TASK_SD, len(tasks)))
-            durations.append(each * noise * mood)
+            durations.append(each * noise * drift)
         devices = [stage.device for stage in plan.stages]
         row_bytes = plan.micro_batch_size * self.shape.crossing_bytes
         hops = [self._machine.hop_s(one, other, row_bytes) for one, other in itertools.pairwise(devices)]

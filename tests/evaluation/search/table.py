@@ -21,13 +21,13 @@ _GOOD_START = 0.95
 def judging_table(worlds: Sequence[MeasuredWorld]) -> str:
     """How well the best plan of each landscape is known, and how many are as good."""
     lines = [
-        "| landscape | runs | SD of a run: mood, noise | standard error of a judged plan near the best "
+        "| landscape | runs | SD of a run: drift, noise | standard error of a judged plan near the best "
         "| plans within 2 %, within 5 % of the best |",
         "|---|--:|--:|--:|--:|",
     ]
     for world in worlds:
         runs = sum(len(rows) for rows in world.runs.values())
-        mood = world.mood
+        drift = world.drift
         errors, near = [], world.landscape.spec.near
         for seed in range(8):
             for judged in world.judged(seed):
@@ -37,7 +37,7 @@ def judging_table(worlds: Sequence[MeasuredWorld]) -> str:
         gaps = [max(judged.logs.values()) - log for log in judged.logs.values()]
         within = tuple(sum(-math.expm1(-gap) <= share for gap in gaps) for share in (0.02, 0.05))
         lines.append(
-            f"| {world.name} | {runs} | {math.sqrt(mood.ratio) * mood.noise:.1%}, {mood.noise:.1%} "
+            f"| {world.name} | {runs} | {math.sqrt(drift.ratio) * drift.noise:.1%}, {drift.noise:.1%} "
             f"| {statistics.median(errors):.1%} | {within[0]}, {within[1]} of {world.num_plans} |"
         )
     return "\n".join(lines)

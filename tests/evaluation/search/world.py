@@ -1,7 +1,7 @@
 """What a search is let loose on: plans that can be run, what each run gave, and how good each plan really is.
 
 A measured world's runs are split into two halves: a search draws its runs from one, as they are; every plan is judged
-by the other, the machine's moods taken out, lest luck be the optimum. Which half is which changes from seed to seed.
+by the other, the machine's drift taken out, lest luck be the optimum. Which half is which changes from seed to seed.
 The best plan is named by all runs, and so is one for all searches: named by the half that a search draws from, a search
 that has drawn all of it would have named it itself, luck included.
 """
@@ -25,7 +25,7 @@ from pipetune.bench.spec import EffectivePlan, Plan, Workload
 from pipetune.tuner.config.schema import SpaceConfig
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
-from tests.evaluation.search import moods
+from tests.evaluation.search import drift
 from tests.evaluation.search.landscape import Landscape, LandscapeFolder, usable_runs
 
 METRIC = "output_throughput"
@@ -109,8 +109,8 @@ class MeasuredWorld:
         self.profile_s = profile.took_s
         self._runs = {_key(rows[0]): rows for rows in usable_runs(files.records()).values()}
         self.num_plans = len(self._runs)
-        self.mood = moods.fit(all_timed(self._runs.values()))
-        self._judged: dict[int, tuple[moods.Judged, moods.Judged]] = {}
+        self.drift = drift.fit(all_timed(self._runs.values()))
+        self._judged: dict[int, tuple[drift.Judged, drift.Judged]] = {}
 
     @property
     def runs(self) -> Mapping[str, list[Record]]:
@@ -145,29 +145,29 @@ class MeasuredWorld:
         return math.exp(unseen.logs[own] - unseen.logs[best])
 
     @cached_property
-    def judged_by_all(self) -> moods.Judged:
+    def judged_by_all(self) -> drift.Judged:
         """What plans are worth by all their runs."""
-        return moods.judge(all_timed(self._runs.values()), self.mood)
+        return drift.judge(all_timed(self._runs.values()), self.drift)
 
-    def judged(self, seed: int) -> tuple[moods.Judged, moods.Judged]:
-        """What plans are worth by each half of the runs, the machine's moods taken out; plans by their place."""
+    def judged(self, seed: int) -> tuple[drift.Judged, drift.Judged]:
+        """What plans are worth by each half of the runs, the machine's drift taken out; plans by their place."""
         if seed not in self._judged:
             halves = [_halves(len(rows), key, seed) for key, rows in self._runs.items()]
             first, second = (timed(self._runs.values(), [half[side] for half in halves]) for side in (0, 1))
-            self._judged[seed] = moods.judge(first, self.mood), moods.judge(second, self.mood)
+            self._judged[seed] = drift.judge(first, self.drift), drift.judge(second, self.drift)
         return self._judged[seed]
 
 
-def timed(runs: Iterable[Sequence[Record]], chosen: Iterable[Sequence[int]]) -> list[moods.Run]:
-    """Of each plan the runs chosen, as `moods` reads them; plans by their place."""
+def timed(runs: Iterable[Sequence[Record]], chosen: Iterable[Sequence[int]]) -> list[drift.Run]:
+    """Of each plan the runs chosen, as `drift` reads them; plans by their place."""
     return [
-        moods.Run(plan=plan, at_s=_at_s(rows[index]), log=math.log(throughput(rows[index])))
+        drift.Run(plan=plan, at_s=_at_s(rows[index]), log=math.log(throughput(rows[index])))
         for plan, (rows, indices) in enumerate(zip(runs, chosen, strict=True))
         for index in indices
     ]
 
 
-def all_timed(runs: Iterable[Sequence[Record]]) -> list[moods.Run]:
+def all_timed(runs: Iterable[Sequence[Record]]) -> list[drift.Run]:
     """All runs of all plans."""
     rows = list(runs)
     return timed(rows, [range(len(one)) for one in rows])

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pipetune.bench.record import Failure, Outcome
 from pipetune.tuner.commands.comparison import compare, run_rounds
-from pipetune.tuner.progress import SilentReporter
+from pipetune.tuner.progress import Reporter
 from tests.record_factory import WORKLOAD, make_baseline_measurement, make_failure, make_measurement, make_plan
 
 PLAN = make_plan()
@@ -27,7 +27,7 @@ def test_every_contender_runs_once_a_round() -> None:
         {name: lambda name=name: runner(name) for name in "abc"},  # type: ignore[misc]
         rounds=4,
         seed=0,
-        reporter=SilentReporter(),
+        reporter=Reporter(),
     )
     assert not isinstance(measured, Failure)
     assert [len(runs) for runs in measured.values()] == [4, 4, 4]
@@ -35,17 +35,17 @@ def test_every_contender_runs_once_a_round() -> None:
 
 
 def test_a_failure_ends_the_rounds() -> None:
-    outcome = run_rounds({"a": make_failure}, rounds=4, seed=0, reporter=SilentReporter())
+    outcome = run_rounds({"a": make_failure}, rounds=4, seed=0, reporter=Reporter())
     assert outcome == make_failure()
 
 
 def test_ratios_are_taken_round_by_round() -> None:
     """The machine slows down over the rounds, by the same for both: the ratios hardly differ."""
-    moods = (1.0, 1.5, 2.0)
+    drifts = (1.0, 1.5, 2.0)
     comparison = compare(
         {
-            "baseline": [make_baseline_measurement(32, num_iters=1, mood=mood, noise=0.0) for mood in moods],
-            "plan": [make_measurement(PLAN, num_iters=1, mood=mood, noise=0.0, hop_s=0.0) for mood in moods],
+            "baseline": [make_baseline_measurement(32, num_iters=1, drift=drift, noise=0.0) for drift in drifts],
+            "plan": [make_measurement(PLAN, num_iters=1, drift=drift, noise=0.0, hop_s=0.0) for drift in drifts],
         },
         TITLES,
     )

@@ -15,7 +15,7 @@ from pipetune.bench.record import FailureKind, Machine
 from pipetune.tuner.config.gate import Tolerance
 from pipetune.tuner.gate.run import Gate
 from pipetune.tuner.gate.values import REHEARSAL, Case, GateResult, Reason, Sample, SideName, Verdict
-from pipetune.tuner.progress import PlainReporter, SilentReporter
+from pipetune.tuner.progress import PlainReporter, Reporter
 from tests.record_factory import make_failure, make_machine
 from tests.tuner.gate.factory import make_case, make_sample
 from tests.tuner.gate.fakes import Answer, FakeContenders, equal
@@ -27,7 +27,7 @@ ONE = (make_case(),)
 def run(answer: Answer = equal, cases: tuple[Case, ...] = ONE, **options: Any) -> tuple[GateResult, FakeContenders]:
     machines: dict[SideName, Machine | None] | None = options.pop("machines", None)
     contenders = FakeContenders(answer, machines)
-    result = Gate(cases=cases, contenders=contenders, **({"seed": 1} | options)).run(SilentReporter())
+    result = Gate(cases=cases, contenders=contenders, **({"seed": 1} | options)).run(Reporter())
     assert not contenders.open
     return result, contenders
 
@@ -143,7 +143,7 @@ def test_a_run_that_says_nothing_of_its_side_blames_nobody(at: int) -> None:
 def test_sides_that_are_not_ready_in_time_are_not_judged() -> None:
     contenders = FakeContenders(equal)
     contenders.getting_ready_s = 3600.0
-    result = Gate(cases=ONE, contenders=contenders, seed=1, max_minutes=30.0).run(SilentReporter())
+    result = Gate(cases=ONE, contenders=contenders, seed=1, max_minutes=30.0).run(Reporter())
     assert (result.exit_code, result.findings[0].reason) == (3, Reason.OUT_OF_TIME)
     assert (contenders.asked, contenders.open, result.machines, result.notes) == ([], False, {}, ())
 

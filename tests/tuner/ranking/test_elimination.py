@@ -20,7 +20,7 @@ NOISE = (
 
 
 def cells(*gaps: float, rounds: int = 8, noise: float = 1.0) -> dict[str, dict[int, float | None]]:
-    """Plans a, b, c … with those log costs, in rounds of changing mood."""
+    """Plans a, b, c … with those log costs, in rounds of changing drift."""
     return {
         "abcdef"[plan]: {
             at: gap + 0.1 * math.sin(at) + noise * NOISE[plan % 2][(at + 3 * (plan // 2)) % 8] for at in range(rounds)

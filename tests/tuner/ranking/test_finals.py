@@ -30,19 +30,19 @@ FAST, GOOD, SLOW = make_plan((17, 13), 16), make_plan((16, 14), 16), make_plan((
 NAMES = ("a", "b", "c", BASELINE)
 
 
-def searched(moods: Mapping[Plan, float]) -> list[Record]:
+def searched(drifts: Mapping[Plan, float]) -> list[Record]:
     """A baseline, and a trial of each plan."""
     records = [make_record(0, "baseline", None, make_baseline_measurement(32))]
-    for index, (plan, mood) in enumerate(moods.items()):
+    for index, (plan, drift) in enumerate(drifts.items()):
         records.append(
-            make_record(index + 1, "trial", plan, make_measurement(plan, mood=mood, noise=0.0), trial_number=index)
+            make_record(index + 1, "trial", plan, make_measurement(plan, drift=drift, noise=0.0), trial_number=index)
         )
     return records
 
 
 def play(
     records: list[Record],
-    moods: Mapping[Plan, float],
+    drifts: Mapping[Plan, float],
     *,
     noise: float = 0.005,
     objectives: Sequence[Objective] = (THROUGHPUT,),
@@ -66,17 +66,17 @@ def play(
         if isinstance(step, Verdict):
             return step
         rng = random.Random(f"{step.contender} in round {step.round}")
-        mood = (1 + 0.1 * (step.round % 3)) * (1 + rng.gauss(0, noise))
+        drift = (1 + 0.1 * (step.round % 3)) * (1 + rng.gauss(0, noise))
         if step.contender == BASELINE:
             assert taking_part.baseline_batch_size == 32
-            result = make_baseline_measurement(32, num_iters=1, mood=mood)
+            result = make_baseline_measurement(32, num_iters=1, drift=drift)
             records.append(make_record(len(records), "finalist", None, result, round_=step.round))
             continue
         plan = taking_part.plan(step.contender).plan
         outcome = (
             make_failure()
             if plan in failing
-            else make_measurement(plan, num_iters=1, mood=mood * moods[plan], noise=0.0, seed=step.round)
+            else make_measurement(plan, num_iters=1, drift=drift * drifts[plan], noise=0.0, seed=step.round)
         )
         records.append(make_record(len(records), "finalist", plan, outcome, round_=step.round))
     return None
@@ -111,9 +111,9 @@ def test_a_clear_winner_takes_the_least_rounds_and_everybody_runs_in_each() -> N
 
 def test_rounds_go_on_for_those_that_are_close_and_who_is_behind_leaves() -> None:
     base = {plan: 1 / rank(searched({plan: 1.0})).rows[0].value for plan in (FAST, GOOD)}  # type: ignore[operator]
-    moods = {FAST: 0.5, GOOD: 0.5 * base[FAST] / base[GOOD] * 1.002, SLOW: 0.9}
-    records = searched(moods)
-    verdict = play(records, moods, noise=0.03)
+    drifts = {FAST: 0.5, GOOD: 0.5 * base[FAST] / base[GOOD] * 1.002, SLOW: 0.9}
+    records = searched(drifts)
+    verdict = play(records, drifts, noise=0.03)
     assert verdict is not None
     assert verdict.kind == "tie"
     assert {verdict.leader, *verdict.tied} == {key(FAST), key(GOOD)}
@@ -125,26 +125,26 @@ def test_rounds_go_on_for_those_that_are_close_and_who_is_behind_leaves() -> Non
 
 @given(stop=st.integers(1, 20))
 def test_a_stop_anywhere_changes_nothing(stop: int) -> None:
-    moods = {FAST: 0.5, GOOD: 0.52, SLOW: 0.9}
-    whole, stopped = searched(moods), searched(moods)
-    verdict = play(whole, moods, noise=0.02)
-    play(stopped, moods, noise=0.02, most=stop)
-    assert play(stopped, moods, noise=0.02) == verdict
+    drifts = {FAST: 0.5, GOOD: 0.52, SLOW: 0.9}
+    whole, stopped = searched(drifts), searched(drifts)
+    verdict = play(whole, drifts, noise=0.02)
+    play(stopped, drifts, noise=0.02, most=stop)
+    assert play(stopped, drifts, noise=0.02) == verdict
     assert [record.effective for record in stopped] == [record.effective for record in whole]
 
 
 def test_what_the_finals_measure_does_not_change_who_takes_part() -> None:
-    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9, make_plan((15, 15), 16): 1.0}
-    records = searched(moods)
+    drifts = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9, make_plan((15, 15), 16): 1.0}
+    records = searched(drifts)
     before = entrants(records, [THROUGHPUT], [], count=2)
     assert [effective.plan for effective in before.plans] == [FAST, GOOD]
-    slow = make_measurement(FAST, mood=9.0)
+    slow = make_measurement(FAST, drift=9.0)
     assert entrants([*records, make_record(5, "finalist", FAST, slow, round_=0)], [THROUGHPUT], [], count=2) == before
 
 
 def test_plans_that_the_model_prefers_take_part_and_the_rest_as_measured() -> None:
-    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
-    records = searched(moods)
+    drifts = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
+    records = searched(drifts)
     preferred = (key(make_plan((15, 15), 16)), key(SLOW))  # the first did not run, or breaks a constraint
     taking_part = entrants(records, [THROUGHPUT], [], count=2, preferred=preferred)
     assert [effective.plan for effective in taking_part.plans] == [SLOW, FAST]
@@ -153,29 +153,29 @@ def test_plans_that_the_model_prefers_take_part_and_the_rest_as_measured() -> No
 
 
 def test_who_runs_in_the_finals_stays_in_whatever_was_learnt_since() -> None:
-    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
-    records = searched(moods)
-    records.append(make_record(4, "finalist", SLOW, make_measurement(SLOW, mood=0.9), round_=0))
+    drifts = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
+    records = searched(drifts)
+    records.append(make_record(4, "finalist", SLOW, make_measurement(SLOW, drift=0.9), round_=0))
     taking_part = entrants(records, [THROUGHPUT], [], count=2, preferred=(key(GOOD), key(FAST), key(SLOW)))
     assert {effective.plan for effective in taking_part.plans} == {SLOW, GOOD}
 
 
 def test_a_trial_that_measured_nothing_leaves_the_finals_as_they_are() -> None:
-    moods = {FAST: 0.5, GOOD: 0.7}
-    records = searched(moods)
-    verdict = play(records, moods)
+    drifts = {FAST: 0.5, GOOD: 0.7}
+    records = searched(drifts)
+    verdict = play(records, drifts)
     assert verdict is not None
     late = make_record(len(records), "trial", make_plan((18, 12), 16), make_failure(), trial_number=9)
-    assert play([*records, late], moods) == verdict
+    assert play([*records, late], drifts) == verdict
     assert all(row.confirmed for row in rank([*records, late]).rows)
 
 
 def test_trials_after_the_finals_call_for_new_finals() -> None:
-    moods = {FAST: 0.5, GOOD: 0.7}
-    records = searched(moods)
-    assert play(records, moods) is not None
+    drifts = {FAST: 0.5, GOOD: 0.7}
+    records = searched(drifts)
+    assert play(records, drifts) is not None
     late = make_plan((18, 12), 16)
-    records.append(make_record(len(records), "trial", late, make_measurement(late, mood=0.3), trial_number=9))
+    records.append(make_record(len(records), "trial", late, make_measurement(late, drift=0.3), trial_number=9))
     taking_part = entrants(records, [THROUGHPUT], [], count=2)
     assert late in [effective.plan for effective in taking_part.plans]
     step = next_step(records, taking_part, objectives=[THROUGHPUT], min_rounds=3, max_rounds=8, seed=7)
@@ -184,14 +184,14 @@ def test_trials_after_the_finals_call_for_new_finals() -> None:
 
 
 def test_a_finalist_that_fails_twice_leaves() -> None:
-    moods = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
-    records = searched(moods)
-    verdict = play(records, moods, failing=[FAST])
+    drifts = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
+    records = searched(drifts)
+    verdict = play(records, drifts, failing=[FAST])
     assert verdict is not None
     assert (verdict.kind, verdict.leader) == ("separated", key(GOOD))
     assert runs_of(records)[FAST.describe()] == 2
-    everybody = searched(moods)
-    lost = play(everybody, moods, failing=list(moods))
+    everybody = searched(drifts)
+    lost = play(everybody, drifts, failing=list(drifts))
     assert lost is not None
     assert (lost.kind, lost.leader) == ("none", None)
     assert "no finalist is left" in lost.text
@@ -199,23 +199,23 @@ def test_a_finalist_that_fails_twice_leaves() -> None:
 
 @pytest.mark.parametrize("metric", ["p90_ttft_ms", "peak_memory_fraction"])
 def test_a_finalist_that_breaks_a_constraint_in_the_finals_is_not_best(metric: str) -> None:
-    moods = {FAST: 0.5, GOOD: 0.7}
-    records = searched(moods)
+    drifts = {FAST: 0.5, GOOD: 0.7}
+    records = searched(drifts)
     rows = {row.plan: row.metrics[metric] for row in rank(records).rows}
     limit = max(rows.values()) * 1.02
     constraint = Constraint.model_validate(f"{metric}<={limit}")
     if metric == "p90_ttft_ms":
         verdict = play(records, {FAST: 0.5, GOOD: 9.0}, constraints=[constraint])
     else:
-        verdict = play(records, moods, constraints=[Constraint.model_validate(f"{metric}<={min(rows.values()) / 2}")])
+        verdict = play(records, drifts, constraints=[Constraint.model_validate(f"{metric}<={min(rows.values()) / 2}")])
     assert verdict is not None
     assert verdict.leader == (key(FAST) if metric == "p90_ttft_ms" else None)
 
 
 def test_with_several_objectives_each_entrant_gets_the_least_rounds() -> None:
-    moods = {make_plan((17, 13), size): 1.0 for size in (4, 8, 16, 32)}
-    records = searched(moods)
-    verdict = play(records, moods, objectives=[THROUGHPUT, TTFT])
+    drifts = {make_plan((17, 13), size): 1.0 for size in (4, 8, 16, 32)}
+    records = searched(drifts)
+    verdict = play(records, drifts, objectives=[THROUGHPUT, TTFT])
     assert verdict is not None
     assert (verdict.kind, verdict.tied) == ("front", ())
     assert set(runs_of(records).values()) == {3}
@@ -254,10 +254,10 @@ def chosen(records: Sequence[Record], count: int, min_stages: int = 1) -> list[P
 def test_the_last_of_three_places_goes_to_the_other_way_of_using_the_devices() -> None:
     copies = [make_plan((30,), size, replicas=2) for size in (4, 8, 16)]
     pipelines = [make_plan((17, 13), 16), make_plan((10, 20), 16)]
-    moods = dict(zip([*copies, *pipelines], (0.1, 0.1, 0.1, 0.5, 0.5), strict=True))
+    drifts = dict(zip([*copies, *pipelines], (0.1, 0.1, 0.1, 0.5, 0.5), strict=True))
     records = [
-        make_record(number, "trial", plan, make_measurement(plan, mood=mood), trial_number=number)
-        for number, (plan, mood) in enumerate(moods.items())
+        make_record(number, "trial", plan, make_measurement(plan, drift=drift), trial_number=number)
+        for number, (plan, drift) in enumerate(drifts.items())
     ]
     three = chosen(records, 3)
     assert [plan.replicas for plan in three] == [2, 2, 1]
@@ -270,7 +270,7 @@ def test_the_last_of_three_places_goes_to_the_other_way_of_using_the_devices() -
 def test_the_single_stage_is_no_finalist_where_the_search_is_bound_to_more() -> None:
     single, split = make_plan((30,)), make_plan()
     records = [
-        make_record(0, "single_stage", single, make_measurement(single, mood=0.1)),
+        make_record(0, "single_stage", single, make_measurement(single, drift=0.1)),
         make_record(1, "trial", split, make_measurement(split), trial_number=0),
     ]
     assert [len(plan.stages) for plan in chosen(records, 2)] == [1, 2]

@@ -39,15 +39,15 @@ def throughput(record: Record) -> float:
     return metrics.derive(record.result)["output_throughput"]
 
 
-def finalists(rounds: int, moods: dict[Plan | None, list[float]]) -> list[Record]:
-    """Interleaved rounds in which a plan's times are multiplied by its mood of that round."""
+def finalists(rounds: int, drifts: dict[Plan | None, list[float]]) -> list[Record]:
+    """Interleaved rounds in which a plan's times are multiplied by its drift of that round."""
     records: list[Record] = []
-    for round_, (plan, factors) in itertools.product(range(rounds), moods.items()):
-        mood = factors[round_]
+    for round_, (plan, factors) in itertools.product(range(rounds), drifts.items()):
+        drift = factors[round_]
         result = (
-            make_measurement(plan, noise=0.0, mood=mood)
+            make_measurement(plan, noise=0.0, drift=drift)
             if plan
-            else make_baseline_measurement(32, noise=0.0, mood=mood)
+            else make_baseline_measurement(32, noise=0.0, drift=drift)
         )
         records.append(make_record(len(records), "finalist", plan, result, round_=round_))
     return records
@@ -97,7 +97,7 @@ def test_replicates_are_pooled_over_their_iterations() -> None:
 
 def test_finalist_rounds_take_the_place_of_the_search() -> None:
     plan = make_plan()
-    records = [make_record(0, "trial", plan, make_measurement(plan, mood=0.5))]
+    records = [make_record(0, "trial", plan, make_measurement(plan, drift=0.5))]
     records += [make_record(n, "finalist", plan, make_measurement(plan, seed=n), round_=n) for n in (1, 2, 3)]
     row = rank(records).rows[0]
     assert row.confirmed
@@ -109,7 +109,7 @@ def test_finalist_rounds_take_the_place_of_the_search() -> None:
 
 def test_a_lucky_search_value_is_not_called_best_once_finalists_were_measured() -> None:
     lucky, sound = make_plan((10, 20)), make_plan((17, 13))
-    records = [make_record(0, "trial", lucky, make_measurement(lucky, mood=0.1))]
+    records = [make_record(0, "trial", lucky, make_measurement(lucky, drift=0.1))]
     records += [make_record(n, "finalist", sound, make_measurement(sound, seed=n), round_=n) for n in (1, 2, 3)]
     best = rank(records).best
     assert best is not None
@@ -123,14 +123,14 @@ def test_trials_after_the_finals_may_outrank_their_winner() -> None:
     rows = rank(records).rows
     assert [row.plan for row in rows] == [new, old]
     assert not any(row.confirmed for row in rows)
-    records += [make_record(n, "finalist", new, make_measurement(new, mood=2.0), round_=n) for n in (4, 5, 6)]
+    records += [make_record(n, "finalist", new, make_measurement(new, drift=2.0), round_=n) for n in (4, 5, 6)]
     rows = rank(records).rows
     assert [(row.plan, row.confirmed) for row in rows] == [(new, True), (old, False)]
 
 
 def test_disturbed_search_runs_give_way_to_undisturbed_ones() -> None:
     plan = make_plan()
-    disturbed = make_measurement(plan, mood=3.0, disturbances=("cpu:0 was shared with 'make'",))
+    disturbed = make_measurement(plan, drift=3.0, disturbances=("cpu:0 was shared with 'make'",))
     only = rank([make_record(0, "trial", plan, disturbed)]).rows[0]
     assert (only.used_records, only.disturbed_runs) == ((0,), 1)
     both = rank([make_record(0, "trial", plan, disturbed), make_record(1, "trial", plan, make_measurement(plan))])
@@ -362,7 +362,7 @@ def test_the_front_is_what_brute_force_finds(seed: int, count: int) -> None:
     for index in range(count):
         cut = rng.randint(1, 29)
         plan = make_plan((cut, 30 - cut), rng.choice([4, 8, 16, 32]))
-        result = make_measurement(plan, num_iters=1, mood=rng.uniform(0.8, 1.2), seed=index)
+        result = make_measurement(plan, num_iters=1, drift=rng.uniform(0.8, 1.2), seed=index)
         records.append(make_record(index, "trial", plan, result))
     objectives = [THROUGHPUT, TTFT, Objective(metric="peak_memory_bytes")]
     rows = rank(records, objectives).rows
@@ -391,14 +391,14 @@ def test_best_is_separated_when_the_rounds_say_so() -> None:
     assert ranking.separation.tied == tuple(row.key for row in ranking.rows)
 
 
-def test_a_mood_of_the_machine_does_not_order_the_finalists() -> None:
-    # Every round has another mood; ours is 2 % better in each, and the medians of the two lie in different rounds.
+def test_a_drift_of_the_machine_does_not_order_the_finalists() -> None:
+    # Every round has another drift; ours is 2 % better in each, and the medians of the two lie in different rounds.
     ours, theirs = make_plan((17, 13)), make_plan((16, 14))
-    moods = [1.0, 1.3, 1.6, 0.8, 1.1]
+    drifts = [1.0, 1.3, 1.6, 0.8, 1.1]
     equal = throughput(make_record(0, "trial", ours, make_measurement(ours, noise=0.0))) / throughput(
         make_record(0, "trial", theirs, make_measurement(theirs, noise=0.0))
     )
-    ranking = rank(finalists(5, {ours: moods, theirs: [1.02 * mood / equal for mood in moods]}))
+    ranking = rank(finalists(5, {ours: drifts, theirs: [1.02 * drift / equal for drift in drifts]}))
     assert ranking.best is not None
     assert ranking.best.plan == ours
     assert ranking.separation.separated
@@ -463,13 +463,13 @@ def test_the_knee_of_a_front_is_best_and_said_to_be() -> None:
 def test_a_constraint_is_held_by_the_confirmed_values(metric: str) -> None:
     # It was kept in the search; in the finals, with the machine slower or memory fuller, it is not.
     plan, other = make_plan((17, 13)), make_plan((10, 20))
-    within, beyond = make_measurement(plan, noise=0.0), make_measurement(plan, noise=0.0, mood=2.0)
+    within, beyond = make_measurement(plan, noise=0.0), make_measurement(plan, noise=0.0, drift=2.0)
     memory = tuple(stage.model_copy(update={"peak_bytes": 2 * stage.peak_bytes}) for stage in beyond.memory)
     beyond = beyond.model_copy(update={"memory": memory})
     limit = metrics.derive(within)[metric] * 1.05
     records = [
         make_record(0, "trial", plan, within, trial_number=0),
-        make_record(1, "trial", other, make_measurement(other, noise=0.0, mood=0.5), trial_number=1),
+        make_record(1, "trial", other, make_measurement(other, noise=0.0, drift=0.5), trial_number=1),
     ]
     constraint = Constraint.model_validate(f"{metric}<={limit}")
     before = {row.plan: row.feasible for row in rank(records, constraints=[constraint]).rows}

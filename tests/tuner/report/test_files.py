@@ -47,7 +47,7 @@ PARTIAL: dict[str, list[Record]] = {
     "single_stage_alone": [record for record in WHOLE if record.role == "single_stage"],
     "one_slow_plan": [
         make_record(0, "baseline", None, make_baseline_measurement(32)),
-        make_record(1, "trial", make_plan(), make_measurement(make_plan(), mood=10.0)),
+        make_record(1, "trial", make_plan(), make_measurement(make_plan(), drift=10.0)),
     ],
 }
 
@@ -241,22 +241,22 @@ COPIES = make_plan((30,), 16, replicas=2)
 ONE_PIPELINE = make_plan((17, 13), 8, prefill=4, chunk=32, compile=True)
 
 
-def copies_and_one_pipeline(folder: Path, *, mood: float = 1.0) -> Path:
-    """A study whose finals set two copies of the model against one pipeline, slower by `mood`."""
+def copies_and_one_pipeline(folder: Path, *, drift: float = 1.0) -> Path:
+    """A study whose finals set two copies of the model against one pipeline, slower by `drift`."""
     records: list[Record] = []
     for plan in (make_plan((30,), 32), COPIES, make_plan((16, 14), 8, replicas=2), ONE_PIPELINE):
         records.append(make_record(len(records), "trial", plan, make_measurement(plan)))
     records.append(make_record(len(records), "baseline", None, make_baseline_measurement(32)))
     for round_ in range(3):
         for plan in (COPIES, ONE_PIPELINE):
-            factor = mood if plan == COPIES else 1.0
-            result = make_measurement(plan, num_iters=1, seed=round_, mood=factor)
+            factor = drift if plan == COPIES else 1.0
+            result = make_measurement(plan, num_iters=1, seed=round_, drift=factor)
             records.append(make_record(len(records), "finalist", plan, result, round_=round_))
     return write_study(folder, records, devices=("cpu:0", "cpu:1", "cpu:2", "cpu:3"))
 
 
 def test_two_copies_that_beat_one_pipeline_are_said_to(tmp_path: Path) -> None:
-    folder = copies_and_one_pipeline(tmp_path / "study", mood=0.5)
+    folder = copies_and_one_pipeline(tmp_path / "study", drift=0.5)
     conclude(folder)
     lines = terminal(folder).splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 80
@@ -274,7 +274,7 @@ def test_two_copies_that_beat_one_pipeline_are_said_to(tmp_path: Path) -> None:
 
 
 def test_one_pipeline_that_beats_copies_and_a_draw_are_said_too(tmp_path: Path) -> None:
-    won = " ".join(terminal(copies_and_one_pipeline(tmp_path / "won", mood=3.0)).split())
+    won = " ".join(terminal(copies_and_one_pipeline(tmp_path / "won", drift=3.0)).split())
     assert "One pipeline of 2 stages beats two copies of the model (2 × 30 · micro-batch 16)" in won
     assert "17+13 8 4·32" in won.replace("1✓ ", "")
     ranking = Report.of(load_study(tmp_path / "won")).ranking

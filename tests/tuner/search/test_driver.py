@@ -20,7 +20,7 @@ from pipetune.bench.spec import RunSpec
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.model import CostModel
-from pipetune.tuner.progress import PlainReporter, SilentReporter
+from pipetune.tuner.progress import PlainReporter, Reporter
 from pipetune.tuner.search.driver import baseline_batch_sizes, rank_study, run_study
 from pipetune.tuner.search.optuna_study import Proposals
 from pipetune.tuner.search.policy.strategy import Proposal, Strategy
@@ -45,7 +45,7 @@ def config(**values: Any) -> TuneConfig:
 
 def study(folder: Path, lab: Lab, wanted: TuneConfig, *, resume: bool = False) -> tuple[bool, tuple[Record, ...]]:
     with StudyStore.resume(folder, wanted) if resume else StudyStore.create(folder, wanted) as store:
-        finished = run_study(store, lab.start, SilentReporter())
+        finished = run_study(store, lab.start, Reporter())
         return finished, store.records
 
 
@@ -335,7 +335,7 @@ def test_a_timeout_bounds_the_trials_and_not_the_rest(tmp_path: Path) -> None:
 def test_several_objectives_and_constraints(tmp_path: Path) -> None:
     wanted = config(objectives=["output_throughput", "mean_ttft_ms"], constraints=["mean_ttft_ms<=2600"], n_trials=10)
     with StudyStore.create(tmp_path / "s", wanted) as store:
-        run_study(store, Lab().start, SilentReporter())
+        run_study(store, Lab().start, Reporter())
         best = rank_study(store).best
     assert best is not None
     assert best.metrics["mean_ttft_ms"] <= 2600

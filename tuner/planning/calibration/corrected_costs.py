@@ -89,9 +89,9 @@ class RefittedCosts:
     base: Costs
     terms: Mapping[Term, float]
     groups: tuple[int, ...]
-    """Of each layer: the number of its group."""
+    """Number of the group that each layer belongs to."""
     middles: tuple[int, int] = (0, 0)
-    """Of the sizes seen in prefill and in decode, in doublings."""
+    """Middle of the sizes seen in prefill and in decode, in doublings."""
     hop_log: float = 0.0
     """Messages take exp(this) times as long …"""
     hop_slope: float = 0.0
@@ -100,7 +100,7 @@ class RefittedCosts:
     _layers: dict[tuple[str, TaskKind], Floats] = field(default_factory=dict, compare=False, repr=False)
 
     def layers_s(self, device: str, kind: TaskKind) -> Floats:
-        """As `Costs` says."""
+        """Seconds of each layer, the base costs times the correction of this device, phase and size."""
         known = self._layers.get((device, kind))
         if known is None:
             terms = (*speed_terms(device, kind), *layer_terms(device, kind, self.middles[kind.is_decode]))
@@ -112,7 +112,7 @@ class RefittedCosts:
         return known
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
-        """As `Costs` says."""
+        """Seconds of a task beside its layers, corrected by phase and place in the pipeline."""
         place = {"is_first": is_first, "is_last": is_last}
         seconds = math.exp(self._sum(ends_terms(kind, **place))) * self.base.ends_s(device, kind, **place)
         extra = self._sum(extra_terms(kind, **place))
@@ -123,7 +123,7 @@ class RefittedCosts:
         return max(seconds, -0.5 * float(self.layers_s(device, kind).min()))
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
-        """As `Costs` says."""
+        """Seconds of a message, corrected by a factor and a slope over doublings of its size."""
         doublings = math.log2(max(num_bytes, 1) / self.hop_bytes)
         return self.base.hop_s(source, target, num_bytes) * math.exp(self.hop_log + self.hop_slope * doublings)
 

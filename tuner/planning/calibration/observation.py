@@ -30,7 +30,7 @@ class Observation(Value):
     that computes all the while (`tuner.planning.simulation.schedule`); None where there were none to speak of."""
     hand_overs: tuple[HandOver, ...] = ()
     metrics: dict[str, float]
-    """As `bench.metrics.derive` gives them."""
+    """Metrics of the run, derived by `bench.metrics.derive`."""
     spread: float | None = None
     """Relative standard deviation of the duration over the iterations; None for a single one."""
     iterations: int = Field(default=1, ge=1)

@@ -30,14 +30,14 @@ _DISTURBED = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedMetrics:
-    """Of each plan asked for."""
+    """Predicted metrics of the plans asked for, with their errors."""
 
     mean: Mapping[str, Floats]
-    """By metric."""
+    """Mean of each metric, by its name: one value a plan."""
     relative_sd: Mapping[str, Floats]
     """By metric: how far the mean over many runs of a plan may be from that; a single run's noise comes on top."""
     predictions: tuple[Prediction, ...]
-    """Of the refitted model alone."""
+    """Predictions of the refitted model alone, without the residual."""
 
 
 class Predictor:

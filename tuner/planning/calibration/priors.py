@@ -15,27 +15,27 @@ class Widths:
     device: float
     device_phase: float
     size: float
-    """Of the step of the curve over sizes, each doubling."""
+    """SD of the step of the curve over sizes, each doubling."""
     cell: float
-    """Of one size on one device."""
+    """SD of the correction of one size on one device."""
     group: float
-    """Of layers of one shape against the others, in each phase."""
+    """SD of layers of one shape against the others, in each phase."""
     ends: float
-    """Of a stage's ends against its layers, by phase and place in the pipeline."""
+    """SD of a stage's ends against its layers, by phase and place in the pipeline."""
     extra: float
-    """In times of the smallest task of one layer, by phase and place in the pipeline."""
+    """SD of extra time a task, in times of the smallest task of one layer, by phase and place in the pipeline."""
     contention: float = 0.1
-    """Of what others cost a task while all compute, by phase."""
+    """SD of what other devices cost a task while all compute, by phase."""
     switches: float = 0.5
-    """Of one set of execution switches against the common one, in each phase."""
-    mood: float = 0.04
-    """Of one record against the others."""
+    """SD of one set of execution switches against the common one, in each phase."""
+    drift: float = 0.04
+    """SD of one record against the others: the drift of the machine."""
     task: float = 0.02
-    """Of the time of one kind of task on one stage, however many of them ran."""
+    """SD of the time of one kind of task on one stage, however many of them ran."""
     single_task: float = 0.10
-    """Of one task."""
+    """SD of the time of a single task."""
     log_odds: float = 0.0
-    """Of this prior against the others."""
+    """Logarithm of the odds of this prior against the others."""
 
 
 MEASURED = Widths(

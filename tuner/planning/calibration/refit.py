@@ -23,9 +23,9 @@ from pipetune.tuner.planning.simulation.model import TOKEN_BYTES, CostModel
 
 __all__ = ["Observation", "RefittedCosts", "observe", "refit"]
 
-_NOT_COSTS = ("mood", "switches", "contention")
+_NOT_COSTS = ("drift", "switches", "contention")
 _HOP_SD = 0.3
-"""Of the log of a hand-over's median."""
+"""Standard deviation of the logarithm of a hand-over's median."""
 _HOP_WIDTHS = (1.0, 0.1)
 """Standard deviations before anything is seen: of the log factor on messages, and of its slope over doublings."""
 
@@ -62,7 +62,7 @@ def refit(model: CostModel, observations: Sequence[Observation], priors: Sequenc
 
 
 def layer_groups(shape: ModelShape) -> tuple[int, ...]:
-    """Of each layer: the number of the group of its shape."""
+    """Number of each layer's group: layers of equal shape share one."""
     numbers: dict[object, int] = {}
     return tuple(numbers.setdefault(layer, len(numbers)) for layer in shape.layers)
 

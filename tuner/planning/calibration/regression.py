@@ -1,12 +1,12 @@
 """The regression behind `refit`: measured times of tasks on the terms of `refitted`, under a prior.
 
 All terms have normal priors about zero (`priors`). The fit is the mode of their posterior given the logs of the times
-measured, found by Gauss–Newton steps with Huber's weights (P. J. Huber, Robust Statistics, 1981, ch. 7), so that single
-odd times count for little. Each record has a term of its own for the machine's mood while it ran, with a tail that lets
-a disturbed run be slow as a whole; each set of execution switches has one against the common one. At zero the prior
-costs nothing, and no step is taken that raises the objective: so no mode explains what was seen worse than the
-uncorrected costs do. How wide a prior should be depends on where these are from: several are tried, and their modes
-averaged by the evidence for each, in Laplace's approximation (D. J. C. MacKay, Neural Computation 4, 1992).
+measured, found by Gauss–Newton steps with Huber's weights (P. J. Huber, Robust Statistics, 1981, ch. 7), so that
+single odd times count for little. Each record has a term of its own for the machine's drift while it ran, with a tail
+that lets a disturbed run be slow as a whole; each set of execution switches has one against the common one. At zero
+the prior costs nothing, and no step is taken that raises the objective: so no mode explains what was seen worse than
+the uncorrected costs do. How wide a prior should be depends on where these are from: several are tried, and their
+modes averaged by the evidence for each, in Laplace's approximation (D. J. C. MacKay, Neural Computation 4, 1992).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pipetune.tuner.planning.costs.contention import Contention
 HUBER = 1.5
 """Deviations beyond so many standard deviations count linearly."""
 _DISTURBED = 3.0
-"""So much wider are the times of a disturbed record, and its mood."""
+"""So much wider are the times of a disturbed record, and its drift."""
 _MOST_STEPS, _MOST_HALVINGS = 12, 8
 _SMALL_STEP = 1e-4
 
@@ -77,7 +77,7 @@ class Rows:
         self.ends_s: list[float] = []
         self.entries: dict[str, list[tuple[int, int, float]]] = {"layers": [], "ends": [], "extra": [], "whole": []}
         self.group_columns: list[list[int]] = []
-        self.wide_moods: set[int] = set()
+        self.wide_drifts: set[int] = set()
         self._known: dict[tuple[str, TaskKind], tuple[Floats, Weighted]] = {}
 
         common = Counter(observation.effective.plan.switches for observation in observations).most_common(1)[0][0]
@@ -87,9 +87,9 @@ class Rows:
     def _add(self, number: int, observation: Observation, common_switches: tuple[str, ...]) -> None:
         """Adds what one record tells."""
         plan = observation.effective.plan
-        mood = self._column(("mood", number))
+        drift = self._column(("drift", number))
         if observation.disturbed:
-            self.wide_moods.add(mood)
+            self.wide_drifts.add(drift)
         for span in observation.tasks:
             index = span.stage % len(plan.stages)
             stage = plan.stages[index]
@@ -97,7 +97,7 @@ class Rows:
             row = len(self.log_s)
             self._add_row(device, stage, span, index == 0, index == len(plan.stages) - 1)
             self.disturbed.append(observation.disturbed)
-            self.entries["whole"].append((row, mood, 1.0))
+            self.entries["whole"].append((row, drift, 1.0))
             if plan.switches != common_switches:
                 term = ("switches", " ".join(plan.switches), span.kind.is_decode)
                 self.entries["whole"].append((row, self._column(term), 1.0))
@@ -158,7 +158,7 @@ class Rows:
         return dict(zip(self.columns, np.asarray(values).tolist(), strict=True))
 
     def _mode(self, problem: _Problem) -> tuple[float, Floats]:
-        """Of the posterior, behind the log of the evidence for its prior."""
+        """Logarithm of the evidence for the prior, and the mode of the posterior."""
         values = np.zeros(len(self.columns))
         objective = problem.objective(values)
         for _ in range(_MOST_STEPS):
@@ -177,7 +177,7 @@ class Rows:
 
 
 def _middles(observations: Sequence[Observation]) -> tuple[int, int]:
-    """Of the sizes in prefill and in decode, in doublings."""
+    """Middle of the sizes seen in prefill and in decode, in doublings."""
     seen: dict[bool, list[float]] = {False: [0.0], True: [0.0]}
     for observation in observations:
         for span in observation.tasks:
@@ -201,8 +201,8 @@ class _Problem:
             where = np.array(entries)
             np.add.at(self.design[name], (where[:, 0].astype(int), where[:, 1].astype(int)), where[:, 2])
         self.prior_sd = np.array([getattr(widths, str(term[0])) for term in rows.columns])
-        self.prior_sd[sorted(rows.wide_moods)] *= _DISTURBED
-        self.is_mood = np.array([term[0] == "mood" for term in rows.columns])
+        self.prior_sd[sorted(rows.wide_drifts)] *= _DISTURBED
+        self.is_drift = np.array([term[0] == "drift" for term in rows.columns])
 
     def _parts(self, values: Floats) -> tuple[Floats, Floats, Floats]:
         """Times of the layers `[row, group]`, of the ends and of the whole task."""
@@ -219,12 +219,12 @@ class _Problem:
         return (self.log_s - np.log(whole) - self.design["whole"] @ values) / self.sd
 
     def objective(self, values: Floats) -> float:
-        """Huber's loss of times and of moods, squares of all other terms."""
+        """Huber's loss of times and of drifts, squares of all other terms."""
         scaled = values / self.prior_sd
         return float(
             _huber(self.residuals(values)).sum()
-            + _huber(scaled[self.is_mood]).sum()
-            + 0.5 * (scaled[~self.is_mood] ** 2).sum()
+            + _huber(scaled[self.is_drift]).sum()
+            + 0.5 * (scaled[~self.is_drift] ** 2).sum()
         )
 
     def step(self, values: Floats) -> Floats:
@@ -253,7 +253,7 @@ class _Problem:
             places = np.arange(len(whole))[:, None]
             np.add.at(jacobian, (places, self.group_columns), layers / whole[:, None])
         weights: Floats = _huber_weight(self.residuals(values)) / self.sd**2
-        precision: Floats = np.where(self.is_mood, _huber_weight(values / self.prior_sd), 1.0) / self.prior_sd**2
+        precision: Floats = np.where(self.is_drift, _huber_weight(values / self.prior_sd), 1.0) / self.prior_sd**2
         return jacobian, weights, precision
 
 

@@ -25,13 +25,13 @@ from pipetune.bench.spec import Plan
 Floats = npt.NDArray[np.float64]
 
 CUT_LENGTH = 0.25
-"""Of cuts, in times of a mean stage."""
+"""Length scale of cuts, in times of a mean stage."""
 LENGTHS = {"micro_batch": 1.5, "prefill": 1.5, "chunk": 2.0, "in_flight": 3.0}
-"""Of all others, in doublings."""
+"""Length scales of the other features, in doublings."""
 COMMON_SD, LAYOUT_SD, SWITCHES_SD = 0.01, 0.01, 0.3
 LOCAL_SDS = (0.005, 0.01, 0.02, 0.04, 0.08)
 _LOCAL_MEDIAN, _LOCAL_LOG_SD = 0.015, 0.7
-"""Of s before anything is seen."""
+"""Prior of the local standard deviation s: its median, and the SD of its logarithm."""
 NOISES = (0.7, 1.0, 1.4, 2.0, 2.8)
 """What a run's noise may be, in times of what it is thought to be, and how sure that is: repeats are few."""
 _NOISE_LOG_SD = 0.5
@@ -39,12 +39,12 @@ _OTHER_ORDER = 0.5
 """Correlation between plans over the same devices in another order."""
 
 PRIOR_SD = math.sqrt(COMMON_SD**2 + LAYOUT_SD**2 + _LOCAL_MEDIAN**2)
-"""Of any plan, before anything is seen."""
+"""Standard deviation of the residual of any plan, before anything is seen."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Features:
-    """Of plans: where each is, for the covariance."""
+    """Coordinates of plans, between which the covariance is taken."""
 
     layouts: npt.NDArray[np.intp]
     """Replicas and stages, as one number."""

@@ -25,21 +25,21 @@ class TaskSpan(Value):
     """Tasks of one kind on one stage, over all iterations."""
 
     stage: int = Field(ge=0)
-    """Of all replicas, one after the other."""
+    """Index of the stage, counted over all replicas one after the other."""
     rows: int
     new_tokens: int
-    """Of each row; the mean over the tasks, as lengths alike are taken together."""
+    """New tokens of each row; the mean over the tasks, as similar lengths are taken together."""
     past_tokens: int
     samples: bool = True
     others: float = 0.0
     """Mean number of the plan's other devices that computed meanwhile; tasks with few and with many stand apart."""
     seconds: float
-    """Of compute: mean over the tasks, without the slowest and the fastest twentieth."""
+    """Seconds of compute: mean over the tasks, without the slowest and the fastest twentieth."""
     count: int = Field(ge=1)
 
     @property
     def kind(self) -> TaskKind:
-        """As the cost model asks for it."""
+        """Kind of task that the cost model is asked for."""
         return TaskKind(self.rows, self.new_tokens, self.past_tokens, self.samples)
 
 
@@ -81,7 +81,7 @@ class StageSpans:
         self.most_others = max(1, len(measurement.iterations[0].stages) - 1)
 
     def tasks(self) -> list[TaskSpan]:
-        """Of each stage and kind of task, lengths alike taken together."""
+        """Mean times by stage and kind of task, similar lengths taken together."""
         groups: dict[tuple[bool, int, int, int, bool], list[int]] = {}
         for index, (kind, is_decode) in enumerate(zip(self.kinds, self.decodes.tolist(), strict=True)):
             key = (is_decode, kind.rows, _bucket(kind.new_tokens), _bucket(kind.past_tokens), kind.samples)
@@ -143,7 +143,7 @@ class StageSpans:
         return stalls
 
     def hand_overs(self) -> list[HandOver]:
-        """Of each stage, what it waited for longer than it takes to go on by itself."""
+        """Messages that a stage waited for longer than it takes to go on by itself."""
         found = []
         last = len(self.stages) - 1
         if last == 0:

@@ -13,14 +13,15 @@ class TaskKind(NamedTuple):
 
     rows: int
     new_tokens: int
-    """Of each row: the prompt's or the chunk's in prefill, 1 in decode."""
+    """Tokens computed for each row: the prompt's or the chunk's in prefill, 1 in decode."""
     past_tokens: int
-    """Of each row, cached before."""
+    """Tokens of each row that the KV cache holds already."""
     samples: bool = True
     """Whether the last stage runs the head: not for a chunk that is not its prompt's last."""
 
     @property
     def is_decode(self) -> bool:
+        """Whether the task is a decode step: one new token a row over a filled cache."""
         return self.new_tokens == 1 and self.past_tokens > 0
 
 
@@ -32,9 +33,9 @@ class Costs(Protocol):
         ...
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
-        """Of what a stage does once a task beside its layers: overhead, embedding on the first, head on the last."""
+        """Seconds of what a stage does once a task beside its layers: overhead, embedding (first), head (last)."""
         ...
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
-        """Of a message from one device to another, from the end of compute there to the begin of compute here."""
+        """Seconds from the end of compute on one device to its begin on the other, for a message between them."""
         ...

@@ -34,7 +34,7 @@ class Contention:
         return self.decode if decode else self.prefill
 
     def factors(self, sequence: TaskSequence, busy_s: Floats, *, replicas: int) -> Floats:
-        """Of the times of tasks, where all devices computing at once is 1.
+        """Factors on the times of tasks, where all devices computing at once is 1.
 
         Args:
             busy_s: `[kind, stage, plan]`, of a task while all devices compute.

@@ -123,6 +123,7 @@ class DescribedDevices:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the devices described, in their order."""
         return tuple(device.name for device in self.devices)
 
     def device_bytes(self, names: Sequence[str]) -> dict[str, int]:

@@ -33,13 +33,13 @@ class Rates:
 
     flops_per_s: float
     bytes_per_s: float
-    """Of a layer's weights, at the batch sizes where decode is bound by them."""
+    """Reading rate of a layer's weights, at the batch sizes where decode is bound by it."""
     head_bytes_per_s: float
-    """Of the head's: one wide matrix is read faster than a layer's many."""
+    """Reading rate of the head: one wide matrix is read faster than a layer's many."""
     layer_overhead_s: float
     """What one layer costs however small it is: launches from Python."""
     hop_latency_s: float
-    """Of a message to or from another device."""
+    """Latency of a message to or from another device."""
     hop_bytes_per_s: float
 
 
@@ -81,7 +81,7 @@ class NominalCosts:
     )
 
     def rates(self, device: str) -> Rates:
-        """Of one device.
+        """Rates of one device.
 
         Raises:
             KeyError: neither the device nor its kind has rates.
@@ -116,7 +116,7 @@ class NominalCosts:
         return seconds
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
-        """Of the head, on the last stage."""
+        """Seconds of the head, on the last stage; 0 elsewhere."""
         if not (is_last and kind.samples):
             return 0.0
         rates = self.rates(device)

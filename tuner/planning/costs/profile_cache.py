@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 8
 """Sizes of micro-batches that a grid has at most."""
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Of the largest task, by kind of device: enough that beyond it time grows as the tokens do."""
+"""Tokens of the largest task profiled, by kind of device: beyond it time grows as the tokens do."""
 
 
 class ProfileKey(Value):
@@ -39,7 +39,7 @@ class ProfileKey(Value):
     cuda_graphs: bool
     grid: ProfileGrid
     versions: dict[str, str]
-    """Of pipetune and of the packages that compute."""
+    """Versions of pipetune and of the packages that compute."""
 
 
 class KeptProfile(Value):

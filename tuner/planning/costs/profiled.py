@@ -61,7 +61,7 @@ class ProfiledCosts:
         return self._devices[device].layers_s(kind)
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
-        """Of the overhead of a task, the embedding on the first stage, and the head on the last one.
+        """Seconds of a task beside its layers: overhead, the embedding on the first stage, the head on the last.
 
         Raises:
             KeyError: the device was not profiled.
@@ -75,7 +75,7 @@ class ProfiledCosts:
         return seconds
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
-        """Of a message; of none where both stages share a device.
+        """Seconds of a message; 0 where both stages share a device.
 
         Raises:
             KeyError: the link was not profiled.
@@ -147,7 +147,7 @@ class _Part:
         return self._expected_s(*point) * math.exp(_nearby(self._chunks, point))
 
     def _expected_s(self, rows: int, new: int, past: int) -> float:
-        """Of a chunk, by what is known of prefill."""
+        """Seconds of a chunk, by what is known of whole prefills."""
         without = self._fit.seconds(rows, new, 0)
         more = self._fit.seconds(rows, new, past) / without if without > 0 else 1.0
         return self._prefill.seconds(rows, new) * more

@@ -78,6 +78,7 @@ class CostModel:
 
     @property
     def num_prompts(self) -> int:
+        """Prompts of the workload."""
         return len(self.prompt_lens)
 
     @cached_property
@@ -131,7 +132,7 @@ class CostModel:
         )
 
     def _predict_alike(self, plans: Sequence[Plan], in_flight: int | None) -> list[Prediction]:
-        """Of plans that differ in the layers and devices of their stages alone."""
+        """Predictions of plans that differ in the layers and devices of their stages alone."""
         width = len(plans[0].stages)
         devices = [plan.devices for plan in plans]
         bounds = np.array([[(stage.first_layer, stage.end_layer) for stage in plan.stages] for plan in plans])

@@ -32,7 +32,7 @@ class Prediction:
 
     duration_s: float
     metrics: dict[str, float]
-    """By the names of `bench.metrics`, as far as they follow from the schedule; memory is not among them."""
+    """Metrics by the names of `bench.metrics` that follow from the schedule; memory is not among them."""
     stage_busy_s: tuple[float, ...]
     """Compute of each stage over the run; of several replicas, one after the other."""
     limiting_stage: int
@@ -115,7 +115,7 @@ class _Outcome:
         return np.concatenate([together, idle]) if len(idle) else together
 
     def _metrics(self) -> dict[str, Floats]:
-        """As `bench.metrics.derive` does of measured times."""
+        """`[plan]` by metric, derived from simulated times as `bench.metrics.derive` does from measured ones."""
         num_prompts = len(self.prompt_lens)
         output_tokens = num_prompts * self.output_len
         values = {"output_throughput": output_tokens / self.duration_s} if output_tokens else {}
@@ -163,7 +163,7 @@ class _Outcome:
 
 
 def _quantile(ordered: Floats, quantile: float) -> Floats:
-    """As `bench.metrics.percentile`, along the first axis."""
+    """Quantile along the first, sorted axis, interpolated as in `bench.metrics.percentile`."""
     position = quantile * (len(ordered) - 1)
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)

@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
 RING_DEPTH = 2
-"""Of the rings between stages, as the runtime makes them (`bench.runtime.links.links`)."""
+"""Buffers in each ring between stages, as in the runtime (`bench.runtime.links.links`)."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -37,31 +37,31 @@ class TaskSequence:
     """What every stage of a replica works through, with tasks of one kind counted together."""
 
     micro_batches: tuple[int, ...]
-    """Of each task."""
+    """Micro-batch that each task works on."""
     slots: int
     """Micro-batches in flight."""
     decodes: tuple[bool, ...]
-    """Of each task: whether it needs the tokens that its micro-batch gave before."""
+    """Whether each task needs the tokens that its micro-batch gave before."""
     kind_of: tuple[int, ...]
-    """Of each task: index of its kind."""
+    """Index of each task's kind."""
     kinds: tuple[TaskKind, ...]
-    """Different ones, in the order of their first tasks."""
+    """Different kinds of task, in the order of their first tasks."""
     counts: Indices
-    """Of each kind: how many tasks."""
+    """`[kind]`, number of its tasks."""
     grid_points: tuple[TaskKind, ...]
-    """Kinds whose costs are asked for."""
+    """Kinds of task whose costs are looked up; those of the others are interpolated between them."""
     weights: Floats
-    """`[kind, point]`: what the cost of each kind is made of."""
+    """`[kind, grid point]`, shares of which the cost of each kind is made."""
     begins: Indices
-    """Of each prompt, longest first: the task that first works on it,"""
+    """`[prompt]`, longest first: the task that first works on it."""
     first_tokens: Indices
-    """the one that gives its first token,"""
+    """`[prompt]`, longest first: the task that gives its first token."""
     last_tokens: Indices
-    """and the one that gives its last."""
+    """`[prompt]`, longest first: the task that gives its last token."""
 
     @classmethod
     def of(cls, tasks: Sequence[Task], sizes: Sequence[int], *, scores: bool) -> TaskSequence:
-        """Of a schedule over micro-batches of these sizes."""
+        """The sequence of a schedule over micro-batches of these sizes."""
         known: dict[TaskKind, int] = {}
         kind_of = []
         first_rows = np.concatenate([[0], np.cumsum(sizes)])
@@ -192,7 +192,7 @@ def simulate_plans(
     stalls = [list(of_kind) for of_kind in stalls_s] if depth is not None and np.any(stalls_s) else []
     zero = np.zeros(num_plans)
     free: list[list[Floats]] = [[] for _ in range(num_stages)]
-    """Of each stage: when it was free again, task by task."""
+    """When each stage was free again, task by task."""
     tokens_at: dict[int, Floats] = {}
     first_starts_s, last_ends_s = (np.empty((len(sequence.kind_of), num_plans)) for _ in range(2))
     began_s, ended_s = (np.empty((num_stages, num_plans)) for _ in range(2))

@@ -27,7 +27,7 @@ from pipetune.tuner.gate.stored.rule import SESSION_RUNS, foreseen, judge_case, 
 from pipetune.tuner.gate.stored.run import StoredGate, read_stored
 from pipetune.tuner.gate.stored.sessions import read_study
 from pipetune.tuner.gate.values import Case, Finding, GateResult, Reason, Sample, Session, SideName, Verdict
-from pipetune.tuner.progress import PlainReporter, Reporter, SilentReporter
+from pipetune.tuner.progress import PlainReporter, Reporter
 from tests.record_factory import MODEL, WORKLOAD, make_failure, make_machine, make_plan, make_study_records
 from tests.study_factory import write_study
 from tests.tuner.gate.factory import PLAN, make_sample
@@ -492,7 +492,7 @@ def beside(
     """A gate of stored sessions whose candidate runs without processes."""
     contenders = TimedContenders(answer)
     gate = StoredGate(stored=stored, candidate=candidate, max_minutes=max_minutes, contenders=lambda cases: contenders)
-    result = gate.run(SilentReporter() if reporter is None else reporter)
+    result = gate.run(Reporter() if reporter is None else reporter)
     assert not contenders.open
     return result, contenders
 

@@ -25,8 +25,8 @@ from tests.tuner.planning.factory_costs import FactoryCosts, make_model
 METRICS = ("output_throughput", "p90_ttft_ms", "bubble_ratio")
 
 
-def learn(plan: Plan, seed: int = 0, *, mood: float = 1.0, noise: float = 0.01) -> Observation:
-    observation = observe(make_record(0, "trial", plan, make_measurement(plan, seed=seed, mood=mood, noise=noise)))
+def learn(plan: Plan, seed: int = 0, *, drift: float = 1.0, noise: float = 0.01) -> Observation:
+    observation = observe(make_record(0, "trial", plan, make_measurement(plan, seed=seed, drift=drift, noise=noise)))
     assert observation is not None
     return observation
 
@@ -67,7 +67,7 @@ def test_it_is_deterministic() -> None:
 
 def test_layouts_and_switches_are_told_apart() -> None:
     observations = [learn(make_plan((16, 14), 16), seed) for seed in range(3)]
-    observations += [learn(make_plan((16, 14), 16, compile=True), mood=0.7)]
+    observations += [learn(make_plan((16, 14), 16, compile=True), drift=0.7)]
     predictor = Predictor.fit(make_model(), observations, metrics=METRICS[:1])
     eager, compiled, replicas = (
         float(predictor.predict(asked(plan)).mean[METRICS[0]][0])
@@ -94,8 +94,8 @@ def test_noise_comes_from_repeats_and_starts_from_a_guess() -> None:
     plan = make_plan((16, 14), 16)
     quiet = [learn(plan, noise=0.0).model_copy(update={"spread": 0.0})] * 150
     assert LEAST_NOISE <= noise_of(quiet) < 0.005
-    moods = [math.exp(0.06 * (-1) ** seed) for seed in range(30)]
-    loud = [learn(plan, seed, mood=mood, noise=0.0) for seed, mood in enumerate(moods)]
+    drifts = [math.exp(0.06 * (-1) ** seed) for seed in range(30)]
+    loud = [learn(plan, seed, drift=drift, noise=0.0) for seed, drift in enumerate(drifts)]
     assert noise_of(loud) == pytest.approx(0.06, rel=0.15)
     uneven = [learn(plan, seed).model_copy(update={"spread": 0.1}) for seed in range(3)]
     assert noise_of(uneven) == pytest.approx(0.125 / math.sqrt(3), rel=0.01)

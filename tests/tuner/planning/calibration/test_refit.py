@@ -25,8 +25,8 @@ WRONG = FactoryCosts(prefill=0.4, decode=2.2, head=0.5, per_row=0.8, hop=3.0)
 GRID = [make_plan((first, 30 - first), size) for first in range(4, 27, 2) for size in (4, 8, 16, 32)]
 
 
-def learn(plan: Plan, seed: int = 0, *, mood: float = 1.0, noise: float = 0.02) -> Observation:
-    observation = observe(make_record(0, "trial", plan, make_measurement(plan, seed=seed, mood=mood, noise=noise)))
+def learn(plan: Plan, seed: int = 0, *, drift: float = 1.0, noise: float = 0.02) -> Observation:
+    observation = observe(make_record(0, "trial", plan, make_measurement(plan, seed=seed, drift=drift, noise=noise)))
     assert observation is not None
     return observation
 
@@ -87,7 +87,7 @@ def test_a_disturbed_run_moves_little() -> None:
     plans = [make_plan((16, 14), 16), make_plan((17, 13), 16), make_plan((15, 15), 8), make_plan((18, 12), 32)]
     model = make_model(FactoryCosts(prefill=1.1, decode=0.9))
     quiet = [learn(plan) for plan in plans]
-    odd = [*quiet[:-1], learn(plans[-1], mood=1.8)]
+    odd = [*quiet[:-1], learn(plans[-1], drift=1.8)]
     assert statistics.median(errors(refit(model, odd))) < 0.04
     marked = [*quiet[:-1], odd[-1].model_copy(update={"disturbed": True})]
     assert statistics.median(errors(refit(model, marked))) < 0.04
@@ -105,24 +105,24 @@ def test_it_is_deterministic_and_does_not_ask_for_an_order() -> None:
 @given(
     factors=st.tuples(*[st.floats(0.3, 3.0)] * 3),
     places=st.lists(st.integers(0, len(GRID) - 1), min_size=1, max_size=4, unique=True),
-    moods=st.lists(st.sampled_from((0.9, 1.0, 1.0, 1.1, 1.6)), min_size=4, max_size=4),
+    drifts=st.lists(st.sampled_from((0.9, 1.0, 1.0, 1.1, 1.6)), min_size=4, max_size=4),
 )
 def test_what_was_seen_is_never_explained_worse(
-    factors: tuple[float, float, float], places: list[int], moods: list[float]
+    factors: tuple[float, float, float], places: list[int], drifts: list[float]
 ) -> None:
     prefill, decode, head = factors
     model = make_model(FactoryCosts(prefill=prefill, decode=decode, head=head))
-    observations = [learn(GRID[place], place, mood=mood) for place, mood in zip(places, moods, strict=False)]
+    observations = [learn(GRID[place], place, drift=drift) for place, drift in zip(places, drifts, strict=False)]
     before, after = task_errors(model, observations), task_errors(refit(model, observations), observations)
-    # Moods are left out of the refitted costs: what they explain is no error of theirs.
-    slack = 0.03 + statistics.fmean(abs(math.log(mood)) for mood in moods[: len(places)])
+    # Drifts are left out of the refitted costs: what they explain is no error of theirs.
+    slack = 0.03 + statistics.fmean(abs(math.log(drift)) for drift in drifts[: len(places)])
     assert statistics.fmean(map(abs, after)) <= statistics.fmean(map(abs, before)) + slack
 
 
 def test_compiled_plans_teach_without_spoiling_eager_ones() -> None:
     model = make_model(FactoryCosts(prefill=1.2, decode=1.2))
     eager = [learn(make_plan((16, 14), 16)), learn(make_plan((18, 12), 8))]
-    compiled = learn(make_plan((14, 16), 16, compile=True), mood=0.5)
+    compiled = learn(make_plan((14, 16), 16, compile=True), drift=0.5)
     assert statistics.median(errors(refit(model, [*eager, compiled]))) < 0.03
 
 

@@ -15,7 +15,7 @@ EVEN, UNEVEN = make_plan((15, 15), 16), make_plan((17, 13), 16)
 
 def write_night(
     folder: Path,
-    moods: Mapping[Plan, float] | None = None,
+    drifts: Mapping[Plan, float] | None = None,
     *,
     seed: int = 0,
     rounds: int = 5,
@@ -26,9 +26,9 @@ def write_night(
     records: list[Record] = [
         make_record(0, "baseline", None, make_baseline_measurement(32, seed=seed)),
     ]
-    for plan, mood in (moods or {EVEN: 1.0, UNEVEN: 1.0}).items():
+    for plan, drift in (drifts or {EVEN: 1.0, UNEVEN: 1.0}).items():
         for round_ in range(rounds):
-            measurement = make_measurement(plan, seed=seed + len(records), mood=mood)
+            measurement = make_measurement(plan, seed=seed + len(records), drift=drift)
             records.append(make_record(len(records), "finalist", plan, measurement, round_=round_))
     machine = machine or make_machine()
     update = {"started_at": started_at, "hardware_id": machine.hardware_id}

@@ -28,10 +28,10 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     newer = machine.model_copy(update={"software": software})
     for night in reversed(range(16)):
-        mood = 1.0 if night < 8 else 1.15
+        drift = 1.0 if night < 8 else 1.15
         write_night(
             folder / f"night-{night:02}",
-            {UNEVEN: mood, EVEN: 1.3 * mood},
+            {UNEVEN: drift, EVEN: 1.3 * drift},
             seed=100 * night,
             rounds=3,
             machine=machine if night < 8 else newer,

@@ -229,7 +229,7 @@ def test_luck_in_a_run_is_smoothed_out_of_what_is_preferred() -> None:
     slowest = min(trials, key=throughput)
     assert slowest.effective is not None
     assert slowest.spec is not None
-    lucky = slowest.model_copy(update={"result": make_measurement(slowest.spec.plan, seed=1, hop_s=1e-3, mood=0.87)})
+    lucky = slowest.model_copy(update={"result": make_measurement(slowest.spec.plan, seed=1, hop_s=1e-3, drift=0.87)})
     once = [lucky if record is slowest else record for record in records]
     assert throughput(lucky) > max(map(throughput, trials))
     assert make_strategy(PIPELINES).preferred(once)[0] == told[0]

@@ -11,7 +11,7 @@ from pipetune.bench.errors import StudyError
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import Machine, Record
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.progress import SilentReporter
+from pipetune.tuner.progress import Reporter
 from pipetune.tuner.search.driver import rank_study, run_study
 from pipetune.tuner.search.policy.warm_start import BEST_PLANS, WarmStart, point_of_plan, read_warm_start
 from pipetune.tuner.study.store import StudyStore
@@ -29,7 +29,7 @@ def config(**values: Any) -> TuneConfig:
 
 def run(folder: Path, lab: Lab, wanted: TuneConfig, *, resume: bool = False) -> tuple[Record, ...]:
     with StudyStore.resume(folder, wanted) if resume else StudyStore.create(folder, wanted) as store:
-        assert run_study(store, lab.start, SilentReporter())
+        assert run_study(store, lab.start, Reporter())
         return store.records
 
 

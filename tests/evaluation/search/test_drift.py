@@ -1,22 +1,22 @@
-"""Plans told apart on a machine with moods: what was put in comes out, and no mood is found where none is."""
+"""Plans told apart on a machine with drifts: what was put in comes out, and no drift is found where none is."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from tests.evaluation.search.moods import Run, fit, judge
+from tests.evaluation.search.drift import Run, fit, judge
 
 
-def runs_of(worths: list[float], *, repeats: int, mood: float, noise: float, seed: int) -> list[Run]:
-    """Each repeat in an order of its own, a run every 3 s, under moods that last for 40 s."""
+def runs_of(worths: list[float], *, repeats: int, drift: float, noise: float, seed: int) -> list[Run]:
+    """Each repeat in an order of its own, a run every 3 s, under drifts that last for 40 s."""
     lots = np.random.default_rng(seed)
     runs: list[Run] = []
     state = 0.0
     for _ in range(repeats):
         for plan in lots.permutation(len(worths)):
             kept = float(np.exp(-3 / 40))
-            state = kept * state + float(lots.normal(0, mood * np.sqrt(1 - kept**2)))
+            state = kept * state + float(lots.normal(0, drift * np.sqrt(1 - kept**2)))
             log = worths[plan] + state + float(lots.normal(0, noise))
             runs.append(Run(plan=int(plan), at_s=3.0 * len(runs), log=log))
     return runs
@@ -25,10 +25,10 @@ def runs_of(worths: list[float], *, repeats: int, mood: float, noise: float, see
 WORTHS = np.linspace(0.0, 0.3, 30).tolist()
 
 
-def test_with_its_moods_taken_out_a_plan_is_known_better_than_by_its_mean() -> None:
+def test_with_its_drifts_taken_out_a_plan_is_known_better_than_by_its_mean() -> None:
     squares, plain = [], []
     for seed in range(6):
-        runs = runs_of(WORTHS, repeats=4, mood=0.05, noise=0.01, seed=seed)
+        runs = runs_of(WORTHS, repeats=4, drift=0.05, noise=0.01, seed=seed)
         judged = judge(runs, fit(runs))
         found = np.array([judged.logs[plan] for plan in range(30)]) - WORTHS
         means = np.array([np.mean([run.log for run in runs if run.plan == plan]) for plan in range(30)]) - WORTHS
@@ -40,17 +40,17 @@ def test_with_its_moods_taken_out_a_plan_is_known_better_than_by_its_mean() -> N
 def test_errors_are_as_large_as_they_say() -> None:
     scaled = []
     for seed in range(6):
-        runs = runs_of(WORTHS, repeats=4, mood=0.05, noise=0.01, seed=seed)
+        runs = runs_of(WORTHS, repeats=4, drift=0.05, noise=0.01, seed=seed)
         judged = judge(runs, fit(runs))
         found = np.array([judged.logs[plan] for plan in range(30)]) - WORTHS
         scaled += ((found - found.mean()) / [judged.errors[plan] for plan in range(30)]).tolist()
     assert np.std(scaled) == pytest.approx(1.0, abs=0.25)
 
 
-def test_where_there_is_no_mood_plans_are_judged_by_their_means() -> None:
-    runs = runs_of(WORTHS, repeats=6, mood=0.0, noise=0.01, seed=1)
-    mood = fit(runs)
-    judged = judge(runs, mood)
+def test_where_there_is_no_drift_plans_are_judged_by_their_means() -> None:
+    runs = runs_of(WORTHS, repeats=6, drift=0.0, noise=0.01, seed=1)
+    drift = fit(runs)
+    judged = judge(runs, drift)
     means = {plan: np.mean([run.log for run in runs if run.plan == plan]) for plan in range(30)}
-    assert mood.noise * np.sqrt(1 + mood.ratio) == pytest.approx(0.01, rel=0.25)
+    assert drift.noise * np.sqrt(1 + drift.ratio) == pytest.approx(0.01, rel=0.25)
     assert all(judged.logs[plan] == pytest.approx(mean, abs=0.006) for plan, mean in means.items())
