@@ -7,7 +7,7 @@ on the last one, where it samples, the head.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -17,6 +17,23 @@ from pipetune.bench.spec import SCHEMA_VERSION, Device, ModelSpec, Sampling, Val
 
 PROFILE_METHOD = 2
 """Counts up when profiles are taken otherwise than before: those kept from then are measured anew."""
+
+
+class TaskKind(NamedTuple):
+    """Tasks that take the same time on a stage: forward passes over `rows × new_tokens` positions."""
+
+    rows: int
+    new_tokens: int
+    """New positions of each row: the prompt's or the chunk's in prefill, 1 in decode."""
+    past_tokens: int
+    """Positions of each row that are cached before."""
+    samples: bool = True
+    """Whether the last stage runs the head: not for a chunk that is not its prompt's last."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each row gets one token behind cached ones."""
+        return self.new_tokens == 1 and self.past_tokens > 0
 
 
 class TaskTime(Value):

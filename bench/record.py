@@ -5,10 +5,7 @@ Times are seconds. Those of one iteration count from the moment its prompts were
 
 from __future__ import annotations
 
-import errno
-import os
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field
@@ -43,13 +40,24 @@ class FailureKind(StrEnum):
     """An exception in a worker that nobody foresaw."""
 
 
+REMEDIES = {
+    FailureKind.OUT_OF_MEMORY: (
+        "give this stage fewer layers, use smaller micro-batches, or let fewer be in flight by memory_fraction"
+    ),
+    FailureKind.COMMUNICATION_TIMEOUT: "see the other stages' logs: one of them stopped answering",
+    FailureKind.UNSUPPORTED_MODEL: "choose another model or another cut",
+    FailureKind.WORKER_ERROR: "see the traceback in the detail and in the worker's log",
+}
+"""What to do about a failure of a kind, as the end of its message."""
+
+
 class Failure(Value):
     """A run that gave no measurement: what happened, where, and what to do."""
 
     outcome: Literal["failure"] = "failure"
     kind: FailureKind
     message: str
-    """What happened and the knob to turn."""
+    """What happened and the remedy."""
     stage: int | None = None
     device: str | None = None
     phase: str | None = None
@@ -316,28 +324,3 @@ class Record(Value):
     """What it ran on there, in the order of the study's devices; everywhere else the record says this study's names
     for them, so that one plan is one plan wherever it ran."""
     result: Outcome
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a file that is either whole or not there, even if the machine dies: temporary name, fsync, replace.
-
-    Raises:
-        OSError: it cannot be written; or there is something else than a file, such as a device, which is not replaced.
-    """
-    if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "is no file, and is not replaced by one", str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -1,7 +1,7 @@
 """The pipeline's schedule: one pure function from sizes to the order in which every stage works.
 
 Every stage runs the same tasks in the same order, each as soon as its input is there. A task is one
-prefill piece or one decode step of a micro-batch. Two stages, three micro-batches (`m`), two tokens:
+prefill micro-batch or one decode step of a micro-batch. Two stages, three micro-batches (`m`), two tokens:
 
     stage 0  m0.0 m1.0 m2.0 m0.1 m1.1 m2.1
     stage 1       m0.0 m1.0 m2.0 m0.1 m1.1 m2.1
@@ -9,8 +9,8 @@ prefill piece or one decode step of a micro-batch. Two stages, three micro-batch
 `m0.1` on stage 0 needs the token that stage 1 sampled in `m0.0`: while at least as many micro-batches
 are in flight as there are stages, it is there in time, and no stage waits.
 
-Prefill may be cut by rows, into pieces, and by tokens, into chunks whose KV is kept: chunk c of a piece needs chunk
-c - 1 on its own stage alone, so that a single long prompt fills the stages as well as many short ones do.
+Prefill may be cut by rows, into prefill micro-batches, and by tokens, into chunks whose KV is kept: a chunk needs the
+one before it on its own stage alone, so that a single long prompt fills the stages as well as many short ones do.
 
 With fewer slots than micro-batches a finished micro-batch hands its slot to the next that waits, in
 the middle of a round, so that the pipeline never drains in between.
@@ -44,10 +44,12 @@ class Task:
 
     @property
     def is_prefill(self) -> bool:
+        """Whether it works on the prompts."""
         return self.step == 0
 
     @property
     def num_rows(self) -> int:
+        """Sequences worked on."""
         return self.end_row - self.first_row
 
     @property
@@ -82,8 +84,8 @@ def build_schedule(
         chunk_size: tokens of a prompt prefilled at once; None prefills whole prompts.
 
     Returns:
-        Tasks in order; each micro-batch has its prefill first, piece by piece and in each piece chunk by chunk, then
-        steps 1 … output_len - 1.
+        Tasks in order; each micro-batch has its prefill first, one prefill micro-batch after the other and in each
+        chunk by chunk, then steps 1 … output_len - 1.
 
     Raises:
         ValueError: a size, a length or the number in flight is below 1.
@@ -125,60 +127,17 @@ def build_schedule(
     return tuple(tasks)
 
 
-def _prefill(micro_batch: int, slot: int, rows: int, length: int, piece: int, chunk: int) -> Iterator[Task]:
-    for first_row in range(0, rows, piece):
-        for first_token in range(0, length, chunk):
-            end_token = min(first_token + chunk, length)
+def _prefill(micro_batch: int, slot: int, rows: int, length: int, prefill_size: int, chunk_size: int) -> Iterator[Task]:
+    for first_row in range(0, rows, prefill_size):
+        for first_token in range(0, length, chunk_size):
+            end_token = min(first_token + chunk_size, length)
             yield Task(
                 micro_batch=micro_batch,
                 step=0,
                 slot=slot,
                 first_row=first_row,
-                end_row=min(first_row + piece, rows),
+                end_row=min(first_row + prefill_size, rows),
                 first_token=first_token,
                 end_token=end_token,
                 samples=end_token == length,
             )
-
-
-def simulate(
-    tasks: Sequence[Task], durations_s: Sequence[Sequence[float]], *, hop_s: float = 0.0
-) -> tuple[tuple[float, ...], ...]:
-    """Start time of every task on every stage when each takes a known time.
-
-    Args:
-        tasks: as from `build_schedule`.
-        durations_s: `[stage][task]`, seconds of compute.
-        hop_s: seconds for a message from one stage to the next, the return of tokens included.
-
-    Returns:
-        `[stage][task]` start times in seconds; the first task starts at 0.
-    """
-    num_stages = len(durations_s)
-    starts: list[list[float]] = [[] for _ in range(num_stages)]
-    free_at = [0.0] * num_stages
-    tokens_at: dict[int, float] = {}
-    for index, task in enumerate(tasks):
-        ready = 0.0 if task.is_prefill else tokens_at[task.micro_batch]
-        for stage in range(num_stages):
-            start = max(ready, free_at[stage])
-            starts[stage].append(start)
-            free_at[stage] = start + durations_s[stage][index]
-            ready = free_at[stage] + hop_s
-        if num_stages == 1:
-            ready = free_at[0]
-        tokens_at[task.micro_batch] = max(ready, tokens_at.get(task.micro_batch, 0.0))
-    return tuple(tuple(row) for row in starts)
-
-
-def draw_grid(tasks: Sequence[Task], num_stages: int) -> str:
-    """The schedule as text, a row per stage and a column per equal time step: `m1.0` is micro-batch 1, prefill."""
-    starts = simulate(tasks, [[1.0] * len(tasks)] * num_stages)
-    labels = [f"m{task.micro_batch}.{task.step}" for task in tasks]
-    width = max(len(label) for label in labels)
-    lines = []
-    for stage, row in enumerate(starts):
-        at = {round(start): label for start, label in zip(row, labels, strict=True)}
-        cells = [at.get(column, "").ljust(width) for column in range(round(row[-1]) + 1)]
-        lines.append(f"stage {stage}  " + " ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -29,8 +29,9 @@ from pipetune.bench.record import (
     TaskShape,
     Telemetry,
 )
-from pipetune.bench.schedule import Task, build_schedule, micro_batch_sizes, simulate
+from pipetune.bench.schedule import Task, build_schedule, micro_batch_sizes
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from tests.ideal_schedule import simulate
 
 DEVICES = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
 MODEL = ModelSpec(name="smollm2-135m", revision="b179c9523d0e")

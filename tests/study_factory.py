@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipetune.bench.files import write_durably
 from pipetune.bench.metrics import derive
 from pipetune.bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, TaskTime
-from pipetune.bench.record import Machine, Measurement, Record, write_durably
+from pipetune.bench.record import Machine, Measurement, Record
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import TuneConfig

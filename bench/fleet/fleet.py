@@ -14,10 +14,10 @@ from typing import Any, Self
 from pydantic import TypeAdapter
 
 from pipetune.bench.errors import ConfigError, FleetError, ModelError, PlanError
+from pipetune.bench.files import CACHE_VARIABLE, cache_root
 from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, Progress, Supervisor
 from pipetune.bench.machine.hardware import available_devices, device_bytes
 from pipetune.bench.memory import ModelShape, resolve
-from pipetune.bench.models.cache import CACHE_VARIABLE, cache_root
 from pipetune.bench.profile import Profile, ProfileGrid
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Outcome
 from pipetune.bench.spec import (

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipetune.bench.errors import ConfigError, FleetError
-from pipetune.bench.faults import KNOBS
-from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.record import REMEDIES, Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, Value, device_kind
 
 START_TIMEOUT_S = 1800.0
@@ -347,7 +346,7 @@ class Supervisor:
             by, hint = f"was killed by {name}", "see its log"
             if name == "SIGKILL" and _oom_kills() > self._oom_kills_before:
                 kind = FailureKind.OUT_OF_MEMORY
-                hint = "the host ran out of memory, as the kernel's log says; " + KNOBS[FailureKind.OUT_OF_MEMORY]
+                hint = "the host ran out of memory, as the kernel's log says; " + REMEDIES[FailureKind.OUT_OF_MEMORY]
             elif name == "SIGKILL":
                 hint = "somebody killed it: the kernel has not killed anyone for memory meanwhile"
         else:

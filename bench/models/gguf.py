@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 
 from pipetune.bench.errors import ModelError
+from pipetune.bench.files import CACHE_VARIABLE, build_once, cache_root
 from pipetune.bench.models import checkpoint
-from pipetune.bench.models.cache import CACHE_VARIABLE, build_once, cache_root
 
 CONVERSION = 1
 """Counts changes of `convert`: folders that an older one made are not used any more."""

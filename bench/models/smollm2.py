@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipetune.bench.errors import ModelError
-from pipetune.bench.models.cache import CACHE_VARIABLE, build_once, cache_root
+from pipetune.bench.files import CACHE_VARIABLE, build_once, cache_root
 from pipetune.bench.models.gguf import CONVERSION, convert
 
 ALIAS = "smollm2-135m"

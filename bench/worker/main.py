@@ -53,7 +53,7 @@ class Worker:
         from pipetune.bench.spec import ModelSpec
         from pipetune.bench.worker.channel import ControlGroup
         from pipetune.bench.worker.serving import Serving
-        from pipetune.bench.worker.stage_host import Runner
+        from pipetune.bench.worker.stage_host import StageHost
         from pipetune.bench.worker.tokens import Tokens
 
         self.link = link
@@ -94,7 +94,7 @@ class Worker:
         available = device.available_bytes(nominal[name], self.devices.count(name))
         self.device_bytes: dict[str, int] = dict(zip(self.devices, self.control.gather(available), strict=True))
         self._torch = torch
-        self.runner = Runner(
+        self.host = StageHost(
             resolved=self.resolved,
             shape=self.shape,
             device=device,
@@ -104,14 +104,14 @@ class Worker:
             status=self.status,
             report=self._progress,
         )
-        self.shape = self.runner.shape
+        self.shape = self.host.shape
         self.device = device
         self.reference_path: str | None = None
-        self.tokens = Tokens(self.resolved, self.shape, self.runner.stage.config, self.control)
-        self.serving = Serving(self.runner, self.tokens)
+        self.tokens = Tokens(self.resolved, self.shape, self.host.stage.config, self.control)
+        self.serving = Serving(self.host, self.tokens)
         self._unsplit: Any = None
-        device.touch_libraries(self.runner.stage.dtype)
-        self.runner.take_baseline()
+        device.touch_libraries(self.host.stage.dtype)
+        self.host.note_idle_bytes()
 
     def serve(self) -> None:
         """Carries out commands until told to exit."""
@@ -156,7 +156,7 @@ class Worker:
         from pipetune.bench.worker.unsplit_reference import make_reference
 
         prompts = self.tokens.of_workload(Workload.model_validate(workload))
-        self.runner.release()
+        self.host.release()
         # Rank 0 is about to use the memory of all.
         self.control.barrier()
         failure = None
@@ -170,7 +170,7 @@ class Worker:
                     prompts,
                     workload=spec,
                     protocol=Protocol.model_validate(protocol),
-                    dtype=self.runner.stage.dtype,
+                    dtype=self.host.stage.dtype,
                     pad_token_id=self.tokens.pad_token_id,
                     workload_digest=reference_digest(self.resolved.spec, spec),
                 ).save(Path(path))
@@ -187,7 +187,7 @@ class Worker:
         from pipetune.bench.worker.reference import reference_digest
 
         run = RunSpec.model_validate(spec)
-        job = self.runner.job(
+        job = self.host.job(
             run,
             EffectivePlan.model_validate(effective),
             self.tokens.of_workload(run.workload),
@@ -195,13 +195,13 @@ class Worker:
         )
         self._drop_unsplit()
         make_reference_from_plan(
-            self.runner,
+            self.host,
             job,
             run.plan,
             Path(path),
             reference_digest(run.model, run.workload),
             run.protocol,
-            self.runner.stage.dtype,
+            self.host.stage.dtype,
         )
         self.reference_path = path
         return {}
@@ -217,7 +217,7 @@ class Worker:
         from pipetune.bench.worker.baseline import measure_baseline
 
         prompts = self.tokens.of_workload(Workload.model_validate(workload))
-        self.runner.release()
+        self.host.release()
         # Rank 0 is about to use the memory of all.
         self.control.barrier()
         result: dict[str, Any] = {}
@@ -255,7 +255,7 @@ class Worker:
         prompts = self.tokens.of_workload(run.workload)
         self._drop_unsplit()
         outcome = measure(
-            self.runner,
+            self.host,
             run,
             EffectivePlan.model_validate(effective),
             prompts,
@@ -271,7 +271,7 @@ class Worker:
 
         self._drop_unsplit()
         return Profiler(
-            self.runner,
+            self.host,
             ProfileGrid.model_validate(grid),
             packed_weights=packed_weights,
             cuda_graphs=cuda_graphs,
@@ -303,12 +303,12 @@ class Worker:
         if self._unsplit is not None:
             self._unsplit = None
             # No stage is held beside it, so that what it leaves behind is the process's own.
-            self.runner.take_baseline()
+            self.host.note_idle_bytes()
         self.control.barrier()
 
     def _unless_out_of_memory(self, work: Any) -> dict[str, Any] | None:
         """Runs something that may not fit; running out of memory is a result here, since the process lives on."""
-        from pipetune.bench.faults import failure_of, is_out_of_memory
+        from pipetune.bench.worker.faults import failure_of, is_out_of_memory
 
         try:
             work()
@@ -319,7 +319,7 @@ class Worker:
             failure = failure_of(error, stage=None, device=self.device.name, phase=self.status.phase)
         # Not before the exception is gone: its traceback holds what was allocated so far.
         self._unsplit = None
-        self.runner.release()
+        self.host.release()
         dumped: dict[str, Any] = failure.model_dump(mode="json")
         return dumped
 
@@ -329,7 +329,7 @@ class Worker:
             "phase": self.status.phase,
             "activity": self.status.activity,
             "tasks_done": self.status.tasks_done,
-            "stage": self.runner.index,
+            "stage": self.host.index,
         }
 
     def _progress(self, phase: str, done: int, total: int) -> None:
@@ -376,14 +376,14 @@ def main() -> None:
 
 
 def _report(link: DriverLink, worker: Worker | None, args: argparse.Namespace, error: BaseException) -> None:
-    from pipetune.bench.faults import failure_of
+    from pipetune.bench.worker.faults import failure_of
 
     traceback.print_exc()
     sys.stderr.flush()
     status = worker.status if worker is not None else None
     failure = failure_of(
         error,
-        stage=worker.runner.index if worker is not None else None,
+        stage=worker.host.index if worker is not None else None,
         device=args.devices.split(",")[args.rank],
         phase=status.phase if status is not None else "start",
     )

@@ -25,10 +25,10 @@ from pipetune.bench.worker.reference import (
     spread_of,
     worst_check,
 )
-from pipetune.bench.worker.stage_host import Runner
+from pipetune.bench.worker.stage_host import StageHost
 
 
-def check_output(runner: Runner, plan: Plan, job: Job, reference: Reference) -> OutputCheck:
+def check_output(host: StageHost, plan: Plan, job: Job, reference: Reference) -> OutputCheck:
     """Runs the checked prompts through every replica and compares logits, or log-probabilities; the worst counts.
 
     Every rank calls it under the plan, and gets the same.
@@ -37,14 +37,14 @@ def check_output(runner: Runner, plan: Plan, job: Job, reference: Reference) -> 
     rows = max(1, len(checked) // 2)
     mine: OutputCheck | None = None
     if job.scores:
-        scores = _small_pass(runner, plan, job, checked, rows).scores
+        scores = _small_pass(host, plan, job, checked, rows).scores
         if scores is not None:
             mine = compare_scores(reference, {checked[place]: row for place, row in scores.items()})
     else:
         tokens = reference.tokens[list(checked), : reference.logits.shape[1]]
-        logits = _small_pass(runner, plan, job, checked, rows, tokens).logits
+        logits = _small_pass(host, plan, job, checked, rows, tokens).logits
         mine = compare_logits(reference, logits) if logits is not None else None
-    gathered = runner.control.gather(mine.model_dump(mode="json") if mine is not None else None)
+    gathered = host.control.gather(mine.model_dump(mode="json") if mine is not None else None)
     return worst_check([OutputCheck.model_validate(row) for row in gathered if row is not None])
 
 
@@ -57,19 +57,19 @@ def wrong_logits(check: OutputCheck, job: Job, shape: ModelShape, *, phase: str 
     )
 
 
-class Comparison:
+class TimedCheck:
     """How the timed passes of this rank's replica compare with the reference: the worst of all iterations."""
 
-    def __init__(self, runner: Runner, plan: Plan, job: Job, reference: Reference | None) -> None:
+    def __init__(self, host: StageHost, plan: Plan, job: Job, reference: Reference | None) -> None:
         """
         Args:
             job: over the prompts of all replicas.
         """
-        assert runner.placement is not None
-        self._reference, self._job, self._shape = reference, job, runner.shape
+        assert host.placement is not None
+        self._reference, self._job, self._shape = reference, job, host.shape
         self._share: Sequence[int] = range(len(job.prompts))
-        if runner.placement.replica is not None and plan.replicas > 1:
-            self._share = job.share(runner.placement.replica, plan.replicas)
+        if host.placement.replica is not None and plan.replicas > 1:
+            self._share = job.share(host.placement.replica, plan.replicas)
         self._wrong, self._near = 0, 0
         self._scores: OutputCheck | None = None
         self._tokens_compared = False
@@ -127,7 +127,7 @@ class _Seen:
 
 
 def _small_pass(
-    runner: Runner, plan: Plan, job: Job, checked: Sequence[int], rows: int, tokens: torch.Tensor | None = None
+    host: StageHost, plan: Plan, job: Job, checked: Sequence[int], rows: int, tokens: torch.Tensor | None = None
 ) -> _Seen:
     """Runs a few prompts through every replica; results are by place in `checked`.
 
@@ -147,13 +147,13 @@ def _small_pass(
         forced=None if tokens is None else tuple(tuple(row) for row in tokens.tolist()),
     )
     jobs = (part,) * plan.replicas
-    runner.open(jobs)
-    result = runner.run(jobs)
+    host.open(jobs)
+    result = host.run(jobs)
     return _Seen(result.logits, result.scores) if result is not None else _Seen()
 
 
 def make_reference_from_plan(
-    runner: Runner, job: Job, plan: Plan, path: Path, digest: str, protocol: Protocol, dtype: torch.dtype
+    host: StageHost, job: Job, plan: Plan, path: Path, digest: str, protocol: Protocol, dtype: torch.dtype
 ) -> None:
     """Takes a plan's own output for the truth, where the unsplit model does not fit on any device.
 
@@ -163,18 +163,18 @@ def make_reference_from_plan(
         dtype: what the model computes in.
     """
     plan = plan.replica(0)
-    runner.apply(plan)
-    runner.status.phase = "reference"
+    host.apply(plan)
+    host.status.phase = "reference"
     jobs = (dataclasses.replace(job, keep_margins=not job.scores),)
-    runner.open(jobs)
-    result = runner.run(jobs)
+    host.open(jobs)
+    result = host.run(jobs)
     checked = choose_checked(job.prompts, protocol.check_prompts)
     places = range(len(checked))
     everyone = range(len(job.prompts))
     sizes = (len(checked), max(1, len(checked) // 2), 1)
     made: Reference | None = None
     if job.scores:
-        passes = [_small_pass(runner, plan, job, checked, size).scores for size in sizes]
+        passes = [_small_pass(host, plan, job, checked, size).scores for size in sizes]
         if result is not None and result.scores is not None:
             scores = tuple(result.scores[index] for index in everyone)
             others = [torch.cat([one[place] for place in places]) for one in passes if one is not None]
@@ -193,10 +193,10 @@ def make_reference_from_plan(
     else:
         known = result.tokens if result is not None else None
         mine = [known[index] for index in everyone] if known is not None else None
-        rows = next(row for row in runner.control.gather(mine) if row is not None)
+        rows = next(row for row in host.control.gather(mine) if row is not None)
         tokens = torch.tensor(rows, dtype=torch.long)
         chosen = tokens[list(checked), : protocol.check_tokens]
-        forced = [_small_pass(runner, plan, job, checked, size, chosen).logits for size in sizes]
+        forced = [_small_pass(host, plan, job, checked, size, chosen).logits for size in sizes]
         if result is not None and result.margins is not None:
             logits, *others = [torch.stack([one[place] for place in places]) for one in forced if one is not None]
             spread, typical = spread_of(logits, others, dtype)
@@ -212,4 +212,4 @@ def make_reference_from_plan(
             )
     if made is not None:
         made.save(path)
-    runner.control.barrier()
+    host.control.barrier()

@@ -33,56 +33,56 @@ from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import PassResult
 from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, device_kind
 from pipetune.bench.worker.acceptance import is_steady, over_cap
-from pipetune.bench.worker.output_check import Comparison, check_output, wrong_logits
+from pipetune.bench.worker.output_check import TimedCheck, check_output, wrong_logits
 from pipetune.bench.worker.reference import Reference, reference_digest
-from pipetune.bench.worker.stage_host import Runner
+from pipetune.bench.worker.stage_host import StageHost
 
 PEAK_NOT_RESET_NOTE = "peak memory is that of the process so far, not of this run: the kernel does not let it be reset"
 
 
-class MeasuredRun:
+class PlanRun:
     """Measures one plan; every rank makes one and calls the same methods."""
 
-    def __init__(self, runner: Runner, plan: Plan, job: Job, protocol: Protocol, reference: Reference | None) -> None:
+    def __init__(self, host: StageHost, plan: Plan, job: Job, protocol: Protocol, reference: Reference | None) -> None:
         """
         Args:
             job: over all prompts.
             reference: what the output is compared with; None compares nothing.
         """
-        self.runner, self.plan, self.job = runner, plan, job
+        self.host, self.plan, self.job = host, plan, job
         self.protocol, self.reference = protocol, reference
-        self.control = runner.control
+        self.control = host.control
 
     def measure(self) -> Measurement | Failure | None:
         """Rank 0 gets the outcome, the others None."""
-        runner, protocol = self.runner, self.protocol
-        load_s, loaded = runner.apply(self.plan)
-        jobs = runner.parts(self.job)
+        host, protocol = self.host, self.protocol
+        load_s, loaded = host.apply(self.plan)
+        jobs = host.parts(self.job)
         # First of all, since what comes before can use these KV slots: they are the largest.
-        runner.open(jobs, instrument=protocol.instrument)
+        host.open(jobs, instrument=protocol.instrument)
         if self.plan.compile:
-            runner.status.phase = "compile"
-            runner.report("compile", 0, 1)
-            runner.run(jobs)
+            host.status.phase = "compile"
+            host.report("compile", 0, 1)
+            host.run(jobs)
         check, check_s = None, None
         if self.reference is not None:
-            runner.status.phase = "check"
-            runner.report("check", 0, 1)
+            host.status.phase = "check"
+            host.report("check", 0, 1)
             began = time.monotonic()
-            check = check_output(runner, self.plan, self.job, self.reference)
+            check = check_output(host, self.plan, self.job, self.reference)
             check_s = time.monotonic() - began
-            failure = wrong_logits(check, self.job, runner.shape)
+            failure = wrong_logits(check, self.job, host.shape)
             if failure is not None:
                 return failure
-            runner.open(jobs, instrument=protocol.instrument)
-        runner.status.phase = "warmup"
+            host.open(jobs, instrument=protocol.instrument)
+        host.status.phase = "warmup"
         warmup = self._warm_up(jobs)
         # What loading, checking and the first pass took and gave up is not what the plan needs.
-        runner.free()
-        runner.status.phase = "measure"
+        host.free()
+        host.status.phase = "measure"
         outcome = self._iterate(jobs, check)
-        if runner.rank != 0 or isinstance(outcome, Failure):
-            return outcome if runner.rank == 0 else None
+        if host.rank != 0 or isinstance(outcome, Failure):
+            return outcome if host.rank == 0 else None
         assert outcome is not None
         durations = [run.duration_s for run in outcome.iterations]
         steady = is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, protocol.steady_tolerance)
@@ -93,7 +93,7 @@ class MeasuredRun:
                 "check_s": None if check_s is None else round(check_s, 4),
                 "warmup_s": tuple(warmup),
                 "steady": steady,
-                "transport": runner.transport(),
+                "transport": host.transport(),
                 "notes": (*outcome.notes, *self._notes(steady)),
             }
         )
@@ -104,7 +104,7 @@ class MeasuredRun:
             notes.append(
                 f"never steady: passes of the same work differ by more than {self.protocol.steady_tolerance:.0%}"
             )
-        devices = self.runner.devices
+        devices = self.host.devices
         shared = {name for name in devices if device_kind(name) == "cuda" and devices.count(name) > 1}
         if shared & set(self.plan.devices) and len(self.plan.devices) > 1:
             notes.append(
@@ -118,62 +118,62 @@ class MeasuredRun:
         durations: list[float] = []
         wanted, most = protocol.num_iters_warmup, max(protocol.max_warmup, protocol.num_iters_warmup)
         while len(durations) < wanted:
-            self.runner.report("warmup", len(durations), wanted)
-            _, duration_s = self.runner.window(self.runner.run(jobs))
+            self.host.report("warmup", len(durations), wanted)
+            _, duration_s = self.host.window(self.host.run(jobs))
             durations.append(round(duration_s, 6))
             if len(durations) == wanted >= 2 and not is_steady(durations[-2:], protocol.steady_tolerance):
                 wanted = min(wanted + 1, most)
         return durations
 
     def _iterate(self, jobs: Sequence[Job | None], check: OutputCheck | None) -> Measurement | Failure | None:
-        runner = self.runner
-        assert runner.placement is not None
-        sensors = sensors_for([runner.device.name])
+        host = self.host
+        assert host.placement is not None
+        sensors = sensors_for([host.device.name])
         before = sensors.state()
         peak_was_reset = True
-        runner.device.synchronize()
-        if runner.device.is_cuda:
-            torch.cuda.reset_peak_memory_stats(runner.device.torch_device)
+        host.device.synchronize()
+        if host.device.is_cuda:
+            torch.cuda.reset_peak_memory_stats(host.device.torch_device)
         else:
             peak_was_reset = reset_peak_rss()
         sensors.start()
         iterations: list[Iteration] = []
-        comparison = Comparison(runner, self.plan, self.job, self.reference)
-        compiled_before = runner.compiled.graphs
+        timed_check = TimedCheck(host, self.plan, self.job, self.reference)
+        compiled_before = host.compiled.graphs
         for number in range(self.protocol.num_iters):
-            runner.report("measure", number, self.protocol.num_iters)
-            result = runner.run(jobs)
-            zero_s, duration_s = runner.window(result)
-            comparison.add(result)
+            host.report("measure", number, self.protocol.num_iters)
+            result = host.run(jobs)
+            zero_s, duration_s = host.window(result)
+            timed_check.add(result)
             rows = self.control.gather(_seen(result, zero_s))
-            if runner.rank == 0:
+            if host.rank == 0:
                 iterations.append(self._iteration(rows, duration_s))
         telemetry = read_telemetry(sensors, before)
-        notes = [*runner.compiled.notes]
-        if runner.compiled.graphs > compiled_before:
-            count = runner.compiled.graphs - compiled_before
-            notes.append(f"compile: {count} graphs of stage {runner.index} were compiled while it was timed")
-        if runner.loop is not None and runner.loop.graphs is not None:
-            notes += runner.loop.graphs.notes
+        notes = [*host.compiled.notes]
+        if host.compiled.graphs > compiled_before:
+            count = host.compiled.graphs - compiled_before
+            notes.append(f"compile: {count} graphs of stage {host.index} were compiled while it was timed")
+        if host.loop is not None and host.loop.graphs is not None:
+            notes += host.loop.graphs.notes
         mine: dict[str, Any] = {
             "telemetry": telemetry.model_dump(mode="json"),
-            "compared": comparison.seen(),
+            "compared": timed_check.seen(),
             "peak_was_reset": peak_was_reset,
             "notes": notes,
-            "prepare_s": (runner.compiled.compile_s if self.plan.compile else 0.0)
-            + (runner.loop.graphs.report.capture_s if runner.loop and runner.loop.graphs else 0.0),
+            "prepare_s": (host.compiled.compile_s if self.plan.compile else 0.0)
+            + (host.loop.graphs.report.capture_s if host.loop and host.loop.graphs else 0.0),
         }
-        if runner.index is not None:
+        if host.index is not None:
             mine["memory"] = self._memory().model_dump(mode="json")
         rows = self.control.gather(mine)
-        if runner.rank != 0:
+        if host.rank != 0:
             return None
-        ranks = runner.placement.ranks
-        check, failure = comparison.conclude(check, [row["compared"] for row in rows])
+        ranks = host.placement.ranks
+        check, failure = timed_check.conclude(check, [row["compared"] for row in rows])
         if failure is not None:
             return failure
         # Stages that share a GPU saw the same sensors.
-        watchers = {runner.devices[rank]: rank for rank in ranks}.values()
+        watchers = {host.devices[rank]: rank for rank in ranks}.values()
         memory = tuple(StageMemory.model_validate(rows[rank]["memory"]) for rank in ranks)
         over = over_cap(memory)
         if over is not None:
@@ -216,7 +216,7 @@ class MeasuredRun:
         }
 
     def _iteration(self, rows: list[Any], duration_s: float) -> Iteration:
-        placement = self.runner.placement
+        placement = self.host.placement
         assert placement is not None
         nothing: dict[str, Any] = {"trace": {}, "tokens_s": [], "gap_s": 0.0}
         seen = [rows[rank] or nothing for rank in placement.ranks]
@@ -229,17 +229,17 @@ class MeasuredRun:
         )
 
     def _memory(self) -> StageMemory:
-        runner = self.runner
-        assert runner.index is not None
-        weights = runner.stage.weights_bytes()
-        kv = runner.loop.kv_bytes() if runner.loop is not None else 0
-        cap = int(self.plan.stages[runner.index].memory_fraction * runner.device_bytes)
-        if runner.device.is_cuda:
-            graphs = runner.loop.graphs.report if runner.loop is not None and runner.loop.graphs is not None else None
+        host = self.host
+        assert host.index is not None
+        weights = host.stage.weights_bytes()
+        kv = host.loop.kv_bytes() if host.loop is not None else 0
+        cap = int(self.plan.stages[host.index].memory_fraction * host.device_bytes)
+        if host.device.is_cuda:
+            graphs = host.loop.graphs.report if host.loop is not None and host.loop.graphs is not None else None
             uncounted, driver = (graphs.uncounted_bytes, graphs.driver_bytes) if graphs is not None else (0, 0)
-            peak = torch.cuda.max_memory_allocated(runner.device.torch_device) + uncounted
+            peak = torch.cuda.max_memory_allocated(host.device.torch_device) + uncounted
             return StageMemory(
-                device=runner.device.name,
+                device=host.device.name,
                 weights_bytes=weights,
                 kv_bytes=kv,
                 activation_bytes=max(0, peak - weights - kv),
@@ -248,25 +248,25 @@ class MeasuredRun:
                 baseline_bytes=0,
                 graphs_bytes=uncounted + driver,
                 cap_bytes=cap,
-                nvml_used_bytes=sensors_for([runner.device.name]).state()[0].memory_used_bytes,
+                nvml_used_bytes=sensors_for([host.device.name]).state()[0].memory_used_bytes,
             )
         predicted = stage_bytes(
-            runner.shape, self.plan, runner.index, prompt_len=self.job.longest, output_len=self.job.output_len
+            host.shape, self.plan, host.index, prompt_len=self.job.longest, output_len=self.job.output_len
         )
         return StageMemory(
-            device=runner.device.name,
+            device=host.device.name,
             weights_bytes=weights,
             kv_bytes=kv,
             activation_bytes=predicted.activations,
             peak_bytes=peak_rss_bytes(),
             peak_source="vm_hwm",
-            baseline_bytes=runner.baseline_bytes,
+            baseline_bytes=host.idle_bytes,
             cap_bytes=cap,
         )
 
 
 def measure(
-    runner: Runner,
+    host: StageHost,
     spec: RunSpec,
     effective: EffectivePlan,
     prompts: tuple[tuple[int, ...], ...],
@@ -278,8 +278,8 @@ def measure(
     reference = None
     if reference_path is not None and spec.protocol.check_outputs:
         reference = Reference.load(Path(reference_path), reference_digest(spec.model, spec.workload))
-    job = runner.job(spec, effective, prompts, pad_token_id)
-    return MeasuredRun(runner, spec.plan, job, spec.protocol, reference).measure()
+    job = host.job(spec, effective, prompts, pad_token_id)
+    return PlanRun(host, spec.plan, job, spec.protocol, reference).measure()
 
 
 def _seen(result: PassResult | None, zero_s: float) -> dict[str, Any] | None:

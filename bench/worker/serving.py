@@ -12,15 +12,15 @@ from pipetune.bench.errors import ConfigError
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import PassResult
 from pipetune.bench.spec import Plan, Sampling
-from pipetune.bench.worker.stage_host import Runner
+from pipetune.bench.worker.stage_host import StageHost
 from pipetune.bench.worker.tokens import Tokens
 
 
 class Serving:
     """Every rank has one and calls the same methods; rank 0's answers count."""
 
-    def __init__(self, runner: Runner, tokens: Tokens) -> None:
-        self._runner, self._tokens = runner, tokens
+    def __init__(self, host: StageHost, tokens: Tokens) -> None:
+        self._host, self._tokens = host, tokens
 
     def generate(
         self,
@@ -43,7 +43,7 @@ class Serving:
             eos_token_ids=None if ignore_eos else self._tokens.eos_token_ids(),
         )
         jobs, result = self._run(job, "generate")
-        zero_s, _ = self._runner.window(result)
+        zero_s, _ = self._host.window(result)
         mine: dict[int, dict[str, Any]] = {}
         if result is not None and result.tokens is not None:
             own = self._own(jobs)
@@ -76,8 +76,8 @@ class Serving:
         """Moves to the plan; the pass over prompts as they were given."""
         rows = self._tokens.encode(prompts, max_new_tokens)
         parsed = Plan.model_validate(plan)
-        if parsed != self._runner.plan:
-            self._runner.apply(parsed)
+        if parsed != self._host.plan:
+            self._host.apply(parsed)
         return Job(
             prompts=rows,
             output_len=max_new_tokens,
@@ -89,13 +89,13 @@ class Serving:
         )
 
     def _run(self, job: Job, phase: str) -> tuple[tuple[Job | None, ...], PassResult | None]:
-        self._runner.status.phase = phase
-        jobs = self._runner.parts(job)
-        self._runner.open(jobs)
-        return jobs, self._runner.run(jobs)
+        self._host.status.phase = phase
+        jobs = self._host.parts(job)
+        self._host.open(jobs)
+        return jobs, self._host.run(jobs)
 
     def _own(self, jobs: Sequence[Job | None]) -> Job:
-        own = self._runner.own_job(jobs)
+        own = self._host.own_job(jobs)
         assert own is not None, "a rank without work has a result"
         return own
 
@@ -110,9 +110,9 @@ class Serving:
         Args:
             to_decode: of a prompt and what was found for it, the ids whose text is wanted.
         """
-        found = {int(number): row for part in self._runner.control.gather(mine) for number, row in part.items()}
+        found = {int(number): row for part in self._host.control.gather(mine) for number, row in part.items()}
         rows = [found[index] for index in range(len(job.prompts))]
-        if self._runner.rank == 0:
+        if self._host.rank == 0:
             tokenizer = self._tokens.tokenizer()
             for prompt, row in zip(job.prompts, rows, strict=True):
                 ids = to_decode(prompt, row)

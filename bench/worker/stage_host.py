@@ -29,7 +29,7 @@ from pipetune.bench.worker.channel import ControlGroup
 from pipetune.bench.worker.placement import Placement
 
 
-class Runner:
+class StageHost:
     """One worker's part in the present plan."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Runner:
         self.status = status
         self.report = report
         self.device_bytes = device_bytes
-        self.baseline_bytes = 0
+        self.idle_bytes = 0
         """What the process took when last no model was loaded."""
         self.stage = Stage(resolved, device.torch_device)
         message_bytes = self.stage.message_values * self.stage.message_dtype.itemsize
@@ -164,10 +164,10 @@ class Runner:
         gc.collect()
         self.device.free_cached()
 
-    def take_baseline(self) -> None:
+    def note_idle_bytes(self) -> None:
         """Notes what the process takes now, while no model is loaded."""
         self.free()
-        self.baseline_bytes = psutil.Process().memory_info().rss
+        self.idle_bytes = psutil.Process().memory_info().rss
 
     def parts(self, job: Job) -> tuple[Job | None, ...]:
         """Each replica's part of a job; None where there are fewer prompts than replicas."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from pipetune.bench.faults import is_out_of_memory
 from pipetune.bench.models.layers import cache_name
 from pipetune.bench.runtime.job import MicroBatchInputs, margins_of, sort_by_length
 from pipetune.bench.runtime.sampling import draw, draw_margins, log_probabilities, uniforms
 from pipetune.bench.spec import Protocol, Sampling, Workload
 from pipetune.bench.worker.baseline import BaselinePass, generate_once, score_once
+from pipetune.bench.worker.faults import is_out_of_memory
 from pipetune.bench.worker.reference import Reference, choose_checked, spread_of
 
 # Prompts whose logits over the whole vocabulary are held at once while margins are taken.

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pipetune.bench.files import write_durably
 from pipetune.bench.record import (
     DeviceState,
     Failure,
@@ -27,7 +28,6 @@ from pipetune.bench.record import (
     StageTrace,
     TaskShape,
     Telemetry,
-    write_durably,
 )
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, RunSpec, Workload
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench import schedule
-from pipetune.bench.schedule import Task, build_schedule, draw_grid, micro_batch_sizes, simulate
+from pipetune.bench.schedule import Task, build_schedule, micro_batch_sizes
+from tests.ideal_schedule import draw_grid, simulate
 
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=7)
 OUTPUT_LEN = st.integers(1, 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.record import write_durably
+from pipetune.bench.files import write_durably
 
 
 def begin_mark(command: str) -> str:

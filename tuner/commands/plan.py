@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from pipetune.bench.errors import ConfigError
+from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape, StageBytes, stage_bytes
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.profile import Profile
-from pipetune.bench.record import write_durably
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, device_kind
 from pipetune.tuner.config.schema import Constraint, TuneConfig
 from pipetune.tuner.planning.costs.base import Costs

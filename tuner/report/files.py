@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipetune.bench.record import write_durably
+from pipetune.bench.files import write_durably
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.document import Section
 from pipetune.tuner.report.page import page_of

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pipetune.bench.errors import StudyError
-from pipetune.bench.record import Measurement, write_durably
+from pipetune.bench.files import write_durably
+from pipetune.bench.record import Measurement
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import Reporter

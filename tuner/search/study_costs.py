@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipetune.bench.errors import FleetError
+from pipetune.bench.files import write_durably
 from pipetune.bench.profile import Profile, ProfileGrid
-from pipetune.bench.record import write_durably
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.costs.profile_cache import grid_for, profile_for, profile_key, read_kept

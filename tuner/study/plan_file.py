@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError
 
 from pipetune.bench.errors import PlanError
+from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.record import write_durably
 from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value, Workload
 from pipetune.tuner.planning.partition.device_map import hf_map, seed_map
 

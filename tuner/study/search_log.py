@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipetune.bench.record import write_durably
+from pipetune.bench.files import write_durably
 from pipetune.bench.spec import SCHEMA_VERSION, Value
 from pipetune.tuner.study.files import read
 

@@ -12,8 +12,9 @@ from types import TracebackType
 from typing import Self
 
 from pipetune.bench.errors import StudyError
+from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.record import Machine, Measurement, Outcome, Record, Role, write_durably
+from pipetune.bench.record import Machine, Measurement, Outcome, Record, Role
 from pipetune.bench.spec import EffectivePlan, RunSpec, Workload
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import STUDY_NAME, TuneConfig

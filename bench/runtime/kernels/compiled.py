@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
-from pipetune.bench.models.cache import cache_root
+from pipetune.bench.files import cache_root
 from pipetune.bench.models.layers import find_layers
 from pipetune.bench.runtime.kernels.graphs import TOLERANCES
 from pipetune.bench.runtime.kernels.static_cache import StaticSlotLayer

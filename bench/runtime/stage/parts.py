@@ -1,4 +1,4 @@
-"""Parts of a model: builds it with some layers real and stand-ins for the rest, and moves parts between such models."""
+"""Parts of a model: built with some layers real and placeholders for the rest, and moved between such models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipetune.bench.models.dummy import init_dummy_weights
 from pipetune.bench.models.layers import find_layers
 from pipetune.bench.models.resolve import ResolvedModel
 from pipetune.bench.runtime.stage import allocator
-from pipetune.bench.runtime.stage.placeholders import SkipLayer, StubEmbedding, StubHead
+from pipetune.bench.runtime.stage.placeholders import PlaceholderEmbedding, PlaceholderHead, PlaceholderLayer
 
 
 class Parts:
@@ -55,7 +55,7 @@ class Parts:
 
         model = self._build_dummy(prune) if self._resolved.spec.load_format == "dummy" else self._read(prune)
         for layer in find_layers(model)[1]:
-            if isinstance(layer, SkipLayer):
+            if isinstance(layer, PlaceholderLayer):
                 layer.empty()
         return model
 
@@ -72,15 +72,15 @@ class Parts:
         self._tie_again(model)
 
     def drop(self, model: Any, layers: Iterable[int], *, embedding: bool, head: bool) -> None:
-        """Puts stand-ins in the place of parts."""
+        """Puts placeholders in the place of parts."""
         _, own = find_layers(model)
         for index in layers:
-            own[index] = stand_in = SkipLayer(own[index], self._returns_tuple_of)
-            stand_in.empty()
-        if embedding and not isinstance(model.get_input_embeddings(), StubEmbedding):
-            model.set_input_embeddings(StubEmbedding(self._embedding_size, self._dtype).to(self._device))
+            own[index] = placeholder = PlaceholderLayer(own[index], self._returns_tuple_of)
+            placeholder.empty()
+        if embedding and not isinstance(model.get_input_embeddings(), PlaceholderEmbedding):
+            model.set_input_embeddings(PlaceholderEmbedding(self._embedding_size, self._dtype).to(self._device))
         if head:
-            self._set_head(model, StubHead())
+            self._set_head(model, PlaceholderHead())
 
     def _prune(self, model: Any, keep: set[int], *, embedding: bool, head: bool) -> None:
         _, layers = find_layers(model)
@@ -88,11 +88,11 @@ class Parts:
         for index, layer in enumerate(layers):
             if index not in keep:
                 parts = (name for owner, name in shared if owner == index)
-                layers[index] = SkipLayer(layer, self._returns_tuple_of, parts)
+                layers[index] = PlaceholderLayer(layer, self._returns_tuple_of, parts)
         if not embedding:
-            model.set_input_embeddings(StubEmbedding(self._embedding_size, self._dtype))
+            model.set_input_embeddings(PlaceholderEmbedding(self._embedding_size, self._dtype))
         if not head:
-            self._set_head(model, StubHead())
+            self._set_head(model, PlaceholderHead())
         present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         model.all_tied_weights_keys = {
             name: source for name, source in model.all_tied_weights_keys.items() if {name, source} <= present

@@ -13,7 +13,7 @@ _PLAIN = str | int | float | bool | None
 _OF_EVERY_MODULE = frozenset(vars(nn.Module)) | {"training"}
 
 
-class Hollow(nn.Module):
+class Placeholder(nn.Module):
     """What is left of a module without its weights: plain attributes, and the same of every part of it.
 
     Models read attributes of layers, and initialise tables inside of them, that may be another stage's. Such tables
@@ -30,7 +30,7 @@ class Hollow(nn.Module):
             if name in module._non_persistent_buffers_set:
                 self.register_buffer(name, table, persistent=False)
         for name, part in module.named_children():
-            self.add_module(name, _hollow(part))
+            self.add_module(name, _placeholder(part))
 
     def empty(self) -> None:
         """Lets go of every tensor."""
@@ -38,13 +38,13 @@ class Hollow(nn.Module):
             module._buffers.clear()
 
 
-def _hollow(module: nn.Module) -> nn.Module:
+def _placeholder(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.ModuleDict):
-        return nn.ModuleDict({name: _hollow(part) for name, part in module.items()})
-    return Hollow(module)
+        return nn.ModuleDict({name: _placeholder(part) for name, part in module.items()})
+    return Placeholder(module)
 
 
-class SkipLayer(Hollow):
+class PlaceholderLayer(Placeholder):
     """Stands in for a layer of another stage: same plain attributes, same kind of return value, no weights.
 
     Args:
@@ -64,7 +64,7 @@ class SkipLayer(Hollow):
     def empty(self) -> None:
         """Lets go of every tensor, and of shared parts."""
         for name, part in self.named_children():
-            self.add_module(name, _hollow(part))
+            self.add_module(name, _placeholder(part))
         super().empty()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +75,7 @@ class SkipLayer(Hollow):
         return (hidden_states, state) + (None,) * (self._returns_tuple_of - 2)
 
 
-class StubEmbedding(nn.Module):
+class PlaceholderEmbedding(nn.Module):
     """Stands in for the embedding of another stage: zeros of the right shape, since the result is replaced."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
@@ -89,7 +89,7 @@ class StubEmbedding(nn.Module):
         return self.weight.new_zeros((*input_ids.shape, self._hidden_size))
 
 
-class StubHead(nn.Module):
+class PlaceholderHead(nn.Module):
     """Stands in for the head of another stage: never called, but some families initialise its weight by name."""
 
     bias = None

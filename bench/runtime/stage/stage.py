@@ -25,7 +25,7 @@ from pipetune.bench.runtime.stage.family_caches import SLOT_CACHES
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.packed_linear import PackedLinear, pack_linears, packed_bytes
 from pipetune.bench.runtime.stage.parts import Parts
-from pipetune.bench.runtime.stage.placeholders import StubEmbedding
+from pipetune.bench.runtime.stage.placeholders import PlaceholderEmbedding
 from pipetune.bench.runtime.stage.precision import computing
 
 
@@ -83,7 +83,9 @@ class Stage:
         # Packed, a tied head needs no embedding beside it any more.
         shares = tied and not (have_head and isinstance(self.model.get_output_embeddings(), PackedLinear))
         need_embedding = is_first or self._embeds_always or (is_last and shares)
-        have_embedding = self._model is not None and not isinstance(self.model.get_input_embeddings(), StubEmbedding)
+        have_embedding = self._model is not None and not isinstance(
+            self.model.get_input_embeddings(), PlaceholderEmbedding
+        )
         missing = tuple(layer for layer in wanted if layer not in self.own_layers)
         load_embedding = need_embedding and not have_embedding
         load_head = is_last and not have_head

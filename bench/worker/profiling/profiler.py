@@ -26,7 +26,7 @@ from pipetune.bench.cuts import idle_layers
 from pipetune.bench.machine.telemetry import read_telemetry, sensors_for
 from pipetune.bench.models.describe import build_on_meta
 from pipetune.bench.models.layers import find_layers
-from pipetune.bench.profile import DeviceProfile, LayerTimes, ProfileGrid, TaskTime
+from pipetune.bench.profile import DeviceProfile, LayerTimes, ProfileGrid, TaskKind, TaskTime
 from pipetune.bench.record import Failure
 from pipetune.bench.runtime.device import undisturbed
 from pipetune.bench.runtime.loop import StageLoop
@@ -34,8 +34,8 @@ from pipetune.bench.runtime.stage.kv_cache import SlotCache, SlotLayer
 from pipetune.bench.worker.profiling.link_times import time_links
 from pipetune.bench.worker.profiling.part_times import PartShares, PartStamps
 from pipetune.bench.worker.profiling.repeats import repeat
-from pipetune.bench.worker.profiling.scope import MEMORY_FRACTION, Kind, Scope, scope_of
-from pipetune.bench.worker.stage_host import Runner
+from pipetune.bench.worker.profiling.scope import MEMORY_FRACTION, Scope, scope_of
+from pipetune.bench.worker.stage_host import StageHost
 
 ENOUGH_S = 0.6
 """Of whole tasks of a kind, over all rounds; at least `MIN_SAMPLES` and at most `MAX_SAMPLES` of them."""
@@ -80,58 +80,58 @@ class Profiler:
     """Times one grid; every rank makes one and calls `run`."""
 
     def __init__(
-        self, runner: Runner, grid: ProfileGrid, *, packed_weights: bool, cuda_graphs: bool, pad_token_id: int
+        self, host: StageHost, grid: ProfileGrid, *, packed_weights: bool, cuda_graphs: bool, pad_token_id: int
     ) -> None:
-        self.runner, self.grid = runner, grid
+        self.host, self.grid = host, grid
         self.packed_weights, self.cuda_graphs = packed_weights, cuda_graphs
         self.pad_token_id = pad_token_id
         self._filled: SlotCache | None = None
-        self._bursts: dict[Kind, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        self._bursts: dict[TaskKind, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
         """Of some kinds, seconds of tasks on all devices together, and on this one alone."""
 
     def run(self) -> dict[str, Any]:
         """`devices`, `contention`, `links`, `notes`, `disturbances` and `took_s`, or a `failure`, as JSON; of use on
         rank 0 alone."""
-        runner, began = self.runner, time.perf_counter()
-        sensors = sensors_for([runner.device.name])
+        host, began = self.host, time.perf_counter()
+        sensors = sensors_for([host.device.name])
         before = sensors.state()
-        runner.status.phase = "profile"
-        least_bytes = min(runner.control.gather(runner.device_bytes))
-        alike = _alike(runner)
+        host.status.phase = "profile"
+        least_bytes = min(host.control.gather(host.device_bytes))
+        alike = _alike(host)
         scope = scope_of(
             self.grid,
-            runner.shape,
+            host.shape,
             alike,
-            devices=runner.devices,
+            devices=host.devices,
             device_bytes=least_bytes,
             packed_weights=self.packed_weights,
         )
         if isinstance(scope, Failure):
             return {"failure": scope.model_dump(mode="json")}
         sensors.start()
-        links = time_links(runner.links, runner.control, runner.devices, runner.device, runner.stage.message_dtype)
+        links = time_links(host.links, host.control, host.devices, host.device, host.stage.message_dtype)
         notes: dict[str, None] = dict.fromkeys(scope.notes)
-        windows: list[dict[Kind, _Times]] = []
+        windows: list[dict[TaskKind, _Times]] = []
         for number, window in enumerate(scope.windows):
             windows.append(self._window(window, scope, done=number))
-            assert runner.loop is not None
-            notes |= dict.fromkeys(runner.loop.graphs.notes if runner.loop.graphs is not None else ())
-            runner.loop.close()
-            runner.loop = None
+            assert host.loop is not None
+            notes |= dict.fromkeys(host.loop.graphs.notes if host.loop.graphs is not None else ())
+            host.loop.close()
+            host.loop = None
         disturbances = read_telemetry(sensors, before).disturbances
-        runner.free()
-        own = _device_profile(runner.device.name, scope.kinds, windows, alike)
+        host.free()
+        own = _device_profile(host.device.name, scope.kinds, windows, alike)
         contention = {
             "prefill": self._contention(is_decode=False),
             "decode": self._contention(is_decode=True),
         }
-        rows = runner.control.gather(
+        rows = host.control.gather(
             {"device": own.model_dump(mode="json"), "notes": list(notes), "disturbances": list(disturbances)}
         )
         # Workers that share a GPU saw the same; one of them speaks for it.
         devices = {row["device"]["device"]: row["device"] for row in reversed(rows)}
         return {
-            "devices": [devices[name] for name in dict.fromkeys(runner.devices)],
+            "devices": [devices[name] for name in dict.fromkeys(host.devices)],
             "contention": contention,
             "links": [link.model_dump(mode="json") for link in links],
             **{
@@ -141,24 +141,24 @@ class Profiler:
             "took_s": round(time.perf_counter() - began, 3),
         }
 
-    def _window(self, window: range, scope: Scope, *, done: int) -> dict[Kind, _Times]:
+    def _window(self, window: range, scope: Scope, *, done: int) -> dict[TaskKind, _Times]:
         """Times every kind of task on one window."""
-        runner = self.runner
-        loop = runner.hold(
+        host = self.host
+        loop = host.hold(
             window,
             packed_weights=self.packed_weights,
             cuda_graphs=self.cuda_graphs,
             memory_fraction=MEMORY_FRACTION,
         )
-        runner.status.phase = "profile"
+        host.status.phase = "profile"
         self._filled = None
-        seen: dict[Kind, _Seen] = {kind: _Seen() for kind in scope.kinds}
+        seen: dict[TaskKind, _Seen] = {kind: _Seen() for kind in scope.kinds}
         total = len(scope.windows) * ROUNDS * len(scope.kinds)
         for number in range(ROUNDS):
             # The same on every rank.
             order = random.Random(number).sample(scope.kinds, len(scope.kinds))
             for place, kind in enumerate(order):
-                runner.report("profile", (done * ROUNDS + number) * len(order) + place, total)
+                host.report("profile", (done * ROUNDS + number) * len(order) + place, total)
                 with undisturbed():
                     if number == 0:
                         self._begin(loop, kind, seen[kind])
@@ -166,14 +166,14 @@ class Profiler:
                         self._time(loop, kind, 1)
                     missing = seen[kind].wanted - len(seen[kind].whole_s)
                     seen[kind].whole_s += self._time(loop, kind, max(1, missing // (ROUNDS - number)))
-            if done == 0 and len(runner.devices) > 1:
+            if done == 0 and len(host.devices) > 1:
                 for kind in _contending(seen):
                     self._contend(loop, kind, max(3, round(BURST_S / seen[kind].slowest_s)))
         return {kind: _times_of(one, window) for kind, one in seen.items()}
 
-    def _contend(self, loop: StageLoop, kind: Kind, burst: int) -> None:
+    def _contend(self, loop: StageLoop, kind: TaskKind, burst: int) -> None:
         """Times a burst of tasks on all devices together, and then on one after the other alone."""
-        control = self.runner.control
+        control = self.host.control
         last = control.world_size - 1
         turns = sorted({place * last // (CONTENTION_DEVICES - 1) for place in range(CONTENTION_DEVICES)})
         burst = min(burst, MAX_SAMPLES)
@@ -197,39 +197,41 @@ class Profiler:
             for kind, (together, alone) in self._bursts.items()
             if kind.is_decode == is_decode and alone
         ]
-        ratios = [ratio for row in self.runner.control.gather(found) for ratio in row]
+        ratios = [ratio for row in self.host.control.gather(found) for ratio in row]
         return round(max(0.0, statistics.median(ratios)), 4) if ratios else None
 
-    def _begin(self, loop: StageLoop, kind: Kind, seen: _Seen) -> None:
+    def _begin(self, loop: StageLoop, kind: TaskKind, seen: _Seen) -> None:
         """Warms up, takes shares, and says how many whole tasks are to be timed on this device."""
         (cold_s,) = self._time(loop, kind, 1)
-        device = self.runner.device
-        count = 1 if max(self.runner.control.gather(cold_s)) > 4 * LONG_S else 4
+        device = self.host.device
+        count = 1 if max(self.host.control.gather(cold_s)) > 4 * LONG_S else 4
         graphs, loop.graphs = loop.graphs, None
-        with PartStamps(self.runner.stage, device.clock()) as stamps:
+        with PartStamps(self.host.stage, device.clock()) as stamps:
             spans = self._spans(loop, kind, count)
             seen.shares += stamps.shares(spans)
         loop.graphs = graphs
         task_s = statistics.median(end - start for start, end in spans)
-        seen.slowest_s = max(self.runner.control.gather(task_s))
+        seen.slowest_s = max(self.host.control.gather(task_s))
         if seen.slowest_s > LONG_S and not device.is_cuda:
             seen.whole_s += [end - start for start, end in spans]
         # As long as the slowest device takes for the least number, so that none of them idles meanwhile.
         wanted_s = max(ENOUGH_S, MIN_SAMPLES * seen.slowest_s)
         seen.wanted = min(max(math.ceil(wanted_s / max(task_s, 1e-6)), MIN_SAMPLES), MAX_SAMPLES)
 
-    def _time(self, loop: StageLoop, kind: Kind, count: int) -> list[float]:
+    def _time(self, loop: StageLoop, kind: TaskKind, count: int) -> list[float]:
         return [end - start for start, end in self._spans(loop, kind, count)]
 
-    def _spans(self, loop: StageLoop, kind: Kind, count: int, *, together: bool = True) -> list[tuple[float, float]]:
+    def _spans(
+        self, loop: StageLoop, kind: TaskKind, count: int, *, together: bool = True
+    ) -> list[tuple[float, float]]:
         """Begin and end of so many tasks, in monotonic seconds; all devices begin together, or only this one does."""
-        job = repeat(kind, count, self.grid, self.runner.shape, pad_token_id=self.pad_token_id)
+        job = repeat(kind, count, self.grid, self.host.shape, pad_token_id=self.pad_token_id)
         loop.prepare(job.with_room(max(1, self.grid.max_tokens // kind.rows)))
-        if kind.past_tokens > 0 and not self.runner.shape.recurrent and loop.slots[0] is not self._filled:
-            loop.run(repeat(kind, 1, self.grid, self.runner.shape, pad_token_id=self.pad_token_id))
+        if kind.past_tokens > 0 and not self.host.shape.recurrent and loop.slots[0] is not self._filled:
+            loop.run(repeat(kind, 1, self.grid, self.host.shape, pad_token_id=self.pad_token_id))
             _fill(loop.slots[0])
             self._filled = loop.slots[0]
-        timeline = loop.run(job, start=self.runner.control.barrier if together else lambda: None).timeline
+        timeline = loop.run(job, start=self.host.control.barrier if together else lambda: None).timeline
         spans = list(zip(timeline.compute_start_s, timeline.compute_end_s, strict=True))
         return spans[-count:]
 
@@ -243,12 +245,12 @@ def _fill(slot: SlotCache) -> None:
             layer.values.fill_(0.01)
 
 
-def _alike(runner: Runner) -> tuple[int, ...]:
+def _alike(host: StageHost) -> tuple[int, ...]:
     """Of each layer the number of its kind: equal in shape, in what it is made of, and in whether it is called."""
     kinds: dict[Hashable, int] = {}
     found: list[int] = []
-    if runner.rank == 0:
-        skeleton = build_on_meta(runner.stage.resolved)
+    if host.rank == 0:
+        skeleton = build_on_meta(host.stage.resolved)
         idle = idle_layers(skeleton.config)
         for index, layer in enumerate(find_layers(skeleton)[1]):
             modules = tuple(
@@ -256,14 +258,14 @@ def _alike(runner: Runner) -> tuple[int, ...]:
                 for name, module in layer.named_modules()
             )
             parameters = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
-            signature = (runner.shape.layers[index], modules, parameters, index in idle)
+            signature = (host.shape.layers[index], modules, parameters, index in idle)
             found.append(kinds.setdefault(signature, len(kinds)))
-    return tuple(runner.control.broadcast(found))
+    return tuple(host.control.broadcast(found))
 
 
-def _contending(seen: dict[Kind, _Seen]) -> list[Kind]:
+def _contending(seen: dict[TaskKind, _Seen]) -> list[TaskKind]:
     """Some kinds of each phase, the shortest among them: what is to be told of long ones would take long as well."""
-    chosen: list[Kind] = []
+    chosen: list[TaskKind] = []
     for is_decode in (False, True):
         ranked = sorted((one.slowest_s, kind) for kind, one in seen.items() if kind.is_decode == is_decode)
         short = [kind for slowest_s, kind in ranked if slowest_s <= CONTENTION_TASK_S]
@@ -295,7 +297,7 @@ def _times_of(seen: _Seen, window: range) -> _Times:
 
 
 def _device_profile(
-    device: str, kinds: Sequence[Kind], windows: Sequence[dict[Kind, _Times]], alike: Sequence[int]
+    device: str, kinds: Sequence[TaskKind], windows: Sequence[dict[TaskKind, _Times]], alike: Sequence[int]
 ) -> DeviceProfile:
     """Puts windows together: what several of them hold is the mean over them, and like layers are one."""
 

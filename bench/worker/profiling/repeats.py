@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from typing import Self
 
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.profile import ProfileGrid
+from pipetune.bench.profile import ProfileGrid, TaskKind
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.schedule import Task
-from pipetune.bench.worker.profiling.scope import DECODE_STEPS, Kind
+from pipetune.bench.worker.profiling.scope import DECODE_STEPS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,13 +34,13 @@ class Repeats(Job):
         return dataclasses.replace(self, repeated=tuple(tasks))
 
 
-def repeat(kind: Kind, count: int, grid: ProfileGrid, shape: ModelShape, *, pad_token_id: int) -> Repeats:
+def repeat(kind: TaskKind, count: int, grid: ProfileGrid, shape: ModelShape, *, pad_token_id: int) -> Repeats:
     """So many tasks of a kind. What keeps states is given the past first, by one task more, and goes on from there.
 
     Tokens that decode steps work on are part of the prompts, and unlike from row to row as in a real batch: rows that
     were all alike would meet in the same experts.
     """
-    rows, new, past = kind
+    rows, new, past, _ = kind
     length = past if kind.is_decode else past + new
     recurs = kind.is_decode and shape.recurrent
     if kind.is_decode:

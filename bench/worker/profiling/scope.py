@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
 
 from pipetune.bench.memory import ModelShape, stage_bytes
-from pipetune.bench.profile import ProfileGrid
+from pipetune.bench.profile import ProfileGrid, TaskKind
 from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.spec import Plan
 
@@ -23,25 +22,13 @@ DECODE_STEPS = 64
 """Positions behind the past for which a slot has room."""
 
 
-class Kind(NamedTuple):
-    """Tasks that take the same time on a stage; see `bench.profile.TaskTime`."""
-
-    rows: int
-    new_tokens: int
-    past_tokens: int
-
-    @property
-    def is_decode(self) -> bool:
-        return self.new_tokens == 1 and self.past_tokens > 0
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Scope:
     """What is timed, on every device."""
 
     windows: tuple[range, ...]
     """Layers held at a time."""
-    kinds: tuple[Kind, ...]
+    kinds: tuple[TaskKind, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -69,7 +56,7 @@ def scope_of(
     # What a GPU rounds up and a CPU packs is more than what others take: the kind of device that takes most decides.
     used = {name.partition(":")[0]: name for name in devices}.values()
 
-    def bytes_of(window: range, kind: Kind) -> int:
+    def bytes_of(window: range, kind: TaskKind) -> int:
         return max(_bytes(shape, window, kind, name, grid, packed_weights=packed_weights) for name in used)
 
     windows: tuple[range, ...] = ()
@@ -114,18 +101,18 @@ def windows_of(alike: Sequence[Hashable], forbidden_cuts: Sequence[int], width: 
     return tuple(sorted(chosen, key=lambda window: window.start))
 
 
-def _possible(grid: ProfileGrid, shape: ModelShape) -> tuple[tuple[Kind, ...], tuple[str, ...]]:
+def _possible(grid: ProfileGrid, shape: ModelShape) -> tuple[tuple[TaskKind, ...], tuple[str, ...]]:
     """Kinds of the grid that the model can run and that are not too large; of prefill always the smallest one."""
     notes = []
-    prefill = [Kind(rows, length, 0) for length in grid.lengths for rows in grid.rows]
+    prefill = [TaskKind(rows, length, 0) for length in grid.lengths for rows in grid.rows]
     # What keeps states has to see the whole past before each decode step that is timed.
     pasts = [
-        Kind(rows, 1, past)
+        TaskKind(rows, 1, past)
         for past in grid.pasts
         for rows in grid.rows
         if not grid.scores and (not shape.recurrent or rows * past <= grid.max_tokens)
     ]
-    chunks = [Kind(rows, new, past) for new, past in grid.chunks for rows in grid.rows if not shape.recurrent]
+    chunks = [TaskKind(rows, new, past) for new, past in grid.chunks for rows in grid.rows if not shape.recurrent]
     if grid.chunks and shape.recurrent:
         notes.append(f"chunks were left out: {shape.architecture} must be given whole prompts")
     kinds = list(dict.fromkeys((*prefill, *pasts, *chunks)))
@@ -133,7 +120,7 @@ def _possible(grid: ProfileGrid, shape: ModelShape) -> tuple[tuple[Kind, ...], t
         room = shape.max_positions - DECODE_STEPS if shape.recurrent else shape.max_positions
         fitting = [kind for kind in kinds if kind.new_tokens + kind.past_tokens + 1 <= room]
         if not any(kind.past_tokens == 0 for kind in fitting):
-            fitting.append(Kind(min(grid.rows), 1, 0))
+            fitting.append(TaskKind(min(grid.rows), 1, 0))
         if len(fitting) < len(kinds):
             notes.append(f"tasks beyond the model's {shape.max_positions} positions were left out")
         kinds = fitting
@@ -144,7 +131,7 @@ def _possible(grid: ProfileGrid, shape: ModelShape) -> tuple[tuple[Kind, ...], t
 
 
 def _bytes(
-    shape: ModelShape, window: range, kind: Kind, device: str, grid: ProfileGrid, *, packed_weights: bool
+    shape: ModelShape, window: range, kind: TaskKind, device: str, grid: ProfileGrid, *, packed_weights: bool
 ) -> int:
     """Of a model of these layers alone, while it runs such a task."""
     part = shape.model_copy(update={"layers": shape.layers[window.start : window.stop]})

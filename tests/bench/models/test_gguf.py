@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipetune.bench.errors import ModelError
+from pipetune.bench.files import CACHE_VARIABLE
 from pipetune.bench.models import checkpoint
-from pipetune.bench.models.cache import CACHE_VARIABLE
 from pipetune.bench.models.describe import describe_model
 from pipetune.bench.models.gguf import find_gguf, gguf_revision, read_header
 from pipetune.bench.models.resolve import ResolvedModel, resolve_model

@@ -17,14 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipetune.bench.errors import ModelError
+from pipetune.bench.files import CACHE_VARIABLE, build_once, cache_root
 from pipetune.bench.models import smollm2
-from pipetune.bench.models.cache import CACHE_VARIABLE, build_once, cache_root
 
 # Builds two files with a pause between them, and tells each start in `log`.
 BUILDER = """
 import sys, time
 from pathlib import Path
-from pipetune.bench.models.cache import build_once
+from pipetune.bench.files import build_once
 
 def build(folder):
     with open(sys.argv[2], "a") as log:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipetune.bench.record import write_durably
+from pipetune.bench.files import write_durably
 from pipetune.bench.spec import ModelSpec, Plan, Protocol, Workload
 from pipetune.tuner.config.gate import Tolerance
 from pipetune.tuner.gate.run import Gate

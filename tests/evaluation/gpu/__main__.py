@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipetune.bench.files import write_durably
 from pipetune.bench.machine.hardware import cpu_cores, read_machine
-from pipetune.bench.record import Machine, write_durably
+from pipetune.bench.record import Machine
 from tests.evaluation.gpu.context import read_section, section_path
 from tests.evaluation.gpu.report import aim_line, render
 from tests.evaluation.gpu.section import SECTIONS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pipetune.bench.record import write_durably
+from pipetune.bench.files import write_durably
 from tests.evaluation.gpu.values import Aim, Cell, Section
 
 

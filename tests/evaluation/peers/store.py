@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipetune.bench.record import Machine, write_durably
+from pipetune.bench.files import write_durably
+from pipetune.bench.record import Machine
 from pipetune.bench.spec import ModelSpec, Workload
 from tests.evaluation.peers.table import short_name
 from tests.evaluation.peers.values import SCHEMA_VERSION, Cell

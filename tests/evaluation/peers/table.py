@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.record import write_durably
+from pipetune.bench.files import write_durably
 from tests.evaluation.peers.compare import (
     BUBBLE_AIM,
     COMPARISONS,

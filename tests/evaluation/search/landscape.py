@@ -14,8 +14,9 @@ from pathlib import Path
 from pydantic import Field
 
 from pipetune.bench.errors import StudyError
+from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.record import Machine, Measurement, Record, write_durably
+from pipetune.bench.record import Machine, Measurement, Record
 from pipetune.bench.spec import SCHEMA_VERSION, Device, ModelSpec, Plan, Protocol, Value, Workload
 from pipetune.tuner.planning.partition.splits import all_partitions
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipetune.bench.errors import FleetError
+from pipetune.bench.files import write_durably
 from pipetune.bench.fleet.fleet import Fleet
-from pipetune.bench.record import Failure, Measurement, Outcome, Record, write_durably
+from pipetune.bench.record import Failure, Measurement, Outcome, Record
 from pipetune.bench.spec import Plan, RunSpec
 from pipetune.tuner.planning.costs.profile_cache import grid_for
 from pipetune.tuner.search.runs import timestamp

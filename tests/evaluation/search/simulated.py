@@ -17,16 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.memory import LayerShape, ModelShape, resolve
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import Iteration, Measurement, Record, StageTrace, TaskShape
-from pipetune.bench.schedule import build_schedule, micro_batch_sizes, simulate
+from pipetune.bench.schedule import build_schedule, micro_batch_sizes
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
-from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.nominal import RATES, NominalCosts, Rates
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.candidates import candidates
 from pipetune.tuner.search.space.resolver import Resolver
 from tests.evaluation.search.world import bounds_of
+from tests.ideal_schedule import simulate
 
 _LAYER_SD, _DEVICE_SD, _TASK_SD, _RUN_SD = 0.08, 0.12, 0.03, 0.02
 _TILE = 96

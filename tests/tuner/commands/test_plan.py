@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipetune.bench.record import write_durably
+from pipetune.bench.files import write_durably
 from pipetune.bench.spec import EffectivePlan
 from pipetune.tuner.cli import run
 from pipetune.tuner.study.plan_file import read_plan

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.memory import ModelShape
-from pipetune.tuner.planning.costs.base import TaskKind
+from pipetune.bench.profile import TaskKind
 from pipetune.tuner.planning.simulation.model import CostModel
 from tests.record_factory import (
     DECODE_LAYER_ROW_S,

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.record import write_durably
+from pipetune.bench.files import write_durably
 from pipetune.tuner.gate.outputs.junit import render_junit
 from pipetune.tuner.gate.outputs.markdown import render_markdown
 from pipetune.tuner.gate.outputs.plot import render_plot

@@ -21,7 +21,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.bench.profile import TaskKind
+from pipetune.tuner.planning.costs.base import Costs
 
 Floats = npt.NDArray[np.float64]
 Term: TypeAlias = tuple[str | int | bool, ...]

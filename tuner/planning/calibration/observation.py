@@ -11,10 +11,10 @@ import statistics
 from pydantic import Field
 
 from pipetune.bench.metrics import derive
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import SHARED_DEVICE_NOTE, Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Value
 from pipetune.tuner.planning.calibration.spans import HandOver, StageSpans, TaskSpan, together
-from pipetune.tuner.planning.costs.base import TaskKind
 
 
 class Observation(Value):

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import StagePlan
 from pipetune.tuner.planning.calibration.corrected_costs import (
     SMALLEST,
@@ -34,7 +35,7 @@ from pipetune.tuner.planning.calibration.corrected_costs import (
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.priors import PRIORS, Widths
 from pipetune.tuner.planning.calibration.spans import TaskSpan
-from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.contention import Contention
 
 HUBER = 1.5

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import Iteration, Measurement, StageTrace
 from pipetune.bench.spec import Value
-from pipetune.tuner.planning.costs.base import TaskKind
 from pipetune.tuner.planning.simulation.schedule import RING_DEPTH
 
 Floats = npt.NDArray[np.float64]

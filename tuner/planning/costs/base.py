@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-
-class TaskKind(NamedTuple):
-    """Tasks of one kind take the same time on a stage."""
-
-    rows: int
-    new_tokens: int
-    """Tokens computed for each row: the prompt's or the chunk's in prefill, 1 in decode."""
-    past_tokens: int
-    """Tokens of each row that the KV cache holds already."""
-    samples: bool = True
-    """Whether the last stage runs the head: not for a chunk that is not its prompt's last."""
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether the task is a decode step: one new token a row over a filled cache."""
-        return self.new_tokens == 1 and self.past_tokens > 0
+from pipetune.bench.profile import TaskKind
 
 
 class Costs(Protocol):

@@ -29,9 +29,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.profile import Profile
+from pipetune.bench.profile import Profile, TaskKind
 from pipetune.bench.spec import Device, Value, device_kind, parse_devices
-from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.nominal import RATES, NominalCosts, Rates
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 

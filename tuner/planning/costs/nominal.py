@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.memory import ModelShape
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import device_kind
-from pipetune.tuner.planning.costs.base import TaskKind
 
 
 @dataclass(frozen=True, kw_only=True)

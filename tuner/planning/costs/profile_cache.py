@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from pipetune.bench.errors import ConfigError
+from pipetune.bench.files import write_durably
 from pipetune.bench.profile import PROFILE_METHOD, Profile, ProfileGrid
-from pipetune.bench.record import write_durably
 from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Value, Workload, device_kind
 
 if TYPE_CHECKING:

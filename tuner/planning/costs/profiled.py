@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-from pipetune.bench.profile import DeviceProfile, Profile, TaskTime
-from pipetune.tuner.planning.costs.base import TaskKind
+from pipetune.bench.profile import DeviceProfile, Profile, TaskKind, TaskTime
 from pipetune.tuner.planning.costs.contention import Contention
 
 Floats = npt.NDArray[np.float64]

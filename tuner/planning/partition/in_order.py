@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipetune.tuner.planning.costs.base import TaskKind
+from pipetune.bench.profile import TaskKind
 from pipetune.tuner.planning.partition.splits import Partition, Split, Table, best_splits
 from pipetune.tuner.planning.partition.stage_table import stage_seconds
 from pipetune.tuner.planning.simulation.model import CostModel

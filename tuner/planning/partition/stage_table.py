@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.memory import ModelShape, stage_bytes
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Plan, StagePlan
-from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.simulation.schedule import grid_points_of
 
 Matrix = npt.NDArray[np.float64]

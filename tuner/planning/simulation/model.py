@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.memory import ModelShape
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Plan, Workload, device_kind
-from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.contention import Contention
 from pipetune.tuner.planning.costs.nominal import NominalCosts
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts

@@ -22,8 +22,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.schedule import Task, build_schedule, micro_batch_sizes
-from pipetune.tuner.planning.costs.base import TaskKind
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]

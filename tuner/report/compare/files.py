@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipetune.bench.errors import ConfigError, StudyError
-from pipetune.bench.record import Record, write_durably
+from pipetune.bench.files import write_durably
+from pipetune.bench.record import Record
 from pipetune.bench.spec import device_index, device_kind
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.ranking.rank import rank

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipetune.bench.errors import ConfigError, PipetuneError
+from pipetune.bench.files import write_durably
 from pipetune.bench.metrics import metric_names
-from pipetune.bench.record import write_durably
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.history.series import StudyNight, history_of
 from pipetune.tuner.report.history.values import History

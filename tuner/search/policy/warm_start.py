@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipetune.bench.errors import StudyError
-from pipetune.bench.record import Machine, write_durably
+from pipetune.bench.files import write_durably
+from pipetune.bench.record import Machine
 from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value, Workload
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.calibration.observation import Observation, observe

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from pipetune.bench.record import Machine, write_durably
+from pipetune.bench.files import write_durably
+from pipetune.bench.record import Machine
 from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.search.database import Database
 from pipetune.tuner.search.optuna_study import Proposals

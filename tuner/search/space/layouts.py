@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pipetune.bench.memory import ModelShape, stage_bytes
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, StagePlan, device_kind
-from pipetune.tuner.planning.costs.base import TaskKind
 from pipetune.tuner.planning.partition.columns import Columns
 from pipetune.tuner.planning.partition.splits import Partition, Split, Table
 from pipetune.tuner.planning.partition.stage_table import (

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 from pipetune.bench.models.describe import build_on_meta
 from pipetune.bench.models.resolve import ResolvedModel, resolve_model
 from pipetune.bench.runtime.job import MicroBatchInputs
-from pipetune.bench.runtime.stage.placeholders import SkipLayer
+from pipetune.bench.runtime.stage.placeholders import PlaceholderLayer
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.runtime.stage.unsplit import load_unsplit, spread_over
 from pipetune.bench.spec import LoadFormat, ModelSpec
@@ -97,7 +97,9 @@ def test_a_stage_lets_go_before_it_loads(tmp_path: Path, monkeypatch: pytest.Mon
     load = stage._parts.load
 
     def watch(*args: Any, **kwargs: Any) -> Any:
-        held.extend(index for index, layer in enumerate(stage.model.model.layers) if not isinstance(layer, SkipLayer))
+        held.extend(
+            index for index, layer in enumerate(stage.model.model.layers) if not isinstance(layer, PlaceholderLayer)
+        )
         return load(*args, **kwargs)
 
     monkeypatch.setattr(stage._parts, "load", watch)

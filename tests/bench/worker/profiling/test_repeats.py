@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipetune.bench.profile import ProfileGrid
+from pipetune.bench.profile import ProfileGrid, TaskKind
 from pipetune.bench.runtime.job import MicroBatchInputs
 from pipetune.bench.worker.profiling.repeats import repeat
-from pipetune.bench.worker.profiling.scope import DECODE_STEPS, Kind
+from pipetune.bench.worker.profiling.scope import DECODE_STEPS
 from tests.record_factory import make_shape
 
 
-@pytest.mark.parametrize("kind", [Kind(16, 1, 24), Kind(16, 24, 0), Kind(16, 8, 16)])
+@pytest.mark.parametrize("kind", [TaskKind(16, 1, 24), TaskKind(16, 24, 0), TaskKind(16, 8, 16)])
 @pytest.mark.parametrize("recurrent", [False, True])
-def test_no_two_rows_need_work_on_the_same_tokens(kind: Kind, recurrent: bool) -> None:
+def test_no_two_rows_need_work_on_the_same_tokens(kind: TaskKind, recurrent: bool) -> None:
     if recurrent and kind.past_tokens and not kind.is_decode:
         pytest.skip("what keeps states is prefilled whole")
     shape = make_shape().model_copy(update={"recurrent": recurrent})

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench.memory import LayerShape, ModelShape
-from pipetune.bench.profile import ProfileGrid
+from pipetune.bench.profile import ProfileGrid, TaskKind
 from pipetune.bench.record import Failure, FailureKind
-from pipetune.bench.worker.profiling.scope import Kind, Scope, scope_of, windows_of
+from pipetune.bench.worker.profiling.scope import Scope, scope_of, windows_of
 
 LAYER = LayerShape(weight_bytes=200_000_000, active_params=250, kv_bytes_per_token=10)
 
@@ -77,31 +77,31 @@ def test_one_window_over_two_kinds_is_preferred_to_two() -> None:
 def test_the_grid_is_taken_up_to_the_largest_task() -> None:
     grid = ProfileGrid(rows=(1, 4), lengths=(8, 64), pasts=(32,), chunks=((16, 32),), max_tokens=64)
     assert set(chosen(grid, shape_of()).kinds) == {
-        *(Kind(1, 8, 0), Kind(4, 8, 0), Kind(1, 64, 0)),
-        *(Kind(1, 1, 32), Kind(4, 1, 32), Kind(1, 16, 32), Kind(4, 16, 32)),
+        *(TaskKind(1, 8, 0), TaskKind(4, 8, 0), TaskKind(1, 64, 0)),
+        *(TaskKind(1, 1, 32), TaskKind(4, 1, 32), TaskKind(1, 16, 32), TaskKind(4, 16, 32)),
     }
 
 
 def test_the_smallest_prefill_is_timed_even_if_it_is_larger_than_wanted() -> None:
     found = chosen(ProfileGrid(rows=(4, 8), lengths=(64,), pasts=(), max_tokens=16), shape_of())
-    assert found.kinds == (Kind(4, 64, 0),)
+    assert found.kinds == (TaskKind(4, 64, 0),)
 
 
 def test_scores_have_no_decode() -> None:
     kinds = chosen(ProfileGrid(rows=(1,), lengths=(8,), pasts=(8,), scores=True), shape_of()).kinds
-    assert kinds == (Kind(1, 8, 0),)
+    assert kinds == (TaskKind(1, 8, 0),)
 
 
 def test_what_keeps_states_is_given_whole_prompts_and_short_pasts() -> None:
     grid = ProfileGrid(rows=(1, 8), lengths=(8,), pasts=(16,), chunks=((4, 8),), max_tokens=64)
     found = chosen(grid, shape_of(recurrent=True))
-    assert set(found.kinds) == {Kind(1, 8, 0), Kind(8, 8, 0), Kind(1, 1, 16)}
+    assert set(found.kinds) == {TaskKind(1, 8, 0), TaskKind(8, 8, 0), TaskKind(1, 1, 16)}
     assert any("whole prompts" in note for note in found.notes)
 
 
 def test_nothing_goes_beyond_the_positions_of_the_model() -> None:
     found = chosen(ProfileGrid(rows=(1,), lengths=(16, 512), pasts=(16, 512)), shape_of(max_positions=64))
-    assert found.kinds == (Kind(1, 16, 0), Kind(1, 1, 16))
+    assert found.kinds == (TaskKind(1, 16, 0), TaskKind(1, 1, 16))
     assert any("64 positions" in note for note in found.notes)
 
 
@@ -111,10 +111,10 @@ def test_a_window_becomes_shorter_before_a_task_is_left_out() -> None:
     small = chosen(grid, shape_of(), device_bytes=700_000_000)
     (window,) = small.windows
     assert 1 <= len(window) < 4
-    assert small.kinds == (Kind(1, 8, 0),)
+    assert small.kinds == (TaskKind(1, 8, 0),)
     tight = ProfileGrid(rows=(1, 100_000), lengths=(8,), pasts=(), max_tokens=10**9)
     found = chosen(tight, shape_of(), device_bytes=300_000_000)
-    assert found.kinds == (Kind(1, 8, 0),)
+    assert found.kinds == (TaskKind(1, 8, 0),)
     assert any("1 of 2 kinds" in note for note in found.notes)
 
 

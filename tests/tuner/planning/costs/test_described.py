@@ -8,7 +8,7 @@ import pytest
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.memory import LayerShape, ModelShape
-from pipetune.tuner.planning.costs.base import TaskKind
+from pipetune.bench.profile import TaskKind
 from pipetune.tuner.planning.costs.described import DescribedDevices, read_devices
 from pipetune.tuner.planning.costs.nominal import RATES
 from tests.study_factory import make_profile

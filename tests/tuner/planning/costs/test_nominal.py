@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pipetune.tuner.planning.costs.base import TaskKind
+from pipetune.bench.profile import TaskKind
 from pipetune.tuner.planning.costs.nominal import RATES, NominalCosts
 from tests.record_factory import make_shape
 

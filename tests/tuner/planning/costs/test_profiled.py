@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipetune.bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, TaskTime
+from pipetune.bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, TaskKind, TaskTime
 from pipetune.bench.spec import ModelSpec
-from pipetune.tuner.planning.costs.base import TaskKind
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from tests.record_factory import make_machine, make_shape
 

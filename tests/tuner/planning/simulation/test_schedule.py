@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.links.links import HIDDEN_DEPTH
-from pipetune.bench.schedule import Task, build_schedule, simulate
-from pipetune.tuner.planning.costs.base import TaskKind
+from pipetune.bench.schedule import Task, build_schedule
 from pipetune.tuner.planning.simulation.schedule import (
     RING_DEPTH,
     TaskSequence,
@@ -22,6 +22,7 @@ from pipetune.tuner.planning.simulation.schedule import (
     simulate_plans,
     task_sequence_of,
 )
+from tests.ideal_schedule import simulate
 
 Floats = npt.NDArray[np.float64]
 SCHEDULES = st.fixed_dictionaries(

@@ -8,9 +8,10 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import Record
 from pipetune.bench.spec import EffectivePlan
-from pipetune.tuner.planning.costs.base import Costs, TaskKind
+from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.partition.splits import all_partitions
 from pipetune.tuner.search.optuna_study import Proposals
 from pipetune.tuner.search.policy.refine import Resplitter

@@ -1,4 +1,4 @@
-"""From an exception in a worker to a failure that names its kind and the knob to turn."""
+"""From an exception in a worker to a failure that names its kind and the remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import traceback
 
 from pipetune.bench.errors import UserError
-from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.record import REMEDIES, Failure, FailureKind
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory|CU\w+_STATUS_ALLOC_FAILED", re.I
@@ -17,15 +17,6 @@ _FREE = re.compile(rf"of which {_SIZE} is free", re.I)
 _ALLOWED = re.compile(rf"{_SIZE} allowed;.*?allocated memory {_SIZE} is allocated", re.I | re.S)
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _LOST_PEER = re.compile(r"Connection (closed|reset)|peer|Broken pipe|gloo|NCCL", re.I)
-
-KNOBS = {
-    FailureKind.OUT_OF_MEMORY: (
-        "give this stage fewer layers, use smaller micro-batches, or let fewer be in flight by memory_fraction"
-    ),
-    FailureKind.COMMUNICATION_TIMEOUT: "see the other stages' logs: one of them stopped answering",
-    FailureKind.UNSUPPORTED_MODEL: "choose another model or another cut",
-    FailureKind.WORKER_ERROR: "see the traceback in the detail and in the worker's log",
-}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -52,14 +43,14 @@ def failure_of(error: BaseException, *, stage: int | None, device: str | None, p
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     where = f"stage {stage} on {device}" if stage is not None else f"worker on {device}"
     # A user's error says itself what to do.
-    knob = "" if isinstance(error, UserError) else f"; {KNOBS[kind]}"
+    remedy = "" if isinstance(error, UserError) else f"; {REMEDIES[kind]}"
     wanted = _WANTED.search(str(error))
     return Failure(
         kind=kind,
         stage=stage,
         device=device,
         phase=phase,
-        message=first_line if isinstance(error, UserError) else f"{where}, {phase}: {first_line}{knob}",
+        message=first_line if isinstance(error, UserError) else f"{where}, {phase}: {first_line}{remedy}",
         bytes_wanted=_bytes(wanted[1], wanted[2]) if wanted else None,
         bytes_had=_bytes_had(str(error)),
         detail="".join(traceback.format_exception(error))[-4000:],

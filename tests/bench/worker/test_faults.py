@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipetune.bench.faults import failure_of
 from pipetune.bench.record import FailureKind
+from pipetune.bench.worker.faults import failure_of
 
 GIB, MIB = 2**30, 2**20
 CUDA = (

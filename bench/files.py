@@ -1,7 +1,8 @@
-"""Folders that are built once and then kept: whole or not there, safe against a killed or concurrent build."""
+"""Files and folders that are whole or not there, even if their writer is killed or the machine dies."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -12,6 +13,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 CACHE_VARIABLE = "PIPETUNE_CACHE"
+"""The environment variable that names another cache folder."""
 
 
 def cache_root() -> Path:
@@ -63,6 +65,27 @@ def build_once(folder: Path, build: Callable[[Path], None], *, on_wait: Callable
     finally:
         lock.release()
     return folder
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a file that is either whole or not there, even if the machine dies: temporary name, fsync, replace.
+
+    Raises:
+        OSError: it cannot be written; or there is something else than a file, such as a device, which is not replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is no file, and is not replaced by one", str(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
 
 
 def _sync_tree(folder: Path) -> None:
