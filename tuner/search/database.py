@@ -8,7 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import optuna
@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipetune.bench.errors import StorageError, StudyError
 from pipetune.tuner.config.storage_url import connectable, is_postgresql, shown, sqlite_path
+from pipetune.tuner.ranking.values import Objective
 
 PATIENCE_S = 60.0
 """How long a database that was there is waited for."""
@@ -69,6 +70,12 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
             engine.dispose()
     except Exception as error:
         raise StudyError(f"storage {shown(url)}: cannot be used: {reason(error)}") from None
+
+
+def open_study(storage: optuna.storages.RDBStorage, name: str, objectives: Sequence[str]) -> optuna.Study:
+    """The study of that name, made where it is not there yet."""
+    directions = [Objective(metric=metric).direction for metric in objectives]
+    return optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
 
 
 _OPTUNAS = {"studies": "study_name", "version_info": "schema_version"}
@@ -141,21 +148,15 @@ class Database:
         self._study_name = f"pipetune-shared-{name}"
         self._study: optuna.Study | None = None
 
-    def open_study(self, directions: Sequence[Literal["minimize", "maximize"]]) -> optuna.Study:
-        """The study, made where it is not there yet."""
-        self._study = optuna.create_study(
-            storage=self.storage, study_name=self._study_name, directions=directions, load_if_exists=True
-        )
-        return self._study
+    def open(self, objectives: Sequence[str]) -> None:
+        """Opens the study, or makes it."""
+        self._study = open_study(self.storage, self._study_name, objectives)
 
     @property
     def study(self) -> optuna.Study:
+        """The study, once it is open."""
         assert self._study is not None, "the study is opened first"
         return self._study
-
-    @property
-    def study_id(self) -> int:
-        return self.study._study_id
 
     def close(self) -> None:
         """Ends the connections."""
@@ -178,11 +179,11 @@ class Database:
 
     def attributes(self) -> dict[str, Any]:
         """What the study holds beside its trials."""
-        return self.storage.get_study_user_attrs(self.study_id)
+        return self.study.user_attrs
 
     def set(self, key: str, value: Any) -> None:
         """Sets one of them."""
-        self.storage.set_study_user_attr(self.study_id, key, value)
+        self.study.set_user_attr(key, value)
 
     def patiently(self, work: Callable[[], _T]) -> _T:
         """Does something that may be done twice, again until the database answers.

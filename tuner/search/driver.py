@@ -19,9 +19,9 @@ from pipetune.tuner.progress import Reporter
 from pipetune.tuner.ranking import finals
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective, Ranking
+from pipetune.tuner.search.participant import Participant, participate
 from pipetune.tuner.search.policy.warm_start import warm_start
 from pipetune.tuner.search.runs import Runs
-from pipetune.tuner.search.shared.participant import Participant, participate
 from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
@@ -91,7 +91,7 @@ def _run(runs: Runs, book: LogBook, stack: contextlib.ExitStack) -> None:
         store.set_revision(fleet.model.revision)
         for line in store.set_machine(fleet.machine, fleet.shape):
             runs.reporter.say(f"other software than when the study began: {line}")
-        participant.ask(fleet.machine)
+        participant.check(fleet.machine)
         with runs.stop.interruptible():
             lens = fleet.prompt_lens(store.workload)
     resolve = Resolver.of_workload(fleet.shape, store.workload, lens, fleet.device_bytes)

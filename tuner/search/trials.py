@@ -14,14 +14,16 @@ from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import values_text
 from pipetune.tuner.ranking.finals import before_finals
 from pipetune.tuner.ranking.values import Objective
-from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.optuna_study import OptunaStudy
+from pipetune.tuner.search.participant import Participant
 from pipetune.tuner.search.policy.strategy import Strategy
+from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.policy.warm_start import WarmStart
 from pipetune.tuner.search.runs import Runs, interruption, timestamp
-from pipetune.tuner.search.shared.participant import Participant
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.search.stop import Interrupted
+from pipetune.tuner.search.trial_codec import point_of_trial
 from pipetune.tuner.study.files import was_interrupted
 from pipetune.tuner.study.search_log import LogBook, Proposal, Stop
 
@@ -56,23 +58,20 @@ class Search:
         """
         with contextlib.ExitStack() as stack:
             with self._book.spend("search"):
-                proposals = self._participant.proposals(
-                    self._space,
-                    self._resolve,
-                    objectives=self._config.objectives,
-                    constraints=self._config.constraints,
-                )
-                stack.callback(proposals.close)
-                self._restore(proposals)
-                strategy = self._strategy(proposals)
-            stop = self._search(strategy, proposals)
+                study = self._participant.open_study(self._space, self._resolve)
+                stack.callback(study.close)
+                self._restore(study)
+                strategy = self._strategy(study)
+            stop = self._search(strategy, study)
         with self._book.spend("search"):
             self.preferred = strategy.preferred(before_finals(self._store.records))
         self._book.end(stop)
         self._runs.reporter.say(f"the search ends: {stop.text}")
         return stop
 
-    def _strategy(self, proposals: Proposals) -> Strategy:
+    def _strategy(self, study: OptunaStudy) -> Strategy:
+        seed = self._participant.seed
+        tpe = TpePolicy(self._space, objectives=self._config.objectives, seed=seed, trials=study.trials)
         return Strategy(
             self._space,
             self._cost,
@@ -80,36 +79,36 @@ class Search:
             objectives=self._config.objectives,
             constraints=self._config.constraints,
             n_trials=self._config.n_trials,
-            seed=self._participant.seed,
+            seed=seed,
             stop_early=self._config.stop_early,
             prior=self._warm.prior,
             first=self._warm.first,
-            suggest=proposals.suggest,
+            suggest=tpe.suggest,
         )
 
-    def _search(self, strategy: Strategy, proposals: Proposals) -> Stop:
+    def _search(self, strategy: Strategy, study: OptunaStudy) -> Stop:
         deadline = time.monotonic() + (self._config.timeout_s or math.inf)
         while True:
             with self._book.spend("search"):
-                for record in proposals.pull(self._store):
+                for record in study.pull(self._store):
                     self._show_best(record)
                 # What finals measure must not reopen the search that they follow.
-                step = strategy.next(before_finals(self._store.records), taken=proposals.taken)
+                step = strategy.next(before_finals(self._store.records), taken=study.taken)
                 if time.monotonic() >= deadline and not (isinstance(step, Stop) and step.kind == "budget"):
                     return Stop(kind="time", text=f"{self._config.timeout_s:g} s are over, as many as were asked for")
-                if isinstance(step, Stop) and not proposals.taken:
+                if isinstance(step, Stop) and not study.taken:
                     return step
-                number = proposals.start(step.point) if isinstance(step, Proposal) else None
+                number = study.ask(step.point) if isinstance(step, Proposal) else None
                 if isinstance(step, Proposal) and number is not None:
                     self._book.note(number, step)
             if isinstance(step, Stop):
                 # What others run may change that: it may fail, or teach something.
                 with self._runs.stop.interruptible():
-                    proposals.wait()
+                    study.wait()
             elif number is not None:
-                self._run_trial(number, step, proposals, strategy.counted)
+                self._run_trial(number, step, study, strategy.counted)
 
-    def _run_trial(self, number: int, proposal: Proposal, proposals: Proposals, counted: int) -> None:
+    def _run_trial(self, number: int, proposal: Proposal, study: OptunaStudy, counted: int) -> None:
         plan = self._space.plan(proposal.point)
         label = f"trial {counted + 1} of {self._config.n_trials} · {plan.describe()}"
         predicted = values_text(proposal.predicted, self._config.objectives[:1])
@@ -120,7 +119,7 @@ class Search:
                 "trial", label, plan, self._resolve(plan), trial_number=number, params=proposal.point
             )
         with self._book.spend("search"):
-            proposals.tell(record)
+            study.tell(record)
             self._book.save()
         self._show_best(record)
         if was_interrupted(record):
@@ -141,10 +140,10 @@ class Search:
         values = values_text(derived, self._config.objectives)
         self._runs.reporter.best(f"{record.spec.plan.describe()} · {values}")
 
-    def _restore(self, proposals: Proposals) -> None:
+    def _restore(self, study: OptunaStudy) -> None:
         """Makes database and records agree; a trial whose driver died gets its record now."""
-        for trial in proposals.restore(self._store.records):
-            point = {name: int(value) for name, value in trial.params.items()}
+        for trial in study.restore(self._store.records):
+            point = point_of_trial(trial)
             plan = self._space.plan(point) if point else None
             resolved = self._resolve(plan) if plan else None
             record = self._store.add(
@@ -158,4 +157,4 @@ class Search:
                 trial_number=trial.number,
                 params=dict(point),
             )
-            proposals.tell(record)
+            study.tell(record)

@@ -9,8 +9,9 @@ from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.ranking import finals
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective
-from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.optuna_study import OptunaStudy
 from pipetune.tuner.search.policy.strategy import Stop, Strategy
+from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import Point
@@ -34,7 +35,8 @@ class Ours:
         model = CostModel.of_workload(world.shape, world.workload, world.prompt_lens, world.costs)
         resolve = Resolver.of_workload(world.shape, world.workload, world.prompt_lens, world.device_bytes)
         self._space = build_space(bounds_of(world), world.devices, world.shape, model, resolve)
-        self._proposals = Proposals("sqlite://", self._space, objectives=(METRIC,), constraints=(), seed=seed)
+        self._study = OptunaStudy.open("sqlite://", self._space, objectives=(METRIC,), constraints=())
+        tpe = TpePolicy(self._space, objectives=(METRIC,), seed=seed, trials=self._study.trials)
         self._strategy = Strategy(
             self._space,
             model,
@@ -44,7 +46,7 @@ class Ours:
             n_trials=max(1, budget - FINALISTS * MAX_ROUNDS),
             seed=seed,
             stop_early=True,
-            suggest=self._proposals.suggest,
+            suggest=tpe.suggest,
         )
         self._seed = seed
         self._records: list[Record] = []
@@ -80,8 +82,8 @@ class Ours:
             self._add(record, told)
             self._hold()
             return
-        told = {"role": "trial", "trial_number": self._proposals.start(self._point), "params": dict(self._point)}
-        self._proposals.tell(self._add(record, told))
+        told = {"role": "trial", "trial_number": self._study.ask(self._point), "params": dict(self._point)}
+        self._study.tell(self._add(record, told))
         self._rank()
 
     def recommended(self) -> Plan | None:

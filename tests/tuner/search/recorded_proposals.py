@@ -24,8 +24,9 @@ from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.ranking.finals import before_finals
-from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.optuna_study import OptunaStudy
 from pipetune.tuner.search.policy.strategy import Proposal, Stop, Strategy
+from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
@@ -134,18 +135,19 @@ class _Searching:
         **asked: Any,
     ) -> None:
         self._space, _, self._resolve = built
-        self._proposals = Proposals("sqlite://", self._space, objectives=objectives, constraints=constraints, seed=seed)
+        self._study = OptunaStudy.open("sqlite://", self._space, objectives=objectives, constraints=constraints)
+        tpe = TpePolicy(self._space, objectives=objectives, seed=seed, trials=self._study.trials)
         self.strategy = Strategy(
             *built,
             objectives=objectives,
             constraints=constraints,
             seed=seed,
-            suggest=self._proposals.suggest,
+            suggest=tpe.suggest,
             **asked,
         )
 
     def restore(self, records: Sequence[Record]) -> None:
-        self._proposals.restore(records)
+        self._study.restore(records)
 
     def next(self, records: Sequence[Record]) -> tuple[str, Proposal | Stop]:
         step = self.strategy.next(records)

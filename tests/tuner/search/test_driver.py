@@ -22,8 +22,9 @@ from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import PlainReporter, Reporter
 from pipetune.tuner.search.driver import baseline_batch_sizes, rank_study, run_study
-from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.optuna_study import OptunaStudy
 from pipetune.tuner.search.policy.strategy import Proposal, Strategy
+from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.study.files import read
@@ -133,8 +134,8 @@ def test_replaying_a_studys_records_gives_its_proposals(tmp_path: Path) -> None:
     workload = config().workload
     fleet = lab.start(config().model, ("cpu:0", "cpu:1"))
     lens = fleet.prompt_lens(workload)
-    proposals = Proposals(
-        f"sqlite:///{tmp_path / 'replay.db'}", space, objectives=("output_throughput",), constraints=(), seed=0
+    replay = OptunaStudy.open(
+        f"sqlite:///{tmp_path / 'replay.db'}", space, objectives=("output_throughput",), constraints=()
     )
     strategy = Strategy(
         space,
@@ -145,7 +146,7 @@ def test_replaying_a_studys_records_gives_its_proposals(tmp_path: Path) -> None:
         n_trials=10,
         seed=0,
         stop_early=False,
-        suggest=proposals.suggest,
+        suggest=TpePolicy(space, objectives=("output_throughput",), seed=0, trials=replay.trials).suggest,
     )
     first = next(record.number for record in records if record.role == "trial")
     for entry, record in zip(log.entries, records[first:], strict=True):
@@ -153,9 +154,9 @@ def test_replaying_a_studys_records_gives_its_proposals(tmp_path: Path) -> None:
         assert isinstance(step, Proposal)
         assert (step.point, step.kind, step.reason) == (entry.point, entry.kind, entry.reason)
         assert step.predicted == pytest.approx(entry.predicted)
-        assert proposals.start(step.point) == record.trial_number
-        proposals.tell(record)
-    proposals.close()
+        assert replay.ask(step.point) == record.trial_number
+        replay.tell(record)
+    replay.close()
 
 
 def test_replicas_are_tried_beside_pipelines(tmp_path: Path) -> None:

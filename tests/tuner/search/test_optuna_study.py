@@ -14,7 +14,8 @@ from optuna.trial import TrialState
 from pipetune.bench.errors import StudyError
 from pipetune.bench.record import FailureKind, Outcome, Record
 from pipetune.tuner.config.schema import Constraint
-from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.optuna_study import OptunaStudy
+from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.space import Point, SearchSpace
 from tests.record_factory import make_failure, make_measurement, make_record
 from tests.tuner.search.space_factory import build
@@ -31,12 +32,12 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'study.db'}"
 
 
-def open_(url: str, space: SearchSpace = SPACE, objectives: tuple[str, ...] = ("output_throughput",)) -> Proposals:
-    return Proposals(url, space, objectives=objectives, constraints=LIMITS, seed=0, set_aside=said.append)
+def open_(url: str, space: SearchSpace = SPACE, objectives: tuple[str, ...] = ("output_throughput",)) -> OptunaStudy:
+    return OptunaStudy.open(url, space, objectives=objectives, constraints=LIMITS, set_aside=said.append)
 
 
 @pytest.fixture
-def proposals(url: str) -> Iterator[Proposals]:
+def study(url: str) -> Iterator[OptunaStudy]:
     opened = open_(url)
     yield opened
     opened.close()
@@ -60,10 +61,10 @@ def record(number: int | None, point: Point, result: Outcome | None = None) -> R
 POINTS: list[Point] = [{"partition_rank": 1 + i, "micro_batch_index": 4, "prefill_index": i % 5} for i in range(6)]
 
 
-def test_a_measured_plan_is_complete_with_every_constraint(proposals: Proposals, url: str) -> None:
+def test_a_measured_plan_is_complete_with_every_constraint(study: OptunaStudy, url: str) -> None:
     for index, point in enumerate(POINTS):
-        assert proposals.start(point) == index
-        proposals.tell(record(index, point))
+        assert study.ask(point) == index
+        study.tell(record(index, point))
     found = trials(url)
     assert [trial.state for trial in found] == [TrialState.COMPLETE] * 6
     assert [trial.params for trial in found] == POINTS
@@ -85,21 +86,21 @@ def test_a_measured_plan_is_complete_with_every_constraint(proposals: Proposals,
     ],
 )
 def test_infeasible_is_pruned_with_an_amount_and_broken_is_failed(
-    proposals: Proposals, url: str, kind: FailureKind, state: TrialState
+    study: OptunaStudy, url: str, kind: FailureKind, state: TrialState
 ) -> None:
     failure = make_failure(kind).model_copy(update={"bytes_wanted": 300, "bytes_had": 200})
-    proposals.tell(record(proposals.start(POINTS[0]), POINTS[0], failure))
+    study.tell(record(study.ask(POINTS[0]), POINTS[0], failure))
     (trial,) = trials(url)
     assert trial.state == state
     amounts = {"memory": 0.5, "p90_ttft_ms<=2000": 0.0, "bubble_ratio<=0.9": 0.0}
     assert trial.constraints == (amounts if state == TrialState.PRUNED else {})
 
 
-def test_what_was_not_told_is_told_and_what_has_no_record_is_returned(proposals: Proposals, url: str) -> None:
+def test_what_was_not_told_is_told_and_what_has_no_record_is_returned(study: OptunaStudy, url: str) -> None:
     for point in POINTS[:3]:
-        proposals.start(point)
+        study.ask(point)
     records = [record(0, POINTS[0]), record(1, POINTS[1], make_failure())]
-    open_trials = proposals.restore(records)
+    open_trials = study.restore(records)
     assert [trial.number for trial in open_trials] == [2]
     assert open_trials[0].params == POINTS[2]
     assert [trial.state for trial in trials(url)] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
@@ -111,7 +112,7 @@ def test_a_database_is_rebuilt_from_the_records(url: str, damage: str) -> None:
     said.clear()
     first = open_(url)
     records = [
-        record(first.start(point), point, make_failure(FailureKind.OUT_OF_MEMORY) if index == 1 else None)
+        record(first.ask(point), point, make_failure(FailureKind.OUT_OF_MEMORY) if index == 1 else None)
         for index, point in enumerate(POINTS)
     ]
     for one in records:
@@ -146,7 +147,7 @@ def test_a_database_that_is_not_the_studys_own_stays_as_it_is(tmp_path: Path, co
         path.write_bytes(path.read_bytes()[:3000] + b"\xff" * 500)
     before = path.read_bytes()
     with pytest.raises(StudyError, match=r"customers\.db") as caught:
-        Proposals(f"sqlite:///{path}", SPACE, objectives=("output_throughput",), constraints=(), seed=0)
+        OptunaStudy.open(f"sqlite:///{path}", SPACE, objectives=("output_throughput",), constraints=())
     assert "another" in str(caught.value)
     assert path.read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
@@ -172,56 +173,21 @@ def test_a_database_of_ours_is_only_set_aside_when_it_is_damaged(url: str, state
     assert not path.with_name("study.db.broken").exists()
 
 
-def test_a_rebuilt_database_keeps_trial_numbers_over_gaps(proposals: Proposals, url: str) -> None:
-    proposals.restore([record(2, POINTS[2])])
+def test_a_rebuilt_database_keeps_trial_numbers_over_gaps(study: OptunaStudy, url: str) -> None:
+    study.restore([record(2, POINTS[2])])
     assert [trial.state for trial in trials(url)] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
-
-
-def test_suggestions_are_new_and_leave_no_trace_until_they_start(proposals: Proposals, url: str) -> None:
-    seen: list[Point] = []
-    for index in range(12):
-        point = proposals.suggest(lambda point: point not in seen)
-        assert point is not None
-        assert len(trials(url)) == index
-        seen.append(point)
-        proposals.tell(record(proposals.start(point), point))
-    assert len({tuple(point.values()) for point in seen}) == 12
-
-
-def test_the_last_new_point_is_found_and_then_none(proposals: Proposals) -> None:
-    last = list(SPACE.points())[-1]
-    assert proposals.suggest(lambda point: point == last) == last
-    assert proposals.suggest(lambda point: False) is None
-
-
-def test_a_seed_gives_one_sequence_and_a_resumed_study_does_not_start_over(tmp_path: Path) -> None:
-    def suggestions(name: str, reopen: bool) -> list[Point | None]:
-        url = f"sqlite:///{tmp_path / name}"
-        found = []
-        opened = open_(url)
-        for _ in range(6):
-            point = opened.suggest(lambda point: True)
-            assert point is not None
-            found.append(point)
-            opened.tell(record(opened.start(point), point))
-            if reopen:
-                opened.close()
-                opened = open_(url)
-        opened.close()
-        return list(found)
-
-    assert suggestions("a.db", reopen=False) == suggestions("b.db", reopen=True)
 
 
 def test_several_objectives_have_directions_of_their_own(url: str) -> None:
     opened = open_(url, objectives=("output_throughput", "mean_ttft_ms"))
     for point in POINTS:
-        opened.tell(record(opened.start(point), point))
-    assert opened.suggest(lambda point: point not in POINTS) is not None
+        opened.tell(record(opened.ask(point), point))
+    tpe = TpePolicy(SPACE, objectives=("output_throughput", "mean_ttft_ms"), seed=0, trials=opened.trials)
+    assert tpe.suggest(lambda point: point not in POINTS) is not None
     opened.close()
     storage = optuna.storages.RDBStorage(url)
-    study = optuna.load_study(study_name=None, storage=storage)
-    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    loaded = optuna.load_study(study_name=None, storage=storage)
+    assert [direction.name for direction in loaded.directions] == ["MAXIMIZE", "MINIMIZE"]
     storage.remove_session()
     storage.engine.dispose()
 
@@ -235,13 +201,13 @@ def test_a_foreign_database_that_fails_is_named_without_its_password() -> None:
 def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
     (tmp_path / "a {b} c").mkdir()
     opened = open_(f"sqlite:///{tmp_path / 'a {b} c/study.db'}")
-    assert opened.start(POINTS[0]) == 0
+    assert opened.ask(POINTS[0]) == 0
     opened.close()
     assert (tmp_path / "a {b} c/study.db").exists()
 
 
-def test_the_database_is_whole_after_every_step(proposals: Proposals, url: str) -> None:
-    proposals.tell(record(proposals.start(POINTS[0]), POINTS[0]))
+def test_the_database_is_whole_after_every_step(study: OptunaStudy, url: str) -> None:
+    study.tell(record(study.ask(POINTS[0]), POINTS[0]))
     with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
         assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
     connection.close()

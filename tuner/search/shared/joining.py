@@ -1,4 +1,4 @@
-"""Joining a shared study: the question that all ask, the space that all search, and a name and number of one's own."""
+"""Joining a shared study: the key that all agree on, the space that all search, and a name and number of one's own."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from pydantic import ValidationError
 from pipetune.bench.errors import StudyError
 from pipetune.bench.record import Machine
 from pipetune.bench.spec import Value, device_kind
-from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.search.database import Database
-from pipetune.tuner.search.shared.study_key import Question
+from pipetune.tuner.search.shared.study_key import StudyKey
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.study.files import read
 from pipetune.tuner.study.store import StudyStore
 
-QUESTION, SPACE = "question", "space"
+STUDY_KEY, SPACE = "question", "space"
 MEMBER, SEEN, STATE = "member:", "seen:", "state:"
 """Of each process, before its name: who it is, when it last gave a sign of life, and what it does."""
 SEARCHES, SEARCHED, LEFT = "searches", "searched", "left"
@@ -53,21 +52,21 @@ class Joining:
         self._say = say
         self._membership: Membership | None = None
 
-    def ask(self, machine: Machine) -> None:
-        """Compares questions; the first to ask sets the study's, which is made where it is not there yet.
+    def check(self, machine: Machine) -> None:
+        """Compares keys; the first to come sets the study's, which is made where it is not there yet.
 
         Raises:
             StudyError: the study asks something else, or was measured on other hardware.
         """
         config = self._store.config
-        question = Question.of(config, machine)
+        key = StudyKey.of(config, machine)
         with self._database.alone():
-            self._database.open_study([Objective(metric=name).direction for name in config.objectives])
+            self._database.open(config.objectives)
             attributes = self._database.attributes()
-            if QUESTION in attributes:
-                self._read(Question, attributes[QUESTION]).require(question, study=self._study)
+            if STUDY_KEY in attributes:
+                self._read(StudyKey, attributes[STUDY_KEY]).require(key, study=self._study)
             else:
-                self._database.set(QUESTION, question.model_dump(mode="json"))
+                self._database.set(STUDY_KEY, key.model_dump(mode="json"))
 
     def agree(self, space: SearchSpace, gone: Callable[[], Collection[str]]) -> tuple[Membership, SearchSpace]:
         """Takes the study's space, and enters among those who search it; may be done twice.

@@ -12,7 +12,7 @@ from pipetune.tuner.config.schema import Constraint, SpaceConfig, TuneConfig
 from pipetune.tuner.study.diff import differences
 
 
-class Question(Value):
+class StudyKey(Value):
     """A study's settings without those that each process may choose; devices by their places, without their names."""
 
     schema_version: int = 1
@@ -31,7 +31,7 @@ class Question(Value):
 
     @classmethod
     def of(cls, config: TuneConfig, machine: Machine) -> Self:
-        """What a process asks.
+        """The key of a process.
 
         Args:
             config: with its devices and the checkpoint's revision resolved.
@@ -51,7 +51,7 @@ class Question(Value):
             hardware=hardware.model_copy(update={"gpus": gpus}),
         )
 
-    def require(self, wanted: Question, *, study: str) -> None:
+    def require(self, wanted: StudyKey, *, study: str) -> None:
         """Refuses a process that asks something else.
 
         Raises:

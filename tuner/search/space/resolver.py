@@ -49,6 +49,10 @@ class Resolver:
             )
         return self._known[plan]
 
+    def identity(self, plan: Plan) -> str:
+        """A text that is equal for plans that would run the same way."""
+        return identity(plan, self(plan))
+
     def needed_bytes(self, effective: EffectivePlan) -> dict[str, int]:
         """What the plan is accounted to need on each of its devices."""
         needed: dict[str, int] = {}
@@ -63,7 +67,7 @@ class Resolver:
 
 
 def identity(plan: Plan, resolved: EffectivePlan | Failure) -> str:
-    """Equal for points that would run the same way."""
+    """A text that is equal for plans that would run the same way."""
     return resolved.key if isinstance(resolved, EffectivePlan) else f"refused {plan.digest()}"
 
 

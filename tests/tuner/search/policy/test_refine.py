@@ -13,9 +13,10 @@ from pipetune.bench.record import Record
 from pipetune.bench.spec import EffectivePlan
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.partition.splits import all_partitions
-from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.optuna_study import OptunaStudy
 from pipetune.tuner.search.policy.refine import Resplitter
 from pipetune.tuner.search.policy.strategy import Proposal
+from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.candidates import candidates
 from tests.record_factory import make_measurement, make_record
 from tests.tuner.search.simulated_study import make_strategy
@@ -79,7 +80,7 @@ def test_a_space_that_lists_all_needs_no_more() -> None:
 
 def test_a_search_leaves_the_list_when_a_device_is_slower_than_was_thought(tmp_path: Path) -> None:
     strategy = make_strategy((SPACE, COST, RESOLVE), n_trials=8)
-    proposals = open_proposals(tmp_path)
+    study = open_study(tmp_path)
     records: list[Record] = []
     counts = []
     for number in range(4):
@@ -87,22 +88,23 @@ def test_a_search_leaves_the_list_when_a_device_is_slower_than_was_thought(tmp_p
         assert isinstance(step, Proposal)
         plan = SPACE.plan(step.point)
         counts.append(plan.layer_counts)
-        assert proposals.start(step.point) == number
+        assert study.ask(step.point) == number
         run = make_measurement(plan, seed=number, hop_s=1e-3, slow={"cpu:0": 4.0})
         record = make_record(number, "trial", plan, run, trial_number=number)
         records.append(record.model_copy(update={"params": dict(step.point), "effective": RESOLVE(plan)}))
-        proposals.tell(records[-1])
+        study.tell(records[-1])
     assert counts[0] in LISTED
     assert min(own[0] for own in counts) <= 4 < counts[0][0]
-    assert proposals.suggest(lambda point: True) is not None
-    proposals.close()
+    tpe = TpePolicy(SPACE, objectives=("output_throughput",), seed=0, trials=study.trials)
+    assert tpe.suggest(lambda point: True) is not None
+    study.close()
     (tmp_path / "s.db").unlink()
     # The database is rebuilt from records whose points carry cuts.
-    proposals = open_proposals(tmp_path)
-    assert proposals.restore(records) == ()
-    proposals.close()
+    study = open_study(tmp_path)
+    assert study.restore(records) == ()
+    study.close()
 
 
-def open_proposals(folder: Path) -> Proposals:
+def open_study(folder: Path) -> OptunaStudy:
     url = f"sqlite:///{folder / 's.db'}"
-    return Proposals(url, SPACE, objectives=("output_throughput",), constraints=(), seed=0)
+    return OptunaStudy.open(url, SPACE, objectives=("output_throughput",), constraints=())

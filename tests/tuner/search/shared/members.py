@@ -1,4 +1,4 @@
-"""Processes of a shared study without fleets: each a folder, a membership and proposals."""
+"""Processes of a shared study without fleets: each a folder, a membership and a study."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from pipetune.bench.record import Machine, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, RunSpec
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.search.optuna_study import Proposals
-from pipetune.tuner.search.shared.participant import Participant, participate
+from pipetune.tuner.search.optuna_study import OptunaStudy
+from pipetune.tuner.search.participant import Participant, participate
 from pipetune.tuner.search.space.resolver import Resolver, identity
 from pipetune.tuner.search.space.space import Point, SearchSpace
 from pipetune.tuner.study.store import StudyStore
@@ -38,17 +38,17 @@ class Process:
     member: Participant
     space: SearchSpace
     resolve: Resolver
-    proposals: Proposals
+    study: OptunaStudy
     said: list[str]
     left: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def claim(self, point: Point) -> int | None:
         """Pulls what others measured, then takes a plan unless it was measured or is taken."""
-        self.proposals.pull(self.store)
+        self.study.pull(self.store)
         known = {self.identity(_point(record)) for record in self.store.records}
-        if self.identity(point) in known | {self.identity(taken) for taken in self.proposals.taken}:
+        if self.identity(point) in known | {self.identity(taken) for taken in self.study.taken}:
             return None
-        return self.proposals.start(point)
+        return self.study.ask(point)
 
     def write(self, number: int, point: Point, result: Outcome | None = None) -> Record:
         """The durable record of a trial that nobody has been told of."""
@@ -68,10 +68,10 @@ class Process:
 
     def run(self, point: Point) -> Record:
         """A whole trial."""
-        number = self.proposals.start(point)
+        number = self.study.ask(point)
         assert number is not None
         record = self.write(number, point)
-        self.proposals.tell(record)
+        self.study.tell(record)
         return record
 
     def identity(self, point: Point) -> str:
@@ -84,7 +84,8 @@ class Process:
 
     def vanish(self) -> None:
         """Ends without a word, as by `kill -9`."""
-        self.member._ended.set()  # type: ignore[attr-defined]
+        assert self.member.member is not None
+        self.member.member._ended.set()
         self.store.close()
 
 
@@ -104,7 +105,7 @@ def join(
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(StudyStore.resume(folder, wanted) if resume else StudyStore.create(folder, wanted))
         member = stack.enter_context(participate(store, said.append))
-        member.ask(machine or make_machine())
+        member.check(machine or make_machine())
         names = wanted.concrete_devices
         space = make_space(names)
         resolve = Resolver.of_workload(
@@ -113,10 +114,10 @@ def join(
         if store.space_path.exists():
             space = SearchSpace.model_validate_json(store.space_path.read_text(encoding="utf-8"))
         space = member.agree(space)
-        proposals = member.proposals(space, resolve, objectives=wanted.objectives, constraints=wanted.constraints)
-        stack.callback(proposals.close)
-        proposals.restore(store.records)
-        yield Process(store, member, space, resolve, proposals, said)
+        study = member.open_study(space, resolve)
+        stack.callback(study.close)
+        study.restore(store.records)
+        yield Process(store, member, space, resolve, study, said)
 
 
 def make_space(devices: tuple[str, ...]) -> SearchSpace:

@@ -24,7 +24,7 @@ from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.search import database as database_module
 from pipetune.tuner.search.driver import run_study
-from pipetune.tuner.search.shared import participant, proposals
+from pipetune.tuner.search.shared import member, shared_study
 from pipetune.tuner.study.search_log import SearchLog
 from pipetune.tuner.study.store import StudyStore, load_records, was_interrupted
 from tests import postgres
@@ -62,7 +62,7 @@ def drive(folder: Path, wanted: TuneConfig, run_s: float, resume: bool = False, 
         run_s: how long a run of a plan takes.
         hang_at: the run that never ends, counted from 0.
     """
-    participant.LEASE_S, participant.BEAT_S, proposals._POLL_S = LEASE_S, 0.2, 0.05
+    member.LEASE_S, member.BEAT_S, shared_study._POLL_S = LEASE_S, 0.2, 0.05
     lab = Lab()
 
     def take_time(spec: RunSpec, number: int) -> Failure | None:

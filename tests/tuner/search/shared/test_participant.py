@@ -15,8 +15,9 @@ from optuna.trial import TrialState
 from pipetune.bench.errors import ConfigError, StorageError, StudyError
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement
 from pipetune.tuner.search import database as database_module
-from pipetune.tuner.search.shared import participant
-from pipetune.tuner.search.shared import proposals as shared_proposals
+from pipetune.tuner.search.policy.tpe import TpePolicy
+from pipetune.tuner.search.shared import member, shared_study
+from pipetune.tuner.search.space.space import Point
 from pipetune.tuner.study.store import StudyStore, load_records
 from tests import postgres
 from tests.record_factory import make_failure, make_machine
@@ -25,28 +26,35 @@ from tests.tuner.search.shared.members import POINTS, Process, config, join
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_proposals, "_POLL_S", 0.02)
+    monkeypatch.setattr(shared_study, "_POLL_S", 0.02)
     monkeypatch.setattr(database_module, "PATIENCE_S", 0.3)
     monkeypatch.setattr(database_module, "_RETRY_S", 0.05)
 
 
 @pytest.fixture
 def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(participant, "LEASE_S", 0.6)
-    monkeypatch.setattr(participant, "BEAT_S", 0.1)
+    monkeypatch.setattr(member, "LEASE_S", 0.6)
+    monkeypatch.setattr(member, "BEAT_S", 0.1)
 
 
 def trials(process: Process) -> list[optuna.trial.FrozenTrial]:
-    return process.member.database.study.get_trials(deepcopy=False)  # type: ignore[attr-defined, no-any-return]
+    return process.study.trials()
+
+
+def suggestion(process: Process) -> Point | None:
+    tpe = TpePolicy(
+        process.space, objectives=("output_throughput",), seed=process.member.seed, trials=process.study.trials
+    )
+    return tpe.suggest(lambda point: True)
 
 
 def test_what_one_measures_the_other_has(tmp_path: Path, database: str) -> None:
     with join(tmp_path / "a", database) as a, join(tmp_path / "b", database, "cpu:2-3") as b:
         first = a.run(POINTS[0])
         second = b.run(POINTS[1])
-        (at_b,) = b.proposals.pull(b.store)
-        (at_a,) = a.proposals.pull(a.store)
-        assert a.proposals.pull(a.store) == ()
+        (at_b,) = b.study.pull(b.store)
+        (at_a,) = a.study.pull(a.store)
+        assert a.study.pull(a.store) == ()
         names = a.sharing()["name"], b.sharing()["name"]
     assert (first.trial_number, second.trial_number) == (0, 1)
     assert at_b.source == f"{names[0]}/{first.number:04}"
@@ -70,18 +78,18 @@ def test_what_one_measures_the_other_has(tmp_path: Path, database: str) -> None:
 
 def test_a_plan_that_another_runs_or_ran_is_not_started(tmp_path: Path, database: str) -> None:
     with join(tmp_path / "a", database) as a, join(tmp_path / "b", database, "cpu:2-3") as b:
-        number = a.proposals.start(POINTS[0])
+        number = a.study.ask(POINTS[0])
         assert number == 0
-        assert b.proposals.start(POINTS[0]) is None
-        b.proposals.pull(b.store)
-        assert list(b.proposals.taken) == [POINTS[0]]
-        a.proposals.tell(a.write(0, POINTS[0]))
+        assert b.study.ask(POINTS[0]) is None
+        b.study.pull(b.store)
+        assert list(b.study.taken) == [POINTS[0]]
+        a.study.tell(a.write(0, POINTS[0]))
         # Measured, and not pulled yet.
-        assert b.proposals.start(POINTS[0]) is None
-        b.proposals.pull(b.store)
-        assert list(b.proposals.taken) == []
+        assert b.study.ask(POINTS[0]) is None
+        b.study.pull(b.store)
+        assert list(b.study.taken) == []
         # Whoever knows the record may run the plan again on purpose.
-        assert b.proposals.start(POINTS[0]) == 1
+        assert b.study.ask(POINTS[0]) == 1
 
 
 def test_one_of_many_gets_a_plan(tmp_path: Path, database: str) -> None:
@@ -93,7 +101,7 @@ def test_one_of_many_gets_a_plan(tmp_path: Path, database: str) -> None:
                 number = process.claim(point)
                 got.append((index, number))
                 if number is not None:
-                    process.proposals.tell(process.write(number, point))
+                    process.study.tell(process.write(number, point))
 
         threads = [threading.Thread(target=claim_all, args=(process,)) for process in (a, b, c)]
         for thread in threads:
@@ -101,7 +109,7 @@ def test_one_of_many_gets_a_plan(tmp_path: Path, database: str) -> None:
         for thread in threads:
             thread.join()
         for process in (a, b, c):
-            process.proposals.pull(process.store)
+            process.study.pull(process.store)
         counts = [sum(record.role == "trial" for record in process.store.records) for process in (a, b, c)]
     won = [(index, number) for index, number in got if number is not None]
     assert sorted(index for index, _ in won) == list(range(len(POINTS)))
@@ -113,19 +121,19 @@ def test_one_of_many_gets_a_plan(tmp_path: Path, database: str) -> None:
 def test_what_a_dead_process_had_taken_is_free_again(tmp_path: Path, database: str) -> None:
     with join(tmp_path / "b", database, "cpu:2-3") as b:
         with join(tmp_path / "a", database) as a:
-            assert a.proposals.start(POINTS[0]) == 0
+            assert a.study.ask(POINTS[0]) == 0
             a.vanish()
-            b.proposals.pull(b.store)
-            assert list(b.proposals.taken) == [POINTS[0]]
-            assert b.proposals.start(POINTS[0]) is None
-            b.proposals.wait()
-            assert b.proposals.start(POINTS[0]) == 1
-            b.proposals.tell(b.write(1, POINTS[0]))
+            b.study.pull(b.store)
+            assert list(b.study.taken) == [POINTS[0]]
+            assert b.study.ask(POINTS[0]) is None
+            b.study.wait()
+            assert b.study.ask(POINTS[0]) == 1
+            b.study.tell(b.write(1, POINTS[0]))
             assert [trial.state for trial in trials(b)] == [TrialState.FAIL, TrialState.COMPLETE]
             # It was alive after all: what it measured counts too.
-            a.proposals.tell(a.write(0, POINTS[0]))
+            a.study.tell(a.write(0, POINTS[0]))
         assert [record.source is None for record in b.store.records] == [True]
-        (late,) = b.proposals.pull(b.store)
+        (late,) = b.study.pull(b.store)
         assert late.trial_number == 2
         assert late.replicate_of == 0
 
@@ -133,17 +141,17 @@ def test_what_a_dead_process_had_taken_is_free_again(tmp_path: Path, database: s
 @pytest.mark.usefixtures("short_lease")
 def test_a_busy_process_keeps_what_it_has(tmp_path: Path, database: str) -> None:
     with join(tmp_path / "a", database) as a, join(tmp_path / "b", database, "cpu:2-3") as b:
-        a.proposals.start(POINTS[0])
+        a.study.ask(POINTS[0])
         time.sleep(1.0)
-        assert b.proposals.start(POINTS[0]) is None
+        assert b.study.ask(POINTS[0]) is None
 
 
 def test_a_process_that_ends_leaves_nothing_taken(tmp_path: Path, database: str) -> None:
     with join(tmp_path / "b", database) as b:
         with join(tmp_path / "a", database) as a:
-            a.proposals.start(POINTS[0])
-        b.proposals.settle()
-        assert b.proposals.start(POINTS[0]) == 1
+            a.study.ask(POINTS[0])
+        b.study.settle()
+        assert b.study.ask(POINTS[0]) == 1
 
 
 def test_seeds_and_numbers_are_each_ones_own_and_stay(tmp_path: Path, database: str) -> None:
@@ -152,7 +160,7 @@ def test_seeds_and_numbers_are_each_ones_own_and_stay(tmp_path: Path, database: 
         assert (mine["process"], other["process"]) == (1, 2)
         assert (mine["seed"], other["seed"]) == (a.member.seed, b.member.seed)
         assert mine["seed"] != other["seed"]
-        assert a.proposals.suggest(lambda point: True) != b.proposals.suggest(lambda point: True)
+        assert suggestion(a) != suggestion(b)
     with join(tmp_path / "a", database, resume=True) as a, join(tmp_path / "c", database) as c:
         assert a.sharing() == mine
         assert c.sharing()["process"] == 3
@@ -230,9 +238,9 @@ def test_a_lost_database_is_rebuilt_from_the_folders(
         a.run(POINTS[0])
         b.run(POINTS[1])
         a.run(POINTS[2])
-        b.proposals.pull(b.store)
+        b.study.pull(b.store)
         b.run(POINTS[3])
-        last = a.proposals.start(POINTS[4])
+        last = a.study.ask(POINTS[4])
         assert last is not None
         a.write(last, POINTS[4])
     name = database.partition("@/")[2].partition("?")[0]
@@ -244,8 +252,8 @@ def test_a_lost_database_is_rebuilt_from_the_folders(
         join(tmp_path / first, database, devices[first], resume=True) as x,
         join(tmp_path / second, database, devices[second], resume=True) as y,
     ):
-        x.proposals.pull(x.store)
-        y.proposals.pull(y.store)
+        x.study.pull(x.store)
+        y.study.pull(y.store)
         for process in (x, y):
             points = [tuple((record.params or {}).values()) for record in process.store.records]
             assert sorted(points) == sorted(tuple(point.values()) for point in POINTS[:5])
@@ -261,14 +269,14 @@ def test_a_lost_database_is_rebuilt_from_the_folders(
 
 def test_a_record_that_was_not_told_is_told_by_the_resume(tmp_path: Path, database: str) -> None:
     with join(tmp_path / "a", database) as a:
-        assert a.proposals.start(POINTS[0]) == 0
+        assert a.study.ask(POINTS[0]) == 0
         a.write(0, POINTS[0])
     with join(tmp_path / "a", database, resume=True) as a, join(tmp_path / "b", database) as b:
         assert [trial.state for trial in trials(a)] == [TrialState.COMPLETE]
-        assert len(b.proposals.pull(b.store)) == 1
-        assert a.proposals.start(POINTS[1]) == 1
+        assert len(b.study.pull(b.store)) == 1
+        assert a.study.ask(POINTS[1]) == 1
     with join(tmp_path / "a", database, resume=True) as a:
-        (lost,) = a.proposals.restore(a.store.records)
+        (lost,) = a.study.restore(a.store.records)
         assert (lost.number, lost.params) == (1, POINTS[1])
 
 
@@ -277,10 +285,10 @@ def test_failures_travel_with_their_amounts(tmp_path: Path, database: str) -> No
         update={"bytes_wanted": 300, "bytes_had": 200, "device": "cpu:1", "detail": "log of cpu:1"}
     )
     with join(tmp_path / "a", database) as a, join(tmp_path / "b", database, "cpu:2-3") as b:
-        number = a.proposals.start(POINTS[0])
+        number = a.study.ask(POINTS[0])
         assert number is not None
-        a.proposals.tell(a.write(number, POINTS[0], failure))
-        (pulled,) = b.proposals.pull(b.store)
+        a.study.tell(a.write(number, POINTS[0], failure))
+        (pulled,) = b.study.pull(b.store)
         assert trials(b)[0].state == TrialState.PRUNED
         assert trials(b)[0].constraints == {"memory": 0.5}
     assert isinstance(pulled.result, Failure)
@@ -325,18 +333,18 @@ def test_a_database_that_is_lost_is_an_error_and_keeps_the_record(
     tmp_path: Path, server: postgres.Server, database: str
 ) -> None:
     with join(tmp_path / "a", database) as a:
-        number = a.proposals.start(POINTS[0])
+        number = a.study.ask(POINTS[0])
         assert number is not None
         record = a.write(number, POINTS[0])
         server.stop()
         try:
             with pytest.raises(StorageError, match=r"was lost: .*(What was measured is kept)") as caught:
-                a.proposals.tell(record)
+                a.study.tell(record)
             assert "sqlalche.me" not in str(caught.value)
         finally:
             server.start()
         # A short outage costs nothing.
-        a.proposals.tell(record)
+        a.study.tell(record)
         assert trials(a)[0].state == TrialState.COMPLETE
     assert load_records(tmp_path / "a") == (record,)
 

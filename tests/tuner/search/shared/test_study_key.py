@@ -9,12 +9,12 @@ import pytest
 from pipetune.bench.errors import StudyError
 from pipetune.bench.record import Machine
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.search.shared.study_key import Question
+from pipetune.tuner.search.shared.study_key import StudyKey
 from tests.record_factory import make_machine
 
 
-def asked(devices: str, machine: Machine, **values: Any) -> Question:
-    return Question.of(TuneConfig.model_validate({"model": {"name": "m"}, "devices": devices, **values}), machine)
+def asked(devices: str, machine: Machine, **values: Any) -> StudyKey:
+    return StudyKey.of(TuneConfig.model_validate({"model": {"name": "m"}, "devices": devices, **values}), machine)
 
 
 def machine(*names: str, links: tuple[str, ...] = ()) -> Machine:

@@ -10,29 +10,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from pipetune.bench.record import Record
 from pipetune.tuner.config.schema import Constraint
-from pipetune.tuner.search.optuna_study import Proposals
+from pipetune.tuner.search.optuna_study import OptunaStudy
 from pipetune.tuner.search.shared.codec import pack, unpack
-from pipetune.tuner.search.space.resolver import Resolver, identity
+from pipetune.tuner.search.shared.member import RECORD, Member
+from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import Point, SearchSpace
+from pipetune.tuner.search.trial_codec import point_of_trial
 from pipetune.tuner.study.store import StudyStore
 
-if TYPE_CHECKING:
-    from pipetune.tuner.search.shared.participant import Member
-
-RECORD = "record"
 _PROCESS, _SOURCE, _DEVICES = "process", "source", "devices"
 _POLL_S = 1.0
 
 
-class SharedProposals(Proposals):
-    """The memory that several processes share."""
+class SharedStudy(OptunaStudy):
+    """The study of several processes, as one of them uses it."""
 
     def __init__(
         self,
@@ -43,16 +39,19 @@ class SharedProposals(Proposals):
         objectives: Sequence[str],
         constraints: Sequence[Constraint],
     ) -> None:
-        self._member = member
-        self._database = member.database
-        self._resolve = resolve
+        database = member.database
+        super().__init__(database.storage, database.study, space, objectives=objectives, constraints=constraints)
+        self._member, self._database = member, database
+        self._space, self._resolve = space, resolve
         self._seen: set[str] = set()
         """Sources of the records that this process has."""
         self._pulled: tuple[frozenset[int], int] = (frozenset(), 0)
-        super().__init__("", space, objectives=objectives, constraints=constraints, seed=member.seed)
 
     def close(self) -> None:
-        """The member ends the connections."""
+        """Nothing: the member ends the connections."""
+
+    def trials(self) -> list[FrozenTrial]:
+        return self._database.patiently(self._trials)
 
     def restore(self, records: Collection[Record]) -> tuple[FrozenTrial, ...]:
         """Brings the database up to the records, which may know more than it does: it may have been lost.
@@ -66,7 +65,7 @@ class SharedProposals(Proposals):
     def pull(self, store: StudyStore) -> tuple[Record, ...]:
         trials, gone = self._database.patiently(lambda: (self._trials(), self._member.gone()))
         self._pulled = self._state_of(trials, gone)
-        self.taken = tuple(_point(trial) for trial in trials if trial.number in self._pulled[0])
+        self.taken = tuple(point_of_trial(trial) for trial in trials if trial.number in self._pulled[0])
         pulled = []
         for trial in trials:
             if not self._is_news(trial):
@@ -88,45 +87,41 @@ class SharedProposals(Proposals):
         while running & self._database.patiently(self._state)[0]:
             time.sleep(_POLL_S)
 
-    def start(self, point: Point) -> int | None:
+    def ask(self, point: Point) -> int | None:
         return self._database.patiently(lambda: self._claim(point))
 
     def tell(self, record: Record) -> None:
         self._seen.add(self._source(record))
         self._database.patiently(lambda: self._tell(record))
 
-    def _open(self, url: str) -> optuna.Study:
-        self._storage = self._database.storage
-        return self._database.study
-
     def _restore(self, records: Collection[Record]) -> tuple[FrozenTrial, ...]:
         with self._database.alone():
             trials = self._trials()
             known = {trial.user_attrs.get(_SOURCE) for trial in trials}
-            by_number = {trial.number: trial for trial in self._own(trials)}
+            by_number = {trial.number: trial for trial in self._claims(trials, own=True)}
             for record in sorted(records, key=lambda record: record.trial_number or 0):
                 if record.trial_number is None or self._source(record) in known:
                     continue
                 if record.source is None and record.trial_number in by_number:
-                    self._finish(by_number.pop(record.trial_number), record)
+                    self._finish(by_number.pop(record.trial_number).number, record, self._attributes(record))
                 else:
-                    self._study.add_trial(self._as_trial(record, self._attributes(record)))
+                    self._add(record, self._attributes(record))
         return tuple(by_number.values())
 
     def _claim(self, point: Point) -> int | None:
         wanted = self._identity(point)
         with self._database.alone():
             trials, gone = self._trials(), self._member.gone()
-            for trial in self._own(trials):
+            for trial in self._claims(trials, own=True):
                 # Of a claim whose answer was lost with the connection.
                 self._release(trial)
             for trial in self._claims(trials):
                 if trial.user_attrs[_PROCESS] in gone:
                     self._release(trial)
-                elif self._identity(_point(trial)) == wanted:
+                elif self._identity(point_of_trial(trial)) == wanted:
                     return None
             news = (trial for trial in trials if trial.params and self._is_news(trial))
-            if any(self._identity(_point(trial)) == wanted for trial in news):
+            if any(self._identity(point_of_trial(trial)) == wanted for trial in news):
                 return None
             return self._begin(point, {_PROCESS: self._member.name})
 
@@ -134,46 +129,24 @@ class SharedProposals(Proposals):
         assert record.trial_number is not None
         with self._database.alone():
             trials = self._trials()
-            if any(
-                trial.state.is_finished() and trial.user_attrs.get(_SOURCE) == self._source(record) for trial in trials
-            ):
+            if self._source(record) in (trial.user_attrs.get(_SOURCE) for trial in trials if trial.state.is_finished()):
                 return
-            trial = next((trial for trial in self._own(trials) if trial.number == record.trial_number), None)
-            if trial is not None:
-                self._finish(trial, record)
+            if any(trial.number == record.trial_number for trial in self._claims(trials, own=True)):
+                self._finish(record.trial_number, record, self._attributes(record))
             else:
-                self._study.add_trial(self._as_trial(record, self._attributes(record)))
-
-    def _finish(self, trial: FrozenTrial, record: Record) -> None:
-        for key, value in self._attributes(record).items():
-            self._storage.set_trial_user_attr(trial._trial_id, key, value)
-        super().tell(record)
+                self._add(record, self._attributes(record))
 
     def _release(self, trial: FrozenTrial) -> None:
-        self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _attributes(self, record: Record) -> Mapping[str, str]:
         """What is kept with a trial, so that others can have its record."""
         return {RECORD: pack(record), _SOURCE: self._source(record), _DEVICES: ",".join(self._member.devices)}
 
-    def _trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
-
-    def _own(self, trials: Collection[FrozenTrial]) -> list[FrozenTrial]:
-        """This process's claims."""
-        return [
-            trial
-            for trial in trials
-            if not trial.state.is_finished() and trial.user_attrs.get(_PROCESS) == self._member.name
-        ]
-
-    def _claims(self, trials: Collection[FrozenTrial]) -> list[FrozenTrial]:
-        """Other processes' claims."""
-        return [
-            trial
-            for trial in trials
-            if not trial.state.is_finished() and trial.user_attrs.get(_PROCESS, self._member.name) != self._member.name
-        ]
+    def _claims(self, trials: Collection[FrozenTrial], *, own: bool = False) -> list[FrozenTrial]:
+        """Claims of other processes, or of this one."""
+        claims = [trial for trial in trials if not trial.state.is_finished() and _PROCESS in trial.user_attrs]
+        return [trial for trial in claims if (trial.user_attrs[_PROCESS] == self._member.name) == own]
 
     def _is_news(self, trial: FrozenTrial) -> bool:
         """Whether it holds a record that this process lacks."""
@@ -188,8 +161,7 @@ class SharedProposals(Proposals):
         return frozenset(running), sum(trial.state.is_finished() for trial in trials)
 
     def _identity(self, point: Point) -> str:
-        plan = self._space.plan(point)
-        return identity(plan, self._resolve(plan))
+        return self._resolve.identity(self._space.plan(point))
 
     def _source(self, record: Record) -> str:
         """Names a record over all processes."""

@@ -1,25 +1,20 @@
-"""Several processes on one study: who takes part, which space they search, and who holds the finals.
+"""One of several processes on a study: its signs of life, who is gone, and who holds the finals.
 
-The database knows the study's question and space, a sign of life of each process, and its trials with their records.
-Each process keeps a folder that is whole by itself: what others measured is written there too. Without a shared study
-a process is alone, and all of this comes to nothing.
+The database knows the study's key and space, a sign of life of each process, and its trials with their records. Each
+process keeps a folder that is whole by itself: what others measured is written there too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from pipetune.bench.files import write_durably
 from pipetune.bench.record import Machine
-from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.search.database import Database
-from pipetune.tuner.search.optuna_study import Proposals
 from pipetune.tuner.search.shared.joining import LEFT, MEMBER, SEARCHED, SEARCHES, SEEN, STATE, Joining, Membership
-from pipetune.tuner.search.shared.proposals import RECORD, SharedProposals
-from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.study.store import StudyStore
 
@@ -27,73 +22,9 @@ LEASE_S = 60.0
 """So long after its last sign of life a process counts as gone: what it had taken may be taken by others."""
 BEAT_S = 15.0
 """Between two signs of life."""
+RECORD = "record"
+"""Attribute of a trial that holds the record of its run."""
 _FINALS = "finals"
-
-
-class Participant(Protocol):
-    """A process's part in a study, alone or with others."""
-
-    @property
-    def seed(self) -> int: ...
-
-    def ask(self, machine: Machine) -> None:
-        """Finds out whether one may take part.
-
-        Raises:
-            StudyError: the study asks something else, or was measured on other hardware.
-        """
-
-    def agree(self, space: SearchSpace) -> SearchSpace:
-        """Takes the study's space, in one's own devices; `space` where nobody was there before.
-
-        Raises:
-            StudyError: the points in this folder's records are of another space.
-        """
-
-    def proposals(
-        self, space: SearchSpace, resolve: Resolver, *, objectives: Sequence[str], constraints: Sequence[Constraint]
-    ) -> Proposals: ...
-
-    def claim_finals(self) -> str | None:
-        """Ends one's search; None where the finals are ours to hold, else who holds them."""
-
-    def finish_finals(self) -> None: ...
-
-
-class Alone:
-    """The one process of its study."""
-
-    def __init__(self, store: StudyStore, say: Callable[[str], None]) -> None:
-        self._store = store
-        self._say = say
-
-    @property
-    def seed(self) -> int:
-        return self._store.config.seed
-
-    def ask(self, machine: Machine) -> None:
-        pass
-
-    def agree(self, space: SearchSpace) -> SearchSpace:
-        return space
-
-    def proposals(
-        self, space: SearchSpace, resolve: Resolver, *, objectives: Sequence[str], constraints: Sequence[Constraint]
-    ) -> Proposals:
-        return Proposals(
-            self._store.storage_url,
-            space,
-            objectives=objectives,
-            constraints=constraints,
-            seed=self.seed,
-            set_aside=self._say if self._store.config.storage is None else None,
-        )
-
-    def claim_finals(self) -> str | None:
-        return None
-
-    def finish_finals(self) -> None:
-        pass
 
 
 class Member:
@@ -109,25 +40,39 @@ class Member:
 
     @property
     def membership(self) -> Membership:
+        """The process as the study knows it, once it has joined."""
         assert self._membership is not None, "a process joins before it takes part"
         return self._membership
 
     @property
     def name(self) -> str:
+        """The process's name, unique in the study."""
         return self.membership.name
 
     @property
     def seed(self) -> int:
+        """The seed of this process's random numbers."""
         return self.membership.seed
 
     @property
     def devices(self) -> tuple[str, ...]:
+        """This process's devices in order."""
         return self._store.config.concrete_devices
 
-    def ask(self, machine: Machine) -> None:
-        self.database.patiently(lambda: self._joining.ask(machine))
+    def check(self, machine: Machine) -> None:
+        """Finds out whether the process may take part.
+
+        Raises:
+            StudyError: the study has another key, or was measured on other hardware.
+        """
+        self.database.patiently(lambda: self._joining.check(machine))
 
     def agree(self, space: SearchSpace) -> SearchSpace:
+        """The study's space in this process's devices; `space` where nobody was there before.
+
+        Raises:
+            StudyError: the points in this folder's records are of another space.
+        """
         self._membership, agreed = self.database.patiently(lambda: self._joining.agree(space, self.gone))
         if agreed != space or not self._store.space_path.exists():
             write_durably(self._store.space_path, agreed.model_dump_json() + "\n")
@@ -135,15 +80,12 @@ class Member:
         self._pulse.start()
         return agreed
 
-    def proposals(
-        self, space: SearchSpace, resolve: Resolver, *, objectives: Sequence[str], constraints: Sequence[Constraint]
-    ) -> Proposals:
-        return SharedProposals(self, space, resolve, objectives=objectives, constraints=constraints)
-
     def claim_finals(self) -> str | None:
+        """Ends the process's search; None where the finals are its to hold, else who holds them."""
         return self.database.patiently(self._claim_finals)
 
     def finish_finals(self) -> None:
+        """Tells the others that the finals have run."""
         self.database.patiently(self._finish_finals)
 
     def gone(self) -> frozenset[str]:
@@ -202,29 +144,6 @@ class Member:
             with contextlib.suppress(Exception):
                 self.database.set(SEEN + self.name, self.database.now_s())
         self.database.storage.remove_session()
-
-
-@contextlib.contextmanager
-def participate(store: StudyStore, say: Callable[[str], None]) -> Iterator[Participant]:
-    """A process's part in the study, until the block ends.
-
-    Args:
-        say: takes a sentence for people.
-
-    Raises:
-        ConfigError: the storage is no URL, or its driver is missing.
-        StudyError: the database cannot be used.
-    """
-    config = store.config
-    if config.shared_study is None:
-        yield Alone(store, say)
-        return
-    assert config.storage is not None, "a shared study is checked before it begins"
-    member = Member(store, Database(config.storage, config.shared_study), say)
-    try:
-        yield member
-    finally:
-        member.leave()
 
 
 def _who(member: dict[str, Any]) -> str:

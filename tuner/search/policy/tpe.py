@@ -1,0 +1,68 @@
+"""Optuna's TPE as a pure function of the trials: what it likes next, without a trace in any database."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import optuna
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from pipetune.tuner.ranking.values import Objective
+from pipetune.tuner.search.space.space import Point, SearchSpace
+from pipetune.tuner.search.trial_codec import distributions
+
+_STARTUP_TRIALS = 4
+_DRAWS = 64
+"""Proposals drawn until one is new; then any new point is taken."""
+
+
+class TpePolicy:
+    """Proposes points of a space that TPE likes."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        objectives: Sequence[str],
+        seed: int,
+        trials: Callable[[], Sequence[FrozenTrial]],
+    ) -> None:
+        """
+        Args:
+            trials: tells all trials of the study, in the order of their numbers.
+        """
+        self._space, self._seed, self._trials = space, seed, trials
+        self._directions = [Objective(metric=name).direction for name in objectives]
+        self._distributions = distributions(space)
+
+    def suggest(self, is_new: Callable[[Point], bool]) -> Point | None:
+        """A point that TPE likes and that is new, else any new one; None when there is none."""
+        trials = self._trials()
+        study = optuna.create_study(directions=self._directions)
+        study.add_trials(trials)
+        # Seeded by what is known, so that a resumed study goes on as it would have, and not from the start.
+        seed = self._seed + len(trials)
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, constant_liar=False, n_startup_trials=_STARTUP_TRIALS
+        )
+        for _ in range(_DRAWS):
+            point = self._draw(sampler, study)
+            if is_new(point):
+                return point
+        rng = random.Random(seed)
+        dimensions = self._space.dimensions()
+        for _ in range(_DRAWS):
+            point = {name: rng.randint(low, high) for name, (low, high, _) in dimensions.items()}
+            if is_new(point):
+                return point
+        return next((point for point in self._space.points() if is_new(point)), None)
+
+    def _draw(self, sampler: optuna.samplers.BaseSampler, study: Study) -> Point:
+        trial = create_trial(state=TrialState.RUNNING)
+        params = dict(sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial)))
+        for name, distribution in self._distributions.items():
+            if name not in params:
+                params[name] = sampler.sample_independent(study, trial, name, distribution)
+        return {name: int(params[name]) for name in self._distributions}
