@@ -17,7 +17,7 @@ from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import Reporter, values_text
 from pipetune.tuner.search.driver import baseline_batch_sizes
 from pipetune.tuner.search.policy.acquisition import even_weights
-from pipetune.tuner.search.policy.forecaster import Lookout
+from pipetune.tuner.search.policy.forecaster import Forecaster
 from pipetune.tuner.search.policy.history import History
 from pipetune.tuner.search.space.build import build_space, count_raw_partitions
 from pipetune.tuner.search.space.resolver import Resolver
@@ -154,17 +154,17 @@ def _plan(folder: Path, config: TuneConfig, fleet: Fleet) -> DryRun:
 def _queue(
     config: TuneConfig, space: SearchSpace, cost: CostModel, resolve: Resolver
 ) -> tuple[tuple[Plan, dict[str, float]], ...]:
-    lookout = Lookout(
+    forecaster = Forecaster(
         space,
         cost,
         resolve,
         objectives=config.objectives,
         constraints=config.constraints,
     )
-    view = lookout.look(History(space, resolve))
-    worth = view.worth(view.scalar(even_weights(len(config.objectives)))[0])
+    forecast = forecaster.look(History(space, resolve))
+    worth = forecast.worth(forecast.scalar(even_weights(len(config.objectives)))[0])
     first = sorted(range(len(worth)), key=lambda place: -worth[place])[:_SHOWN]
-    return tuple((view.effective[place].plan, view.predicted(place)[0]) for place in first)
+    return tuple((forecast.effective[place].plan, forecast.predicted(place)[0]) for place in first)
 
 
 def _joined(values: tuple[float, ...]) -> str:

@@ -10,11 +10,12 @@ from pipetune.tuner.ranking import finals
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.search.optuna_study import OptunaStudy
-from pipetune.tuner.search.policy.strategy import Stop, Strategy
+from pipetune.tuner.search.policy.strategy import Strategy
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import Point
+from pipetune.tuner.study.search_log import Stop
 from tests.evaluation.search.world import METRIC, World, bounds_of
 
 _OBJECTIVES = (Objective(metric=METRIC),)

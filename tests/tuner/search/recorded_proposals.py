@@ -25,12 +25,13 @@ from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.ranking.finals import before_finals
 from pipetune.tuner.search.optuna_study import OptunaStudy
-from pipetune.tuner.search.policy.strategy import Proposal, Stop, Strategy
+from pipetune.tuner.search.policy.strategy import Strategy
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.study.files import load_study
+from pipetune.tuner.study.search_log import Proposal, Stop
 from tests.evaluation.search.landscape import LandscapeFolder
 from tests.evaluation.search.simulated import SimulatedWorld, simulated_worlds
 from tests.evaluation.search.world import bounds_of, read_profile

@@ -8,9 +8,10 @@ from typing import Any
 from pipetune.bench.record import Failure, FailureKind, Measurement, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.planning.simulation.model import CostModel
-from pipetune.tuner.search.policy.strategy import Proposal, Stop, Strategy
+from pipetune.tuner.search.policy.strategy import Strategy
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.study.search_log import Proposal, Stop
 from tests.record_factory import make_measurement, make_record
 
 World = Callable[[Plan, int], Outcome]

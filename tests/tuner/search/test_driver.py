@@ -23,12 +23,12 @@ from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import PlainReporter, Reporter
 from pipetune.tuner.search.driver import baseline_batch_sizes, rank_study, run_study
 from pipetune.tuner.search.optuna_study import OptunaStudy
-from pipetune.tuner.search.policy.strategy import Proposal, Strategy
+from pipetune.tuner.search.policy.strategy import Strategy
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.study.files import read
-from pipetune.tuner.study.search_log import SearchLog
+from pipetune.tuner.study.search_log import Proposal, SearchLog
 from pipetune.tuner.study.store import StudyStore, load_records, was_interrupted
 from tests.tuner.fake_fleet import Lab, failure
 

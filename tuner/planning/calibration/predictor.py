@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
 
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.calibration.observation import Observation
@@ -38,6 +37,23 @@ class PredictedMetrics:
     """By metric: how far the mean over many runs of a plan may be from that; a single run's noise comes on top."""
     predictions: tuple[Prediction, ...]
     """Predictions of the refitted model alone, without the residual."""
+
+    def of(self, place: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Metrics of one plan, and their relative deviations."""
+        return (
+            {name: float(values[place]) for name, values in self.mean.items()},
+            {name: float(values[place]) for name, values in self.relative_sd.items()},
+        )
+
+    def joined(self, other: PredictedMetrics) -> PredictedMetrics:
+        """The metrics of these plans and then of others."""
+        return PredictedMetrics(
+            mean={name: np.concatenate([values, other.mean[name]]) for name, values in self.mean.items()},
+            relative_sd={
+                name: np.concatenate([values, other.relative_sd[name]]) for name, values in self.relative_sd.items()
+            },
+            predictions=self.predictions + other.predictions,
+        )
 
 
 class Predictor:
@@ -130,32 +146,6 @@ def noise_of(observations: Sequence[Observation]) -> float:
             weight += len(logs) - 1
     floor = 1.25 * math.sqrt(float(np.mean(within))) if within else 0.0
     return max(LEAST_NOISE, floor, math.sqrt(squares / weight))
-
-
-def expected_improvement(
-    mean: Floats, relative_sd: Floats, *, best: float, noise: float, higher_is_better: bool
-) -> Floats:
-    """How much better than the best a run of each plan may be expected to show it to be, as a share of the best.
-
-    Augmented expected improvement (D. Huang, T. T. Allen, W. I. Notz and N. Zeng, J. Global Optimization 34, 2006):
-
-        (d · Φ(d / s) + s · φ(d / s)) · (1 − ε / √(s² + ε²))
-
-    with d the predicted advantage over the best, s its standard deviation and ε that of a run, all as shares of
-    `best`. The last factor lets plans alone whose mean is known better than another run could tell.
-
-    Args:
-        mean: predicted, of each plan.
-        best: predicted, of the plan that is taken for the best.
-        noise: relative standard deviation of a run.
-    """
-    advantage = (mean - best) / best * (1.0 if higher_is_better else -1.0)
-    scale = mean / best
-    sd = np.maximum(relative_sd * scale, 1e-12)
-    z = advantage / sd
-    improvement = advantage * ndtr(z) + sd * np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
-    gain: Floats = np.maximum(improvement, 0.0) * (1.0 - noise / np.hypot(relative_sd, noise))
-    return gain
 
 
 def _is_share(metric: str) -> bool:

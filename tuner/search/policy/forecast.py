@@ -1,8 +1,7 @@
-"""What the refitted model makes of the plans that may come next, and of those that ran: costs, chances, how surely."""
+"""A forecast: what the refitted model makes of plans that may come next and of those that ran, and how surely."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.spec import EffectivePlan
-from pipetune.tuner.planning.calibration.predictor import Predictor
+from pipetune.tuner.planning.calibration.predictor import PredictedMetrics, Predictor
 from pipetune.tuner.search.policy.acquisition import Floats, ranges, tchebycheff
 from pipetune.tuner.search.space.space import Point
 
@@ -19,30 +18,6 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forecast:
-    """Metrics of plans, by name."""
-
-    mean: Mapping[str, Floats]
-    relative_sd: Mapping[str, Floats]
-
-    def of(self, place: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Of one plan, with the deviations."""
-        return (
-            {name: float(values[place]) for name, values in self.mean.items()},
-            {name: float(values[place]) for name, values in self.relative_sd.items()},
-        )
-
-    def joined(self, other: Forecast) -> Forecast:
-        """Of these plans and then of others."""
-        return Forecast(
-            mean={name: np.concatenate([values, other.mean[name]]) for name, values in self.mean.items()},
-            relative_sd={
-                name: np.concatenate([values, other.relative_sd[name]]) for name, values in self.relative_sd.items()
-            },
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outlook:
     """Plans in order: the candidates looked at, then what ran and is none of them."""
 
     effective: tuple[EffectivePlan, ...]
@@ -54,11 +29,12 @@ class Outlook:
     costs: Floats
     """`[plan, objective]`, logs, less is better."""
     sds: Floats
+    """`[plan, objective]`, standard deviations of the costs."""
     kept: Floats
-    """Probability that every constraint is kept; of what ran, whether it is."""
+    """Probability that every constraint is kept; 1 or 0 for what ran."""
     works: Floats
     """Probability that a run ends in a measurement; of use for comparing plans."""
-    forecast: Forecast
+    metrics: PredictedMetrics
     predictor: Predictor
 
     @property
@@ -80,7 +56,7 @@ class Outlook:
         return self.noise if weights is None else self.noise * float(np.linalg.norm(weights / self._ranges[1]))
 
     def scalar(self, weights: Floats | None) -> tuple[Floats, Floats]:
-        """One cost of each plan and its deviation; of a single objective the log itself.
+        """One cost of each plan and its deviation; the log itself for a single objective.
 
         Args:
             weights: of the objectives; None for a single one.
@@ -92,11 +68,11 @@ class Outlook:
         value: Floats = np.exp(np.min(cost) - cost) * self.kept * self.works
         return value
 
-    def leader(self, cost: Floats) -> int | None:
+    def incumbent(self, cost: Floats) -> int | None:
         """Place of the best plan that was measured and keeps the constraints, its luck smoothed out by the model."""
         among = self.was_measured & (self.kept > 0.5)
         return int(np.argmin(np.where(among, cost, np.inf))) if among.any() else None
 
     def predicted(self, place: int) -> tuple[dict[str, float], dict[str, float]]:
         """Metrics of one plan, and their relative deviations."""
-        return self.forecast.of(place)
+        return self.metrics.of(place)

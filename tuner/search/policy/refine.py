@@ -27,7 +27,7 @@ _TOLERANCE = 0.1
 """Splits whose slowest stage takes so much longer than that of the best one are not looked at."""
 
 
-class Resplitter:
+class Refiner:
     """Finds further partitions for candidates of a space."""
 
     def __init__(self, space: SearchSpace, resolve: Resolver) -> None:

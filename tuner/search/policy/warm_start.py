@@ -1,6 +1,6 @@
 """A warm start: what earlier studies teach about this one, and which of their plans to run first.
 
-On equal hardware and for the same question their runs teach the cost model. From anywhere, if the model is the same,
+On equal hardware and for the same settings their runs teach the cost model. From anywhere, if the model is the same,
 their best plans run first, measured anew: devices stand for each other by their places. Nothing counts that this study
 has not measured itself.
 """
@@ -18,7 +18,7 @@ from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.calibration.observation import Observation, observe
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective
-from pipetune.tuner.search.policy.refine import Resplitter
+from pipetune.tuner.search.policy.refine import Refiner
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import Point, SearchSpace
 from pipetune.tuner.study.files import StudyContents, load_study, read
@@ -106,10 +106,10 @@ def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Se
         return None
     caps = {"memory_index": len(space.memory_fractions) - 1} if len(space.memory_fractions) > 1 else {}
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
-    resplitter = Resplitter(space, resolve)
-    for rank_ in resplitter.nearest_ranks(wanted.layer_counts):
+    refiner = Refiner(space, resolve)
+    for rank_ in refiner.nearest_ranks(wanted.layer_counts):
         for listed in few.points(rank_):
-            point = resplitter.point({**listed, **caps}, wanted.layer_counts)
+            point = refiner.point({**listed, **caps}, wanted.layer_counts)
             if _runs_alike(space.plan(point), wanted):
                 return point
     return None
@@ -131,12 +131,12 @@ def _why_no_lesson(earlier: StudyContents, config: TuneConfig, model: ModelSpec,
         theirs, ours = getattr(earlier.config.model, name), getattr(model, name)
         if theirs != ours:
             return f"they are of model.{name}={theirs}"
-    theirs_, ours_ = _question(earlier.config.workload), _question(config.workload)
+    theirs_, ours_ = _timed_settings(earlier.config.workload), _timed_settings(config.workload)
     changed = [name for name in ours_ if theirs_[name] != ours_[name]]
     return f"their workload has {', '.join(f'{name}={theirs_[name]}' for name in changed)}" if changed else None
 
 
-def _question(workload: Workload) -> dict[str, object]:
+def _timed_settings(workload: Workload) -> dict[str, object]:
     """What of a workload decides how long things take."""
     values: dict[str, object] = {
         "kind": workload.kind,

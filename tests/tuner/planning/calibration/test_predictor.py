@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.calibration.observation import Observation, observe
@@ -15,7 +13,6 @@ from pipetune.tuner.planning.calibration.predictor import (
     LEAST_NOISE,
     NOISE_SD,
     Predictor,
-    expected_improvement,
     noise_of,
 )
 from pipetune.tuner.planning.calibration.residual_gp import PRIOR_SD, Features, Process
@@ -113,38 +110,3 @@ def test_errors_are_learnt_from_neighbours_and_forgotten_far_away() -> None:
     assert mean[13] == pytest.approx(0.06, abs=0.01)
     assert abs(mean[0]) < mean[13]
     assert sd[13] < 0.01 < sd[0]
-
-
-@given(
-    mean=st.floats(50.0, 150.0),
-    sd=st.floats(0.0, 0.3),
-    noise=st.floats(0.003, 0.1),
-    higher=st.booleans(),
-)
-def test_expected_improvement_is_no_less_than_none_and_no_more_than_without_noise(
-    mean: float, sd: float, noise: float, higher: bool
-) -> None:
-    def gain(noise: float) -> float:
-        found = expected_improvement(np.array([mean]), np.array([sd]), best=100.0, noise=noise, higher_is_better=higher)
-        return float(found[0])
-
-    assert 0.0 <= gain(noise) <= gain(noise / 2) + 1e-12
-    if sd == 0.0:
-        assert gain(noise) == 0.0
-
-
-def test_expected_improvement_prefers_the_better_and_the_less_known() -> None:
-    better = expected_improvement(
-        np.array([98.0, 100.0, 102.0]), np.full(3, 0.03), best=100.0, noise=0.02, higher_is_better=True
-    )
-    assert better[0] < better[1] < better[2]
-    # φ(0) · s · (1 − ε / √(s² + ε²))
-    assert better[1] == pytest.approx(0.398942 * 0.03 * (1 - 0.02 / math.hypot(0.03, 0.02)))
-    shorter = expected_improvement(
-        np.array([98.0, 100.0, 102.0]), np.full(3, 0.03), best=100.0, noise=0.02, higher_is_better=False
-    )
-    assert shorter[0] > shorter[1] > shorter[2]
-    known = expected_improvement(
-        np.full(2, 100.0), np.array([0.01, 0.05]), best=100.0, noise=0.02, higher_is_better=True
-    )
-    assert known[0] < known[1]

@@ -14,17 +14,17 @@ from pipetune.bench.spec import EffectivePlan
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.partition.splits import all_partitions
 from pipetune.tuner.search.optuna_study import OptunaStudy
-from pipetune.tuner.search.policy.refine import Resplitter
-from pipetune.tuner.search.policy.strategy import Proposal
+from pipetune.tuner.search.policy.refine import Refiner
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.candidates import candidates
+from pipetune.tuner.study.search_log import Proposal
 from tests.record_factory import make_measurement, make_record
 from tests.tuner.search.simulated_study import make_strategy
 from tests.tuner.search.space_factory import SHAPE, build
 
 SPACE, COST, RESOLVE = build(4, min_stages=4, max_stages=4, replicas=(1,))
 LISTED = set(SPACE.partitions)
-SPLITTER = Resplitter(SPACE, RESOLVE)
+SPLITTER = Refiner(SPACE, RESOLVE)
 PARTITIONS = list(all_partitions(SHAPE.num_layers, min_stages=4, max_stages=4))
 
 
@@ -74,7 +74,7 @@ def test_what_the_space_does_not_list_is_found_when_devices_turn_out_unlike() ->
 
 def test_a_space_that_lists_all_needs_no_more() -> None:
     space, _, resolve = build(2, min_stages=2, replicas=(1,))
-    splitter = Resplitter(space, resolve)
+    splitter = Refiner(space, resolve)
     assert all(splitter.is_whole(one) for one in candidates(space, resolve))
 
 

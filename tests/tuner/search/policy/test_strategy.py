@@ -12,8 +12,9 @@ from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.planning.calibration.observation import observe
 from pipetune.tuner.search.policy.history import kinds_of
-from pipetune.tuner.search.policy.strategy import MOST_REPLICATES, PROMISING_FIRST, Proposal, Stop
+from pipetune.tuner.search.policy.rules import MOST_REPLICATES, PROMISING_FIRST
 from pipetune.tuner.search.space.candidates import candidates
+from pipetune.tuner.study.search_log import Proposal, Stop
 from tests.record_factory import make_measurement, make_plan, make_record
 from tests.tuner.search.simulated_study import as_measured, failed, make_strategy, play, trial
 from tests.tuner.search.space_factory import build
