@@ -13,8 +13,8 @@ from pydantic import Field
 from pipetune.bench.memory import LayerShape, ModelShape, resolve, stage_bytes
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, Value, Workload, device_kind
-from pipetune.tuner.planning.partition.in_order import least_filled, near_best
-from pipetune.tuner.planning.partition.splits import Partition, Table
+from pipetune.tuner.planning.partition.in_order import near_best
+from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions
 from pipetune.tuner.planning.partition.stage_table import stage_needs
 from pipetune.tuner.planning.simulation.model import CostModel
 
@@ -174,7 +174,7 @@ def _fit_at(shape: ModelShape, wanted: Wanted, num_stages: int, size: int) -> Fi
     fill = _fill(shape, wanted, devices, whole)
     found = near_best(cost, cost.kinds(whole), devices, fill)
     # What leaves most room lets most micro-batches be in flight, and comes nearest where nothing fits.
-    plan = min(map(plan_of, (*found, least_filled(fill, shape.forbidden_cuts))), key=duration_s)
+    plan = min(map(plan_of, (*found, *best_partitions(fill, shape.forbidden_cuts))), key=duration_s)
     resolved = wanted.resolve(shape, plan)
     return Fit(
         layer_counts=plan.layer_counts,

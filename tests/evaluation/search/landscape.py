@@ -7,6 +7,7 @@ packed to `runs.jsonl.gz` when it is complete. A torn last line, of a driver tha
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,17 @@ from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import Machine, Measurement, Record
 from pipetune.bench.spec import SCHEMA_VERSION, Device, ModelSpec, Plan, Protocol, Value, Workload
-from pipetune.tuner.planning.partition.splits import all_partitions
+from pipetune.tuner.planning.partition.splits import Partition, allowed_cuts
+
+
+def all_partitions(
+    num_layers: int, *, min_stages: int, max_stages: int, forbidden_cuts: Sequence[int] = ()
+) -> Iterator[Partition]:
+    """Every partition into `min_stages` to `max_stages` stages, each of one layer at least."""
+    allowed = allowed_cuts(num_layers, forbidden_cuts)
+    for stages in range(min_stages, max_stages + 1):
+        for cuts in itertools.combinations(allowed, stages - 1):
+            yield tuple(end - first for first, end in itertools.pairwise((0, *cuts, num_layers)))
 
 
 class LandscapeSpec(Value):

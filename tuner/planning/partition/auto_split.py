@@ -14,7 +14,8 @@ from pipetune.bench.errors import ModelError, PlanError
 from pipetune.bench.memory import LayerShape, ModelShape
 from pipetune.bench.spec import Plan, Workload, device_kind
 from pipetune.tuner.planning.partition.device_map import DeviceMap, seed_map
-from pipetune.tuner.planning.partition.in_order import least_filled, near_best
+from pipetune.tuner.planning.partition.in_order import near_best
+from pipetune.tuner.planning.partition.splits import best_partitions
 from pipetune.tuner.planning.partition.stage_table import Matrix
 from pipetune.tuner.planning.simulation.model import CostModel
 
@@ -67,7 +68,7 @@ def auto_split_model(
     kinds = cost.kinds(Plan.from_layer_counts((shape.num_layers,), names, _MICRO_BATCH))
     found = near_best(cost, kinds, names, fill)
     if not found:
-        nearest = least_filled(fill, shape.forbidden_cuts)
+        nearest = best_partitions(fill, shape.forbidden_cuts)[0]
         ends = list(itertools.accumulate(nearest))
         needed = sum(int(weights[end - count, end]) for count, end in zip(nearest, ends, strict=True))
         raise PlanError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pipetune.bench.profile import TaskKind
-from pipetune.tuner.planning.partition.splits import Partition, Split, Table, best_splits
+from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions
 from pipetune.tuner.planning.partition.stage_table import stage_seconds
 from pipetune.tuner.planning.simulation.model import CostModel
 
@@ -26,22 +26,4 @@ def near_best(
     """
     seconds = np.array([stage_seconds(cost.costs, device, kinds) for device in devices])
     table = np.where(fill <= 1.0, seconds, np.inf)
-    return _partitions(table, cost.shape.forbidden_cuts, tolerance=_NEAR, limit=_LOOKED_AT)
-
-
-def least_filled(fill: Table, forbidden_cuts: Sequence[int]) -> Partition:
-    """The partition whose fullest stage is emptiest."""
-    return _partitions(fill, forbidden_cuts, tolerance=0.0, limit=1)[0]
-
-
-def _partitions(table: Table, forbidden_cuts: Sequence[int], *, tolerance: float, limit: int) -> tuple[Partition, ...]:
-    splits: tuple[Split, ...] = best_splits(
-        table,
-        range(len(table)),
-        min_stages=len(table),
-        any_order=False,
-        forbidden_cuts=forbidden_cuts,
-        tolerance=tolerance,
-        limit=limit,
-    )
-    return tuple(split.partition for split in splits)
+    return best_partitions(table, cost.shape.forbidden_cuts, tolerance=_NEAR, limit=_LOOKED_AT)

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,15 +36,11 @@ Table = npt.NDArray[np.float64]
 """`[class, first, end]`, seconds of a stage; infinity where there can be none."""
 Row = npt.NDArray[np.float64]
 _State = tuple[int, ...]
-_Key = tuple[float, float, tuple[int, ...], Partition]
 
 TICKS = 2**20
 """The least bottleneck in ticks, in which costs are compared: what differs by less than a millionth is a tie."""
 MAX_TOLERANCE = 9.0
 """Squares of ticks within it add up exactly over 64 stages."""
-_STEPS = (0.0, 0.005, 0.02, 0.1)
-"""Above the least bottleneck: what is still to come is bounded for each of these limits, since under a tight one stages
-must be more even than under a loose one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +49,15 @@ class Split:
 
     partition: Partition
     order: tuple[int, ...]
-    """Of each stage, which of the devices holds it."""
+    """Indices of the devices that hold the stages."""
     bottleneck_s: float
-    """Of its slowest stage."""
+    """Seconds of its slowest stage."""
 
 
 def count_partitions(num_layers: int, *, min_stages: int, max_stages: int, forbidden_cuts: Sequence[int] = ()) -> int:
     """How many partitions there are."""
-    cuts = len(_allowed_cuts(num_layers, forbidden_cuts))
+    cuts = len(allowed_cuts(num_layers, forbidden_cuts))
     return sum(math.comb(cuts, stages - 1) for stages in range(min_stages, max_stages + 1))
-
-
-def all_partitions(
-    num_layers: int, *, min_stages: int, max_stages: int, forbidden_cuts: Sequence[int] = ()
-) -> Iterator[Partition]:
-    """Every partition into `min_stages` to `max_stages` stages, each of one layer at least."""
-    allowed = _allowed_cuts(num_layers, forbidden_cuts)
-    for stages in range(min_stages, max_stages + 1):
-        for cuts in itertools.combinations(allowed, stages - 1):
-            yield tuple(end - first for first, end in itertools.pairwise((0, *cuts, num_layers)))
 
 
 def best_splits(
@@ -104,15 +91,85 @@ def best_splits(
         An empty tuple where no split has finite cost.
     """
     assert 0.0 <= tolerance <= MAX_TOLERANCE
-    search = _Search(
-        cost=_masked(cost, forbidden_cuts),
-        moves=_Moves(tuple(classes), min_stages, min(max_stages or len(classes), len(classes)), any_order),
+    moves = _Moves(tuple(classes), min_stages, min(max_stages or len(classes), len(classes)), any_order)
+    cost = _masked(cost, forbidden_cuts)
+    bottlenecks_s = moves.ahead(cost, np.maximum)
+    least_s = float(bottlenecks_s[moves.start][0])
+    if not math.isfinite(least_s):
+        return ()
+    tick_s = least_s / TICKS if least_s > 0 else 1.0
+    most = round(TICKS * (1 + tolerance))
+    ticks = np.rint(cost / tick_s)
+    ticks[ticks > most] = np.inf
+    # Rounding keeps order, so that the bound of the rounded costs is the rounded bound.
+    bottlenecks = {taken: np.rint(values / tick_s) for taken, values in bottlenecks_s.items()}
+    squares = moves.ahead(ticks**2, np.add)
+    waiting = [_Node(0.0, 0.0, (), (), 0.0, 0.0, moves.start)]
+    found: list[Split] = []
+    while waiting and len(found) < limit:
+        node = heapq.heappop(waiting)
+        end = sum(node.partition)
+        if end == cost.shape[1] - 1:
+            found.append(_split(node, cost, classes))
+            continue
+        for kind, device, taken in moves.after(node.taken):
+            own = ticks[kind, end, end + 1 :]
+            reached = np.maximum(own, node.bottleneck)
+            least = np.maximum(reached, bottlenecks[taken][end + 1 :])
+            given = node.squares + own**2
+            bound = given + squares[taken][end + 1 :]
+            for index in np.flatnonzero((least <= most) & np.isfinite(bound)).tolist():
+                order, partition = (*node.order, device), (*node.partition, index + 1)
+                rest = (float(reached[index]), float(given[index]), taken)
+                heapq.heappush(waiting, _Node(float(least[index]), float(bound[index]), order, partition, *rest))
+    return tuple(found)
+
+
+class _Node(NamedTuple):
+    """A split as far as it is made; sorts by the best that can come of it."""
+
+    least_bottleneck: float
+    """What the finished split's bottleneck is at least, ticks."""
+    least_squares: float
+    order: tuple[int, ...]
+    partition: Partition
+    bottleneck: float
+    """Bottleneck of the stages so far, ticks."""
+    squares: float
+    taken: _State
+
+
+def _split(node: _Node, cost: Table, classes: Sequence[int]) -> Split:
+    ends = itertools.accumulate(node.partition)
+    seconds = [
+        float(cost[classes[device], end - count, end])
+        for device, count, end in zip(node.order, node.partition, ends, strict=True)
+    ]
+    return Split(node.partition, node.order, max(seconds))
+
+
+def best_partitions(
+    table: Table, forbidden_cuts: Sequence[int], *, tolerance: float = 0.0, limit: int = 1
+) -> tuple[Partition, ...]:
+    """The partitions of the best splits over devices in the order given, all of them used.
+
+    Args:
+        table: `[device, first, end]`; for the other arguments see `best_splits`.
+    """
+    splits = best_splits(
+        table,
+        range(len(table)),
+        min_stages=len(table),
+        any_order=False,
+        forbidden_cuts=forbidden_cuts,
         tolerance=tolerance,
+        limit=limit,
     )
-    return tuple(itertools.islice(search.splits(), limit))
+    return tuple(split.partition for split in splits)
 
 
-def _allowed_cuts(num_layers: int, forbidden_cuts: Sequence[int]) -> list[int]:
+def allowed_cuts(num_layers: int, forbidden_cuts: Sequence[int]) -> list[int]:
+    """The layers that a stage but the first may begin with."""
     forbidden = set(forbidden_cuts)
     return [cut for cut in range(1, num_layers) if cut not in forbidden]
 
@@ -149,9 +206,6 @@ class _Moves:
     def start(self) -> _State:
         return (0,) * len(self._members) if self.any_order else (0,)
 
-    def may_end(self, taken: _State) -> bool:
-        return self.min_stages <= sum(taken)
-
     def after(self, taken: _State) -> Iterator[tuple[int, int, _State]]:
         """Class, device, and what is taken with it."""
         stages = sum(taken)
@@ -165,112 +219,21 @@ class _Moves:
             if count < len(members):
                 yield kind, members[count], (*taken[:place], count + 1, *taken[place + 1 :])
 
-    def states(self) -> list[_State]:
+    def ahead(self, cost: Table, join: np.ufunc) -> dict[_State, Row]:
+        """What is taken → from each layer on, the least that the stages to come can cost, joined to one number."""
+        ahead: dict[_State, Row] = {}
+        for taken in self._states():
+            best = np.full(cost.shape[1], np.inf)
+            if self.min_stages <= sum(taken):
+                best[-1] = 0.0
+            for kind, _, following in self.after(taken):
+                np.minimum(best, join(cost[kind], ahead[following]).min(axis=1), out=best)
+            ahead[taken] = best
+        return ahead
+
+    def _states(self) -> list[_State]:
         """All that can be taken, the most stages first."""
         if not self.any_order:
             return [(stages,) for stages in range(self.max_stages, -1, -1)]
         counts = itertools.product(*(range(len(members) + 1) for members in self._members.values()))
         return sorted((taken for taken in counts if sum(taken) <= self.max_stages), key=lambda taken: -sum(taken))
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A split as far as it is made."""
-
-    taken: _State
-    end: int
-    """Layers given away."""
-    bottleneck: float
-    squares: float
-    order: tuple[int, ...]
-    partition: Partition
-
-
-class _Search:
-    """Finishes splits, best first."""
-
-    def __init__(self, *, cost: Table, moves: _Moves, tolerance: float) -> None:
-        self._moves = moves
-        self._num_layers = cost.shape[1] - 1
-        bottlenecks = self._ahead(cost, np.maximum)
-        least = float(bottlenecks[moves.start][0])
-        self._is_feasible = math.isfinite(least)
-        if not self._is_feasible:
-            return
-        self._tick_s = least / TICKS if least > 0 else 1.0
-        self._seconds = cost
-        self._ticks = np.rint(cost / self._tick_s)
-        # Rounding keeps order, so that the bound of the rounded costs is the rounded bound.
-        self._bottlenecks = {taken: np.rint(values / self._tick_s) for taken, values in bottlenecks.items()}
-        self._limits = np.rint(TICKS * np.array([*(1 + step for step in _STEPS if step < tolerance), 1 + tolerance]))
-        self._squares: dict[int, dict[_State, Row]] = {}
-
-    def splits(self) -> Iterator[Split]:
-        """All within the tolerance."""
-        if not self._is_feasible:
-            return
-        root = _Node(self._moves.start, 0, 0.0, 0.0, (), ())
-        # Of the ways to go on from one node only the best one not yet tried waits.
-        waiting: list[tuple[_Key, _Node, Iterator[tuple[_Key, _Node]]]] = []
-
-        def wait_for_next(rest: Iterator[tuple[_Key, _Node]]) -> None:
-            for key, node in rest:
-                heapq.heappush(waiting, (key, node, rest))
-                return
-
-        wait_for_next(self._onward(root))
-        while waiting:
-            _, node, rest = heapq.heappop(waiting)
-            wait_for_next(rest)
-            if node.end == self._num_layers:
-                yield self._finished(node)
-            else:
-                wait_for_next(self._onward(node))
-
-    def _onward(self, node: _Node) -> Iterator[tuple[_Key, _Node]]:
-        """Every way to add a stage that can be finished within the bound, by the best that can come of it."""
-        found: list[tuple[float, float, int, int, float, float, _State]] = []
-        for kind, device, taken in self._moves.after(node.taken):
-            own = self._ticks[kind, node.end, node.end + 1 :]
-            bottlenecks = np.maximum(own, node.bottleneck)
-            least = np.maximum(bottlenecks, self._bottlenecks[taken][node.end + 1 :])
-            levels = np.searchsorted(self._limits, least).tolist()
-            for count, level in enumerate(levels, start=1):
-                if level < len(self._limits):
-                    squares = node.squares + float(own[count - 1]) ** 2
-                    key = squares + float(self._squares_ahead(level)[taken][node.end + count])
-                    found.append((float(least[count - 1]), key, device, count, bottlenecks[count - 1], squares, taken))
-        for least_, key, device, count, bottleneck, squares, taken in sorted(found, key=lambda entry: entry[:4]):
-            order, partition = (*node.order, device), (*node.partition, count)
-            yield (
-                (least_, key, order, partition),
-                _Node(taken, node.end + count, float(bottleneck), squares, order, partition),
-            )
-
-    def _squares_ahead(self, level: int) -> dict[_State, Row]:
-        """The least sum of squares of the stages to come, none of which is above the limit of the level."""
-        if level not in self._squares:
-            ticks = np.where(self._ticks <= self._limits[level], self._ticks, np.inf)
-            self._squares[level] = self._ahead(ticks**2, np.add)
-        return self._squares[level]
-
-    def _ahead(self, cost: Table, join: np.ufunc) -> dict[_State, Row]:
-        """What is taken → from each layer on, the least that the stages to come can cost, joined to one number."""
-        ahead: dict[_State, Row] = {}
-        for taken in self._moves.states():
-            best = np.full(self._num_layers + 1, np.inf)
-            if self._moves.may_end(taken):
-                best[-1] = 0.0
-            for kind, _, following in self._moves.after(taken):
-                np.minimum(best, join(cost[kind], ahead[following]).min(axis=1), out=best)
-            ahead[taken] = best
-        return ahead
-
-    def _finished(self, node: _Node) -> Split:
-        ends = list(itertools.accumulate(node.partition))
-        classes = [self._moves.classes[device] for device in node.order]
-        seconds = [
-            float(self._seconds[kind, end - count, end])
-            for kind, count, end in zip(classes, node.partition, ends, strict=True)
-        ]
-        return Split(node.partition, node.order, max(seconds))

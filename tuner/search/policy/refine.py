@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.spec import EffectivePlan
-from pipetune.tuner.planning.partition.splits import Partition, Table, best_splits, count_partitions
+from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions, count_partitions
 from pipetune.tuner.planning.partition.stage_table import stage_seconds
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.space.candidates import Candidate
@@ -73,18 +73,10 @@ class Refiner:
                 known[device] = stage_seconds(model.costs, device, kinds)
         # All replicas are cut alike: a stage is as slow as the slowest of the devices that hold it.
         columns = [[known[device] for device in plan.devices[index::stages]] for index in range(stages)]
-        splits = best_splits(
-            np.array([np.max(tables, axis=0) for tables in columns]),
-            range(stages),
-            min_stages=stages,
-            max_stages=stages,
-            any_order=False,
-            forbidden_cuts=self._resolve.shape.forbidden_cuts,
-            tolerance=_TOLERANCE,
-            limit=limit,
-        )
-        for split in splits:
-            point = self.point(candidate.point, split.partition)
+        table = np.array([np.max(tables, axis=0) for tables in columns])
+        cuts = self._resolve.shape.forbidden_cuts
+        for partition in best_partitions(table, cuts, tolerance=_TOLERANCE, limit=limit):
+            point = self.point(candidate.point, partition)
             resolved = self._resolve(self._space.plan(point))
             if isinstance(resolved, EffectivePlan):
                 yield Candidate(point=point, effective=resolved)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipetune.tuner.planning.partition import splits as p
+from tests.evaluation.search.landscape import all_partitions
 
 
 @given(num_layers=st.integers(1, 9), max_stages=st.integers(1, 5), data=st.data())
@@ -19,7 +20,7 @@ def test_all_partitions_are_found_once_and_none_is_forbidden(
     num_layers: int, max_stages: int, data: st.DataObject
 ) -> None:
     forbidden = data.draw(st.sets(st.integers(1, max(1, num_layers - 1))))
-    found = list(p.all_partitions(num_layers, min_stages=1, max_stages=max_stages, forbidden_cuts=sorted(forbidden)))
+    found = list(all_partitions(num_layers, min_stages=1, max_stages=max_stages, forbidden_cuts=sorted(forbidden)))
     wanted = {
         counts
         for stages in range(1, max_stages + 1)
@@ -65,7 +66,7 @@ def every_split(
                     for kind in set(classes)
                 )
             ]
-        for partition in p.all_partitions(num_layers, min_stages=count, max_stages=count):
+        for partition in all_partitions(num_layers, min_stages=count, max_stages=count):
             ends = list(itertools.accumulate(partition))
             if forbidden & set(ends[:-1]):
                 continue

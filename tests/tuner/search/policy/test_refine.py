@@ -12,12 +12,12 @@ from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import Record
 from pipetune.bench.spec import EffectivePlan
 from pipetune.tuner.planning.costs.base import Costs
-from pipetune.tuner.planning.partition.splits import all_partitions
 from pipetune.tuner.search.optuna_study import OptunaStudy
 from pipetune.tuner.search.policy.refine import Refiner
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.candidates import candidates
 from pipetune.tuner.study.search_log import Proposal
+from tests.evaluation.search.landscape import all_partitions
 from tests.record_factory import make_measurement, make_record
 from tests.tuner.search.simulated_study import make_strategy
 from tests.tuner.search.space_factory import SHAPE, build

@@ -10,10 +10,10 @@ import pytest
 from pipetune.bench.errors import ConfigError, NothingFeasibleError
 from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.config.schema import SpaceConfig
-from pipetune.tuner.planning.partition.splits import all_partitions
 from pipetune.tuner.search.space import build as b
 from pipetune.tuner.search.space.candidates import candidates
 from pipetune.tuner.search.space.space import SearchSpace
+from tests.evaluation.search.landscape import all_partitions
 from tests.tuner.search.space_factory import GIB, MIB, SHAPE, build
 
 
