@@ -136,7 +136,7 @@ def test_two_processes_search_one_space_and_both_end_with_all_of_it(tmp_path: Pa
     assert never_twice(a, b)
     finals = [{record.role for record in records if record.role == "finalist"} for records in (at_a, at_b)]
     assert sorted(map(len, finals)) == [0, 1]
-    memberships = [json.loads((folder / "participant.json").read_text(encoding="utf-8")) for folder in (a, b)]
+    memberships = [json.loads((folder / "sharing.json").read_text(encoding="utf-8")) for folder in (a, b)]
     assert {one["process"] for one in memberships} == {1, 2}
     assert len({one["seed"] for one in memberships}) == 2
     spaces = [json.loads((folder / "space.json").read_text(encoding="utf-8")) for folder in (a, b)]
