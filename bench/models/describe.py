@@ -67,12 +67,32 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
         ModelError: the model cannot be built from its config, or cannot be split.
     """
     check_family(resolved.model_type)
-    model: Any = build_on_meta(resolved)
-    prefix, layers = find_layers(model)
+    model = build_on_meta(resolved)
+    find_layers(model)
     check_splittable(model)
-    config = model.config.get_text_config(decoder=True)
     spec = resolved.spec
-    dtype_bytes = DTYPE_BYTES[spec.dtype]
+    shape = read_shape(model, DTYPE_BYTES[spec.dtype])
+    return shape.model_copy(
+        update={
+            "architecture": resolved.architecture,
+            "storage_bytes": None if spec.kept_dtype == spec.dtype else DTYPE_BYTES[spec.kept_dtype],
+            "checkpoint_bytes": resolved.checkpoint_bytes,
+        }
+    )
+
+
+def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
+    """Sizes, layers and where it may be cut, of a model at hand.
+
+    Args:
+        model: a causal LM of transformers; on the meta device is enough.
+        dtype_bytes: bytes of a number that is computed with and cached.
+
+    Raises:
+        ModelError: the model's layers are not found.
+    """
+    prefix, layers = find_layers(model)
+    config = model.config.get_text_config(decoder=True)
     layer_configs = _layer_configs(config, len(layers))
     kinds = _layer_kinds(config, len(layers))
     # What takes no keys and values by their name keeps states alone.
@@ -99,7 +119,7 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
     total = _bytes(_tensors(model))
     first, last = _outer_modules(model, prefix)
     return ModelShape(
-        architecture=resolved.architecture,
+        architecture=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers_prefix=prefix,
         first_modules=first,
@@ -113,14 +133,12 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
         num_attention_heads=_number(layer_configs, "num_attention_heads", default=1),
         vocab_size=config.vocab_size,
         dtype_bytes=dtype_bytes,
-        storage_bytes=None if spec.kept_dtype == spec.dtype else DTYPE_BYTES[spec.kept_dtype],
         layers=shapes,
         forbidden_cuts=forbidden_cuts(model.config),
         recurrent=recurrent,
         embedding_on_every_stage=embeds_in_layers(model.config),
         eager_attention=getattr(config, "_attn_implementation", None) == "eager",
         max_positions=getattr(config, "max_position_embeddings", None),
-        checkpoint_bytes=resolved.checkpoint_bytes,
     )
 
 

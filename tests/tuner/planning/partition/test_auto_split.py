@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM
 from pipetune import auto_split_model
 from pipetune.bench.errors import PlanError
 from pipetune.bench.memory import check_plan
-from pipetune.bench.models.describe import describe_model
+from pipetune.bench.models.describe import describe_model, read_shape
 from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.spec import ModelSpec
-from pipetune.tuner.planning.partition.auto_split import read_shape
 from pipetune.tuner.planning.partition.device_map import plan_from_map
 from tests.bench.models.model_configs import model_config
 from tests.tiny_models import tiny_config
@@ -36,7 +35,7 @@ def build(family: str, num_layers: int = 6) -> Any:
 def test_the_map_covers_the_model_in_order(family: str) -> None:
     model = build(family)
     device_map = auto_split_model(model, 3, devices=DEVICES, device_bytes=[GIB] * 3)
-    shape = read_shape(model)
+    shape = read_shape(model, 4)
     assert set(shape.first_modules) | set(shape.last_modules) < set(device_map)
     plan = plan_from_map(device_map, shape, micro_batch_size=1)
     assert plan.num_layers == 6
@@ -54,11 +53,11 @@ def test_the_map_covers_the_model_in_order(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_shape_is_the_one_that_bench_reads(family: str, tmp_path: Path) -> None:
-    """Two ways to read one model: here by duck typing, there with torch."""
+    """One way to read a model at hand and one that is named."""
     tiny_config(family).save_pretrained(tmp_path)
     spec = ModelSpec(name=str(tmp_path), load_format="dummy")
     there = describe_model(resolve_model(spec)).model_dump()
-    here = read_shape(build(family)).model_dump()
+    here = read_shape(build(family), 4).model_dump()
     for key in ("num_parameters", "layers_prefix", "embedding_bytes", "head_bytes", "tied", "vocab_size"):
         assert here[key] == there[key], key
     for key in ("first_modules", "last_modules"):
@@ -76,7 +75,7 @@ def test_the_cuts_are_those_that_bench_allows(family: str, tmp_path: Path) -> No
     there = describe_model(resolve_model(ModelSpec(name=str(tmp_path), load_format="dummy")))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    here = read_shape(model)
+    here = read_shape(model, 4)
     assert (here.forbidden_cuts, here.embedding_on_every_stage) == (
         there.forbidden_cuts,
         there.embedding_on_every_stage,
@@ -93,7 +92,7 @@ def test_the_cuts_are_those_that_bench_allows(family: str, tmp_path: Path) -> No
 
 def test_a_cap_moves_layers_to_the_larger_device() -> None:
     model = build("llama", 8)
-    shape = read_shape(model)
+    shape = read_shape(model, 4)
     layer = shape.layers[0].weight_bytes
     small = 2 * layer + shape.embedding_bytes + shape.head_bytes + shape.other_bytes
     device_map = auto_split_model(model, 2, 1.0, devices=DEVICES[:2], device_bytes=[small, 10 * small])
