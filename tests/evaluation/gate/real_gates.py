@@ -22,9 +22,9 @@ from pipetune.tuner.gate.run import Gate
 from pipetune.tuner.gate.runners import FreshProcesses
 from pipetune.tuner.gate.values import Case, GateResult, Sample, Side, SideName, Verdict
 from pipetune.tuner.progress import PlainReporter
+from tests.evaluation.harness import ROOT
 from tests.hooks import write_hook
 
-ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "results" / "gates"
 KINDS = {"equal": 0.0, "slower-5": 0.05, "slower-10": 0.10}
 COUNTS = {"equal": 12, "slower-5": 8, "slower-10": 8}

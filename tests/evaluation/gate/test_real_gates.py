@@ -8,7 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tests.evaluation.gate.real_gates import COUNTS, KINDS, ROOT, SLOWDOWN, case_of, order, read, table
+from tests.evaluation.gate.real_gates import COUNTS, KINDS, SLOWDOWN, case_of, order, read, table
+from tests.evaluation.harness import ROOT
 from tests.hooks import write_hook
 from tests.tuner.gate.results import make_result
 

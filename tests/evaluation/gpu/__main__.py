@@ -26,8 +26,8 @@ from tests.evaluation.gpu.context import read_section, section_path
 from tests.evaluation.gpu.report import aim_line, render
 from tests.evaluation.gpu.section import SECTIONS
 from tests.evaluation.gpu.values import Report, Section
+from tests.evaluation.harness import ROOT, findable, module_command
 
-ROOT = Path(__file__).resolve().parents[3]
 LEAST_S = 8.0
 """A section with less time than this is not begun."""
 CORES_OF_ONE, GIB_OF_ONE = 4, 20
@@ -152,15 +152,13 @@ class _Check:
         section_path(self._folder, name).parent.mkdir(parents=True, exist_ok=True)
         log = self._folder / "work" / f"{name}.log"
         _say(f"gpu-check: {name} …")
-        # Workers are started with -P and must find this package, installed or not.
-        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "tests.evaluation.gpu.section", name),
-                    *("--folder", str(self._folder.absolute()), "--seconds", str(seconds)),
-                ],
-                env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                module_command(
+                    "tests.evaluation.gpu.section",
+                    *(name, "--folder", str(self._folder.absolute()), "--seconds", str(seconds)),
+                ),
+                env={**findable(os.environ), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

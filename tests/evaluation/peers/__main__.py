@@ -4,38 +4,35 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipetune.bench.errors import ConfigError, PipetuneError
+from pipetune.bench.errors import ConfigError
 from pipetune.bench.machine.hardware import cpu_cores, read_machine
 from pipetune.bench.record import Machine
+from tests.evaluation.harness import ROOT, exit_code_of, put_between_marks, say
 from tests.evaluation.peers import store
 from tests.evaluation.peers.budget import START_S, Budget, OutOfTimeError
 from tests.evaluation.peers.cells import CellRun
 from tests.evaluation.peers.compare import SIDES
-from tests.evaluation.peers.questions import MIN_PAIRS, MODELS, QUICK_PAIRS, ROOT, WORKLOADS, Question, read_questions
+from tests.evaluation.peers.losses import losses_table
+from tests.evaluation.peers.questions import MIN_PAIRS, MODELS, QUICK_PAIRS, WORKLOADS, Question, read_questions
 from tests.evaluation.peers.rig import DEVICES, Rig
-from tests.evaluation.peers.table import put_between_marks, render
+from tests.evaluation.peers.table import render
 from tests.evaluation.peers.values import Cell
+
+COMMAND = "bench-peers"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; 0 if every cell is complete, 3 if time ran out before, else the error's own code."""
     args = _arguments(arguments)
-    try:
-        return _compare(args)
-    except PipetuneError as error:
-        _say(f"error: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on with what is there")
-        return 130
+    return exit_code_of(lambda: WORK[args.what](args))
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.evaluation.peers", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=WORK, default="compare")
     parser.add_argument("--quick", action="store_true", help="one model, smaller workloads, 3 rounds: some minutes")
     parser.add_argument(
         "--models", help=f"of {', '.join(MODELS)}, or folders; folders without weights are given random ones"
@@ -51,6 +48,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "results" / "peers")
     parser.add_argument("--docs", type=Path, help="document whose table is written; with --quick none by default")
     parser.add_argument("--table-only", action="store_true", help="run nothing, write the table of what is there")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of `kernels`")
+    parser.add_argument("--repeats", type=int, default=5, help="of `kernels`")
     return parser.parse_args(arguments)
 
 
@@ -70,12 +69,12 @@ def _compare(args: argparse.Namespace) -> int:
     table = render([cell for cell in found if cell is not None])
     sys.stdout.write(table)
     if docs is not None:
-        put_between_marks(docs, table)
-        _say(f"the table is in {docs}")
-    _say(f"the measurements are in {args.output}")
+        put_between_marks(docs, COMMAND, table)
+        say(f"the table is in {docs}")
+    say(f"the measurements are in {args.output}")
     left = sum(_left(question, machine) for question in questions)
     if left and not args.table_only:
-        _say(f"not complete: {left} rounds are missing; the same command goes on")
+        say(f"not complete: {left} rounds are missing; the same command goes on")
         return 3
     return 0
 
@@ -85,7 +84,7 @@ def _announce(questions: Sequence[Question], machine: Machine, budget: Budget) -
     estimates = [question.estimate_s() for question in todo]
     total = sum(one or 0.0 for one in estimates) + START_S * len({question.model_name for question in todo})
     about = "an unknown time" if None in estimates else f"about {total / 60:.0f} min if all start afresh"
-    _say(f"{len(todo)} of {len(questions)} cells to run: {about}, at most {budget.left_s / 60:.0f} min")
+    say(f"{len(todo)} of {len(questions)} cells to run: {about}, at most {budget.left_s / 60:.0f} min")
 
 
 def _left(question: Question, machine: Machine) -> int:
@@ -105,7 +104,7 @@ def _sweep(
         of_model = [question for question in todo if question.model_name == name]
         if budget.left_s <= 0:
             return
-        with Rig(of_model[0].model, on_start=_say) as rig:
+        with Rig(of_model[0].model, on_start=say) as rig:
             for question in of_model:
                 rest = todo[todo.index(question) :]
                 weights = [one.estimate_s() or 1.0 for one in rest]
@@ -114,8 +113,8 @@ def _sweep(
 
 
 def _fill(question: Question, rig: Rig, machine: Machine, args: argparse.Namespace, budget: Budget) -> None:
-    def say(text: str) -> None:
-        _say(f"{question.model_name}, {question.workload_name}: {text}")
+    def tell(text: str) -> None:
+        say(f"{question.model_name}, {question.workload_name}: {text}")
 
     cell = store.load(question.path, identity=question.identity, machine=machine)
     if cell is None:
@@ -129,14 +128,24 @@ def _fill(question: Question, rig: Rig, machine: Machine, args: argparse.Namespa
             machine=machine,
         )
     try:
-        CellRun(cell, question.path, rig, extent=question.extent, budget=budget, say=say).run()
+        CellRun(cell, question.path, rig, extent=question.extent, budget=budget, say=tell).run()
     except OutOfTimeError:
-        say("its time is used up; what was measured is saved")
+        tell("its time is used up; what was measured is saved")
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"[{time.strftime('%H:%M:%S')}] {text}\n")
-    sys.stderr.flush()
+def _losses(args: argparse.Namespace) -> int:
+    sys.stdout.write(losses_table(store.read(path) for path in sorted(args.output.glob("*.json"))))
+    return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from tests.evaluation.peers.kernels import print_speeds
+
+    return print_speeds(args.dtype, args.repeats)
+
+
+WORK: dict[str, Callable[[argparse.Namespace], int]] = {"compare": _compare, "losses": _losses, "kernels": _kernels}
+"""What can be asked for: the comparison, what two stages lose by its rounds, or the speed of packed weights."""
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import selectors
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipetune.bench.spec import ModelSpec
+from tests.evaluation.harness import findable, module_command
 
 START_TIMEOUT_S = 300.0
 """Torch, transformers and the weights; a model that must be fetched was fetched before."""
@@ -50,7 +50,7 @@ class PeerGroup:
         # One node's worth of what torchrun would say; the rendezvous itself is a file of ours. Whatever number of
         # threads this process was told does not hold for them.
         common = {
-            **os.environ,
+            **findable(os.environ),
             "WORLD_SIZE": str(size),
             "OMP_NUM_THREADS": str(threads),
             "GLOO_SOCKET_IFNAME": "lo",
@@ -66,7 +66,7 @@ class PeerGroup:
             with log.open("ab") as output:
                 process = subprocess.Popen(
                     [
-                        *(sys.executable, "-m", "tests.evaluation.peers.worker"),
+                        *module_command("tests.evaluation.peers.worker"),
                         *("--kind", kind, "--rank", str(rank), "--size", str(size), "--threads", str(threads)),
                         *("--model", model.model_dump_json()),
                         *("--rendezvous", str(self._folder / "rendezvous")),

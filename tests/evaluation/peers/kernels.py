@@ -1,8 +1,7 @@
-"""What packed weights are worth here, layer shape by layer shape: `python -m tests.evaluation.peers.kernels`."""
+"""What packed weights are worth here, layer shape by layer shape: `python -m tests.evaluation.peers kernels`."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from pipetune.bench.errors import ConfigError
 from pipetune.bench.runtime.stage.packed_linear import PackedLinear, can_pack
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (49152, 576))
@@ -20,21 +20,21 @@ CACHE_BYTES = 64 * 2**20
 """Weights used in turn, so that none is still in a cache when its turn comes again, as in a model."""
 
 
-def main() -> None:
-    """Prints, for one thread, microseconds and GFLOP/s of both kinds of layer and their ratio."""
-    parser = argparse.ArgumentParser(prog="python -m tests.evaluation.peers.kernels", description=__doc__)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    dtype: torch.dtype = getattr(torch, args.dtype)
+def print_speeds(dtype_name: str, repeats: int) -> int:
+    """Prints, for one thread, microseconds and GFLOP/s of both kinds of layer and their ratio; 0 when it could.
+
+    Raises:
+        ConfigError: there are no packed kernels for the dtype here.
+    """
+    dtype: torch.dtype = getattr(torch, dtype_name)
     torch.set_num_threads(1)
     if not can_pack(dtype):
-        raise SystemExit(f"this torch or this processor has no packed kernels for {args.dtype}")
+        raise ConfigError(f"this torch or this processor has no packed kernels for {dtype_name}")
     say = sys.stdout.write
     say(f"{'layer':>12} {'rows':>5} {'plain µs':>9} {'GF/s':>5} {'packed µs':>9} {'GF/s':>5} {'ratio':>12}\n")
     for out_features, in_features in SHAPES:
         for rows in ROWS:
-            plain, packed = _compare(out_features, in_features, rows, dtype, args.repeats)
+            plain, packed = _compare(out_features, in_features, rows, dtype, repeats)
             flop = 2 * rows * out_features * in_features
             ratios = sorted(a / b for a, b in zip(plain, packed, strict=True))
             a, b = statistics.median(plain), statistics.median(packed)
@@ -42,6 +42,7 @@ def main() -> None:
                 f"{f'{out_features}x{in_features}':>12} {rows:>5} {a * 1e6:>9.0f} {flop / a / 1e9:>5.0f} "
                 f"{b * 1e6:>9.0f} {flop / b / 1e9:>5.0f} {a / b:>5.2f} {f'{ratios[0]:.2f}-{ratios[-1]:.2f}':>9}\n"
             )
+    return 0
 
 
 def _compare(
@@ -63,7 +64,3 @@ def _compare(
                 if repeat:
                     seconds.append((time.perf_counter() - began) / count)
     return times
-
-
-if __name__ == "__main__":
-    main()

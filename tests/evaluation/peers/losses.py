@@ -1,4 +1,4 @@
-"""What two stages lose against 2.0× one stage, by the rounds' traces: `python -m tests.evaluation.peers.losses`.
+"""What two stages lose against 2.0× one stage, by the rounds' traces: `python -m tests.evaluation.peers losses`.
 
 In a round, with T1 the time of our single stage, which is never idle, W that of two stages and B the sum of what both
 were busy, T1 / W = 2 · (T1 / B) · (B / 2W). T1 / B is what compute loses: to smaller micro-batches, to a memory and a
@@ -7,34 +7,27 @@ cache that two stages share. B / 2W is one less the bubble ratio.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipetune.bench import metrics
 from pipetune.bench.record import Measurement
-from tests.evaluation.peers.store import read
 from tests.evaluation.peers.values import Cell
 
-ROOT = Path(__file__).resolve().parents[3]
 COLUMNS = ("T1/W", "T1/B", "B/2W", "T1, s", "prefill of B, s", "decode of B, s")
 
 
-def main() -> None:
-    """Prints a Markdown table, medians over the rounds."""
-    parser = argparse.ArgumentParser(prog="python -m tests.evaluation.peers.losses", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "results" / "peers")
-    folder: Path = parser.parse_args().folder
+def losses_table(cells: Iterable[Cell | None]) -> str:
+    """Medians over each cell's rounds, as a Markdown table; cells without such rounds are left out."""
     lines = ["| model, workload | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
-    for path in sorted(folder.glob("*.json")):
-        cell = read(path)
+    for cell in cells:
         rows = _rows(cell) if cell is not None else []
         if cell is not None and rows:
             medians = [statistics.median(column) for column in zip(*rows, strict=True)]
             values = " | ".join(f"{value:.2f}" for value in medians)
             lines.append(f"| {Path(cell.model.name).name}, {cell.workload_name} | {values} |")
-    sys.stdout.write("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def _rows(cell: Cell) -> list[tuple[float, ...]]:
@@ -61,7 +54,3 @@ def _kinds(measurement: Measurement) -> tuple[float, float]:
             else:
                 prefill += end - start
     return prefill, decode
-
-
-if __name__ == "__main__":
-    main()

@@ -9,12 +9,12 @@ from pathlib import Path
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.record import Machine
 from pipetune.bench.spec import ModelSpec, Workload
+from tests.evaluation.harness import ROOT
 from tests.evaluation.peers import store
 from tests.evaluation.peers.budget import cell_s
 from tests.evaluation.peers.cells import Extent
 from tests.evaluation.peers.compare import SIDES
 
-ROOT = Path(__file__).resolve().parents[3]
 MODELS = {
     "smollm2-135m": ModelSpec(name="smollm2-135m"),
     "dummy-llama-24l": ModelSpec(name=str(ROOT / "examples" / "dummy-llama-24l"), load_format="dummy"),

@@ -1,12 +1,9 @@
-"""The comparison as a Markdown table, and its place between two marks in a document. Pure but for that one file."""
+"""The comparison as a Markdown table. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from pipetune.bench.errors import ConfigError
-from pipetune.bench.files import write_durably
 from tests.evaluation.peers.compare import (
     BUBBLE_AIM,
     COMPARISONS,
@@ -22,8 +19,6 @@ from tests.evaluation.peers.compare import (
 )
 from tests.evaluation.peers.values import Cell
 
-BEGIN = "<!-- bench-peers: begin, written by `make bench-peers` -->"
-END = "<!-- bench-peers: end -->"
 HEADER = (
     "| model, workload | ours | tok/s | against | tok/s | ratio (min–max) | IQR | one stage | aim | |",
     "|---|---|--:|---|--:|--:|--:|--:|--:|---|",
@@ -47,22 +42,6 @@ def render(cells: Sequence[Cell]) -> str:
 def short_name(model: str) -> str:
     """`examples/dummy-llama-24l` → `dummy-llama-24l`."""
     return model.rstrip("/").rpartition("/")[2]
-
-
-def put_between_marks(path: Path, text: str) -> None:
-    """Puts the table where the document wants it, and leaves the rest alone.
-
-    Raises:
-        ConfigError: the document or its marks are missing.
-    """
-    try:
-        before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give another with --docs") from error
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ConfigError(f"{path}: has no lines {BEGIN} and {END}; add them where the table belongs")
-    write_durably(path, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 def _about(cells: Sequence[Cell]) -> list[str]:

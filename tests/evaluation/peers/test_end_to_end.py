@@ -8,11 +8,11 @@ import pytest
 
 from pipetune.bench.machine.hardware import cpu_cores
 from pipetune.bench.spec import ModelSpec, Workload
-from tests.evaluation.peers.__main__ import main
+from tests.evaluation.harness import begin_mark, end_mark
+from tests.evaluation.peers.__main__ import COMMAND, main
 from tests.evaluation.peers.rig import Rig
 from tests.evaluation.peers.sides import ALONE, PeerSide, SideError, score_truth
 from tests.evaluation.peers.store import read
-from tests.evaluation.peers.table import BEGIN, END
 from tests.evaluation.peers.values import Setting
 from tests.tiny_models import save_tiny_model
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rounds_are_measured_kept_and_taken_up_again(folder: Path, tmp_path: Path) -> None:
     document = tmp_path / "performance.md"
-    document.write_text(f"{BEGIN}\n{END}\n")
+    document.write_text(f"{begin_mark(COMMAND)}\n{end_mark(COMMAND)}\n")
     arguments = ["--quick", "--models", str(folder), "--workload", "4x16x4", "--sides", "hf_one,hf_two,pipeline"]
     arguments += ["-o", str(tmp_path / "out"), "--docs", str(document)]
     assert main([*arguments, "--pairs", "1"]) == 0

@@ -1,17 +1,10 @@
-"""The table says what the cells hold, and takes its place in a document without touching the rest."""
+"""The table says what the cells hold."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from pipetune.bench.errors import ConfigError
 from tests.evaluation.peers.cell_factory import make_cell, make_round
-from tests.evaluation.peers.table import BEGIN, END, put_between_marks, render
+from tests.evaluation.peers.table import render
 from tests.evaluation.peers.values import Replan
-
-DOCUMENT = Path(__file__).parents[3] / "docs" / "performance.md"
 
 
 def test_rows_carry_ratio_spread_and_verdict() -> None:
@@ -52,25 +45,3 @@ def test_other_tokens_are_told() -> None:
 
 def test_nothing_measured_is_said() -> None:
     assert render([]) == "Nothing was measured yet.\n"
-
-
-def test_the_rest_of_the_document_stays(tmp_path: Path) -> None:
-    path = tmp_path / "performance.md"
-    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    put_between_marks(path, "new\n")
-    put_between_marks(path, "newer\n")
-    assert path.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
-
-
-def test_a_document_without_marks_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "performance.md"
-    with pytest.raises(ConfigError, match="cannot be read"):
-        put_between_marks(path, "new\n")
-    path.write_text("no marks")
-    with pytest.raises(ConfigError, match="has no lines"):
-        put_between_marks(path, "new\n")
-
-
-def test_our_document_has_the_marks() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert text.index(BEGIN) < text.index(END)

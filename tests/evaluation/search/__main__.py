@@ -8,20 +8,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipetune.bench.errors import PipetuneError
-from tests.evaluation.document import put_between_marks
+from tests.evaluation.harness import ROOT, exit_code_of, put_between_marks, say
 from tests.evaluation.search.questions import MEASURED
 
 if TYPE_CHECKING:
     from tests.evaluation.search.replay import Curve
     from tests.evaluation.search.world import World
 
-ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "results" / "landscapes"
 SEEDS, BUDGET = 24, 64
 COMMAND = "bench-search"
@@ -31,19 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 when all that was asked for is there, 3 when time ran out before, else the error's own code."""
     args = _arguments(arguments)
     os.chdir(ROOT)  # models of the landscapes are named from here
-    try:
-        return int({"measure": _measure, "profile": _profile, "search": _search}[args.what](args))
-    except PipetuneError as error:
-        _say(f"error: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on with what is there")
-        return 130
+    return exit_code_of(lambda: WORK[args.what](args))
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.evaluation.search", description=__doc__)
-    parser.add_argument("what", choices=("measure", "profile", "search"))
+    parser.add_argument("what", choices=WORK)
     parser.add_argument("names", nargs="*", help=f"landscapes; of {', '.join(MEASURED)}; none means all")
     parser.add_argument("--max-minutes", type=float, default=120.0, help="for measuring")
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -68,9 +59,9 @@ def _measure(args: argparse.Namespace) -> int:
     complete = True
     for name in args.names:
         left_s = deadline - time.monotonic()
-        complete &= left_s > 0 and measure_landscape(MEASURED[name], args.folder / name, timeout_s=left_s, say=_say)
+        complete &= left_s > 0 and measure_landscape(MEASURED[name], args.folder / name, timeout_s=left_s, say=say)
         if complete and not (args.folder / name / "profile.json").exists():
-            profile_landscape(MEASURED[name], args.folder / name, say=_say)
+            profile_landscape(MEASURED[name], args.folder / name, say=say)
     return 0 if complete else 3
 
 
@@ -78,7 +69,7 @@ def _profile(args: argparse.Namespace) -> int:
     from tests.evaluation.search.measure import profile_landscape
 
     for name in args.names:
-        profile_landscape(MEASURED[name], args.folder / name, say=_say)
+        profile_landscape(MEASURED[name], args.folder / name, say=say)
     return 0
 
 
@@ -100,13 +91,13 @@ def _search(args: argparse.Namespace) -> int:
         if world.auto_counts is not None or "device_map" not in method
         for seed in range(args.seeds)
     ]
-    _say(f"{len(jobs)} searches of {len(worlds)} landscapes by {len(methods)} methods")
+    say(f"{len(jobs)} searches of {len(worlds)} landscapes by {len(methods)} methods")
     curves: list[Curve] = []
     with ProcessPoolExecutor(args.jobs) as pool:
         for curve in pool.map(_search_one, jobs, chunksize=4):
             curves.append(curve)
             if len(curves) % 100 == 0:
-                _say(f"{len(curves)} of {len(jobs)}")
+                say(f"{len(curves)} of {len(jobs)}")
     for world in worlds:
         plot_world(world, curves, methods, args.folder / "plots" / f"{world.name}.png")
     text = "\n\n".join(
@@ -147,13 +138,34 @@ def _search_one(job: tuple[Path, str, bool, str, int, int]) -> Curve:
     return search(_worlds[name], method, seed, budget)
 
 
+def _memory(args: argparse.Namespace) -> int:
+    from tests.evaluation.search.landscape import LandscapeFolder
+    from tests.evaluation.search.memory_error import describe, memory_errors
+
+    for name in args.names:
+        folder = LandscapeFolder(args.folder / name)
+        sys.stdout.write(f"{name}\n\n{describe(memory_errors(folder.read().shape, folder.records()))}\n\n")
+    return 0
+
+
+def _model(args: argparse.Namespace) -> int:
+    from tests.evaluation.search.model_error import error_table
+
+    sys.stdout.write(error_table([(name, args.folder / name) for name in args.names]) + "\n")
+    return 0
+
+
 _worlds: dict[str, World] = {}
-"""Of a worker process, read once."""
+"""Landscapes that a worker process has read."""
 
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"[{time.strftime('%H:%M:%S')}] {text}\n")
-    sys.stderr.flush()
+WORK: dict[str, Callable[[argparse.Namespace], int]] = {
+    "measure": _measure,
+    "profile": _profile,
+    "search": _search,
+    "model": _model,
+    "memory": _memory,
+}
+"""What can be asked for: landscapes measured, their profiles, all searches; or the cost model's errors alone."""
 
 
 if __name__ == "__main__":

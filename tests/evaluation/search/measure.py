@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import random
 import statistics
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +20,7 @@ from pipetune.bench.record import Failure, Measurement, Outcome, Record
 from pipetune.bench.spec import Plan, RunSpec
 from pipetune.tuner.planning.costs.profile_cache import grid_for
 from pipetune.tuner.search.runs import timestamp
+from tests.evaluation.harness import findable, module_command
 from tests.evaluation.search.landscape import (
     Landscape,
     LandscapeFolder,
@@ -147,14 +148,8 @@ def _undone(
 
 
 def _auto_counts(spec: LandscapeSpec) -> tuple[int, ...]:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.evaluation.peers.auto_map",
-        spec.model.name,
-        str(len(spec.device_orders[0])),
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    command = module_command("tests.evaluation.peers.auto_map", spec.model.name, str(len(spec.device_orders[0])))
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=findable(os.environ))
     return tuple(json.loads(done.stdout))
 
 

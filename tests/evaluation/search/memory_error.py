@@ -1,6 +1,6 @@
 """Memory predicted against memory measured, stage by stage, over a landscape.
 
-    python -m tests.evaluation.search.memory_error results/landscapes/smollm2-prefill-heavy
+    python -m tests.evaluation.search memory smollm2-prefill-heavy
 
 Predicted is what `bench.memory` accounts for; measured is the peak of the worker's resident set while the plan was
 timed. Both are compared whole, with what the process took before any model was loaded, and without it.
@@ -8,16 +8,13 @@ timed. Both are compared whole, with what the process took before any model was 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from pipetune.bench.memory import ModelShape, stage_bytes
 from pipetune.bench.record import Measurement, Record
-from tests.evaluation.search.landscape import LandscapeFolder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,14 +94,3 @@ def describe(errors: Sequence[MemoryErrors]) -> str:
         cells = " | ".join(f"{100 * share:+.1f} %" for share in shares)
         lines.append(f"| {row.stage} | {row.runs} | {row.under} | {cells} |")
     return "\n".join(lines)
-
-
-def main(args: Sequence[str]) -> None:
-    """Prints the table of each landscape named."""
-    for name in args:
-        folder = LandscapeFolder(Path(name))
-        sys.stdout.write(f"{name}\n\n{describe(memory_errors(folder.read().shape, folder.records()))}\n\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,6 +1,6 @@
 """How well the cost model predicts a landscape: after profiling alone, and after a search's first runs.
 
-    python -m tests.evaluation.search.model_error results/landscapes/smollm2-prefill-heavy
+    python -m tests.evaluation.search model smollm2-prefill-heavy
 
 A search would run the plan predicted best, learn from it, run the plan then predicted best, and so on. After some such
 runs all plans not among them are judged: predicted throughput against what all their runs come to, the machine's drift
@@ -10,7 +10,6 @@ taken out. That is done once with each repeat as what the search sees; what is t
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -179,12 +178,3 @@ def _effective(records: Sequence[Record]) -> EffectivePlan:
     effective = records[0].effective
     assert effective is not None
     return effective
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Prints the table of the landscapes named."""
-    print(error_table([(Path(name).name, Path(name)) for name in arguments]))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
