@@ -39,7 +39,7 @@ def compare(
     reports, names = files.read_reports([common.study_at(study) for study in studies])
     comparison = compare_studies(reports, names, parse_prices(price or []) if price else None)
     if output_dir is not None:
-        files.write_all(comparison, output_dir)
+        files.write_comparison(comparison, output_dir)
     if json:
         common.print_json(comparison.model_dump(mode="json"))
     else:

@@ -27,7 +27,7 @@ def history(
 
     found = files.read_history(places, metric or [])
     if output_dir is not None:
-        files.write_all(found, output_dir)
+        files.write_history(found, output_dir)
     if json:
         common.print_json(found.model_dump(mode="json"))
     else:

@@ -26,7 +26,7 @@ def report(
         return common.show_study(conclude(folder), json=json)
     from pipetune.tuner.report.compare.files import read_reports
     from pipetune.tuner.report.compare.join import compare_studies
-    from pipetune.tuner.report.compare.page import sections_of
+    from pipetune.tuner.report.compare.wording import sections_of
 
     reports, names = read_reports([common.study_at(other) for other in (*compare, study)])
     return common.show_study(conclude(folder, sections_of(compare_studies(reports, names))), json=json)

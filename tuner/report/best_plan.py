@@ -15,8 +15,8 @@ from pipetune.tuner.report.document import (
     Cards,
     Column,
     Facts,
+    Figures,
     Part,
-    Pictures,
     Section,
     Segment,
     Split,
@@ -74,7 +74,7 @@ _STAGE_COLUMNS = (
 )
 
 
-def best_plan_parts(report: Report, timeline: Pictures) -> tuple[Part, ...]:
+def best_plan_parts(report: Report, timeline: Figures) -> tuple[Part, ...]:
     """The best plan, or the plan shown for lack of one; the headline alone where nothing was measured."""
     row = report.shown
     if row is None:

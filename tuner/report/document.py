@@ -14,7 +14,7 @@ Commands build documents, renderers draw them: `render.rich` for a terminal, `re
     )
 
 A part is drawn by every renderer in the way of its medium: a `Bar` is a line of text where no bar can be drawn, and
-`Pictures` are drawn in pages alone. Where media differ in what they hold, the builder makes one document for each from
+`Figures` are drawn in pages alone. Where media differ in what they hold, the builder makes one document for each from
 the same parts. All text is foreign to every renderer: none reads markup in it.
 """
 
@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from pipetune.tuner.report.chart import Chart
 
 Style = Literal["", "strong", "good", "warning", "bad", "faint", "other"]
 """What a text is to its reader; `other`: a row to compare with."""
@@ -166,21 +168,21 @@ class Code:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """A drawn figure, as PNG for light pages and for dark ones."""
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart with the words that stand for it."""
 
     alt: str
-    light: bytes
-    dark: bytes
+    chart: Chart
     wide: bool = False
+    """Whether it takes a page's whole width."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """Figures side by side; of pages alone."""
+class Figures:
+    """Figures side by side; pages alone show them."""
 
-    pictures: tuple[Picture, ...]
+    figures: tuple[Figure, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ class Section:
     """Whether it is what a page shows first: centred, its first text large."""
 
 
-Part = Text | Bullets | Facts | Table | Bar | Cards | Split | Code | Pictures | Section
+Part = Text | Bullets | Facts | Table | Bar | Cards | Split | Code | Figures | Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from pipetune.bench.record import Measurement
 from pipetune.tuner.ranking.values import BaselineRow
@@ -16,9 +16,8 @@ from pipetune.tuner.report.document import (
     Column,
     Document,
     Facts,
+    Figures,
     Part,
-    Picture,
-    Pictures,
     Section,
     Table,
     TableRow,
@@ -26,20 +25,21 @@ from pipetune.tuner.report.document import (
 )
 from pipetune.tuner.report.ranking import facts_of, failures_table, ranking_table, remarks_of, title_of
 from pipetune.tuner.report.search import tell
+from pipetune.tuner.report.study_charts import study_figures
 from pipetune.tuner.report.wording import bytes_text, clean, export_note, ms_text, peer_name, spread_text
 from pipetune.tuner.study.plan_file import engine_replicas
 
 
-def page_of(report: Report, pictures: Mapping[str, Picture], sections: Sequence[Section] = ()) -> Document:
+def page_of(report: Report, sections: Sequence[Section] = ()) -> Document:
     """The page.
 
     Args:
-        pictures: by the names of `plots.draw_study`; those that the study has no data for are not there.
         sections: further ones, such as a comparison with other studies.
     """
+    drawn = study_figures(report)
 
-    def figures(*names: str) -> Pictures:
-        return Pictures(tuple(pictures[name] for name in names if name in pictures))
+    def figures(*names: str) -> Figures:
+        return Figures(tuple(drawn[name] for name in names if name in drawn))
 
     ranking, failures = ranking_table(report), failures_table(report)
     parts: list[Part] = [*best_plan_parts(report, figures("timeline"))]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipetune.tuner.report.canvas import (
+from pipetune.tuner.report.render.canvas import (
     BLUE,
     GREEN,
     GREY,

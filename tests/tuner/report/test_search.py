@@ -14,14 +14,15 @@ from pipetune.bench.metrics import derive
 from pipetune.bench.record import FailureKind, Measurement, Record
 from pipetune.tuner.commands.conclude import document
 from pipetune.tuner.config.schema import Constraint
+from pipetune.tuner.report.chart import Dots, Line
 from pipetune.tuner.report.costs import costs_of
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.document import Facts, Table
-from pipetune.tuner.report.figures import forecast_of, history_of
 from pipetune.tuner.report.files import write_report
 from pipetune.tuner.report.ranking import screen_of
 from pipetune.tuner.report.render.rich import render_rich
 from pipetune.tuner.report.search import tell, trials_of
+from pipetune.tuner.report.study_charts import prediction_chart, search_chart
 from pipetune.tuner.study.files import SEARCH_FILE, load_study
 from pipetune.tuner.study.search_log import SearchLog, Stop
 from tests.record_factory import make_failure, make_measurement, make_plan, make_record, make_study_records
@@ -57,9 +58,11 @@ def test_each_trial_stands_beside_its_prediction(tmp_path: Path) -> None:
     assert "profile 21 s" in story.phases
     assert story.shares is not None
     assert sum(segment.percent for segment in story.shares.segments) == pytest.approx(100)
-    forecast = forecast_of(report)
-    assert forecast is not None
-    assert len(forecast.numbers) == 8
+    chart = prediction_chart(report)
+    assert chart is not None
+    (dots,) = (mark for mark in chart.marks if isinstance(mark, Dots))
+    assert dots.names == tuple(str(trial.number) for trial in trials if trial.error is not None)
+    assert len(dots.names) == 8
 
 
 def test_every_form_of_report_tells_it(tmp_path: Path) -> None:
@@ -147,9 +150,11 @@ def test_a_trial_that_breaks_a_constraint_is_never_the_best_so_far(tmp_path: Pat
     assert not all(kept[:8])
     assert all(keeps for keeps, trial in zip(kept, trials_of(report), strict=True) if trial.is_best_so_far)
     assert report.ranking.constraints == (limit,)
-    history = history_of(report)
-    assert history is not None
-    assert all(value in [reached for _, reached in history.trials] for _, value in history.best_so_far)
+    chart = search_chart(report)
+    assert chart is not None
+    (best,) = (mark for mark in chart.marks if isinstance(mark, Line))
+    (dots,) = (mark for mark in chart.marks if isinstance(mark, Dots) and mark.label == "trial")
+    assert set(best.ys) <= set(dots.ys)
 
 
 def test_a_diary_that_is_cut_off_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from pipetune.tuner.gate.outputs.wording import signed
 from pipetune.tuner.gate.values import Finding, GateResult, Verdict
-from pipetune.tuner.report.canvas import GREEN, GREY, LIGHT, ORANGE, VERMILION, Theme, new_figure, to_png
+from pipetune.tuner.report.render.canvas import GREEN, GREY, LIGHT, ORANGE, VERMILION, Theme, new_figure, to_png
 
 _COLOURS = {Verdict.OK: GREEN, Verdict.FAIL: VERMILION, Verdict.INCONCLUSIVE: ORANGE}
 _SPREAD, _HALF = 0.28, 0.42

@@ -8,21 +8,19 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipetune.bench.errors import ConfigError, StudyError
-from pipetune.bench.files import write_durably
 from pipetune.bench.record import Record
 from pipetune.bench.spec import device_index, device_kind
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective
+from pipetune.tuner.report.compare.charts import comparison_figures
 from pipetune.tuner.report.compare.values import StudyComparison
-from pipetune.tuner.report.compare.wording import CSV_COLUMNS, entries_of, whole_of
+from pipetune.tuner.report.compare.wording import CSV_COLUMNS, entries_of, page_of, whole_of
 from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.files import write_folder
 from pipetune.tuner.report.render.csv import render_csv
-from pipetune.tuner.report.render.html import render_html
 from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.study.files import load_study
-
-RESULT_FILE, CSV_FILE, MARKDOWN_FILE, PAGE_FILE = "compare.json", "compare.csv", "compare.md", "compare.html"
 
 
 def read_reports(folders: Sequence[Path]) -> tuple[list[Report], list[str]]:
@@ -45,26 +43,24 @@ def read_reports(folders: Sequence[Path]) -> tuple[list[Report], list[str]]:
     return reports, _names(places)
 
 
-def write_all(comparison: StudyComparison, folder: Path) -> None:
+def write_comparison(comparison: StudyComparison, folder: Path) -> None:
     """Writes a comparison into a folder.
 
     Raises:
         ConfigError: it cannot be written.
     """
     # matplotlib takes half a second to import: who only looks at the screen need not wait for it.
-    from pipetune.tuner.report.compare.page import page_of
-    from pipetune.tuner.report.compare.plot import draw_comparison
+    from pipetune.tuner.report.render.html import render_html
+    from pipetune.tuner.report.render.plot import render_png
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / RESULT_FILE, comparison.model_dump_json(indent=1) + "\n")
-        write_durably(folder / CSV_FILE, render_csv(CSV_COLUMNS, entries_of(comparison)))
-        write_durably(folder / MARKDOWN_FILE, render_markdown(whole_of(comparison)))
-        write_durably(folder / PAGE_FILE, render_html(page_of(comparison)))
-        for name, picture in draw_comparison(comparison).items():
-            (folder / f"{name}.png").write_bytes(picture.light)
-    except OSError as error:
-        raise ConfigError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
+    texts = {
+        "compare.json": comparison.model_dump_json(indent=1) + "\n",
+        "compare.csv": render_csv(CSV_COLUMNS, entries_of(comparison)),
+        "compare.md": render_markdown(whole_of(comparison)),
+        "compare.html": render_html(page_of(comparison)),
+    }
+    figures = comparison_figures(comparison)
+    write_folder(folder, texts, {f"{name}.png": render_png(figure.chart) for name, figure in figures.items()})
 
 
 def _records_file(path: Path) -> Report:

@@ -11,7 +11,7 @@ from pipetune.bench.errors import ConfigError
 from pipetune.bench.record import Hardware, Measurement
 from pipetune.bench.spec import ModelSpec, Plan, Workload, device_kind
 from pipetune.tuner.ranking.values import Row
-from pipetune.tuner.report.compare.values import Change, Contestant, Figures, RatioText, SharedPlan, StudyComparison
+from pipetune.tuner.report.compare.values import Change, Contestant, PlanResult, SharedPlan, StudyComparison, StudyRatio
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.wording import bytes_text
 from pipetune.tuner.stats.ratios import ratio_of
@@ -86,9 +86,9 @@ def _price(devices: Sequence[str], prices: Mapping[str, float]) -> float | None:
     return sum(known) if len(known) == len(each) else None
 
 
-def _figures(report: Report) -> dict[str, Figures]:
+def _figures(report: Report) -> dict[str, PlanResult]:
     """Of every plan that was measured and may be ranked; of two that differ in their caps alone, the better."""
-    found: dict[str, Figures] = {}
+    found: dict[str, PlanResult] = {}
     for row in report.ranking.rows:
         key = plan_key(row.plan, report.config.concrete_devices)
         if key not in found:
@@ -96,11 +96,11 @@ def _figures(report: Report) -> dict[str, Figures]:
     return found
 
 
-def _figures_of(report: Report, row: Row) -> Figures:
+def _figures_of(report: Report, row: Row) -> PlanResult:
     used = [record.result for record in report.records if record.number in row.used_records]
     runs = [result for result in used if isinstance(result, Measurement)]
     typical = report.typical(row)
-    return Figures(
+    return PlanResult(
         plan=row.plan,
         in_flight=row.effective.in_flight,
         stage_devices=tuple(stage.device for stage in typical.memory),
@@ -124,7 +124,7 @@ def _tokens_per_joule(runs: Sequence[Measurement]) -> float | None:
     return statistics.median(found) if found else None
 
 
-def _shared(figures: Mapping[str, Mapping[str, Figures]]) -> tuple[SharedPlan, ...]:
+def _shared(figures: Mapping[str, Mapping[str, PlanResult]]) -> tuple[SharedPlan, ...]:
     keys = list(dict.fromkeys(key for rows in figures.values() for key in rows))
     base = next(iter(figures))
     found = []
@@ -147,19 +147,19 @@ def _shared(figures: Mapping[str, Mapping[str, Figures]]) -> tuple[SharedPlan, .
     return tuple(sorted(found, key=lambda plan: -next(iter(plan.figures.values())).throughput))
 
 
-def _ratio(ours: Figures, theirs: Figures) -> RatioText:
+def _ratio(ours: PlanResult, theirs: PlanResult) -> StudyRatio:
     found = ratio_of(ours.throughputs, theirs.throughputs)
-    return RatioText(value=found.value, low=found.low, high=found.high)
+    return StudyRatio(value=found.value, low=found.low, high=found.high)
 
 
-def _is_unlike(one: Figures, other: Figures) -> bool:
+def _is_unlike(one: PlanResult, other: PlanResult) -> bool:
     """Machines of one kind report a little more or less memory from boot to boot: that is no other cap."""
     pairs = zip(one.cap_bytes, other.cap_bytes, strict=False)
     return one.in_flight != other.in_flight or any(abs(ours - theirs) > 0.01 * theirs for ours, theirs in pairs)
 
 
-def _unlike(name: str, one: Figures, first: str, other: Figures) -> str:
-    def caps(figures: Figures) -> str:
+def _unlike(name: str, one: PlanResult, first: str, other: PlanResult) -> str:
+    def caps(figures: PlanResult) -> str:
         return ", ".join(bytes_text(count) for count in figures.cap_bytes)
 
     return (
@@ -238,8 +238,8 @@ def _text(
     first: Contestant,
     other: Contestant,
     work: Sequence[str],
-    same_plan: RatioText | None,
-    own_best: RatioText | None,
+    same_plan: StudyRatio | None,
+    own_best: StudyRatio | None,
     moved: str | None,
 ) -> str:
     if work:
@@ -256,7 +256,7 @@ def _text(
     return f"{same}; {best}" + (f", and another plan is best: {moved}" if moved else ", with the same plan")
 
 
-def _said(ratio: RatioText) -> str:
+def _said(ratio: StudyRatio) -> str:
     """`8.1 % slower (95 %: 5.2 to 10.9 %)`."""
     change = 100 * (ratio.value - 1)
     said = f"{abs(change):.1f} % {'faster' if change > 0 else 'slower'}" if abs(change) >= 0.05 else "as fast"

@@ -6,7 +6,7 @@ from pipetune.bench.record import Machine
 from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Protocol, Value, Workload
 
 
-class RatioText(Value):
+class StudyRatio(Value):
     """How many times better one thing is than another; above 1 is better."""
 
     value: float
@@ -20,7 +20,7 @@ class RatioText(Value):
         return self.low is not None and self.high is not None and not self.low <= 1.0 <= self.high
 
 
-class Figures(Value):
+class PlanResult(Value):
     """What one plan gave in one study."""
 
     plan: Plan
@@ -63,7 +63,7 @@ class Contestant(Value):
     """Of all its devices together; None where a device has no price."""
     baseline: float | None
     """Tokens per second of the un-pipelined model."""
-    best: Figures | None
+    best: PlanResult | None
     """Its own best plan; None where no plan has a rank."""
     best_key: str | None = None
     """Of that plan, as `SharedPlan.key`."""
@@ -92,9 +92,9 @@ class SharedPlan(Value):
     key: str
     """Layers, sizes, replicas and switches, without the devices' names and without how many are in flight."""
     text: str
-    figures: dict[str, Figures]
+    figures: dict[str, PlanResult]
     """By the study's name."""
-    ratios: dict[str, RatioText]
+    ratios: dict[str, StudyRatio]
     """Throughput of each later study that has it over the first study's; empty where that did not run it."""
     notes: tuple[str, ...] = ()
     """Caps or numbers in flight that differ."""
@@ -111,9 +111,9 @@ class Change(Value):
     software: tuple[str, ...]
     work: tuple[str, ...]
     """What differs in model and workload: then nothing else compares."""
-    same_plan: RatioText | None
+    same_plan: StudyRatio | None
     """The first study's best plan in both; None where this one did not run it."""
-    own_best: RatioText | None
+    own_best: StudyRatio | None
     """Each at its own best."""
     moved: str | None
     """Where the best plan moved; None where it is the same."""

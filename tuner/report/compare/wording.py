@@ -5,13 +5,15 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Sequence
 
-from pipetune.tuner.report.compare.values import Contestant, Figures, RatioText, SharedPlan, StudyComparison
+from pipetune.tuner.report.compare.charts import comparison_figures
+from pipetune.tuner.report.compare.values import Contestant, PlanResult, SharedPlan, StudyComparison, StudyRatio
 from pipetune.tuner.report.document import (
     GAP,
     Bullets,
     Cell,
     Column,
     Document,
+    Figures,
     Part,
     Section,
     Table,
@@ -70,6 +72,30 @@ def whole_of(comparison: StudyComparison) -> Document:
     )
 
 
+def page_of(comparison: StudyComparison) -> Document:
+    """A page of its own."""
+    first, *others = comparison.contestants
+    return Document(
+        title=f"{first.name} and {len(others)} more",
+        facts=tuple((one.name, one.place) for one in comparison.contestants),
+        parts=sections_of(comparison),
+    )
+
+
+def sections_of(comparison: StudyComparison) -> tuple[Section, ...]:
+    """Parts of a page, its own or that of a study's report: each at its own best, the same plans, and what changed."""
+    figures = comparison_figures(comparison)
+
+    def figure(name: str) -> Figures:
+        return Figures((figures[name],) if name in figures else ())
+
+    names = ", ".join(one.name for one in comparison.contestants)
+    own = (Bullets(remarks_of(comparison)), studies_table(comparison), figure("own_best"))
+    plans = plans_table(comparison)
+    same = (Section("The same plans", (plans, figure("same_plans"))),) if plans else ()
+    return (Section(f"Compared: {names}", own), *same)
+
+
 def studies_table(comparison: StudyComparison) -> Table:
     """Each study at its own best, in the columns that any study has something for."""
     rows = [_study(one) for one in comparison.contestants]
@@ -118,7 +144,9 @@ def entries_of(comparison: StudyComparison) -> Iterator[dict[str, CsvCell]]:
                 yield dict(zip(CSV_COLUMNS, cells, strict=True))
 
 
-def _csv_line(text: str, one: Contestant, key: str, figures: Figures, ratio: RatioText | None) -> tuple[CsvCell, ...]:
+def _csv_line(
+    text: str, one: Contestant, key: str, figures: PlanResult, ratio: StudyRatio | None
+) -> tuple[CsvCell, ...]:
     return (
         text,
         one.name,
@@ -135,7 +163,7 @@ def _csv_line(text: str, one: Contestant, key: str, figures: Figures, ratio: Rat
     )
 
 
-def ratio_cell(ratio: RatioText | None) -> str:
+def ratio_cell(ratio: StudyRatio | None) -> str:
     """`0.92 (0.89–0.95)`."""
     if ratio is None:
         return MISSING

@@ -9,14 +9,13 @@ from pipetune.bench.errors import ConfigError, PipetuneError
 from pipetune.bench.files import write_durably
 from pipetune.bench.metrics import metric_names
 from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.files import write_folder
+from pipetune.tuner.report.history.charts import history_figures
 from pipetune.tuner.report.history.series import StudyNight, history_of
 from pipetune.tuner.report.history.values import History
 from pipetune.tuner.report.history.wording import page_of, whole_of
-from pipetune.tuner.report.render.html import render_html
 from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.study.files import CONFIG_FILE, load_study
-
-RESULT_FILE, MARKDOWN_FILE, PAGE_FILE = "history.json", "history.md", "history.html"
 
 
 def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History:
@@ -52,25 +51,28 @@ def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History
     return history_of(nights, tuple(metrics), skipped)
 
 
-def write_all(history: History, folder: Path) -> None:
+def write_history(history: History, folder: Path) -> None:
     """Writes a history into a folder; an earlier one there is replaced.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    from pipetune.tuner.report.history.plots import draw_question
+    # matplotlib takes half a second to import: who only looks at the screen need not wait for it.
+    from pipetune.tuner.report.render.html import render_html
+    from pipetune.tuner.report.render.plot import render_png
 
-    pictures = [draw_question(question) for question in history.questions]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / RESULT_FILE, history.model_dump_json(indent=1) + "\n")
-        write_durably(folder / MARKDOWN_FILE, render_markdown(whole_of(history)))
-        write_durably(folder / PAGE_FILE, render_html(page_of(history, pictures)))
-        for number, drawn in enumerate(pictures, start=1):
-            for metric, picture in drawn.items():
-                (folder / f"{number}-{metric}.png").write_bytes(picture.light)
-    except OSError as error:
-        raise ConfigError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from None
+    figures = [history_figures(question) for question in history.questions]
+    texts = {
+        "history.json": history.model_dump_json(indent=1) + "\n",
+        "history.md": render_markdown(whole_of(history)),
+        "history.html": render_html(page_of(history, figures)),
+    }
+    pictures = {
+        f"{number}-{metric}.png": render_png(figure.chart)
+        for number, own in enumerate(figures, start=1)
+        for metric, figure in own.items()
+    }
+    write_folder(folder, texts, pictures)
 
 
 def _studies(places: Sequence[Path]) -> list[Path]:

@@ -14,9 +14,9 @@ from pipetune.tuner.report.document import (
     Bullets,
     Column,
     Document,
+    Figure,
+    Figures,
     Part,
-    Picture,
-    Pictures,
     Section,
     Table,
     Text,
@@ -58,39 +58,31 @@ def screen_of(history: History) -> Document:
 
 def whole_of(history: History) -> Document:
     """All of the history: what `history.md` holds."""
-    sections = [
-        Section(
-            question.title,
-            (Text(_nights_text(question)), *changes_of(question), Text(trust_text(question)), series_table(question)),
-        )
-        for question in history.questions
-    ]
+    sections = [_section(question, {}) for question in history.questions]
     skipped = Bullets(tuple(f"not read: {text}" for text in history.skipped))
     return Document(title="History", parts=(*sections, skipped))
 
 
-def page_of(history: History, pictures: Sequence[Mapping[str, Picture]]) -> Document:
+def page_of(history: History, figures: Sequence[Mapping[str, Figure]]) -> Document:
     """The page: a section for each question.
 
     Args:
-        pictures: of each question, by metric.
+        figures: of each question, by metric.
     """
     nights = sum(len(question.nights) for question in history.questions)
     changes = sum(len(events_of(question)) for question in history.questions)
     facts = [("nights", str(nights)), ("changes of level", f"from {changes} nights on" if changes else "none")]
     facts += [("not read", text) for text in history.skipped]
-    sections = tuple(
-        Section(section.heading, (*section.parts, Pictures(tuple(drawn.values()))))
-        for section, drawn in zip(whole_of(history).parts, pictures, strict=False)
-        if isinstance(section, Section)
-    )
-    return Document(title="History", facts=tuple(facts), parts=sections)
+    sections = (_section(question, own) for question, own in zip(history.questions, figures, strict=True))
+    return Document(title="History", facts=tuple(facts), parts=tuple(sections))
 
 
-def changes_of(question: Question) -> tuple[Part, ...]:
-    """All changes of level, or that there is none."""
+def _section(question: Question, figures: Mapping[str, Figure]) -> Section:
     events = events_of(question)
-    return (Bullets(tuple(event.bullet for event in events)) if events else Text("No level has changed."),)
+    changes = Bullets(tuple(event.bullet for event in events)) if events else Text("No level has changed.")
+    drawn = Figures(tuple(figures.values()))
+    nights, trust = Text(_nights_text(question)), Text(trust_text(question))
+    return Section(question.title, (nights, changes, trust, series_table(question), drawn))
 
 
 def series_table(question: Question) -> Table:
@@ -105,7 +97,7 @@ def series_table(question: Question) -> Table:
 def sparkline(series: Series) -> str:
     """The last nights as bars."""
     shown = series.values[-_MOST_NIGHTS:]
-    low, high = span_of(shown)
+    low, high = scale_of(shown)
     return "".join(_BARS[min(7, int(8 * (value - low) / (high - low)))] for value in shown)
 
 
@@ -176,7 +168,7 @@ def trust_text(question: Question) -> str:
     )
 
 
-def span_of(values: Sequence[float]) -> tuple[float, float]:
+def scale_of(values: Sequence[float]) -> tuple[float, float]:
     """Ends of a scale for a series: a fifth of its level at least, so that noise does not look like news."""
     low, high = min(values), max(values)
     middle, half = (low + high) / 2, max((high - low) / 2, 0.1 * abs(high), 1e-9)

@@ -14,8 +14,8 @@ from pipetune.tuner.report.document import (
     Code,
     Document,
     Facts,
+    Figures,
     Part,
-    Pictures,
     Section,
     Split,
     Style,
@@ -73,7 +73,7 @@ def _blocks(parts: Iterable[Part], level: int) -> Iterator[str]:
                 yield escaped(" · ".join(f"{device}: {layers}" for device, layers, _ in part.stages))
             case Code():
                 yield f"```\n{part.text}\n```"
-            case Text() | Bullets() | Pictures():
+            case Text() | Bullets() | Figures():
                 pass
 
 

@@ -20,8 +20,8 @@ from pipetune.tuner.report.document import (
     Code,
     Document,
     Facts,
+    Figures,
     Part,
-    Pictures,
     Section,
     Split,
     Style,
@@ -76,7 +76,7 @@ def _drawn(parts: tuple[Part, ...]) -> Iterator[RenderableType]:
                 yield RichText(" | ".join(f"{device}: {layers}" for device, layers, _ in part.stages))
             case Code():
                 yield RichText(part.text)
-            case Pictures():
+            case Figures():
                 pass
 
 

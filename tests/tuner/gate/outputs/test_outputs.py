@@ -24,7 +24,7 @@ from pipetune.tuner.gate.outputs.markdown import render_markdown
 from pipetune.tuner.gate.outputs.plot import draw
 from pipetune.tuner.gate.outputs.wording import signed, story_of, value_text
 from pipetune.tuner.gate.values import GateResult, Reason, Session, Verdict
-from pipetune.tuner.report.canvas import LIGHT
+from pipetune.tuner.report.render.canvas import LIGHT
 from tests.tuner.gate.factory import make_sample
 from tests.tuner.gate.results import METRIC, make_result
 

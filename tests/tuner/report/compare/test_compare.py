@@ -14,7 +14,7 @@ from pipetune.bench.errors import ConfigError, StudyError
 from pipetune.bench.record import GpuInfo, Machine
 from pipetune.bench.spec import Workload
 from pipetune.tuner.cli import run
-from pipetune.tuner.report.compare.files import read_reports, write_all
+from pipetune.tuner.report.compare.files import read_reports, write_comparison
 from pipetune.tuner.report.compare.join import compare_studies, plan_key
 from pipetune.tuner.report.compare.values import StudyComparison
 from pipetune.tuner.report.compare.wording import remarks_of
@@ -30,7 +30,7 @@ def compared(*folders: Path, **options: dict[str, float]) -> StudyComparison:
 
 
 def write_to(found: StudyComparison, folder: Path) -> Path:
-    write_all(found, folder)
+    write_comparison(found, folder)
     return folder
 
 
@@ -248,6 +248,6 @@ def test_names_that_are_alike_are_told_apart_by_their_folders(tmp_path: Path) ->
 
 def test_a_comparison_written_twice_replaces_the_first(tmp_path: Path) -> None:
     found = compared(write_night(tmp_path / "a"), write_night(tmp_path / "b", seed=9))
-    write_all(found, tmp_path / "out")
-    write_all(found, tmp_path / "out")
+    write_comparison(found, tmp_path / "out")
+    write_comparison(found, tmp_path / "out")
     assert StudyComparison.model_validate_json((tmp_path / "out" / "compare.json").read_bytes()) == found

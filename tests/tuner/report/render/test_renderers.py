@@ -11,6 +11,7 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
+from pipetune.tuner.report.chart import Band, Bars, Chart, Dots, Line, Rule, Words
 from pipetune.tuner.report.document import (
     Bar,
     Bullet,
@@ -21,8 +22,8 @@ from pipetune.tuner.report.document import (
     Column,
     Document,
     Facts,
-    Picture,
-    Pictures,
+    Figure,
+    Figures,
     Section,
     Segment,
     Split,
@@ -32,9 +33,11 @@ from pipetune.tuner.report.document import (
     left,
     rows_of,
 )
+from pipetune.tuner.report.render.canvas import DARK, LIGHT
 from pipetune.tuner.report.render.csv import render_csv
 from pipetune.tuner.report.render.html import render_html
 from pipetune.tuner.report.render.markdown import render_markdown
+from pipetune.tuner.report.render.plot import draw, render_png
 from pipetune.tuner.report.render.rich import render_rich
 
 EVIL = "<b>[red]x[/red]</b> | `y` _z_"
@@ -48,6 +51,18 @@ TABLE = Table(
     ruled=True,
 )
 WEIGHTS = Segment(label="weights", text="9 MiB", percent=50, colour=1)
+CHART = Chart(
+    title=EVIL,
+    rows=("a $1 row", "another"),
+    marks=(
+        Rule(at=1.0, is_upright=True, label="even", is_dashed=True),
+        Band(xs=(0.0, 1.0), lows=(0.0, 0.0), highs=(0.5, 0.5), label="near"),
+        Bars(spans=((0, 0.0, 2.0, "m0"),), colour="plan", label="bars"),
+        Line(xs=(0.0, 2.0), ys=(0.0, 1.0), colour="grey", is_stepped=True),
+        Dots(xs=(1.5,), ys=(1.0,), colour="orange", label="$x$ dots", names=(r"$\frac{a$",), x_errors=(0.2,)),
+        Words(xs=(0.0,), ys=(1.0,), texts=("words",)),
+    ),
+)
 DOCUMENT = Document(
     title=f"Title {EVIL}",
     facts=(("model", EVIL),),
@@ -64,7 +79,7 @@ DOCUMENT = Document(
                 Bar(label="stage 0", text="cpu:0", segments=(WEIGHTS,)),
                 Split((("cpu:0", "layers 0–16", 57.0), ("cpu:1", "layers 17–29", 43.0))),
                 Code("pipetune bench"),
-                Pictures((Picture(alt="a figure", light=b"light", dark=b"dark"),)),
+                Figures((Figure("a figure", CHART),)),
             ),
         ),
     ),
@@ -142,3 +157,14 @@ def test_cells_are_exact_and_never_formulas(value: str | float | bool | None, ce
 def test_a_cell_of_no_column_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="extra"):
         render_csv(("name",), [{"extra": 1}])
+
+
+def test_a_chart_draws_every_mark_and_names_those_with_labels() -> None:
+    assert render_png(CHART, LIGHT).startswith(b"\x89PNG")
+    assert render_png(CHART, LIGHT) != render_png(CHART, DARK)
+    figure = draw(CHART)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["even", "near", "bars", "$x$ dots"]
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a $1 row", "another"]
+    assert {"m0", "words", r"$\frac{a$"} <= {text.get_text() for text in axes.texts}

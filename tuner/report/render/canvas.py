@@ -6,7 +6,6 @@ Colours are those of Okabe and Ito, which people tell apart whatever their colou
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -14,10 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pipetune.tuner.report.document import Picture
-
 DPI = 160
 BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#8C8C8C"
+PALETTE = {"blue": BLUE, "orange": ORANGE, "green": GREEN, "vermilion": VERMILION, "sky": SKY, "grey": GREY}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +65,3 @@ def to_png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
-
-
-def picture(alt: str, draw: Callable[[Theme], Figure], *, wide: bool = False) -> Picture:
-    """A figure as pages hold it, drawn for light ones and for dark ones."""
-    return Picture(alt=alt, light=to_png(draw(LIGHT)), dark=to_png(draw(DARK)), wide=wide)
