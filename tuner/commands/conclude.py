@@ -40,7 +40,7 @@ def conclude(folder: Path, sections: Sequence[Section] = ()) -> Report:
         StudyError: the folder holds no study that can be read.
     """
     from pipetune.tuner.report.data import Report
-    from pipetune.tuner.report.files import write_reports
+    from pipetune.tuner.report.files import write_report
 
     contents = load_study(folder)
     report = Report.of(contents)
@@ -50,7 +50,7 @@ def conclude(folder: Path, sections: Sequence[Section] = ()) -> Report:
             (folder / name).unlink(missing_ok=True)
     else:
         write_best(folder, plan_file(contents, best), contents.shape, contents.config.device_names)
-    write_reports(report, sections)
+    write_report(report, sections)
     return report
 
 
@@ -148,7 +148,7 @@ def _row(row: Row | None) -> dict[str, Any] | None:
 
 
 def _search(report: Report) -> dict[str, Any]:
-    """How the search went; times and the reason of its end are null in studies from before a diary was kept."""
+    """How the search went; times and the reason of its end are null in studies from before a search log was kept."""
     from pipetune.tuner.report.search import median_error, trials_of
 
     trials, log = trials_of(report), report.log

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import Profile
@@ -15,23 +13,8 @@ from pipetune.bench.record import Machine, Measurement, OutputCheck, Record
 from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective, Ranking, Row
-from pipetune.tuner.study.files import PROFILE_FILE, SEARCH_FILE, read
+from pipetune.tuner.study.files import PROFILE_FILE, SEARCH_FILE, StudyContents, read
 from pipetune.tuner.study.search_log import SearchLog
-
-
-class StudyLike(Protocol):
-    """A study as it was loaded from its folder."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def config(self) -> TuneConfig: ...
-    @property
-    def machine(self) -> Machine | None: ...
-    @property
-    def shape(self) -> ModelShape | None: ...
-    @property
-    def records(self) -> Sequence[Record]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,29 +28,28 @@ class Report:
     records: tuple[Record, ...]
     ranking: Ranking
     log: SearchLog | None = None
-    """The search's diary; None in studies from before one was kept."""
+    """None in studies from before one was kept."""
     profile: Profile | None = None
     """What predictions were made from; None where nominal rates were."""
 
     @classmethod
-    def of(cls, study: StudyLike) -> Report:
+    def of(cls, study: StudyContents) -> Report:
         """Ranks a study by its own objectives and constraints.
 
         Raises:
-            StudyError: its diary or its profile is cut off.
+            StudyError: its search log or its profile is cut off.
         """
         config = study.config
-        objectives = [Objective(metric=name) for name in config.objectives]
         log_path, profile_path = study.folder / SEARCH_FILE, study.folder / PROFILE_FILE
         return cls(
             folder=study.folder,
-            config=study.config,
+            config=config,
             machine=study.machine,
             shape=study.shape,
-            records=tuple(study.records),
+            records=study.records,
             ranking=rank(
                 study.records,
-                objectives,
+                [Objective(metric=name) for name in config.objectives],
                 config.constraints,
                 rounds=(config.finalist_rounds, config.max_finalist_rounds),
             ),

@@ -17,26 +17,16 @@ from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.report.spreadsheet import columns_of, entries_of
 from pipetune.tuner.report.study_charts import study_figures
 from pipetune.tuner.report.trace import render_trace
-from pipetune.tuner.study.files import load_study
 
 PLOTS_FOLDER = "plots"
 TRACE_FILE = "trace.json.gz"
 
 
-def write_report(folder: Path) -> None:
-    """Writes `ranking.csv`, `ranking.md`, `report.html`, `plots/*.png` and `trace.json.gz` of a study.
+def write_report(report: Report, sections: Sequence[Section] = ()) -> None:
+    """Writes `ranking.csv`, `ranking.md`, `report.html`, `plots/*.png` and `trace.json.gz` into the study's folder.
 
     What the records do not yield (no plan ran, no run was instrumented) is said in the texts, and its file of an
     earlier report is taken away.
-
-    Raises:
-        StudyError: the folder holds no study that can be read.
-    """
-    write_reports(Report.of(load_study(folder)))
-
-
-def write_reports(report: Report, sections: Sequence[Section] = ()) -> None:
-    """Writes the reports of a study that was loaded and ranked already.
 
     Args:
         sections: further ones of the page, such as a comparison with other studies.

@@ -10,54 +10,17 @@ from pipetune.tuner.report.render.csv import Cell
 from pipetune.tuner.report.search import Trial, trials_of
 
 _HEAD = (
-    "entry",
-    "rank",
-    "confirmed",
-    "on_front",
-    "recommended",
-    "feasible",
-    "layers",
-    "replicas",
-    "devices",
-    "memory_fractions",
-    "micro_batch_size",
-    "prefill_micro_batch_size",
-    "prefill_chunk_size",
-    "in_flight",
-    "compile",
-    "cuda_graphs",
-    "packed_weights",
-    "objective",
-    "value",
-    "q1",
-    "q3",
-    "samples",
-    "runs",
-    "speedup_over_baseline",
-    "speedup_over_baseline_low",
-    "speedup_over_baseline_high",
-    "speedup_over_baseline_rounds",
-    "speedup_over_single_stage",
-    "speedup_over_single_stage_low",
-    "speedup_over_single_stage_high",
-    "speedup_over_single_stage_rounds",
-    "predicted",
-    "predicted_sd",
-    "prediction_error",
-)
+    "entry", "rank", "confirmed", "on_front", "recommended", "feasible", "layers", "replicas", "devices",
+    "memory_fractions", "micro_batch_size", "prefill_micro_batch_size", "prefill_chunk_size", "in_flight", "compile",
+    "cuda_graphs", "packed_weights", "objective", "value", "q1", "q3", "samples", "runs", "speedup_over_baseline",
+    "speedup_over_baseline_low", "speedup_over_baseline_high", "speedup_over_baseline_rounds",
+    "speedup_over_single_stage", "speedup_over_single_stage_low", "speedup_over_single_stage_high",
+    "speedup_over_single_stage_rounds", "predicted", "predicted_sd", "prediction_error",
+)  # fmt: skip
 _TAIL = (
-    "disturbed_runs",
-    "failed_runs",
-    "records",
-    "broken_constraints",
-    "unranked_because",
-    "notes",
-    "failure_kind",
-    "failure_stage",
-    "failure_device",
-    "failure_phase",
-    "failure_message",
-)
+    "disturbed_runs", "failed_runs", "records", "broken_constraints", "unranked_because", "notes", "failure_kind",
+    "failure_stage", "failure_device", "failure_phase", "failure_message",
+)  # fmt: skip
 
 
 def columns_of(report: Report) -> tuple[str, ...]:
@@ -74,15 +37,13 @@ def entries_of(report: Report) -> list[dict[str, Cell]]:
     for trial in trials_of(report):
         if trial.predicted is not None and trial.record.effective is not None:
             predicted.setdefault(trial.record.effective.key, trial)
-    entries: list[dict[str, Cell]] = [
-        {"objective": objective, **_plan_entry(row), **_prediction_cells(predicted.get(row.key))}
-        for row in (*ranking.rows, *ranking.unranked)
+    entries = [
+        _plan_entry(row) | _prediction_cells(predicted.get(row.key)) for row in (*ranking.rows, *ranking.unranked)
     ]
-    baselines = [(row, False) for row in ranking.baseline_sweep]
+    entries += [_baseline_entry(row, confirmed=False) for row in ranking.baseline_sweep]
     if ranking.baseline and ranking.baseline.confirmed:
-        baselines.append((ranking.baseline, True))
-    entries += [{"objective": objective, **_baseline_entry(row, confirmed)} for row, confirmed in baselines]
-    return [*entries, *map(_failure_entry, ranking.failures)]
+        entries.append(_baseline_entry(ranking.baseline, confirmed=True))
+    return [*({**entry, "objective": objective} for entry in entries), *map(_failure_entry, ranking.failures)]
 
 
 def _plan_entry(row: Row) -> dict[str, Cell]:
@@ -109,7 +70,7 @@ def _plan_entry(row: Row) -> dict[str, Cell]:
     }
 
 
-def _baseline_entry(row: BaselineRow, confirmed: bool) -> dict[str, Cell]:
+def _baseline_entry(row: BaselineRow, *, confirmed: bool) -> dict[str, Cell]:
     return {
         "entry": "baseline",
         "confirmed": confirmed,
@@ -166,8 +127,4 @@ def _ratio_cells(name: str, ratio: Ratio | None) -> dict[str, Cell]:
 def _prediction_cells(trial: Trial | None) -> dict[str, Cell]:
     if trial is None:
         return {}
-    return {
-        "predicted": trial.predicted,
-        "predicted_sd": trial.predicted_sd,
-        "prediction_error": trial.error,
-    }
+    return {"predicted": trial.predicted, "predicted_sd": trial.predicted_sd, "prediction_error": trial.error}

@@ -81,7 +81,7 @@ def terminal(folder: Path, width: int = 80) -> str:
 
 def test_a_whole_study_gets_every_file(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study")
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     plots = {"throughput_vs_bubble", "throughput_vs_memory", "history", "timeline"}
     assert {path.name for path in (folder / "plots").iterdir()} == {f"{name}.png" for name in plots}
     for path in (folder / "plots").iterdir():
@@ -95,7 +95,7 @@ def test_a_whole_study_gets_every_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PARTIAL)
 def test_partial_studies_are_reported_honestly(tmp_path: Path, name: str) -> None:
     folder = write_study(tmp_path / "study", PARTIAL[name])
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     markdown = (folder / "ranking.md").read_text(encoding="utf-8")
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     screen = " ".join(terminal(folder).split())
@@ -122,17 +122,17 @@ def test_partial_studies_are_reported_honestly(tmp_path: Path, name: str) -> Non
 
 def test_a_second_report_takes_away_what_no_longer_holds(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study")
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     for path in (folder / "records").iterdir():
         path.unlink()
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     assert not (folder / "trace.json.gz").exists()
     assert list((folder / "plots").iterdir()) == []
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study")
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.loads
@@ -166,7 +166,7 @@ def evil_study(folder: Path) -> Path:
 
 def test_foreign_text_is_text_in_every_form(tmp_path: Path) -> None:
     folder = evil_study(tmp_path / "study")
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     html = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     assert not {"script", "u"} & set(page.tags)
@@ -189,7 +189,7 @@ def test_foreign_text_is_text_in_every_form(tmp_path: Path) -> None:
 
 def test_the_csv_holds_full_precision_and_no_formula(tmp_path: Path) -> None:
     folder = evil_study(tmp_path / "study")
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     text = (folder / "ranking.csv").read_text(encoding="utf-8")
     rows = list(csv.DictReader(io.StringIO(text)))
     assert [row["entry"] for row in rows] == ["plan", "failure"]
@@ -205,7 +205,7 @@ def test_the_csv_holds_full_precision_and_no_formula(tmp_path: Path) -> None:
 
 def test_the_csv_has_a_line_for_every_plan_baseline_and_failure(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study")
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     rows = list(csv.DictReader(io.StringIO((folder / "ranking.csv").read_text(encoding="utf-8"))))
     ranking = Report.of(load_study(folder)).ranking
     counts = {name: sum(row["entry"] == name for row in rows) for name in ("plan", "baseline", "failure")}
@@ -230,7 +230,7 @@ def test_the_table_fits_80_columns_and_shows_best_and_baseline(tmp_path: Path) -
 
 def test_several_objectives_mark_the_front(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", objectives=["output_throughput", "mean_ttft_ms"])
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     front = [row for row in Report.of(load_study(folder)).ranking.rows if row.on_front]
     table = ranking_table(Report.of(load_study(folder)))
     assert table is not None
@@ -293,7 +293,7 @@ def test_one_pipeline_that_beats_copies_and_a_draw_are_said_too(tmp_path: Path) 
 def test_a_study_of_scored_texts_shows_tokens_and_end_to_end_latency(tmp_path: Path) -> None:
     scored = WORKLOAD.model_copy(update={"kind": "score"})
     folder = write_study(tmp_path / "study", make_study_records(workload=scored), workload=scored)
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     screen = terminal(folder)
     assert max(map(len, screen.splitlines())) <= 80
     assert "× 64 tokens, scored" in screen

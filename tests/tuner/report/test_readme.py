@@ -33,8 +33,10 @@ from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpe
 from pipetune.tuner.config.gate import GateConfig, Tolerance
 from pipetune.tuner.config.schema import SpaceConfig, TuneConfig
 from pipetune.tuner.gate.values import Case, Finding, GateResult, LookTaken, Pair, Sample, Session, Side
+from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.files import write_report
 from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.study.files import load_study
 from pipetune.tuner.study.plan_file import PlanFile
 from pipetune.tuner.study.search_log import LoggedTrial, SearchLog, Stop
 from tests.study_factory import make_log, make_profile, write_study
@@ -112,7 +114,7 @@ def test_every_metric_is_defined_and_no_other() -> None:
 
 def test_every_file_and_column_of_a_report_is_defined(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", log=make_log(), profile=make_profile())
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     files = names_under("What a study holds")
     for path in folder.iterdir():
         assert path.name in files or any(name.startswith(f"{path.name}/") for name in files)

@@ -67,7 +67,7 @@ def test_each_trial_stands_beside_its_prediction(tmp_path: Path) -> None:
 
 def test_every_form_of_report_tells_it(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", log=make_log(), profile=make_profile())
-    write_report(folder)
+    write_report(report_of(folder))
     markdown = (folder / "ranking.md").read_text(encoding="utf-8")
     page = (folder / "report.html").read_text(encoding="utf-8")
     out = io.StringIO()
@@ -106,7 +106,7 @@ def test_machines_read_why_it_ended_and_where_the_time_went(tmp_path: Path) -> N
 
 def test_a_study_without_a_diary_still_tells_its_trials(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s")
-    write_report(folder)
+    write_report(report_of(folder))
     story = tell(report_of(folder))
     assert story is not None
     assert titles(story.table) == ("trial", "plan", "measured")
@@ -161,7 +161,7 @@ def test_a_diary_that_is_cut_off_is_named(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", log=SearchLog(stop=Stop(kind="budget", text="all 3 trials have run")))
     (folder / SEARCH_FILE).write_text("{", encoding="utf-8")
     with pytest.raises(Exception, match=r"search\.json"):
-        write_report(folder)
+        write_report(report_of(folder))
 
 
 def test_a_profile_is_shown_by_device_part_and_kind() -> None:

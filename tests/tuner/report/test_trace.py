@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from pipetune.bench import metrics
+from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.files import write_report
 from pipetune.tuner.report.trace import trace_events
+from pipetune.tuner.study.files import load_study
 from tests.record_factory import make_measurement, make_plan
 from tests.study_factory import write_study
 
@@ -103,7 +105,7 @@ def test_replicas_are_processes_of_their_own_and_chunks_are_named() -> None:
 
 def test_the_file_is_gzipped_json_and_says_what_it_shows(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study")
-    write_report(folder)
+    write_report(Report.of(load_study(folder)))
     document = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
     assert document["otherData"]["plan"].startswith("16+14 · micro-batch 16")
     assert {event["ph"] for event in document["traceEvents"]} == {"M", "X", "s", "f"}

@@ -9,8 +9,9 @@ from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import write_durably
 from pipetune.tuner.gate.outputs.junit import render_junit
 from pipetune.tuner.gate.outputs.markdown import render_markdown
-from pipetune.tuner.gate.outputs.plot import render_plot
+from pipetune.tuner.gate.outputs.plot import differences_chart
 from pipetune.tuner.gate.values import GateResult
+from pipetune.tuner.report.render.plot import render_png
 
 RESULT_FILE, JUNIT_FILE, MARKDOWN_FILE, PLOT_FILE = "gate.json", "junit.xml", "gate.md", "differences.png"
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
@@ -43,9 +44,9 @@ def write(result: GateResult, folder: Path | None, junit: Path | None) -> None:
             write_durably(folder / RESULT_FILE, result.model_dump_json(indent=1) + "\n")
             write_durably(folder / JUNIT_FILE, render_junit(result))
             write_durably(folder / MARKDOWN_FILE, render_markdown(result))
-            plot = render_plot(result)
-            if plot is not None:
-                (folder / PLOT_FILE).write_bytes(plot)
+            chart = differences_chart(result)
+            if chart is not None:
+                (folder / PLOT_FILE).write_bytes(render_png(chart))
         if junit is not None:
             write_durably(junit, render_junit(result))
         if summary:

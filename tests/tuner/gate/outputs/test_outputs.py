@@ -7,13 +7,11 @@ import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from junitparser import Error, Failure, JUnitXml
 from markdown_it import MarkdownIt
-from matplotlib.collections import PathCollection
 from rich.console import Console
 
 from pipetune.bench.errors import ConfigError
@@ -21,10 +19,10 @@ from pipetune.tuner.cli import gate_view
 from pipetune.tuner.gate.outputs import files
 from pipetune.tuner.gate.outputs.junit import render_junit
 from pipetune.tuner.gate.outputs.markdown import render_markdown
-from pipetune.tuner.gate.outputs.plot import draw
+from pipetune.tuner.gate.outputs.plot import differences_chart
 from pipetune.tuner.gate.outputs.wording import signed, story_of, value_text
 from pipetune.tuner.gate.values import GateResult, Reason, Session, Verdict
-from pipetune.tuner.report.render.canvas import LIGHT
+from pipetune.tuner.report.chart import Dots
 from tests.tuner.gate.factory import make_sample
 from tests.tuner.gate.results import METRIC, make_result
 
@@ -236,9 +234,9 @@ def test_the_screen_fits_into_80_columns(result: GateResult) -> None:
 
 def test_the_plot_has_a_dot_for_every_pair_in_the_unit_of_its_axis() -> None:
     result = make_result(ALL)
-    (axes,) = draw(result, LIGHT).axes
-    offsets = [np.ma.getdata(one.get_offsets()) for one in axes.collections if isinstance(one, PathCollection)]
-    dots = np.concatenate(offsets)[:, 0].tolist()
+    chart = differences_chart(result)
+    assert chart is not None
+    dots = [x for mark in chart.marks if isinstance(mark, Dots) and mark.marker == "o" for x in mark.xs]
     expected = [100 * math.expm1(one) for finding in result.findings for one in finding.differences]
     assert sorted(dots) == pytest.approx(sorted(expected))
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[4]
 RENDERERS = ROOT / "tuner/report/render"
-DRAWING = ("rich.table", "rich.padding", "rich.box", "jinja2", "csv")
+DRAWING = ("rich.table", "rich.padding", "rich.box", "jinja2", "csv", "matplotlib")
 WAITING = frozenset(
     {
         "tuner/cli/bench_view.py",
@@ -40,7 +40,7 @@ def drawing(path: Path) -> Iterator[str]:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
             names = [str(node.module), *(f"{node.module}.{name}" for name in names)]
-        yield from (name for name in names if name in DRAWING)
+        yield from (name for name in names for one in DRAWING if f"{name}.".startswith(f"{one}."))
     if MARKDOWN_TABLE.search(text):
         yield "a Markdown table"
 
