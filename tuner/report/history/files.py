@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipetune.bench.errors import ConfigError, PipetuneError
-from pipetune.bench.files import write_durably
 from pipetune.bench.metrics import metric_names
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.files import write_folder
