@@ -59,6 +59,7 @@ class Report:
 
     @property
     def name(self) -> str:
+        """The study's name, or its folder's."""
         return self.config.name or self.folder.resolve().name
 
     @property
@@ -79,6 +80,7 @@ class Report:
 
     @property
     def throughput_title(self) -> str:
+        """The throughput metric as a label of axes."""
         return "tokens / s" if self.scores else "output tokens / s"
 
     @property
@@ -88,6 +90,7 @@ class Report:
 
     @property
     def objective(self) -> Objective:
+        """The first objective, by which plans are ranked."""
         return self.ranking.objectives[0]
 
     @property

@@ -122,7 +122,7 @@ class Segment:
     label: str
     text: str
     percent: float
-    """Of the bar's whole length."""
+    """Share of the bar's whole length."""
     colour: int
     """Number of its colour in the palette, from 1."""
 

@@ -24,7 +24,7 @@ from pipetune.tuner.report.document import (
     Text,
 )
 from pipetune.tuner.report.ranking import facts_of, failures_table, ranking_table, remarks_of, title_of
-from pipetune.tuner.report.search import tell
+from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.study_charts import study_figures
 from pipetune.tuner.report.wording import bytes_text, clean, export_note, ms_text, peer_name, spread_text
 from pipetune.tuner.study.plan_file import engine_replicas
@@ -53,9 +53,9 @@ def page_of(report: Report, sections: Sequence[Section] = ()) -> Document:
             ),
         )
     )
-    if story := tell(report):
-        told: list[Part] = [Text(f"{story.stop} {story.errors}" if story.stop else ""), story.table]
-        told += [story.shares, Text(story.time), Text(story.phases, "faint")] if story.shares else []
+    if search := summarize(report):
+        told: list[Part] = [Text(f"{search.stop} {search.errors}" if search.stop else ""), search.table]
+        told += [search.shares, Text(search.time), Text(search.phases, "faint")] if search.shares else []
         told.append(figures("history", "predicted_vs_measured"))
         parts.append(Section("How the search went", tuple(told)))
     if report.profile:

@@ -22,7 +22,7 @@ from pipetune.tuner.report.document import (
     Text,
     left,
 )
-from pipetune.tuner.report.search import tell
+from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.wording import (
     MISSING,
     baseline_text,
@@ -71,9 +71,9 @@ def screen_of(report: Report) -> Document:
         told = [f"{failure_plan(row)}: {row.failure.kind.value}: {clean(row.failure.message)}" for row in failures]
         parts += [GAP, Text(f"{len(told)} runs gave no measurement", "strong")]
         parts.append(Bullets(shortened(told, _MOST_REMARKS, "more in ranking.md")))
-    story = tell(report)
-    if story and story.summary:
-        parts += [GAP, Text(story.summary)]
+    search = summarize(report)
+    if search and search.text:
+        parts += [GAP, Text(search.text)]
     best, *others = closing_of(report)
     parts += [GAP, Text(best, "good"), *map(Text, others), Text(_files(report))]
     return Document(title=title_of(report), facts=facts_of(report), parts=tuple(parts))
@@ -83,9 +83,9 @@ def whole_of(report: Report) -> Document:
     """All of the ranking: what `ranking.md` holds."""
     parts: list[Part] = [table] if (table := ranking_table(report)) else []
     parts.append(Bullets(remarks_of(report)))
-    if story := tell(report):
-        phases = sentence(story.phases) if story.phases else ""
-        parts.append(Section("How the search went", (story.table, Text(story.summary), Text(phases))))
+    if search := summarize(report):
+        phases = sentence(search.phases) if search.phases else ""
+        parts.append(Section("How the search went", (search.table, Text(search.text), Text(phases))))
     if failures := failures_table(report):
         parts.append(Section("Runs without a measurement", (failures,)))
     parts.append(Text("\n".join(closing_of(report))))

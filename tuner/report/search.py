@@ -36,14 +36,14 @@ class Trial:
     """One trial: what was expected of it, and what came."""
 
     number: int
-    """Of the trial."""
+    """The trial's number."""
     record: Record
     entry: LoggedTrial | None
-    """None in studies from before a diary was kept, and where another process measured."""
+    """None in studies from before a search log was kept, and where another process measured."""
     predicted: float | None
-    """Of the first objective."""
+    """Value of the first objective, in its unit."""
     predicted_sd: float | None
-    """Relative."""
+    """Standard deviation, relative to the prediction."""
     measured: float | None
     is_best_so_far: bool
 
@@ -56,7 +56,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SearchStory:
+class SearchSummary:
     """How a search went, in words."""
 
     table: Table
@@ -73,8 +73,8 @@ class SearchStory:
     """The same as a bar; None where it is not known."""
 
     @property
-    def summary(self) -> str:
-        """All of it in a few sentences; empty in studies from before a diary was kept."""
+    def text(self) -> str:
+        """All of it in a few sentences; empty in studies from before a search log was kept."""
         return " ".join(text for text in (self.stop, self.errors, self.time) if text)
 
 
@@ -121,7 +121,7 @@ def median_error(trials: Sequence[Trial]) -> float | None:
     return statistics.median(errors) if errors else None
 
 
-def tell(report: Report) -> SearchStory | None:
+def summarize(report: Report) -> SearchSummary | None:
     """The search as text; None where no trial was to run."""
     trials = trials_of(report)
     if not trials:
@@ -136,7 +136,7 @@ def tell(report: Report) -> SearchStory | None:
             + ("; error: what was predicted before the run, over what was measured" if explained else "")
         ),
     )
-    return SearchStory(
+    return SearchSummary(
         table=table if explained else table.only(("trial", "plan", "measured")),
         stop=_stop_text(trials, log.stop) if log and log.stop else "",
         errors=_errors_text(trials),

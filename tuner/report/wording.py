@@ -35,7 +35,7 @@ def prefill_text(plan: Plan) -> str:
 
 
 def stage_name(plan: Plan, place: int) -> str:
-    """Of the stage at a place of `plan.devices`: `stage 1`, or `replica 0 stage 1` where there are several."""
+    """The stage at a place of `plan.devices`: `stage 1`, or `replica 0 stage 1` where there are several."""
     replica, stage = divmod(place, len(plan.stages))
     return f"replica {replica} stage {stage}" if plan.replicas > 1 else f"stage {stage}"
 
@@ -77,6 +77,7 @@ def ratio_evidence(ratio: Ratio) -> str:
 
 
 def percent_text(share: float | None) -> str:
+    """`18 %` for 0.18."""
     return MISSING if share is None else f"{round(share * 100)} %"
 
 
@@ -117,6 +118,7 @@ def metric_text(name: str, value: float | None) -> str:
 
 
 def model_text(model: ModelSpec) -> str:
+    """`smollm2-135m · float32`, with how its weights are kept where that differs."""
     kept = f" over {model.kept_dtype} weights" if model.kept_dtype != model.dtype else ""
     dummy = " · random weights" if model.load_format == "dummy" else ""
     return f"{clean(model.name)} · {model.dtype}{kept}{dummy}"
@@ -152,6 +154,7 @@ def peer_name(workload: Workload) -> str:
 
 
 def baseline_text(row: BaselineRow, metric: str, workload: Workload) -> str:
+    """`HF generate un-pipelined, batch 8: 64.2 tok/s`."""
     return f"HF {peer_name(workload)} un-pipelined, batch {row.batch_size}: {metric_text(metric, row.value)}"
 
 

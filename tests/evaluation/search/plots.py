@@ -15,7 +15,6 @@ from pipetune.tuner.report.render.canvas import (
     ORANGE,
     SKY,
     VERMILION,
-    add_legend,
     new_figure,
     to_png,
 )
@@ -55,6 +54,6 @@ def plot_world(world: World, curves: Sequence[Curve], methods: Sequence[str], pa
     axes.set_ylim(0, 70)
     axes.set_xlabel("runs")
     axes.set_ylabel("behind the best plan")
-    add_legend(figure, LIGHT, 3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, labelcolor=LIGHT.ink, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(to_png(figure))

@@ -21,7 +21,7 @@ from pipetune.tuner.report.document import Facts, Table
 from pipetune.tuner.report.files import write_report
 from pipetune.tuner.report.ranking import screen_of
 from pipetune.tuner.report.render.rich import render_rich
-from pipetune.tuner.report.search import tell, trials_of
+from pipetune.tuner.report.search import summarize, trials_of
 from pipetune.tuner.report.study_charts import prediction_chart, search_chart
 from pipetune.tuner.study.files import SEARCH_FILE, load_study
 from pipetune.tuner.study.search_log import SearchLog, Stop
@@ -46,18 +46,18 @@ def test_each_trial_stands_beside_its_prediction(tmp_path: Path) -> None:
     trials = trials_of(report)
     assert [trial.number for trial in trials] == list(range(10))
     assert [round(trial.error, 6) for trial in trials[:4] if trial.error is not None] == [0.10, -0.05, 0.10, -0.05]
-    story = tell(report)
-    assert story is not None
-    assert titles(story.table) == ("trial", "plan", "why", "predicted", "measured", "error")
-    assert texts(story.table)[0][5] == "+10.0 %"
-    assert texts(story.table)[8][3:] == ("–", "worker died", "–")
+    search = summarize(report)
+    assert search is not None
+    assert titles(search.table) == ("trial", "plan", "why", "predicted", "measured", "error")
+    assert texts(search.table)[0][5] == "+10.0 %"
+    assert texts(search.table)[8][3:] == ("–", "worker died", "–")
     best = [trial for trial in trials if trial.is_best_so_far][-1]
     assert best.measured == max(trial.measured for trial in trials if trial.measured is not None)
-    assert story.stop.startswith("10 trials, 8 of them measured; no other plan is predicted")
-    assert story.time == "92 % of 361 s went into measuring."
-    assert "profile 21 s" in story.phases
-    assert story.shares is not None
-    assert sum(segment.percent for segment in story.shares.segments) == pytest.approx(100)
+    assert search.stop.startswith("10 trials, 8 of them measured; no other plan is predicted")
+    assert search.time == "92 % of 361 s went into measuring."
+    assert "profile 21 s" in search.phases
+    assert search.shares is not None
+    assert sum(segment.percent for segment in search.shares.segments) == pytest.approx(100)
     chart = prediction_chart(report)
     assert chart is not None
     (dots,) = (mark for mark in chart.marks if isinstance(mark, Dots))
@@ -104,13 +104,13 @@ def test_machines_read_why_it_ended_and_where_the_time_went(tmp_path: Path) -> N
     assert old["trials"][0]["measured"] > 0
 
 
-def test_a_study_without_a_diary_still_tells_its_trials(tmp_path: Path) -> None:
+def test_a_study_without_a_search_log_still_tells_its_trials(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s")
     write_report(report_of(folder))
-    story = tell(report_of(folder))
-    assert story is not None
-    assert titles(story.table) == ("trial", "plan", "measured")
-    assert (story.summary, story.phases, story.shares) == ("", "", None)
+    search = summarize(report_of(folder))
+    assert search is not None
+    assert titles(search.table) == ("trial", "plan", "measured")
+    assert (search.text, search.phases, search.shares) == ("", "", None)
     assert not (folder / "plots" / "predicted_vs_measured.png").exists()
     assert (folder / "plots" / "history.png").exists()
 
@@ -119,11 +119,11 @@ def test_a_search_that_goes_on_or_measured_nothing_is_told_too(tmp_path: Path) -
     plan = make_plan()
     stopped = make_record(0, "trial", plan, make_failure(FailureKind.INTERRUPTED), trial_number=0)
     log = SearchLog(entries=make_log([stopped]).entries)
-    story = tell(report_of(write_study(tmp_path / "s", [stopped], log=log)))
-    assert story is not None
-    assert texts(story.table)[0][4] == "stopped"
-    assert story.summary == ""
-    assert tell(report_of(write_study(tmp_path / "none", []))) is None
+    search = summarize(report_of(write_study(tmp_path / "s", [stopped], log=log)))
+    assert search is not None
+    assert texts(search.table)[0][4] == "stopped"
+    assert search.text == ""
+    assert summarize(report_of(write_study(tmp_path / "none", []))) is None
 
 
 def test_what_another_process_measured_says_so(tmp_path: Path) -> None:
@@ -132,10 +132,10 @@ def test_what_another_process_measured_says_so(tmp_path: Path) -> None:
     other = record.model_copy(update={"source": "gpu-box-2-ab12cd/0007", "source_devices": ("cpu:2", "cpu:3")})
     own = make_record(1, "trial", make_plan((16, 14)), make_measurement(make_plan((16, 14))), trial_number=1)
     folder = write_study(tmp_path / "s", [other, own], log=make_log([own]))
-    story = tell(report_of(folder))
-    assert story is not None
-    assert texts(story.table)[0][2] == "measured by gpu-box-2-ab12cd"
-    assert texts(story.table)[0][3] == "–"
+    search = summarize(report_of(folder))
+    assert search is not None
+    assert texts(search.table)[0][2] == "measured by gpu-box-2-ab12cd"
+    assert texts(search.table)[0][3] == "–"
 
 
 def test_a_trial_that_breaks_a_constraint_is_never_the_best_so_far(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_trial_that_breaks_a_constraint_is_never_the_best_so_far(tmp_path: Pat
     assert set(best.ys) <= set(dots.ys)
 
 
-def test_a_diary_that_is_cut_off_is_named(tmp_path: Path) -> None:
+def test_a_search_log_that_is_cut_off_is_named(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", log=SearchLog(stop=Stop(kind="budget", text="all 3 trials have run")))
     (folder / SEARCH_FILE).write_text("{", encoding="utf-8")
     with pytest.raises(Exception, match=r"search\.json"):

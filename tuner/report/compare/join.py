@@ -87,7 +87,7 @@ def _price(devices: Sequence[str], prices: Mapping[str, float]) -> float | None:
 
 
 def _figures(report: Report) -> dict[str, PlanResult]:
-    """Of every plan that was measured and may be ranked; of two that differ in their caps alone, the better."""
+    """Results of every plan that may be ranked, by key; of two that differ in their caps alone, the better."""
     found: dict[str, PlanResult] = {}
     for row in report.ranking.rows:
         key = plan_key(row.plan, report.config.concrete_devices)

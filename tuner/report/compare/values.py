@@ -31,11 +31,11 @@ class PlanResult(Value):
     peak_bytes: tuple[int, ...]
     """What it took."""
     throughputs: tuple[float, ...]
-    """Of each run, tokens per second."""
+    """Tokens per second of each run."""
     metrics: dict[str, float]
     """Medians over the runs."""
     tokens_per_joule: float | None = None
-    """Of the same tokens; None where no energy was measured."""
+    """Tokens per joule, the same tokens; None where no energy was measured."""
     disturbed_runs: int = 0
 
     @property
@@ -60,13 +60,13 @@ class Contestant(Value):
     """Objectives and constraints that its best plan was chosen by."""
     devices: tuple[str, ...]
     price_per_hour: float | None
-    """Of all its devices together; None where a device has no price."""
+    """Price of an hour of all its devices together; None where a device has no price."""
     baseline: float | None
     """Tokens per second of the un-pipelined model."""
     best: PlanResult | None
     """Its own best plan; None where no plan has a rank."""
     best_key: str | None = None
-    """Of that plan, as `SharedPlan.key`."""
+    """Key of that plan, as `SharedPlan.key`."""
 
     @property
     def tokens_per_device(self) -> float | None:
@@ -93,7 +93,7 @@ class SharedPlan(Value):
     """Layers, sizes, replicas and switches, without the devices' names and without how many are in flight."""
     text: str
     figures: dict[str, PlanResult]
-    """By the study's name."""
+    """Results by the study's name."""
     ratios: dict[str, StudyRatio]
     """Throughput of each later study that has it over the first study's; empty where that did not run it."""
     notes: tuple[str, ...] = ()

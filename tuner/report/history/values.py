@@ -11,7 +11,7 @@ class Night(Value):
     study: str
     place: str
     started_at: str
-    """Of its first record; UTC, ISO 8601."""
+    """Start of its first record; UTC, ISO 8601."""
     plan: str | None
     """Its best plan; None where no plan has a rank."""
     git_revision: str | None
@@ -59,7 +59,7 @@ class Question(Value):
     hardware_id: str
     machine: str
     nights: tuple[Night, ...]
-    """In order of time."""
+    """Nights in order of time."""
     alpha: float
     """Chance of a change being seen in a series that has none."""
     series: tuple[Series, ...]

@@ -55,11 +55,6 @@ def new_figure(title: str, theme: Theme, *, size: tuple[float, float]) -> tuple[
     return figure, axes
 
 
-def add_legend(figure: Figure, theme: Theme, columns: int) -> None:
-    """Below the axes, where it hides nothing."""
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=9, labelcolor=theme.ink, frameon=False)
-
-
 def to_png(figure: Figure) -> bytes:
     """The bytes of a file; equal figures give equal bytes."""
     out = io.BytesIO()
