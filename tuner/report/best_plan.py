@@ -8,24 +8,8 @@ from pipetune.bench.metrics import stage_metrics
 from pipetune.bench.record import Measurement, OutputCheck, StageMemory
 from pipetune.bench.spec import StagePlan
 from pipetune.tuner.ranking.values import Ratio, Row
+from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.data import Report, host_us_a_task
-from pipetune.tuner.report.document import (
-    Bar,
-    Card,
-    Cards,
-    Column,
-    Facts,
-    Figures,
-    Part,
-    Section,
-    Segment,
-    Split,
-    Style,
-    Table,
-    Text,
-    left,
-    rows_of,
-)
 from pipetune.tuner.report.ranking import BASELINE_NAME, closing_of
 from pipetune.tuner.report.wording import (
     MISSING,
@@ -69,39 +53,39 @@ _BUBBLE_PARTS = (
     ),
 )
 _STAGE_COLUMNS = (
-    *(left(name) for name in ("stage", "device", "layers")),
-    *map(Column, ("busy", "waits", "host, a task", "utilization")),
+    *(doc.left(name) for name in ("stage", "device", "layers")),
+    *map(doc.Column, ("busy", "waits", "host, a task", "utilization")),
 )
 
 
-def best_plan_parts(report: Report, timeline: Figures) -> tuple[Part, ...]:
+def best_plan_parts(report: Report, timeline: doc.Figures) -> tuple[doc.Part, ...]:
     """The best plan, or the plan shown for lack of one; the headline alone where nothing was measured."""
     row = report.shown
     if row is None:
-        return (Section("", _headline(report), is_hero=True),)
+        return (doc.Section("", _headline(report), is_hero=True),)
     measurement = report.typical(row)
     rival = (rival_text(report.ranking) if row.rank == 1 else None) or ""
     return (
         _hero(report, row),
         _cards(report, row),
-        Section(
+        doc.Section(
             "What gained what",
-            (*_gains(report, row), Text(_gains_text(report, row)), Text(rival)),
+            (*_gains(report, row), doc.Text(_gains_text(report, row)), doc.Text(rival)),
         ),
-        Section(
+        doc.Section(
             "Where the time goes",
             (
                 *_bubble(row),
                 _stage_table(row, measurement),
                 timeline,
-                Text(f"Before the timed iterations, in the run shown: {steps_text(measurement)}.", "faint"),
+                doc.Text(f"Before the timed iterations, in the run shown: {steps_text(measurement)}.", "faint"),
             ),
         ),
-        Section(
+        doc.Section(
             "Memory of each stage against its cap",
             (
                 *(_memory_bar(row, measurement, place) for place in range(len(row.plan.devices))),
-                Text(
+                doc.Text(
                     "The whole width is the cap: memory_fraction of what the device has. The peak is real, the parts "
                     "are counted; what the process took before any model was loaded is left out.",
                     "faint",
@@ -111,22 +95,22 @@ def best_plan_parts(report: Report, timeline: Figures) -> tuple[Part, ...]:
     )
 
 
-def _headline(report: Report) -> tuple[Text, Text]:
+def _headline(report: Report) -> tuple[doc.Text, doc.Text]:
     """The one number, and the line below it."""
     best = report.ranking.best
     if best is None:
-        return Text("No best plan", "warning"), Text(closing_of(report)[0], "faint")
-    style: Style = "warning" if warnings_of(best) else "good"
+        return doc.Text("No best plan", "warning"), doc.Text(closing_of(report)[0], "faint")
+    style: doc.Style = "warning" if warnings_of(best) else "good"
     gain = best.speedup_over_baseline
     if gain is None:
         number = metric_text(report.objective.metric, best.value)
-        return Text(number, style), Text("No baseline was measured, so there is no gain to report", "faint")
+        return doc.Text(number, style), doc.Text("No baseline was measured, so there is no gain to report", "faint")
     metric = "" if report.objective.metric == report.throughput_metric else f" in {report.objective.metric}"
     over = f"over the un-pipelined {BASELINE_NAME} baseline{metric} · {ratio_evidence(gain)}"
-    return Text(ratio_text(gain), style), Text(over, "faint")
+    return doc.Text(ratio_text(gain), style), doc.Text(over, "faint")
 
 
-def _hero(report: Report, row: Row) -> Section:
+def _hero(report: Report, row: Row) -> doc.Section:
     ranking, plan = report.ranking, row.plan
     shares = tuple(
         (stage.device, f"layers {_layers(stage)}", 100 * stage.num_layers / plan.num_layers) for stage in plan.stages
@@ -140,15 +124,15 @@ def _hero(report: Report, row: Row) -> Section:
     check = _check(report.checks(row), scored=report.scores)
     because = sentence(ranking.recommended_because) if ranking.recommended_because else ""
     told = (sentence(ranking.separation.text), because, check)
-    return Section(
+    return doc.Section(
         "",
         (
             *_headline(report),
-            *([] if ranking.best else [Text("Shown instead:")]),
-            Text(row_text(row), "strong"),
-            *map(Split, splits),
-            *(Text(warning, "warning") for warning in (warnings_of(row) if row.rank == 1 else ())),
-            Text(" ".join(text for text in told if text)),
+            *([] if ranking.best else [doc.Text("Shown instead:")]),
+            doc.Text(row_text(row), "strong"),
+            *map(doc.Split, splits),
+            *(doc.Text(warning, "warning") for warning in (warnings_of(row) if row.rank == 1 else ())),
+            doc.Text(" ".join(text for text in told if text)),
         ),
         is_hero=True,
     )
@@ -158,7 +142,7 @@ def _layers(stage: StagePlan) -> str:
     return f"{stage.first_layer}–{stage.end_layer - 1}"
 
 
-def _stage_table(row: Row, measurement: Measurement) -> Table:
+def _stage_table(row: Row, measurement: Measurement) -> doc.Table:
     timed, host_us = stage_metrics(measurement), host_us_a_task(measurement)
 
     def line(place: int, device: str) -> tuple[str, ...]:
@@ -172,17 +156,17 @@ def _stage_table(row: Row, measurement: Measurement) -> Table:
             percent_text(timed["stage_utilization"][place] if timed else None),
         )
 
-    return Table(columns=_STAGE_COLUMNS, rows=rows_of(line(*pair) for pair in enumerate(row.plan.devices)))
+    return doc.Table(columns=_STAGE_COLUMNS, rows=doc.rows_of(line(*pair) for pair in enumerate(row.plan.devices)))
 
 
-def _memory_bar(row: Row, measurement: Measurement, place: int) -> Bar:
+def _memory_bar(row: Row, measurement: Measurement, place: int) -> doc.Bar:
     name, device = stage_name(row.plan, place), row.plan.devices[place]
     if place >= len(measurement.memory):
-        return Bar(label=name, text=device, remark=MISSING, segments=())
+        return doc.Bar(label=name, text=device, remark=MISSING, segments=())
     memory = measurement.memory[place]
     used = memory.peak_bytes - memory.baseline_bytes
     share = percent_text(used / memory.cap_bytes)
-    return Bar(
+    return doc.Bar(
         label=name,
         text=device,
         remark=f"{bytes_text(used)} of {bytes_text(memory.cap_bytes)} ({share})",
@@ -190,7 +174,7 @@ def _memory_bar(row: Row, measurement: Measurement, place: int) -> Bar:
     )
 
 
-def _memory(memory: StageMemory) -> tuple[Segment, ...]:
+def _memory(memory: StageMemory) -> tuple[doc.Segment, ...]:
     """The peak against the cap, in parts; what the process took before any model was loaded is left out."""
     used = max(memory.peak_bytes - memory.baseline_bytes, 0)
     scale = max(memory.cap_bytes, used) / 100
@@ -205,12 +189,12 @@ def _memory(memory: StageMemory) -> tuple[Segment, ...]:
     if rest > 0:
         parts.append(("other", rest, 4))
     return tuple(
-        Segment(label=label, text=bytes_text(size), percent=size / scale, colour=colour)
+        doc.Segment(label=label, text=bytes_text(size), percent=size / scale, colour=colour)
         for label, size, colour in parts
     )
 
 
-def _cards(report: Report, row: Row) -> Cards:
+def _cards(report: Report, row: Row) -> doc.Cards:
     own = row.metrics
     latencies = _SCORE_LATENCIES if report.scores else _LATENCIES
     shown = [
@@ -226,17 +210,17 @@ def _cards(report: Report, row: Row) -> Cards:
     for name in dict.fromkeys(extra):
         if name not in known:
             shown.append((column_title(name), metric_text(name, own.get(name)), ""))
-    return Cards(tuple(Card(label=label, number=number, remark=remark) for label, number, remark in shown))
+    return doc.Cards(tuple(doc.Card(label=label, number=number, remark=remark) for label, number, remark in shown))
 
 
 def _runs_text(row: Row) -> str:
     return "1 run" if len(row.used_records) == 1 else f"{len(row.used_records)} runs"
 
 
-def _bubble(row: Row) -> tuple[Part, ...]:
+def _bubble(row: Row) -> tuple[doc.Part, ...]:
     own = row.metrics
     if "bubble_ratio" not in own:
-        return (Text("The run was not instrumented, so there is no bubble ratio and no timeline."),)
+        return (doc.Text("The run was not instrumented, so there is no bubble ratio and no timeline."),)
     parts = (
         ("compute", 1 - own["bubble_ratio"]),
         ("fill and drain", own["bubble_fill_drain"]),
@@ -246,13 +230,13 @@ def _bubble(row: Row) -> tuple[Part, ...]:
     # Medians of parts need not add up to the whole: the bar is drawn to their sum.
     total = sum(max(share, 0.0) for _, share in parts) / 100
     segments = tuple(
-        Segment(label=label, text=percent_text(share), percent=max(share, 0.0) / total, colour=colour)
+        doc.Segment(label=label, text=percent_text(share), percent=max(share, 0.0) / total, colour=colour)
         for colour, (label, share) in enumerate(parts, start=1)
     )
-    return Bar(segments=segments), Facts(_BUBBLE_PARTS, stacked=True)
+    return doc.Bar(segments=segments), doc.Facts(_BUBBLE_PARTS, stacked=True)
 
 
-def _gains(report: Report, row: Row) -> list[Bar]:
+def _gains(report: Report, row: Row) -> list[doc.Bar]:
     """From the un-pipelined model over our single stage to the best plan, by gains where all have one."""
     ranking, metric = report.ranking, report.objective.metric
     single, base = ranking.single_stage, ranking.baseline
@@ -272,8 +256,8 @@ def _gains(report: Report, row: Row) -> list[Bar]:
     for (label, what, value, gain, colour), length in zip(steps, lengths, strict=True):
         text = f"{ratio_text(gain)} · {metric_text(metric, value)}" if relative else metric_text(metric, value)
         percent = 100 * length / largest if largest > 0 else 0.0
-        segment = Segment(label=label, text=text, percent=percent, colour=colour)
-        bars.append(Bar(label=label, text=text, remark=what, segments=(segment,), has_legend=False))
+        segment = doc.Segment(label=label, text=text, percent=percent, colour=colour)
+        bars.append(doc.Bar(label=label, text=text, remark=what, segments=(segment,), has_legend=False))
     return bars
 
 

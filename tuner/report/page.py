@@ -7,22 +7,10 @@ from collections.abc import Sequence
 
 from pipetune.bench.record import Measurement
 from pipetune.tuner.ranking.values import BaselineRow
+from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.best_plan import best_plan_parts
 from pipetune.tuner.report.costs import costs_of
 from pipetune.tuner.report.data import Report
-from pipetune.tuner.report.document import (
-    Bullets,
-    Code,
-    Column,
-    Document,
-    Facts,
-    Figures,
-    Part,
-    Section,
-    Table,
-    TableRow,
-    Text,
-)
 from pipetune.tuner.report.ranking import facts_of, failures_table, ranking_table, remarks_of, title_of
 from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.study_charts import study_figures
@@ -30,7 +18,7 @@ from pipetune.tuner.report.wording import bytes_text, clean, export_note, ms_tex
 from pipetune.tuner.study.plan_file import engine_replicas
 
 
-def page_of(report: Report, sections: Sequence[Section] = ()) -> Document:
+def page_of(report: Report, sections: Sequence[doc.Section] = ()) -> doc.Document:
     """The page.
 
     Args:
@@ -38,60 +26,60 @@ def page_of(report: Report, sections: Sequence[Section] = ()) -> Document:
     """
     drawn = study_figures(report)
 
-    def figures(*names: str) -> Figures:
-        return Figures(tuple(drawn[name] for name in names if name in drawn))
+    def figures(*names: str) -> doc.Figures:
+        return doc.Figures(tuple(drawn[name] for name in names if name in drawn))
 
     ranking, failures = ranking_table(report), failures_table(report)
-    parts: list[Part] = [*best_plan_parts(report, figures("timeline"))]
+    parts: list[doc.Part] = [*best_plan_parts(report, figures("timeline"))]
     parts.append(
-        Section(
+        doc.Section(
             "Ranking",
             (
-                ranking or Text("Nothing was measured."),
-                Bullets(remarks_of(report)),
+                ranking or doc.Text("Nothing was measured."),
+                doc.Bullets(remarks_of(report)),
                 figures("throughput_vs_bubble", "throughput_vs_memory"),
             ),
         )
     )
     if search := summarize(report):
-        told: list[Part] = [Text(f"{search.stop} {search.errors}" if search.stop else ""), search.table]
-        told += [search.shares, Text(search.time), Text(search.phases, "faint")] if search.shares else []
+        told: list[doc.Part] = [doc.Text(f"{search.stop} {search.errors}" if search.stop else ""), search.table]
+        told += [search.shares, doc.Text(search.time), doc.Text(search.phases, "faint")] if search.shares else []
         told.append(figures("history", "predicted_vs_measured"))
-        parts.append(Section("How the search went", tuple(told)))
+        parts.append(doc.Section("How the search went", tuple(told)))
     if report.profile:
         parts.append(costs_of(report.profile))
-    parts += [*sections, Section("Baseline", _baseline(report))]
+    parts += [*sections, doc.Section("Baseline", _baseline(report))]
     if failures:
-        parts.append(Section("Runs without a measurement", (failures,)))
+        parts.append(doc.Section("Runs without a measurement", (failures,)))
     parts += _uses(report)
-    parts.append(Section("Machine and software", (_machine(report),)))
-    parts.append(Section("Notes and disturbances", (_notes(report, measured=ranking is not None),)))
-    reference = Text("results/README.md of the project defines every file, field and metric.", "faint")
-    parts.append(Section("Definitions", (Facts(_definitions(report), stacked=True), reference)))
-    return Document(title=title_of(report), facts=facts_of(report), parts=tuple(parts))
+    parts.append(doc.Section("Machine and software", (_machine(report),)))
+    parts.append(doc.Section("Notes and disturbances", (_notes(report, measured=ranking is not None),)))
+    reference = doc.Text("results/README.md of the project defines every file, field and metric.", "faint")
+    parts.append(doc.Section("Definitions", (doc.Facts(_definitions(report), stacked=True), reference)))
+    return doc.Document(title=title_of(report), facts=facts_of(report), parts=tuple(parts))
 
 
-def _baseline(report: Report) -> tuple[Part, ...]:
+def _baseline(report: Report) -> tuple[doc.Part, ...]:
     ranking, best = report.ranking, report.ranking.baseline
     rows = [
-        TableRow(
+        doc.TableRow(
             _baseline_cells(report, str(row.batch_size), row),
             "good" if best is not None and row.batch_size == best.batch_size else "",
         )
         for row in ranking.baseline_sweep
     ]
     if best is not None and best.confirmed:
-        rows.append(TableRow(_baseline_cells(report, f"{best.batch_size}, finals", best), "good"))
+        rows.append(doc.TableRow(_baseline_cells(report, f"{best.batch_size}, finals", best), "good"))
     if not rows:
         missing = "No baseline was measured: this study cannot say what pipelining gains over the un-pipelined model."
-        return (Text(missing),)
+        return (doc.Text(missing),)
     how = (
         f"Hugging Face {peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours are. "
         "Every × is over the batch size in bold, its best: within rounds of the finals where a plan has them, else by "
         "the values from before."
     )
     names = ("batch", "runs", "tok/s", report.latency[1], "memory")
-    return Text(how), Table(columns=tuple(map(Column, names)), rows=tuple(rows))
+    return doc.Text(how), doc.Table(columns=tuple(map(doc.Column, names)), rows=tuple(rows))
 
 
 def _baseline_cells(report: Report, label: str, row: BaselineRow) -> tuple[str, ...]:
@@ -104,10 +92,10 @@ def _baseline_cells(report: Report, label: str, row: BaselineRow) -> tuple[str, 
     )
 
 
-def _machine(report: Report) -> Facts | Text:
+def _machine(report: Report) -> doc.Facts | doc.Text:
     machine = report.machine
     if machine is None:
-        return Text("The study holds no description of its machine.")
+        return doc.Text("The study holds no description of its machine.")
     hardware, software = machine.hardware, machine.software
     facts = [("host", machine.hostname), ("hardware id", machine.hardware_id)]
     facts += [("CPU", f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {bytes_text(hardware.memory_bytes)}")]
@@ -121,10 +109,10 @@ def _machine(report: Report) -> Facts | Text:
     optional = (("revision", software.git_revision), ("driver", software.driver), ("CUDA", software.cuda))
     facts += [(label, value) for label, value in (*optional, ("NCCL", software.nccl)) if value]
     facts += sorted(software.packages.items())
-    return Facts(tuple((label, clean(value)) for label, value in facts))
+    return doc.Facts(tuple((label, clean(value)) for label, value in facts))
 
 
-def _notes(report: Report, *, measured: bool) -> Bullets | Text:
+def _notes(report: Report, *, measured: bool) -> doc.Bullets | doc.Text:
     """Remarks that runs left, and which runs."""
     by_text: dict[str, list[int]] = {}
     for record in report.records:
@@ -132,9 +120,9 @@ def _notes(report: Report, *, measured: bool) -> Bullets | Text:
             for text in (*record.result.notes, *record.result.telemetry.disturbances):
                 by_text.setdefault(clean(text), []).append(record.number)
     if by_text:
-        return Bullets(tuple(f"{text} (records {_numbers_text(numbers)})" for text, numbers in by_text.items()))
+        return doc.Bullets(tuple(f"{text} (records {_numbers_text(numbers)})" for text, numbers in by_text.items()))
     none = "None: no run was disturbed as far as the sensors tell, and none had to fall back on anything."
-    return Text(none if measured else "Nothing was measured.")
+    return doc.Text(none if measured else "Nothing was measured.")
 
 
 def _numbers_text(numbers: Sequence[int]) -> str:
@@ -142,7 +130,7 @@ def _numbers_text(numbers: Sequence[int]) -> str:
     return shown + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 
-def _uses(report: Report) -> list[Section]:
+def _uses(report: Report) -> list[doc.Section]:
     """What can be done with the best plan, with lines to copy; empty without one."""
     best = report.ranking.best
     if best is None:
@@ -171,9 +159,9 @@ def _uses(report: Report) -> list[Section]:
         )
     names = ",".join(f"cuda:{index}" for index in range(len(best.plan.stages)))
     uses.append(("Export it for other devices", f"pipetune export {shlex.quote(folder)} --device-names {names}"))
-    parts = [part for text, lines in uses for part in (Text(text), Code(lines))]
+    parts = [part for text, lines in uses for part in (doc.Text(text), doc.Code(lines))]
     trace = "trace.json.gz is the timeline above in full detail; open it in the browser at"
-    return [Section("Use the best plan", (*parts, Text(trace, link="https://ui.perfetto.dev")))]
+    return [doc.Section("Use the best plan", (*parts, doc.Text(trace, link="https://ui.perfetto.dev")))]
 
 
 def _definitions(report: Report) -> tuple[tuple[str, str], ...]:

@@ -7,21 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipetune.tuner.ranking.values import BaselineRow, Row
+from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.data import Report
-from pipetune.tuner.report.document import (
-    GAP,
-    Bullet,
-    Bullets,
-    Column,
-    Document,
-    Part,
-    Section,
-    Style,
-    Table,
-    TableRow,
-    Text,
-    left,
-)
 from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.wording import (
     MISSING,
@@ -62,34 +49,34 @@ _NUM_COLUMNS = 11
 BASELINE_NAME = "device_map"
 
 
-def screen_of(report: Report) -> Document:
+def screen_of(report: Report) -> doc.Document:
     """The ranking for a terminal of 80 columns."""
     remarks = shortened(remarks_of(report), _MOST_REMARKS, "more such plans in ranking.md")
-    parts: list[Part] = [GAP, _on_screen(table)] if (table := ranking_table(report)) else []
-    parts.append(Bullets(tuple(Bullet(remark, "warning") for remark in remarks)))
+    parts: list[doc.Part] = [doc.GAP, _on_screen(table)] if (table := ranking_table(report)) else []
+    parts.append(doc.Bullets(tuple(doc.Bullet(remark, "warning") for remark in remarks)))
     if failures := report.ranking.failures:
         told = [f"{failure_plan(row)}: {row.failure.kind.value}: {clean(row.failure.message)}" for row in failures]
-        parts += [GAP, Text(f"{len(told)} runs gave no measurement", "strong")]
-        parts.append(Bullets(shortened(told, _MOST_REMARKS, "more in ranking.md")))
+        parts += [doc.GAP, doc.Text(f"{len(told)} runs gave no measurement", "strong")]
+        parts.append(doc.Bullets(shortened(told, _MOST_REMARKS, "more in ranking.md")))
     search = summarize(report)
     if search and search.text:
-        parts += [GAP, Text(search.text)]
+        parts += [doc.GAP, doc.Text(search.text)]
     best, *others = closing_of(report)
-    parts += [GAP, Text(best, "good"), *map(Text, others), Text(_files(report))]
-    return Document(title=title_of(report), facts=facts_of(report), parts=tuple(parts))
+    parts += [doc.GAP, doc.Text(best, "good"), *map(doc.Text, others), doc.Text(_files(report))]
+    return doc.Document(title=title_of(report), facts=facts_of(report), parts=tuple(parts))
 
 
-def whole_of(report: Report) -> Document:
+def whole_of(report: Report) -> doc.Document:
     """All of the ranking: what `ranking.md` holds."""
-    parts: list[Part] = [table] if (table := ranking_table(report)) else []
-    parts.append(Bullets(remarks_of(report)))
+    parts: list[doc.Part] = [table] if (table := ranking_table(report)) else []
+    parts.append(doc.Bullets(remarks_of(report)))
     if search := summarize(report):
         phases = sentence(search.phases) if search.phases else ""
-        parts.append(Section("How the search went", (search.table, Text(search.text), Text(phases))))
+        parts.append(doc.Section("How the search went", (search.table, doc.Text(search.text), doc.Text(phases))))
     if failures := failures_table(report):
-        parts.append(Section("Runs without a measurement", (failures,)))
-    parts.append(Text("\n".join(closing_of(report))))
-    return Document(title=title_of(report), facts=facts_of(report), parts=tuple(parts))
+        parts.append(doc.Section("Runs without a measurement", (failures,)))
+    parts.append(doc.Text("\n".join(closing_of(report))))
+    return doc.Document(title=title_of(report), facts=facts_of(report), parts=tuple(parts))
 
 
 def title_of(report: Report) -> str:
@@ -97,7 +84,7 @@ def title_of(report: Report) -> str:
     return f"pipetune · {clean(report.name)}"
 
 
-def ranking_table(report: Report) -> Table | None:
+def ranking_table(report: Report) -> doc.Table | None:
     """Every ranked plan, those without a rank, and the baseline last; None where nothing was measured."""
     ranking, latency = report.ranking, report.latency
     metrics = [goal.metric for goal in ranking.objectives] + [limit.metric for limit in ranking.constraints]
@@ -107,18 +94,18 @@ def ranking_table(report: Report) -> Table | None:
     rows = []
     for row, following in itertools.zip_longest(plans, plans[1:]):
         cells = _cells(row, latency[0], extras, several=len(ranking.objectives) > 1)
-        rows.append(TableRow(cells, _style(row), following is None or following.confirmed != row.confirmed))
+        rows.append(doc.TableRow(cells, _style(row), following is None or following.confirmed != row.confirmed))
     if ranking.baseline:
-        rows.append(TableRow(_baseline_cells(ranking.baseline, latency[0], extras), "other"))
+        rows.append(doc.TableRow(_baseline_cells(ranking.baseline, latency[0], extras), "other"))
     if not rows:
         return None
     names = ("mb", "pre", "fly", "runs", "tok/s", "×", "bubble", latency[1], "memory")
-    return Table(
+    return doc.Table(
         columns=(
-            Column("#"),
-            left("plan", "narrow", min_width=len(BASELINE_NAME)),
-            *map(Column, names),
-            *(Column(column_title(metric), wrap="narrow") for metric in extras),
+            doc.Column("#"),
+            doc.left("plan", "narrow", min_width=len(BASELINE_NAME)),
+            *map(doc.Column, names),
+            *(doc.Column(column_title(metric), wrap="narrow") for metric in extras),
         ),
         rows=tuple(rows),
         legend=_legend(report),
@@ -127,7 +114,7 @@ def ranking_table(report: Report) -> Table | None:
     )
 
 
-def _on_screen(table: Table) -> Table:
+def _on_screen(table: doc.Table) -> doc.Table:
     """The first plans and the baseline; in as many columns as there is room for."""
     titles = [column.title for column in table.columns]
     plans = [row for row in table.rows if row.style != "other"]
@@ -135,20 +122,29 @@ def _on_screen(table: Table) -> Table:
     if len(plans) > _MOST_ROWS:
         last = rows[_MOST_ROWS - 1]
         more = ("", f"… {len(plans) - _MOST_ROWS} more in ranking.md", *[""] * (len(titles) - 2))
-        rows[_MOST_ROWS - 1 : _MOST_ROWS] = [TableRow(last.cells, last.style, True), TableRow(more, "faint", True)]
+        rows[_MOST_ROWS - 1 : _MOST_ROWS] = [
+            doc.TableRow(last.cells, last.style, True),
+            doc.TableRow(more, "faint", True),
+        ]
     table = replace(table, rows=tuple(rows))
     has_extras = len(titles) > _NUM_COLUMNS
     return table.only(set(titles) - _LESS_NEEDED) if has_extras else table
 
 
-def failures_table(report: Report) -> Table | None:
+def failures_table(report: Report) -> doc.Table | None:
     """Every run without a measurement; None where there is none."""
     if not report.ranking.failures:
         return None
-    return Table(
-        columns=(Column("record"), left("plan"), left("kind"), left("where"), left("what happened", "prose")),
+    return doc.Table(
+        columns=(
+            doc.Column("record"),
+            doc.left("plan"),
+            doc.left("kind"),
+            doc.left("where"),
+            doc.left("what happened", "prose"),
+        ),
         rows=tuple(
-            TableRow(
+            doc.TableRow(
                 (
                     f"{row.record:04}",
                     failure_plan(row),
@@ -173,7 +169,7 @@ def remarks_of(report: Report) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def _style(row: Row) -> Style:
+def _style(row: Row) -> doc.Style:
     if row.rank == 1:
         return "good"
     return "faint" if row.unranked_because else "" if row.feasible else "warning"

@@ -5,22 +5,9 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Sequence
 
+from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.compare.charts import comparison_figures
 from pipetune.tuner.report.compare.values import Contestant, PlanResult, SharedPlan, StudyComparison, StudyRatio
-from pipetune.tuner.report.document import (
-    GAP,
-    Bullets,
-    Cell,
-    Column,
-    Document,
-    Figures,
-    Part,
-    Section,
-    Table,
-    Text,
-    left,
-    rows_of,
-)
 from pipetune.tuner.report.render.csv import Cell as CsvCell
 from pipetune.tuner.report.wording import MISSING, bytes_text
 
@@ -40,7 +27,7 @@ _OF_INTERVALS = (
 )
 
 
-def screen_of(comparison: StudyComparison) -> Document:
+def screen_of(comparison: StudyComparison) -> doc.Document:
     """For a terminal of 80 columns: each study at its own best, the same plans, then what is to be said."""
     # A study has more figures than a line has room for: they stand below each other. Names are long, and ratios must
     # not be torn: letters stand for them.
@@ -49,70 +36,70 @@ def screen_of(comparison: StudyComparison) -> Document:
     studies = studies_table(comparison)
     turned = zip(*(row.cells for row in studies.rows), strict=True)
     lines = [(column.title, *cells) for column, cells in zip(studies.columns, turned, strict=True)][1:]
-    columns = (Column("", "left", "narrow"), *(Column(name, wrap="narrow") for name in names))
-    parts: list[Part] = [Table(columns=columns, rows=rows_of(lines)), GAP]
+    columns = (doc.Column("", "left", "narrow"), *(doc.Column(name, wrap="narrow") for name in names))
+    parts: list[doc.Part] = [doc.Table(columns=columns, rows=doc.rows_of(lines)), doc.GAP]
     if plans := plans_table(comparison):
         shown = [_below(row.cells, len(letters)) for row in plans.rows[:_MOST_PLANS]]
         titles = (*letters, *(f"{letter} / first" for letter in letters[1:]))
-        parts.append(Table(columns=(left("plan", "narrow"), *map(Column, titles)), rows=rows_of(shown)))
+        parts.append(doc.Table(columns=(doc.left("plan", "narrow"), *map(doc.Column, titles)), rows=doc.rows_of(shown)))
         if len(plans.rows) > _MOST_PLANS:
-            parts.append(Text(f"and {len(plans.rows) - _MOST_PLANS} plans more, in the CSV of --output-dir"))
-        parts.append(GAP)
-    return Document(parts=(*parts, Bullets(remarks_of(comparison))))
+            parts.append(doc.Text(f"and {len(plans.rows) - _MOST_PLANS} plans more, in the CSV of --output-dir"))
+        parts.append(doc.GAP)
+    return doc.Document(parts=(*parts, doc.Bullets(remarks_of(comparison))))
 
 
-def whole_of(comparison: StudyComparison) -> Document:
+def whole_of(comparison: StudyComparison) -> doc.Document:
     """All of the comparison: what `compare.md` holds."""
     first, *others = (one.name for one in comparison.contestants)
     plans = plans_table(comparison)
-    same = [Section("The same plans", (plans,))] if plans else []
-    return Document(
+    same = [doc.Section("The same plans", (plans,))] if plans else []
+    return doc.Document(
         title=f"{first} against {', '.join(others)}",
-        parts=(studies_table(comparison), *same, Bullets(remarks_of(comparison))),
+        parts=(studies_table(comparison), *same, doc.Bullets(remarks_of(comparison))),
     )
 
 
-def page_of(comparison: StudyComparison) -> Document:
+def page_of(comparison: StudyComparison) -> doc.Document:
     """A page of its own."""
     first, *others = comparison.contestants
-    return Document(
+    return doc.Document(
         title=f"{first.name} and {len(others)} more",
         facts=tuple((one.name, one.place) for one in comparison.contestants),
         parts=sections_of(comparison),
     )
 
 
-def sections_of(comparison: StudyComparison) -> tuple[Section, ...]:
+def sections_of(comparison: StudyComparison) -> tuple[doc.Section, ...]:
     """Parts of a page, its own or that of a study's report: each at its own best, the same plans, and what changed."""
     figures = comparison_figures(comparison)
 
-    def figure(name: str) -> Figures:
-        return Figures((figures[name],) if name in figures else ())
+    def figure(name: str) -> doc.Figures:
+        return doc.Figures((figures[name],) if name in figures else ())
 
     names = ", ".join(one.name for one in comparison.contestants)
-    own = (Bullets(remarks_of(comparison)), studies_table(comparison), figure("own_best"))
+    own = (doc.Bullets(remarks_of(comparison)), studies_table(comparison), figure("own_best"))
     plans = plans_table(comparison)
-    same = (Section("The same plans", (plans, figure("same_plans"))),) if plans else ()
-    return (Section(f"Compared: {names}", own), *same)
+    same = (doc.Section("The same plans", (plans, figure("same_plans"))),) if plans else ()
+    return (doc.Section(f"Compared: {names}", own), *same)
 
 
-def studies_table(comparison: StudyComparison) -> Table:
+def studies_table(comparison: StudyComparison) -> doc.Table:
     """Each study at its own best, in the columns that any study has something for."""
     rows = [_study(one) for one in comparison.contestants]
     kept = [name for place, name in enumerate(STUDY_COLUMNS) if any(row[place] != MISSING for row in rows)]
-    columns = tuple(left(name) if name in ("study", "best plan") else Column(name) for name in STUDY_COLUMNS)
-    return Table(columns=columns, rows=rows_of(rows)).only(kept)
+    columns = tuple(doc.left(name) if name in ("study", "best plan") else doc.Column(name) for name in STUDY_COLUMNS)
+    return doc.Table(columns=columns, rows=doc.rows_of(rows)).only(kept)
 
 
-def plans_table(comparison: StudyComparison) -> Table | None:
+def plans_table(comparison: StudyComparison) -> doc.Table | None:
     """The plans that several studies ran; None where there is none."""
     if not comparison.plans:
         return None
     names = [one.name for one in comparison.contestants]
     titles = (*names, *(f"{name} / first" for name in names[1:]))
-    return Table(
-        columns=(left("plan"), *map(Column, titles)),
-        rows=rows_of(_plan(plan, names) for plan in comparison.plans),
+    return doc.Table(
+        columns=(doc.left("plan"), *map(doc.Column, titles)),
+        rows=doc.rows_of(_plan(plan, names) for plan in comparison.plans),
     )
 
 
@@ -203,7 +190,7 @@ def _letter(place: int) -> str:
     return string.ascii_uppercase[place] if place < len(string.ascii_uppercase) else str(place + 1)
 
 
-def _below(cells: Sequence[Cell], speeds: int) -> tuple[Cell, ...]:
+def _below(cells: Sequence[doc.Cell], speeds: int) -> tuple[doc.Cell, ...]:
     """Ratios with their intervals in a second line: side by side, two of them fill a screen."""
     ratios = (cell.replace(" ", "\n", 1) if isinstance(cell, str) else cell for cell in cells[1 + speeds :])
     return (*cells[: 1 + speeds], *ratios)

@@ -8,21 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipetune.tuner.report.document import (
-    GAP,
-    Bullet,
-    Bullets,
-    Column,
-    Document,
-    Figure,
-    Figures,
-    Part,
-    Section,
-    Table,
-    Text,
-    left,
-    rows_of,
-)
+from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.history.values import History, LevelChange, Question, Series
 from pipetune.tuner.report.wording import clean, metric_text
 from pipetune.tuner.stats.change_points import LEAST_NIGHTS
@@ -32,38 +18,38 @@ _MOST_NIGHTS, _MOST_EVENTS = 32, 5
 """What a screen has room for."""
 
 
-def screen_of(history: History) -> Document:
+def screen_of(history: History) -> doc.Document:
     """For a terminal of 80 columns: changes of level first, then each series with a line of its nights."""
-    parts: list[Part] = []
+    parts: list[doc.Part] = []
     for question in history.questions:
         events = events_of(question)
-        parts += [Text(question.title, "strong"), Text(_nights_text(question))]
-        parts += [Bullets(tuple(event.bullet for event in events[:_MOST_EVENTS]))]
+        parts += [doc.Text(question.title, "strong"), doc.Text(_nights_text(question))]
+        parts += [doc.Bullets(tuple(event.bullet for event in events[:_MOST_EVENTS]))]
         if len(events) > _MOST_EVENTS:
-            parts.append(Text(f"· and {len(events) - _MOST_EVENTS} earlier nights, on the page of --output-dir"))
-        parts += [] if events else [Text("no level has changed")]
-        parts.append(Text(trust_text(question), "faint"))
+            parts.append(doc.Text(f"· and {len(events) - _MOST_EVENTS} earlier nights, on the page of --output-dir"))
+        parts += [] if events else [doc.Text("no level has changed")]
+        parts.append(doc.Text(trust_text(question), "faint"))
         width = max(map(len, question.metrics), default=0)
         columns = (
-            left("", min_width=width),
-            *(Column(title, wrap="narrow", min_width=11) for title in ("first level", "last level")),
-            left("nights"),
+            doc.left("", min_width=width),
+            *(doc.Column(title, wrap="narrow", min_width=11) for title in ("first level", "last level")),
+            doc.left("nights"),
         )
         for subject, series in itertools.groupby(question.series, key=lambda one: one.subject):
             lines = [(one.metric, *_levels(one), sparkline(one)) for one in series]
-            parts += [Text(subject, "strong"), Table(columns=columns, rows=rows_of(lines))]
-        parts.append(GAP)
-    return Document(parts=(*parts, *(Text(f"not read: {text}") for text in history.skipped)))
+            parts += [doc.Text(subject, "strong"), doc.Table(columns=columns, rows=doc.rows_of(lines))]
+        parts.append(doc.GAP)
+    return doc.Document(parts=(*parts, *(doc.Text(f"not read: {text}") for text in history.skipped)))
 
 
-def whole_of(history: History) -> Document:
+def whole_of(history: History) -> doc.Document:
     """All of the history: what `history.md` holds."""
     sections = [_section(question, {}) for question in history.questions]
-    skipped = Bullets(tuple(f"not read: {text}" for text in history.skipped))
-    return Document(title="History", parts=(*sections, skipped))
+    skipped = doc.Bullets(tuple(f"not read: {text}" for text in history.skipped))
+    return doc.Document(title="History", parts=(*sections, skipped))
 
 
-def page_of(history: History, figures: Sequence[Mapping[str, Figure]]) -> Document:
+def page_of(history: History, figures: Sequence[Mapping[str, doc.Figure]]) -> doc.Document:
     """The page: a section for each question.
 
     Args:
@@ -74,24 +60,26 @@ def page_of(history: History, figures: Sequence[Mapping[str, Figure]]) -> Docume
     facts = [("nights", str(nights)), ("changes of level", f"from {changes} nights on" if changes else "none")]
     facts += [("not read", text) for text in history.skipped]
     sections = (_section(question, own) for question, own in zip(history.questions, figures, strict=True))
-    return Document(title="History", facts=tuple(facts), parts=tuple(sections))
+    return doc.Document(title="History", facts=tuple(facts), parts=tuple(sections))
 
 
-def _section(question: Question, figures: Mapping[str, Figure]) -> Section:
+def _section(question: Question, figures: Mapping[str, doc.Figure]) -> doc.Section:
     events = events_of(question)
-    changes = Bullets(tuple(event.bullet for event in events)) if events else Text("No level has changed.")
-    drawn = Figures(tuple(figures.values()))
-    nights, trust = Text(_nights_text(question)), Text(trust_text(question))
-    return Section(question.title, (nights, changes, trust, series_table(question), drawn))
+    changes = doc.Bullets(tuple(event.bullet for event in events)) if events else doc.Text("No level has changed.")
+    drawn = doc.Figures(tuple(figures.values()))
+    nights, trust = doc.Text(_nights_text(question)), doc.Text(trust_text(question))
+    return doc.Section(question.title, (nights, changes, trust, series_table(question), drawn))
 
 
-def series_table(question: Question) -> Table:
+def series_table(question: Question) -> doc.Table:
     """A row for each series: its first and its last level."""
     lines = [
         (one.subject, one.metric, str(len(one.values)), *_levels(one), str(len(one.changes))) for one in question.series
     ]
     titles = ("nights", "first level", "last level", "changes")
-    return Table(columns=(left("subject"), left("metric"), *map(Column, titles)), rows=rows_of(lines))
+    return doc.Table(
+        columns=(doc.left("subject"), doc.left("metric"), *map(doc.Column, titles)), rows=doc.rows_of(lines)
+    )
 
 
 def sparkline(series: Series) -> str:
@@ -122,9 +110,9 @@ class Event:
     is_worse: bool
 
     @property
-    def bullet(self) -> Bullet:
+    def bullet(self) -> doc.Bullet:
         """An item of a list, with a line below it for each subject."""
-        return Bullet(self.when, "warning" if self.is_worse else "", self.changes)
+        return doc.Bullet(self.when, "warning" if self.is_worse else "", self.changes)
 
 
 def events_of(question: Question) -> tuple[Event, ...]:

@@ -5,27 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from pipetune.tuner.report.document import (
-    Bar,
-    Bullet,
-    Bullets,
-    Cards,
-    Cell,
-    Code,
-    Document,
-    Facts,
-    Figures,
-    Part,
-    Section,
-    Split,
-    Style,
-    Table,
-    TableRow,
-    Text,
-)
+from pipetune.tuner.report import document as doc
 
 _MARKUP = re.compile(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)|~(?=~)|(?<=~)~")
-_BOLD: frozenset[Style] = frozenset({"strong", "good"})
+_BOLD: frozenset[doc.Style] = frozenset({"strong", "good"})
 
 
 def escaped(text: str) -> str:
@@ -33,7 +16,7 @@ def escaped(text: str) -> str:
     return _MARKUP.sub(r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
-def render_markdown(document: Document, *, level: int = 1) -> str:
+def render_markdown(document: doc.Document, *, level: int = 1) -> str:
     """The whole text, last newline included.
 
     Args:
@@ -44,36 +27,36 @@ def render_markdown(document: Document, *, level: int = 1) -> str:
     return "\n\n".join((*blocks, *_blocks(document.parts, level + 1))) + "\n"
 
 
-def _blocks(parts: Iterable[Part], level: int) -> Iterator[str]:
+def _blocks(parts: Iterable[doc.Part], level: int) -> Iterator[str]:
     """Blocks that empty lines part from each other."""
     for part in parts:
         match part:
-            case Text() if part.text:
+            case doc.Text() if part.text:
                 lines = [escaped(line) for line in part.text.split("\n")]
                 lines[-1] += f" <{part.link}>" if part.link else ""
                 yield lines[0] if len(lines) == 1 else "\n".join(f"{line}  " for line in lines)
-            case Facts():
+            case doc.Facts():
                 yield _facts(part.items)
-            case Bullets() if part.items:
+            case doc.Bullets() if part.items:
                 yield "\n".join(line for item in part.items for line in _bullet(item))
-            case Table():
+            case doc.Table():
                 yield _table(part)
                 if part.legend:
                     yield escaped(part.legend)
-            case Section():
+            case doc.Section():
                 if part.heading:
                     yield f"{'#' * level} {escaped(part.heading)}"
                 yield from _blocks(part.parts, level + 1)
-            case Bar():
+            case doc.Bar():
                 pieces = ", ".join(f"{segment.label} {segment.text}" for segment in part.segments)
                 yield escaped(" ".join(text for text in (part.label, part.text, pieces) if text))
-            case Cards():
+            case doc.Cards():
                 yield _facts((card.label, f"{card.number} {card.remark}") for card in part.cards)
-            case Split():
+            case doc.Split():
                 yield escaped(" · ".join(f"{device}: {layers}" for device, layers, _ in part.stages))
-            case Code():
+            case doc.Code():
                 yield f"```\n{part.text}\n```"
-            case Text() | Bullets() | Figures():
+            case doc.Text() | doc.Bullets() | doc.Figures():
                 pass
 
 
@@ -81,18 +64,18 @@ def _facts(items: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"- **{escaped(label)}**: {escaped(text)}" for label, text in items)
 
 
-def _bullet(item: str | Bullet) -> list[str]:
-    bullet = item if isinstance(item, Bullet) else Bullet(item)
+def _bullet(item: str | doc.Bullet) -> list[str]:
+    bullet = item if isinstance(item, doc.Bullet) else doc.Bullet(item)
     return [f"- {escaped(bullet.text)}", *(f"  - {escaped(text)}" for text in bullet.below)]
 
 
-def _table(table: Table) -> str:
+def _table(table: doc.Table) -> str:
     rules = " | ".join(":---" if column.align == "left" else "---:" for column in table.columns)
     lines = [_line(escaped(column.title) for column in table.columns), f"| {rules} |"]
     return "\n".join([*lines, *(_line(_cell(cell, row) for cell in row.cells) for row in table.rows)])
 
 
-def _cell(cell: Cell, row: TableRow) -> str:
+def _cell(cell: doc.Cell, row: doc.TableRow) -> str:
     text, style = (cell, row.style) if isinstance(cell, str) else (cell.text, cell.style)
     return f"**{escaped(text)}**" if text and style in _BOLD else escaped(text)
 

@@ -11,25 +11,9 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text as RichText
 
-from pipetune.tuner.report.document import (
-    Bar,
-    Bullet,
-    Bullets,
-    Cards,
-    Cell,
-    Code,
-    Document,
-    Facts,
-    Figures,
-    Part,
-    Section,
-    Split,
-    Style,
-    Table,
-    Text,
-)
+from pipetune.tuner.report import document as doc
 
-_STYLES: dict[Style, str] = {
+_STYLES: dict[doc.Style, str] = {
     "": "",
     "strong": "bold",
     "good": "bold green",
@@ -40,51 +24,51 @@ _STYLES: dict[Style, str] = {
 }
 
 
-def render_rich(document: Document) -> RenderableType:
+def render_rich(document: doc.Document) -> RenderableType:
     """A document as rich prints it."""
     parts: list[RenderableType] = [RichText(document.title, style="bold")] if document.title else []
-    parts += [_facts(Facts(document.facts))] if document.facts else []
+    parts += [_facts(doc.Facts(document.facts))] if document.facts else []
     return Group(*parts, *_drawn(document.parts))
 
 
-def _drawn(parts: tuple[Part, ...]) -> Iterator[RenderableType]:
+def _drawn(parts: tuple[doc.Part, ...]) -> Iterator[RenderableType]:
     for part in parts:
         match part:
-            case Text():
+            case doc.Text():
                 yield _text(replace(part, text=f"{part.text} {part.link}") if part.link else part)
-            case Facts():
+            case doc.Facts():
                 yield _facts(part)
-            case Table():
+            case doc.Table():
                 yield _table(part)
                 if part.legend:
                     yield RichText(part.legend, style="dim")
-            case Bullets():
+            case doc.Bullets():
                 for item in part.items:
-                    bullet = item if isinstance(item, Bullet) else Bullet(item)
+                    bullet = item if isinstance(item, doc.Bullet) else doc.Bullet(item)
                     yield RichText(f"· {bullet.text}", style=_STYLES[bullet.style])
                     yield from (Padding(RichText(text), (0, 0, 0, 2)) for text in bullet.below)
-            case Section():
+            case doc.Section():
                 if part.heading:
                     yield RichText(part.heading, style="bold")
                 yield from _drawn(part.parts)
-            case Bar():
+            case doc.Bar():
                 pieces = ", ".join(f"{segment.label} {segment.text}" for segment in part.segments)
                 yield RichText(" ".join(text for text in (part.label, part.text, pieces) if text))
-            case Cards():
-                yield _facts(Facts(tuple((card.label, f"{card.number} {card.remark}") for card in part.cards)))
-            case Split():
+            case doc.Cards():
+                yield _facts(doc.Facts(tuple((card.label, f"{card.number} {card.remark}") for card in part.cards)))
+            case doc.Split():
                 yield RichText(" | ".join(f"{device}: {layers}" for device, layers, _ in part.stages))
-            case Code():
+            case doc.Code():
                 yield RichText(part.text)
-            case Figures():
+            case doc.Figures():
                 pass
 
 
-def _text(cell: Cell) -> RichText:
+def _text(cell: doc.Cell) -> RichText:
     return RichText(cell) if isinstance(cell, str) else RichText(cell.text, style=_STYLES[cell.style])
 
 
-def _facts(facts: Facts) -> rich.Table:
+def _facts(facts: doc.Facts) -> rich.Table:
     grid = rich.Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -93,7 +77,7 @@ def _facts(facts: Facts) -> rich.Table:
     return grid
 
 
-def _table(table: Table) -> rich.Table:
+def _table(table: doc.Table) -> rich.Table:
     grid = rich.Table(
         box=box.SIMPLE_HEAD if table.ruled else None, padding=(0, table.gap, 0, 0), pad_edge=False, show_edge=False
     )

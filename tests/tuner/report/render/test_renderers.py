@@ -11,28 +11,8 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
+from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.chart import Band, Bars, Chart, Dots, Line, Rule, Words
-from pipetune.tuner.report.document import (
-    Bar,
-    Bullet,
-    Bullets,
-    Card,
-    Cards,
-    Code,
-    Column,
-    Document,
-    Facts,
-    Figure,
-    Figures,
-    Section,
-    Segment,
-    Split,
-    Table,
-    TableRow,
-    Text,
-    left,
-    rows_of,
-)
 from pipetune.tuner.report.render.canvas import DARK, LIGHT
 from pipetune.tuner.report.render.csv import render_csv
 from pipetune.tuner.report.render.html import render_html
@@ -41,16 +21,16 @@ from pipetune.tuner.report.render.plot import draw, render_png
 from pipetune.tuner.report.render.rich import render_rich
 
 EVIL = "<b>[red]x[/red]</b> | `y` _z_"
-TABLE = Table(
-    columns=(left("plan", "narrow"), Column("tok/s"), left("why", "prose")),
+TABLE = doc.Table(
+    columns=(doc.left("plan", "narrow"), doc.Column("tok/s"), doc.left("why", "prose")),
     rows=(
-        TableRow(("17+13", Text("201", "strong"), "fast"), "good", ends_group=True),
-        TableRow((EVIL, "64.2", ""), "other"),
+        doc.TableRow(("17+13", doc.Text("201", "strong"), "fast"), "good", ends_group=True),
+        doc.TableRow((EVIL, "64.2", ""), "other"),
     ),
     legend="tok/s: tokens a second",
     ruled=True,
 )
-WEIGHTS = Segment(label="weights", text="9 MiB", percent=50, colour=1)
+WEIGHTS = doc.Segment(label="weights", text="9 MiB", percent=50, colour=1)
 CHART = Chart(
     title=EVIL,
     rows=("a $1 row", "another"),
@@ -63,23 +43,23 @@ CHART = Chart(
         Words(xs=(0.0,), ys=(1.0,), texts=("words",)),
     ),
 )
-DOCUMENT = Document(
+DOCUMENT = doc.Document(
     title=f"Title {EVIL}",
     facts=(("model", EVIL),),
     parts=(
-        Text("one line\nanother", "warning"),
-        Text("see", link="https://example.org/"),
-        Facts((("busy", "time in compute"),), stacked=True),
-        Bullets(("plain", Bullet("changed", "bad", (EVIL, "below it")))),
-        Section("Hero", (Cards((Card(label="speed", number="3.1×", remark="over all"),)),), is_hero=True),
-        Section(
+        doc.Text("one line\nanother", "warning"),
+        doc.Text("see", link="https://example.org/"),
+        doc.Facts((("busy", "time in compute"),), stacked=True),
+        doc.Bullets(("plain", doc.Bullet("changed", "bad", (EVIL, "below it")))),
+        doc.Section("Hero", (doc.Cards((doc.Card(label="speed", number="3.1×", remark="over all"),)),), is_hero=True),
+        doc.Section(
             "Inner",
             (
                 TABLE,
-                Bar(label="stage 0", text="cpu:0", segments=(WEIGHTS,)),
-                Split((("cpu:0", "layers 0–16", 57.0), ("cpu:1", "layers 17–29", 43.0))),
-                Code("pipetune bench"),
-                Figures((Figure("a figure", CHART),)),
+                doc.Bar(label="stage 0", text="cpu:0", segments=(WEIGHTS,)),
+                doc.Split((("cpu:0", "layers 0–16", 57.0), ("cpu:1", "layers 17–29", 43.0))),
+                doc.Code("pipetune bench"),
+                doc.Figures((doc.Figure("a figure", CHART),)),
             ),
         ),
     ),
@@ -105,7 +85,7 @@ class Shown(HTMLParser):
         self.tags.append(tag)
 
 
-def screen(document: Document, width: int = 80) -> str:
+def screen(document: doc.Document, width: int = 80) -> str:
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(render_rich(document))
     return out.getvalue()
@@ -127,7 +107,7 @@ def test_every_medium_says_all_of_it_and_reads_no_markup() -> None:
 
 
 def test_markdown_tables_are_aligned_and_bold_where_rows_are_best() -> None:
-    lines = render_markdown(Document(parts=(TABLE,))).splitlines()
+    lines = render_markdown(doc.Document(parts=(TABLE,))).splitlines()
     assert lines[:3] == ["| plan | tok/s | why |", "| :--- | ---: | :--- |", "| **17+13** | **201** | **fast** |"]
     assert len(re.findall(r"(?<!\\)\|", lines[3])) == 4
     assert lines[-2:] == ["", "tok/s: tokens a second"]
@@ -142,8 +122,8 @@ def test_a_screen_keeps_to_its_width_and_leaves_a_line_between_groups() -> None:
 
 def test_a_table_of_fewer_columns_keeps_their_order() -> None:
     assert [column.title for column in TABLE.only({"why", "plan"}).columns] == ["plan", "why"]
-    assert [row.cells for row in TABLE.only(["tok/s"]).rows] == [(Text("201", "strong"),), ("64.2",)]
-    assert [row.style for row in rows_of([("a",), ("b",)], "faint")] == ["faint", "faint"]
+    assert [row.cells for row in TABLE.only(["tok/s"]).rows] == [(doc.Text("201", "strong"),), ("64.2",)]
+    assert [row.style for row in doc.rows_of([("a",), ("b",)], "faint")] == ["faint", "faint"]
 
 
 @pytest.mark.parametrize(
