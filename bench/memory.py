@@ -16,7 +16,7 @@ KV_ALIGNMENT = 16
 EDGE_DEPTH = 2
 """Messages that the rings at a stage's ends hold, each."""
 CPU_FREE_SHARE = 0.25
-"""Of activations: what glibc's heap holds of free pieces between them."""
+"""Share of activations that glibc's heap holds in free pieces between them."""
 CPU_WORKSPACE_BYTES = 42 * 2**20
 """What a CPU worker keeps once it has run tasks of a model: modules, generated kernels, pieces of the heap."""
 
@@ -29,7 +29,7 @@ class LayerShape(Value):
     """Parameters that one token meets: routed experts count as many as are chosen."""
     kv_bytes_per_token: int
     state_bytes: int = 0
-    """Of the recurrent states that a row keeps, whatever its length."""
+    """Bytes of the recurrent states that a row keeps, whatever its length."""
     kind: str = "full_attention"
     """`full_attention`, `sliding_attention`, `linear_attention` …"""
 
@@ -47,7 +47,7 @@ class ModelShape(Value):
     """Modules outside the layers that belong to the last device: final norm, head."""
     embedding_bytes: int
     head_bytes: int
-    """Of an untied head; 0 when it shares the embedding."""
+    """Bytes of an untied head; 0 when it shares the embedding."""
     other_bytes: int
     """Norms, learned positions and the like, kept on every stage."""
     tied: bool
@@ -56,9 +56,9 @@ class ModelShape(Value):
     num_attention_heads: int
     vocab_size: int
     dtype_bytes: int
-    """Of a number computed with."""
+    """Bytes of a number computed with."""
     storage_bytes: int | None = None
-    """Of a weight, and of a hidden state between layers, where they are kept in another dtype."""
+    """Bytes of a weight, and of a hidden state between layers, where they are kept in another dtype."""
     layers: tuple[LayerShape, ...] = Field(min_length=1)
     forbidden_cuts: tuple[int, ...] = ()
     """Layer indices before which the model must not be cut."""
@@ -69,22 +69,23 @@ class ModelShape(Value):
     eager_attention: bool = False
     """Attention scores are written out."""
     message_bytes: int | None = None
-    """Of a token's values that cross between stages, where these are not just its hidden state."""
+    """Bytes of a token's values that cross between stages, where these are not just its hidden state."""
     max_positions: int | None = None
     checkpoint_bytes: int | None = None
 
     @property
     def num_layers(self) -> int:
+        """Number of decoder layers."""
         return len(self.layers)
 
     @property
     def kept_bytes(self) -> int:
-        """Of a weight, and of a hidden state between layers."""
+        """Bytes of a weight, and of a hidden state between layers."""
         return self.storage_bytes or self.dtype_bytes
 
     @property
     def crossing_bytes(self) -> int:
-        """Of what a token's layers hand on from one stage to the next."""
+        """Bytes that a token's layers hand on from one stage to the next."""
         return self.hidden_size * self.kept_bytes if self.message_bytes is None else self.message_bytes
 
 
@@ -96,6 +97,7 @@ class StageBytes(Value):
     activations: int
 
     def total(self, in_flight: int) -> int:
+        """Bytes with so many micro-batches in flight."""
         return self.weights + self.activations + in_flight * self.kv_per_slot
 
 

@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import Self
 
 from pipetune.bench.errors import PlanError
+from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import Fleet, GenerationResult, Progress, ScoreResult
-from pipetune.bench.memory import check_plan, resolve
-from pipetune.bench.record import Failure
+from pipetune.bench.memory import check_plan
 from pipetune.bench.spec import ModelSpec, Plan, Sampling
 
 
@@ -48,7 +48,7 @@ class Pipeline:
             FleetError: workers that do not start.
         """
         spec = ModelSpec(name=model) if isinstance(model, str) else model
-        fleet = Fleet.start(spec, plan.devices, log_dir=log_dir, on_progress=on_progress)
+        fleet = Experiment.start(spec, plan.devices, exclusive=False, log_dir=log_dir, on_progress=on_progress).fleet
         try:
             check_plan(fleet.shape, plan)
         except PlanError:
@@ -82,7 +82,6 @@ class Pipeline:
             self.plan,
             prompts,
             max_new_tokens=max_new_tokens,
-            in_flight=self._in_flight(prompts, max_new_tokens),
             ignore_eos=ignore_eos,
             sampling=sampling,
         )
@@ -98,23 +97,7 @@ class Pipeline:
             PlanError: not even one micro-batch fits under the plan's memory caps.
             FleetError: the workers failed; the next call starts them again.
         """
-        return self._fleet.score(self.plan, texts, in_flight=self._in_flight(texts, 0))
-
-    def _in_flight(self, prompts: Sequence[str | Sequence[int]], output_len: int) -> int:
-        """Micro-batches that the memory caps let be resident at once."""
-        # Text has at most about a token a byte.
-        lengths = [len(prompt) if not isinstance(prompt, str) else len(prompt.encode()) + 2 for prompt in prompts]
-        effective = resolve(
-            self._fleet.shape,
-            self.plan,
-            num_prompts=max(1, len(prompts)),
-            prompt_len=max(lengths, default=1),
-            output_len=output_len,
-            device_bytes=self._fleet.device_bytes,
-        )
-        if isinstance(effective, Failure):
-            raise PlanError(effective.message)
-        return effective.in_flight
+        return self._fleet.score(self.plan, texts)
 
     def close(self) -> None:
         """Ends the workers."""

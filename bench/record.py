@@ -5,6 +5,7 @@ Times are seconds. Those of one iteration count from the moment its prompts were
 
 from __future__ import annotations
 
+import datetime as dt
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
@@ -324,3 +325,8 @@ class Record(Value):
     """What it ran on there, in the order of the study's devices; everywhere else the record says this study's names
     for them, so that one plan is one plan wherever it ran."""
     result: Outcome
+
+
+def timestamp(moment: dt.datetime | None = None) -> str:
+    """A moment, by default now, in UTC by ISO 8601, to the second."""
+    return (moment or dt.datetime.now(dt.UTC)).astimezone(dt.UTC).isoformat(timespec="seconds")

@@ -5,7 +5,6 @@ No torch here: whatever a worker dies of, `bench.fleet.supervisor` turns it into
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,7 @@ from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, Progress, Superviso
 from pipetune.bench.machine.hardware import available_devices, device_bytes
 from pipetune.bench.memory import ModelShape, resolve
 from pipetune.bench.profile import Profile, ProfileGrid
-from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Outcome
+from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Outcome, timestamp
 from pipetune.bench.spec import (
     EffectivePlan,
     ModelSpec,
@@ -57,7 +56,7 @@ class GenerationResult(Value):
     ttft_s: float
     """From the call's prompts to this prompt's first token."""
     e2el_s: float
-    """… to its last token."""
+    """From the call's prompts to this prompt's last token."""
     token_times_s: tuple[float, ...]
 
 
@@ -65,7 +64,7 @@ class ScoreResult(Value):
     """What the model makes of one text."""
 
     token_ids: tuple[int, ...]
-    """Of the text."""
+    """Tokens of the text."""
     logprobs: tuple[float, ...]
     """Natural logarithms of the probabilities of all tokens but the first, which has none; empty for a single token."""
     text: str | None
@@ -160,13 +159,15 @@ class Fleet:
             ConfigError: prompts that cannot be used.
             PlanError: the plan does not suit the model, or names a device that is not the fleet's.
         """
-        lens = self.prompt_lens(workload)
+        return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
+
+    def _resolve(self, plan: Plan, prompt_lens: Sequence[int], output_len: int) -> EffectivePlan | Failure:
         return resolve(
             self.shape,
             plan,
-            num_prompts=len(lens),
-            prompt_len=max(lens),
-            output_len=workload.generated_len,
+            num_prompts=len(prompt_lens),
+            prompt_len=max(prompt_lens),
+            output_len=output_len,
             device_bytes=self.device_bytes,
         )
 
@@ -251,7 +252,7 @@ class Fleet:
                 "packed_weights": packed_weights,
                 "cuda_graphs": cuda_graphs,
                 "scores": grid.scores,
-                "measured_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+                "measured_at": timestamp(),
             }
         )
 
@@ -269,14 +270,15 @@ class Fleet:
 
         Args:
             prompts: text, or token ids.
-            in_flight: micro-batches resident at once; by default as many as the plan lets be, or all of them.
+            in_flight: micro-batches resident at once; by default as many as the plan's memory caps let be.
             ignore_eos: generate `max_new_tokens` for every prompt.
             sampling: how tokens are drawn, the same for every plan: draws depend on the seed and on the prompt's place
                 among the prompts. None takes the likeliest token.
 
         Raises:
             ConfigError: prompts that cannot be used.
-            PlanError: the plan names a device more often than this fleet has workers on it.
+            PlanError: the plan names a device more often than this fleet has workers on it, or not even one micro-batch
+                fits under its memory caps.
             FleetError: the workers failed.
         """
         if max_new_tokens < 1:
@@ -284,7 +286,7 @@ class Fleet:
         answer = self._call(
             "generate",
             {
-                **self._use(plan, prompts, in_flight),
+                **self._use(plan, prompts, max_new_tokens, in_flight),
                 "prompts": _plain(prompts),
                 "max_new_tokens": max_new_tokens,
                 "ignore_eos": ignore_eos,
@@ -312,14 +314,15 @@ class Fleet:
 
         Args:
             texts: text, or token ids.
-            in_flight: micro-batches resident at once; by default as many as the plan lets be, or all of them.
+            in_flight: micro-batches resident at once; by default as many as the plan's memory caps let be.
 
         Raises:
             ConfigError: texts that cannot be used.
-            PlanError: the plan names a device more often than this fleet has workers on it.
+            PlanError: the plan names a device more often than this fleet has workers on it, or not even one micro-batch
+                fits under its memory caps.
             FleetError: the workers failed.
         """
-        answer = self._call("score", {**self._use(plan, texts, in_flight), "texts": _plain(texts)})
+        answer = self._call("score", {**self._use(plan, texts, 0, in_flight), "texts": _plain(texts)})
         if "error" in answer:
             raise ConfigError(answer["error"])
         return tuple(
@@ -327,11 +330,20 @@ class Fleet:
             for row in answer["results"]
         )
 
-    def _use(self, plan: Plan, prompts: Sequence[str | Sequence[int]], in_flight: int | None) -> dict[str, Any]:
+    def _use(
+        self, plan: Plan, prompts: Sequence[str | Sequence[int]], output_len: int, in_flight: int | None
+    ) -> dict[str, Any]:
         self._check_stages(plan)
         if not prompts:
             raise ConfigError("prompts: there is none; give at least one")
-        return {"plan": _dump(plan), "in_flight": in_flight or plan.max_in_flight or len(prompts)}
+        if in_flight is None:
+            # Text has at most about a token a byte.
+            lens = [len(prompt) if not isinstance(prompt, str) else len(prompt.encode()) + 2 for prompt in prompts]
+            resolved = self._resolve(plan, lens, output_len)
+            if isinstance(resolved, Failure):
+                raise PlanError(resolved.message)
+            in_flight = resolved.in_flight
+        return {"plan": _dump(plan), "in_flight": in_flight}
 
     @property
     def worker_pids(self) -> tuple[int, ...]:

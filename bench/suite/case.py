@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import hashlib
 import json
 import time
@@ -14,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipetune.bench import metrics
 from pipetune.bench.errors import PlanError
-from pipetune.bench.fleet.fleet import Fleet
-from pipetune.bench.record import Failure, Machine, Measurement
-from pipetune.bench.spec import ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.bench.fleet.experiment import Experiment
+from pipetune.bench.record import Failure, Machine, Outcome, timestamp
+from pipetune.bench.spec import ModelSpec, Plan, Protocol, Workload
 
 
 class PlanCase(BaseModel):
@@ -67,10 +66,10 @@ class Round:
     """One fleet's run."""
 
     run: dict[str, Any]
-    """As `extra_info` holds it: our metrics, and what they were derived from."""
+    """Our metrics and what they were derived from, as `extra_info` holds them."""
     metrics: dict[str, float]
     duration_s: float
-    """Of the workload: the median over the round's iterations."""
+    """Seconds of the workload, the median over the round's iterations."""
     machine: Machine
     model: ModelSpec
     """With the revision that it was resolved to."""
@@ -85,10 +84,15 @@ def run_fresh(case: PlanCase, protocol: Protocol, folder: Path) -> Round:
     Raises:
         PipetuneError: the plan did not run, or its output is wrong; says why.
     """
-    started_at, began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.monotonic()
-    with Fleet.start(case.model, case.devices or case.plan.devices, hang_timeout_s=protocol.hang_timeout_s) as fleet:
-        machine, model = fleet.machine, fleet.model
-        outcome = _measure(fleet, case, protocol, folder / "reference.safetensors")
+    started_at, began = timestamp(), time.monotonic()
+    devices = case.devices or case.plan.devices
+    with Experiment.start(case.model, devices, hang_timeout_s=protocol.hang_timeout_s) as experiment:
+        machine, model = experiment.fleet.machine, experiment.fleet.model
+        outcome: Outcome | None = None
+        if protocol.check_outputs:
+            outcome = experiment.make_reference(folder / "reference.safetensors", case.workload, protocol)
+        if outcome is None:
+            outcome = experiment.measure(case.plan, case.workload, protocol).result
     if isinstance(outcome, Failure):
         raise PlanError(f"{case.plan.describe()}: {outcome.kind.value}: {outcome.message}")
     derived = metrics.derive(outcome)
@@ -101,15 +105,3 @@ def run_fresh(case: PlanCase, protocol: Protocol, folder: Path) -> Round:
         "wall_s": round(time.monotonic() - began, 3),
     }
     return Round(run=run, metrics=derived, duration_s=derived["duration_s"], machine=machine, model=model)
-
-
-def _measure(fleet: Fleet, case: PlanCase, protocol: Protocol, reference: Path) -> Measurement | Failure:
-    if protocol.check_outputs:
-        failure = fleet.make_reference(reference, case.workload, protocol)
-        if failure is not None:
-            return failure
-    effective = fleet.resolve(case.plan, case.workload)
-    if isinstance(effective, Failure):
-        return effective
-    spec = RunSpec(model=fleet.model, workload=case.workload, plan=case.plan, protocol=protocol)
-    return fleet.measure(spec, effective)

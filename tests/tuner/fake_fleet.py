@@ -12,10 +12,10 @@ from typing import Any, Self
 
 from pipetune.bench.errors import FleetError
 from pipetune.bench.fleet.fleet import Progress
-from pipetune.bench.memory import ModelShape
+from pipetune.bench.memory import ModelShape, resolve
 from pipetune.bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, ProfileGrid, TaskTime
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement
-from pipetune.bench.spec import EffectivePlan, ModelSpec, Protocol, RunSpec, Workload
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
 from tests.record_factory import (
     HEAD_LAYERS,
     layer_s,
@@ -52,6 +52,17 @@ class FakeFleet:
 
     def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
         return make_prompt_lens(workload)
+
+    def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
+        lens = self.prompt_lens(workload)
+        return resolve(
+            self.shape,
+            plan,
+            num_prompts=len(lens),
+            prompt_len=max(lens),
+            output_len=workload.generated_len,
+            device_bytes=self.device_bytes,
+        )
 
     def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
         self._lab.calls.append("reference")

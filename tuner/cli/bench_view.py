@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from pipetune.bench import metrics
 from pipetune.bench.record import Failure, FailureKind, Measurement
-from pipetune.tuner.commands.bench import BenchResult
+from pipetune.tuner.commands.bench import BenchResult, Comparison
 from pipetune.tuner.progress import values_text
 from pipetune.tuner.report.data import host_us_a_task
 from pipetune.tuner.report.wording import compared_text, steps_text
@@ -20,6 +21,8 @@ _PLANS_FAULT = frozenset(
 )
 _SHOWN = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "bubble_ratio")
 _SHOWN_OF_SCORES = ("total_token_throughput", "mean_e2el_ms", "bubble_ratio")
+_MOST_SHOWN = 4
+"""Stages whose times fit side by side."""
 
 
 def exit_code(result: BenchResult) -> int:
@@ -69,7 +72,7 @@ def show(result: BenchResult, console: Console) -> None:
         console.print(f"{result.plan.describe()}: {outcome.kind.value}: {outcome.message}", markup=False)
         return
     if result.comparison is not None:
-        result.comparison.print(console)
+        _show_comparison(result.comparison, console)
         if result.single_stage_missing:
             console.print(f"Without our single stage: {result.single_stage_missing}", markup=False)
     else:
@@ -108,6 +111,42 @@ def _show_one(result: BenchResult, outcome: Measurement, console: Console) -> No
     if result.plan.replicas > 1:
         console.print("stages are numbered replica.stage", markup=False)
     console.print(f"before the timed iterations: {steps_text(outcome)}", markup=False)
+
+
+def _show_comparison(comparison: Comparison, console: Console) -> None:
+    generates = all(row.mean_ttft_ms is not None for row in comparison.contenders)
+    table = Table("", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("tok/s", "IQR", "×", "95 % interval", "bubble", "TTFT" if generates else "E2EL", "busy/stage"):
+        table.add_column(name, justify="right")
+    for row in comparison.contenders:
+        console.print(f"{row.name}: {row.title}", markup=False)
+        wait_ms = row.mean_ttft_ms if generates and row.mean_ttft_ms else row.mean_e2el_ms
+        table.add_row(
+            row.name,
+            f"{row.throughput:.1f}",
+            f"{row.iqr:.1f}",
+            f"{row.ratio:.2f}",
+            "–" if row.ratio_low is None else f"{row.ratio_low:.2f}–{row.ratio_high:.2f}",
+            "–" if row.bubble_ratio is None else f"{100 * row.bubble_ratio:.0f} %",
+            f"{wait_ms / 1e3:.2f} s",
+            _busy_text(row.stage_busy_ms),
+        )
+    console.print()
+    console.print(table)
+    console.print(
+        f"\nMedians of {comparison.rounds} interleaved rounds in random order; × is over the baseline, round by round.",
+        markup=False,
+    )
+
+
+def _busy_text(stage_busy_ms: Sequence[float]) -> str:
+    """Seconds of each stage, or of very many the least and the largest."""
+    if not stage_busy_ms:
+        return "–"
+    shown = [f"{busy / 1e3:.2f}" for busy in stage_busy_ms]
+    if len(shown) > _MOST_SHOWN:
+        shown = [f"{min(stage_busy_ms) / 1e3:.2f}–{max(stage_busy_ms) / 1e3:.2f}"]
+    return " ".join(shown) + " s"
 
 
 def _show_check(outcome: Measurement, console: Console) -> None:

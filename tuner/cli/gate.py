@@ -90,7 +90,7 @@ def gate(
         ),
     ] = False,
     order_seed: Annotated[
-        int | None, typer.Option("--order-seed", help="Of the lots for who runs first.", min=0, rich_help_panel=_RULE)
+        int | None, typer.Option("--order-seed", help="Of the randomised order.", min=0, rich_help_panel=_RULE)
     ] = None,
     model: o.Model = None,
     storage_dtype: o.StorageDtype = None,

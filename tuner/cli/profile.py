@@ -44,7 +44,7 @@ def profile(
 ) -> int:
     """Time a model's layers, embedding and head on each device, and the links between them; kept for later commands."""
     from pipetune.bench.errors import ConfigError
-    from pipetune.bench.fleet.fleet import Fleet
+    from pipetune.bench.fleet.experiment import Experiment
     from pipetune.bench.profile import ProfileGrid
     from pipetune.tuner.cli import common, profile_view
     from pipetune.tuner.planning.costs import profile_cache
@@ -69,7 +69,8 @@ def profile(
     reporter = make_reporter(common.err(), silent=no_progress)
     with reporter:
         reporter.begin(f"starting {len(names)} workers")
-        with Fleet.start(resolved.model, names, on_progress=reporter.fleet) as fleet:
+        with Experiment.start(resolved.model, names, exclusive=False, on_progress=reporter.fleet) as experiment:
+            fleet = experiment.fleet
             wanted = ProfileGrid.model_validate(grid)
             kept = None if refresh else profile_cache.read_kept(profile_cache.profile_key(fleet, wanted, **switches))
             if kept is None:

@@ -105,7 +105,6 @@ def tune(
 
 def _tune(folder: Path, config: TuneConfig, reporter: Reporter, *, resume: bool, json: bool) -> int:
     from pipetune.bench.errors import PipetuneError, UserError
-    from pipetune.bench.fleet.fleet import Fleet
     from pipetune.tuner.cli import common
     from pipetune.tuner.search.driver import run_study
     from pipetune.tuner.study.store import StudyStore
@@ -113,7 +112,7 @@ def _tune(folder: Path, config: TuneConfig, reporter: Reporter, *, resume: bool,
     with StudyStore.resume(folder, config) if resume else StudyStore.create(folder, config) as store:
         try:
             with reporter:
-                finished = run_study(store, Fleet.start, reporter)
+                finished = run_study(store, reporter)
         except UserError:
             store.discard_if_empty()
             raise

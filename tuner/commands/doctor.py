@@ -24,6 +24,7 @@ from pipetune.tuner.planning.model_fit import ModelFit, Wanted, fit_model
 from pipetune.tuner.progress import Reporter
 
 if TYPE_CHECKING:
+    from pipetune.bench.fleet.experiment import Experiment
     from pipetune.bench.fleet.fleet import Fleet
 
 PACKAGES = ("pipetune", "torch", "transformers", "accelerate", "optuna", "pydantic", "typer")
@@ -144,7 +145,7 @@ def _devices() -> Check:
 
 def _look_at_workers(config: TuneConfig, folder: Path, reporter: Reporter, found: _Findings) -> None:
     """Starts workers on a model with a layer for each."""
-    from pipetune.bench.fleet.fleet import Fleet
+    from pipetune.bench.fleet.experiment import Experiment
 
     found.checks.append(_devices())
     devices = config.concrete_devices
@@ -152,15 +153,16 @@ def _look_at_workers(config: TuneConfig, folder: Path, reporter: Reporter, found
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     tiny = ModelSpec(name=str(folder), load_format="dummy", dtype=config.model.dtype)
     reporter.begin(f"starting {len(devices)} workers")
-    with Fleet.start(tiny, devices, on_progress=reporter.fleet) as fleet:
-        found.checks += _machine(fleet)
-        found.checks.append(_talk(fleet))
+    with Experiment.start(tiny, devices, exclusive=False, on_progress=reporter.fleet) as experiment:
+        found.checks += _machine(experiment.fleet)
+        found.checks.append(_talk(experiment.fleet))
 
 
 def _look_at_model(config: TuneConfig, fitting: Fitting, reporter: Reporter, found: _Findings) -> None:
     """Starts workers on the model, which describe it; no weights are loaded."""
     found.checks.append(_devices())
-    with _start(config, reporter, found) as fleet:
+    with _start(config, reporter, found) as experiment:
+        fleet = experiment.fleet
         found.checks += _machine(fleet)
         found.checks.append(_model(fleet))
         lens: tuple[int, ...] = (config.workload.input_len,)
@@ -182,31 +184,32 @@ def _look_at_model(config: TuneConfig, fitting: Fitting, reporter: Reporter, fou
         found.fail("fit", text, NothingFeasibleError.exit_code)
 
 
-def _start(config: TuneConfig, reporter: Reporter, found: _Findings) -> Fleet:
+def _start(config: TuneConfig, reporter: Reporter, found: _Findings) -> Experiment:
     """The model's fleet; where only its config is at hand, that is a fault, and the model is described all the same.
 
     Raises:
         ModelError: the model cannot be found, read or split.
         FleetError: workers that do not start.
     """
-    from pipetune.bench.fleet.fleet import Fleet
+    from pipetune.bench.fleet.experiment import Experiment
 
     model, devices = config.model, config.concrete_devices
     reporter.begin(f"starting {len(devices)} workers")
     try:
-        return Fleet.start(model, devices, on_progress=reporter.fleet)
+        return Experiment.start(model, devices, exclusive=False, on_progress=reporter.fleet)
     except ModelError as error:
         if model.load_format == "dummy" or not (Path(model.name).expanduser() / "config.json").is_file():
             raise
         try:
-            fleet = Fleet.start(model.model_copy(update={"load_format": "dummy"}), devices, on_progress=reporter.fleet)
+            dummy = model.model_copy(update={"load_format": "dummy"})
+            experiment = Experiment.start(dummy, devices, exclusive=False, on_progress=reporter.fleet)
         except ModelError as without_weights:
             if str(without_weights) == str(error):
                 raise error from None
             found.fail("weights", str(error), error.exit_code)
             raise
         found.fail("weights", str(error), error.exit_code)
-        return fleet
+        return experiment
 
 
 def _machine(fleet: Fleet) -> Iterator[Check]:

@@ -127,11 +127,12 @@ def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
     Raises:
         UserError: a model, prompts or bounds that cannot be used.
     """
-    from pipetune.bench.fleet.fleet import Fleet
+    from pipetune.bench.fleet.experiment import Experiment
 
     reporter.begin(f"reading {config.model.name}")
-    with Fleet.start(config.model, config.concrete_devices, on_progress=reporter.fleet) as fleet:
-        return _plan(folder, config, fleet)
+    devices = config.concrete_devices
+    with Experiment.start(config.model, devices, exclusive=False, on_progress=reporter.fleet) as experiment:
+        return _plan(folder, config, experiment.fleet)
 
 
 def _plan(folder: Path, config: TuneConfig, fleet: Fleet) -> DryRun:

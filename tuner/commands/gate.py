@@ -19,7 +19,7 @@ from pipetune.tuner.config.sources import KeyPath
 from pipetune.tuner.gate.cases import SideRequest, case_of, parse_env
 from pipetune.tuner.gate.python_env import commit_of
 from pipetune.tuner.gate.run import Gate
-from pipetune.tuner.gate.runners import Contenders, FreshProcesses, RunningFleet
+from pipetune.tuner.gate.runners import FreshProcesses, RunningFleet, SideRunner
 from pipetune.tuner.gate.values import Case, GateResult, SideName
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.study.files import CONFIG_FILE, read_config
@@ -67,8 +67,8 @@ class GateRequest:
         if self.baseline_ref is not None and self.baseline_python is not None:
             raise ConfigError("--baseline-ref and --baseline-python: give one; a revision brings its own environment")
         cases = tuple(self._case(baseline, config) for config in self._configs())
-        contenders: Contenders = RunningFleet(cases) if self.rounds_in_process else FreshProcesses(cases)
-        return Gate(cases=cases, contenders=contenders, seed=self._order_seed(), max_minutes=self.max_minutes).run
+        runner: SideRunner = RunningFleet(cases) if self.rounds_in_process else FreshProcesses(cases)
+        return Gate(cases=cases, runner=runner, seed=self._order_seed(), max_minutes=self.max_minutes).run
 
     def shown(self) -> str:
         """The settings of every case with their sources, as YAML; those of the baseline, where sides differ.
@@ -229,5 +229,5 @@ class GateRequest:
         return config.model_copy(update={"metrics": metrics})
 
     def _order_seed(self) -> int:
-        """New lots every night, unless they are given: a fixed order would repeat its luck."""
+        """A seed of its own every night, unless one is given: a fixed order would repeat its luck."""
         return secrets.randbelow(2**31) if self.order_seed is None else self.order_seed

@@ -229,7 +229,8 @@ def rank(plans: Sequence[PlannedPlan], objective: str) -> tuple[PlannedPlan, ...
 
 def _read(config: TuneConfig, reporter: Reporter, described: DescribedDevices | None) -> _Read:
     """Asks a worker. One on the CPU is enough, but for GPUs of this machine, whose free memory they alone know."""
-    from pipetune.bench.fleet.fleet import Fleet, device_bytes
+    from pipetune.bench.fleet.experiment import Experiment
+    from pipetune.bench.fleet.fleet import device_bytes
 
     devices = config.concrete_devices
     on_gpus = described is None and any(device_kind(device) == "cuda" for device in devices)
@@ -237,7 +238,9 @@ def _read(config: TuneConfig, reporter: Reporter, described: DescribedDevices | 
     if not on_gpus and model.attention.startswith("flash"):
         # Such kernels need a GPU; the shape is the same without them.
         model = model.model_copy(update={"attention": "auto"})
-    with Fleet.start(model, devices if on_gpus else ("cpu:0",), on_progress=reporter.fleet) as fleet:
+    workers = devices if on_gpus else ("cpu:0",)
+    with Experiment.start(model, workers, exclusive=False, on_progress=reporter.fleet) as experiment:
+        fleet = experiment.fleet
         if described is not None:
             sizes = described.device_bytes(devices)
         else:

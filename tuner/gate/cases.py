@@ -27,7 +27,7 @@ class SideRequest:
     env: Mapping[str, str] | None = None
 
     def side(self, name: SideName) -> Side:
-        """As a value."""
+        """The side as a value."""
         return Side(
             name=name,
             model=self.config.model,

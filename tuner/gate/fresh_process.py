@@ -8,7 +8,6 @@ both.
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import json
 import math
 import os
@@ -16,17 +15,16 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from pipetune.bench import metrics
 from pipetune.bench.errors import PlanError, UserError
-from pipetune.bench.record import Failure, FailureKind, Outcome, Record
+from pipetune.bench.record import Failure, FailureKind, Record, timestamp
 from pipetune.bench.spec import Value
 from pipetune.tuner.gate.python_env import Interpreter, own
 from pipetune.tuner.gate.values import Case, Sample, SideName
@@ -38,10 +36,8 @@ _GOODBYE_S = 10.0
 """What a process that is told to stop has to clean up."""
 _TAIL = 2000
 _PREFIX, _IN_USE, _OF_PLAN = "pipetune: ", " is in use by ", "plan."
-"""How the command line begins a message, what `tuner.study.locks` says of a GPU that others hold, and how it goes on
+"""How the command line begins a message, what `bench.fleet.locks` says of a GPU that others hold, and how it goes on
 where a plan is not for the model."""
-
-_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -72,38 +68,25 @@ def run_fresh(
     """
     longest_s = min(_START_S + 2 * case.protocol.timeout_s, timeout_s or math.inf)
     with tempfile.TemporaryDirectory(prefix="pipetune-gate-") as folder:
-        found, took_s, started_at = timed(
-            lambda: _run(case, name, interpreter, Path(folder), check=check, timeout_s=longest_s)
-        )
+        started_at, began = timestamp(), time.monotonic()
+        found = _run(case, name, interpreter, Path(folder), check=check, timeout_s=longest_s)
+        took_s = round(time.monotonic() - began, 3)
+    common: dict[str, Any] = {"hardware_id": hardware_id, "started_at": started_at, "wall_s": took_s}
     if isinstance(found, _NotComparable):
-        return Sample(not_comparable=found.why, hardware_id=hardware_id, started_at=started_at, wall_s=took_s)
-    return sample_of(
-        found.result if isinstance(found, Record) else found,
-        hardware_id=hardware_id,
-        recorded_hardware_id=found.hardware_id if isinstance(found, Record) else None,
-        started_at=started_at,
-        wall_s=took_s,
-    )
+        return Sample(not_comparable=found.why, **common)
+    if isinstance(found, Failure):
+        return Sample(failure=found, **common)
+    return sample_of(found).model_copy(update={**common, "recorded_hardware_id": found.hardware_id})
 
 
-def timed(run: Callable[[], _Found]) -> tuple[_Found, float, str]:
-    """What came of a run, the seconds it took, and when it began."""
-    started_at, began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.monotonic()
-    found = run()
-    return found, round(time.monotonic() - began, 3), started_at
-
-
-def sample_of(
-    outcome: Outcome,
-    *,
-    hardware_id: str | None,
-    started_at: str,
-    wall_s: float,
-    recorded_hardware_id: str | None = None,
-) -> Sample:
-    """What the gate keeps of a run."""
-    common: dict[str, Any] = {"hardware_id": hardware_id, "recorded_hardware_id": recorded_hardware_id}
-    common |= {"started_at": started_at, "wall_s": wall_s}
+def sample_of(record: Record) -> Sample:
+    """What the gate keeps of a run of this pipetune."""
+    common: dict[str, Any] = {
+        "hardware_id": record.hardware_id,
+        "started_at": record.started_at,
+        "wall_s": record.wall_s,
+    }
+    outcome = record.result
     if isinstance(outcome, Failure):
         return Sample(failure=outcome, **common)
     return Sample(

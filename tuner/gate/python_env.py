@@ -27,7 +27,7 @@ from pipetune.bench.record import Machine
 from pipetune.tuner.config.sources import ENVIRONMENT_PREFIX, FLAGS
 
 ROOT = Path(pipetune.__file__).resolve().parents[1]
-"""Of the code that runs: a checkout, or where packages are installed."""
+"""Root of the code that runs: a checkout, or where packages are installed."""
 _PYPROJECT, _CONSTRAINTS = "pyproject.toml", "constraints.txt"
 _MACHINE = """
 try:
@@ -63,7 +63,7 @@ class Interpreter:
     """What `-m` runs: `tuner` in revisions from before the packages lived in `pipetune`."""
 
     def command(self, *arguments: str) -> list[str]:
-        """Of pipetune's command line."""
+        """Arguments that start pipetune's command line."""
         return [self.python, "-P", "-m", self.module, *arguments]
 
     def run(self, code: str) -> subprocess.CompletedProcess[str]:

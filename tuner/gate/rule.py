@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipetune.tuner.config.gate import Tolerance
+from pipetune.tuner.gate.faults import Fault, fault_of, unsteady_of
 from pipetune.tuner.gate.values import (
     REHEARSAL,
     SIDES,
-    VERDICTS,
     Case,
     Finding,
     LookTaken,
@@ -25,14 +25,11 @@ from pipetune.tuner.gate.values import (
     Reason,
     Sample,
     SideName,
-    Verdict,
-    is_better_higher,
+    finding_of,
+    log_cost,
 )
 from pipetune.tuner.stats import signed_rank
 from pipetune.tuner.stats.looks import Look
-
-_UNSTEADY_SHARE = 1 / 3
-"""Of the runs of one side: beyond it the side is called never steady."""
 
 
 def judge(
@@ -104,15 +101,14 @@ class _Told:
 
     @functools.cached_property
     def differences(self) -> tuple[float, ...]:
-        """Of the pairs before anything broke: log(candidate / baseline), turned so that worse is positive."""
-        sign = -1.0 if is_better_higher(self.metric) else 1.0
+        """log(candidate / baseline) of the pairs before anything broke, turned so that worse is positive."""
         return tuple(
-            sign * math.log(pair.candidate.metrics[self.metric] / pair.baseline.metrics[self.metric])
+            log_cost(self.metric, pair.candidate.metrics[self.metric] / pair.baseline.metrics[self.metric])
             for pair in self.pairs[: self._whole]
         )
 
     @property
-    def broken(self) -> tuple[Reason, str] | None:
+    def broken(self) -> Fault | None:
         """What ended the comparison of this metric, whatever its values are; None while nothing did."""
         return self._break[1]
 
@@ -121,7 +117,7 @@ class _Told:
         return self._break[0]
 
     @functools.cached_property
-    def _break(self) -> tuple[int, tuple[Reason, str] | None]:
+    def _break(self) -> tuple[int, Fault | None]:
         """How many pairs are whole, and what is wrong with the next one."""
         hardware = next((pair.baseline.hardware_id for pair in self.pairs), None)
         recorded: dict[SideName, str] = {}
@@ -137,27 +133,18 @@ class _Told:
                     return count, (reason, f"{where}, {name}: {text}")
         return len(self.pairs), None
 
-    def _problem(self, name: SideName, run: Sample, hardware: str | None) -> tuple[Reason, str] | None:
-        if run.not_comparable is not None:
-            return Reason.NOT_COMPARABLE, run.not_comparable
-        if run.failure is not None:
-            failed = Reason.CANDIDATE_FAILED if name == "candidate" else Reason.BASELINE_FAILED
-            return failed, f"{run.failure.kind.value}: {run.failure.message}"
-        if self.metric not in run.metrics:
-            return Reason.MISSING_METRIC, f"there is no {self.metric}; there are: {', '.join(run.metrics) or 'none'}"
-        value = run.metrics[self.metric]
-        if not (math.isfinite(value) and value > 0):
-            return Reason.NOT_FINITE, f"{self.metric} is {value}, of which there is no ratio"
+    def _problem(self, name: SideName, run: Sample, hardware: str | None) -> Fault | None:
+        fault = fault_of(self.metric, name, run)
+        if fault is not None:
+            return fault
         if run.hardware_id is None:
-            return (
-                Reason.OTHER_HARDWARE,
-                "the hardware that it ran on could not be read, so that none can be called equal",
-            )
+            text = "the hardware that it ran on could not be read, so that none can be called equal"
+            return Reason.OTHER_HARDWARE, text
         if run.hardware_id != hardware:
             return Reason.OTHER_HARDWARE, f"it ran on hardware {run.hardware_id}, and the first run on {hardware}"
         return None
 
-    def look(self, look: Look, *, last: int) -> tuple[Reason, str] | None:
+    def look(self, look: Look, *, last: int) -> Fault | None:
         """What one look says; None leaves it open."""
         seen = self.differences[: look.pairs]
         one, reason = look_at(seen, look, self.tolerance, noise_floor=self.case.noise_floor, last=last)
@@ -168,11 +155,11 @@ class _Told:
             return reason, f"{one.estimate:.1%} worse; p {one.p_fail:.2g}, and equal sides differ by {one.floor:.1%}"
         return reason, f"surely less than {self.tolerance.margin:.0%} worse"
 
-    def undecided(self, reason: Reason) -> tuple[Reason, str]:
+    def undecided(self, reason: Reason) -> Fault:
         """Why nothing could be said when no more pairs come."""
         unsteady = self._unsteady(len(self.pairs))
         if unsteady is not None:
-            return Reason.NEVER_STEADY, unsteady
+            return unsteady
         floor, margin = (self.taken[-1].floor if self.taken else 0.0), self.tolerance.margin
         if floor > margin:
             return (
@@ -193,14 +180,12 @@ class _Told:
     def finding(self, reason: Reason, text: str, *, at: int | None = None) -> Finding:
         differences = self.differences[:at]
         low, high = signed_rank.interval(differences, 0.95) if differences else (-math.inf, math.inf)
-        return Finding(
-            case=self.case.name,
-            metric=self.metric,
-            margin=self.tolerance.margin,
-            least_effect=self.tolerance.least_effect,
-            verdict=VERDICTS.get(reason, Verdict.INCONCLUSIVE),
-            reason=reason,
-            text=text,
+        return finding_of(
+            self.case.name,
+            self.metric,
+            self.tolerance,
+            reason,
+            text,
             pairs=len(differences),
             estimate=math.expm1(signed_rank.hodges_lehmann(differences)) if differences else None,
             interval=(math.expm1(low), math.expm1(high)) if math.isfinite(low) else None,
@@ -211,16 +196,9 @@ class _Told:
             candidate=self._median("candidate"),
         )
 
-    def _unsteady(self, count: int) -> str | None:
-        for name in SIDES:
-            runs = self._runs(name)[:count]
-            unsteady = sum(not run.steady for run in runs)
-            if unsteady > _UNSTEADY_SHARE * len(runs):
-                return (
-                    f"{unsteady} of {len(runs)} runs of the {name} never got steady; give them more warm-up "
-                    "(protocol.max_warmup), or look at what else the machine does"
-                )
-        return None
+    def _unsteady(self, count: int) -> Fault | None:
+        sides = (unsteady_of(name, self._runs(name)[:count]) for name in SIDES)
+        return next((fault for fault in sides if fault is not None), None)
 
     def _median(self, name: SideName) -> float | None:
         values = [run.metrics.get(self.metric, math.nan) for run in self._runs(name)]
@@ -231,7 +209,7 @@ class _Told:
         return [pair.side(name) for pair in self.pairs]
 
 
-def _moved(before: str | None, now: str | None) -> tuple[Reason, str] | None:
+def _moved(before: str | None, now: str | None) -> Fault | None:
     """Whether a run of one side was on other hardware than that side's first."""
     if before == now:
         return None

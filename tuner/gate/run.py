@@ -1,4 +1,4 @@
-"""A gate as it runs: a rehearsal of both sides, then pairs in an order drawn by lot, until the rule has decided.
+"""A gate as it runs: a rehearsal of both sides, then pairs in randomised order, until the rule has decided.
 
 The rehearsal is not counted: it fills the page cache, compares the output of both sides with the unsplit model, and
 tells how long a pair takes.
@@ -6,17 +6,17 @@ tells how long a pair takes.
 
 from __future__ import annotations
 
-import datetime as dt
 import math
 import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from pipetune.bench.record import Machine
+from pipetune.bench.record import Machine, timestamp
 from pipetune.tuner.gate.python_env import OutOfTime
 from pipetune.tuner.gate.rule import judge
-from pipetune.tuner.gate.runners import Contenders
+from pipetune.tuner.gate.runners import SideRunner
 from pipetune.tuner.gate.values import (
     EXIT_CODES,
     REHEARSAL,
@@ -36,16 +36,59 @@ from pipetune.tuner.stats.looks import Look, looks_for
 from pipetune.tuner.study.diff import differences
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """When a gate began and when it has to end, on the monotonic clock."""
+
+    started_at: str
+    """UTC, ISO 8601."""
+    began: float
+    deadline: float
+
+    @classmethod
+    def start(cls, max_minutes: float | None = None) -> Clock:
+        """A clock that begins now; None sets no deadline."""
+        began = time.monotonic()
+        deadline = math.inf if max_minutes is None else began + 60 * max_minutes
+        return cls(started_at=timestamp(), began=began, deadline=deadline)
+
+    def took_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.began
+
+    def left_s(self) -> float:
+        """Seconds until the deadline; infinite without one."""
+        return self.deadline - time.monotonic()
+
+    def sample(
+        self, runner: SideRunner, case: Case, name: SideName, reporter: Reporter, label: str, *, check: bool
+    ) -> Sample:
+        """One run of a side; one that the deadline ended is none, and says nothing of the side.
+
+        Raises:
+            OutOfTime: the time is up.
+        """
+        reporter.begin(label)
+        left_s = self.left_s()
+        if left_s <= 0:
+            raise OutOfTime
+        sample = runner.run(case, name, check=check, timeout_s=None if math.isinf(left_s) else left_s)
+        if sample.failure is not None and self.left_s() <= 0:
+            raise OutOfTime
+        reporter.end(said(sample))
+        return sample
+
+
 @dataclass
 class Gate:
     """Cases, who runs them, and for how long."""
 
     cases: tuple[Case, ...]
-    contenders: Contenders
+    runner: SideRunner
     seed: int
     max_minutes: float | None = None
     """From the start to the end, what is built and rehearsed among them."""
-    _deadline: float = math.inf
+    _clock: Clock = field(default_factory=lambda: Clock.start())
     _pairs: dict[str, list[Pair]] = field(default_factory=dict)
     _open: dict[str, list[str]] = field(default_factory=dict)
     """Metrics of each case that are not decided."""
@@ -58,8 +101,7 @@ class Gate:
             UserError: sides that cannot be started as they were asked for.
             FleetError: of a running fleet, the workers failed before anything was compared.
         """
-        started_at, began = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.monotonic()
-        self._deadline = math.inf if self.max_minutes is None else began + 60 * self.max_minutes
+        self._clock = Clock.start(self.max_minutes)
         self._pairs = {case.name: [] for case in self.cases}
         self._open = {case.name: list(case.metrics) for case in self.cases}
         self._findings = {}
@@ -67,11 +109,11 @@ class Gate:
         machines: dict[SideName, Machine | None] = {}
         with reporter:
             reporter.begin("getting both sides ready")
-            with self.contenders:
+            with self.runner:
                 try:
-                    self.contenders.prepare(self._deadline)
+                    self.runner.prepare(self._clock.deadline)
                     reporter.end(f"{len(self.cases)} case{'s' if len(self.cases) > 1 else ''}, order seed {self.seed}")
-                    machines = {name: self.contenders.machine(name) for name in SIDES}
+                    machines = {name: self.runner.machine(name) for name in SIDES}
                     pair_s = self._rehearse(reporter, looks)
                     if pair_s:
                         reporter.say(self._forecast(sum(pair_s.values()), looks))
@@ -80,19 +122,15 @@ class Gate:
                     for case in self.cases:
                         self._decide(case, looks, because=Reason.OUT_OF_TIME)
         findings = tuple(self._findings[case.name, metric] for case in self.cases for metric in case.metrics)
-        verdict = verdict_of(findings)
-        return GateResult(
-            verdict=verdict,
-            exit_code=EXIT_CODES[verdict],
-            method=self.contenders.method,
-            cannot_see=self.contenders.cannot_see,
-            findings=findings,
+        return result_of(
+            findings,
+            self._clock,
+            method=self.runner.method,
+            cannot_see=self.runner.cannot_see,
             cases=self.cases,
             pairs=tuple(pair for pairs in self._pairs.values() for pair in pairs),
             order_seed=self.seed,
             machines=machines,
-            started_at=started_at,
-            took_s=round(time.monotonic() - began, 1),
             notes=(*_fleets(self.cases), *_software(machines), *_disturbed(self._pairs)),
         )
 
@@ -102,8 +140,8 @@ class Gate:
         for case in self.cases:
             found = {}
             for name in SIDES:
-                reporter.begin(f"{case.name} · rehearsal · {name}: {case.side(name).describe()}")
-                found[name] = self._sample(case, name, reporter, check=case.protocol.check_outputs)
+                label = f"{case.name} · rehearsal · {name}: {case.side(name).describe()}"
+                found[name] = self._sample(case, name, reporter, label, check=case.protocol.check_outputs)
             if not all(sample.is_measured for sample in found.values()):
                 self._pairs[case.name].append(Pair(case=case.name, number=REHEARSAL, first=SIDES[0], **found))
                 self._decide(case, looks)
@@ -112,14 +150,14 @@ class Gate:
         return pair_s
 
     def _go_on(self, reporter: Reporter, looks: tuple[Look, ...], pair_s: dict[str, float]) -> None:
-        lots = random.Random(self.seed)
+        draws = random.Random(self.seed)
         for number in range(looks[-1].pairs):
             for case in self.cases:
-                # A lot is drawn for the decided ones as well, so that the order of a case hangs on the seed alone.
-                first: SideName = lots.choice(SIDES)
+                # Drawn for the decided ones as well, so that the order of a case hangs on the seed alone.
+                first: SideName = draws.choice(SIDES)
                 if not self._open[case.name]:
                     continue
-                if time.monotonic() + pair_s[case.name] > self._deadline:
+                if pair_s[case.name] > self._clock.left_s():
                     raise OutOfTime
                 pair = self._pair(case, number, first, reporter)
                 pair_s[case.name] = sum(pair.side(name).wall_s for name in SIDES)
@@ -129,21 +167,11 @@ class Gate:
     def _pair(self, case: Case, number: int, first: SideName, reporter: Reporter) -> Pair:
         found = {}
         for name in (first, *(other for other in SIDES if other != first)):
-            reporter.begin(f"{case.name} · pair {number + 1} · {name}")
-            found[name] = self._sample(case, name, reporter, check=False)
+            found[name] = self._sample(case, name, reporter, f"{case.name} · pair {number + 1} · {name}", check=False)
         return Pair(case=case.name, number=number, first=first, **found)
 
-    def _sample(self, case: Case, name: SideName, reporter: Reporter, *, check: bool) -> Sample:
-        """One run; one that the deadline ended is none, and says nothing of the side."""
-        left_s = self._deadline - time.monotonic()
-        if left_s <= 0:
-            raise OutOfTime
-        timeout_s = None if math.isinf(left_s) else left_s
-        sample = self.contenders.run(case, name, check=check, timeout_s=timeout_s)
-        if sample.failure is not None and time.monotonic() >= self._deadline:
-            raise OutOfTime
-        reporter.end(said(sample))
-        return sample
+    def _sample(self, case: Case, name: SideName, reporter: Reporter, label: str, *, check: bool) -> Sample:
+        return self._clock.sample(self.runner, case, name, reporter, label, check=check)
 
     def _decide(self, case: Case, looks: tuple[Look, ...], *, because: Reason | None = None) -> None:
         for metric in list(self._open[case.name]):
@@ -161,6 +189,19 @@ class Gate:
         minutes = [max(1, round(pairs * pair_s / 60)) for pairs in (least, most)]
         text = f"{least} to {most} pairs of about {pair_s:.0f} s: {minutes[0]} to {minutes[1]} minutes from here"
         return text if self.max_minutes is None else f"{text}, and no more than {self.max_minutes:g} in all"
+
+
+def result_of(findings: tuple[Finding, ...], clock: Clock, **values: Any) -> GateResult:
+    """A gate that ends now; `values` are the further fields of its result."""
+    verdict = verdict_of(findings)
+    return GateResult(
+        verdict=verdict,
+        exit_code=EXIT_CODES[verdict],
+        findings=findings,
+        started_at=clock.started_at,
+        took_s=round(clock.took_s(), 1),
+        **values,
+    )
 
 
 def said(sample: Sample) -> str:

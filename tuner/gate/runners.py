@@ -9,18 +9,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from pipetune.bench.errors import ConfigError, FleetError
-from pipetune.bench.record import Failure, FailureKind, Machine, Outcome
-from pipetune.bench.spec import Protocol as RunProtocol
-from pipetune.bench.spec import RunSpec
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.record import Machine
 from pipetune.tuner.gate import python_env
-from pipetune.tuner.gate.fresh_process import run_fresh, sample_of, timed
+from pipetune.tuner.gate.fresh_process import run_fresh, sample_of
 from pipetune.tuner.gate.values import SIDES, Case, Method, Sample, Side, SideName
-from pipetune.tuner.study import locks
 from pipetune.tuner.study.diff import differences
 
 if TYPE_CHECKING:
-    from pipetune.bench.fleet.fleet import Fleet
+    from pipetune.bench.fleet.experiment import Experiment
 
 BLIND_IN_PROCESS = (
     "what differs from process to process (start-up, memory layout, luck): both sides shared one process",
@@ -28,7 +25,7 @@ BLIND_IN_PROCESS = (
 )
 
 
-class Contenders(Protocol):
+class SideRunner(Protocol):
     """Runs sides, once each time it is asked."""
 
     method: Method
@@ -126,26 +123,30 @@ class RunningFleet:
         self.cannot_see: tuple[str, ...] = BLIND_IN_PROCESS
         self._cases = cases
         self._stack = ExitStack()
-        self._fleet: Fleet | None = None
+        self._experiment: Experiment | None = None
         self._references: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def prepare(self, deadline: float) -> None:
-        """As said of all; the start of the fleet has bounds of its own."""
-        from pipetune.bench.fleet.fleet import Fleet
+        """Starts the fleet, which has bounds of its own; raises as `SideRunner.prepare`."""
+        from pipetune.bench.fleet.experiment import Experiment
 
         side = self._cases[0].baseline
         hang_timeout_s = max(case.protocol.hang_timeout_s for case in self._cases)
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipetune-gate-")))
-            fleet = stack.enter_context(Fleet.start(side.model, side.devices, hang_timeout_s=hang_timeout_s))
-            stack.enter_context(locks.hold_gpus(fleet.devices, fleet.machine.hardware.gpus))
-            for case in self._cases:
-                if case.protocol.check_outputs:
-                    self._make_reference(fleet, case, folder / f"{len(self._references)}.safetensors")
-            self._fleet, self._stack = fleet, stack.pop_all()
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pipetune-gate-")))
+        self._experiment = self._stack.enter_context(
+            Experiment.start(side.model, side.devices, hang_timeout_s=hang_timeout_s)
+        )
+        for case in self._cases:
+            if case.protocol.check_outputs:
+                path = folder / f"{len(self._references)}.safetensors"
+                missing = self._experiment.make_reference(path, case.workload, case.protocol)
+                if missing is None:
+                    self._references[case.name] = path
+                else:
+                    self.cannot_see += (f"whether the output of {case.name} is right: {missing.message}",)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -153,33 +154,21 @@ class RunningFleet:
         self._stack.close()
 
     def machine(self, name: SideName) -> Machine | None:
-        return self._running.machine
+        return self._running.fleet.machine
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
         reference = self._references.get(case.name) if check else None
         longest_s = min(case.protocol.timeout_s, timeout_s or math.inf)
         update = {"check_outputs": reference is not None, "timeout_s": longest_s}
         if reference is not None:
-            self._running.use_reference(reference)
-        outcome, took_s, started_at = timed(
-            lambda: _measure(self._running, case, name, case.protocol.model_copy(update=update))
-        )
-        hardware_id = self._running.machine.hardware_id
-        return sample_of(outcome, hardware_id=hardware_id, started_at=started_at, wall_s=took_s)
+            self._running.fleet.use_reference(reference)
+        protocol = case.protocol.model_copy(update=update)
+        return sample_of(self._running.measure(case.side(name).plan, case.workload, protocol))
 
     @property
-    def _running(self) -> Fleet:
-        assert self._fleet is not None, "the fleet was started"
-        return self._fleet
-
-    def _make_reference(self, fleet: Fleet, case: Case, path: Path) -> None:
-        failure = fleet.make_reference(path, case.workload, case.protocol)
-        if failure is None:
-            self._references[case.name] = path
-        elif failure.kind is FailureKind.OUT_OF_MEMORY:
-            self.cannot_see += (f"whether the output of {case.name} is right: {failure.message}",)
-        else:
-            raise FleetError(failure)
+    def _running(self) -> Experiment:
+        assert self._experiment is not None, "the fleet was started"
+        return self._experiment
 
 
 def interpreter_of(side: Side, deadline: float = math.inf) -> python_env.Interpreter:
@@ -194,13 +183,3 @@ def interpreter_of(side: Side, deadline: float = math.inf) -> python_env.Interpr
     if side.python is not None:
         return python_env.of_python(side.python, side.env)
     return python_env.own(side.env)
-
-
-def _measure(fleet: Fleet, case: Case, name: SideName, protocol: RunProtocol) -> Outcome:
-    side = case.side(name)
-    resolved = fleet.resolve(side.plan, case.workload)
-    if isinstance(resolved, Failure):
-        return resolved
-    return fleet.measure(
-        RunSpec(model=fleet.model, workload=case.workload, plan=side.plan, protocol=protocol), resolved
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -23,7 +24,7 @@ class Side(Value):
     model: ModelSpec
     plan: Plan
     devices: tuple[str, ...]
-    """Of its fleet: those without a stage take their share of the cores as well."""
+    """Devices of its fleet; those without a stage take their share of the cores as well."""
     python: str | None = None
     """Interpreter of the environment that pipetune is installed in; None is this one."""
     ref: str | None = None
@@ -52,6 +53,7 @@ class Case(Value):
     noise_floor: float = 0.0
 
     def side(self, name: SideName) -> Side:
+        """One of its sides."""
         return self.baseline if name == "baseline" else self.candidate
 
 
@@ -64,9 +66,9 @@ class Sample(Value):
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Of the run, each the median over its iterations or as `bench.metrics` derives it; empty for a failure."""
+    """Metrics of the run, each the median over its iterations or as `bench.metrics` derives it; empty for a failure."""
     durations_s: tuple[float, ...] = ()
-    """Of its timed iterations."""
+    """Seconds of its timed iterations."""
     steady: bool = True
     disturbances: tuple[str, ...] = ()
     failure: Failure | None = None
@@ -76,10 +78,10 @@ class Sample(Value):
     checked: bool = False
     """Whether its output was compared with the unsplit model's."""
     hardware_id: str | None = None
-    """Of the machine as its side saw it at first, by this pipetune's digest."""
+    """Digest of the machine as its side saw it at first, by this pipetune."""
     recorded_hardware_id: str | None = None
-    """Of this very run, by the digest of its side's own pipetune: comparable within that side alone. None where the
-    run left no record of its own."""
+    """Digest of the machine of this very run, by its side's own pipetune, comparable within that side alone; None where
+    the run left no record of its own."""
     started_at: str
     """UTC, ISO 8601."""
     wall_s: float
@@ -101,11 +103,12 @@ class Pair(Value):
     number: int
     """Counted from 0; or `REHEARSAL`."""
     first: SideName
-    """Drawn by lot."""
+    """Side that ran first, drawn at random."""
     baseline: Sample
     candidate: Sample
 
     def side(self, name: SideName) -> Sample:
+        """The run of one side."""
         return self.baseline if name == "baseline" else self.candidate
 
 
@@ -197,16 +200,30 @@ class Finding(Value):
     """For people: what was found, and what to do."""
     pairs: int = 0
     estimate: float | None = None
-    """As in `LookTaken`; None where there was nothing to compare."""
+    """Share by which the candidate is worse; None where there was nothing to compare."""
     interval: tuple[float, float] | None = None
     """95 % confidence, as shares; None where the pairs are too few for one."""
     floor: float | None = None
     looks: tuple[LookTaken, ...] = ()
     differences: tuple[float, ...] = ()
-    """Of each pair: log(candidate / baseline), turned so that worse is positive."""
+    """log(candidate / baseline) of each pair, turned so that worse is positive."""
     baseline: float | None = None
     """Median over the runs, in the metric's own unit."""
     candidate: float | None = None
+
+
+def finding_of(case: str, metric: str, tolerance: Tolerance, reason: Reason, text: str, **values: Any) -> Finding:
+    """A finding, with the verdict that its reason means; `values` are its further fields."""
+    return Finding(
+        case=case,
+        metric=metric,
+        margin=tolerance.margin,
+        least_effect=tolerance.least_effect,
+        verdict=VERDICTS.get(reason, Verdict.INCONCLUSIVE),
+        reason=reason,
+        text=text,
+        **values,
+    )
 
 
 Method = Literal["fresh_processes", "running_fleet", "stored"]
@@ -225,9 +242,9 @@ class GateResult(Value):
     cases: tuple[Case, ...] = ()
     pairs: tuple[Pair, ...] = ()
     sessions: tuple[Session, ...] = ()
-    """Of a stored baseline; the candidate's is the last of each case."""
+    """Sessions of a stored baseline and of the candidate, whose session is the last of each case."""
     order_seed: int | None = None
-    """Of the lots that say which side of a pair runs first."""
+    """Seed of the randomised order, which says which side of a pair runs first."""
     machines: dict[SideName, Machine | None] = Field(default_factory=dict)
     """Hardware and software of both sides."""
     started_at: str
@@ -236,9 +253,14 @@ class GateResult(Value):
     """What a reader must know: software that differs, disturbed runs, unsteady ones."""
 
 
-def is_better_higher(metric: str) -> bool:
-    """Whether more of the metric is better."""
-    return metric in HIGHER_IS_BETTER
+def log_cost(metric: str, value: float) -> float:
+    """The logarithm of a value above zero, turned so that more is worse."""
+    return -math.log(value) if metric in HIGHER_IS_BETTER else math.log(value)
+
+
+def from_log_cost(metric: str, cost: float) -> float:
+    """The value of a metric whose `log_cost` that is."""
+    return math.exp(-cost if metric in HIGHER_IS_BETTER else cost)
 
 
 def verdict_of(findings: tuple[Finding, ...]) -> Verdict:

@@ -1,12 +1,12 @@
-"""A contest of plans over common rounds: who leads, who is told apart from the leader, and when that is settled.
+"""Elimination over common rounds: the incumbent, the plans told apart from it, and when that is settled.
 
 The figures are logarithms of costs, less being better. They are read as a randomised block design, a round being the
-block: log cost = plan + round + noise, fitted by least squares, so that a machine in another mood moves a whole round.
-The noise is pooled over all plans: of three plans, three rounds leave 4 degrees of freedom to it where one pair of
-plans alone would leave 2. A plan is behind the leader when a one-sided t-test of their mean difference over common
-rounds says so. A test that can speak as early as after three rounds must use the sizes of the differences: by their
-signs, or ranks, even six rounds all won give no less than p = 1/64. A round that went astray widens the noise, so that
-the test errs towards a tie.
+block: log cost = plan + round + noise, fitted by least squares, so that drift of the machine moves a whole round. The
+noise is pooled over all plans: of three plans, three rounds leave 4 degrees of freedom to it where one pair of plans
+alone would leave 2. A plan is behind the incumbent when a one-sided t-test of their mean difference over common rounds
+says so. A test that can speak as early as after three rounds must use the sizes of the differences: by their signs, or
+ranks, even six rounds all won give no less than p = 1/64. A round that went astray widens the noise, so that the test
+errs towards a tie.
 
 Looking again after every round gives luck further chances. All looks share one nominal level, chosen so that they
 together cross it with the chance wanted (Pocock 1977, Biometrika 64, 191-199); the boundary is computed for sums of
@@ -43,16 +43,16 @@ _MOST_FAILURES = 1
 _NODES = 96
 
 Cells = Mapping[str, Mapping[int, float | None]]
-"""Of each contender by round, counted from 0: log cost, or None for a run that failed."""
+"""Log cost by plan and round, counted from 0; None for a run that failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gap:
-    """How far a plan is behind the leader."""
+    """How far a plan is behind the incumbent, or behind another plan that all are compared with."""
 
     rival: str
     log_ratio: float
-    """Mean over common rounds of log(its cost / the leader's)."""
+    """Mean over common rounds of log(its cost / the incumbent's)."""
     error: float
     """Standard error of that."""
     freedom: int
@@ -60,7 +60,7 @@ class Gap:
 
     @property
     def share(self) -> float:
-        """0.02: its cost is 2 % above the leader's."""
+        """0.02: its cost is 2 % above the incumbent's."""
         return math.expm1(self.log_ratio)
 
     @property
@@ -69,6 +69,7 @@ class Gap:
         return self._tail(0.0)
 
     def is_behind(self, level: float) -> bool:
+        """Whether the test at that level says that the plan is worse."""
         return self.freedom > 0 and self.log_ratio > 0 and self.p_ahead <= level
 
     def is_within(self, margin: float) -> bool:
@@ -76,7 +77,7 @@ class Gap:
         return self.freedom > 0 and 1.0 - self._tail(math.log1p(margin)) <= _BETA
 
     def interval(self, level: float) -> tuple[float, float]:
-        """As `share`: what the test at that level leaves possible; the plan is behind if that begins above 0."""
+        """Shares that the test at that level leaves possible; the plan is behind if they begin above 0."""
         half = float(stdtrit(self.freedom, 1 - level)) * self.error
         return math.expm1(self.log_ratio - half), math.expm1(self.log_ratio + half)
 
@@ -89,44 +90,46 @@ class Gap:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """How a contest stands."""
+    """How an elimination stands."""
 
     kind: Literal["open", "separated", "tie", "alone", "none"]
     """`open`: a further round is due. `alone`: one plan, and none that it beat. `none`: no plan is left."""
     rounds: int
     """Whole ones so far."""
     level: float
-    """Of each test."""
+    """Level of each test."""
     active: tuple[str, ...]
     """Best first: those that did not leave."""
     behind: tuple[str, ...] = ()
-    """Best first: those told apart from the leader."""
+    """Best first: those told apart from the incumbent."""
     gaps: tuple[Gap, ...] = ()
-    """Of all others behind the leader, in order."""
+    """Gaps of all others behind the incumbent, in order."""
     due: tuple[str, ...] = ()
-    """Contenders and companions that the round to come still lacks."""
+    """Plans and controls that the round to come still lacks."""
 
     @property
-    def leader(self) -> str | None:
+    def incumbent(self) -> str | None:
+        """The plan that is best so far; None where none is left."""
         return next(iter(self.active), None)
 
     def gap(self, rival: str) -> Gap | None:
+        """How far a plan is behind the incumbent; None where the two share no round."""
         return next((gap for gap in self.gaps if gap.rival == rival), None)
 
 
-def decide(cells: Cells, *, min_rounds: int, max_rounds: int, companions: Collection[str] = ()) -> State:
-    """Replays a contest, round by round, as far as its figures go.
+def decide(cells: Cells, *, min_rounds: int, max_rounds: int, controls: Collection[str] = ()) -> State:
+    """Replays an elimination, round by round, as far as its figures go.
 
     Args:
-        cells: of all contenders, those without any figure yet among them.
+        cells: figures of all plans and controls; those without any yet have an empty row.
         min_rounds: rounds before anything is decided.
         max_rounds: rounds after which what is not told apart is a tie.
-        companions: further names of `cells` that run in every round and compete with nobody.
+        controls: names of `cells` that run in every round and compete with nobody.
     """
     last = max(min_rounds, max_rounds)
     first_look = max(min_rounds, MIN_ROUNDS)
     level = nominal_level(first_look, max(first_look, last))
-    table = {name: dict(row) for name, row in cells.items() if name not in companions}
+    table = {name: dict(row) for name, row in cells.items() if name not in controls}
     active, behind, rounds = list(table), list[str](), 0
     while True:
         active = [name for name in active if _failures(table[name], rounds) <= _MOST_FAILURES]
@@ -136,7 +139,7 @@ def decide(cells: Cells, *, min_rounds: int, max_rounds: int, companions: Collec
             beaten = [gap.rival for gap in _gaps(seen, active) if gap.is_behind(level)]
             active, behind = [name for name in active if name not in beaten], [*beaten, *behind]
         kind = _kind(seen, active, behind, rounds, min_rounds=min_rounds, first_look=first_look, last=last)
-        running = [name for name in companions if _failures(cells[name], rounds) <= _MOST_FAILURES]
+        running = [name for name in controls if _failures(cells[name], rounds) <= _MOST_FAILURES]
         due = tuple(name for name in (*active, *running) if rounds not in cells[name])
         if kind != "open" or due:
             everything = {name: {at: x for at, x in row.items() if x is not None} for name, row in table.items()}
@@ -154,14 +157,14 @@ def decide(cells: Cells, *, min_rounds: int, max_rounds: int, companions: Collec
 
 
 def ordered(table: Mapping[str, Mapping[int, float]], names: Sequence[str]) -> list[str]:
-    """Best first, by the Hodges-Lehmann centre of what is left of their log costs when the rounds' moods are taken out.
+    """Best first, by the Hodges-Lehmann centre of what is left of their log costs when the round effects are taken out.
 
     It is nearly as sharp as the mean, and one astray round of four or more does not move it far. Names without any
     figure come last, in the order given.
     """
-    moods = _fit(table).moods
+    effects = _fit(table).effects
     centres = {
-        name: hodges_lehmann([x - moods[at] for at, x in table[name].items()]) if table[name] else math.inf
+        name: hodges_lehmann([x - effects[at] for at, x in table[name].items()]) if table[name] else math.inf
         for name in names
     }
     return sorted(names, key=lambda name: centres[name])
@@ -201,10 +204,10 @@ def _crossing(bound: float, first_look: int, last_look: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Fitted:
-    moods: dict[int, float]
-    """Of each round, in log cost."""
+    effects: dict[int, float]
+    """Effect of each round, in log cost."""
     sd: float
-    """Of one run, in log cost."""
+    """Standard deviation of one run, in log cost."""
     freedom: int
 
 
@@ -226,14 +229,20 @@ def _fit(table: Mapping[str, Mapping[int, float]]) -> _Fitted:
     return _Fitted(dict(zip(rounds, map(float, solution[len(names) :]), strict=True)), sd, freedom)
 
 
+def gaps_behind(cells: Cells, name: str) -> dict[str, Gap]:
+    """Gaps of all others behind one plan or control, whichever is best."""
+    table = {other: {at: x for at, x in row.items() if x is not None} for other, row in cells.items()}
+    return {gap.rival: gap for gap in _gaps(table, [name, *(other for other in table if other != name)])}
+
+
 def _gaps(table: Mapping[str, Mapping[int, float]], names: Sequence[str]) -> list[Gap]:
-    """Of all behind the first."""
-    fitted, leader = _fit(table), table[names[0]]
+    """Gaps of all behind the first."""
+    fitted, incumbent = _fit(table), table[names[0]]
     gaps = []
     for name in names[1:]:
-        common = sorted(leader.keys() & table[name].keys())
+        common = sorted(incumbent.keys() & table[name].keys())
         if common:
-            mean = statistics.fmean(table[name][at] - leader[at] for at in common)
+            mean = statistics.fmean(table[name][at] - incumbent[at] for at in common)
             error = fitted.sd * math.sqrt(2 / len(common))
             gaps.append(Gap(rival=name, log_ratio=mean, error=error, freedom=fitted.freedom, rounds=len(common)))
     return gaps

@@ -1,7 +1,7 @@
 """The finals: the best plans and the baseline measured again, side by side, until luck no longer chooses.
 
 The best of many noisy trials looks better than it is; so those take part that the refitted model thinks best, which
-has smoothed luck out. In each round every contender runs once, in random order, so that a machine that slows down
+has smoothed luck out. In each round every finalist runs once, in random order, so that a machine that slows down
 slows all of them alike. Rounds go on until the fastest is told apart from the others, or a tie is declared:
 `tuner.ranking.elimination` has the statistics. Plans that fell behind take no part in further rounds.
 
@@ -23,17 +23,16 @@ from pipetune.tuner.ranking.knee import bulges
 from pipetune.tuner.ranking.order import costs_of
 from pipetune.tuner.ranking.rank import rank, why_broken
 from pipetune.tuner.ranking.rounds import last_finals, log_costs
-from pipetune.tuner.ranking.runs import Run as MeasuredRun
-from pipetune.tuner.ranking.runs import medians_of
+from pipetune.tuner.ranking.runs import PlanRun, medians_of
 from pipetune.tuner.ranking.values import Objective, Ranking, Row
 
 _ROOM_FOR_THE_OTHER = 3
 BASELINE = "baseline"
-"""Stands for the un-pipelined model; all other contenders are keys of effective plans."""
+"""Stands for the un-pipelined model; all other names are keys of effective plans."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entrants:
+class Finalists:
     """Who takes part in a finals."""
 
     plans: tuple[EffectivePlan, ...]
@@ -42,37 +41,37 @@ class Entrants:
     """None where no baseline was measured."""
 
     def plan(self, key: str) -> EffectivePlan:
-        """The entrant of that key."""
+        """The finalist of that key."""
         return next(effective for effective in self.plans if effective.key == key)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """The run that is due."""
+class Due:
+    """The run that comes next."""
 
-    contender: str
+    name: str
     """Key of an effective plan, or `BASELINE`."""
     round: int
-    """For the record: counts on over the finals of a study."""
+    """Number in the record, which counts on over all finals of a study."""
     shown_round: int
-    """Of these finals, from 0."""
+    """Number within these finals, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class FinalsResult:
     """What the finals found."""
 
     kind: Literal["separated", "tie", "front", "alone", "none"]
-    """`front`: of several objectives no single one can tell plans apart. `alone`: one entrant was left, or there was
+    """`front`: of several objectives no single one can tell plans apart. `alone`: one finalist was left, or there was
     but one; `none`: not even one."""
-    leader: str | None
+    incumbent: str | None
     tied: tuple[str, ...]
-    """Not told apart from the leader."""
+    """Keys of the plans that are not told apart from the incumbent."""
     rounds: int
     text: str
 
 
-def entrants(
+def choose(
     records: Sequence[Record],
     objectives: Sequence[Objective],
     constraints: Sequence[Constraint],
@@ -80,7 +79,7 @@ def entrants(
     count: int,
     min_stages: int = 1,
     preferred: Sequence[str] = (),
-) -> Entrants:
+) -> Finalists:
     """Who takes part in the finals that follow the last trial; the same whether none or some of its rounds are done.
 
     Args:
@@ -90,8 +89,8 @@ def entrants(
     _, own = last_finals(records)
     ran = dict.fromkeys(record.effective.key for record in own if record.effective is not None)
     ranking = rank(before_finals(records), objectives, constraints)
-    return Entrants(
-        plans=_choose(ranking, count, min_stages, tuple(dict.fromkeys((*ran, *preferred)))),
+    return Finalists(
+        plans=_best(ranking, count, min_stages, tuple(dict.fromkeys((*ran, *preferred)))),
         baseline_batch_size=ranking.baseline.batch_size if ranking.baseline else None,
     )
 
@@ -103,7 +102,7 @@ def before_finals(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record.number not in numbers]
 
 
-def _choose(ranking: Ranking, count: int, min_stages: int, preferred: Sequence[str]) -> tuple[EffectivePlan, ...]:
+def _best(ranking: Ranking, count: int, min_stages: int, preferred: Sequence[str]) -> tuple[EffectivePlan, ...]:
     """The best plans that keep the constraints and the bounds of the search; the single stage may lie outside these.
 
     Of three or more places the last goes to the best pipeline where all others went to replicas, or the other way
@@ -135,29 +134,29 @@ def _knee_first(rows: Sequence[Row], objectives: Sequence[Objective]) -> list[Ro
 
 def next_step(
     records: Sequence[Record],
-    entrants: Entrants,
+    finalists: Finalists,
     *,
     objectives: Sequence[Objective],
     constraints: Sequence[Constraint] = (),
     min_rounds: int,
     max_rounds: int,
     seed: int,
-) -> Run | Verdict:
+) -> Due | FinalsResult:
     """The run that is due, or what the finals found.
 
     With one objective, rounds go on until the fastest plan is told apart from all others, until those left are surely
     within a practical margin of it, or until `max_rounds`. A plan that falls behind after `min_rounds`, breaks a
-    constraint by the medians of so many rounds, or fails twice, leaves. With several objectives each entrant gets
+    constraint by the medians of so many rounds, or fails twice, leaves. With several objectives each finalist gets
     `min_rounds`. The baseline takes part in every round.
 
     Args:
         records: all of the study.
-        entrants: of these finals.
+        finalists: who takes part in these finals.
         seed: of the order within each round.
     """
     first_round, own = last_finals(records)
-    by_name: dict[str, list[Record]] = {effective.key: [] for effective in entrants.plans}
-    if entrants.baseline_batch_size is not None:
+    by_name: dict[str, list[Record]] = {effective.key: [] for effective in finalists.plans}
+    if finalists.baseline_batch_size is not None:
         by_name[BASELINE] = []
     for record in own:
         name = record.effective.key if record.effective else BASELINE
@@ -173,34 +172,34 @@ def next_step(
         cells,
         min_rounds=min_rounds,
         max_rounds=min_rounds if several else max_rounds,
-        companions={BASELINE} & set(cells),
+        controls={BASELINE} & set(cells),
     )
     if state.kind == "open":
         order = random.Random(f"{seed}-{first_round + state.rounds}").sample(sorted(cells), len(cells))
-        return Run(
-            contender=next(name for name in order if name in state.due),
+        return Due(
+            name=next(name for name in order if name in state.due),
             round=first_round + state.rounds,
             shown_round=state.rounds,
         )
-    return _verdict(state, records, objectives, constraints, rounds=(min_rounds, max_rounds))
+    return _outcome(state, records, objectives, constraints, rounds=(min_rounds, max_rounds))
 
 
 def _is_broken(group: Sequence[Record], constraints: Sequence[Constraint], enough: int) -> bool:
-    runs = [MeasuredRun(record, record.result) for record in group if isinstance(record.result, Measurement)]
+    runs = [PlanRun(record, record.result) for record in group if isinstance(record.result, Measurement)]
     if len(runs) < enough:
         return False
     values = medians_of(runs)
     return any(why_broken(constraint, values) for constraint in constraints)
 
 
-def _verdict(
+def _outcome(
     state: State,
     records: Sequence[Record],
     objectives: Sequence[Objective],
     constraints: Sequence[Constraint],
     *,
     rounds: tuple[int, int],
-) -> Verdict:
+) -> FinalsResult:
     ranking = rank(records, objectives, constraints, rounds)
     text = ranking.separation.text
     if ranking.recommended_because:
@@ -209,9 +208,9 @@ def _verdict(
         text = "no finalist is left: each failed twice or breaks a constraint"
     several = len(objectives) > 1 and state.kind != "none"
     assert state.kind != "open"
-    return Verdict(
+    return FinalsResult(
         kind="front" if several else state.kind,
-        leader=state.leader,
+        incumbent=state.incumbent,
         tied=() if several else state.active[1:],
         rounds=state.rounds,
         text=text,
@@ -221,16 +220,3 @@ def _verdict(
 def side_by_side(protocol: Protocol) -> Protocol:
     """One timed repetition a round; the output was checked when the plan was first measured."""
     return protocol.model_copy(update={"num_iters": 1, "check_outputs": False})
-
-
-def schedule(contenders: Sequence[str], *, rounds: int, seed: int) -> tuple[tuple[int, str], ...]:
-    """A fixed number of rounds of all contenders, each in an order of its own.
-
-    Returns:
-        `(round, contender)` in the order to run.
-    """
-    order = []
-    for round_ in range(rounds):
-        rng = random.Random(f"{seed}-{round_}")
-        order += [(round_, contender) for contender in rng.sample(contenders, len(contenders))]
-    return tuple(order)

@@ -42,7 +42,7 @@ def bulges(costs: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
 
 
 def _normal(ends: np.ndarray) -> np.ndarray:
-    """Of the plane through the ends, of length one; where they span none that faces the ideal, of the even plane."""
+    """Unit normal of the plane through the ends; of the even plane where they span none that faces the ideal."""
     even = np.ones(ends.shape[1])
     normal = even
     if np.linalg.matrix_rank(ends) == ends.shape[1]:

@@ -46,21 +46,21 @@ def ordered(rows: Sequence[Row], objectives: Sequence[Objective], state: State |
 
 
 def _least_of_tied(ranked: Sequence[Row], state: State | None) -> tuple[Row | None, str | None]:
-    """Of the plans tied with the fastest and measured within the margin of it, the one that takes least.
+    """The plan that takes least among those tied with the fastest and measured within the margin of it.
 
     Fewer devices, then less memory on the fullest (differences below about 5 % are none), then the earlier rank.
     """
     if state is None or state.kind == "separated" or state.rounds < MIN_ROUNDS:
         return None, None
     near = {gap.rival for gap in state.gaps if gap.rival in state.active and abs(gap.share) <= MARGIN}
-    pool = [row for row in ranked if row.key == state.leader or row.key in near]
+    pool = [row for row in ranked if row.key == state.incumbent or row.key in near]
 
     def takes(row: Row) -> tuple[int, int]:
         memory = max(1.0, row.metrics.get("peak_memory_bytes", 1.0))
         return len(row.plan.devices), round(math.log(memory) / _SAME_MEMORY)
 
     chosen = min(pool, key=takes, default=None)
-    if chosen is None or chosen.key == state.leader:
+    if chosen is None or chosen.key == state.incumbent:
         return None, None
     fewer = takes(chosen)[0] < takes(pool[0])[0]
     return chosen, (

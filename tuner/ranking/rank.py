@@ -2,7 +2,7 @@
 
 The best of many noisy measurements looks better than it is, because luck helped to choose it (the winner's curse).
 So the finalists are measured again, in interleaved rounds that chose nothing, and wherever a plan has such rounds its
-search values are set aside. Gains are ratios within a round, where the machine's mood falls on both sides alike. The
+search values are set aside. Gains are ratios within a round, where drift of the machine falls on both sides alike. The
 order of the finalists, and whether the fastest is told apart, come from `tuner.ranking.elimination`.
 """
 
@@ -17,7 +17,14 @@ from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.ranking.elimination import State, decide
 from pipetune.tuner.ranking.order import ordered, pareto_front
 from pipetune.tuner.ranking.rounds import gain_over, last_finals, log_costs, separation_of
-from pipetune.tuner.ranking.runs import Run, chosen_runs, measured_spread, medians_of, searched_runs, throughput_spread
+from pipetune.tuner.ranking.runs import (
+    PlanRun,
+    chosen_runs,
+    measured_spread,
+    medians_of,
+    searched_runs,
+    throughput_spread,
+)
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Objective, Ranking, Rival, Row
 
 __all__ = ["Objective", "Ranking", "Row", "rank"]
@@ -49,8 +56,8 @@ def rank(
     assert objectives, "a ranking needs an objective"
     first = objectives[0]
     records = sorted(records, key=lambda record: record.number)
-    runs = [Run(record, record.result) for record in records if isinstance(record.result, Measurement)]
-    plans: dict[str, list[Run]] = {}
+    runs = [PlanRun(record, record.result) for record in records if isinstance(record.result, Measurement)]
+    plans: dict[str, list[PlanRun]] = {}
     for run in runs:
         if run.measurement.method == "pipeline" and run.record.effective is not None:
             plans.setdefault(run.record.effective.key, []).append(run)
@@ -148,13 +155,11 @@ def _finals(
     rows: Iterable[Row], cells: Mapping[str, Mapping[int, float | None]], rounds: tuple[int, int]
 ) -> State | None:
     """How the last finals stand among the rows that keep the constraints; None without any."""
-    contenders = {
-        row.key: cells[row.key] for row in rows if row.confirmed and row.feasible and not row.unranked_because
-    }
-    return decide(contenders, min_rounds=rounds[0], max_rounds=rounds[1]) if contenders else None
+    finalists = {row.key: cells[row.key] for row in rows if row.confirmed and row.feasible and not row.unranked_because}
+    return decide(finalists, min_rounds=rounds[0], max_rounds=rounds[1]) if finalists else None
 
 
-def _row(group: Sequence[Run], objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> Row:
+def _row(group: Sequence[PlanRun], objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> Row:
     objective = objectives[0]
     used = chosen_runs(group)
     effective = group[0].record.effective
@@ -233,13 +238,13 @@ def _is_wrong(check: OutputCheck) -> bool:
 
 
 def _baselines(
-    runs: Sequence[Run], objective: Objective, constraints: Sequence[Constraint]
+    runs: Sequence[PlanRun], objective: Objective, constraints: Sequence[Constraint]
 ) -> tuple[tuple[BaselineRow, ...], BaselineRow | None]:
     """The un-pipelined model at every batch size tried, and at its best one.
 
     The best is chosen by the sweep, among those that keep the constraints if any does, unless the finals chose already.
     """
-    by_size: dict[int, list[Run]] = {}
+    by_size: dict[int, list[PlanRun]] = {}
     for run in runs:
         by_size.setdefault(run.measurement.batch_size or len(run.measurement.order), []).append(run)
     sweep = {
@@ -259,7 +264,7 @@ def _baselines(
     return rows, _baseline_row(best, by_size[best], chosen_runs(by_size[best]), objective)
 
 
-def _baseline_row(size: int, group: Sequence[Run], used: Sequence[Run], objective: Objective) -> BaselineRow:
+def _baseline_row(size: int, group: Sequence[PlanRun], used: Sequence[PlanRun], objective: Objective) -> BaselineRow:
     spread = measured_spread(used, objective.metric)
     return BaselineRow(
         batch_size=size,

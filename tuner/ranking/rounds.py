@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pipetune.bench.record import Failure, FailureKind, Measurement, Record
 from pipetune.tuner.ranking.elimination import ALPHA, MIN_ROUNDS, Gap, State
-from pipetune.tuner.ranking.runs import Run, chosen_runs, measured_spread, searched_runs
+from pipetune.tuner.ranking.runs import PlanRun, chosen_runs, measured_spread, searched_runs
 from pipetune.tuner.ranking.values import Objective, Ratio, Row, Separation
 
 
@@ -28,14 +28,14 @@ def last_finals(records: Sequence[Record]) -> tuple[int, tuple[Record, ...]]:
 
 
 def log_costs(runs: Sequence[Record], first_round: int, objective: Objective) -> dict[int, float | None]:
-    """One contender's records of a finals by round, counted from its first: log cost, None where the run failed."""
+    """Log cost of one plan's records of a finals by round, counted from its first; None where the run failed."""
     found: dict[int, list[float]] = {}
     for record in runs:
         if record.round is None or _was_stopped(record):
             continue
         values = found.setdefault(record.round - first_round, [])
         if isinstance(record.result, Measurement):
-            value = Run(record, record.result).metrics.get(objective.metric, 0.0)
+            value = PlanRun(record, record.result).metrics.get(objective.metric, 0.0)
             if value > 0:
                 values.append(-math.log(value) if objective.higher_is_better else math.log(value))
     return {number: statistics.median(values) if values else None for number, values in found.items()}
@@ -45,7 +45,7 @@ def _was_stopped(record: Record) -> bool:
     return isinstance(record.result, Failure) and record.result.kind == FailureKind.INTERRUPTED
 
 
-def by_round(runs: Sequence[Run], objective: Objective) -> dict[int, float]:
+def by_round(runs: Sequence[PlanRun], objective: Objective) -> dict[int, float]:
     """The objective's median in each interleaved round in which the plan was measured."""
     values_of: dict[int, list[float]] = {}
     for run in runs:
@@ -54,11 +54,11 @@ def by_round(runs: Sequence[Run], objective: Objective) -> dict[int, float]:
     return {number: statistics.median(values) for number, values in values_of.items()}
 
 
-def gain_over(objective: Objective, ours: Sequence[Run], theirs: Sequence[Run]) -> Ratio | None:
+def gain_over(objective: Objective, ours: Sequence[PlanRun], theirs: Sequence[PlanRun]) -> Ratio | None:
     """How many times better ours is: over common rounds, else by the medians of the search; None without either.
 
-    A machine may be in another mood during the finals than it was during the search, so a value of the one is never
-    set against a value of the other where that can be helped.
+    A machine may drift between the search and the finals, so a value of the one is never set against a value of the
+    other where that can be helped.
     """
     our_rounds, their_rounds = by_round(ours, objective), by_round(theirs, objective)
     gains = [
@@ -94,34 +94,34 @@ def separation_of(ranked: Sequence[Row], state: State | None, *, several: bool) 
     names = {row.key: f"{row.plan.describe()} · {row.effective.in_flight} in flight" for row in ranked}
     if len(ranked) == 1:
         return Separation(separated=False, text="only one plan was ranked, there is no second to compare with")
-    leader = state.leader if state else None
-    if state is None or leader is None or not (state.gaps or state.behind):
+    incumbent = state.incumbent if state else None
+    if state is None or incumbent is None or not (state.gaps or state.behind):
         both = [names[row.key] for row in ranked[:2]]
         text = f"{both[0]} is not told apart from {both[1]}: the two were not measured side by side"
         return Separation(separated=False, text=text)
     rivals = [gap for gap in state.gaps if gap.rival in state.active]
     if state.kind == "separated":
         beaten = [gap for gap in state.gaps if gap.is_behind(state.level)]
-        # One that was told to be behind another leader may not be told to be behind this one by the rounds it had.
+        # One that was told to be behind another incumbent may not be told to be behind this one by the rounds it had.
         nearest = min(beaten or state.gaps, key=lambda gap: gap.log_ratio)
         others = " and all other finalists" if 1 < len(beaten) == len(state.gaps) else ""
         text = (
-            f"{names[leader]} beats {names[nearest.rival]}{others}: by {_gap_text(nearest, state.level)} over "
+            f"{names[incumbent]} beats {names[nearest.rival]}{others}: by {_gap_text(nearest, state.level)} over "
             f"{_rounds_text(nearest.rounds)} (two equal plans would be told apart so 1 time in {1 / ALPHA:.0f})"
         )
         return Separation(separated=True, text=text, rounds=state.rounds)
     if not rivals:
-        return Separation(separated=False, text=f"{names[leader]} alone was left in the finals", rounds=state.rounds)
+        return Separation(separated=False, text=f"{names[incumbent]} alone was left in the finals", rounds=state.rounds)
     nearest = min(rivals, key=lambda gap: abs(gap.log_ratio))
     further = f" and {len(rivals) - 1} more" if len(rivals) > 1 else ""
-    told = f"{names[leader]} is not told apart from {names[nearest.rival]}{further}"
+    told = f"{names[incumbent]} is not told apart from {names[nearest.rival]}{further}"
     if state.rounds < MIN_ROUNDS:
         text = f"{told}: {_rounds_text(nearest.rounds)} are too few"
     elif state.kind == "open":
         text = f"{told} by the {_rounds_text(state.rounds)} so far: {_gap_text(nearest, state.level)}"
     else:
         text = f"tie: {told} over {_rounds_text(state.rounds)}: {_gap_text(nearest, state.level)}"
-    return Separation(separated=False, text=text, rounds=state.rounds, tied=(leader, *(gap.rival for gap in rivals)))
+    return Separation(separated=False, text=text, rounds=state.rounds, tied=(incumbent, *(gap.rival for gap in rivals)))
 
 
 def _rounds_text(count: int) -> str:

@@ -12,7 +12,7 @@ from pipetune.tuner.ranking.values import Spread
 _PER_ITERATION = frozenset({"output_throughput", "total_token_throughput", "request_throughput", "duration_s"})
 
 
-class Run:
+class PlanRun:
     """A record that holds a measurement, with its metrics derived once."""
 
     def __init__(self, record: Record, measurement: Measurement) -> None:
@@ -22,10 +22,11 @@ class Run:
 
     @property
     def confirms(self) -> bool:
+        """Whether it is a round of a finals."""
         return self.record.role == "finalist"
 
     def samples(self, name: str) -> tuple[float, ...]:
-        """Of each iteration where one iteration yields the metric, else of the run."""
+        """A metric's value in each iteration where one iteration yields it, else in the run."""
         if name not in self.metrics:
             return ()
         if name not in _PER_ITERATION:
@@ -41,34 +42,34 @@ def throughput_name(names: Collection[str]) -> str:
     return GENERATE_OBJECTIVE if GENERATE_OBJECTIVE in names else SCORE_OBJECTIVE
 
 
-def throughput_spread(runs: Sequence[Run]) -> Spread:
-    """Of what `throughput_name` names; at least one run."""
+def throughput_spread(runs: Sequence[PlanRun]) -> Spread:
+    """Spread of what `throughput_name` names, over at least one run."""
     return spread_of(runs, throughput_name({name for run in runs for name in run.metrics}))
 
 
-def chosen_runs(group: Sequence[Run]) -> list[Run]:
+def chosen_runs(group: Sequence[PlanRun]) -> list[PlanRun]:
     """Those that a plan's values come from: its finalist rounds, else its runs of the search."""
     return [run for run in group if run.confirms] or searched_runs(group)
 
 
-def searched_runs(group: Sequence[Run]) -> list[Run]:
+def searched_runs(group: Sequence[PlanRun]) -> list[PlanRun]:
     """Those before the finals; undisturbed ones, if any was."""
     searched = [run for run in group if not run.confirms]
     return [run for run in searched if not run.measurement.telemetry.disturbances] or searched
 
 
-def measured_spread(runs: Sequence[Run], name: str) -> Spread | None:
+def measured_spread(runs: Sequence[PlanRun], name: str) -> Spread | None:
     """None where no run has the metric."""
     return spread_of(runs, name) if any(name in run.metrics for run in runs) else None
 
 
-def spread_of(runs: Sequence[Run], name: str) -> Spread:
+def spread_of(runs: Sequence[PlanRun], name: str) -> Spread:
     """Median and quartiles over the samples of all runs; at least one run has the metric."""
     samples = [sample for run in runs for sample in run.samples(name)]
     q1, median, q3 = (metrics.percentile(samples, quantile) for quantile in (0.25, 0.5, 0.75))
     return Spread(median=median, q1=q1, q3=q3, samples=len(samples), runs=len(runs))
 
 
-def medians_of(runs: Sequence[Run]) -> dict[str, float]:
+def medians_of(runs: Sequence[PlanRun]) -> dict[str, float]:
     """Every metric that any of the runs has."""
     return {name: spread_of(runs, name).median for name in dict.fromkeys(name for run in runs for name in run.metrics)}

@@ -17,11 +17,12 @@ class Objective(Value):
 
     @property
     def higher_is_better(self) -> bool:
+        """Whether more of the metric is better."""
         return self.metric in HIGHER_IS_BETTER
 
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
-        """As Optuna spells it."""
+        """The direction, as Optuna spells it."""
         return "maximize" if self.higher_is_better else "minimize"
 
     def cost(self, value: float) -> float:
@@ -49,6 +50,7 @@ class Spread(Value):
 
     @property
     def iqr(self) -> float:
+        """Interquartile range, in the metric's unit."""
         return self.q3 - self.q1
 
 
@@ -65,6 +67,7 @@ class Ratio(Value):
 
     @property
     def paired(self) -> bool:
+        """Whether both were measured in common rounds."""
         return self.rounds > 0
 
 
@@ -79,7 +82,7 @@ class Row(Value):
     """The first objective's, median; None when it was not measured."""
     spread: Spread | None
     throughput: Spread
-    """Of `output_throughput`, whatever the objective; of `total_token_throughput` where texts are scored."""
+    """`output_throughput`, whatever the objective; `total_token_throughput` where texts are scored."""
     metrics: dict[str, float]
     """Median of every metric over the runs used."""
     confirmed: bool
@@ -106,10 +109,12 @@ class Row(Value):
 
     @property
     def plan(self) -> Plan:
+        """The plan, with its caps as given."""
         return self.effective.plan
 
     @property
     def feasible(self) -> bool:
+        """Whether every constraint is kept."""
         return not self.broken_constraints
 
 
@@ -137,7 +142,7 @@ class FailureRow(Value):
     plan: Plan | None
     """None for the baseline."""
     batch_size: int | None
-    """Of the baseline, where it is known."""
+    """Batch size of the baseline, where it is known."""
     failure: Failure
 
 
@@ -146,7 +151,7 @@ class Rival(Value):
 
     row: Row
     gain: Ratio | None
-    """Of the best plan over it."""
+    """How many times better the best plan is."""
 
 
 class Separation(Value):
@@ -190,4 +195,5 @@ class Ranking(Value):
 
     @property
     def front(self) -> tuple[Row, ...]:
+        """The Pareto front, best first."""
         return tuple(row for row in self.rows if row.on_front)

@@ -28,20 +28,20 @@ from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.search.stop import Interrupted, StopSignal
 from pipetune.tuner.search.study_costs import study_costs
 from pipetune.tuner.search.trials import Search
-from pipetune.tuner.study import locks
 from pipetune.tuner.study.files import read
 from pipetune.tuner.study.search_log import LogBook
 from pipetune.tuner.study.store import StudyStore, was_interrupted
 
 if TYPE_CHECKING:
+    from pipetune.bench.fleet.experiment import Labels
     from pipetune.bench.fleet.fleet import Fleet
 
 
-def run_study(store: StudyStore, start_fleet: Callable[..., Fleet], reporter: Reporter) -> bool:
+def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..., Fleet] | None = None) -> bool:
     """Runs what is left of a study.
 
     Args:
-        start_fleet: `bench.fleet.fleet.Fleet.start`.
+        start_fleet: in place of `Fleet.start`, where there are no workers.
 
     Returns:
         False if it was interrupted.
@@ -87,7 +87,6 @@ def _run(runs: Runs, book: LogBook, stack: contextlib.ExitStack) -> None:
     with book.spend("start"):
         participant = stack.enter_context(participate(store, runs.reporter.say))
         fleet = runs.open_fleet(stack)
-        stack.enter_context(locks.hold_gpus(fleet.devices, fleet.machine.hardware.gpus))
         store.set_revision(fleet.model.revision)
         for line in store.set_machine(fleet.machine, fleet.shape):
             runs.reporter.say(f"other software than when the study began: {line}")
@@ -119,7 +118,7 @@ def _run(runs: Runs, book: LogBook, stack: contextlib.ExitStack) -> None:
     search = Search(runs, book, participant, space, cost, resolve, warm)
     search.run()
     with book.spend("finals"):
-        _run_finals(runs, book, participant, search.preferred, stack)
+        _run_finals(runs, book, participant, search.preferred)
 
 
 def _space(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
@@ -148,7 +147,7 @@ def _measure_baseline(runs: Runs) -> None:
     while sizes:
         size = sizes.pop(0)
         if size not in done:
-            record = runs.baseline("baseline", "baseline: un-pipelined", config.protocol, size)
+            record = runs.baseline("baseline: un-pipelined", config.protocol, size, role="baseline")
             measured = measured or isinstance(record.result, Measurement)
         if not sizes and not measured and size > 1:
             sizes.append(size // 2)
@@ -167,12 +166,10 @@ def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> 
         memory_fraction=max(runs.store.config.space.memory_fractions),
     )
     plan = space.switch(plan)
-    runs.measure("single_stage", f"single stage: {plan.describe()}", plan, resolve(plan))
+    runs.measure(f"single stage: {plan.describe()}", plan, resolve(plan), role="single_stage")
 
 
-def _run_finals(
-    runs: Runs, book: LogBook, participant: Participant, preferred: Sequence[str], stack: contextlib.ExitStack
-) -> None:
+def _run_finals(runs: Runs, book: LogBook, participant: Participant, preferred: Sequence[str]) -> None:
     """Round by round until the best is told from the others, or a tie is declared."""
     store, config = runs.store, runs.store.config
     objectives = _objectives(store)
@@ -180,7 +177,7 @@ def _run_finals(
     if other is not None:
         runs.reporter.say(other)
         return
-    entrants = finals.entrants(
+    finalists = finals.choose(
         store.records,
         objectives,
         config.constraints,
@@ -188,36 +185,36 @@ def _run_finals(
         min_stages=config.space.min_stages,
         preferred=preferred,
     )
-    if not entrants.plans:
+    if not finalists.plans:
         return
     protocol = finals.side_by_side(config.protocol)
     ran = False
     while True:
         step = finals.next_step(
             store.records,
-            entrants,
+            finalists,
             objectives=objectives,
             constraints=config.constraints,
             min_rounds=config.finalist_rounds,
             max_rounds=max(config.finalist_rounds, config.max_finalist_rounds),
             seed=config.seed,
         )
-        if isinstance(step, finals.Verdict):
+        if isinstance(step, finals.FinalsResult):
             break
         if not ran:
             # A fresh fleet: what the workers have become over many plans shall not decide.
-            runs.fleet.close()
             with book.spend("start"):
-                runs.open_fleet(stack)
+                runs.renew_fleet()
             ran = True
         label = f"final round {step.shown_round + 1}"
-        if step.contender == finals.BASELINE:
-            assert entrants.baseline_batch_size is not None
-            runs.baseline("finalist", f"{label} · baseline", protocol, entrants.baseline_batch_size, step.round)
+        labels: Labels = {"role": "finalist", "round": step.round}
+        if step.name == finals.BASELINE:
+            assert finalists.baseline_batch_size is not None
+            runs.baseline(f"{label} · baseline", protocol, finalists.baseline_batch_size, **labels)
         else:
-            effective = entrants.plan(step.contender)
+            effective = finalists.plan(step.name)
             plan, name = effective.plan, f"{label} · {effective.plan.describe()}"
-            runs.measure("finalist", name, plan, effective, protocol=protocol, round_=step.round)
+            runs.measure(name, plan, effective, protocol=protocol, **labels)
     if ran:
         runs.reporter.say(f"the finals end: {step.text}")
     participant.finish_finals()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import math
 import time
 
 from pipetune.bench import metrics
-from pipetune.bench.record import Measurement, Record
+from pipetune.bench.record import Measurement, Record, timestamp
 from pipetune.bench.spec import EffectivePlan
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import values_text
@@ -19,7 +18,7 @@ from pipetune.tuner.search.participant import Participant
 from pipetune.tuner.search.policy.strategy import Strategy
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.policy.warm_start import WarmStart
-from pipetune.tuner.search.runs import Runs, interruption, timestamp
+from pipetune.tuner.search.runs import Runs, interruption
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.search.stop import Interrupted
@@ -116,7 +115,7 @@ class Search:
             label += f" · predicted {predicted}"
         with self._book.spend("trials"):
             record = self._runs.measure(
-                "trial", label, plan, self._resolve(plan), trial_number=number, params=proposal.point
+                label, plan, self._resolve(plan), role="trial", trial_number=number, params=dict(proposal.point)
             )
         with self._book.spend("search"):
             study.tell(record)
@@ -147,14 +146,17 @@ class Search:
             plan = self._space.plan(point) if point else None
             resolved = self._resolve(plan) if plan else None
             record = self._store.add(
-                role="trial",
-                result=interruption("the driver died while this ran; --resume ran the plan again"),
-                hardware_id=self._runs.fleet.machine.hardware_id,
-                started_at=timestamp(trial.datetime_start or dt.datetime.now(dt.UTC)),
-                wall_s=0.0,
-                spec=self._runs.spec(plan) if plan else None,
-                effective=resolved if isinstance(resolved, EffectivePlan) else None,
-                trial_number=trial.number,
-                params=dict(point),
+                Record(
+                    number=0,
+                    role="trial",
+                    result=interruption("the driver died while this ran; --resume ran the plan again"),
+                    hardware_id=self._runs.fleet.machine.hardware_id,
+                    started_at=timestamp(trial.datetime_start),
+                    wall_s=0.0,
+                    spec=self._runs.spec(plan) if plan else None,
+                    effective=resolved if isinstance(resolved, EffectivePlan) else None,
+                    trial_number=trial.number,
+                    params=dict(point),
+                )
             )
             study.tell(record)

@@ -120,11 +120,11 @@ def _scores(values: Rows) -> Rows:
 
 def _share_of_orders(scores: Rows, statistic: Statistic, seen: float, alpha: float) -> float:
     """p of a maximum; the order that was seen is one of all orders, so that it is never 0 (Phipson and Smyth 2010)."""
-    lots = np.random.default_rng(_SEED)
+    draws = np.random.default_rng(_SEED)
     orders = math.ceil(2 * _ENOUGH / alpha)
     done = extreme = 0
     while done < orders and extreme < _ENOUGH:
-        rows = lots.permuted(np.tile(scores, (min(_BATCH, orders - done), 1)), axis=1)
+        rows = draws.permuted(np.tile(scores, (min(_BATCH, orders - done), 1)), axis=1)
         extreme += int(np.sum(statistic(rows)[0] >= seen - 1e-9))
         done += len(rows)
     return (1 + extreme) / (1 + done)

@@ -1,7 +1,7 @@
 """Wilcoxon's signed-rank test of paired differences, exact whatever ties there are, and the shift that belongs to it.
 
-Under the null hypothesis every difference is as likely to be `d` as `-d`. Where the two sides of each pair run in an
-order drawn by lot, that holds of two equal sides by design, whatever the machine's noise is and however it drifts from
+Under the null hypothesis every difference is as likely to be `d` as `-d`. Where the two sides of each pair run in
+randomised order, that holds of two equal sides by design, whatever the machine's noise is and however it drifts from
 pair to pair; no distribution of the noise is assumed. The test of a shift (`above`, `below`) further assumes that a
 true shift adds to the logarithm.
 """

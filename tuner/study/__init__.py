@@ -1,1 +1,1 @@
-"""A study on disk: its folder, files, locks, and what plans and device maps it leaves."""
+"""A study on disk: its folder, files, and what plans and device maps it leaves."""

@@ -13,13 +13,13 @@ from typing import Self
 
 from pipetune.bench.errors import StudyError
 from pipetune.bench.files import write_durably
+from pipetune.bench.fleet import locks
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.record import Machine, Measurement, Outcome, Record, Role
-from pipetune.bench.spec import EffectivePlan, RunSpec, Workload
+from pipetune.bench.record import Machine, Measurement, Record
+from pipetune.bench.spec import Workload
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import STUDY_NAME, TuneConfig
 from pipetune.tuner.config.storage_url import check_sharing
-from pipetune.tuner.study import locks
 from pipetune.tuner.study.diff import differences
 from pipetune.tuner.study.files import (
     CONFIG_FILE,
@@ -301,39 +301,13 @@ class StudyStore:
         self.config = _with_revision(self.config, revision)
         write_durably(self.folder / CONFIG_FILE, sources.dump(self.config))
 
-    def add(
-        self,
-        *,
-        role: Role,
-        result: Outcome,
-        hardware_id: str,
-        started_at: str,
-        wall_s: float,
-        spec: RunSpec | None = None,
-        effective: EffectivePlan | None = None,
-        trial_number: int | None = None,
-        params: dict[str, int | float | str] | None = None,
-        round_: int | None = None,
-    ) -> Record:
-        """Writes the next record; it is durable when this returns."""
+    def add(self, record: Record) -> Record:
+        """Writes a record under the next number; it is durable when this returns."""
+        spec = record.spec
         if spec is not None and spec.workload.prompts_file is not None:
             # A folder may be moved: records name its own copy.
             spec = spec.model_copy(update={"workload": spec.workload.model_copy(update={"prompts_file": PROMPTS_FILE})})
-        return self._write(
-            Record(
-                number=self._next_number,
-                role=role,
-                trial_number=trial_number,
-                params=params,
-                round=round_,
-                spec=spec,
-                effective=effective,
-                hardware_id=hardware_id,
-                started_at=started_at,
-                wall_s=wall_s,
-                result=result,
-            )
-        )
+        return self._write(record.model_copy(update={"number": self._next_number, "spec": spec}))
 
     def adopt(self, record: Record, *, source: str, source_devices: Sequence[str], trial_number: int) -> Record:
         """Writes a record that another process of the study measured, under a number of this folder; it is durable

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipetune.bench.spec import Plan
-from pipetune.tuner.gate.stored.sessions import read_benchmarks
+from pipetune.tuner.gate.stored.read import read_benchmarks
 from tests.tiny_models import save_tiny_model, tiny_prompts
 
 ROOT = Path(__file__).parents[3]

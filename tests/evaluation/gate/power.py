@@ -61,8 +61,8 @@ def ours(hypotheses: int) -> Method:
     """Our rule; the first hypothesis is worse by the effect, the others are equal."""
     looks, tolerance = looks_for(hypotheses), Tolerance(margin=_MARGIN)
 
-    def gate(lots: np.random.Generator, sd: float, effect: float) -> Outcome:
-        differences = _paired(lots, sd, hypotheses, looks[-1].pairs)
+    def gate(draws: np.random.Generator, sd: float, effect: float) -> Outcome:
+        differences = _paired(draws, sd, hypotheses, looks[-1].pairs)
         differences[0] += math.log1p(effect)
         left, failed = set(range(hypotheses)), False
         for look in looks:
@@ -80,24 +80,24 @@ def ours(hypotheses: int) -> Method:
     return gate
 
 
-def stored_mean(lots: np.random.Generator, sd: float, effect: float) -> Outcome:
+def stored_mean(draws: np.random.Generator, sd: float, effect: float) -> Outcome:
     """A threshold on the mean over a stored baseline's mean."""
-    old, new = np.exp(_session(lots, sd, _RUNS)), np.exp(_session(lots, sd, _RUNS) + math.log1p(effect))
+    old, new = np.exp(_session(draws, sd, _RUNS)), np.exp(_session(draws, sd, _RUNS) + math.log1p(effect))
     return _told(float(new.mean() / old.mean()) > 1 + _MARGIN)
 
 
-def mann_whitney(lots: np.random.Generator, sd: float, effect: float) -> Outcome:
+def mann_whitney(draws: np.random.Generator, sd: float, effect: float) -> Outcome:
     """As asv judges two results: Mann-Whitney's test at 0.002, and a ratio of medians beyond the factor."""
-    old, new = np.exp(_session(lots, sd, _RUNS)), np.exp(_session(lots, sd, _RUNS) + math.log1p(effect))
+    old, new = np.exp(_session(draws, sd, _RUNS)), np.exp(_session(draws, sd, _RUNS) + math.log1p(effect))
     p = float(mannwhitneyu(new, old, alternative="two-sided").pvalue)
     return _told(p < 0.002 and float(np.median(new) / np.median(old)) > 1 + _MARGIN)
 
 
-def compare_fail(lots: np.random.Generator, sd: float, effect: float) -> Outcome:
+def compare_fail(draws: np.random.Generator, sd: float, effect: float) -> Outcome:
     """`pytest --benchmark-compare-fail=mean:5%`: rounds in one process, against those of another night's process."""
     within = 0.3 * sd
-    old = np.exp(_session(lots, sd, 1)[0] + lots.normal(0, within, _RUNS))
-    new = np.exp(_session(lots, sd, 1)[0] + lots.normal(0, within, _RUNS) + math.log1p(effect))
+    old = np.exp(_session(draws, sd, 1)[0] + draws.normal(0, within, _RUNS))
+    new = np.exp(_session(draws, sd, 1)[0] + draws.normal(0, within, _RUNS) + math.log1p(effect))
     return _told(float(new.mean() / old.mean()) > 1 + _MARGIN)
 
 
@@ -130,8 +130,8 @@ def cell(method: str, noise: str, effect: float, *, repetitions: int, seeds: int
     by_seed = []
     for seed in range(seeds):
         key = [seed, *(list(names).index(name) for names, name in ((METHODS, method), (CLASSES, noise)))]
-        lots = np.random.default_rng([*key, round(1000 * effect)])
-        own = [METHODS[method](lots, CLASSES[noise], effect) for _ in range(repetitions)]
+        draws = np.random.default_rng([*key, round(1000 * effect)])
+        own = [METHODS[method](draws, CLASSES[noise], effect) for _ in range(repetitions)]
         by_seed.append(_share(own, Verdict.FAIL))
         found += own
     return Cell(
@@ -178,32 +178,32 @@ def table(*, repetitions: int, seeds: int, jobs: int) -> str:
     return "\n".join(lines)
 
 
-def _paired(lots: np.random.Generator, sd: float, hypotheses: int, pairs: int) -> Floats:
-    """Differences of equal sides, a row for each hypothesis: candidate less baseline, in an order drawn by lot."""
-    runs = _session(lots, sd, 2 * pairs, hypotheses=hypotheses)
+def _paired(draws: np.random.Generator, sd: float, hypotheses: int, pairs: int) -> Floats:
+    """Differences of equal sides, a row for each hypothesis: candidate less baseline, in randomised order."""
+    runs = _session(draws, sd, 2 * pairs, hypotheses=hypotheses)
     later = runs[:, 1::2] - runs[:, ::2] + math.log1p(POSITION)
-    result: Floats = later * lots.choice((-1.0, 1.0), pairs)
+    result: Floats = later * draws.choice((-1.0, 1.0), pairs)
     return result
 
 
-def _session(lots: np.random.Generator, sd: float, runs: int, *, hypotheses: int | None = None) -> Floats:
+def _session(draws: np.random.Generator, sd: float, runs: int, *, hypotheses: int | None = None) -> Floats:
     """Logarithms of time of processes in a row: one row, or one for each hypothesis."""
     rows = hypotheses or 1
     drift = np.empty(runs)
-    state = float(lots.normal())
+    state = float(draws.normal())
     for index in range(runs):
         drift[index] = state
-        state = _KEPT * state + math.sqrt(1 - _KEPT**2) * float(lots.normal())
-    common, own = _bursty(lots, (1, runs)), _bursty(lots, (rows, runs))
+        state = _KEPT * state + math.sqrt(1 - _KEPT**2) * float(draws.normal())
+    common, own = _bursty(draws, (1, runs)), _bursty(draws, (rows, runs))
     noise = math.sqrt(_COMMON) * common + math.sqrt(1 - _COMMON) * own if rows > 1 else common
-    values: Floats = sd * (_SESSION * lots.normal() + _MOOD * drift[None, :] + _NOISE * noise)
+    values: Floats = sd * (_SESSION * draws.normal() + _MOOD * drift[None, :] + _NOISE * noise)
     return values if hypotheses else values[0]
 
 
-def _bursty(lots: np.random.Generator, shape: tuple[int, int]) -> Floats:
+def _bursty(draws: np.random.Generator, shape: tuple[int, int]) -> Floats:
     """Unit variance; one value of twenty comes from a distribution three times as wide."""
-    wide = np.where(lots.random(shape) < _BURSTS, _BURST, 1.0)
-    values: Floats = lots.normal(size=shape) * wide / math.sqrt(1 - _BURSTS + _BURSTS * _BURST**2)
+    wide = np.where(draws.random(shape) < _BURSTS, _BURST, 1.0)
+    values: Floats = draws.normal(size=shape) * wide / math.sqrt(1 - _BURSTS + _BURSTS * _BURST**2)
     return values
 
 

@@ -110,7 +110,7 @@ def measure(folder: Path, hooks: Path, *, max_minutes: float) -> bool:
             return False
         kind = name.rpartition("-")[0]
         case = case_of(kind, hooks / kind)
-        result = Gate(cases=(case,), contenders=FreshProcesses((case,)), seed=place).run(
+        result = Gate(cases=(case,), runner=FreshProcesses((case,)), seed=place).run(
             PlainReporter(Console(stderr=True, quiet=True))
         )
         write_durably(path, _portable(result).model_dump_json(indent=1) + "\n")

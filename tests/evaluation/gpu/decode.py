@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import Failure, Measurement
-from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, Workload
 from tests.evaluation.gpu.context import Context, SkippedError
 from tests.evaluation.gpu.models import LARGE, LARGE_BYTES, SMALL, save_config, save_random_checkpoint
 from tests.evaluation.gpu.roofline import bandwidth_share, decode_step_s, step_bytes
@@ -46,7 +47,7 @@ def run(context: Context, which: str) -> None:
     case = CASES[which]
     steps = _Steps(context, case)
     model = _model(context, case)
-    with Fleet.start(model, DEVICES, log_dir=context.work / "logs") as fleet:
+    with Experiment.start(model, DEVICES, exclusive=False, log_dir=context.work / "logs") as experiment:
         # Moving between the whole model and a stage reloads it: each way is done for all batches before the next.
         plans = [(how, batch) for how in (HF, GRAPHS, EAGER) for batch in BATCHES]
         plans += [(COMPILED, batch) for batch in BATCHES]
@@ -54,7 +55,7 @@ def run(context: Context, which: str) -> None:
             if context.left_s < LEFT_FOR_ONE_S[how]:
                 context.note(f"out of time before {how} at batch {batch}")
                 continue
-            steps.measure(fleet, how, batch)
+            steps.measure(experiment, how, batch)
     steps.judge(which)
 
 
@@ -67,22 +68,22 @@ class _Steps:
         self._seconds: dict[tuple[str, int], float] = {}
         self._shares: dict[tuple[str, int], float] = {}
 
-    def measure(self, fleet: Fleet, how: str, batch: int) -> None:
+    def measure(self, experiment: Experiment, how: str, batch: int) -> None:
         workload = Workload(num_prompts=batch, input_len=INPUT_LEN, output_len=self._case.output_len)
         began = time.monotonic()
         if how == HF:
-            outcome = fleet.baseline(workload, PROTOCOL, batch)
+            outcome = experiment.baseline(batch, workload, PROTOCOL).result
         else:
             layers = (self._case.config["num_hidden_layers"],)
             plan = Plan.from_layer_counts(layers, DEVICES, batch, compile=how == COMPILED)
             plan = plan.model_copy(update={"cuda_graphs": how != EAGER})
-            spec = RunSpec(model=fleet.model, workload=workload, plan=plan, protocol=PROTOCOL)
-            outcome = fleet.measure(spec, EffectivePlan(plan=plan, in_flight=1))
+            effective = EffectivePlan(plan=plan, in_flight=1)
+            outcome = experiment.measure(plan, workload, PROTOCOL, resolved=effective).result
         took_s = round(time.monotonic() - began, 1)
         if isinstance(outcome, Failure):
             self._context.row(how=how, batch=batch, took_s=took_s, notes=f"{outcome.kind.value}: {outcome.message}")
             return
-        self._add(fleet, outcome, how, batch, took_s)
+        self._add(experiment.fleet, outcome, how, batch, took_s)
 
     def _add(self, fleet: Fleet, outcome: Measurement, how: str, batch: int, took_s: float) -> None:
         step_s = decode_step_s(outcome)

@@ -11,10 +11,10 @@ from typing import get_args
 
 import torch
 
-from pipetune.bench.errors import FleetError
-from pipetune.bench.fleet.fleet import Fleet
+from pipetune.bench.errors import FleetError, ModelError
+from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.record import Failure, Measurement
-from pipetune.bench.spec import Dtype, EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.bench.spec import Dtype, EffectivePlan, ModelSpec, Plan, Protocol, Workload
 from tests.evaluation.gpu.context import Context, SkippedError
 from tests.evaluation.gpu.models import TINY, TINY_LAYERS, save_config
 
@@ -48,19 +48,20 @@ def run(context: Context, dtype: Dtype, transport: str) -> None:
         folder = save_config(context.work / family, config, family)
         model = ModelSpec(name=str(folder), dtype=dtype, load_format="dummy")
         try:
-            with Fleet.start(model, devices, log_dir=context.work / f"{family}-logs") as fleet:
-                reference = fleet.make_reference(context.work / f"{family}.reference", WORKLOAD, PROTOCOL)
+            logs = context.work / f"{family}-logs"
+            with Experiment.start(model, devices, exclusive=False, log_dir=logs) as experiment:
+                reference = experiment.make_reference(context.work / f"{family}.reference", WORKLOAD, PROTOCOL)
                 if reference is not None:
                     wrong.append(f"{family}: {reference.message}")
                     continue
                 for counts in splits:
                     compared += 1
                     plan = Plan.from_layer_counts(counts, devices, MICRO_BATCH)
-                    spec = RunSpec(model=fleet.model, workload=WORKLOAD, plan=plan, protocol=PROTOCOL)
-                    outcome = fleet.measure(spec, EffectivePlan(plan=plan, in_flight=IN_FLIGHT))
+                    effective = EffectivePlan(plan=plan, in_flight=IN_FLIGHT)
+                    outcome = experiment.measure(plan, WORKLOAD, PROTOCOL, resolved=effective).result
                     if not _add_row(context, family, len(counts), outcome, dtype):
                         wrong.append(f"{family} over {len(counts)} stages")
-        except FleetError as error:
+        except (FleetError, ModelError) as error:
             wrong.append(f"{family}: {error}")
     context.aim(
         f"the unsplit model's output in {dtype} over {transport}",

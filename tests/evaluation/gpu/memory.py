@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipetune.bench.fleet.fleet import Fleet
+from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.memory import stage_bytes
 from pipetune.bench.record import Failure, FailureKind, Measurement
-from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, Workload
 from tests.evaluation.gpu.context import Context
 from tests.evaluation.gpu.models import SMALL, save_config
 
@@ -21,16 +21,14 @@ def run(context: Context) -> None:
     """One plan that cannot fit, run all the same, and one that does."""
     model = ModelSpec(name=str(save_config(context.work / "small", SMALL)), dtype="bfloat16", load_format="dummy")
     layers = (SMALL["num_hidden_layers"],)
-    with Fleet.start(model, DEVICES, log_dir=context.work / "logs") as fleet:
+    with Experiment.start(model, DEVICES, exclusive=False, log_dir=context.work / "logs") as experiment:
+        fleet = experiment.fleet
         first_pids = fleet.worker_pids
         plan = Plan.from_layer_counts(layers, DEVICES, BIG.num_prompts)
         need = stage_bytes(fleet.shape, plan, 0, prompt_len=BIG.input_len, output_len=BIG.output_len)
         share = (need.weights + SPARE_BYTES) / fleet.device_bytes[DEVICES[0]]
         tight = Plan.from_layer_counts(layers, DEVICES, BIG.num_prompts, memory_fraction=share)
-        outcome = fleet.measure(
-            RunSpec(model=fleet.model, workload=BIG, plan=tight, protocol=PROTOCOL),
-            EffectivePlan(plan=tight, in_flight=1),
-        )
+        outcome = experiment.measure(tight, BIG, PROTOCOL, resolved=EffectivePlan(plan=tight, in_flight=1)).result
         failure = _add_row(context, f"cap {(need.weights + SPARE_BYTES) / 2**20:.0f} MiB", outcome)
         context.aim(
             "an allocation above the cap is an out_of_memory failure",
@@ -39,10 +37,7 @@ def run(context: Context) -> None:
             proves_correctness=True,
         )
         plan = Plan.from_layer_counts(layers, DEVICES, NORMAL.num_prompts)
-        again = fleet.measure(
-            RunSpec(model=fleet.model, workload=NORMAL, plan=plan, protocol=PROTOCOL),
-            EffectivePlan(plan=plan, in_flight=1),
-        )
+        again = experiment.measure(plan, NORMAL, PROTOCOL, resolved=EffectivePlan(plan=plan, in_flight=1)).result
         failure = _add_row(context, "default cap", again)
         context.note(f"workers before: {first_pids}; behind the failure: {fleet.worker_pids}")
         context.aim(

@@ -154,7 +154,7 @@ class CellRun:
 
     def _search(self, side: Side) -> Search:
         try:
-            shape = self._rig.fleet("pipeline").shape
+            shape = self._rig.experiment("pipeline").fleet.shape
         except FleetError as error:
             raise SideError(str(error)) from error
         workload = self.cell.workload

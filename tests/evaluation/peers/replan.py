@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipetune.bench.fleet.fleet import Progress
 from pipetune.bench.record import Failure, Measurement
-from pipetune.bench.spec import Plan, Protocol, RunSpec, Workload
+from pipetune.bench.spec import Plan, Protocol, Workload
 from tests.evaluation.peers.rig import DEVICES, Rig
 from tests.evaluation.peers.sides import SideError
 from tests.evaluation.peers.values import Replan
@@ -29,8 +29,8 @@ def measure_replans(rig: Rig, cut: int) -> tuple[Replan, ...]:
     Raises:
         SideError: a run failed.
     """
-    fleet = rig.fleet("pipeline")
-    total = fleet.shape.num_layers
+    experiment = rig.experiment("pipeline")
+    total = experiment.fleet.shape.num_layers
     other = cut + LAYERS_MOVED if cut + LAYERS_MOVED < total else cut - LAYERS_MOVED
     if not 0 < other < total:
         raise SideError(f"{total} layers are too few to move {LAYERS_MOVED}")
@@ -42,21 +42,17 @@ def measure_replans(rig: Rig, cut: int) -> tuple[Replan, ...]:
 
     def move(to_cut: int) -> tuple[Measurement, float]:
         plan = Plan.from_layer_counts((to_cut, total - to_cut), DEVICES, WORKLOAD.num_prompts // 2)
-        spec = RunSpec(
-            model=fleet.model, workload=WORKLOAD, plan=plan, protocol=Protocol(num_iters=1, num_iters_warmup=1)
-        )
-        effective = fleet.resolve(plan, WORKLOAD)
-        if isinstance(effective, Failure):
-            raise SideError(effective.message)
+        effective = experiment.fleet.resolve(plan, WORKLOAD)
         moments.clear()
         began = time.monotonic()
-        outcome = fleet.measure(spec, effective)
+        protocol = Protocol(num_iters=1, num_iters_warmup=1)
+        outcome = experiment.measure(plan, WORKLOAD, protocol, resolved=effective).result
         if isinstance(outcome, Failure):
             raise SideError(outcome.message)
         return outcome, moments[0] - began
 
     with tempfile.TemporaryDirectory() as folder:
-        failure = fleet.make_reference(Path(folder) / "reference.safetensors", WORKLOAD, Protocol())
+        failure = experiment.make_reference(Path(folder) / "reference.safetensors", WORKLOAD, Protocol())
         if failure is not None:
             raise SideError(failure.message)
         rig.on_progress = note

@@ -12,7 +12,8 @@ from typing import Self
 
 import psutil
 
-from pipetune.bench.fleet.fleet import Fleet, Progress
+from pipetune.bench.fleet.experiment import Experiment
+from pipetune.bench.fleet.fleet import Progress
 from pipetune.bench.machine.hardware import cores_of, cpu_cores
 from pipetune.bench.spec import ModelSpec
 from tests.evaluation.peers.group import Kind, PeerGroup
@@ -35,7 +36,7 @@ class Rig:
         """Hears of the phases of whatever fleet is at work."""
         self._on_start = on_start
         self._folder = Path(tempfile.mkdtemp(prefix="pipetune-rig-"))
-        self._fleets: dict[str, Fleet] = {}
+        self._experiments: dict[str, Experiment] = {}
         self._groups: dict[str, PeerGroup] = {}
         self._checkpoint: ModelSpec | None = None
 
@@ -45,27 +46,27 @@ class Rig:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for fleet in self._fleets.values():
-            fleet.close()
+        for experiment in self._experiments.values():
+            experiment.close()
         for group in self._groups.values():
             group.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def fleet(self, name: str) -> Fleet:
+    def experiment(self, name: str) -> Experiment:
         """Our workers, a fleet for each plan that is compared, so that no round moves layers.
 
         Raises:
             PipetuneError: they do not start.
         """
-        if name not in self._fleets:
+        if name not in self._experiments:
             self._on_start(f"starting our workers for {name}")
-            self._fleets[name] = Fleet.start(
+            self._experiments[name] = Experiment.start(
                 self.model,
                 DEVICES,
                 log_dir=self._folder / f"fleet-{name}",
                 on_progress=lambda progress: self.on_progress(progress),
             )
-        return self._fleets[name]
+        return self._experiments[name]
 
     def group(self, kind: Kind, *, size: int, all_cores: bool = False, sleeps: bool = False) -> PeerGroup:
         """Processes of a peer, each with one worker's cores or with all of them.
@@ -94,7 +95,7 @@ class Rig:
 
     def cpu_s(self) -> dict[int, float]:
         """CPU time so far of every process here, by its id."""
-        pids = [pid for fleet in self._fleets.values() for pid in fleet.worker_pids]
+        pids = [pid for experiment in self._experiments.values() for pid in experiment.fleet.worker_pids]
         pids += [pid for group in self._groups.values() for pid in group.pids]
         taken = {}
         for pid in pids:

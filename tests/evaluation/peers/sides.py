@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipetune.bench.errors import PipetuneError
+from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import Failure, Measurement
-from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, Workload
+from pipetune.bench.spec import EffectivePlan, Plan, Protocol, Workload
 from tests.evaluation.peers.group import Kind, PeerError, PeerGroup
 from tests.evaluation.peers.rig import DEVICES, Rig
 from tests.evaluation.peers.values import Contest, Setting
@@ -56,12 +57,17 @@ class OurSide:
         return self._workload.kind == "generate"
 
     @property
-    def fleet(self) -> Fleet:
-        """The workers; started here if they are not yet."""
+    def experiment(self) -> Experiment:
+        """The workers and their runs; started here if they are not yet."""
         try:
-            return self._rig.fleet(self._fleet_name)
+            return self._rig.experiment(self._fleet_name)
         except PipetuneError as error:
             raise SideError(str(error)) from error
+
+    @property
+    def fleet(self) -> Fleet:
+        """The workers."""
+        return self.experiment.fleet
 
     def plan(self, setting: Setting) -> Plan:
         """The plan that a setting means."""
@@ -97,11 +103,15 @@ class OurSide:
         return self._pass(setting, self._workload)
 
     def _pass(self, setting: Setting, workload: Workload) -> Pass:
-        spec, effective = self._spec(setting, workload)
+        protocol = Protocol(
+            num_iters=1, num_iters_warmup=0, instrument=self._instrument, check_outputs=False, timeout_s=PASS_TIMEOUT_S
+        )
+        effective = self._resolve(setting, workload)
         try:
-            outcome = self.fleet.measure(spec, effective)
+            record = self.experiment.measure(effective.plan, workload, protocol, resolved=effective)
         except PipetuneError as error:
             raise SideError(str(error)) from error
+        outcome = record.result
         if isinstance(outcome, Failure):
             raise SideError(f"{outcome.kind.value}: {outcome.message}")
         return Pass(
@@ -116,7 +126,7 @@ class OurSide:
         Raises:
             SideError: it failed.
         """
-        _, effective = self._spec(setting, self._workload)
+        effective = self._resolve(setting, self._workload)
         try:
             results = self.fleet.generate(
                 effective.plan,
@@ -129,18 +139,14 @@ class OurSide:
             raise SideError(str(error)) from error
         return tuple(result.token_ids for result in results)
 
-    def _spec(self, setting: Setting, workload: Workload) -> tuple[RunSpec, EffectivePlan]:
-        fleet, plan = self.fleet, self.plan(setting)
+    def _resolve(self, setting: Setting, workload: Workload) -> EffectivePlan:
         try:
-            effective = fleet.resolve(plan, workload)
+            effective = self.fleet.resolve(self.plan(setting), workload)
         except PipetuneError as error:
             raise SideError(str(error)) from error
         if isinstance(effective, Failure):
             raise SideError(effective.message)
-        protocol = Protocol(
-            num_iters=1, num_iters_warmup=0, instrument=self._instrument, check_outputs=False, timeout_s=PASS_TIMEOUT_S
-        )
-        return RunSpec(model=fleet.model, workload=workload, plan=plan, protocol=protocol), effective
+        return effective
 
 
 class PeerSide:

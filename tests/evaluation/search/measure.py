@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import os
 import random
@@ -15,11 +14,10 @@ from pathlib import Path
 
 from pipetune.bench.errors import FleetError
 from pipetune.bench.files import write_durably
-from pipetune.bench.fleet.fleet import Fleet
-from pipetune.bench.record import Failure, Measurement, Outcome, Record
-from pipetune.bench.spec import Plan, RunSpec
+from pipetune.bench.fleet.experiment import Experiment, Labels
+from pipetune.bench.record import Failure, Measurement, Record
+from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.costs.profile_cache import grid_for
-from pipetune.tuner.search.runs import timestamp
 from tests.evaluation.harness import findable, module_command
 from tests.evaluation.search.landscape import (
     Landscape,
@@ -61,7 +59,8 @@ def measure_landscape(
         files.reopen()
     began = time.monotonic()
     devices = spec.device_orders[0]
-    with Fleet.start(spec.model, devices, worker_env=spec.worker_env) as fleet:
+    with Experiment.start(spec.model, devices, worker_env=spec.worker_env) as experiment:
+        fleet = experiment.fleet
         lens = fleet.prompt_lens(spec.workload)
         files.begin(
             Landscape(
@@ -73,7 +72,7 @@ def measure_landscape(
                 auto_counts=_auto_counts(spec),
             )
         )
-        failure = fleet.make_reference(folder / "reference.safetensors", spec.workload, spec.protocol)
+        failure = experiment.make_reference(folder / "reference.safetensors", spec.workload, spec.protocol)
         if failure is not None:
             raise FleetError(failure)
         plans = spec.plans(fleet.shape)
@@ -82,7 +81,7 @@ def measure_landscape(
             if time.monotonic() - began > timeout_s:
                 say(f"{spec.name}: time is up after {len(records)} runs; the next call goes on")
                 return False
-            record = _run(fleet, spec, plans[cell], len(records), cell, repeat)
+            record = _run(experiment, spec, plans[cell], len(records), cell, repeat)
             files.append(record)
             records.append(record)
             if len(records) % 20 == 0:
@@ -98,7 +97,8 @@ def profile_landscape(spec: LandscapeSpec, folder: Path, *, say: Callable[[str],
     Raises:
         ModelError, ConfigError, FleetError: as the fleet does.
     """
-    with Fleet.start(spec.model, spec.device_orders[0], worker_env=spec.worker_env) as fleet:
+    with Experiment.start(spec.model, spec.device_orders[0], worker_env=spec.worker_env) as experiment:
+        fleet = experiment.fleet
         grid = grid_for(
             spec.workload,
             fleet.prompt_lens(spec.workload),
@@ -153,20 +153,7 @@ def _auto_counts(spec: LandscapeSpec) -> tuple[int, ...]:
     return tuple(json.loads(done.stdout))
 
 
-def _run(fleet: Fleet, spec: LandscapeSpec, plan: Plan, number: int, cell: int, repeat: int) -> Record:
+def _run(experiment: Experiment, spec: LandscapeSpec, plan: Plan, number: int, cell: int, repeat: int) -> Record:
     protocol = spec.protocol if repeat == 0 else spec.protocol.model_copy(update={"check_outputs": False})
-    run = RunSpec(model=fleet.model, workload=spec.workload, plan=plan, protocol=protocol)
-    resolved = fleet.resolve(plan, spec.workload)
-    started_at, began = dt.datetime.now(dt.UTC), time.monotonic()
-    result: Outcome = resolved if isinstance(resolved, Failure) else fleet.measure(run, resolved)
-    return Record(
-        number=number,
-        role="trial",
-        params={"cell": cell, "repeat": repeat},
-        spec=run,
-        effective=None if isinstance(resolved, Failure) else resolved,
-        hardware_id=fleet.machine.hardware_id,
-        started_at=timestamp(started_at),
-        wall_s=round(time.monotonic() - began, 3),
-        result=result,
-    )
+    labels: Labels = {"number": number, "role": "trial", "params": {"cell": cell, "repeat": repeat}}
+    return experiment.measure(plan, spec.workload, protocol, **labels)

@@ -52,21 +52,21 @@ class Ours:
         self._seed = seed
         self._records: list[Record] = []
         self._point: Point = {}
-        self._entrants: finals.Entrants | None = None
-        self._due: finals.Run | None = None
+        self._finalists: finals.Finalists | None = None
+        self._due: finals.Due | None = None
         self._best: Plan | None = None
         self.trials: int | None = None
         self.stopped: str | None = None
 
     def next(self) -> Plan | None:
         """The plan that the strategy proposes, or whose turn it is in the finals; None when these have ended."""
-        if self._entrants is None:
+        if self._finalists is None:
             step = self._strategy.next(self._records)
             if not isinstance(step, Stop):
                 self._point = step.point
                 return self._space.plan(step.point)
             self.stopped, self.trials = step.kind, len(self._records)
-            self._entrants = finals.entrants(
+            self._finalists = finals.choose(
                 self._records,
                 _OBJECTIVES,
                 (),
@@ -74,7 +74,7 @@ class Ours:
                 preferred=self._strategy.preferred(self._records),
             )
             self._hold()
-        return None if self._due is None else self._entrants.plan(self._due.contender).plan
+        return None if self._due is None else self._finalists.plan(self._due.name).plan
 
     def tell(self, record: Record) -> None:
         """Takes the run as the record of the trial proposed last, or of the round of the finals."""
@@ -97,16 +97,16 @@ class Ours:
         return added
 
     def _hold(self) -> None:
-        assert self._entrants is not None
+        assert self._finalists is not None
         step = finals.next_step(
             self._records,
-            self._entrants,
+            self._finalists,
             objectives=_OBJECTIVES,
             min_rounds=MIN_ROUNDS,
             max_rounds=MAX_ROUNDS,
             seed=self._seed,
         )
-        self._due = step if isinstance(step, finals.Run) else None
+        self._due = step if isinstance(step, finals.Due) else None
         if self._due is None:
             self._rank()
 

@@ -1,4 +1,4 @@
-"""Contenders without processes: what each run gives is said beforehand, and how long it took is made up."""
+"""SideRunner without processes: what each run gives is said beforehand, and how long it took is made up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = Callable[[Case, SideName, int], Sample]
 """Of a case, a side, and the number of its run: 0 is the rehearsal."""
 
 
-class FakeContenders:
+class FakeRunner:
     """Answers by a function, and remembers who was asked."""
 
     method: Method = "fresh_processes"

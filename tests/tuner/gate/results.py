@@ -16,13 +16,13 @@ METRIC = "mean_ttft_ms"
 
 def make_result(shifts: dict[str, float | None], *, metric: str = METRIC) -> GateResult:
     """A gate of cases whose candidate is worse by so much; None stops one before its first look."""
-    lots = np.random.default_rng(0)
+    draws = np.random.default_rng(0)
     looks = looks_for(len(shifts))
     cases = tuple(make_case(name, {metric: Tolerance()}) for name in shifts)
     pairs, findings = [], []
     for case, shift in zip(cases, shifts.values(), strict=True):
         count = 4 if shift is None else 24
-        own = make_pairs((lots.normal(shift or 0.0, 0.01, count)).tolist(), metric, case=case.name)
+        own = make_pairs((draws.normal(shift or 0.0, 0.01, count)).tolist(), metric, case=case.name)
         finding = judge(case, metric, own, looks, because=Reason.OUT_OF_TIME)
         assert finding is not None
         pairs += own

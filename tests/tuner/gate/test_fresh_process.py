@@ -70,13 +70,13 @@ def test_both_sides_run_in_processes_of_their_own_and_say_what_they_run_on(
 ) -> None:
     monkeypatch.setenv("PIPETUNE_NUM_PROMPTS", "3")
     case = make_case(model)
-    with FreshProcesses((case,)) as contenders:
-        contenders.prepare(math.inf)
-        sample = contenders.run(case, "candidate", check=True)
-        machine = contenders.machine("candidate")
+    with FreshProcesses((case,)) as runner:
+        runner.prepare(math.inf)
+        sample = runner.run(case, "candidate", check=True)
+        machine = runner.machine("candidate")
     assert sample.failure is None
     assert sample.checked
-    assert contenders.cannot_see == ()
+    assert runner.cannot_see == ()
     assert machine is not None
     assert sample.hardware_id == machine.hardware.hardware_id
     assert sample.metrics["output_throughput"] > 0
@@ -89,16 +89,16 @@ def test_a_broken_candidate_and_one_that_hangs_are_failures_that_leave_no_proces
     model: ModelSpec, tmp_path: Path
 ) -> None:
     broken = make_case(model, env=hook(tmp_path / "broken", "    raise SystemExit('broken')"))
-    with FreshProcesses((broken,)) as contenders:
-        contenders.prepare(math.inf)
-        failure = contenders.run(broken, "candidate", check=False).failure
+    with FreshProcesses((broken,)) as runner:
+        runner.prepare(math.inf)
+        failure = runner.run(broken, "candidate", check=False).failure
     assert failure is not None
     assert "exit code 4" in failure.message
     hanging = make_case(model, env=hook(tmp_path / "hanging", "    import time; time.sleep(600)"))
-    with FreshProcesses((hanging,)) as contenders:
-        contenders.prepare(math.inf)
+    with FreshProcesses((hanging,)) as runner:
+        runner.prepare(math.inf)
         began = time.monotonic()
-        failure = contenders.run(hanging, "candidate", check=False, timeout_s=6.0).failure
+        failure = runner.run(hanging, "candidate", check=False, timeout_s=6.0).failure
     assert failure is not None
     assert failure.kind is FailureKind.TIMEOUT
     assert time.monotonic() - began < 60
@@ -131,17 +131,17 @@ def test_a_run_that_says_nothing_of_its_side_is_no_failure_of_it(
 
 def test_a_plan_that_is_not_for_the_model_is_the_askers_mistake(model: ModelSpec) -> None:
     case = make_case(model, (2, 3))
-    with FreshProcesses((case,)) as contenders:
-        contenders.prepare(math.inf)
+    with FreshProcesses((case,)) as runner:
+        runner.prepare(math.inf)
         with pytest.raises(PlanError, match="candidate: plan"):
-            contenders.run(case, "candidate", check=False)
+            runner.run(case, "candidate", check=False)
 
 
 def test_a_running_fleet_changes_plans_and_checks_them(model: ModelSpec) -> None:
     case = make_case(model)
-    with RunningFleet((case,)) as contenders:
-        contenders.prepare(math.inf)
-        samples = [contenders.run(case, name, check=True) for name in ("baseline", "candidate")]
+    with RunningFleet((case,)) as runner:
+        runner.prepare(math.inf)
+        samples = [runner.run(case, name, check=True) for name in ("baseline", "candidate")]
     assert [sample.failure for sample in samples] == [None, None]
     assert len({sample.hardware_id for sample in samples}) == 1
 

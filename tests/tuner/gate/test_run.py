@@ -1,4 +1,4 @@
-"""A gate as it runs: its lots, its looks, what stops it, and what it leaves to be read."""
+"""A gate as it runs: its randomised order, its looks, what stops it, and what it leaves to be read."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pipetune.tuner.gate.values import REHEARSAL, Case, GateResult, Reason, Samp
 from pipetune.tuner.progress import PlainReporter, Reporter
 from tests.record_factory import make_failure, make_machine
 from tests.tuner.gate.factory import make_case, make_sample
-from tests.tuner.gate.fakes import Answer, FakeContenders, equal
+from tests.tuner.gate.fakes import Answer, FakeRunner, equal
 
 METRIC = "mean_ttft_ms"
 ONE = (make_case(),)
 
 
-def run(answer: Answer = equal, cases: tuple[Case, ...] = ONE, **options: Any) -> tuple[GateResult, FakeContenders]:
+def run(answer: Answer = equal, cases: tuple[Case, ...] = ONE, **options: Any) -> tuple[GateResult, FakeRunner]:
     machines: dict[SideName, Machine | None] | None = options.pop("machines", None)
-    contenders = FakeContenders(answer, machines)
-    result = Gate(cases=cases, contenders=contenders, **({"seed": 1} | options)).run(Reporter())
-    assert not contenders.open
-    return result, contenders
+    runner = FakeRunner(answer, machines)
+    result = Gate(cases=cases, runner=runner, **({"seed": 1} | options)).run(Reporter())
+    assert not runner.open
+    return result, runner
 
 
 def worse_by(share: float, metric: str = METRIC, case: str = "small") -> Answer:
@@ -50,24 +50,24 @@ def failing(side: SideName, at: int) -> Answer:
 
 
 def test_equal_sides_pass_after_a_rehearsal_and_the_first_look() -> None:
-    result, contenders = run()
+    result, runner = run()
     assert (result.verdict, result.exit_code, len(result.pairs)) == (Verdict.OK, 0, 8)
-    assert contenders.asked[:2] == [("small", "baseline", True), ("small", "candidate", True)]
-    assert [check for *_, check in contenders.asked[2:]] == [False] * 16
+    assert runner.asked[:2] == [("small", "baseline", True), ("small", "candidate", True)]
+    assert [check for *_, check in runner.asked[2:]] == [False] * 16
 
 
-def test_the_lots_alone_say_who_runs_first_and_the_seed_repeats_them() -> None:
+def test_the_seed_alone_says_who_runs_first() -> None:
     firsts = {seed: [pair.first for pair in run(seed=seed)[0].pairs] for seed in range(5)}
-    result, contenders = run(seed=3)
+    result, runner = run(seed=3)
     assert [pair.first for pair in result.pairs] == firsts[3]
-    assert [name for _, name, _ in contenders.asked[2::2]] == firsts[3]
+    assert [name for _, name, _ in runner.asked[2::2]] == firsts[3]
     assert len({tuple(order) for order in firsts.values()}) > 3
     assert result.order_seed == 3
 
 
-def test_a_decided_case_costs_nothing_more_and_moves_no_lot_of_another() -> None:
+def test_a_decided_case_costs_nothing_more_and_does_not_change_the_order_of_another() -> None:
     cases = (make_case("bad"), make_case("good"))
-    both, contenders = run(worse_by(0.2, case="bad"), cases)
+    both, runner = run(worse_by(0.2, case="bad"), cases)
     assert [finding.verdict for finding in both.findings] == [Verdict.FAIL, Verdict.OK]
     # Of two hypotheses, eight pairs tell nothing yet.
     assert {case.name: sum(pair.case == case.name for pair in both.pairs) for case in cases} == {"bad": 12, "good": 12}
@@ -75,7 +75,7 @@ def test_a_decided_case_costs_nothing_more_and_moves_no_lot_of_another() -> None
     assert [pair.first for pair in late.pairs if pair.case == "good"][:2] == [
         pair.first for pair in both.pairs if pair.case == "good"
     ][:2]
-    assert len(contenders.asked) == 2 * (2 + 12 + 12)
+    assert len(runner.asked) == 2 * (2 + 12 + 12)
 
 
 def test_a_failed_metric_settles_its_case_and_not_the_others() -> None:
@@ -141,24 +141,24 @@ def test_a_run_that_says_nothing_of_its_side_blames_nobody(at: int) -> None:
 
 
 def test_sides_that_are_not_ready_in_time_are_not_judged() -> None:
-    contenders = FakeContenders(equal)
-    contenders.getting_ready_s = 3600.0
-    result = Gate(cases=ONE, contenders=contenders, seed=1, max_minutes=30.0).run(Reporter())
+    runner = FakeRunner(equal)
+    runner.getting_ready_s = 3600.0
+    result = Gate(cases=ONE, runner=runner, seed=1, max_minutes=30.0).run(Reporter())
     assert (result.exit_code, result.findings[0].reason) == (3, Reason.OUT_OF_TIME)
-    assert (contenders.asked, contenders.open, result.machines, result.notes) == ([], False, {}, ())
+    assert (runner.asked, runner.open, result.machines, result.notes) == ([], False, {}, ())
 
 
 def test_no_minute_starts_nothing_and_says_so() -> None:
-    result, contenders = run(max_minutes=0.0)
+    result, runner = run(max_minutes=0.0)
     assert (result.exit_code, result.findings[0].reason) == (3, Reason.OUT_OF_TIME)
-    assert contenders.asked == []
+    assert runner.asked == []
 
 
 def test_a_pair_that_would_not_fit_is_not_begun() -> None:
     # A pair takes 24 s by the samples' own words.
-    result, contenders = run(max_minutes=0.3)
+    result, runner = run(max_minutes=0.3)
     assert [finding.reason for finding in result.findings] == [Reason.OUT_OF_TIME]
-    assert len(contenders.asked) == 2
+    assert len(runner.asked) == 2
 
 
 def test_a_run_that_the_deadline_ended_is_not_held_against_the_side() -> None:
@@ -202,7 +202,7 @@ def test_disturbed_runs_are_counted_in_a_note() -> None:
 
 def test_before_it_goes_on_it_says_how_long_it_may_take() -> None:
     console = Console(file=io.StringIO(), width=80)
-    Gate(cases=ONE, contenders=FakeContenders(equal), seed=1, max_minutes=30).run(PlainReporter(console))
+    Gate(cases=ONE, runner=FakeRunner(equal), seed=1, max_minutes=30).run(PlainReporter(console))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "8 to 24 pairs of about 24 s: 3 to 10 minutes from here, and no more than 30 in all" in text

@@ -30,7 +30,7 @@ def cells(*gaps: float, rounds: int = 8, noise: float = 1.0) -> dict[str, dict[i
 
 
 def settle(table: Cells, *, min_rounds: int = 3, max_rounds: int = 8) -> tuple[str, list[str], dict[str, int]]:
-    """Gives a contest its figures as it asks for them: the verdict, those left, and how often each ran."""
+    """Gives an elimination its figures as it asks for them: the verdict, those left, and how often each ran."""
     given: dict[str, dict[int, float | None]] = {name: {} for name in table}
     while (state := decide(given, min_rounds=min_rounds, max_rounds=max_rounds)).kind == "open":
         given[state.due[0]][state.rounds] = table[state.due[0]][state.rounds]
@@ -78,11 +78,11 @@ def test_a_plan_that_failed_twice_leaves_and_once_is_forgiven() -> None:
     assert settle({"a": dict.fromkeys(range(8))})[0] == "none"
 
 
-def test_a_companion_runs_in_every_round_and_competes_with_nobody() -> None:
+def test_a_control_runs_in_every_round_and_competes_with_nobody() -> None:
     table = cells(0.0, 0.08)
-    state = decide({**table, "base": {0: -9.0, 1: -9.0}}, min_rounds=3, max_rounds=8, companions=("base",))
+    state = decide({**table, "base": {0: -9.0, 1: -9.0}}, min_rounds=3, max_rounds=8, controls=("base",))
     assert (state.kind, state.rounds, state.due) == ("open", 2, ("base",))
-    done = decide({**table, "base": dict.fromkeys(range(3), -9.0)}, min_rounds=3, max_rounds=8, companions=("base",))
+    done = decide({**table, "base": dict.fromkeys(range(3), -9.0)}, min_rounds=3, max_rounds=8, controls=("base",))
     assert (done.kind, done.active) == ("separated", ("a",))
 
 

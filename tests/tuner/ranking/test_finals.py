@@ -13,7 +13,7 @@ from pipetune.bench.record import Record
 from pipetune.bench.spec import EffectivePlan, Plan, Protocol
 from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.ranking import finals
-from pipetune.tuner.ranking.finals import BASELINE, Entrants, Run, Verdict, entrants, next_step
+from pipetune.tuner.ranking.finals import BASELINE, Due, Finalists, FinalsResult, choose, next_step
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective
 from tests.record_factory import (
@@ -27,7 +27,6 @@ from tests.record_factory import (
 
 THROUGHPUT, TTFT = Objective(metric="output_throughput"), Objective(metric="mean_ttft_ms")
 FAST, GOOD, SLOW = make_plan((17, 13), 16), make_plan((16, 14), 16), make_plan((10, 20), 16)
-NAMES = ("a", "b", "c", BASELINE)
 
 
 def searched(drifts: Mapping[Plan, float]) -> list[Record]:
@@ -50,10 +49,10 @@ def play(
     failing: Sequence[Plan] = (),
     rounds: tuple[int, int] = (3, 8),
     most: int = 99,
-) -> Verdict | None:
+) -> FinalsResult | None:
     """Runs finals, appending to the records; None when it was stopped after `most` runs."""
     for _ in range(most):
-        taking_part = entrants(records, objectives, constraints, count=3)
+        taking_part = choose(records, objectives, constraints, count=3)
         step = next_step(
             records,
             taking_part,
@@ -63,16 +62,16 @@ def play(
             max_rounds=rounds[1],
             seed=7,
         )
-        if isinstance(step, Verdict):
+        if isinstance(step, FinalsResult):
             return step
-        rng = random.Random(f"{step.contender} in round {step.round}")
+        rng = random.Random(f"{step.name} in round {step.round}")
         drift = (1 + 0.1 * (step.round % 3)) * (1 + rng.gauss(0, noise))
-        if step.contender == BASELINE:
+        if step.name == BASELINE:
             assert taking_part.baseline_batch_size == 32
             result = make_baseline_measurement(32, num_iters=1, drift=drift)
             records.append(make_record(len(records), "finalist", None, result, round_=step.round))
             continue
-        plan = taking_part.plan(step.contender).plan
+        plan = taking_part.plan(step.name).plan
         outcome = (
             make_failure()
             if plan in failing
@@ -99,7 +98,7 @@ def test_a_clear_winner_takes_the_least_rounds_and_everybody_runs_in_each() -> N
     records = searched({FAST: 0.5, GOOD: 0.7, SLOW: 0.9})
     verdict = play(records, {FAST: 0.5, GOOD: 0.7, SLOW: 0.9})
     assert verdict is not None
-    assert (verdict.kind, verdict.leader, verdict.tied, verdict.rounds) == ("separated", key(FAST), (), 3)
+    assert (verdict.kind, verdict.incumbent, verdict.tied, verdict.rounds) == ("separated", key(FAST), (), 3)
     assert set(runs_of(records).values()) == {3}
     finals = records[4:]
     assert {record.round for record in finals[:4]} == {0}
@@ -116,7 +115,7 @@ def test_rounds_go_on_for_those_that_are_close_and_who_is_behind_leaves() -> Non
     verdict = play(records, drifts, noise=0.03)
     assert verdict is not None
     assert verdict.kind == "tie"
-    assert {verdict.leader, *verdict.tied} == {key(FAST), key(GOOD)}
+    assert {verdict.incumbent, *verdict.tied} == {key(FAST), key(GOOD)}
     assert runs_of(records) == {FAST.describe(): 8, GOOD.describe(): 8, SLOW.describe(): 3, BASELINE: 8}
     ranking = rank(records)
     assert ranking.separation.text in verdict.text
@@ -136,27 +135,27 @@ def test_a_stop_anywhere_changes_nothing(stop: int) -> None:
 def test_what_the_finals_measure_does_not_change_who_takes_part() -> None:
     drifts = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9, make_plan((15, 15), 16): 1.0}
     records = searched(drifts)
-    before = entrants(records, [THROUGHPUT], [], count=2)
+    before = choose(records, [THROUGHPUT], [], count=2)
     assert [effective.plan for effective in before.plans] == [FAST, GOOD]
     slow = make_measurement(FAST, drift=9.0)
-    assert entrants([*records, make_record(5, "finalist", FAST, slow, round_=0)], [THROUGHPUT], [], count=2) == before
+    assert choose([*records, make_record(5, "finalist", FAST, slow, round_=0)], [THROUGHPUT], [], count=2) == before
 
 
 def test_plans_that_the_model_prefers_take_part_and_the_rest_as_measured() -> None:
     drifts = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
     records = searched(drifts)
     preferred = (key(make_plan((15, 15), 16)), key(SLOW))  # the first did not run, or breaks a constraint
-    taking_part = entrants(records, [THROUGHPUT], [], count=2, preferred=preferred)
+    taking_part = choose(records, [THROUGHPUT], [], count=2, preferred=preferred)
     assert [effective.plan for effective in taking_part.plans] == [SLOW, FAST]
-    of_a_front = entrants(records, [THROUGHPUT, TTFT], [], count=2, preferred=preferred)
-    assert of_a_front == entrants(records, [THROUGHPUT, TTFT], [], count=2)
+    of_a_front = choose(records, [THROUGHPUT, TTFT], [], count=2, preferred=preferred)
+    assert of_a_front == choose(records, [THROUGHPUT, TTFT], [], count=2)
 
 
 def test_who_runs_in_the_finals_stays_in_whatever_was_learnt_since() -> None:
     drifts = {FAST: 0.5, GOOD: 0.7, SLOW: 0.9}
     records = searched(drifts)
     records.append(make_record(4, "finalist", SLOW, make_measurement(SLOW, drift=0.9), round_=0))
-    taking_part = entrants(records, [THROUGHPUT], [], count=2, preferred=(key(GOOD), key(FAST), key(SLOW)))
+    taking_part = choose(records, [THROUGHPUT], [], count=2, preferred=(key(GOOD), key(FAST), key(SLOW)))
     assert {effective.plan for effective in taking_part.plans} == {SLOW, GOOD}
 
 
@@ -176,10 +175,10 @@ def test_trials_after_the_finals_call_for_new_finals() -> None:
     assert play(records, drifts) is not None
     late = make_plan((18, 12), 16)
     records.append(make_record(len(records), "trial", late, make_measurement(late, drift=0.3), trial_number=9))
-    taking_part = entrants(records, [THROUGHPUT], [], count=2)
+    taking_part = choose(records, [THROUGHPUT], [], count=2)
     assert late in [effective.plan for effective in taking_part.plans]
     step = next_step(records, taking_part, objectives=[THROUGHPUT], min_rounds=3, max_rounds=8, seed=7)
-    assert isinstance(step, Run)
+    assert isinstance(step, Due)
     assert (step.round, step.shown_round) == (3, 0)
 
 
@@ -188,12 +187,12 @@ def test_a_finalist_that_fails_twice_leaves() -> None:
     records = searched(drifts)
     verdict = play(records, drifts, failing=[FAST])
     assert verdict is not None
-    assert (verdict.kind, verdict.leader) == ("separated", key(GOOD))
+    assert (verdict.kind, verdict.incumbent) == ("separated", key(GOOD))
     assert runs_of(records)[FAST.describe()] == 2
     everybody = searched(drifts)
     lost = play(everybody, drifts, failing=list(drifts))
     assert lost is not None
-    assert (lost.kind, lost.leader) == ("none", None)
+    assert (lost.kind, lost.incumbent) == ("none", None)
     assert "no finalist is left" in lost.text
 
 
@@ -209,10 +208,10 @@ def test_a_finalist_that_breaks_a_constraint_in_the_finals_is_not_best(metric: s
     else:
         verdict = play(records, drifts, constraints=[Constraint.model_validate(f"{metric}<={min(rows.values()) / 2}")])
     assert verdict is not None
-    assert verdict.leader == (key(FAST) if metric == "p90_ttft_ms" else None)
+    assert verdict.incumbent == (key(FAST) if metric == "p90_ttft_ms" else None)
 
 
-def test_with_several_objectives_each_entrant_gets_the_least_rounds() -> None:
+def test_with_several_objectives_each_finalist_gets_the_least_rounds() -> None:
     drifts = {make_plan((17, 13), size): 1.0 for size in (4, 8, 16, 32)}
     records = searched(drifts)
     verdict = play(records, drifts, objectives=[THROUGHPUT, TTFT])
@@ -222,20 +221,24 @@ def test_with_several_objectives_each_entrant_gets_the_least_rounds() -> None:
 
 
 def test_without_plans_or_baseline_there_is_less_to_run() -> None:
-    nobody = entrants([], [THROUGHPUT], [], count=3)
-    assert nobody == Entrants(plans=(), baseline_batch_size=None)
-    assert entrants(searched({FAST: 1.0}), [THROUGHPUT], [], count=0).plans == ()
+    nobody = choose([], [THROUGHPUT], [], count=3)
+    assert nobody == Finalists(plans=(), baseline_batch_size=None)
+    assert choose(searched({FAST: 1.0}), [THROUGHPUT], [], count=0).plans == ()
     records = [make_record(0, "trial", FAST, make_measurement(FAST), trial_number=0)]
     verdict = play(records, {FAST: 1.0})
     assert verdict is not None
-    assert (verdict.kind, verdict.leader) == ("alone", key(FAST))
+    assert (verdict.kind, verdict.incumbent) == ("alone", key(FAST))
     assert runs_of(records) == {FAST.describe(): 3}
 
 
 def test_rounds_have_orders_of_their_own() -> None:
-    whole = finals.schedule(NAMES, rounds=8, seed=0)
-    assert sorted(whole) == sorted((round_, name) for round_ in range(8) for name in NAMES)
-    orders = {tuple(name for round_, name in whole if round_ == number) for number in range(8)}
+    records = searched({FAST: 1.0, GOOD: 1.0, SLOW: 1.0})
+    play(records, {FAST: 1.0, GOOD: 1.0, SLOW: 1.0}, rounds=(8, 8))
+    order = [(record.round, record.effective.key if record.effective else BASELINE) for record in records[4:]]
+    names = {name for _, name in order}
+    assert len(names) == 4
+    assert sorted(order) == sorted((round_, name) for round_ in range(8) for name in names)
+    orders = {tuple(name for round_, name in order if round_ == number) for number in range(8)}
     assert len(orders) > 3
 
 
@@ -245,9 +248,7 @@ def test_a_round_is_one_repetition_without_a_check() -> None:
 
 
 def chosen(records: Sequence[Record], count: int, min_stages: int = 1) -> list[Plan]:
-    taking_part: tuple[EffectivePlan, ...] = entrants(
-        records, [THROUGHPUT], [], count=count, min_stages=min_stages
-    ).plans
+    taking_part: tuple[EffectivePlan, ...] = choose(records, [THROUGHPUT], [], count=count, min_stages=min_stages).plans
     return [effective.plan for effective in taking_part]
 
 

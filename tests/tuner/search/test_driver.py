@@ -46,7 +46,7 @@ def config(**values: Any) -> TuneConfig:
 
 def study(folder: Path, lab: Lab, wanted: TuneConfig, *, resume: bool = False) -> tuple[bool, tuple[Record, ...]]:
     with StudyStore.resume(folder, wanted) if resume else StudyStore.create(folder, wanted) as store:
-        finished = run_study(store, lab.start, Reporter())
+        finished = run_study(store, Reporter(), start_fleet=lab.start)
         return finished, store.records
 
 
@@ -336,7 +336,7 @@ def test_a_timeout_bounds_the_trials_and_not_the_rest(tmp_path: Path) -> None:
 def test_several_objectives_and_constraints(tmp_path: Path) -> None:
     wanted = config(objectives=["output_throughput", "mean_ttft_ms"], constraints=["mean_ttft_ms<=2600"], n_trials=10)
     with StudyStore.create(tmp_path / "s", wanted) as store:
-        run_study(store, Lab().start, Reporter())
+        run_study(store, Reporter(), start_fleet=Lab().start)
         best = rank_study(store).best
     assert best is not None
     assert best.metrics["mean_ttft_ms"] <= 2600
@@ -359,7 +359,7 @@ def test_the_first_plan_that_runs_is_the_reference_where_the_model_fits_nowhere(
     monkeypatch.setattr(FakeFleet, "make_reference", lambda *args: failure(FailureKind.OUT_OF_MEMORY))
     lab = Lab()
     with StudyStore.create(tmp_path / "s", config(n_trials=3, finalists=0)) as store:
-        assert run_study(store, lab.start, PlainReporter(Console()))
+        assert run_study(store, PlainReporter(Console()), start_fleet=lab.start)
         first = next(record for record in store.records if record.role == "single_stage")
     assert first.effective is not None
     asked = [call for call in lab.calls if call.startswith(("reference", "measure"))]

@@ -23,13 +23,15 @@ def config(**values: Any) -> TuneConfig:
 
 def add(store: StudyStore, **fields: Any) -> Record:
     values: dict[str, Any] = {
+        "number": 0,
+        "spec": None,
         "role": "bench",
         "result": make_failure(),
         "hardware_id": "h",
         "started_at": "2026-01-02T03:04:05+00:00",
         "wall_s": 1.0,
     }
-    return store.add(**(values | fields))
+    return store.add(Record(**(values | fields)))
 
 
 def files(folder: Path) -> dict[str, bytes]:

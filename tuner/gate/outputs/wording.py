@@ -14,8 +14,8 @@ from pipetune.tuner.report.wording import MISSING, bytes_text, clean, ms_text, n
 LEGEND = "Worse by: how much more time (of a rate, time per token) or memory the candidate takes; negative is better."
 TEXT_COLUMNS = frozenset({"case", "metric", "verdict"})
 _METHODS = {
-    "fresh_processes": "pairs of fresh processes, their order drawn by lot",
-    "running_fleet": "pairs of runs in one running fleet, their order drawn by lot",
+    "fresh_processes": "pairs of fresh processes, in randomised order",
+    "running_fleet": "pairs of runs in one running fleet, in randomised order",
     "stored": "stored runs beside others, measured at different times",
 }
 _NAMED = 2

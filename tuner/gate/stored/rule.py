@@ -11,7 +11,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from pipetune.tuner.config.gate import GateConfig, Tolerance
-from pipetune.tuner.gate.values import VERDICTS, Finding, Reason, Sample, Session, Verdict, is_better_higher
+from pipetune.tuner.gate.faults import Fault, fault_of, unsteady_of
+from pipetune.tuner.gate.values import Finding, Reason, Session, SideName, finding_of, from_log_cost, log_cost
 from pipetune.tuner.stats.looks import FALSE_ALARM, MISSED
 from pipetune.tuner.stats.sessions import NewLevel, predict
 
@@ -60,12 +61,20 @@ def foreseen(metrics: Mapping[str, Tolerance], stored: Sequence[Session], gate: 
     """What can be seen of each metric, before anything is measured."""
     lines = []
     for metric, tolerance in metrics.items():
-        if stored_problem(metric, stored) is None:
-            logs = [_logs(session, metric) for session in stored if session.samples]
-            level = statistics.median(one for session in logs for one in session)
-            found = predict(logs, [level] * SESSION_RUNS, told_spread=gate.session_noise)
+        if stored_fault(metric, stored) is None:
+            levels = _levels(stored, metric)
+            typical = statistics.median(one for session in levels for one in session)
+            found = predict(levels, [typical] * SESSION_RUNS, told_spread=gate.session_noise)
             lines.append(f"{metric}: {_seen(found, tolerance, FALSE_ALARM / len(metrics))}")
     return lines
+
+
+def stored_fault(metric: str, stored: Sequence[Session]) -> Fault | None:
+    """Why nothing can be compared with what is stored, whatever the candidate does."""
+    if any(session.samples for session in stored):
+        return _fault(metric, "baseline", stored)
+    places = ", ".join(session.place for session in stored)
+    return Reason.MISSING_BASELINE, f"there is no stored run of it{f' in {places}' if places else ''}"
 
 
 def _judge(
@@ -77,18 +86,18 @@ def _judge(
     gate: GateConfig,
     alpha: float,
 ) -> Finding:
-    broken = _broken(metric, stored, new)
-    if broken is not None:
-        return finding_of(case, metric, tolerance, *broken)
-    old_logs, new_logs = [_logs(session, metric) for session in stored if session.samples], _logs(new, metric)
-    flat = [one for session in old_logs for one in session]
-    found = predict(old_logs, new_logs, told_spread=gate.session_noise)
-    level = statistics.fmean(statistics.median(session) for session in old_logs)
-    if len(flat) > 1 and len(new_logs) > 1 and len({*flat, *new_logs}) == 1:
+    fault = stored_fault(metric, stored) or _candidate_fault(metric, stored, new)
+    if fault is not None:
+        return finding_of(case, metric, tolerance, *fault)
+    old_levels, (new_levels,) = _levels(stored, metric), _levels((new,), metric)
+    found = predict(old_levels, new_levels, told_spread=gate.session_noise)
+    old = [one for session in old_levels for one in session]
+    if min(len(old), len(new_levels)) > 1 and len({*old, *new_levels}) == 1:
         reason, text = Reason.WITHIN_MARGIN, "every run of both sides gave exactly the same"
     else:
         reason, text = _decide(found, tolerance, gate, alpha)
-    interval = found.interval(0.95)
+    level = statistics.fmean(statistics.median(session) for session in old_levels)
+    ends = found.interval(0.95)
     return finding_of(
         case,
         metric,
@@ -96,14 +105,14 @@ def _judge(
         reason,
         text,
         estimate=math.expm1(found.difference),
-        interval=(math.expm1(interval[0]), math.expm1(interval[1])) if interval is not None else None,
-        differences=tuple(one - level for one in new_logs),
-        baseline=math.exp(_sign(metric) * level),
+        interval=None if ends is None else (math.expm1(ends[0]), math.expm1(ends[1])),
+        differences=tuple(one - level for one in new_levels),
+        baseline=from_log_cost(metric, level),
         candidate=statistics.median(run.metrics[metric] for run in new.samples),
     )
 
 
-def _decide(found: NewLevel, tolerance: Tolerance, gate: GateConfig, alpha: float) -> tuple[Reason, str]:
+def _decide(found: NewLevel, tolerance: Tolerance, gate: GateConfig, alpha: float) -> Fault:
     estimate, margin = math.expm1(found.difference), math.log1p(tolerance.margin)
     seen = _seen(found, tolerance, alpha)
     if found.above() <= alpha and estimate >= max(tolerance.least_effect, gate.noise_floor):
@@ -140,19 +149,7 @@ def _seen(found: NewLevel, tolerance: Tolerance, alpha: float) -> str:
     return f"{said_by} sessions differ by {found.spread:.1%} (SD), by which {true} is found {share}"
 
 
-def stored_problem(metric: str, stored: Sequence[Session]) -> tuple[Reason, str] | None:
-    """Why nothing can be compared with what is stored, whatever the candidate does."""
-    runs = [(session.place, run) for session in stored for run in session.samples]
-    if not runs:
-        places = ", ".join(session.place for session in stored)
-        return Reason.MISSING_BASELINE, f"there is no stored run of it{f' in {places}' if places else ''}"
-    return _problem(metric, "baseline", runs)
-
-
-def _broken(metric: str, stored: Sequence[Session], new: Session) -> tuple[Reason, str] | None:
-    broken = stored_problem(metric, stored)
-    if broken is not None:
-        return broken
+def _candidate_fault(metric: str, stored: Sequence[Session], new: Session) -> Fault | None:
     here = {run.hardware_id for run in new.samples}
     if new.machine is not None:
         here.add(new.machine.hardware.hardware_id)
@@ -165,43 +162,18 @@ def _broken(metric: str, stored: Sequence[Session], new: Session) -> tuple[Reaso
         )
     if not new.samples:
         return Reason.MISSING_CANDIDATE, f"{new.place}: there is no run of the candidate"
-    return _problem(metric, "candidate", [(new.place, run) for run in new.samples])
+    return _fault(metric, "candidate", (new,))
 
 
-def _problem(metric: str, side: str, runs: Sequence[tuple[str, Sample]]) -> tuple[Reason, str] | None:
-    failed = Reason.BASELINE_FAILED if side == "baseline" else Reason.CANDIDATE_FAILED
-    for place, run in runs:
-        if run.failure is not None:
-            return failed, f"{side} ({place}): {run.failure.kind.value}: {run.failure.message}"
-        if run.not_comparable is not None:
-            return Reason.NOT_COMPARABLE, f"{side} ({place}): {run.not_comparable}"
-        if metric not in run.metrics:
-            there = ", ".join(run.metrics) or "none"
-            return Reason.MISSING_METRIC, f"{side} ({place}): there is no {metric}; there are: {there}"
-        if not _is_number(run, metric):
-            return Reason.NOT_FINITE, f"{side} ({place}): {metric} is {run.metrics[metric]}, of which there is no ratio"
-    unsteady = sum(not run.steady for _, run in runs)
-    if 3 * unsteady > len(runs):
-        return Reason.NEVER_STEADY, f"{unsteady} of {len(runs)} runs of the {side} never got steady"
-    return None
+def _fault(metric: str, side: SideName, sessions: Sequence[Session]) -> Fault | None:
+    for session in sessions:
+        for run in session.samples:
+            fault = fault_of(metric, side, run)
+            if fault is not None:
+                return fault[0], f"{side} ({session.place}): {fault[1]}"
+    return unsteady_of(side, [run for session in sessions for run in session.samples])
 
 
-def _is_number(run: Sample, metric: str) -> bool:
-    """One that has a logarithm."""
-    value = run.metrics.get(metric, math.nan)
-    return math.isfinite(value) and value > 0
-
-
-def _sign(metric: str) -> float:
-    return -1.0 if is_better_higher(metric) else 1.0
-
-
-def _logs(session: Session, metric: str) -> list[float]:
-    """Of the runs, turned so that worse is more."""
-    return [_sign(metric) * math.log(run.metrics[metric]) for run in session.samples]
-
-
-def finding_of(case: str, metric: str, tolerance: Tolerance, reason: Reason, text: str, **values: object) -> Finding:
-    common: dict[str, object] = {"case": case, "metric": metric, "reason": reason, "text": text}
-    common |= {"margin": tolerance.margin, "least_effect": tolerance.least_effect}
-    return Finding.model_validate({**common, "verdict": VERDICTS.get(reason, Verdict.INCONCLUSIVE), **values})
+def _levels(sessions: Sequence[Session], metric: str) -> list[list[float]]:
+    """Log costs of the runs of each session that has any."""
+    return [[log_cost(metric, run.metrics[metric]) for run in one.samples] for one in sessions if one.samples]

@@ -23,28 +23,28 @@ from pipetune.tuner.config.gate import GateConfig, Tolerance
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.gate import python_env
 from pipetune.tuner.gate.cases import SideRequest, case_of
+from pipetune.tuner.gate.stored.read import read_stored, read_study
 from pipetune.tuner.gate.stored.rule import SESSION_RUNS, foreseen, judge_case, out_of_time
-from pipetune.tuner.gate.stored.run import StoredGate, read_stored
-from pipetune.tuner.gate.stored.sessions import read_study
+from pipetune.tuner.gate.stored.run import StoredGate
 from pipetune.tuner.gate.values import Case, Finding, GateResult, Reason, Sample, Session, SideName, Verdict
 from pipetune.tuner.progress import PlainReporter, Reporter
 from tests.record_factory import MODEL, WORKLOAD, make_failure, make_machine, make_plan, make_study_records
 from tests.study_factory import write_study
 from tests.tuner.gate.factory import PLAN, make_sample
-from tests.tuner.gate.fakes import Answer, FakeContenders
+from tests.tuner.gate.fakes import Answer, FakeRunner
 
 METRIC = "mean_ttft_ms"
-LOTS = np.random.default_rng(0)
+DRAWS = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
 def the_same_draws() -> None:
     """Of every test, whichever ran before."""
-    LOTS.bit_generator.state = np.random.default_rng(0).bit_generator.state
+    DRAWS.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 def session(level: float, *, runs: int = 5, place: str = "now", sd: float = 0.01) -> Session:
-    values = np.exp(LOTS.normal(math.log(level), sd, runs))
+    values = np.exp(DRAWS.normal(math.log(level), sd, runs))
     return Session(place=place, case="c", samples=tuple(make_sample({METRIC: float(value)}) for value in values))
 
 
@@ -136,7 +136,7 @@ def write_benchmarks(path: Path, level: float, change: Change = unchanged) -> Pa
     run_ = {"steady": True, "disturbances": [], "started_at": "2026-01-01T00:00:00+00:00", "wall_s": 9.0}
 
     def entry(name: str) -> dict[str, Any]:
-        values = np.exp(LOTS.normal(math.log(level), 0.01, 6))
+        values = np.exp(DRAWS.normal(math.log(level), 0.01, 6))
         runs = [{**run_, "metrics": {METRIC: float(value)}, "durations_s": [1.0]} for value in values]
         work = {"model": {"name": "tiny"}, "workload": {"num_prompts": 4}, "plan": PLAN.model_dump(mode="json")}
         extra = {**work, "machine": machine, "runs": runs}
@@ -457,7 +457,7 @@ OF_STUDIES = asked(MODEL, WORKLOAD, make_plan((15, 15), 16))
 OF_FILES = asked(ModelSpec(name="tiny"), Workload(num_prompts=4), PLAN)
 
 
-class TimedContenders(FakeContenders):
+class TimedRunner(FakeRunner):
     """Remembers how long each run was allowed to take."""
 
     def __init__(self, answer: Answer) -> None:
@@ -488,13 +488,13 @@ def beside(
     answer: Answer = steady,
     max_minutes: float | None = None,
     reporter: Reporter | None = None,
-) -> tuple[GateResult, TimedContenders]:
+) -> tuple[GateResult, TimedRunner]:
     """A gate of stored sessions whose candidate runs without processes."""
-    contenders = TimedContenders(answer)
-    gate = StoredGate(stored=stored, candidate=candidate, max_minutes=max_minutes, contenders=lambda cases: contenders)
+    runner = TimedRunner(answer)
+    gate = StoredGate(stored=stored, candidate=candidate, max_minutes=max_minutes, runner=lambda cases: runner)
     result = gate.run(Reporter() if reporter is None else reporter)
-    assert not contenders.open
-    return result, contenders
+    assert not runner.open
+    return result, runner
 
 
 @pytest.fixture
@@ -504,23 +504,23 @@ def night(tmp_path: Path) -> Path:
 
 
 def test_a_candidate_is_rehearsed_and_runs_a_session(night: Path) -> None:
-    result, contenders = beside(night)
+    result, runner = beside(night)
     assert [finding.reason for finding in result.findings] == [Reason.TOO_FEW]
-    assert [check for *_, check in contenders.asked] == [True, *[False] * SESSION_RUNS]
-    assert contenders.timeouts == [None] * (1 + SESSION_RUNS)
+    assert [check for *_, check in runner.asked] == [True, *[False] * SESSION_RUNS]
+    assert runner.timeouts == [None] * (1 + SESSION_RUNS)
     assert len(result.sessions[-1].samples) == SESSION_RUNS
 
 
 def test_no_minute_measures_nothing_and_says_so(night: Path) -> None:
-    result, contenders = beside(night, max_minutes=0.0)
+    result, runner = beside(night, max_minutes=0.0)
     assert (result.exit_code, [finding.reason for finding in result.findings]) == (3, [Reason.OUT_OF_TIME])
     assert f"after 0 of {SESSION_RUNS} runs" in result.findings[0].text
-    assert contenders.asked == []
+    assert runner.asked == []
 
 
 def test_no_run_may_take_longer_than_what_is_left_of_the_minutes(night: Path) -> None:
-    _, contenders = beside(night, max_minutes=10.0)
-    timeouts = [timeout for timeout in contenders.timeouts if timeout is not None]
+    _, runner = beside(night, max_minutes=10.0)
+    timeouts = [timeout for timeout in runner.timeouts if timeout is not None]
     assert len(timeouts) == 1 + SESSION_RUNS
     assert 0 < min(timeouts) <= max(timeouts) <= 600
     assert timeouts == sorted(timeouts, reverse=True)
@@ -528,9 +528,9 @@ def test_no_run_may_take_longer_than_what_is_left_of_the_minutes(night: Path) ->
 
 def test_a_run_that_would_not_fit_is_not_begun(night: Path) -> None:
     # The rehearsal took 12 s by its own word.
-    result, contenders = beside(night, max_minutes=0.1)
+    result, runner = beside(night, max_minutes=0.1)
     assert [finding.reason for finding in result.findings] == [Reason.OUT_OF_TIME]
-    assert len(contenders.asked) == 1
+    assert len(runner.asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -539,18 +539,18 @@ def test_a_run_that_would_not_fit_is_not_begun(night: Path) -> None:
 def test_a_failure_is_held_against_the_candidate_unless_the_deadline_ended_it(
     night: Path, max_minutes: float, code: int, reason: Reason
 ) -> None:
-    result, contenders = beside(night, answer=failing_late, max_minutes=max_minutes)
+    result, runner = beside(night, answer=failing_late, max_minutes=max_minutes)
     assert (result.exit_code, [finding.reason for finding in result.findings]) == (code, [reason])
-    assert len(contenders.asked) == 2
+    assert len(runner.asked) == 2
 
 
 def test_a_run_that_says_nothing_of_the_candidate_ends_it_and_is_not_held_against_it(night: Path) -> None:
     def taken(case: Case, name: SideName, number: int) -> Sample:
         return make_sample({}, not_comparable="it did not get its GPU", hardware_id=make_machine().hardware_id)
 
-    result, contenders = beside(night, answer=taken)
+    result, runner = beside(night, answer=taken)
     assert (result.exit_code, [finding.reason for finding in result.findings]) == (3, [Reason.NOT_COMPARABLE])
-    assert len(contenders.asked) == 1
+    assert len(runner.asked) == 1
 
 
 def test_after_the_rehearsal_it_says_how_long_the_rest_takes(night: Path) -> None:

@@ -29,7 +29,7 @@ def config(**values: Any) -> TuneConfig:
 
 def run(folder: Path, lab: Lab, wanted: TuneConfig, *, resume: bool = False) -> tuple[Record, ...]:
     with StudyStore.resume(folder, wanted) if resume else StudyStore.create(folder, wanted) as store:
-        assert run_study(store, lab.start, Reporter())
+        assert run_study(store, Reporter(), start_fleet=lab.start)
         return store.records
 
 

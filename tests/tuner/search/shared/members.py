@@ -55,15 +55,18 @@ class Process:
         plan = self.space.plan(point)
         effective = self.resolve(plan)
         return self.store.add(
-            role="trial",
-            result=result or make_measurement(plan),
-            hardware_id=make_machine().hardware_id,
-            started_at="2026-01-02T03:04:05+00:00",
-            wall_s=1.0,
-            spec=RunSpec(model=MODEL, workload=self.store.config.workload, plan=plan),
-            effective=effective if isinstance(effective, EffectivePlan) else None,
-            trial_number=number,
-            params=dict(point),
+            Record(
+                number=0,
+                role="trial",
+                result=result or make_measurement(plan),
+                hardware_id=make_machine().hardware_id,
+                started_at="2026-01-02T03:04:05+00:00",
+                wall_s=1.0,
+                spec=RunSpec(model=MODEL, workload=self.store.config.workload, plan=plan),
+                effective=effective if isinstance(effective, EffectivePlan) else None,
+                trial_number=number,
+                params=dict(point),
+            )
         )
 
     def run(self, point: Point) -> Record:

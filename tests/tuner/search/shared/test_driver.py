@@ -71,7 +71,7 @@ def drive(folder: Path, wanted: TuneConfig, run_s: float, resume: bool = False, 
 
     lab.fault = take_time
     with StudyStore.resume(folder, wanted) if resume else StudyStore.create(folder, wanted) as store:
-        assert run_study(store, lab.start, Reporter())
+        assert run_study(store, Reporter(), start_fleet=lab.start)
 
 
 def start(*arguments: Any, **options: Any) -> BaseProcess:
@@ -192,14 +192,14 @@ def test_a_database_lost_on_the_way_ends_the_study_with_what_was_measured(
             StudyStore.create(tmp_path / "a", wanted) as store,
             pytest.raises(StorageError, match=r"was lost: .*What was measured is kept"),
         ):
-            run_study(store, lab.start, Reporter())
+            run_study(store, Reporter(), start_fleet=lab.start)
     finally:
         server.start()
     before = load_records(tmp_path / "a")
     assert isinstance(before[-1].result, Measurement)
     assert len(trials(before)) == 3
     with StudyStore.resume(tmp_path / "a", wanted) as store:
-        assert run_study(store, lab.start, Reporter())
+        assert run_study(store, Reporter(), start_fleet=lab.start)
         assert store.records[: len(before)] == before
         assert len(trials(store.records)) == 5
     assert never_twice(tmp_path / "a")
@@ -207,7 +207,7 @@ def test_a_database_lost_on_the_way_ends_the_study_with_what_was_measured(
 
 def test_other_hardware_and_other_questions_are_refused_by_the_driver(tmp_path: Path, database: str) -> None:
     with StudyStore.create(tmp_path / "a", config(database, "cpu:0-1", n_trials=1, finalists=0)) as store:
-        run_study(store, Lab().start, Reporter())
+        run_study(store, Reporter(), start_fleet=Lab().start)
     lab = Lab()
     lab.machine = _with_cores(lab.machine, 64)
     for folder, start_fleet, values, said in (
@@ -218,7 +218,7 @@ def test_other_hardware_and_other_questions_are_refused_by_the_driver(tmp_path: 
             StudyStore.create(tmp_path / folder, config(database, "cpu:2-3", **values)) as store,
             pytest.raises(StudyError, match=said),
         ):
-            run_study(store, start_fleet, Reporter())
+            run_study(store, Reporter(), start_fleet=start_fleet)
         assert load_records(tmp_path / folder) == ()
 
 

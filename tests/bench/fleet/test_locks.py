@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipetune.bench.errors import StudyError
-from pipetune.tuner.study import locks
+from pipetune.bench.fleet import locks
 from tests.record_factory import make_machine
 
 GPUS = make_machine(gpus=3).hardware.gpus

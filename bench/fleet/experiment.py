@@ -1,0 +1,190 @@
+"""The one way to drive a fleet: start it, hold its GPUs, refer outputs to the unsplit model, measure, record.
+
+Experiment.start ──► fleet of workers, GPUs held against other studies
+  make_reference ──► what the unsplit model says, in a file; later outputs are compared with it
+  measure        ──► plan ─ resolve ─► effective plan ─ run ─► Record
+  baseline       ──► un-pipelined model ─ run ─► Record
+  renew          ──► fresh workers, the GPUs held on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypedDict, Unpack
+
+from pipetune.bench.errors import FleetError, ModelError
+from pipetune.bench.fleet.fleet import Fleet, Progress
+from pipetune.bench.fleet.locks import hold_gpus
+from pipetune.bench.record import Failure, FailureKind, Outcome, Record, Role, timestamp
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+
+Attempt = Callable[[Callable[[], Outcome]], Outcome]
+"""Calls the run it is given; may give another outcome where somebody interrupts it."""
+
+
+class FleetOptions(TypedDict, total=False):
+    """Further arguments of `Fleet.start`."""
+
+    log_dir: Path | None
+    hang_timeout_s: float
+    on_progress: Callable[[Progress], None] | None
+    worker_env: Mapping[str, Mapping[str, str]] | None
+
+
+class Labels(TypedDict, total=False):
+    """Fields of a record that say what a run was for; by default it is number 0 of role `bench`."""
+
+    number: int
+    role: Role
+    trial_number: int | None
+    params: dict[str, int | float | str] | None
+    round: int | None
+
+
+def _once(run: Callable[[], Outcome]) -> Outcome:
+    return run()
+
+
+class Experiment:
+    """A fleet whose runs become records."""
+
+    def __init__(self, start: Callable[[], Fleet], *, exclusive: bool) -> None:
+        self._start = start
+        self._held = contextlib.ExitStack()
+        self.fleet = start()
+        try:
+            if exclusive:
+                self._held.enter_context(hold_gpus(self.fleet.devices, self.fleet.machine.hardware.gpus))
+        except BaseException:
+            self.fleet.close()
+            raise
+
+    @classmethod
+    def start(
+        cls,
+        model: ModelSpec,
+        devices: Sequence[str],
+        *,
+        exclusive: bool = True,
+        start_fleet: Callable[..., Fleet] | None = None,
+        **options: Unpack[FleetOptions],
+    ) -> Self:
+        """Starts a fleet of one worker per device.
+
+        Args:
+            exclusive: hold its GPUs against other studies; False for those that only look at a model or a machine.
+            start_fleet: in place of `Fleet.start`.
+
+        Raises:
+            ModelError: the model cannot be found, read or split.
+            ConfigError: a device that is not there.
+            FleetError: workers that do not start.
+            StudyError: another study runs on one of the GPUs.
+        """
+        starter = start_fleet or Fleet.start
+        return cls(lambda: starter(model, devices, **options), exclusive=exclusive)
+
+    def renew(self) -> None:
+        """Starts a fresh fleet in place of the present one; raises as `start`."""
+        self.fleet.close()
+        self.fleet = self._start()
+
+    def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
+        """Keeps in a file what the unsplit model says, which later outputs are compared with.
+
+        Returns:
+            None; or why there is no reference, where the model fits on no device.
+
+        Raises:
+            ModelError: the model cannot be split, or comes out wrong when it is.
+            FleetError: the workers failed.
+        """
+        failure = self.fleet.make_reference(path, workload, protocol)
+        if failure is None or failure.kind is FailureKind.OUT_OF_MEMORY:
+            return failure
+        if failure.kind in (FailureKind.UNSUPPORTED_MODEL, FailureKind.WRONG_OUTPUT):
+            raise ModelError(failure.message)
+        raise FleetError(failure)
+
+    def refer_to_plan(self, path: Path, spec: RunSpec, effective: EffectivePlan) -> Failure | None:
+        """Takes a plan's own output for the reference, where the unsplit model fits nowhere; else why it failed."""
+        return self.fleet.make_reference_from_plan(path, spec, effective)
+
+    def spec(self, plan: Plan, workload: Workload, protocol: Protocol) -> RunSpec:
+        """The whole run of a plan, with the revision that the model resolved to."""
+        return RunSpec(model=self.fleet.model, workload=workload, plan=plan, protocol=protocol)
+
+    def measure(
+        self,
+        plan: Plan,
+        workload: Workload,
+        protocol: Protocol,
+        *,
+        resolved: EffectivePlan | Failure | None = None,
+        attempt: Attempt = _once,
+        **labels: Unpack[Labels],
+    ) -> Record:
+        """Measures a plan, or says why it is not run.
+
+        Args:
+            resolved: what the plan comes to under its memory caps; None resolves it here.
+
+        Raises:
+            ConfigError: prompts that cannot be used.
+            PlanError: the plan does not suit the model or the fleet.
+        """
+        known = self.fleet.resolve(plan, workload) if resolved is None else resolved
+        spec = self.spec(plan, workload, protocol)
+        if isinstance(known, Failure):
+            return self._record(lambda: attempt(lambda: known), spec, None, labels)
+        return self._record(lambda: attempt(lambda: self.fleet.measure(spec, known)), spec, known, labels)
+
+    def baseline(
+        self,
+        batch_size: int,
+        workload: Workload,
+        protocol: Protocol,
+        *,
+        attempt: Attempt = _once,
+        **labels: Unpack[Labels],
+    ) -> Record:
+        """Measures the un-pipelined model at one batch size."""
+        labels.setdefault("params", {"batch_size": batch_size})
+        return self._record(
+            lambda: attempt(lambda: self.fleet.baseline(workload, protocol, batch_size)), None, None, labels
+        )
+
+    def _record(
+        self, run: Callable[[], Outcome], spec: RunSpec | None, effective: EffectivePlan | None, labels: Labels
+    ) -> Record:
+        started_at, began = timestamp(), time.monotonic()
+        result = run()
+        named: Labels = {"number": 0, "role": "bench", **labels}
+        return Record(
+            spec=spec,
+            effective=effective,
+            hardware_id=self.fleet.machine.hardware_id,
+            started_at=started_at,
+            wall_s=round(time.monotonic() - began, 3),
+            result=result,
+            **named,
+        )
+
+    def close(self) -> None:
+        """Ends the workers, and lets the GPUs go."""
+        try:
+            self.fleet.close()
+        finally:
+            self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,238 @@
+"""Stored sessions, and whether they did the same work: runs of a study's best plan, or of a file's benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipetune.bench.errors import ConfigError, StudyError
+from pipetune.bench.record import Machine, Measurement, Record
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Workload
+from pipetune.tuner.gate.fresh_process import sample_of
+from pipetune.tuner.gate.values import Case, Sample, Session
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.study.diff import differences
+from pipetune.tuner.study.files import load_study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A session and the work that it did."""
+
+    session: Session
+    """Empty where the plan has no run."""
+    model: ModelSpec
+    workload: Workload
+    plan: Plan | None = None
+    """None where no plan of a study has a rank."""
+    key: str | None = None
+    """Key of the effective plan, in a study."""
+    of_study: bool = False
+    empty_because: str | None = None
+    """Why the session is empty; None where it is not."""
+
+
+def read_stored(places: Sequence[Path], case: Case, *, other_dtype: bool = False) -> tuple[Stored, ...]:
+    """Stored sessions of a case; of studies, all of the plan that is best in the first.
+
+    Args:
+        other_dtype: whether another dtype is what is compared.
+
+    Raises:
+        StudyError: a place that holds no session that can be read.
+        ConfigError: it did other work, or another plan than the places before it; or the first study has no best plan.
+    """
+    found: list[Stored] = []
+    key: str | None = None
+    for place in places:
+        if place.is_file():
+            benchmarks = list(read_benchmarks(place).values())
+            if len(benchmarks) != 1:
+                raise ConfigError(
+                    f"--stored {place}: holds {len(benchmarks)} benchmarks; give a file of one, or two files to compare"
+                )
+            one = benchmarks[0]
+        else:
+            one = read_study(place, key=key)
+            key = one.key
+            if key is None and not found and len(places) > 1:
+                raise ConfigError(
+                    f"--stored {place}: no plan of this study, the first, has a rank, so that none is named whose "
+                    "sessions the others hold; leave it out, or give another one first"
+                )
+        other = other_work([one], case.candidate.model, case.workload, other_dtype=other_dtype)
+        if other:
+            raise ConfigError(
+                f"--stored {place}: other work was measured there than is asked for now ({other}); give the same by "
+                "flags, or by a --config; another dtype is compared by --candidate-dtype"
+            )
+        found.append(dataclasses.replace(one, session=one.session.model_copy(update={"case": case.name})))
+    if other := other_plans(found):
+        raise ConfigError(f"--stored: the sessions are of different plans ({other}); give those of one plan")
+    return tuple(found)
+
+
+def read_study(folder: Path, *, key: str | None = None) -> Stored:
+    """A stored study's session.
+
+    A plan's finals are taken where it has any: luck helped to choose it by its other runs, and they flatter it.
+
+    Args:
+        key: of the plan; None takes the study's best one.
+
+    Raises:
+        StudyError: the folder holds no study, or a file of it is cut off.
+    """
+    study = load_study(folder)
+    if key is None:
+        best = Report.of(study).ranking.best
+        key = best.key if best is not None else None
+    runs = [record for record in study.records if _is_run_of(record, key)]
+    runs = [record for record in runs if record.role == "finalist"] or runs
+    samples = tuple(sample_of(record) for record in runs)
+    return Stored(
+        session=Session(place=str(folder), case="", samples=samples, machine=study.machine),
+        model=study.config.model,
+        workload=study.config.workload,
+        plan=runs[0].spec.plan if runs and runs[0].spec is not None else None,
+        key=key,
+        of_study=True,
+        empty_because=None if samples else _empty_because(study.records, key),
+    )
+
+
+def read_benchmarks(path: Path) -> dict[str, Stored]:
+    """Sessions of a file that `pytest pipetune/bench/suite --benchmark-json` wrote, by the benchmark's name.
+
+    Raises:
+        StudyError: the file cannot be read, is cut off, was written by another suite, or has two benchmarks of one
+            name.
+    """
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        found = [_stored(path, entry) for entry in document["benchmarks"]]
+    except json.JSONDecodeError as error:
+        raise StudyError(f"{path}: is cut off, or no JSON: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise StudyError(
+            f"{path}: is no file of `pytest pipetune/bench/suite --benchmark-json` of this version: {_what(error)}"
+        ) from None
+    names = [one.session.case for one in found]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise StudyError(f"{path}: two benchmarks are called {doubled[0]}; give each plan a name of its own")
+    return dict(zip(names, found, strict=True))
+
+
+def other_work(stored: Sequence[Stored], model: ModelSpec, workload: Workload, *, other_dtype: bool = False) -> str:
+    """What sets the stored work apart, in words; empty where it is the same.
+
+    Of the model its name and dtype: its revision, its attention kernel and the like may be what is compared, and are
+    only shown. Prompts are the same if what they say is, wherever the file lies.
+    """
+    keys = {"name"} if other_dtype else {"name", "dtype"}
+    lines: list[str] = []
+    for one in stored:
+        lines += [f"model.{line}" for line in _model_lines(one.model, model) if line.partition(":")[0] in keys]
+        lines += [f"workload.{line}" for line in differences(_by_content(one.workload), _by_content(workload))]
+    return "; ".join(dict.fromkeys(lines))
+
+
+def other_plans(stored: Sequence[Stored]) -> str:
+    """Which two of the stored sessions are of different plans, and of which; empty where all are of one.
+
+    A study is asked for an effective plan, in which caps that come to the same are one; a file does not say to what its
+    plan's caps came.
+    """
+    plans = [(one, one.plan) for one in stored if one.plan is not None]
+    for one, plan in plans[1:]:
+        first, its_plan = plans[0]
+        of_study = first.of_study or one.of_study
+        if plan != its_plan and not (of_study and _uncapped(plan) == _uncapped(its_plan)):
+            texts = [its_plan.describe(), plan.describe()]
+            what = " → ".join(texts) if texts[0] != texts[1] else "; ".join(differences(its_plan, plan))
+            return f"{first.session.place} and {one.session.place}: {what}"
+    return ""
+
+
+def _uncapped(plan: Plan) -> str:
+    return EffectivePlan(plan=plan, in_flight=1).key
+
+
+def _model_lines(stored: ModelSpec, now: ModelSpec) -> list[str]:
+    """A revision that is not known is none that differs."""
+    known = stored.revision is not None and now.revision is not None
+    return [line for line in differences(stored, now) if known or not line.startswith("revision:")]
+
+
+def _by_content(workload: Workload) -> Workload:
+    path, sha256 = workload.prompts_file, workload.prompts_sha256
+    if path is not None and sha256 is None and Path(path).is_file():
+        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return workload.model_copy(update={"prompts_file": None, "prompts_sha256": sha256})
+
+
+def notes_of(stored: Sequence[Stored], new: Session, model: ModelSpec | None) -> list[str]:
+    """Notes on one case: which stored sessions hold nothing, and what differs and is no reason not to compare.
+
+    Args:
+        model: the candidate's; None where it has none.
+    """
+    lines = [f"{one.session.place} is left out: {one.empty_because}" for one in stored if one.empty_because is not None]
+    used = [one for one in stored if one.session.samples]
+    for one in used:
+        if model is not None:
+            lines += [f"model differs: {line}" for line in _model_lines(one.model, model)]
+        then, now = one.session.machine, new.machine
+        if then is not None and now is not None:
+            lines += [f"software differs: {line}" for line in differences(then.software, now.software)]
+    of_sides: dict[str, Sequence[Sample]] = {
+        "stored": [run for one in used for run in one.session.samples],
+        "new": new.samples,
+    }
+    for side, runs in of_sides.items():
+        disturbed = [run.disturbances[0] for run in runs if run.disturbances]
+        if disturbed:
+            lines.append(f"{len(disturbed)} of {len(runs)} {side} runs were disturbed, the first by {disturbed[0]}")
+    return list(dict.fromkeys(lines))
+
+
+def _stored(path: Path, entry: dict[str, Any]) -> Stored:
+    extra = entry["extra_info"]
+    machine = Machine.model_validate(extra["machine"])
+    hardware_id = machine.hardware.hardware_id
+    samples = tuple(Sample.model_validate({**run, "hardware_id": hardware_id}) for run in extra["runs"])
+    return Stored(
+        session=Session(place=str(path), case=str(entry["name"]), samples=samples, machine=machine),
+        model=ModelSpec.model_validate(extra["model"]),
+        workload=Workload.model_validate(extra["workload"]),
+        plan=Plan.model_validate(extra["plan"]),
+        empty_because=None if samples else "there is no run in it",
+    )
+
+
+def _what(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"there is no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _empty_because(records: Sequence[Record], key: str | None) -> str:
+    if key is None:
+        return "no plan of it has a rank"
+    tried = sum(record.effective is not None and record.effective.key == key for record in records)
+    return f"every run of {key} failed there ({tried})" if tried else f"it has no run of {key}"
+
+
+def _is_run_of(record: Record, key: str | None) -> bool:
+    return record.effective is not None and record.effective.key == key and isinstance(record.result, Measurement)
