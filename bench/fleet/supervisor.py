@@ -60,6 +60,23 @@ class _Worker:
         self.beat_at = time.monotonic()
         self.state: dict[str, Any] = {"phase": "start", "activity": "idle", "tasks_done": 0, "stage": None}
 
+    @property
+    def where(self) -> str:
+        """`stage 1 on cpu:1`; the device alone while the worker holds no stage."""
+        stage = self.state["stage"]
+        return f"stage {stage} on {self.device}" if stage is not None else f"worker on {self.device}"
+
+    def failure(self, kind: FailureKind, message: str) -> Failure:
+        """What befell this worker, with its place and the end of its log."""
+        return Failure(
+            kind=kind,
+            stage=self.state["stage"],
+            device=self.device,
+            phase=self.state["phase"],
+            message=message,
+            detail=self.log_tail(),
+        )
+
     def log_tail(self, limit: int = 2000) -> str:
         """The end of the worker's log."""
         with contextlib.suppress(OSError):
@@ -338,8 +355,6 @@ class Supervisor:
         return None
 
     def _died(self, worker: _Worker, code: int) -> Failure:
-        stage, phase = worker.state["stage"], worker.state["phase"]
-        where = f"stage {stage} on {worker.device}" if stage is not None else f"worker on {worker.device}"
         kind = FailureKind.WORKER_DIED
         if code < 0:
             name = signal.Signals(-code).name
@@ -351,28 +366,13 @@ class Supervisor:
                 hint = "somebody killed it: the kernel has not killed anyone for memory meanwhile"
         else:
             by, hint = f"exited with code {code}", "see its log"
-        return Failure(
-            kind=kind,
-            stage=stage,
-            device=worker.device,
-            phase=phase,
-            message=f"{where} {by} during {phase}; {hint}",
-            detail=worker.log_tail(),
-        )
+        return worker.failure(kind, f"{worker.where} {by} during {worker.state['phase']}; {hint}")
 
     def _silent(self, worker: _Worker) -> Failure:
-        stage, phase = worker.state["stage"], worker.state["phase"]
-        where = f"stage {stage} on {worker.device}" if stage is not None else f"worker on {worker.device}"
-        return Failure(
-            kind=FailureKind.WORKER_HUNG,
-            stage=stage,
-            device=worker.device,
-            phase=phase,
-            message=(
-                f"{where} gave no sign of life for {self.hang_timeout_s:.0f} s during {phase}: it is stopped or "
-                "stuck; a slower machine may need a larger protocol.hang_timeout_s"
-            ),
-            detail=worker.log_tail(),
+        return worker.failure(
+            FailureKind.WORKER_HUNG,
+            f"{worker.where} gave no sign of life for {self.hang_timeout_s:.0f} s during {worker.state['phase']}: it "
+            "is stopped or stuck; a slower machine may need a larger protocol.hang_timeout_s",
         )
 
     def _stuck(self, stages: Sequence[_Worker], waited_s: float) -> Failure:

@@ -56,14 +56,10 @@ class Reading:
 class Sensors(Protocol):
     """Watches some devices. Not for several threads."""
 
-    def state(self, own_pids: Collection[int] | None = None) -> tuple[DeviceState, ...]:
-        """The devices as they are now; takes a fifth of a second on CPUs.
+    def state(self) -> tuple[DeviceState, ...]:
+        """The devices as they are now; takes a fifth of a second on CPUs. Processes of `family` are no disturbance."""
 
-        Args:
-            own_pids: processes that are no disturbance; None stands for `family`.
-        """
-
-    def start(self, own_pids: Collection[int] | None = None) -> None:
+    def start(self) -> None:
         """Begins to watch."""
 
     def stop(self) -> Reading:
@@ -91,8 +87,9 @@ class CpuSensors:
         self._own: Collection[int] = ()
         self._began: _CpuLook | None = None
 
-    def state(self, own_pids: Collection[int] | None = None) -> tuple[DeviceState, ...]:
-        own = family() if own_pids is None else own_pids
+    def state(self) -> tuple[DeviceState, ...]:
+        """The devices as they are now."""
+        own = family()
         first = _CpuLook.take()
         time.sleep(_LOOK_S)
         last = _CpuLook.take()
@@ -111,11 +108,13 @@ class CpuSensors:
         }
         return tuple(DeviceState.model_validate({"device": device, **host}) for device in self._devices)
 
-    def start(self, own_pids: Collection[int] | None = None) -> None:
-        self._own = family() if own_pids is None else own_pids
+    def start(self) -> None:
+        """Begins to watch."""
+        self._own = family()
         self._began = _CpuLook.take()
 
     def stop(self) -> Reading:
+        """What was seen since `start`."""
         assert self._began is not None, "stop without start"
         now = _CpuLook.take()
         foreign = now.foreign_since(self._began, self._own)
@@ -180,8 +179,9 @@ class NvmlSensors:
         self._halt = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def state(self, own_pids: Collection[int] | None = None) -> tuple[DeviceState, ...]:
-        own = family() if own_pids is None else own_pids
+    def state(self) -> tuple[DeviceState, ...]:
+        """The devices as they are now."""
+        own = family()
         with nvml_session() as has_nvml:
             gpus = self._handles() if has_nvml else {}
             return tuple(
@@ -189,7 +189,8 @@ class NvmlSensors:
                 for device in self._devices
             )
 
-    def start(self, own_pids: Collection[int] | None = None) -> None:
+    def start(self) -> None:
+        """Begins to watch."""
         self._halt.clear()
         self._samples = {device: _GpuSamples() for device in self._devices}
         self._began_s = time.monotonic()
@@ -200,6 +201,7 @@ class NvmlSensors:
         self._thread.start()
 
     def stop(self) -> Reading:
+        """What was seen since `start`."""
         assert self._thread is not None, "stop without start"
         self._halt.set()
         self._thread.join()

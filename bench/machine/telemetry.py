@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipetune.bench.machine.sensors import CpuSensors, NvmlSensors, Reading, Sensors
@@ -27,12 +27,10 @@ def sensors_for(devices: Sequence[str]) -> Sensors:
     return parts[0] if len(parts) == 1 else _Together(parts)
 
 
-def read_telemetry(
-    sensors: Sensors, before: tuple[DeviceState, ...], own_pids: Collection[int] | None = None
-) -> Telemetry:
+def read_telemetry(sensors: Sensors, before: tuple[DeviceState, ...]) -> Telemetry:
     """Stops the sensors and sums up; `before` is what their `state` gave before they were started."""
     reading = sensors.stop()
-    return judge(before, sensors.state(own_pids), reading)
+    return judge(before, sensors.state(), reading)
 
 
 def judge(before: Sequence[DeviceState], after: Sequence[DeviceState], reading: Reading) -> Telemetry:
@@ -67,12 +65,12 @@ class _Together:
     def __init__(self, parts: Sequence[Sensors]) -> None:
         self._parts = tuple(parts)
 
-    def state(self, own_pids: Collection[int] | None = None) -> tuple[DeviceState, ...]:
-        return tuple(state for part in self._parts for state in part.state(own_pids))
+    def state(self) -> tuple[DeviceState, ...]:
+        return tuple(state for part in self._parts for state in part.state())
 
-    def start(self, own_pids: Collection[int] | None = None) -> None:
+    def start(self) -> None:
         for part in self._parts:
-            part.start(own_pids)
+            part.start()
 
     def stop(self) -> Reading:
         merged = Reading()

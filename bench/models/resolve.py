@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,14 @@ from pipetune.bench.errors import ModelError
 from pipetune.bench.models import smollm2
 from pipetune.bench.models.checkpoint import content_revision, read_config, refuse_adapter, weight_files
 from pipetune.bench.models.gguf import find_gguf, gguf_folder, gguf_revision
-from pipetune.bench.spec import ModelSpec
+from pipetune.bench.spec import ModelSpec, Value
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CONFIG_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ResolvedModel:
+class ResolvedModel(Value):
     """A model that was found: everything a worker needs to build it, without asking anyone again."""
 
     spec: ModelSpec

@@ -10,7 +10,7 @@ BYTES_PER_MIB = 2**20
 MAX_OUTLIERS = 0.05
 """Share of the positions that may come out otherwise where experts may be chosen otherwise."""
 MIN_POSITIONS = 8
-"""Of fewer, one may not either: it could as well be the rule."""
+"""Positions compared, below which not even one may come out otherwise: it could as well be the rule."""
 
 
 def is_steady(durations: Sequence[float], tolerance: float) -> bool:
@@ -37,37 +37,30 @@ def wrong_output(
         return None
     if is_off and check.max_logit_error <= check.tolerance:
         what = "log-probabilities" if scored else "logits under the reference's tokens"
-        return Failure(
-            kind=FailureKind.WRONG_OUTPUT,
-            phase=phase,
-            message=(
-                f"at most positions the {what} are off by {typical[0]:.3g} or more, and kernels explain no more than "
-                f"{typical[1]:.3g}: this plan computes something else than the model; do not use it"
-            ),
+        return _wrong(
+            phase,
+            f"at most positions the {what} are off by {typical[0]:.3g} or more, and kernels explain no more than "
+            f"{typical[1]:.3g}",
         )
     what = "the log-probabilities are" if scored else "under the reference's tokens the logits are"
     flips = "" if scored else f" ({check.argmax_flips} of the most likely tokens differ)"
-    return Failure(
-        kind=FailureKind.WRONG_OUTPUT,
-        phase=phase,
-        message=(
-            f"{what} off by {check.max_logit_error:.3g}, and kernels explain no more than {check.tolerance:.3g}{flips}"
-            ": this plan computes something else than the model; do not use it"
-        ),
-    )
+    error, tolerance = check.max_logit_error, check.tolerance
+    return _wrong(phase, f"{what} off by {error:.3g}, and kernels explain no more than {tolerance:.3g}{flips}")
 
 
 def wrong_tokens(wrong: int, num_prompts: int, dtype_bytes: int) -> Failure | None:
     """The failure that differing tokens amount to: in fp32 alone, since shapes change half-precision kernels."""
     if wrong == 0 or dtype_bytes < 4:
         return None
+    differ = f"the tokens of {wrong} of {num_prompts} prompts differ from the reference's where it is not near a tie"
+    return _wrong("measure", differ)
+
+
+def _wrong(phase: str, what: str) -> Failure:
     return Failure(
         kind=FailureKind.WRONG_OUTPUT,
-        phase="measure",
-        message=(
-            f"the tokens of {wrong} of {num_prompts} prompts differ from the reference's where it is not near a tie: "
-            "this plan computes something else than the model; do not use it"
-        ),
+        phase=phase,
+        message=f"{what}: this plan computes something else than the model; do not use it",
     )
 
 

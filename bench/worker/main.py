@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import gc
 import json
 import os
@@ -77,16 +76,9 @@ class Worker:
         if self.rank == 0:
             resolved = resolve_model(spec, on_progress=lambda message: self._say(message))
             shape = describe_model(resolved)
-            found = {
-                "resolved": {field.name: getattr(resolved, field.name) for field in dataclasses.fields(resolved)},
-                "shape": shape.model_dump(mode="json"),
-            }
-            found["resolved"]["spec"] = resolved.spec.model_dump(mode="json")
-            found["resolved"]["folder"] = str(resolved.folder)
+            found = {"resolved": resolved.model_dump(mode="json"), "shape": shape.model_dump(mode="json")}
         found = self.control.broadcast(found)
-        plain = found["resolved"]
-        plain["spec"], plain["folder"] = ModelSpec.model_validate(plain["spec"]), Path(plain["folder"])
-        self.resolved = ResolvedModel(**plain)
+        self.resolved = ResolvedModel.model_validate(found["resolved"])
         self.shape = ModelShape.model_validate(found["shape"])
         nominal = device_bytes(self.devices)
         self.control.barrier()

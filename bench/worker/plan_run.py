@@ -238,31 +238,22 @@ class PlanRun:
             graphs = host.loop.graphs.report if host.loop is not None and host.loop.graphs is not None else None
             uncounted, driver = (graphs.uncounted_bytes, graphs.driver_bytes) if graphs is not None else (0, 0)
             peak = torch.cuda.max_memory_allocated(host.device.torch_device) + uncounted
-            return StageMemory(
-                device=host.device.name,
-                weights_bytes=weights,
-                kv_bytes=kv,
-                activation_bytes=max(0, peak - weights - kv),
-                peak_bytes=peak,
-                peak_source="cuda_allocator",
-                baseline_bytes=0,
-                graphs_bytes=uncounted + driver,
-                cap_bytes=cap,
-                nvml_used_bytes=sensors_for([host.device.name]).state()[0].memory_used_bytes,
-            )
-        predicted = stage_bytes(
-            host.shape, self.plan, host.index, prompt_len=self.job.longest, output_len=self.job.output_len
-        )
-        return StageMemory(
-            device=host.device.name,
-            weights_bytes=weights,
-            kv_bytes=kv,
-            activation_bytes=predicted.activations,
-            peak_bytes=peak_rss_bytes(),
-            peak_source="vm_hwm",
-            baseline_bytes=host.idle_bytes,
-            cap_bytes=cap,
-        )
+            own: dict[str, Any] = {
+                "activation_bytes": max(0, peak - weights - kv),
+                "peak_bytes": peak,
+                "peak_source": "cuda_allocator",
+                "graphs_bytes": uncounted + driver,
+                "nvml_used_bytes": sensors_for([host.device.name]).state()[0].memory_used_bytes,
+            }
+        else:
+            lens = {"prompt_len": self.job.longest, "output_len": self.job.output_len}
+            own = {
+                "activation_bytes": stage_bytes(host.shape, self.plan, host.index, **lens).activations,
+                "peak_bytes": peak_rss_bytes(),
+                "peak_source": "vm_hwm",
+                "baseline_bytes": host.idle_bytes,
+            }
+        return StageMemory(device=host.device.name, weights_bytes=weights, kv_bytes=kv, cap_bytes=cap, **own)
 
 
 def measure(

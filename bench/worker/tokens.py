@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
@@ -38,18 +38,14 @@ class Tokens:
         """
         digest = workload.digest()
         if digest not in self._prompts:
-            reply: dict[str, Any] = {}
-            if self._control.rank == 0:
-                try:
-                    reply["prompts"] = load_prompts(
-                        workload,
-                        tokenizer=self.tokenizer() if workload.prompts_file else None,
-                        vocab_size=self._shape.vocab_size,
-                        max_positions=self._shape.max_positions,
-                    )
-                except UserError as error:
-                    reply["error"] = str(error)
-            self._prompts[digest] = _rows(self._control.broadcast(reply))
+            self._prompts[digest] = self._from_rank_0(
+                lambda: load_prompts(
+                    workload,
+                    tokenizer=self.tokenizer() if workload.prompts_file else None,
+                    vocab_size=self._shape.vocab_size,
+                    max_positions=self._shape.max_positions,
+                )
+            )
         return self._prompts[digest]
 
     def encode(self, prompts: Sequence[Any], max_new_tokens: int) -> tuple[tuple[int, ...], ...]:
@@ -61,24 +57,35 @@ class Tokens:
         Raises:
             ConfigError: on every rank, what is wrong with them.
         """
+
+        def read() -> tuple[tuple[int, ...], ...]:
+            rows = tuple(
+                encode(prompt, self.tokenizer(), self._shape.vocab_size, f"prompts[{index}]")
+                for index, prompt in enumerate(prompts)
+            )
+            longest, limit = max(len(row) for row in rows), self._shape.max_positions
+            if limit is not None and longest + max_new_tokens > limit:
+                more = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
+                raise ConfigError(
+                    f"the longest prompt has {longest} tokens{more}: more than the model's {limit} positions; "
+                    "shorten it"
+                )
+            return rows
+
+        return self._from_rank_0(read)
+
+    def _from_rank_0(self, read: Callable[[], tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
+        """Rows of ids as rank 0 reads them, on every rank; what is wrong with them is raised on every rank as well."""
         reply: dict[str, Any] = {}
         if self._control.rank == 0:
             try:
-                rows = [
-                    encode(prompt, self.tokenizer(), self._shape.vocab_size, f"prompts[{index}]")
-                    for index, prompt in enumerate(prompts)
-                ]
-                longest, limit = max(len(row) for row in rows), self._shape.max_positions
-                if limit is not None and longest + max_new_tokens > limit:
-                    more = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
-                    raise ConfigError(
-                        f"the longest prompt has {longest} tokens{more}: more than the model's {limit} positions; "
-                        "shorten it"
-                    )
-                reply["prompts"] = rows
-            except ConfigError as error:
+                reply["prompts"] = read()
+            except UserError as error:
                 reply["error"] = str(error)
-        return _rows(self._control.broadcast(reply))
+        reply = self._control.broadcast(reply)
+        if "error" in reply:
+            raise ConfigError(reply["error"])
+        return tuple(tuple(row) for row in reply["prompts"])
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None where its folder has none."""
@@ -103,9 +110,3 @@ class Tokens:
             given = GenerationConfig.from_pretrained(self._resolved.folder).eos_token_id
             ids = ids if given is None else given
         return frozenset([ids] if isinstance(ids, int) else ids or [])
-
-
-def _rows(reply: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
-    if "error" in reply:
-        raise ConfigError(reply["error"])
-    return tuple(tuple(row) for row in reply["prompts"])

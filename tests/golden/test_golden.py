@@ -98,7 +98,7 @@ def test_every_command_is_recorded() -> None:
 @pytest.mark.parametrize(("half", "name"), [(half, name) for half, names in PUBLIC.items() for name in names])
 def test_public_names_are_imported_from_their_root(half: str, name: str) -> None:
     code = f"from {ROOTS[half]} import {name}"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60).returncode == 0
 
 
 def test_what_the_readme_imports_is_a_public_name() -> None:

@@ -20,7 +20,7 @@ import torch
 
 from pipetune.bench.runtime.device import DeviceContext, undisturbed
 from pipetune.bench.runtime.kernels.capture import OutsideBytes, Pool
-from pipetune.bench.runtime.kernels.static_cache import clear, why_not_static
+from pipetune.bench.runtime.kernels.static_cache import why_not_static
 from pipetune.bench.runtime.kernels.static_step import Inputs, Probe, StaticStep, StepKey, disagreement
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.stage import Stage
@@ -224,7 +224,7 @@ class DecodeGraphs:
         if key.slot not in self._cleared:
             # The first pass gives the slot its memory.
             Probe.build(self._stage, key, length=1).run_eagerly(self._stage, slot, most_tokens=key.rows)
-            clear(slot)
+            slot.fill(0.0)
             self._cleared.add(key.slot)
         step = StaticStep(self._stage, slot, key)
         if self._captures:

@@ -7,7 +7,7 @@ what lies behind it, since transformers builds masks from the cache's length, wh
 `StaticCache`. A sliding window is such a mask as well: the whole length is read and what left the window is hidden.
 
 What is hidden must be a number all the same, and no huge one: its score is computed before it is hidden, and infinity
-less infinity is NaN. Keys and values that some tokens left are such; uninitialised memory is not: see `clear`.
+less infinity is NaN. Keys and values that some tokens left are such; uninitialised memory is not, and is filled first.
 """
 
 from __future__ import annotations
@@ -102,11 +102,3 @@ class StaticSlotCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def clear(slot: SlotCache) -> None:
-    """Writes zeros over whatever uninitialised memory holds; what the slot held is lost."""
-    for layer in slot.layers:
-        if isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None:
-            layer.keys.zero_()
-            layer.values.zero_()

@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 
 from pipetune.bench.runtime.links.transport import (
+    DirectSender,
     GlooReceiver,
-    GlooSender,
     NcclReceiver,
-    NcclSender,
     Receiver,
     Sender,
     StagedReceiver,
@@ -128,7 +127,7 @@ class Links:
     def _sender(self, destination: int, messages: _Messages) -> Sender:
         depth, numel, dtype = messages.depth, messages.numel, messages.dtype
         if self.transport(self._rank, destination) == "nccl":
-            return NcclSender(destination, self._groups[self._rank, destination], depth=depth)
+            return DirectSender(destination, depth=depth, group=self._groups[self._rank, destination])
         if self._device.type == "cuda":
             return StagedSender(destination, messages.tag, depth=depth, numel=numel, dtype=dtype)
-        return GlooSender(destination, messages.tag, depth=depth)
+        return DirectSender(destination, depth=depth, tag=messages.tag)

@@ -118,19 +118,28 @@ class GlooReceiver:
         """Nothing to remember: on a CPU, compute has ended once it was issued."""
 
 
-class GlooSender:
-    """Sends CPU tensors; holds each until its send has ended."""
+class DirectSender:
+    """Sends tensors from where they lie, over gloo or NCCL; holds each until its send has ended.
 
-    def __init__(self, destination: int, tag: int, *, depth: int) -> None:
-        self._destination, self._tag, self._depth = destination, tag, depth
+    NCCL sends on a stream of its own, behind the compute that made the tensor, and its wait is one of the compute
+    stream: the memory goes back to the allocator, which gives it to later work of that stream, and so never before the
+    send has read it. With `depth` sends under way the stream is meant to wait: the stages behind are that far behind.
+    """
+
+    def __init__(self, destination: int, *, depth: int, tag: int = 0, group: dist.ProcessGroup | None = None) -> None:
+        """
+        Args:
+            group: NCCL's, of the two ranks; None sends over gloo.
+        """
+        self._destination, self._depth, self._tag, self._group = destination, depth, tag, group
         self._under_way: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def send(self, tensor: torch.Tensor) -> None:
-        """Starts a send; waits for the oldest if the ring is full."""
+        """Starts a send; waits for the oldest if `depth` are under way."""
         while len(self._under_way) >= self._depth:
             self._under_way.popleft()[0].wait()
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, dst=self._destination, tag=self._tag)
+        work = dist.isend(tensor, dst=self._destination, group=self._group, tag=self._tag)
         assert work is not None
         self._under_way.append((work, tensor))
 
@@ -197,7 +206,7 @@ class StagedSender:
     def __init__(self, destination: int, tag: int, *, depth: int, numel: int, dtype: torch.dtype) -> None:
         # One buffer more than may be under way: the copy goes into one that no send reads.
         self._ring = _Ring(depth + 1, numel, dtype, torch.device("cpu"), pin=True)
-        self._gloo = GlooSender(destination, tag, depth=depth)
+        self._gloo = DirectSender(destination, depth=depth, tag=tag)
 
     def send(self, tensor: torch.Tensor) -> None:
         """Blocks for the copy to the host, not for the send."""
@@ -255,30 +264,3 @@ class NcclReceiver:
     def consumed(self) -> None:
         """Marks the point of the compute stream behind which the buffer taken last may be written again."""
         self._marks.consumed()
-
-
-class NcclSender:
-    """Sends GPU tensors on a group of two ranks; holds each until its send has ended."""
-
-    def __init__(self, destination: int, group: dist.ProcessGroup, *, depth: int) -> None:
-        self._destination, self._group, self._depth = destination, group, depth
-        self._under_way: deque[tuple[dist.Work, torch.Tensor]] = deque()
-
-    def send(self, tensor: torch.Tensor) -> None:
-        """Queues a send, on NCCL's own stream, behind the compute that made the tensor.
-
-        The tensor is held until its send was waited for. That wait is one of the compute stream: the memory goes back
-        to the allocator, which gives it to later work of that stream, and so never before the send has read it. With
-        `depth` sends under way the stream is meant to wait: the stages behind are that far behind.
-        """
-        while len(self._under_way) >= self._depth:
-            self._under_way.popleft()[0].wait()
-        tensor = tensor.contiguous()
-        work = dist.isend(tensor, dst=self._destination, group=self._group)
-        assert work is not None
-        self._under_way.append((work, tensor))
-
-    def drain(self) -> None:
-        """Makes the compute stream wait for every send under way."""
-        while self._under_way:
-            self._under_way.popleft()[0].wait()

@@ -206,6 +206,14 @@ class SlotCache(Cache):
             if isinstance(layer, SlotLayer | SlotStates):
                 layer.seek(first_row, end_row, length, is_own=index in self._own)
 
+    @torch.inference_mode()
+    def fill(self, value: float) -> None:
+        """Writes one value to every position of the keys and values that have memory; what they held is lost."""
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None:
+                layer.keys.fill_(value)
+                layer.values.fill_(value)
+
     @property
     def is_linear(self) -> list[bool]:
         """Which entries hold states alone: a mask is made by the first that holds all keys."""

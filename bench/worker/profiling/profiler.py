@@ -20,8 +20,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
-import torch
-
 from pipetune.bench.cuts import idle_layers
 from pipetune.bench.machine.telemetry import read_telemetry, sensors_for
 from pipetune.bench.models.describe import build_on_meta
@@ -30,7 +28,7 @@ from pipetune.bench.profile import DeviceProfile, LayerTimes, ProfileGrid, TaskK
 from pipetune.bench.record import Failure
 from pipetune.bench.runtime.device import undisturbed
 from pipetune.bench.runtime.loop import StageLoop
-from pipetune.bench.runtime.stage.kv_cache import SlotCache, SlotLayer
+from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.worker.profiling.link_times import time_links
 from pipetune.bench.worker.profiling.part_times import PartShares, PartStamps
 from pipetune.bench.worker.profiling.repeats import repeat
@@ -229,20 +227,12 @@ class Profiler:
         loop.prepare(job.with_room(max(1, self.grid.max_tokens // kind.rows)))
         if kind.past_tokens > 0 and not self.host.shape.recurrent and loop.slots[0] is not self._filled:
             loop.run(repeat(kind, 1, self.grid, self.host.shape, pad_token_id=self.pad_token_id))
-            _fill(loop.slots[0])
+            # Pages of a new slot that nobody ever wrote are all one, which never leaves the processor's cache.
+            loop.slots[0].fill(0.01)
             self._filled = loop.slots[0]
         timeline = loop.run(job, start=self.host.control.barrier if together else lambda: None).timeline
         spans = list(zip(timeline.compute_start_s, timeline.compute_end_s, strict=True))
         return spans[-count:]
-
-
-@torch.inference_mode()
-def _fill(slot: SlotCache) -> None:
-    """Writes every position of a new slot: pages that nobody ever wrote are all one, which never leaves the cache."""
-    for layer in slot.layers:
-        if isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None:
-            layer.keys.fill_(0.01)
-            layer.values.fill_(0.01)
 
 
 def _alike(host: StageHost) -> tuple[int, ...]:

@@ -161,11 +161,11 @@ def test_a_lost_message_is_a_communication_timeout(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = """
-    send = module.GlooSender.send
+    send = module.DirectSender.send
     def lossy(self, tensor):
         if tensor.dtype.is_floating_point:
             send(self, tensor)
-    module.GlooSender.send = lossy
+    module.DirectSender.send = lossy
 """
     break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.runtime.links.transport", body=body)
     monkeypatch.setattr("pipetune.bench.fleet.supervisor.STUCK_AFTER_S", 2.0)

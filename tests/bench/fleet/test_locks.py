@@ -32,9 +32,9 @@ def test_a_gpu_serves_one_study_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_gpu_with_two_stages_is_held_once() -> None:
+def test_a_gpu_with_two_stages_is_held_once(tmp_path: Path) -> None:
     with locks.hold_gpus(("cuda:0", "cuda:0"), GPUS):
-        pass
+        assert {path.name for path in (tmp_path / "pipetune").glob("*.lock")} == {"GPU-0000.lock"}
 
 
 def test_cpu_workers_need_no_lock(tmp_path: Path) -> None:

@@ -116,5 +116,7 @@ def test_bounds_that_cannot_be_met_are_refused(space: dict[str, Any], message: s
         config(space=space)
 
 
-def test_gpu_metrics_are_there_on_gpus() -> None:
+def test_gpu_metrics_are_there_on_gpus_alone() -> None:
     check_metrics(config(objectives=["energy_j"], devices="cuda:0"))
+    with pytest.raises(ConfigError, match="energy_j"):
+        check_metrics(config(objectives=["energy_j"], devices="cpu:0"))

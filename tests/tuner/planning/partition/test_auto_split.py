@@ -116,4 +116,4 @@ def test_without_devices_the_machine_is_asked() -> None:
 
 def test_it_imports_no_torch() -> None:
     code = "import sys; from pipetune import auto_split_model; assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -29,7 +29,9 @@ LIKE = machine("L4", "L4", "L4", "L4", links=("0-1:PIX", "0-2:SYS", "0-3:SYS", "
 
 @pytest.mark.parametrize("devices", ["cuda:2-3", "cuda:1,cuda:0"])
 def test_other_devices_of_the_same_kind_ask_the_same(devices: str) -> None:
-    asked("cuda:0-1", LIKE).require(asked(devices, LIKE), study="s")
+    own, other = asked("cuda:0-1", LIKE), asked(devices, LIKE)
+    own.require(other, study="s")
+    assert own.devices == other.devices
 
 
 @pytest.mark.parametrize(
@@ -52,9 +54,12 @@ def test_uuids_and_seeds_are_each_ones_own() -> None:
     other = LIKE.hardware.model_copy(
         update={"gpus": tuple(gpu.model_copy(update={"uuid": f"other-{gpu.uuid}"}) for gpu in LIKE.hardware.gpus)}
     )
-    asked("cuda:0-1", LIKE).require(
-        asked("cuda:0-1", LIKE.model_copy(update={"hardware": other}), seed=5, n_trials=3), study="s"
+    first, second = (
+        asked("cuda:0-1", LIKE),
+        asked("cuda:0-1", LIKE.model_copy(update={"hardware": other}), seed=5, n_trials=3),
     )
+    first.require(second, study="s")
+    assert first == second
 
 
 def test_other_hardware_says_only_what_of_it_differs() -> None:
