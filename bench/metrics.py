@@ -213,6 +213,6 @@ def derive(measurement: Measurement) -> dict[str, float]:
 
 
 def throughputs(measurement: Measurement) -> tuple[float, ...]:
-    """Of every iteration, tokens per second: those generated, or all where texts are scored."""
+    """Tokens per second in each iteration: those generated, or all where texts are scored."""
     tokens = len(measurement.prompt_lens) * measurement.output_len or sum(measurement.prompt_lens)
     return tuple(tokens / run.duration_s for run in measurement.iterations)

@@ -41,13 +41,13 @@ class TaskTime(Value):
 
     rows: int = Field(ge=1)
     new_tokens: int = Field(ge=1)
-    """Of each row: the prompt's or the chunk's in prefill, 1 in decode."""
+    """New positions of each row: the prompt's or the chunk's in prefill, 1 in decode."""
     past_tokens: int = Field(ge=0)
-    """Of each row, cached before."""
+    """Positions of each row that are cached before."""
     seconds: float = Field(ge=0)
-    """Median over `samples`."""
+    """Median time over `samples` tasks."""
     spread_s: float = Field(default=0.0, ge=0)
-    """Between the quartiles."""
+    """Seconds between the quartiles of those times."""
     samples: int = Field(default=1, ge=1)
 
 
@@ -56,7 +56,8 @@ class LayerTimes(Value):
 
     layers: tuple[int, ...] = Field(min_length=1)
     times: tuple[TaskTime, ...] = Field(min_length=1)
-    """Of one layer. Prefill from an empty cache covers a grid of rows and lengths; decode a grid of rows and pasts."""
+    """Times of one of these layers. Prefill from an empty cache covers a grid of rows and lengths, decode one of rows
+    and pasts."""
 
 
 class DeviceProfile(Value):
@@ -66,7 +67,7 @@ class DeviceProfile(Value):
     layers: tuple[LayerTimes, ...]
     """Together every layer of the model, once each."""
     overhead: tuple[TaskTime, ...]
-    """Once a task, on every stage: masks, positions, rotary embeddings, and the loop around them."""
+    """Times spent once a task on every stage: masks, positions, rotary embeddings, and the loop around them."""
     embedding: tuple[TaskTime, ...]
     head: tuple[TaskTime, ...]
     """Final norm, head and sampling, on the last stage; where texts are scored, of all positions."""

@@ -22,7 +22,7 @@ class FailureKind(StrEnum):
     """Why a run gave no measurement."""
 
     OVER_MEMORY_CAP = "over_memory_cap"
-    """Refused before it ran, or found above its cap afterwards; carries the bytes wanted and had."""
+    """A plan refused before it ran, or found above its cap afterwards; carries the bytes wanted and had."""
     OUT_OF_MEMORY = "out_of_memory"
     """An allocation failed, or the kernel killed the worker for memory."""
     WRONG_OUTPUT = "wrong_output"
@@ -114,7 +114,7 @@ class Iteration(Value):
     """One timed repetition of the workload."""
 
     duration_s: float
-    """From the prompts to the last token."""
+    """Time from the prompts to the last token."""
     token_times_s: tuple[float, ...]
     """When the tokens of each task were known at the last stage (of a chunk without any: when it was done there);
     along `Measurement.tasks`."""
@@ -140,8 +140,8 @@ class StageMemory(Value):
     baseline_bytes: int = 0
     """What the process or context took before any model was loaded; part of `peak_bytes` on CPU."""
     graphs_bytes: int = 0
-    """Taken by CUDA graphs: of their pool what the allocator's peak lacks, which is part of `peak_bytes`, and what the
-    driver keeps for them, which is not."""
+    """Bytes that CUDA graphs take: of their pool what the allocator's peak lacks, which is part of `peak_bytes`, and
+    what the driver keeps for them, which is not."""
     cap_bytes: int
     """memory_fraction × what the device has."""
     nvml_used_bytes: int | None = None
@@ -152,18 +152,19 @@ class OutputCheck(Value):
 
     reference: Literal["unsplit", "plan"]
     max_logit_error: float
-    """Of logits under forced tokens; where texts are scored, of log-probabilities."""
+    """Largest difference of a logit under forced tokens; of a log-probability where texts are scored."""
     tolerance: float
-    """From the reference's own spread over batch sizes in this dtype."""
+    """Largest error put down to kernels: from the reference's own spread over batch sizes in this dtype."""
     compared_logits: int
     argmax_flips: int
     """Positions whose argmax differs though the top two are further apart than the tolerance."""
     typical_error: float | None = None
     """Median over positions of the largest error at each; None in records from before it was looked at."""
     typical_tolerance: float | None = None
-    """From the medians of the reference's own passes, which no single expert routed otherwise can widen."""
+    """Largest median error put down to kernels: from the medians of the reference's own passes, which no single expert
+    routed otherwise can widen."""
     positions: int = 0
-    """Compared: steps under forced tokens, or tokens scored."""
+    """Positions compared: steps under forced tokens, or tokens scored."""
     outliers: int = 0
     """Positions with an error beyond the tolerance."""
     tokens_equal: bool | None = None
@@ -207,9 +208,9 @@ class Measurement(Value):
 
     outcome: Literal["measurement"] = "measurement"
     method: Literal["pipeline", "hf_generate", "hf_forward"] = "pipeline"
-    """Our runtime, or the un-pipelined model: Hugging Face `generate`, or its forward pass where texts are scored."""
+    """Our runtime, or the baseline: Hugging Face `generate`, or its forward pass where texts are scored."""
     batch_size: int | None = None
-    """Of the un-pipelined model; a pipeline's sizes stand in its plan."""
+    """Prompts that the baseline takes at once; a pipeline's sizes stand in its plan."""
     prompt_lens: tuple[int, ...]
     """Tokens of each prompt, in the order given."""
     order: tuple[int, ...]
@@ -218,9 +219,9 @@ class Measurement(Value):
     output_len: int
     """Tokens generated for each prompt; 0 where texts were scored."""
     micro_batch_sizes: tuple[int, ...]
-    """Of all replicas, one after the other."""
+    """Rows of each micro-batch, one replica after the other."""
     tasks: tuple[TaskShape, ...]
-    """Of all replicas, one after the other; micro-batches are counted through."""
+    """The tasks of all replicas, one after the other; micro-batches are counted through."""
     replica_tasks: tuple[int, ...] | None = None
     """How many of `tasks` each replica has; None for a single one."""
     iterations: tuple[Iteration, ...] = Field(min_length=1)
@@ -246,6 +247,8 @@ Outcome = Annotated[Measurement | Failure, Field(discriminator="outcome")]
 
 
 class GpuInfo(Value):
+    """One GPU, as NVML describes it."""
+
     name: str
     memory_bytes: int
     uuid: str
@@ -319,11 +322,11 @@ class Record(Value):
     """UTC, ISO 8601."""
     wall_s: float
     source: str | None = None
-    """Of a record that another process of a shared study measured: `<process>/<NNNN>`, its name and its number there.
-    None for one's own."""
+    """`<process>/<NNNN>` of a record that another process of a shared study measured: that process's name and the
+    record's number there. None for one's own."""
     source_devices: tuple[str, ...] = ()
-    """What it ran on there, in the order of the study's devices; everywhere else the record says this study's names
-    for them, so that one plan is one plan wherever it ran."""
+    """Devices that a record of another process ran on there, in the order of the study's devices; everywhere else the
+    record says this study's names for them, so that one plan is one plan wherever it ran."""
     result: Outcome
 
 

@@ -86,9 +86,9 @@ class ModelSpec(Value):
     name: str = Field(min_length=1)
     """A Hugging Face id, a local folder, or a name that pipetune knows (`smollm2-135m`)."""
     dtype: Dtype = "float32"
-    """What is computed in."""
+    """Dtype that is computed in."""
     storage_dtype: Dtype | None = None
-    """What weights are kept in, where it differs: `float32` under half-precision compute; None means `dtype`."""
+    """Dtype that weights are kept in, where it differs: `float32` under half-precision compute; None means `dtype`."""
     load_format: LoadFormat = "auto"
     """`auto` reads the checkpoint; `dummy` builds random weights from the config alone."""
     seed: int = 0
@@ -115,7 +115,7 @@ class ModelSpec(Value):
 
     @property
     def attn_implementation(self) -> str | None:
-        """In the words of transformers."""
+        """The kernel's name in transformers; None for `auto`."""
         return None if self.attention == "auto" else self.attention
 
 
@@ -175,6 +175,7 @@ class StagePlan(Value):
 
     @property
     def num_layers(self) -> int:
+        """Layers that the device holds."""
         return self.end_layer - self.first_layer
 
     @model_validator(mode="after")
@@ -240,19 +241,22 @@ class Plan(Value):
 
     @property
     def num_layers(self) -> int:
+        """Layers of all stages together."""
         return self.stages[-1].end_layer
 
     @property
     def layer_counts(self) -> tuple[int, ...]:
+        """Layers of each stage."""
         return tuple(stage.num_layers for stage in self.stages)
 
     @property
     def prefill_size(self) -> int:
+        """Sequences prefilled together: `prefill_micro_batch_size`, or `micro_batch_size` without one."""
         return self.prefill_micro_batch_size or self.micro_batch_size
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Of all replicas, one after the other, stage by stage."""
+        """Devices of all replicas, one after the other, stage by stage."""
         return (*(stage.device for stage in self.stages), *(name for row in self.replica_devices for name in row))
 
     def replica(self, index: int) -> Plan:

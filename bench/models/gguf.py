@@ -48,7 +48,7 @@ class Header:
     sizes: dict[str, int]
     """By the config's names: those of `_UNREAD` that the file tells."""
     num_values: int
-    """Of all tensors together."""
+    """Numbers in all tensors together."""
     dtype: str
     """Holds every value exactly: float32 for quantised files, else what the file is written in."""
 

@@ -98,6 +98,7 @@ class DeviceContext:
 
     @property
     def is_cuda(self) -> bool:
+        """Whether it is a GPU."""
         return self.kind == "cuda"
 
     def clock(self) -> Clock:

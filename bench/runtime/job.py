@@ -51,16 +51,17 @@ class Job:
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Rows of each micro-batch."""
         return micro_batch_sizes(len(self.prompts), self.micro_batch_size)
 
     @property
     def first_rows(self) -> tuple[int, ...]:
-        """Of each micro-batch, counted over all."""
+        """First row of each micro-batch, counted over all."""
         return tuple(itertools.accumulate(self.sizes[:-1], initial=0))
 
     @property
     def prompt_lens(self) -> tuple[int, ...]:
-        """Of each micro-batch, padded."""
+        """Tokens of each micro-batch's padded prompts."""
         return tuple(len(self.prompts[self.order[row]]) for row in self.first_rows)
 
     def tasks(self) -> tuple[Task, ...]:
@@ -76,6 +77,7 @@ class Job:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest prompt."""
         return max(len(prompt) for prompt in self.prompts)
 
     @property

@@ -16,6 +16,7 @@ CASES = pytest.StashKey[dict[str, PlanCase]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the suite's flags."""
     group = parser.getgroup("pipetune", "pipetune: plans under pytest-benchmark")
     group.addoption("--plan", action="append", default=[], metavar="FILE", help="best_plan.json; may be repeated.")
     group.addoption("--plan-rounds", type=int, default=ROUNDS, help=f"Rounds of a plan, each a fresh fleet ({ROUNDS}).")
@@ -28,10 +29,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Makes the marker known where pytest-timeout is not installed."""
     config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, where that is installed")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    """Reads the plans.
+
+    Raises:
+        UsageError: a flag or a plan that cannot be used, or pytest-benchmark is missing.
+    """
     config = session.config
     paths = [Path(text) for text in config.getoption("--plan")]
     if not config.pluginmanager.hasplugin("benchmark"):
@@ -58,6 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def plan_case(plan: str, request: pytest.FixtureRequest) -> PlanCase:
+    """The plan of this benchmark's name."""
     return request.config.stash[CASES][plan]
 
 

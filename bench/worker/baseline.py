@@ -1,6 +1,6 @@
-"""The un-pipelined peer: Hugging Face `generate`, or its plain forward pass where texts are scored.
+"""The baseline: Hugging Face `generate` un-pipelined, or its plain forward pass where texts are scored.
 
-At a batch size of its own, sorted and padded as we do.
+It runs at a batch size of its own, with prompts sorted and padded as ours are.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BaselinePass:
 
     duration_s: float
     token_times_s: tuple[float, ...]
-    """Per batch and step, from the prompts on; per batch where texts are scored."""
+    """Seconds from the prompts to each batch's tokens, step by step; one for each batch where texts are scored."""
     tokens: dict[int, list[int]]
     """By given index; empty where texts are scored."""
     scores: dict[int, torch.Tensor] | None = None
@@ -162,7 +162,12 @@ def measure_baseline(
     device_bytes: dict[str, int],
     report: Callable[[str, int, int], None],
 ) -> Measurement:
-    """Measures the un-pipelined model: warm-up, then timed passes, as for a plan."""
+    """Measures the baseline: warm-up, then timed passes, as for a plan.
+
+    Args:
+        device_bytes: memory of each device, in bytes.
+        report: called with phase, done and total, for progress.
+    """
     gpus = tuple(dict.fromkeys(name for name in devices if device_kind(name) == "cuda"))
     used = gpus or (devices[0],)
 

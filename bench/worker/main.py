@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pipetune.bench.worker.channel import DriverLink
 
 PR_SET_PDEATHSIG = 1
@@ -147,29 +149,23 @@ class Worker:
         from pipetune.bench.worker.reference import reference_digest
         from pipetune.bench.worker.unsplit_reference import make_reference
 
-        prompts = self.tokens.of_workload(Workload.model_validate(workload))
-        self.host.release()
-        # Rank 0 is about to use the memory of all.
-        self.control.barrier()
-        failure = None
-        if self.rank == 0:
-            self.status.phase = "reference"
-            spec = Workload.model_validate(workload)
+        spec = Workload.model_validate(workload)
+        prompts = self.tokens.of_workload(spec)
 
-            def work() -> None:
-                make_reference(
-                    self._whole_model(),
-                    prompts,
-                    workload=spec,
-                    protocol=Protocol.model_validate(protocol),
-                    dtype=self.host.stage.dtype,
-                    pad_token_id=self.tokens.pad_token_id,
-                    workload_digest=reference_digest(self.resolved.spec, spec),
-                ).save(Path(path))
+        def work(model: Any) -> None:
+            make_reference(
+                model,
+                prompts,
+                workload=spec,
+                protocol=Protocol.model_validate(protocol),
+                dtype=self.host.stage.dtype,
+                pad_token_id=self.tokens.pad_token_id,
+                workload_digest=reference_digest(self.resolved.spec, spec),
+            ).save(Path(path))
 
-            self._progress("reference", 0, 1)
-            failure = self._unless_out_of_memory(work)
-        self.reference_path = path if not self.control.gather(failure)[0] else None
+        self._progress("reference", 0, 1)
+        failure = self.control.gather(self._with_unsplit("reference", work))[0]
+        self.reference_path = None if failure else path
         return {"failure": failure}
 
     def do_reference_from_plan(self, path: str, spec: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
@@ -204,39 +200,30 @@ class Worker:
         return {}
 
     def do_baseline(self, workload: dict[str, Any], protocol: dict[str, Any], batch_size: int) -> dict[str, Any]:
-        """Measures the un-pipelined model on rank 0: one CPU worker's cores, or all GPUs by `device_map`."""
+        """Measures the baseline on rank 0: one CPU worker's cores, or all GPUs by `device_map`."""
         from pipetune.bench.spec import Protocol, Workload
         from pipetune.bench.worker.baseline import measure_baseline
 
-        prompts = self.tokens.of_workload(Workload.model_validate(workload))
-        self.host.release()
-        # Rank 0 is about to use the memory of all.
-        self.control.barrier()
-        result: dict[str, Any] = {}
-        if self.rank == 0:
-            outcome: list[Any] = []
+        spec = Workload.model_validate(workload)
+        prompts = self.tokens.of_workload(spec)
 
-            def work() -> None:
-                model = self._whole_model()
-                self.status.phase = "baseline"
-                outcome.append(
-                    measure_baseline(
-                        model,
-                        prompts,
-                        workload=Workload.model_validate(workload),
-                        protocol=Protocol.model_validate(protocol),
-                        batch_size=batch_size,
-                        pad_token_id=self.tokens.pad_token_id,
-                        devices=self.devices,
-                        device_bytes=self.device_bytes,
-                        report=self._progress,
-                    )
-                )
+        def work(model: Any) -> dict[str, Any]:
+            measured = measure_baseline(
+                model,
+                prompts,
+                workload=spec,
+                protocol=Protocol.model_validate(protocol),
+                batch_size=batch_size,
+                pad_token_id=self.tokens.pad_token_id,
+                devices=self.devices,
+                device_bytes=self.device_bytes,
+                report=self._progress,
+            )
+            return measured.model_dump(mode="json")
 
-            failure = self._unless_out_of_memory(work)
-            result = failure if failure else outcome[0].model_dump(mode="json")
+        outcome = self._with_unsplit("baseline", work)
         self.control.barrier()
-        return {"outcome": result}
+        return {"outcome": outcome}
 
     def do_measure(self, spec: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
         """Measures one plan."""
@@ -280,14 +267,15 @@ class Worker:
         self._drop_unsplit()
         return self.serving.score(**given)
 
-    def _whole_model(self) -> Any:
-        """The unsplit model, kept until a plan wants the memory."""
+    def _whole_model(self, phase: str) -> Any:
+        """The unsplit model, kept until a plan wants the memory; what it is loaded for is the next phase."""
         from pipetune.bench.runtime.stage.unsplit import load_unsplit
 
         if self._unsplit is None:
             self.status.phase = "load"
             gpus = tuple(dict.fromkeys(name for name in self.devices if name.startswith("cuda")))
             self._unsplit = load_unsplit(self.resolved, gpus or (self.devices[0],))
+        self.status.phase = phase
         return self._unsplit
 
     def _drop_unsplit(self) -> None:
@@ -298,13 +286,21 @@ class Worker:
             self.host.note_idle_bytes()
         self.control.barrier()
 
-    def _unless_out_of_memory(self, work: Any) -> dict[str, Any] | None:
-        """Runs something that may not fit; running out of memory is a result here, since the process lives on."""
+    def _with_unsplit(self, phase: str, work: Callable[[Any], dict[str, Any] | None]) -> dict[str, Any] | None:
+        """Does something with the unsplit model on rank 0, in whose way no stage lies; every rank calls it.
+
+        Returns:
+            On rank 0 what the work gives, or the failure where memory runs out, which the process survives.
+        """
         from pipetune.bench.worker.faults import failure_of, is_out_of_memory
 
-        try:
-            work()
+        self.host.release()
+        # Rank 0 is about to use the memory of all.
+        self.control.barrier()
+        if self.rank != 0:
             return None
+        try:
+            return work(self._whole_model(phase))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -16,7 +16,7 @@ class Placement:
     replicas: tuple[tuple[int, ...], ...]
     """The rank of each stage, replica by replica."""
     replica: int | None
-    """Of this rank; None if it holds no stage."""
+    """The replica that this rank is part of; None if it holds no stage."""
     index: int | None
     """The stage of this rank within its replica."""
 
@@ -38,7 +38,7 @@ class Placement:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Of all stages, replica by replica."""
+        """Ranks of all stages, replica by replica."""
         return tuple(rank for row in self.replicas for rank in row)
 
     @property

@@ -48,8 +48,9 @@ class Reference:
     logits: torch.Tensor
     """`[k, t, V]`, fp32."""
     spread: float
+    """Largest difference of a logit, or of a log-probability, between passes of the same work."""
     typical: float | None = None
-    """As the spread, of the median over positions; None in files from before it was kept."""
+    """Largest difference of the median over positions; None in files from before it was kept."""
     scores: tuple[torch.Tensor, ...] | None = None
     """Where texts are scored: of each prompt `[length - 1]`, log-probabilities of its tokens but the first, fp32."""
 

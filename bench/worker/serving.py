@@ -122,7 +122,7 @@ class Serving:
 
 
 def _number(job: Job, index: int) -> int:
-    """Of a prompt of one replica's job, its place among those of all replicas."""
+    """Place, among the prompts of all replicas, of one of a replica's job."""
     return index if job.numbers is None else job.numbers[index]
 
 

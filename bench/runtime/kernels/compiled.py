@@ -189,7 +189,7 @@ class _Entry:
         self.kv_start = (0 if window is None else max(held._length - window + 1, 0)) + 2
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the update of what it stands for; `args` are the layer's index and what it has to say besides."""
+        """The update of the entry it stands for; `args` are the layer's index and what it has to say besides."""
         if self.is_static:
             self.keys.index_copy_(2, self.position, keys)
             self.values.index_copy_(2, self.position, values)

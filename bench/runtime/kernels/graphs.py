@@ -29,7 +29,7 @@ from pipetune.bench.schedule import Task
 KV_STEP = 256
 """Attention reads KV up to the next multiple of this: at most so many positions too many, and few graphs."""
 MAX_GRAPHS = 256
-"""Each takes memory of the driver and a forward pass's time to capture; beyond this a plan runs eagerly."""
+"""Graphs of a stage at most: each takes memory of the driver and a forward pass's time to capture."""
 STATIC_KERNELS = ("sdpa", "eager")
 """Attention that a mask tells what to read. Flash attention would have to be told lengths on the host."""
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -43,12 +43,12 @@ class GraphsReport:
     graphs: int = 0
     capture_s: float = 0.0
     pool_bytes: int = 0
-    """Reserved by the pool: part of what the allocator reserves, and so under the device's cap."""
+    """Bytes that the pool reserves: part of what the allocator reserves, and so under the device's cap."""
     uncounted_bytes: int = 0
-    """Of the pool, what the allocator does not count as allocated although every run of a graph uses it: a peak of
+    """Bytes of the pool that the allocator does not count as allocated although every run of a graph uses it: a peak of
     allocated bytes lacks it."""
     driver_bytes: int = 0
-    """Taken by the driver for the graphs themselves, outside of the allocator."""
+    """Bytes that the driver takes for the graphs themselves, outside of the allocator."""
 
 
 def steps_of(tasks: Iterable[Task], *, max_len: int, kv_step: int = KV_STEP) -> dict[StepKey, int]:

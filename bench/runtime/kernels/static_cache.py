@@ -76,6 +76,7 @@ class StaticSlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self._kv_len, 0
 
     def get_max_length(self) -> int:
+        """Positions that attention reads."""
         return self._kv_len
 
 
@@ -101,4 +102,5 @@ class StaticSlotCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
+        """Always: so that transformers builds masks in full."""
         return True

@@ -20,11 +20,16 @@ class Inputs(Protocol):
     """What a step reads of a micro-batch: `[rows, prompt_len + output_len]` each."""
 
     @property
-    def ids(self) -> torch.Tensor: ...
+    def ids(self) -> torch.Tensor:
+        """Token ids."""
+
     @property
-    def mask(self) -> torch.Tensor: ...
+    def mask(self) -> torch.Tensor:
+        """1 where a position is attended to, 0 where a row is padded."""
+
     @property
-    def positions(self) -> torch.Tensor: ...
+    def positions(self) -> torch.Tensor:
+        """Positions within each prompt, padding not counted."""
 
 
 class StepKey(NamedTuple):
@@ -104,7 +109,7 @@ class Probe:
     hidden: torch.Tensor | None
     """`[rows, n, M]`, used again and again along the prompt: for all of it they might not fit."""
     length: int
-    """Of the prompt: the position of the step."""
+    """Tokens of the padded prompt, and so the position of the step."""
 
     @classmethod
     def build(cls, stage: Stage, key: StepKey, *, length: int) -> Probe:

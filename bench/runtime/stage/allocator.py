@@ -24,17 +24,17 @@ _DONTNEED = 4
 """Advice to `madvise`: the pages are not needed any more."""
 _PAGE = mmap.PAGESIZE
 _COPIED_BYTES = 1 << 22
-"""Of a mapped tensor, so many at a time: no more of it is there twice."""
+"""Bytes of a mapped tensor that are copied at a time: no more of it is there twice."""
 _LASTING_BYTES = 1 << 16
-"""While weights are loaded, a mapping of its own for everything from this size on."""
+"""Size from which on an allocation is a mapping of its own while weights are loaded."""
 _PASSING_BYTES = 1 << 25
-"""While tasks run: the most that glibc allows."""
+"""That size while tasks run: the most that glibc allows."""
 _KEPT_BYTES = 1 << 28
 """Free memory at the heap's end that is kept: what a task gave up, the next one takes."""
 
 
 def set_up() -> None:
-    """Prepares the heap of a worker for tasks."""
+    """Prepares a worker's allocator for tasks."""
     _mallopt(_MMAP_THRESHOLD, _PASSING_BYTES)
     _mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
 

@@ -39,12 +39,12 @@ class MessageFormat:
     before: tuple[int, ...] = ()
     """Sizes of the axes of the hidden states that lie before the rows."""
     behind: tuple[int, ...]
-    """Sizes of those behind the tokens."""
+    """Sizes of the axes of the hidden states that lie behind the tokens."""
     carried: tuple[tuple[str, int], ...] = ()
     """Further tensors `[B, S, width]`: the argument by which a layer takes each, and its width."""
     carried_dtype: torch.dtype
     dtype: torch.dtype
-    """Of the hidden states, and so of the message; never narrower than that of further tensors."""
+    """Dtype of the hidden states, and so of the message; never narrower than that of further tensors."""
     arguments: tuple[str, ...]
     """Names of what a layer takes, in order; the hidden states first."""
     returns_tuple_of: int
@@ -177,6 +177,7 @@ class Boundary:
                 self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
+        """Takes the hooks off."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -18,7 +18,7 @@ class MiniMaxSlotCache(SlotCache, MiniMaxCache):
     linear_cache: list[torch.Tensor | None]  # type: ignore[assignment]
 
     def seek(self, first_row: int, end_row: int, length: int) -> None:
-        """As of any slot; the states start anew with every prefill."""
+        """Points at rows `[first_row, end_row)` at `length`; the states start anew with every prefill."""
         super().seek(first_row, end_row, length)
         if length == 0:
             self.linear_cache = [None] * len(self.layers)
@@ -39,7 +39,7 @@ class XlstmSlotCache(SlotCache, xLSTMCache):
     rnn_state: dict[int, tuple[torch.Tensor, ...]]  # type: ignore[assignment]
 
     def seek(self, first_row: int, end_row: int, length: int) -> None:
-        """As of any slot; the states start anew with every prefill."""
+        """Points at rows `[first_row, end_row)` at `length`; the states start anew with every prefill."""
         super().seek(first_row, end_row, length)
         if length == 0:
             xLSTMCache.__init__(self, self._config, end_row - first_row, dtype=self._dtype, device=str(self._device))

@@ -86,6 +86,7 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self._length + query_length - start, start
 
     def get_max_length(self) -> int:
+        """Positions of the sliding window; -1 without one."""
         return -1 if self.sliding_window is None else self.sliding_window
 
 
@@ -104,7 +105,7 @@ class SlotIndexedLayer(SlotLayer):  # type: ignore[no-untyped-call]
     _indexed = 0
 
     def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
-        """As for keys and values: the two are written in turn, each at a length of its own."""
+        """Points keys and values, and the indexer's keys, at these rows: each is written at a length of its own."""
         super().seek(first_row, end_row, length, is_own=is_own)
         self._indexed = length
         if length == 0:
@@ -147,11 +148,12 @@ class SlotHybridLayer(SlotStates, SlotLayer):  # type: ignore[misc, no-untyped-c
         SlotStates.__init__(self, number_of_states=number_of_states)
 
     def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
+        """Points both at these rows."""
         SlotStates.seek(self, first_row, end_row, length, is_own=is_own)
         SlotLayer.seek(self, first_row, end_row, length, is_own=is_own)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Of the states alone: keys and values are initialised by `update` itself."""
+        """Allocates the states alone: keys and values are allocated by `update` itself."""
         LinearAttentionLayer.lazy_initialization(self, **kwargs)
 
 
@@ -182,7 +184,7 @@ class SlotCache(Cache):
         self.rows = rows
         self.max_len = max_len
         self.rows_are_separable = not recurrent
-        """Whether rows may be prefilled in several pieces: not where a state covers the whole micro-batch."""
+        """Whether rows may be prefilled in several micro-batches: not where a state covers all of them."""
         templates = self._templates(num_layers)
         # Some families keep several entries for a layer.
         entries = max(len(templates) // num_layers, 1)

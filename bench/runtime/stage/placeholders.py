@@ -86,6 +86,7 @@ class PlaceholderEmbedding(nn.Module):
         self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Zeros `[..., hidden_size]`."""
         return self.weight.new_zeros((*input_ids.shape, self._hidden_size))
 
 

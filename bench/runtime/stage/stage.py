@@ -60,11 +60,12 @@ class Stage:
 
     @property
     def message_dtype(self) -> torch.dtype:
-        """Of what crosses to the next stage: some families keep hidden states in fp32 under halved weights."""
+        """Dtype of what crosses to the next stage: some families keep hidden states in fp32 under halved weights."""
         return self._format.dtype
 
     @property
     def model(self) -> Any:
+        """The model with its own layers real and placeholders for the rest."""
         assert self._model is not None, "no layers were assigned to this stage"
         return self._model
 

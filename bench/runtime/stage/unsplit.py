@@ -1,4 +1,4 @@
-"""The whole model as transformers itself builds it: the truth, and the un-pipelined peer."""
+"""The whole model as transformers itself builds it: for the unsplit reference, and for the baseline."""
 
 from __future__ import annotations
 

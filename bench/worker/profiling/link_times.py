@@ -17,7 +17,7 @@ from pipetune.bench.runtime.loop import Edges
 from pipetune.bench.worker.channel import ControlGroup
 
 ROUND_TRIPS = {4 * 2**10: 40, 256 * 2**10: 24, 4 * 2**20: 8}
-"""Of each size of message, in bytes."""
+"""Round trips that are timed, by the message's size in bytes."""
 _WARM_UP = 3
 
 

@@ -18,15 +18,15 @@ _EMBEDDING = -1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartShares:
-    """Of a task's time; all of them together are 1."""
+    """Shares of a task's time, part by part; together they are 1."""
 
     overhead: float
-    """Before the layers and between them."""
+    """What lies before the layers and between them."""
     embedding: float
     layers: dict[int, float]
-    """Of each own layer; 0 for one that the model does not call."""
+    """By own layer; 0 for one that the model does not call."""
     head: float
-    """All behind the last layer."""
+    """What lies behind the last layer."""
 
 
 class PartStamps:
@@ -59,7 +59,7 @@ class PartStamps:
         self._hooks = []
 
     def shares(self, spans: Sequence[tuple[float, float]]) -> list[PartShares]:
-        """Of each task, by its begin and end in seconds of `time.monotonic`; what was stamped is forgotten."""
+        """Shares of each task from its begin and end in seconds of `time.monotonic`; what was stamped is forgotten."""
         begins = self._clock.resolve([begin for _, begin, _ in self._calls])
         ends = self._clock.resolve([end for _, _, end in self._calls])
         parts = [part for part, _, _ in self._calls]

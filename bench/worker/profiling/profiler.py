@@ -36,7 +36,7 @@ from pipetune.bench.worker.profiling.scope import MEMORY_FRACTION, Scope, scope_
 from pipetune.bench.worker.stage_host import StageHost
 
 ENOUGH_S = 0.6
-"""Of whole tasks of a kind, over all rounds; at least `MIN_SAMPLES` and at most `MAX_SAMPLES` of them."""
+"""Seconds of whole tasks of a kind over all rounds; at least `MIN_SAMPLES` and at most `MAX_SAMPLES` tasks."""
 MIN_SAMPLES, MAX_SAMPLES = 4, 30
 ROUNDS = 3
 """The kinds are gone through so often, each time in another order: a machine's drift changes within seconds."""
@@ -47,27 +47,27 @@ CONTENTION_KINDS, CONTENTION_DEVICES = 3, 4
 CONTENTION_TASK_S = 0.08
 """Kinds that take longer are left out there."""
 BURST_S = 0.08
-"""Of tasks alone or together, one burst behind the other, so that they see the same drift of the machine."""
+"""Seconds of tasks alone or together, one burst behind the other, so that the machine drifts little in between."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Seen:
-    """Of one kind of task in one window."""
+    """What was timed of one kind of task in one window."""
 
     whole_s: list[float] = dataclasses.field(default_factory=list)
     shares: list[PartShares] = dataclasses.field(default_factory=list)
     wanted: int = MIN_SAMPLES
     slowest_s: float = 0.0
-    """On any device, of one task."""
+    """Seconds of one task on the slowest device."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Times:
-    """Of one kind of task in one window, part by part."""
+    """Times of one kind of task in one window, part by part."""
 
     samples: int
     spread: float
-    """Between the quartiles of whole tasks, as a share."""
+    """Distance between the quartiles of whole tasks, as a share of their median."""
     overhead_s: float
     embedding_s: float
     head_s: float
@@ -85,7 +85,7 @@ class Profiler:
         self.pad_token_id = pad_token_id
         self._filled: SlotCache | None = None
         self._bursts: dict[TaskKind, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-        """Of some kinds, seconds of tasks on all devices together, and on this one alone."""
+        """Seconds of tasks on all devices together, and on this one alone, by kind of task."""
 
     def run(self) -> dict[str, Any]:
         """`devices`, `contention`, `links`, `notes`, `disturbances` and `took_s`, or a `failure`, as JSON; of use on
@@ -236,7 +236,7 @@ class Profiler:
 
 
 def _alike(host: StageHost) -> tuple[int, ...]:
-    """Of each layer the number of its kind: equal in shape, in what it is made of, and in whether it is called."""
+    """The number of each layer's kind: equal in shape, in what it is made of, and in whether it is called."""
     kinds: dict[Hashable, int] = {}
     found: list[int] = []
     if host.rank == 0:

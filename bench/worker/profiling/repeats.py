@@ -21,6 +21,7 @@ class Repeats(Job):
     repeated: tuple[Task, ...]
 
     def tasks(self) -> tuple[Task, ...]:
+        """The tasks given."""
         return self.repeated
 
     def with_room(self, most_tokens: int) -> Self:

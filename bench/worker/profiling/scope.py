@@ -17,7 +17,7 @@ from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.spec import Plan
 
 MEMORY_FRACTION = 0.9
-"""Of a device: what a window, its KV and its activations may take."""
+"""Share of a device's memory that a window, its KV cache and its activations may take."""
 DECODE_STEPS = 64
 """Positions behind the past for which a slot has room."""
 
@@ -133,7 +133,7 @@ def _possible(grid: ProfileGrid, shape: ModelShape) -> tuple[tuple[TaskKind, ...
 def _bytes(
     shape: ModelShape, window: range, kind: TaskKind, device: str, grid: ProfileGrid, *, packed_weights: bool
 ) -> int:
-    """Of a model of these layers alone, while it runs such a task."""
+    """Bytes that a model of these layers alone takes while it runs such a task."""
     part = shape.model_copy(update={"layers": shape.layers[window.start : window.stop]})
     chunk = None if kind.past_tokens == 0 or shape.recurrent else kind.new_tokens
     plan = Plan.from_layer_counts((len(window),), (device,), kind.rows, prefill_chunk_size=chunk)

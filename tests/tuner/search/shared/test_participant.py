@@ -195,8 +195,8 @@ def test_who_asks_something_else_is_refused(tmp_path: Path, database: str, value
 
 
 def test_what_each_may_choose_is_no_other_question(tmp_path: Path, database: str) -> None:
-    with join(tmp_path / "a", database), join(tmp_path / "b", database, n_trials=3, seed=7, finalists=0):
-        pass
+    with join(tmp_path / "a", database) as a, join(tmp_path / "b", database, n_trials=3, seed=7, finalists=0) as b:
+        assert a.space == b.space
 
 
 @pytest.mark.parametrize("gpus", [2, None])
