@@ -8,14 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipetune.bench.machine import hardware
-from pipetune.bench.machine.nvml import visible_indices
 from pipetune.bench.spec import device_kind
-
-UUIDS = ("GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44")
 
 
 def test_no_torch_is_loaded_to_ask_for_the_machine() -> None:
@@ -141,30 +136,3 @@ def test_git_revision_of_a_checkout(tmp_path: Path) -> None:
 def test_git_revision_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert hardware.git_revision(tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    ("visible", "expected"),
-    [
-        (None, (0, 1, 2, 3)),
-        ("", ()),
-        ("2,0", (2, 0)),
-        (" 1 , 3 ", (1, 3)),
-        ("0,-1,1", (0,)),
-        ("0,9,1", (0,)),
-        ("GPU-bb,GPU-aa22", (2, 1)),
-        ("GPU-aa", ()),
-        ("GPU-zz", ()),
-        ("1,GPU-aa22", ()),
-        ("none", ()),
-    ],
-)
-def test_visible_devices_are_read_as_cuda_reads_them(visible: str | None, expected: tuple[int, ...]) -> None:
-    assert visible_indices(visible, UUIDS) == expected
-
-
-@given(st.permutations(range(len(UUIDS))), st.integers(0, len(UUIDS)))
-def test_visible_devices_by_index_and_by_uuid_agree(order: list[int], count: int) -> None:
-    chosen = order[:count]
-    by_index = visible_indices(",".join(map(str, chosen)), UUIDS)
-    assert by_index == tuple(chosen) == visible_indices(",".join(UUIDS[index] for index in chosen), UUIDS)

@@ -70,7 +70,7 @@ NCCL_BY_GLOO = """
 """
 STAGED_BY_GLOO = """
     from unittest import mock
-    from pipetune.bench.runtime import transport
+    from pipetune.bench.runtime.links import transport
     module.torch.cuda.Event = mock.Mock
     init = transport._Ring.__init__
     transport._Ring.__init__ = lambda self, *args, pin=False: init(self, *args)

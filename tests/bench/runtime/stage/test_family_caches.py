@@ -191,17 +191,3 @@ def test_all_logits_are_those_of_every_position(family: str, tmp_path: Path) -> 
             all_logits=True,
         )
     torch.testing.assert_close(message, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("family", "values", "dtype"),
-    [
-        ("llama", 32, torch.bfloat16),
-        ("gemma3n_text", 4 * 32, torch.bfloat16),
-        ("hy_v4", 4 * 32, torch.bfloat16),
-        ("zaya", 32 + 256, torch.float32),
-    ],
-)
-def test_a_message_is_what_a_layer_takes(family: str, values: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    stage = Stage(resolved(family, tmp_path, dtype="bfloat16"), CPU)
-    assert (stage.message_values, stage.message_dtype) == (values, dtype)

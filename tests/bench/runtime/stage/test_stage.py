@@ -10,14 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from pipetune.bench.models.describe import build_on_meta
-from pipetune.bench.models.resolve import ResolvedModel, resolve_model
+from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.runtime.job import MicroBatchInputs
 from pipetune.bench.runtime.stage.placeholders import PlaceholderLayer
 from pipetune.bench.runtime.stage.stage import Stage
-from pipetune.bench.runtime.stage.unsplit import load_unsplit, spread_over
+from pipetune.bench.runtime.stage.unsplit import load_unsplit
 from pipetune.bench.spec import LoadFormat, ModelSpec
-from tests.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_config
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
 CPU = torch.device("cpu")
 NUM_LAYERS, NEW_TOKENS = 6, 3
@@ -105,21 +104,3 @@ def test_a_stage_lets_go_before_it_loads(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(stage._parts, "load", watch)
     assert stage.assign(3, 6, is_first=False, is_last=True) == (4, 5)
     assert held == [3], "layers of the old plan and of the new one would have to fit together"
-
-
-def tiny_dummy(folder: Path) -> ResolvedModel:
-    tiny_config("llama").save_pretrained(folder)
-    return resolve_model(ModelSpec(name=str(folder), load_format="dummy"))
-
-
-def test_a_model_that_fits_on_no_gpus_is_out_of_memory_and_not_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model: Any = build_on_meta(tiny_dummy(tmp_path))
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    gpus = ("cuda:0", "cuda:2")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (size, size))
-    assert set(spread_over(model, gpus).values()) == {0, 2}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (size // 3, size))
-    with pytest.raises(MemoryError, match="cuda:0, cuda:2"):
-        spread_over(model, gpus)
