@@ -37,7 +37,7 @@ def doctor(
 ) -> int:
     """Check this machine, with workers that really talk to each other; with --model, what a model is made of and
     what of it would fit."""
-    from pipetune.tuner.cli import common, doctor_view
+    from pipetune.tuner.cli import common
     from pipetune.tuner.commands.doctor import Fitting, run_doctor
     from pipetune.tuner.progress import make_reporter
 
@@ -51,7 +51,5 @@ def doctor(
             result.model_dump(mode="json", by_alias=True) | {"schema_version": 1, "exit_code": result.exit_code}
         )
     else:
-        result.print(common.out())
-        if result.model_fit is not None:
-            doctor_view.show(result.model_fit, common.out())
+        common.show(result.document())
     return result.exit_code

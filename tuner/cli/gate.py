@@ -131,9 +131,10 @@ def gate(
     no_progress: o.NoProgress = False,
 ) -> int:
     """Say whether a candidate is worse than the baseline: FAIL (exit code 1), OK (0) or INCONCLUSIVE (3)."""
-    from pipetune.tuner.cli import common, gate_view
+    from pipetune.tuner.cli import common
     from pipetune.tuner.commands.gate import GateRequest
     from pipetune.tuner.gate.outputs import files as outputs
+    from pipetune.tuner.gate.outputs.wording import screen_of
     from pipetune.tuner.progress import make_reporter
 
     request = GateRequest(
@@ -172,5 +173,5 @@ def gate(
     if json:
         typer.echo(result.model_dump_json(indent=1))
     else:
-        gate_view.show(result, common.out())
+        common.show(screen_of(result))
     return result.exit_code

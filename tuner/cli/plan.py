@@ -68,8 +68,9 @@ def plan(
 ) -> int:
     """Print the best predicted plans without running one; for devices here, or described in a file."""
     from pipetune.bench.errors import ConfigError
-    from pipetune.tuner.cli import common, plan_view
+    from pipetune.tuner.cli import common
     from pipetune.tuner.commands.plan import find_plans
+    from pipetune.tuner.commands.plan_document import document_of, json_of
     from pipetune.tuner.config import sources
     from pipetune.tuner.planning.costs.described import read_devices
     from pipetune.tuner.progress import make_reporter
@@ -90,9 +91,9 @@ def plan(
     if output is not None:
         planned.write(output)
     if json:
-        common.print_json(plan_view.document(planned))
+        common.print_json(json_of(planned))
     else:
-        plan_view.show(planned, common.out())
+        common.show(document_of(planned))
         if output is not None:
             common.out().print(f"It is in {output}: `pipetune bench --plan {output}` measures it.", markup=False)
     return 0

@@ -46,9 +46,10 @@ def profile(
     from pipetune.bench.errors import ConfigError
     from pipetune.bench.fleet.experiment import Experiment
     from pipetune.bench.profile import ProfileGrid
-    from pipetune.tuner.cli import common, profile_view
+    from pipetune.tuner.cli import common
     from pipetune.tuner.planning.costs import profile_cache
     from pipetune.tuner.progress import make_reporter
+    from pipetune.tuner.report.profile import document_of
 
     resolved = common.resolve_settings(ctx.params).config
     space, workload, names = resolved.space, resolved.workload, resolved.concrete_devices
@@ -79,5 +80,5 @@ def profile(
     if json:
         common.print_json(shown.model_dump(mode="json"))
     else:
-        profile_view.show(shown, common.out(), kept=kept is not None)
+        common.show(document_of(shown, kept=kept is not None))
     return 0

@@ -96,9 +96,9 @@ def tune(
         with reporter:
             intended = dry_run_of(folder, resolved.config, reporter)
         if json:
-            common.print_json(intended.document())
+            common.print_json(intended.json())
         else:
-            intended.print(common.out())
+            common.show(intended.document())
         return 0
     return _tune(folder, resolved.config, reporter, resume=resume, json=json)
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from pipetune.bench.errors import ConfigError, FleetError, ModelError, NothingFeasibleError, PipetuneError, UserError
 from pipetune.bench.spec import ModelSpec, Plan, Value, device_kind
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.model_fit import ModelFit, Wanted, fit_model
 from pipetune.tuner.progress import Reporter
+from pipetune.tuner.report.document import GAP, Document, Style, Table, left, rows_of
+from pipetune.tuner.report.document import Text as Cell
+from pipetune.tuner.report.model_fit import parts_of
 
 if TYPE_CHECKING:
     from pipetune.bench.fleet.experiment import Experiment
@@ -73,13 +73,12 @@ class DoctorResult(Value):
         """Exit code of the worst check: 0, 2, 3 or 4."""
         return self.fault_code if any(check.verdict == "failed" for check in self.checks) else 0
 
-    def print(self, console: Console) -> None:
-        """For people."""
-        marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failed": "[red]failed[/]"}
-        grid = Table.grid(padding=(0, 2))
-        for check in self.checks:
-            grid.add_row(check.name, marks[check.verdict], escape(check.text))
-        console.print(grid)
+    def document(self) -> Document:
+        """The checks, and the model if one was named, for people."""
+        styles: dict[str, Style] = {"ok": "good", "warning": "warning", "failed": "bad"}
+        rows = [(check.name, Cell(check.verdict, styles[check.verdict]), check.text) for check in self.checks]
+        checks = Table(columns=(left(""), left(""), left("", "prose")), rows=rows_of(rows))
+        return Document(parts=(checks, *((GAP, *parts_of(self.model_fit)) if self.model_fit is not None else ())))
 
 
 @dataclass

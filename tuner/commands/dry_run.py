@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import Reporter, values_text
+from pipetune.tuner.report.document import GAP, Document, Facts, Text
 from pipetune.tuner.search.driver import baseline_batch_sizes
 from pipetune.tuner.search.policy.acquisition import even_weights
 from pipetune.tuner.search.policy.forecaster import Forecaster
@@ -50,8 +47,8 @@ class DryRun:
     def _replicas(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.space.replicas))) or (1,)
 
-    def document(self) -> dict[str, Any]:
-        """For `--json`."""
+    def json(self) -> dict[str, Any]:
+        """The document of `--json`."""
         return {
             "schema_version": 1,
             "study": str(self.folder),
@@ -83,7 +80,7 @@ class DryRun:
             ],
         }
 
-    def print(self, console: Console) -> None:
+    def document(self) -> Document:
         """For people."""
         space, config = self.space, self.config
         finals = (
@@ -107,18 +104,15 @@ class DryRun:
             "space": f"{space.num_points} points, {config.n_trials} trials",
             "finals": finals,
         }
-        grid = Table.grid(padding=(0, 2))
-        for name, text in facts.items():
-            grid.add_row(name, escape(text))
-        console.print(grid)
-        console.print("\npredicted to be best:")
         names = ("output_throughput", "total_token_throughput")
+        queue = []
         for plan, predicted in self.queue:
             rate = next(name for name in names if name in predicted)
             values = values_text(predicted, (*config.objectives, rate))
-            console.print(f"  {plan.describe()}   {values} · {predicted['duration_s']:.2f} s", markup=False)
+            queue.append(Text(f"  {plan.describe()}   {values} · {predicted['duration_s']:.2f} s"))
         source = "a profile of this machine" if self.over_profile else "nominal rates, until the machine is profiled"
-        console.print(f"Predictions are from {source}, and no claim: nothing was run.", markup=False)
+        claim = f"Predictions are from {source}, and no claim: nothing was run."
+        return Document(parts=(Facts(tuple(facts.items())), GAP, Text("predicted to be best:"), *queue, Text(claim)))
 
 
 def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:

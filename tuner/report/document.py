@@ -72,7 +72,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A table's column: its title, and how its cells are set."""
+    """A table's column: its title, and how its cells are set; where no column has a title there is no header."""
 
     title: str
     align: Literal["left", "right"] = "right"
@@ -193,6 +193,8 @@ class Section:
     parts: tuple[Part, ...]
     is_hero: bool = False
     """Whether it is what a page shows first: centred, its first text large."""
+    is_folded: bool = False
+    """Whether Markdown folds it away below its heading."""
 
 
 Part = Text | Bullets | Facts | Table | Bar | Cards | Split | Code | Figures | Section

@@ -24,7 +24,7 @@ def document(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int
     code, out = doctor(capsys, *args, "--json")
     values = json.loads(out)
     assert values["exit_code"] == code
-    return code, {check["name"]: check for check in values["checks"]}, values["model_fit"]
+    return code, {check["name"]: check for check in values["checks"]}, values["anatomy"]
 
 
 @pytest.fixture

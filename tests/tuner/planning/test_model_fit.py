@@ -13,8 +13,10 @@ from rich.console import Console
 from pipetune.bench.memory import ModelShape, resolve
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, Workload
-from pipetune.tuner.cli.doctor_view import show
 from pipetune.tuner.planning.model_fit import ModelFit, Wanted, fit_model, group_layers, ranges_text
+from pipetune.tuner.report.document import Document
+from pipetune.tuner.report.model_fit import parts_of
+from pipetune.tuner.report.render.rich import render_rich
 from tests.record_factory import make_shape
 
 GIB = 2**30
@@ -49,7 +51,7 @@ def resolved(model_fit: ModelFit, job: Wanted) -> EffectivePlan | Failure:
 
 def printed(model_fit: ModelFit) -> list[str]:
     text = StringIO()
-    show(model_fit, Console(file=text, width=80))
+    Console(file=text, width=80).print(render_rich(Document(parts=parts_of(model_fit))))
     return text.getvalue().splitlines()
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import write_durably
 from pipetune.tuner.gate.outputs.junit import render_junit
-from pipetune.tuner.gate.outputs.markdown import render_markdown
 from pipetune.tuner.gate.outputs.plot import differences_chart
+from pipetune.tuner.gate.outputs.wording import markdown_of
 from pipetune.tuner.gate.values import GateResult
+from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.report.render.plot import render_png
 
 RESULT_FILE, JUNIT_FILE, MARKDOWN_FILE, PLOT_FILE = "gate.json", "junit.xml", "gate.md", "differences.png"
@@ -43,7 +44,7 @@ def write(result: GateResult, folder: Path | None, junit: Path | None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_durably(folder / RESULT_FILE, result.model_dump_json(indent=1) + "\n")
             write_durably(folder / JUNIT_FILE, render_junit(result))
-            write_durably(folder / MARKDOWN_FILE, render_markdown(result))
+            write_durably(folder / MARKDOWN_FILE, render_markdown(markdown_of(result), level=2))
             chart = differences_chart(result)
             if chart is not None:
                 (folder / PLOT_FILE).write_bytes(render_png(chart))
@@ -51,7 +52,7 @@ def write(result: GateResult, folder: Path | None, junit: Path | None) -> None:
             write_durably(junit, render_junit(result))
         if summary:
             with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(render_markdown(result))
+                file.write(render_markdown(markdown_of(result), level=2))
     except OSError as error:
         raise ConfigError(
             f"{error.filename or folder or junit}: cannot be written: {error.strerror or error}"

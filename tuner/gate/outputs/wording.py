@@ -1,14 +1,30 @@
-"""A gate in words: one table and its remarks, which the screen and Markdown draw each in their way."""
+"""A gate in words: its table and its remarks, as documents for the screen and for Markdown."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from pipetune.bench.record import Machine
 from pipetune.tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict
+from pipetune.tuner.report.document import (
+    GAP,
+    Bullets,
+    Cell,
+    Column,
+    Document,
+    Facts,
+    Part,
+    Section,
+    Style,
+    Table,
+    Text,
+    Wrap,
+    left,
+    rows_of,
+)
 from pipetune.tuner.report.wording import MISSING, bytes_text, clean, ms_text, number_text
 
 LEGEND = "Worse by: how much more time (of a rate, time per token) or memory the candidate takes; negative is better."
@@ -22,48 +38,59 @@ _NAMED = 2
 """Of what failed: so many stand in the headline, the others are counted."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """One hypothesis."""
-
-    case: str
-    cells: tuple[str, ...]
-    verdict: Verdict
+_STYLES: dict[Verdict, Style] = {Verdict.OK: "good", Verdict.FAIL: "bad", Verdict.INCONCLUSIVE: "warning"}
+_MARKS = {Verdict.OK: "✅", Verdict.FAIL: "❌", Verdict.INCONCLUSIVE: "⚠️"}
+_ON_SCREEN = ("metric", "verdict", "worse by", "95 % interval", "baseline", "candidate")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Story:
-    """A gate for people."""
+def screen_of(result: GateResult) -> Document:
+    """A table for each case, what is to be said of it, and the verdict last, where the eye is."""
+    parts: list[Part] = []
+    cases = list(dict.fromkeys(finding.case for finding in result.findings))
+    for case in cases:
+        parts += [Text(clean(case), "strong")] if len(cases) > 1 else []
+        findings = [finding for finding in result.findings if finding.case == case]
+        parts += [_table(result, findings, marked=False).only(_ON_SCREEN), GAP]
+    parts += [Text(LEGEND)] if result.findings else []
+    parts += [Text(clean(f"{label}: {text}")) for label, text in _facts(result)]
+    headline = Text(_verdict_text(result), _STYLES[result.verdict])
+    return Document(parts=(*parts, Bullets(_remarks(result)), GAP, headline))
 
-    headline: str
-    columns: tuple[str, ...]
-    lines: tuple[Line, ...]
-    remarks: tuple[str, ...]
-    """Of what is not OK, why; then what the gate cannot see, and what else a reader must know."""
-    facts: tuple[tuple[str, str], ...]
-    """How it was measured."""
 
-
-def story_of(result: GateResult) -> Story:
-    """What is told of a gate; all of it on single lines, whatever a name or an error holds."""
-    columns = _columns(result)
-    several = len({finding.case for finding in result.findings}) > 1
-    remarks = _reasons(result)
-    remarks += [f"not seen: {blind}" for blind in result.cannot_see]
-    return Story(
-        headline=clean(f"{result.verdict.value}: {_headline(result, several)}"),
-        columns=tuple(columns),
-        lines=tuple(
-            Line(
-                case=clean(finding.case),
-                cells=tuple(clean(cell(finding)) for cell in columns.values()),
-                verdict=finding.verdict,
-            )
-            for finding in result.findings
-        ),
-        remarks=tuple(clean(remark) for remark in (*remarks, *result.notes)),
-        facts=tuple((clean(label), clean(text)) for label, text in _facts(result)),
+def markdown_of(result: GateResult) -> Document:
+    """For a pull request's comment and a job's summary: how it was measured is folded away."""
+    table = replace(_table(result, result.findings, marked=True), legend=LEGEND)
+    facts = Facts(tuple((clean(label), clean(text)) for label, text in _facts(result)))
+    how = Section("How it was measured", (facts,), is_folded=True)
+    return Document(
+        title=f"{_MARKS[result.verdict]} pipetune gate · {_verdict_text(result)}",
+        parts=(*((table,) if result.findings else ()), Bullets(_remarks(result)), how),
     )
+
+
+def _table(result: GateResult, findings: Sequence[Finding], *, marked: bool) -> Table:
+    """A row for each finding; all text on single lines, whatever a name or an error holds."""
+    columns = _columns(result)
+    rows = []
+    for finding in findings:
+        cells: dict[str, Cell] = {name: clean(cell(finding)) for name, cell in columns.items()}
+        verdict = finding.verdict.value
+        cells["verdict"] = f"{_MARKS[finding.verdict]} {verdict}" if marked else Text(verdict, _STYLES[finding.verdict])
+        rows.append(tuple(cells.values()))
+    wraps: Mapping[str, Wrap] = {"metric": "prose"}
+    titles = (left(name, wraps.get(name, "no")) if name in TEXT_COLUMNS else Column(name) for name in columns)
+    return Table(columns=tuple(titles), rows=rows_of(rows), gap=1)
+
+
+def _verdict_text(result: GateResult) -> str:
+    several = len({finding.case for finding in result.findings}) > 1
+    return clean(f"{result.verdict.value}: {_headline(result, several)}")
+
+
+def _remarks(result: GateResult) -> tuple[str, ...]:
+    """Why not OK; then what the gate cannot see, and what else a reader must know."""
+    blind = (f"not seen: {blind}" for blind in result.cannot_see)
+    return tuple(map(clean, (*_reasons(result), *blind, *result.notes)))
 
 
 def signed(share: float) -> str:

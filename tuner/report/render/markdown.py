@@ -45,8 +45,11 @@ def _blocks(parts: Iterable[doc.Part], level: int) -> Iterator[str]:
                     yield escaped(part.legend)
             case doc.Section():
                 if part.heading:
-                    yield f"{'#' * level} {escaped(part.heading)}"
+                    folded = f"<details><summary>{escaped(part.heading)}</summary>"
+                    yield folded if part.is_folded else f"{'#' * level} {escaped(part.heading)}"
                 yield from _blocks(part.parts, level + 1)
+                if part.is_folded:
+                    yield "</details>"
             case doc.Bar():
                 pieces = ", ".join(f"{segment.label} {segment.text}" for segment in part.segments)
                 yield escaped(" ".join(text for text in (part.label, part.text, pieces) if text))

@@ -79,7 +79,11 @@ def _facts(facts: doc.Facts) -> rich.Table:
 
 def _table(table: doc.Table) -> rich.Table:
     grid = rich.Table(
-        box=box.SIMPLE_HEAD if table.ruled else None, padding=(0, table.gap, 0, 0), pad_edge=False, show_edge=False
+        box=box.SIMPLE_HEAD if table.ruled else None,
+        padding=(0, table.gap, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        show_header=any(column.title for column in table.columns),
     )
     for column in table.columns:
         grid.add_column(

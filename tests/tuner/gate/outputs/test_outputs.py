@@ -15,14 +15,15 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from pipetune.bench.errors import ConfigError
-from pipetune.tuner.cli import gate_view
 from pipetune.tuner.gate.outputs import files
 from pipetune.tuner.gate.outputs.junit import render_junit
-from pipetune.tuner.gate.outputs.markdown import render_markdown
 from pipetune.tuner.gate.outputs.plot import differences_chart
-from pipetune.tuner.gate.outputs.wording import signed, story_of, value_text
+from pipetune.tuner.gate.outputs.wording import markdown_of, screen_of, signed, value_text
 from pipetune.tuner.gate.values import GateResult, Reason, Session, Verdict
 from pipetune.tuner.report.chart import Dots
+from pipetune.tuner.report.document import Bullets, Text
+from pipetune.tuner.report.render import markdown
+from pipetune.tuner.report.render.rich import render_rich
 from tests.tuner.gate.factory import make_sample
 from tests.tuner.gate.results import METRIC, make_result
 
@@ -118,6 +119,18 @@ def test_markdown_is_a_heading_a_table_and_what_is_to_be_said() -> None:
     assert [item.text for item in details.iter("strong")] == ["how", "both sides", "machine", "order seed"]
 
 
+def render_markdown(result: GateResult) -> str:
+    """What goes into `gate.md`."""
+    return markdown.render_markdown(markdown_of(result), level=2)
+
+
+def headline_of(result: GateResult) -> str:
+    """The last line of the screen."""
+    last = screen_of(result).parts[-1]
+    assert isinstance(last, Text)
+    return last.text
+
+
 @pytest.mark.parametrize(
     ("others", "names"),
     [
@@ -134,8 +147,12 @@ def test_what_several_comparisons_share_is_told_once(others: list[tuple[str, str
         for case in ("prefill", "decode")
         for metric in ("a", "b")
     ]
-    story = story_of(result.model_copy(update={"findings": tuple(findings)}))
-    assert [line for line in story.remarks if "INCONCLUSIVE" in line] == [f"{names}: INCONCLUSIVE, {undecided.text}"]
+    (remarks,) = (
+        part.items
+        for part in screen_of(result.model_copy(update={"findings": tuple(findings)})).parts
+        if isinstance(part, Bullets)
+    )
+    assert [line for line in remarks if "INCONCLUSIVE" in str(line)] == [f"{names}: INCONCLUSIVE, {undecided.text}"]
 
 
 @pytest.mark.parametrize(
@@ -172,11 +189,11 @@ def test_no_name_breaks_the_markdown(name: str) -> None:
     ],
 )
 def test_the_headline_says_it_all(shifts: dict[str, float | None], headline: str) -> None:
-    assert story_of(make_result(shifts)).headline == headline
+    assert headline_of(make_result(shifts)) == headline
 
 
 def test_many_failures_are_counted_in_the_headline() -> None:
-    headline = story_of(make_result(dict.fromkeys("abcd", 0.1))).headline
+    headline = headline_of(make_result(dict.fromkeys("abcd", 0.1)))
     assert headline.startswith("FAIL: a · mean_ttft_ms is ")
     assert headline.endswith("; and 2 more")
 
@@ -185,7 +202,7 @@ def test_a_candidate_that_did_not_run_is_said_once() -> None:
     result = make_result({"a": 0.1, "b": 0.0})
     died = {"verdict": Verdict.FAIL, "reason": Reason.CANDIDATE_FAILED, "case": "a"}
     findings = tuple(finding.model_copy(update=died) for finding in result.findings)
-    assert story_of(result.model_copy(update={"findings": findings})).headline == "FAIL: the candidate did not run"
+    assert headline_of(result.model_copy(update={"findings": findings})) == "FAIL: the candidate did not run"
 
 
 @pytest.mark.parametrize(
@@ -222,7 +239,7 @@ LONG = "a-config-whose-name-is-longer-than-the-terminal-is-wide-because-somebody
 )
 def test_the_screen_fits_into_80_columns(result: GateResult) -> None:
     out = io.StringIO()
-    gate_view.show(result, Console(file=out, width=80))
+    Console(file=out, width=80).print(render_rich(screen_of(result)))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert next(line for line in reversed(lines) if ": " in line).startswith(result.verdict.value)

@@ -1,4 +1,4 @@
-"""How `plan` shows predictions: what they are made from, the best plans, the best one stage by stage; in 80 columns."""
+"""What `plan` predicts, for people and for machines: what it is made from, the best plans, the best one by stages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console, JustifyMethod
-from rich.markup import escape
-from rich.table import Table
-
 from pipetune.bench.spec import device_index, device_kind
 from pipetune.tuner.commands.plan import Planned, PlannedPlan, PlannedStage
+from pipetune.tuner.report.document import GAP, Column, Document, Facts, Table, Text, left, rows_of
 from pipetune.tuner.report.wording import (
     bytes_text,
     layers_text,
@@ -23,14 +20,13 @@ from pipetune.tuner.report.wording import (
     workload_text,
 )
 
-_LEFT = frozenset({"plan", "device", "layers", "limited by"})
 _LEGEND = """rows: decoded together/prefilled together·tokens of a prompt at a time
 memory: of the fullest stage's cap; !: breaks a constraint
 limited by: the slowest stage, and how much of the time it is busy
 ideal: share of what its devices would give, were each of them always busy"""
 
 
-def document(planned: Planned) -> dict[str, Any]:
+def json_of(planned: Planned) -> dict[str, Any]:
     """For `--json`."""
     config, source = planned.config, planned.source
     return {
@@ -85,35 +81,36 @@ def _stage_document(stage: PlannedStage) -> dict[str, Any]:
     }
 
 
-def show(planned: Planned, console: Console) -> None:
+def document_of(planned: Planned) -> Document:
     """For people."""
-    console.print("Predictions: nothing was run.", style="bold")
-    console.print(f"From {planned.source.text}.", markup=False)
-    if planned.source.remedy is not None:
-        console.print(f"{planned.source.remedy}.", markup=False)
-    console.print()
-    console.print(_facts(planned))
-    console.print()
-    console.print(_ranking(planned))
-    console.print(_LEGEND, markup=False)
-    console.print()
-    _show_best(planned, console)
-    for note in planned.notes:
-        console.print(f"note: {note}", markup=False)
-
-
-def _facts(planned: Planned) -> Table:
-    facts = {
-        "model": f"{model_text(planned.model)} ({planned.shape.architecture}, {planned.shape.num_layers} layers)",
-        "workload": workload_text(planned.config.workload, planned.prompt_lens),
-        "devices": _devices_text(planned.device_bytes),
-        "looked at": f"{planned.num_candidates} plans of {planned.num_partitions} ranked partitions",
-        "ranked by": planned.objective,
-    }
-    grid = Table.grid(padding=(0, 2))
-    for name, text in facts.items():
-        grid.add_row(name, escape(text))
-    return grid
+    best, shape = planned.plans[0], planned.shape
+    took = ms_text(best.prediction.duration_s * 1e3)
+    remedy = planned.source.remedy
+    return Document(
+        parts=(
+            Text("Predictions: nothing was run.", "strong"),
+            Text(f"From {planned.source.text}."),
+            *((Text(f"{remedy}."),) if remedy is not None else ()),
+            GAP,
+            Facts(
+                (
+                    ("model", f"{model_text(planned.model)} ({shape.architecture}, {shape.num_layers} layers)"),
+                    ("workload", workload_text(planned.config.workload, planned.prompt_lens)),
+                    ("devices", _devices_text(planned.device_bytes)),
+                    ("looked at", f"{planned.num_candidates} plans of {planned.num_partitions} ranked partitions"),
+                    ("ranked by", planned.objective),
+                )
+            ),
+            GAP,
+            _ranking(planned),
+            GAP,
+            Text(f"Best: {best.plan.describe()}, {best.effective.in_flight} in flight: {took}"),
+            _stages(best),
+            Text(_limits_text(best)),
+            *((Text(f"It is predicted to break {', '.join(map(str, best.broken))}."),) if best.broken else ()),
+            *(Text(f"note: {note}") for note in planned.notes),
+        )
+    )
 
 
 def _devices_text(device_bytes: Mapping[str, int]) -> str:
@@ -131,57 +128,46 @@ def _devices_text(device_bytes: Mapping[str, int]) -> str:
 
 def _ranking(planned: Planned) -> Table:
     scored = planned.config.workload.kind == "score"
-    table = _table(
-        "#",
-        "plan",
-        "rows",
-        "tok/s",
-        *(("E2EL",) if scored else ("TTFT", "TPOT")),
-        "bubble",
-        "memory",
-        "limited by",
-        "ideal",
-    )
-    for rank, plan in enumerate(planned.plans, start=1):
-        metrics = plan.metrics
-        latencies = ("mean_e2el_ms",) if scored else ("mean_ttft_ms", "mean_tpot_ms")
-        throughput = metrics["total_token_throughput" if scored else "output_throughput"]
-        table.add_row(
+    latencies = {"E2EL": "mean_e2el_ms"} if scored else {"TTFT": "mean_ttft_ms", "TPOT": "mean_tpot_ms"}
+    throughput = "total_token_throughput" if scored else "output_throughput"
+    rows = [
+        (
             str(rank),
-            escape(layers_text(plan.plan)),
+            layers_text(plan.plan),
             f"{plan.plan.micro_batch_size}/{prefill_text(plan.plan)}",
-            number_text(throughput),
-            *(ms_text(metrics.get(name)) for name in latencies),
-            percent_text(metrics["bubble_ratio"]),
-            percent_text(metrics["peak_memory_fraction"]) + ("!" if plan.broken else ""),
-            f"{escape(plan.limiting.device)} {percent_text(plan.bottleneck_share)}",
+            number_text(plan.metrics[throughput]),
+            *(ms_text(plan.metrics.get(name)) for name in latencies.values()),
+            percent_text(plan.metrics["bubble_ratio"]),
+            percent_text(plan.metrics["peak_memory_fraction"]) + ("!" if plan.broken else ""),
+            f"{plan.limiting.device} {percent_text(plan.bottleneck_share)}",
             percent_text(plan.ideal_share),
         )
-    return table
+        for rank, plan in enumerate(planned.plans, start=1)
+    ]
+    numbers = map(Column, ("rows", "tok/s", *latencies, "bubble", "memory"))
+    return Table(
+        columns=(Column("#"), left("plan", "prose"), *numbers, left("limited by"), Column("ideal")),
+        rows=rows_of(rows),
+        legend=_LEGEND,
+        gap=1,
+    )
 
 
-def _show_best(planned: Planned, console: Console) -> None:
-    best = planned.plans[0]
-    took = ms_text(best.prediction.duration_s * 1e3)
-    console.print(f"Best: {best.plan.describe()}, {best.effective.in_flight} in flight: {took}", markup=False)
-    table = _table("stage", "device", "layers", "busy s", "idle", "weights", "KV", "activations", "of cap")
-    for place, stage in enumerate(best.stages):
-        replica = f"{stage.replica}." if best.plan.replicas > 1 else ""
-        table.add_row(
-            f"{replica}{place % len(best.plan.stages)}",
-            escape(stage.device),
+def _stages(best: PlannedPlan) -> Table:
+    rows = [
+        (
+            f"{stage.replica}." * (best.plan.replicas > 1) + str(place % len(best.plan.stages)),
+            stage.device,
             f"{stage.first_layer}-{stage.end_layer - 1}",
             number_text(stage.busy_s),
             percent_text(stage.idle_share),
-            bytes_text(stage.memory.weights),
-            bytes_text(stage.kv_bytes),
-            bytes_text(stage.memory.activations),
+            *map(bytes_text, (stage.memory.weights, stage.kv_bytes, stage.memory.activations)),
             percent_text(stage.cap_share),
         )
-    console.print(table)
-    console.print(_limits_text(best), markup=False)
-    if best.broken:
-        console.print(f"It is predicted to break {', '.join(map(str, best.broken))}.", markup=False)
+        for place, stage in enumerate(best.stages)
+    ]
+    numbers = map(Column, ("busy s", "idle", "weights", "KV", "activations", "of cap"))
+    return Table(columns=(Column("stage"), left("device"), left("layers"), *numbers), rows=rows_of(rows), gap=1)
 
 
 def _limits_text(plan: PlannedPlan) -> str:
@@ -197,11 +183,3 @@ def _limits_text(plan: PlannedPlan) -> str:
         f"{text}.\nThese stages cannot take less than {ms_text(prediction.bound_s * 1e3)}; "
         f"with their devices always busy it would be {ms_text(prediction.ideal_s * 1e3)}."
     )
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in names:
-        justify: JustifyMethod = "left" if name in _LEFT else "right"
-        table.add_column(name, justify=justify, no_wrap=name != "plan", overflow="fold")
-    return table
