@@ -83,33 +83,47 @@ _OPTUNAS = {"studies": "study_name", "version_info": "schema_version"}
 
 
 def _check_file(path: Path, url: str) -> None:
-    """Looks at an SQLite file without writing to it; one that is busy or cannot be read is left to Optuna to say.
+    """Looks at an SQLite file without writing to it; one of Optuna's that is busy is left to Optuna to say.
 
     Raises:
         CorruptDatabaseError: it is damaged.
-        StudyError: it is another program's.
+        StudyError: it is another program's, or may be.
     """
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
-            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            columns = {
-                table: {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} for table in _OPTUNAS
-            }
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorname not in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
-            return
-        found, tables, columns = str(error), set(), {}
-    if found != "ok":
-        raise CorruptDatabaseError(
-            f"storage {shown(url)}: is damaged or no database: {found}; name another by --storage, or move this one "
-            "away: a resumed study builds its database anew from the records"
-        )
-    if tables and any(column not in columns[table] for table, column in _OPTUNAS.items()):
-        raise StudyError(
-            f"storage {shown(url)}: holds tables of another program ({', '.join(sorted(tables)[:3])}), and was left as "
-            "it is; name a new file, or one of Optuna's"
-        )
+    is_optunas = False
+    # Whose a file is shows past locks and journals, and leaves none; whether it is whole shows only with them.
+    for mode in ("immutable=1", "mode=ro"):
+        found = "ok"
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?{mode}", uri=True)) as connection:
+                names = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
+                tables = {name for (name,) in connection.execute(names)}
+                columns = {
+                    table: {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} for table in _OPTUNAS
+                }
+                if mode == "mode=ro":
+                    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            if mode == "immutable=1":
+                continue
+            if error.sqlite_errorname not in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
+                if is_optunas:
+                    return
+                raise StudyError(
+                    f"storage {shown(url)}: cannot be looked at: {error}; it may be another program's, and was left as "
+                    "it is; wait until nobody uses it, or name a new file"
+                ) from None
+            found, tables, columns = str(error), set(), {}
+        if tables and any(column not in columns[table] for table, column in _OPTUNAS.items()):
+            raise StudyError(
+                f"storage {shown(url)}: holds tables of another program ({', '.join(sorted(tables)[:3])}), and was "
+                "left as it is; name a new file, or one of Optuna's"
+            )
+        if found != "ok":
+            raise CorruptDatabaseError(
+                f"storage {shown(url)}: is damaged or no database: {found}; name another by --storage, or move this "
+                "one away: a resumed study builds its database anew from the records"
+            )
+        is_optunas = bool(tables)
 
 
 def _lock(connection: sqlalchemy.Connection, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain, count
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -72,7 +73,9 @@ class OptunaStudy:
             if set_aside is None or path is None:
                 raise
             # The records are the truth: the study's own database is built anew from them.
-            kept = path.replace(path.with_name(f"{path.name}.broken"))
+            endings = chain([""], (f"-{number}" for number in count(2)))
+            names = (path.with_name(f"{path.name}.broken{ending}") for ending in endings)
+            kept = path.replace(next(name for name in names if not name.exists()))
             set_aside(f"{path} is damaged: it is kept as {kept.name}, and made anew from the records")
             return create()
         except UserError:

@@ -173,6 +173,42 @@ def test_a_database_of_ours_is_only_set_aside_when_it_is_damaged(url: str, state
     assert not path.with_name("study.db.broken").exists()
 
 
+@pytest.mark.parametrize("state", ["busy", "killed", "wal", "view"])
+def test_a_database_of_another_program_is_known_in_any_state(tmp_path: Path, state: str) -> None:
+    path = tmp_path / "customers.db"
+    holder = sqlite3.connect(path)
+    if state == "wal":
+        holder.execute("PRAGMA journal_mode=WAL")
+    holder.execute("CREATE VIEW customers AS SELECT 1" if state == "view" else "CREATE TABLE customers (name TEXT)")
+    holder.commit()
+    if state == "busy":
+        holder.execute("BEGIN EXCLUSIVE")
+    elif state == "killed":
+        holder.execute("PRAGMA cache_size=1")
+        holder.executemany("INSERT INTO customers VALUES (?)", [("x" * 200,)] * 3000)
+    if state != "busy":
+        # What a writer leaves that is killed: its journal among them.
+        left = {one: one.read_bytes() for one in tmp_path.iterdir()} if state == "killed" else {}
+        holder.close()
+        for one, content in left.items():
+            one.write_bytes(content)
+    before = {one.name: one.read_bytes() for one in tmp_path.iterdir()}
+    assert ("customers.db-journal" in before) == (state == "killed")
+    with pytest.raises(StudyError, match=r"customers\.db: holds tables of another program \(customers\)"):
+        OptunaStudy.open(f"sqlite:///{path}", SPACE, objectives=("output_throughput",), constraints=())
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == before
+    holder.close()
+
+
+def test_a_second_damaged_database_does_not_replace_the_first(url: str) -> None:
+    path = Path(url.removeprefix("sqlite:///"))
+    for content in (b"A" * 5000, b"B" * 5000):
+        path.write_bytes(content)
+        open_(url).close()
+    assert path.with_name("study.db.broken").read_bytes() == b"A" * 5000
+    assert path.with_name("study.db.broken-2").read_bytes() == b"B" * 5000
+
+
 def test_a_rebuilt_database_keeps_trial_numbers_over_gaps(study: OptunaStudy, url: str) -> None:
     study.restore([record(2, POINTS[2])])
     assert [trial.state for trial in trials(url)] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
