@@ -131,9 +131,6 @@ class OptunaStudy:
     def wait(self) -> None:
         """Waits until something has changed with what others run."""
 
-    def settle(self) -> None:
-        """Waits until what others run has ended."""
-
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 

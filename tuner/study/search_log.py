@@ -1,4 +1,4 @@
-"""The search's diary: why each trial ran, what was predicted of it before, why the search ended, where the time went.
+"""The search's log: why each trial ran, what was predicted of it before, why the search ended, where the time went.
 
 It is kept beside the records as `search.json` and written whole at every step, so that a kill loses nothing.
 """
@@ -20,7 +20,7 @@ from pipetune.tuner.study.files import read
 Reason = Literal["again", "first", "all", "model", "kind", "tpe", "replicate"]
 """Why a plan runs: `again`, it was stopped or lost its workers; `first`, an earlier study liked it; `all`, the space is
 within the budget; `model`, the cost model promises most of it; `kind`, no plan of its kind was measured; `tpe`, Optuna
-likes it; `replicate`, it leads, and nobody knows for sure."""
+likes it; `replicate`, it is the incumbent, not surely."""
 
 StopKind = Literal["budget", "time", "converged", "exhausted"]
 
@@ -36,7 +36,7 @@ class Proposal(Value):
     point: dict[str, int]
     kind: Reason
     reason: str
-    """For people."""
+    """Text for people."""
     predicted: dict[str, float] = Field(default_factory=dict)
     """Metrics, before it runs."""
     predicted_sd: dict[str, float] = Field(default_factory=dict)
@@ -48,7 +48,7 @@ class Stop(Value):
 
     kind: StopKind
     text: str
-    """For people."""
+    """Reason, for people."""
 
 
 class LoggedTrial(Value):
@@ -63,27 +63,28 @@ class LoggedTrial(Value):
 
 
 class SearchLog(Value):
-    """The diary of one study; a resume goes on with it."""
+    """The log of one study; a resume goes on with it."""
 
     schema_version: int = SCHEMA_VERSION
     entries: tuple[LoggedTrial, ...] = ()
     stop: Stop | None = None
     """None while the search goes on, or where it was interrupted."""
     seconds: dict[Phase, float] = Field(default_factory=dict)
-    """By phase, over all sessions of the study."""
+    """Seconds by phase, over all sessions of the study."""
 
     @property
     def total_s(self) -> float:
+        """Seconds of the whole study."""
         return sum(self.seconds.values())
 
     @property
     def not_measuring_s(self) -> float:
-        """What went by beside runs of plans and of the baseline."""
+        """Seconds that went by beside runs of plans and of the baseline."""
         return sum(seconds for phase, seconds in self.seconds.items() if phase not in MEASURING)
 
 
 class LogBook:
-    """Writes the diary."""
+    """Writes the log of a study."""
 
     def __init__(self, path: Path) -> None:
         """Goes on with what is there.
@@ -122,7 +123,7 @@ class LogBook:
         self._write({})
 
     def save_if_there(self) -> None:
-        """The same, for a study that has anything to keep."""
+        """Writes down the time spent so far, where the study has anything to keep."""
         if self._path.exists():
             self.save()
 

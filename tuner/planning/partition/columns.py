@@ -19,9 +19,9 @@ class Columns:
     """Columns for so many replicas of so many stages, or of more where some may stay idle."""
 
     members: tuple[tuple[int, ...], ...]
-    """Of each column, its devices by replica."""
+    """Devices of each column, by replica."""
     classes: tuple[tuple[int, ...], ...]
-    """Of each column, the classes of its devices."""
+    """Classes of the devices of each column."""
     may_move: bool
     """Whether columns may hold the stages in any order."""
 

@@ -50,8 +50,6 @@ class Split:
     partition: Partition
     order: tuple[int, ...]
     """Indices of the devices that hold the stages."""
-    bottleneck_s: float
-    """Seconds of its slowest stage."""
 
 
 def count_partitions(num_layers: int, *, min_stages: int, max_stages: int, forbidden_cuts: Sequence[int] = ()) -> int:
@@ -110,7 +108,7 @@ def best_splits(
         node = heapq.heappop(waiting)
         end = sum(node.partition)
         if end == cost.shape[1] - 1:
-            found.append(_split(node, cost, classes))
+            found.append(Split(node.partition, node.order))
             continue
         for kind, device, taken in moves.after(node.taken):
             own = ticks[kind, end, end + 1 :]
@@ -137,15 +135,6 @@ class _Node(NamedTuple):
     """Bottleneck of the stages so far, ticks."""
     squares: float
     taken: _State
-
-
-def _split(node: _Node, cost: Table, classes: Sequence[int]) -> Split:
-    ends = itertools.accumulate(node.partition)
-    seconds = [
-        float(cost[classes[device], end - count, end])
-        for device, count, end in zip(node.order, node.partition, ends, strict=True)
-    ]
-    return Split(node.partition, node.order, max(seconds))
 
 
 def best_partitions(
@@ -204,6 +193,7 @@ class _Moves:
 
     @property
     def start(self) -> _State:
+        """The state in which nothing is taken."""
         return (0,) * len(self._members) if self.any_order else (0,)
 
     def after(self, taken: _State) -> Iterator[tuple[int, int, _State]]:

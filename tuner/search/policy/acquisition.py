@@ -31,7 +31,7 @@ def log_cost(metric: str, values: Floats) -> Floats:
 
 
 def expected_improvement(mean: Floats, sd: Floats, best: float) -> Floats:
-    """By how much a normal cost is expected to fall below the best one, rises counted as zero.
+    """Expected fall of a normal cost below the best one, rises counted as zero.
 
     D. R. Jones, M. Schonlau and W. J. Welch, Efficient Global Optimization, 1998, eq. 15.
     """
@@ -70,7 +70,7 @@ def draw_weights(count: int, seed: str) -> Floats:
 
 
 def even_weights(count: int) -> Floats | None:
-    """The same weight of each objective; None for a single one."""
+    """Equal weights of the objectives; None for a single one."""
     return None if count == 1 else np.full(count, 1 / count)
 
 
@@ -92,7 +92,7 @@ def tchebycheff(costs: Floats, sds: Floats, weights: Floats) -> tuple[Floats, Fl
 
 
 def ranges(costs: Floats) -> tuple[Floats, Floats]:
-    """Of each objective the least cost, and how far it rises over the plans that are best in one objective each.
+    """Least cost of each objective, and how far it rises over the plans that are best in one objective each.
 
     Args:
         costs: `[plan, objective]`.

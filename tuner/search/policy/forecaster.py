@@ -34,7 +34,7 @@ MEMORY_METRICS = ("peak_memory_bytes", "peak_memory_fraction")
 """The cost model does not predict them: they follow from the accounting."""
 _MEMORY_SD = 0.05
 _PROXY, _PROXY_SD = "duration_s", 0.3
-"""Of an objective that nothing predicts: what is faster is likelier to be better in it, too."""
+"""The metric that serves for an objective that nothing predicts: what is faster is likelier to be better in it, too."""
 _RATES = ("output_throughput", "total_token_throughput")
 """Predicted in any case, to be shown."""
 _HOPELESS = 0.02
@@ -69,11 +69,12 @@ class Forecaster:
         self._accounted = tuple(name for name in wanted if name in MEMORY_METRICS)
         self._needed: dict[str, dict[str, int]] = {}
         self._orders: dict[int, tuple[tuple[int, ...], ...]] = {}
-        """By the number of observations, a power of two: for each objective, the candidates from the best on."""
+        """Candidates from the best on for each objective, by the number of observations, a power of two."""
         self._last: tuple[int, Predictor] | None = None
 
     @property
     def num_candidates(self) -> int:
+        """How many plans a search may choose among, further partitions apart."""
         return len(self._candidates)
 
     def needed(self, effective: EffectivePlan) -> dict[str, int]:
@@ -215,7 +216,7 @@ class Forecaster:
         return known is not None and all(known.value(name) is not None for name in self._objectives)
 
     def _cost(self, name: str, metrics: PredictedMetrics) -> tuple[Floats, Floats]:
-        """Of one objective, as predicted, with its deviation."""
+        """Cost of one objective, as predicted, with its deviation."""
         if name not in metrics.mean:
             proxy = metrics.mean[_PROXY]
             return log_cost(_PROXY, proxy), np.full_like(proxy, _PROXY_SD)

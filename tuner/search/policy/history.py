@@ -73,7 +73,7 @@ class History:
         self.taken: frozenset[str] = frozenset()
         """Identities of plans that others run now."""
         self.plans: dict[str, PlanHistory] = {}
-        """By identity, in the order of their first records."""
+        """Plans by identity, in the order of their first records."""
         self.observations: list[Observation] = []
         self.counted = 0
         """Trials that count against the budget: neither stopped ones, nor refusals, nor a first loss of workers."""
@@ -83,12 +83,13 @@ class History:
         self.marks: list[int] = []
         """How many records there were once each counted trial had its own."""
         self.out_of_memory: dict[str, int] = {}
-        """By device: the least accounted bytes of a plan that ran out of memory there."""
+        """Least accounted bytes of a plan that ran out of memory, by device."""
         self.fitted: Counter[str] = Counter()
-        """By device: the most accounted bytes of a plan that ran."""
+        """Most accounted bytes of a plan that ran, by device."""
         self.worked: Counter[tuple[str, object]] = Counter()
+        """Runs that gave a measurement, by traits of plans."""
         self.broke: Counter[tuple[str, object]] = Counter()
-        """By traits of plans: how many runs gave a measurement, how many failed for another reason than memory."""
+        """Runs that failed for another reason than memory, by traits of plans."""
 
     def is_extended_by(self, records: Sequence[Record]) -> bool:
         """Whether these are the records known, and perhaps more."""

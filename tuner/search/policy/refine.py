@@ -54,7 +54,7 @@ class Refiner:
         )
 
     def nearest_ranks(self, partition: Partition) -> tuple[int, ...]:
-        """Of each number of replicas and order of the devices with so many stages, the rank nearest to a partition."""
+        """Ranks nearest to a partition: one for each number of replicas and order of the devices."""
         cuts = np.cumsum(partition[:-1], dtype=int)
         return tuple(
             ranks[int(np.abs(listed - cuts).sum(axis=1).argmin())]

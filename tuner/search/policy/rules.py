@@ -29,7 +29,7 @@ PROMISING_FIRST = 3
 WITHIN_REACH = 0.3
 """A kind is worth a trial if its best plan is predicted no further behind, as a log."""
 MOST_REPLICATES, REPLICATES_EVERY = 3, 3
-"""Of incumbents, in all; and no more than one in so many trials."""
+"""Most runs of incumbents once more, in all; and no more than one in so many trials."""
 TPE_FROM, TPE_EVERY = 8, 4
 BLIND_SHARE = 1 / 3
 """Share of the trials that go to what is predicted to be fast, where nothing predicts the objective."""

@@ -11,7 +11,7 @@ from pipetune.tuner.study.search_log import Stop
 LEAST_TRIALS, CONVERGED_IN_A_ROW = 6, 3
 """Before so many trials, and before so many forecasts without promise, no search ends by itself."""
 MARGIN = 0.5
-"""Of the noise of a run: what several rounds of finals can tell. A gain below it is none."""
+"""Share of the noise of a run that several rounds of finals can tell. A gain below it is none."""
 LEAST_CHANCE = 0.1
 """A plan that gains more than that with less probability promises nothing."""
 _WEIGHTINGS = 12
@@ -28,7 +28,7 @@ class StoppingRule:
             for number in range(1 if num_objectives == 1 else _WEIGHTINGS)
         ]
         self._converged: dict[int, bool] = {}
-        """By the number of records: whether nothing was promising."""
+        """Whether nothing was promising, by the number of records."""
 
     def forget(self) -> None:
         """Forgets what was made of other records."""

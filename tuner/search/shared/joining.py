@@ -23,7 +23,7 @@ from pipetune.tuner.study.store import StudyStore
 
 STUDY_KEY, SPACE = "question", "space"
 MEMBER, SEEN, STATE = "member:", "seen:", "state:"
-"""Of each process, before its name: who it is, when it last gave a sign of life, and what it does."""
+"""Prefixes of a process's name: who it is, when it last gave a sign of life, and what it does."""
 SEARCHES, SEARCHED, LEFT = "searches", "searched", "left"
 _T = TypeVar("_T", bound=Value)
 
@@ -38,7 +38,7 @@ class Membership(Value):
     name: str
     """Unique: its host, its number and a few random digits."""
     seed: int
-    """Of this process's own stream of random numbers, from the study's seed and its number."""
+    """Seed of this process's own stream of random numbers, from the study's seed and its number."""
 
 
 class Joining:

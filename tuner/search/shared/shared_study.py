@@ -51,6 +51,7 @@ class SharedStudy(OptunaStudy):
         """Nothing: the member ends the connections."""
 
     def trials(self) -> list[FrozenTrial]:
+        """All trials of all processes in the order of their numbers, not to be changed."""
         return self._database.patiently(self._trials)
 
     def restore(self, records: Collection[Record]) -> tuple[FrozenTrial, ...]:
@@ -63,6 +64,7 @@ class SharedStudy(OptunaStudy):
         return self._database.patiently(lambda: self._restore(records))
 
     def pull(self, store: StudyStore) -> tuple[Record, ...]:
+        """Writes what others have measured into this process's folder, and gives it."""
         trials, gone = self._database.patiently(lambda: (self._trials(), self._member.gone()))
         self._pulled = self._state_of(trials, gone)
         self.taken = tuple(point_of_trial(trial) for trial in trials if trial.number in self._pulled[0])
@@ -79,18 +81,16 @@ class SharedStudy(OptunaStudy):
         return tuple(pulled)
 
     def wait(self) -> None:
+        """Waits until something has changed with what others run."""
         while self._pulled[0] and self._database.patiently(self._state) == self._pulled:
             time.sleep(_POLL_S)
 
-    def settle(self) -> None:
-        running = self._database.patiently(self._state)[0]
-        while running & self._database.patiently(self._state)[0]:
-            time.sleep(_POLL_S)
-
     def ask(self, point: Point) -> int | None:
+        """Claims a point's plan; its trial's number, or None where another process has taken the plan."""
         return self._database.patiently(lambda: self._claim(point))
 
     def tell(self, record: Record) -> None:
+        """Says what became of a trial, to all processes."""
         self._seen.add(self._source(record))
         self._database.patiently(lambda: self._tell(record))
 
@@ -166,7 +166,3 @@ class SharedStudy(OptunaStudy):
     def _source(self, record: Record) -> str:
         """Names a record over all processes."""
         return record.source or f"{self._member.name}/{record.number:04}"
-
-
-def _point(trial: FrozenTrial) -> Point:
-    return {name: int(value) for name, value in trial.params.items()}

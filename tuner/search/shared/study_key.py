@@ -23,11 +23,11 @@ class StudyKey(Value):
     constraints: tuple[Constraint, ...]
     space: SpaceConfig
     devices: tuple[str, ...]
-    """Of each place: what it is, and the first place that the same device has."""
+    """Kind of each place's device, and the first place that the same device has."""
     links: tuple[str, ...]
     """`0-1:NV18`: what lies between two places."""
     hardware: Hardware
-    """Of the whole machine, without UUIDs."""
+    """Hardware of the whole machine, without UUIDs."""
 
     @classmethod
     def of(cls, config: TuneConfig, machine: Machine) -> Self:

@@ -1,1 +1,1 @@
-"""The search space: layouts of stages, knobs, and plans with their memory caps resolved."""
+"""The search space: layouts of stages, sizes and switches, and plans with their memory caps resolved."""

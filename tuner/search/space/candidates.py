@@ -10,7 +10,7 @@ from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import Point, SearchSpace
 
 MAX_CANDIDATES = 4000
-"""Of a space with more plans, those of the worse partitions are left out."""
+"""In a space with more plans, those of the worse partitions are left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -84,7 +84,7 @@ class Layouts:
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
-        """Of each device; those are of one class whose times and memory hardly differ."""
+        """Class of each device; those are of one class whose times and memory hardly differ."""
         kinds = sorted({device_kind(device) for device in self.devices})
         every = self.every_size(1)
         tasks = [self.kinds(sizes, 1) for sizes in dict.fromkeys((every[0], every[-1]))]
@@ -210,6 +210,7 @@ class _Search:
         )
 
     def fitting(self) -> list[Layout]:
+        """Layouts that fit into memory, best first."""
         smallest = self._every_size[0]
         first = self._splits(self._table(smallest))
         if not first:
@@ -228,6 +229,7 @@ class _Search:
         )
 
     def nearest(self) -> Failure:
+        """What the layout that comes nearest to fitting lacks."""
         smallest = self._every_size[0]
         split = self._splits(self._columns.slowest(self._all.fill(smallest, self._replicas)))[0]
         failure = self._all.resolve(self._plan(split.partition, split.order, smallest))

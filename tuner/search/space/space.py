@@ -42,9 +42,9 @@ class SearchSpace(Value):
     partitions: tuple[Partition, ...]
     """Best first by the cost model at the time; rank 1 is the first."""
     replicas: tuple[int, ...] = ()
-    """Of each partition: how many pipelines of it stand side by side; empty for one of each."""
+    """Pipelines of each partition that stand side by side; empty for one of each."""
     orders: tuple[tuple[int, ...], ...] = ()
-    """Of each partition: which of the devices hold its stages, replica by replica and stage by stage; empty, there or
+    """Devices that hold each partition's stages, replica by replica and stage by stage; empty, for one or
     for all, takes the first ones in order."""
     micro_batch_sizes: tuple[int, ...]
     prefill_sizes: tuple[int, ...]
@@ -117,6 +117,7 @@ class SearchSpace(Value):
 
     @property
     def num_points(self) -> int:
+        """How many points there are, whether they run alike or not."""
         return math.prod(high - low + 1 for low, high, _ in self.dimensions().values())
 
     def points(self, partition_rank: int | None = None) -> Iterator[Point]:
@@ -129,7 +130,7 @@ class SearchSpace(Value):
 
 
 def cut_name(index: int) -> str:
-    """Of the value that holds the first layer of a stage, counted from 0, in points whose cuts no rank stands for."""
+    """Name of the value that holds the first layer of a stage, counted from 0, where no rank stands for the cuts."""
     return f"cut_{index}"
 
 

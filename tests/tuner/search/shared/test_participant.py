@@ -150,7 +150,8 @@ def test_a_process_that_ends_leaves_nothing_taken(tmp_path: Path, database: str)
     with join(tmp_path / "b", database) as b:
         with join(tmp_path / "a", database) as a:
             a.study.ask(POINTS[0])
-        b.study.settle()
+            b.study.pull(b.store)
+        b.study.wait()
         assert b.study.ask(POINTS[0]) == 1
 
 
