@@ -132,12 +132,12 @@ def _conclude(folder: Path) -> Report:
     """Exports and reports; how long they took stands in the search's diary, though not in the reports themselves."""
     from pipetune.tuner.commands.conclude import conclude
     from pipetune.tuner.study.files import SEARCH_FILE
-    from pipetune.tuner.study.search_log import LogBook
+    from pipetune.tuner.study.search_log import SearchLogWriter
 
-    book = LogBook(folder / SEARCH_FILE)
-    with book.spend("reports"):
+    log = SearchLogWriter(folder / SEARCH_FILE)
+    with log.spend("reports"):
         report = conclude(folder)
-    book.save_if_there()
+    log.save_if_there()
     return report
 
 

@@ -29,7 +29,7 @@ from pipetune.tuner.search.stop import Interrupted, StopSignal
 from pipetune.tuner.search.study_costs import study_costs
 from pipetune.tuner.search.trials import Search
 from pipetune.tuner.study.files import read
-from pipetune.tuner.study.search_log import LogBook
+from pipetune.tuner.study.search_log import SearchLogWriter
 from pipetune.tuner.study.store import StudyStore, was_interrupted
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..
         FleetError: the workers do not start, or are lost again and again.
     """
     stop = StopSignal()
-    book = LogBook(store.search_path)
-    runs = Runs(store, start_fleet, reporter, stop, book)
+    log = SearchLogWriter(store.search_path)
+    runs = Runs(store, start_fleet, reporter, stop, log)
     with stop.listening():
         try:
             with contextlib.ExitStack() as stack:
-                stack.callback(book.save_if_there)
-                _run(runs, book, stack)
+                stack.callback(log.save_if_there)
+                _run(runs, log, stack)
         except Interrupted:
             reporter.say("stopped; what was measured is kept, and --resume goes on with it")
             return False
@@ -82,9 +82,9 @@ def baseline_batch_sizes(wanted: Sequence[int] | None, num_prompts: int) -> tupl
     return tuple(sorted({min(size, num_prompts) for size in sizes}, reverse=True))
 
 
-def _run(runs: Runs, book: LogBook, stack: contextlib.ExitStack) -> None:
+def _run(runs: Runs, log: SearchLogWriter, stack: contextlib.ExitStack) -> None:
     store = runs.store
-    with book.spend("start"):
+    with log.spend("start"):
         participant = stack.enter_context(participate(store, runs.reporter.say))
         fleet = runs.open_fleet(stack)
         store.set_revision(fleet.model.revision)
@@ -94,9 +94,9 @@ def _run(runs: Runs, book: LogBook, stack: contextlib.ExitStack) -> None:
         with runs.stop.interruptible():
             lens = fleet.prompt_lens(store.workload)
     resolve = Resolver.of_workload(fleet.shape, store.workload, lens, fleet.device_bytes)
-    with book.spend("profile"):
+    with log.spend("profile"):
         cost = study_costs(runs, lens, resolve)
-    with book.spend("search"):
+    with log.spend("search"):
         space = participant.agree(_space(runs, cost, resolve))
         warm = warm_start(
             store.warm_start_path,
@@ -111,14 +111,14 @@ def _run(runs: Runs, book: LogBook, stack: contextlib.ExitStack) -> None:
     if not store.records:
         # A model that comes out wrong when it is cut is found out before anything else is measured.
         runs.ensure_reference()
-    with book.spend("baseline"):
+    with log.spend("baseline"):
         _measure_baseline(runs)
-    with book.spend("single_stage"):
+    with log.spend("single_stage"):
         _measure_single_stage(runs, space, resolve)
-    search = Search(runs, book, participant, space, cost, resolve, warm)
+    search = Search(runs, log, participant, space, cost, resolve, warm)
     search.run()
-    with book.spend("finals"):
-        _run_finals(runs, book, participant, search.preferred)
+    with log.spend("finals"):
+        _run_finals(runs, log, participant, search.preferred)
 
 
 def _space(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
@@ -169,7 +169,7 @@ def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> 
     runs.measure(f"single stage: {plan.describe()}", plan, resolve(plan), role="single_stage")
 
 
-def _run_finals(runs: Runs, book: LogBook, participant: Participant, preferred: Sequence[str]) -> None:
+def _run_finals(runs: Runs, log: SearchLogWriter, participant: Participant, preferred: Sequence[str]) -> None:
     """Round by round until the best is told from the others, or a tie is declared."""
     store, config = runs.store, runs.store.config
     objectives = _objectives(store)
@@ -203,7 +203,7 @@ def _run_finals(runs: Runs, book: LogBook, participant: Participant, preferred: 
             break
         if not ran:
             # A fresh fleet: what the workers have become over many plans shall not decide.
-            with book.spend("start"):
+            with log.spend("start"):
                 runs.renew_fleet()
             ran = True
         label = f"final round {step.shown_round + 1}"

@@ -13,7 +13,7 @@ from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec
 from pipetune.tuner.progress import Reporter, describe
 from pipetune.tuner.search.policy.history import TRANSIENT
 from pipetune.tuner.search.stop import Interrupted, StopSignal
-from pipetune.tuner.study.search_log import LogBook
+from pipetune.tuner.study.search_log import SearchLogWriter
 from pipetune.tuner.study.store import StudyStore
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ class Runs:
         start_fleet: Callable[..., Fleet] | None,
         reporter: Reporter,
         stop: StopSignal,
-        book: LogBook,
+        log: SearchLogWriter,
     ) -> None:
         self.store = store
         self.reporter = reporter
         self.stop = stop
         self.experiment: Experiment
-        self._book = book
+        self._log = log
         self._start_fleet = start_fleet
         self._lost_in_a_row = 0
         self._fleet_has_reference = False
@@ -89,7 +89,7 @@ class Runs:
             return
         self._fleet_has_reference = True
         path = self.store.reference_path
-        with self._book.spend("reference"):
+        with self._log.spend("reference"):
             if path.exists():
                 self.fleet.use_reference(path)
                 return
@@ -106,7 +106,7 @@ class Runs:
     def _refer_to(self, spec: RunSpec, effective: EffectivePlan) -> None:
         """Makes a plan the reference where the unsplit model fits nowhere; a plan that fails leaves it to the next."""
         self.reporter.begin(f"reference: {spec.plan.describe()} in place of the unsplit model")
-        with self._book.spend("reference"), self.stop.interruptible():
+        with self._log.spend("reference"), self.stop.interruptible():
             failure = self.experiment.refer_to_plan(self.store.reference_path, spec, effective)
         self._plan_must_be_reference = failure is not None
         self.reporter.end("kept; every later plan's output is compared with it" if failure is None else failure.message)

@@ -24,7 +24,7 @@ from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.search.stop import Interrupted
 from pipetune.tuner.search.trial_codec import point_of_trial
 from pipetune.tuner.study.files import was_interrupted
-from pipetune.tuner.study.search_log import LogBook, Proposal, Stop
+from pipetune.tuner.study.search_log import Proposal, SearchLogWriter, Stop
 
 
 class Search:
@@ -33,14 +33,14 @@ class Search:
     def __init__(
         self,
         runs: Runs,
-        book: LogBook,
+        log: SearchLogWriter,
         participant: Participant,
         space: SearchSpace,
         cost: CostModel,
         resolve: Resolver,
         warm: WarmStart,
     ) -> None:
-        self._runs, self._book, self._participant = runs, book, participant
+        self._runs, self._log, self._participant = runs, log, participant
         self._store, self._config = runs.store, runs.store.config
         self._space, self._cost, self._resolve, self._warm = space, cost, resolve, warm
         self._best_cost = math.inf
@@ -56,15 +56,15 @@ class Search:
             Interrupted: somebody asked to stop; the running trial has its record.
         """
         with contextlib.ExitStack() as stack:
-            with self._book.spend("search"):
+            with self._log.spend("search"):
                 study = self._participant.open_study(self._space, self._resolve)
                 stack.callback(study.close)
                 self._restore(study)
                 strategy = self._strategy(study)
             stop = self._search(strategy, study)
-        with self._book.spend("search"):
+        with self._log.spend("search"):
             self.preferred = strategy.preferred(before_finals(self._store.records))
-        self._book.end(stop)
+        self._log.end(stop)
         self._runs.reporter.say(f"the search ends: {stop.text}")
         return stop
 
@@ -88,7 +88,7 @@ class Search:
     def _search(self, strategy: Strategy, study: OptunaStudy) -> Stop:
         deadline = time.monotonic() + (self._config.timeout_s or math.inf)
         while True:
-            with self._book.spend("search"):
+            with self._log.spend("search"):
                 for record in study.pull(self._store):
                     self._show_best(record)
                 # What finals measure must not reopen the search that they follow.
@@ -99,7 +99,7 @@ class Search:
                     return step
                 number = study.ask(step.point) if isinstance(step, Proposal) else None
                 if isinstance(step, Proposal) and number is not None:
-                    self._book.note(number, step)
+                    self._log.note(number, step)
             if isinstance(step, Stop):
                 # What others run may change that: it may fail, or teach something.
                 with self._runs.stop.interruptible():
@@ -113,13 +113,13 @@ class Search:
         predicted = values_text(proposal.predicted, self._config.objectives[:1])
         if predicted:
             label += f" · predicted {predicted}"
-        with self._book.spend("trials"):
+        with self._log.spend("trials"):
             record = self._runs.measure(
                 label, plan, self._resolve(plan), role="trial", trial_number=number, params=dict(proposal.point)
             )
-        with self._book.spend("search"):
+        with self._log.spend("search"):
             study.tell(record)
-            self._book.save()
+            self._log.save()
         self._show_best(record)
         if was_interrupted(record):
             raise Interrupted

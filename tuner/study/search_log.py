@@ -83,7 +83,7 @@ class SearchLog(Value):
         return sum(seconds for phase, seconds in self.seconds.items() if phase not in MEASURING)
 
 
-class LogBook:
+class SearchLogWriter:
     """Writes the log of a study."""
 
     def __init__(self, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipetune.bench.errors import StudyError
-from pipetune.tuner.study.search_log import LogBook, Proposal, Stop
+from pipetune.tuner.study.search_log import Proposal, SearchLogWriter, Stop
 
 PROPOSAL = Proposal(
     point={"partition_rank": 3},
@@ -20,45 +20,45 @@ PROPOSAL = Proposal(
 
 
 def test_what_is_noted_is_there_for_whoever_goes_on(tmp_path: Path) -> None:
-    book = LogBook(tmp_path / "search.json")
-    book.note(0, PROPOSAL)
-    book.note(1, PROPOSAL.model_copy(update={"kind": "kind"}))
-    book.note(1, PROPOSAL)
-    again = LogBook(tmp_path / "search.json")
+    log = SearchLogWriter(tmp_path / "search.json")
+    log.note(0, PROPOSAL)
+    log.note(1, PROPOSAL.model_copy(update={"kind": "kind"}))
+    log.note(1, PROPOSAL)
+    again = SearchLogWriter(tmp_path / "search.json")
     assert [entry.trial_number for entry in again.log.entries] == [0, 1]
     assert again.log.entries[1].predicted == {"output_throughput": 95.0}
     assert again.log.stop is None
     again.end(Stop(kind="budget", text="enough"))
-    assert LogBook(tmp_path / "search.json").log.stop == Stop(kind="budget", text="enough")
+    assert SearchLogWriter(tmp_path / "search.json").log.stop == Stop(kind="budget", text="enough")
     again.note(2, PROPOSAL)
-    assert LogBook(tmp_path / "search.json").log.stop is None
+    assert SearchLogWriter(tmp_path / "search.json").log.stop is None
 
 
 def test_time_counts_for_the_innermost_phase(tmp_path: Path) -> None:
-    book = LogBook(tmp_path / "search.json")
+    log = SearchLogWriter(tmp_path / "search.json")
     began = time.monotonic()
-    with book.spend("trials"):
+    with log.spend("trials"):
         time.sleep(0.02)
-        with book.spend("reference"):
+        with log.spend("reference"):
             time.sleep(0.01)
         time.sleep(0.01)
     took = time.monotonic() - began
-    assert book.log.seconds["trials"] >= 0.029
-    assert 0.009 <= book.log.seconds["reference"] <= took - 0.029
-    assert book.log.total_s == pytest.approx(took, abs=0.005)
-    assert book.log.not_measuring_s == book.log.seconds["reference"]
+    assert log.log.seconds["trials"] >= 0.029
+    assert 0.009 <= log.log.seconds["reference"] <= took - 0.029
+    assert log.log.total_s == pytest.approx(took, abs=0.005)
+    assert log.log.not_measuring_s == log.log.seconds["reference"]
 
 
 def test_time_is_counted_though_something_fails_and_nothing_is_left_where_nothing_was_noted(tmp_path: Path) -> None:
-    book = LogBook(tmp_path / "search.json")
-    with pytest.raises(ZeroDivisionError), book.spend("profile"):
+    log = SearchLogWriter(tmp_path / "search.json")
+    with pytest.raises(ZeroDivisionError), log.spend("profile"):
         raise ZeroDivisionError
-    assert "profile" in book.log.seconds
-    book.save_if_there()
+    assert "profile" in log.log.seconds
+    log.save_if_there()
     assert not (tmp_path / "search.json").exists()
 
 
 def test_a_torn_diary_is_named(tmp_path: Path) -> None:
     (tmp_path / "search.json").write_text('{"entries": [', encoding="utf-8")
     with pytest.raises(StudyError, match=r"search\.json"):
-        LogBook(tmp_path / "search.json")
+        SearchLogWriter(tmp_path / "search.json")
