@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from pydantic import Field
 
@@ -209,6 +210,20 @@ def resolve(
         if need.kv_per_slot:
             in_flight = min(in_flight, (cap - need.weights - need.activations) // need.kv_per_slot)
     return EffectivePlan(plan=plan, in_flight=in_flight)
+
+
+def resolve_prompts(
+    shape: ModelShape, plan: Plan, prompt_lens: Sequence[int], *, output_len: int, device_bytes: dict[str, int]
+) -> EffectivePlan | Failure:
+    """`resolve` for prompts of given lengths in tokens, of which the longest counts; at least one."""
+    return resolve(
+        shape,
+        plan,
+        num_prompts=len(prompt_lens),
+        prompt_len=max(prompt_lens),
+        output_len=output_len,
+        device_bytes=device_bytes,
+    )
 
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:

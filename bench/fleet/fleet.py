@@ -16,7 +16,7 @@ from pipetune.bench.errors import ConfigError, FleetError, ModelError, PlanError
 from pipetune.bench.files import CACHE_VARIABLE, cache_root
 from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, Progress, Supervisor
 from pipetune.bench.machine.hardware import available_devices, device_bytes
-from pipetune.bench.memory import ModelShape, resolve
+from pipetune.bench.memory import ModelShape, resolve_prompts
 from pipetune.bench.profile import Profile, ProfileGrid
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Outcome, timestamp
 from pipetune.bench.spec import (
@@ -162,14 +162,7 @@ class Fleet:
         return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
 
     def _resolve(self, plan: Plan, prompt_lens: Sequence[int], output_len: int) -> EffectivePlan | Failure:
-        return resolve(
-            self.shape,
-            plan,
-            num_prompts=len(prompt_lens),
-            prompt_len=max(prompt_lens),
-            output_len=output_len,
-            device_bytes=self.device_bytes,
-        )
+        return resolve_prompts(self.shape, plan, prompt_lens, output_len=output_len, device_bytes=self.device_bytes)
 
     def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
         """Asks the unsplit model for the truth that plans are checked against, and keeps it in a file."""
