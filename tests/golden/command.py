@@ -10,38 +10,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 MODULE = "pipetune"
-HEAVY = (
-    "matplotlib.pyplot",
-    "optuna",
-    "pandas",
-    "pydantic",
-    "rich.console",
-    "scipy.stats",
-    "sqlalchemy",
-    "typer",
-    "yaml",
-)
-"""What commands spend most of their start on; loaded once for all that are forked."""
 
 _FORKING = """
-import importlib, json, os, runpy, sys
-for name in json.loads(sys.argv[2]):
-    importlib.import_module(name)
-module = sys.argv[1]
+import contextlib, importlib, json, os, runpy, sys
+module, outputs = sys.argv[1:]
 for line in sys.stdin:
     task = json.loads(line)
     child = os.fork()
     if child == 0:
         os.chdir(task["folder"])
-        os.environ.update(task["environment"])
         for number, name in enumerate((os.devnull, "stdout", "stderr")):
-            path = name if number == 0 else os.path.join(task["outputs"], name)
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = [module, *task["args"]]
-        sys.path[0] = task["folder"]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+            os.dup2(os.open(os.path.join(outputs, name), os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv, sys.path[0] = [module, *task["args"]], task["folder"]
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        finally:
+            with open(os.path.join(outputs, "modules"), "w") as file:
+                json.dump([name for name in sys.modules if not name.endswith("__main__")], file)
         sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(os.path.join(outputs, "modules")) as file:
+        for name in json.load(file):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    print(code, flush=True)
 """
 
 
@@ -61,25 +53,23 @@ def run(args: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]
 
 
 class Forks:
-    """Commands that start no fleet, forked from one process that has loaded what takes them longest."""
+    """Commands forked from one process that loads what each has loaded, before the next: it takes them longest."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _FORKING, MODULE, json.dumps(HEAVY)],
+            [sys.executable, "-c", _FORKING, MODULE, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=folder,
-            env=environment(folder),
+            env=environment(folder.parent),
         )
 
     def run(self, args: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
         """One command of this checkout, run in a folder."""
         assert self._process.stdin
         assert self._process.stdout
-        task = {"args": args, "folder": str(folder), "environment": environment(folder), "outputs": str(self._folder)}
-        self._process.stdin.write(json.dumps(task) + "\n")
+        self._process.stdin.write(json.dumps({"args": args, "folder": str(folder)}) + "\n")
         self._process.stdin.flush()
         code = int(self._process.stdout.readline())
         out, err = ((self._folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))

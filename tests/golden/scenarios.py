@@ -23,7 +23,8 @@ DUMMY, DEVICE_FILE, PROMPTS = (
     ROOT / "examples/devices-2xa100-2xa10.yaml",
     ROOT / "examples/prompts.jsonl",
 )
-STARTS_FLEETS = ("real", "workers")
+LONGEST = "real"
+STARTS_FLEETS = (LONGEST, "workers")
 SUBCOMMANDS = ("doctor", "profile", "plan", "tune", "bench", "report", "export", "gate", "compare", "history")
 
 
@@ -190,6 +191,7 @@ TUNE = (
     *("--replicas", "1", "--device-order", "given", "--n-trials", "1", "-o", "study"),
 )
 PLAN = ("plan", "--model", "llama", "--load-format", "dummy", "--device-file", "devices.yaml", *WORK)
+GRID = ("--rows", "1,4", "--lengths", "8", "--pasts", "8")
 BENCH = ("bench", *DUMMY_TWO, "--layers", "1,1", "--micro-batch-size", "4", *WORK, *RUNS, "--no-progress")
 BESIDE = ("--compare-baseline", "--rounds", "1", "--baseline-batch-sizes", "8")
 GATE = (
@@ -296,8 +298,8 @@ CHAINS: Mapping[str, tuple[Step, ...]] = {
         Step("tune", TUNE, files=("study",), prepare=_inputs),
         Step("tune-again", (*TUNE, "--resume", "--json")),
         Step("tune-dry", ("tune", *DUMMY_TWO, *WORK, "-o", "none", "--dry-run", "--json")),
-        Step("profile", ("profile", *DUMMY_TWO, "--refresh")),
-        Step("profile-json", ("profile", *DUMMY_TWO, "--refresh", "--json")),
+        Step("profile", ("profile", *DUMMY_TWO, *GRID, "--refresh")),
+        Step("profile-json", ("profile", *DUMMY_TWO, *GRID, "--refresh", "--json")),
         Step("bench", (*BENCH, *BESIDE, "-o", "runs.jsonl"), files=("runs.jsonl",)),
         Step("bench-json", (*BENCH, "--json", "--ignore-eos", "--save-outputs", "out.jsonl"), files=("out.jsonl",)),
         Step("bench-compared", (*BENCH, *BESIDE, "--json")),

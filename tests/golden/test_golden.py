@@ -15,7 +15,7 @@ import pytest
 
 from tests.golden.command import ROOT
 from tests.golden.record import DATA, load
-from tests.golden.scenarios import CHAINS, STARTS_FLEETS, SUBCOMMANDS, Sections, walk
+from tests.golden.scenarios import CHAINS, LONGEST, STARTS_FLEETS, SUBCOMMANDS, Sections, walk
 from tests.golden.text import same_shape, words
 
 ROOTS = {"bench": "pipetune", "tuner": "pipetune"}
@@ -27,26 +27,29 @@ PUBLIC = {
 """The names that README.md and docs/ show to users of Python."""
 RENAMES = Path(__file__).parent / "renames.txt"
 
-Outcome = dict[str, Sections | Exception]
+Outcomes = dict[str, Future[Sections]]
+"""By the name of the step."""
 
 
-def _walked(chain: str, folder: Path) -> Outcome:
-    return dict(walk(chain, folder))
+def _keep(chain: str, folder: Path, kept: Outcomes) -> None:
+    """Walks a chain and keeps what each of its steps left as soon as it is there."""
+    for name, found in walk(chain, folder):
+        if isinstance(found, Exception):
+            kept[name].set_exception(found)
+        else:
+            kept[name].set_result(found)
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Outcome]]]:
-    """Of every chain that a chosen test asks for; chains run side by side."""
-    wanted = {
-        str(item.callspec.params["chain"])
-        for item in request.session.items
-        if hasattr(item, "callspec") and "chain" in item.callspec.params
-    }
-    chains = sorted((chain for chain in CHAINS if chain in wanted), key=lambda chain: chain not in STARTS_FLEETS)
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
+    """Of every step of the chains that a chosen test asks for; chains run side by side."""
+    chosen = [item.callspec.params.get("chain") for item in request.session.items if hasattr(item, "callspec")]
+    chains = sorted((chain for chain in CHAINS if chain in chosen), key=lambda chain: chain != LONGEST)
+    kept: Outcomes = {step.name: Future() for chain in chains for step in CHAINS[chain]}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        yield {chain: pool.submit(_walked, chain, tmp_path_factory.mktemp(chain).resolve()) for chain in chains}
+        for chain in chains:
+            pool.submit(_keep, chain, tmp_path_factory.mktemp(chain).resolve(), kept)
+        yield kept
 
 
 STEPS = [
@@ -57,10 +60,8 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("chain", "name"), STEPS)
-def test_what_is_seen_is_what_was_recorded(chain: str, name: str, outcomes: dict[str, Future[Outcome]]) -> None:
-    found = outcomes[chain].result()[name]
-    if isinstance(found, Exception):
-        raise found
+def test_what_is_seen_is_what_was_recorded(chain: str, name: str, outcomes: Outcomes) -> None:
+    found = outcomes[name].result()
     recorded = load((DATA / f"{name}.txt").read_text(encoding="utf-8"))
     assert [*found] == [renamed(title) for title in recorded]
     for (title, old), new in zip(recorded.items(), found.values(), strict=True):
@@ -103,11 +104,11 @@ def test_public_names_are_imported_from_their_root(half: str, name: str) -> None
 
 def test_what_the_readme_imports_is_a_public_name() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"(?m)^(?:`|)from (?:bench|tuner|pipetune[\w.]*) import [\w, ]+", text)
+    lines = re.findall(r"(?m)^`?(from (?:bench|tuner|pipetune[\w.]*) import [\w, ]+)", text)
     names = {
         alias.name
         for line in lines
-        for node in ast.walk(ast.parse(line.lstrip("`")))
+        for node in ast.walk(ast.parse(line))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

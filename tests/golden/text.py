@@ -10,6 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def shape(document: Any) -> str:
 
 
 def same_shape(left: str, right: str) -> tuple[str, str]:
-    """Two shapes without what is null or empty in some place, and what stands below a place that is so in all."""
+    """Two shapes without what either has as null or empty, and what stands below where that is all it has."""
     sides = [dict(line.rpartition(": ")[::2] for line in text.splitlines()) for text in (left, right)]
     untold = [{place for place, kinds in side.items() if set(kinds.split("|")) <= {"null", "empty"}} for side in sides]
     bare = {
@@ -123,7 +124,7 @@ def outline(path: Path) -> tuple[str, str]:
             return "exact", masked_lines(iter(found))
         case ".html":
             tags = re.findall(r"<(h[1-4]|th|summary|figcaption)\b[^>]*>(.*?)</\1>", text, re.DOTALL)
-            return "exact", masked_lines(f"{tag} {re.sub('<[^>]*>', '', inner)}" for tag, inner in tags)
+            return "exact", masked_lines(f"{tag} {unescape(re.sub('<[^>]*>', '', inner))}" for tag, inner in tags)
         case ".safetensors":
             raw = path.read_bytes()
             header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
