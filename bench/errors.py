@@ -1,7 +1,7 @@
 """The exception tree, in one place.
 
 PipetuneError
-├── UserError            exit 2: bad input; carries the place and the value, says the way out
+├── UserError            exit 2: bad input; carries the place and the value, says the remedy
 │   ├── ConfigError      a YAML file, a flag or a combination of them
 │   ├── PlanError        stages, maps and cuts that do not describe the model
 │   ├── ModelError       the model cannot be found, read or split
@@ -26,7 +26,7 @@ class PipetuneError(Exception):
 
 
 class UserError(PipetuneError):
-    """Something the user gave is wrong; the message names the place, the value and the way out."""
+    """Something the user gave is wrong; the message names the place, the value and the remedy."""
 
     exit_code = 2
 
@@ -63,3 +63,16 @@ class FleetError(PipetuneError):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
         self.failure = failure
+
+
+def explain(error: Exception) -> str:
+    """What is wrong: the first problem of a value that does not fit, after its dotted key, else the error's own words.
+
+    A `pydantic.ValidationError` is told by what it offers, since commands that need no values import this module too.
+    """
+    problems = getattr(error, "errors", None)
+    if problems is None:
+        return str(error)
+    first = problems(include_url=False)[0]
+    where, what = ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what

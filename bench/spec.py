@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -80,24 +81,55 @@ class Value(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Flag:
+    """How a field is given on the command line; stands in the field's annotation and says nothing of its default."""
+
+    name: str
+    """`--num-prompts`, or `--check/--no-check` for a switch; the environment variable is named after it."""
+    panel: str
+    """Heading that the option stands under in `--help`."""
+    help: str
+    """One line for `--help` and the reference page."""
+    _: KW_ONLY
+    metavar: str | None = None
+    """Placeholder of the value; None shows its type."""
+    short: str | None = None
+    """One-letter form, such as `-o`."""
+    repeats: bool = False
+    """Whether the option is given once for each value of a list, instead of once with commas."""
+    also: tuple[str, ...] = ()
+    """Dotted keys of further fields that are set to the same value."""
+    before: str | None = None
+    """Setting that its option is listed before, where fields are declared in another order."""
+
+
 class ModelSpec(Value):
     """What is served."""
 
-    name: str = Field(min_length=1)
+    name: Annotated[str, Flag("--model", "Model", "Hugging Face id, local folder, or smollm2-135m.")] = Field(
+        min_length=1
+    )
     """A Hugging Face id, a local folder, or a name that pipetune knows (`smollm2-135m`)."""
-    dtype: Dtype = "float32"
+    dtype: Annotated[Dtype, Flag("--dtype", "Model", "float32, bfloat16 or float16.")] = "float32"
     """Dtype that is computed in."""
-    storage_dtype: Dtype | None = None
+    storage_dtype: Annotated[
+        Dtype | None, Flag("--storage-dtype", "Model", "Of the weights, if not --dtype: float32.")
+    ] = None
     """Dtype that weights are kept in, where it differs: `float32` under half-precision compute; None means `dtype`."""
-    load_format: LoadFormat = "auto"
+    load_format: Annotated[LoadFormat, Flag("--load-format", "Model", "auto, or dummy for random weights.")] = "auto"
     """`auto` reads the checkpoint; `dummy` builds random weights from the config alone."""
     seed: int = 0
     """Seed of dummy weights."""
-    attention: AttentionKernel = "auto"
+    attention: Annotated[
+        AttentionKernel, Flag("--attention", "Model", "auto, sdpa, eager, flash_attention_2 or flash_attention_3.")
+    ] = "auto"
     """`auto` takes what transformers picks for the architecture."""
-    revision: str | None = None
+    revision: Annotated[str | None, Flag("--revision", "Model", "Commit or tag of the checkpoint.")] = None
     """Checkpoint revision or content hash; filled in when the model is resolved."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Flag("--trust-remote-code", "Model", "Run code from the model's folder.")] = (
+        False
+    )
 
     @model_validator(mode="after")
     def _storage_is_wider(self) -> Self:
@@ -122,35 +154,57 @@ class ModelSpec(Value):
 class Sampling(Value):
     """How tokens are drawn: each draw depends on the seed, the prompt and the place alone, and not on the plan."""
 
-    temperature: float = Field(default=1.0, gt=0.0)
+    temperature: Annotated[float, Flag("--temperature", "Workload", "Draw tokens, instead of the likeliest one.")] = (
+        Field(default=1.0, gt=0.0)
+    )
     """Divides the logits."""
-    top_k: int = Field(default=0, ge=0)
+    top_k: Annotated[int, Flag("--top-k", "Workload", "… among the k likeliest alone.")] = Field(default=0, ge=0)
     """Only the k likeliest tokens can be drawn; 0 for all."""
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_p: Annotated[float, Flag("--top-p", "Workload", "… among the likeliest of that probability.")] = Field(
+        default=1.0, gt=0.0, le=1.0
+    )
     """Only the fewest likeliest tokens that together have this probability can be drawn."""
-    seed: int = 0
+    seed: Annotated[int, Flag("--sampling-seed", "Workload", "… and by which seed.")] = 0
+    """Seed of the draws."""
 
 
 class Workload(Value):
     """Prompts, how many, and what to do with each."""
 
-    kind: WorkloadKind = "generate"
+    kind: Annotated[WorkloadKind, Flag("--workload-kind", "Workload", "generate tokens, or score the texts given.")] = (
+        "generate"
+    )
     """`generate` tokens, or `score` the given texts: log-probabilities of their tokens, forward passes alone."""
-    num_prompts: int = Field(default=32, ge=1)
-    input_len: int = Field(default=64, ge=1)
+    num_prompts: Annotated[int, Flag("--num-prompts", "Workload", "Prompts in the workload.")] = Field(default=32, ge=1)
+    input_len: Annotated[int, Flag("--input-len", "Workload", "Tokens of each random prompt.")] = Field(
+        default=64, ge=1
+    )
     """Length in tokens of random prompts; ignored when `prompts_file` is given."""
-    output_len: int = Field(default=16, ge=1)
+    output_len: Annotated[int, Flag("--output-len", "Workload", "Tokens to generate for each.")] = Field(
+        default=16, ge=1
+    )
     """Tokens generated for each prompt; of no meaning for `score`."""
     sampling: Sampling | None = None
-    """None takes the likeliest token."""
-    random_range_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """How tokens are drawn; None takes the likeliest."""
+    random_range_ratio: Annotated[
+        float, Flag("--random-range-ratio", "Workload", "Spread of random lengths, 0 to 1.", before="temperature")
+    ] = Field(default=0.0, ge=0.0, lt=1.0)
     """Random prompt lengths are uniform in `input_len · (1 ± ratio)`."""
     seed: int = 0
     """Seed of random prompts."""
-    prompts_file: str | None = None
+    prompts_file: Annotated[
+        str | None,
+        Flag(
+            "--prompts",
+            "Workload",
+            'JSONL: {"prompt": …} or {"prompt_token_ids": […]} a line.',
+            metavar="FILE",
+            before="temperature",
+        ),
+    ] = None
     """JSONL with `{"prompt": …}` or `{"prompt_token_ids": […]}` a line; the first `num_prompts` are used."""
     prompts_sha256: str | None = None
-    """Hash of that file, part of the workload's identity."""
+    """SHA-256 of the prompts' file, part of the workload's identity; filled in when the file is read."""
 
     @model_validator(mode="after")
     def _scores_are_not_sampled(self) -> Self:
@@ -332,7 +386,7 @@ class Plan(Value):
 
     @property
     def switches(self) -> tuple[str, ...]:
-        """In words, the execution switches that are not at their defaults and matter on these devices."""
+        """Words for the execution switches that are not at their defaults and matter on these devices."""
         kinds = {device_kind(device) for device in self.devices}
         switches = ["compiled"] if self.compile else []
         if "cpu" in kinds and not self.packed_weights:
@@ -364,17 +418,24 @@ class EffectivePlan(Value):
 class Protocol(Value):
     """How one plan is measured."""
 
-    num_iters: int = Field(default=3, ge=1)
+    num_iters: Annotated[int, Flag("--num-iters", "Workload", "Timed repetitions.")] = Field(default=3, ge=1)
     """Timed repetitions of the whole workload."""
-    num_iters_warmup: int = Field(default=1, ge=0)
+    num_iters_warmup: Annotated[int, Flag("--num-iters-warmup", "Workload", "Repetitions before them.")] = Field(
+        default=1, ge=0
+    )
     """Repetitions before timing; more are added until steady, up to `max_warmup`."""
     max_warmup: int = Field(default=3, ge=0)
+    """Most repetitions before timing."""
     steady_tolerance: float = Field(default=0.10, gt=0.0)
     """Warm when two repetitions in a row differ by less than this share."""
-    check_outputs: bool = True
+    check_outputs: Annotated[bool, Flag("--check/--no-check", "Workload", "Compare output with the unsplit model.")] = (
+        True
+    )
     """Compare logits before timing, and tokens of the timed passes, with the study's reference."""
     check_prompts: int = Field(default=4, ge=1)
+    """Prompts whose logits are compared."""
     check_tokens: int = Field(default=8, ge=1)
+    """Tokens of each that are compared."""
     instrument: bool = True
     """Record compute spans and receive waits per stage and micro-batch."""
     timeout_s: float = Field(default=600.0, gt=0.0)

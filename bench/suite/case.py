@@ -12,7 +12,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipetune.bench import metrics
-from pipetune.bench.errors import PlanError
+from pipetune.bench.errors import PlanError, explain
 from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.record import Failure, Machine, Outcome, timestamp
 from pipetune.bench.spec import ModelSpec, Plan, Protocol, Workload
@@ -41,10 +41,8 @@ class PlanCase(BaseModel):
         except OSError as error:
             raise PlanError(f"{path}: cannot read the plan: {error.strerror or error}") from None
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
             raise PlanError(
-                f"{path}: {where}: {first['msg']}; take the best_plan.json of a study, or write plan, model and "
+                f"{path}: {explain(error)}; take the best_plan.json of a study, or write plan, model and "
                 "workload into one file"
             ) from None
         except ValueError as error:

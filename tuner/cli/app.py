@@ -12,6 +12,7 @@ from pipetune.tuner.cli.doctor import doctor
 from pipetune.tuner.cli.export import export
 from pipetune.tuner.cli.gate import gate
 from pipetune.tuner.cli.history import history
+from pipetune.tuner.cli.options import SettingsCommand
 from pipetune.tuner.cli.plan import plan
 from pipetune.tuner.cli.profile import profile
 from pipetune.tuner.cli.report import report
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 for command in (tune, plan, bench, gate, compare, history, report, export, doctor, profile):
-    app.command()(command)
+    app.command(cls=SettingsCommand)(command)
 
 
 def _version(wanted: bool) -> None:

@@ -12,6 +12,7 @@ from pipetune.tuner.cli import options as o
 _PLAN = "Plan (one of --plan, --device-map and --layers)"
 
 
+@o.settings("Model", "Workload", "baseline_batch_sizes", before="compare_baseline")
 def bench(
     ctx: typer.Context,
     config: o.Config = None,
@@ -55,33 +56,10 @@ def bench(
     memory_fraction: Annotated[
         float | None, typer.Option("--memory-fraction", help="Cap of each device.", rich_help_panel=_PLAN)
     ] = None,
-    model: o.Model = None,
-    dtype: o.DtypeFlag = None,
-    storage_dtype: o.StorageDtype = None,
-    load_format: o.LoadFormatFlag = None,
-    attention: o.Attention = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    workload_kind: o.WorkloadKind = None,
-    num_prompts: o.NumPrompts = None,
-    input_len: o.InputLen = None,
-    output_len: o.OutputLen = None,
-    random_range_ratio: o.RandomRangeRatio = None,
-    prompts: o.Prompts = None,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    sampling_seed: o.SamplingSeed = None,
-    num_iters: o.NumIters = None,
-    num_iters_warmup: o.NumItersWarmup = None,
-    check: o.Check = None,
-    devices: o.Devices = None,
-    seed: o.Seed = None,
     compare_baseline: Annotated[
         bool, typer.Option("--compare-baseline", help="Beside the un-pipelined model, in rounds.")
     ] = False,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of the comparison.")] = 5,
-    baseline_batch_sizes: o.BaselineBatchSizes = None,
     save_outputs: Annotated[
         Path | None, typer.Option("--save-outputs", metavar="FILE", help="Write what is generated or scored, as JSONL.")
     ] = None,
@@ -100,6 +78,7 @@ def bench(
     from pipetune.tuner.commands.bench import Bench
     from pipetune.tuner.commands.plan_request import PlanRequest
     from pipetune.tuner.config import sources
+    from pipetune.tuner.config.resolve import resolve_settings
     from pipetune.tuner.progress import make_reporter
 
     request = PlanRequest.of(
@@ -118,7 +97,7 @@ def bench(
         memory_fraction=memory_fraction,
     )
     below, below_name = request.settings_below()
-    resolved = common.resolve_settings(ctx.params, below=below, below_name=below_name)
+    resolved = resolve_settings(ctx.params, below=below, below_name=below_name, warn=common.warn)
     if show_config:
         typer.echo(sources.show(resolved), nl=False)
         return 0

@@ -1,28 +1,26 @@
-"""What commands share: settings from flags, consoles, and output for machines."""
+"""What commands share: consoles, and output for people and machines."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from pipetune.tuner.config.sources import KeyPath, Resolved
     from pipetune.tuner.report.data import Report
     from pipetune.tuner.report.document import Document
 
 
 def out() -> Console:
-    """For results."""
+    """Console of results, on stdout."""
     return Console(file=sys.stdout, highlight=False)
 
 
 def err() -> Console:
-    """For progress and messages."""
+    """Console of progress and messages, on stderr."""
     return Console(file=sys.stderr, highlight=False)
 
 
@@ -41,19 +39,6 @@ def print_json(document: Any) -> None:
 def warn(text: str) -> None:
     """Says on stderr what a user should look at."""
     err().print(f"pipetune: {text}", markup=False)
-
-
-def resolve_settings(
-    params: Mapping[str, Any],
-    *,
-    recorded: Path | None = None,
-    below: Mapping[KeyPath, object] | None = None,
-    below_name: str = "",
-) -> Resolved:
-    """Settings from all sources, with warnings on stderr; see `config.resolve`."""
-    from pipetune.tuner.config import resolve
-
-    return resolve.resolve_settings(params, recorded=recorded, below=below, below_name=below_name, warn=warn)
 
 
 def show_study(report: Report, *, json: bool, interrupted: bool = False) -> int:

@@ -11,21 +11,10 @@ from pipetune.tuner.cli import options as o
 _FIT = "Fit (with --model)"
 
 
+@o.settings("Model", "devices", "workload_kind", "num_prompts", "input_len", "output_len", before="micro_batch_size")
 def doctor(
     ctx: typer.Context,
     config: o.Config = None,
-    model: o.Model = None,
-    dtype: o.DtypeFlag = None,
-    storage_dtype: o.StorageDtype = None,
-    load_format: o.LoadFormatFlag = None,
-    attention: o.Attention = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    devices: o.Devices = None,
-    workload_kind: o.WorkloadKind = None,
-    num_prompts: o.NumPrompts = None,
-    input_len: o.InputLen = None,
-    output_len: o.OutputLen = None,
     micro_batch_size: Annotated[
         int | None, typer.Option("--micro-batch-size", help="Sequences a stage.", min=1, rich_help_panel=_FIT)
     ] = None,
@@ -39,10 +28,12 @@ def doctor(
     what of it would fit."""
     from pipetune.tuner.cli import common
     from pipetune.tuner.commands.doctor import Fitting, run_doctor
+    from pipetune.tuner.config.resolve import resolve_settings
     from pipetune.tuner.progress import make_reporter
 
+    model = ctx.params["model"]
     named = model is not None or config is not None
-    resolved = common.resolve_settings({**ctx.params, "model": model if named else "tiny"})
+    resolved = resolve_settings({**ctx.params, "model": model if named else "tiny"}, warn=common.warn)
     given = {"micro_batch_size": micro_batch_size, "memory_fraction": memory_fraction}
     fitting = Fitting.model_validate({name: value for name, value in given.items() if value is not None})
     result = run_doctor(resolved.config, fitting if named else None, make_reporter(common.err(), silent=no_progress))

@@ -10,22 +10,23 @@ import typer
 from pipetune.tuner.cli import options as o
 
 
+@o.settings("device_names", before="output")
 def export(
+    ctx: typer.Context,
     study: o.StudyArgument,
     form: Annotated[
         str, typer.Option("--format", "-f", metavar="FORMAT", help="hf, seed, plan, vllm or sglang.")
     ] = "hf",
     rank: Annotated[int, typer.Option("--rank", min=1, help="Which plan of the ranking.")] = 1,
-    device_names: o.DeviceNames = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of stdout.")] = None,
 ) -> int:
     """Print the best plan as a device map (hf, seed), a plan, or a line for vLLM or SGLang."""
     from pipetune.bench.errors import ConfigError, NothingFeasibleError
     from pipetune.tuner.cli import common
-    from pipetune.tuner.commands.bench import write_new
     from pipetune.tuner.commands.conclude import plan_file
     from pipetune.tuner.report.data import Report
     from pipetune.tuner.report.wording import export_note
+    from pipetune.tuner.study.files import write_new
     from pipetune.tuner.study.plan_file import FORMATS, render
     from pipetune.tuner.study.store import load_study
 
@@ -38,7 +39,8 @@ def export(
         raise NothingFeasibleError(f"{contents.folder}: no plan is ranked, so there is none to export")
     if rank > len(ranked):
         raise ConfigError(f"--rank {rank}: {contents.folder} has {len(ranked)} ranked plans")
-    names = tuple(name.strip() for name in device_names.split(",")) if device_names else contents.config.device_names
+    given = ctx.params["device_names"]
+    names = tuple(name.strip() for name in given.split(",")) if given else contents.config.device_names
     row = ranked[rank - 1]
     text = render(plan_file(contents, row), contents.shape, known, names)
     note = export_note(row.plan) if known in ("hf", "seed") else None

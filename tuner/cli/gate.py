@@ -15,6 +15,7 @@ _RULE = "Rule"
 _FILES = "Output"
 
 
+@o.settings("Model", "Workload", before="output_dir", without=("dtype",))
 def gate(
     ctx: typer.Context,
     files: Annotated[
@@ -92,27 +93,6 @@ def gate(
     order_seed: Annotated[
         int | None, typer.Option("--order-seed", help="Of the randomised order.", min=0, rich_help_panel=_RULE)
     ] = None,
-    model: o.Model = None,
-    storage_dtype: o.StorageDtype = None,
-    load_format: o.LoadFormatFlag = None,
-    attention: o.Attention = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    workload_kind: o.WorkloadKind = None,
-    num_prompts: o.NumPrompts = None,
-    input_len: o.InputLen = None,
-    output_len: o.OutputLen = None,
-    random_range_ratio: o.RandomRangeRatio = None,
-    prompts: o.Prompts = None,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    sampling_seed: o.SamplingSeed = None,
-    num_iters: o.NumIters = None,
-    num_iters_warmup: o.NumItersWarmup = None,
-    check: o.Check = None,
-    devices: o.Devices = None,
-    seed: o.Seed = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -137,32 +117,12 @@ def gate(
     from pipetune.tuner.gate.outputs.wording import screen_of
     from pipetune.tuner.progress import make_reporter
 
-    request = GateRequest(
-        params=ctx.params,
-        warn=common.warn,
-        configs=tuple(config or ()),
-        baseline_plan=baseline_plan,
-        candidate_plan=candidate_plan,
-        baseline_dtype=baseline_dtype,
-        candidate_dtype=candidate_dtype,
-        baseline_python=baseline_python,
-        candidate_python=candidate_python,
-        baseline_ref=baseline_ref,
-        baseline_env=tuple(baseline_env or ()),
-        candidate_env=tuple(candidate_env or ()),
-        stored=tuple(stored or ()),
-        files=tuple(files or ()),
-        metrics=tuple(metric or ()),
-        margin=margin,
-        max_minutes=max_minutes,
-        rounds_in_process=rounds_in_process,
-        order_seed=order_seed,
-    )
+    request = GateRequest.of(ctx.params, warn=common.warn)
     if show_config:
         typer.echo(request.shown(), nl=False)
         return 0
     job = request.job()
-    outputs.refuse_existing(output_dir, junit)
+    outputs.refuse_places(output_dir, junit)
     # A CI that cancels a job sends SIGTERM: as a Ctrl-C it ends the sides' processes as well.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -11,20 +11,10 @@ from pipetune.tuner.cli import options as o
 _GRID = "What is timed"
 
 
+@o.settings("Model", "devices", "workload_kind", "packed_weights", "cuda_graphs", before="rows")
 def profile(
     ctx: typer.Context,
     config: o.Config = None,
-    model: o.Model = None,
-    dtype: o.DtypeFlag = None,
-    storage_dtype: o.StorageDtype = None,
-    load_format: o.LoadFormatFlag = None,
-    attention: o.Attention = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    devices: o.Devices = None,
-    workload_kind: o.WorkloadKind = None,
-    packed_weights: o.PackedWeights = None,
-    cuda_graphs: o.CudaGraphs = None,
     rows: Annotated[
         str | None, typer.Option("--rows", help="Sizes of micro-batches: 1,4,16.", rich_help_panel=_GRID)
     ] = None,
@@ -47,11 +37,12 @@ def profile(
     from pipetune.bench.fleet.experiment import Experiment
     from pipetune.bench.profile import ProfileGrid
     from pipetune.tuner.cli import common
+    from pipetune.tuner.config.resolve import resolve_settings
     from pipetune.tuner.planning.costs import profile_cache
     from pipetune.tuner.progress import make_reporter
     from pipetune.tuner.report.profile import document_of
 
-    resolved = common.resolve_settings(ctx.params).config
+    resolved = resolve_settings(ctx.params, warn=common.warn).config
     space, workload, names = resolved.space, resolved.workload, resolved.concrete_devices
     grid: dict[str, object] = {
         "max_tokens": max_tokens or profile_cache.most_tokens_on(names),

@@ -16,59 +16,12 @@ if TYPE_CHECKING:
     from pipetune.tuner.report.data import Report
 
 
+@o.settings("Model", "Workload", "Search", "output_dir", "study_name", before="resume")
+@o.settings("Study", before="show_config")
 def tune(
     ctx: typer.Context,
     config: o.Config = None,
-    model: o.Model = None,
-    dtype: o.DtypeFlag = None,
-    storage_dtype: o.StorageDtype = None,
-    load_format: o.LoadFormatFlag = None,
-    attention: o.Attention = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = None,
-    workload_kind: o.WorkloadKind = None,
-    num_prompts: o.NumPrompts = None,
-    input_len: o.InputLen = None,
-    output_len: o.OutputLen = None,
-    random_range_ratio: o.RandomRangeRatio = None,
-    prompts: o.Prompts = None,
-    temperature: o.Temperature = None,
-    top_k: o.TopK = None,
-    top_p: o.TopP = None,
-    sampling_seed: o.SamplingSeed = None,
-    num_iters: o.NumIters = None,
-    num_iters_warmup: o.NumItersWarmup = None,
-    check: o.Check = None,
-    devices: o.Devices = None,
-    seed: o.Seed = None,
-    device_order: o.DeviceOrder = None,
-    profile: o.Profile = None,
-    warm_start: o.WarmStart = None,
-    n_trials: o.NTrials = None,
-    timeout: o.Timeout = None,
-    stop_early: o.StopEarly = None,
-    objective: o.Objective = None,
-    constraint: o.Constraint = None,
-    micro_batch_sizes: o.MicroBatchSizes = None,
-    prefill_micro_batch_sizes: o.PrefillMicroBatchSizes = None,
-    prefill_chunk_sizes: o.PrefillChunkSizes = None,
-    replicas: o.Replicas = None,
-    min_stages: o.MinStages = None,
-    max_stages: o.MaxStages = None,
-    memory_fractions: o.MemoryFractions = None,
-    compile: o.Compile = None,  # noqa: A002  the name of the flag
-    cuda_graphs: o.CudaGraphs = None,
-    packed_weights: o.PackedWeights = None,
-    baseline_batch_sizes: o.BaselineBatchSizes = None,
-    finalists: o.Finalists = None,
-    finalist_rounds: o.FinalistRounds = None,
-    max_finalist_rounds: o.MaxFinalistRounds = None,
-    output_dir: o.OutputDir = None,
-    study_name: o.StudyName = None,
     resume: o.Resume = False,
-    storage: o.Storage = None,
-    shared_study: o.SharedStudy = None,
-    device_names: o.DeviceNames = None,
     show_config: o.ShowConfig = False,
     dry_run: o.DryRun = False,
     json: o.Json = False,
@@ -78,11 +31,12 @@ def tune(
     from pipetune.tuner.cli import common
     from pipetune.tuner.commands.dry_run import dry_run_of
     from pipetune.tuner.config import sources
+    from pipetune.tuner.config.resolve import resolve_settings
     from pipetune.tuner.progress import make_reporter
     from pipetune.tuner.study.store import study_folder
 
     recorded = _recorded(ctx.params) if resume else None
-    resolved = common.resolve_settings(ctx.params, recorded=recorded / "study.yaml" if recorded else None)
+    resolved = resolve_settings(ctx.params, recorded=recorded / "study.yaml" if recorded else None, warn=common.warn)
     if show_config:
         if json:
             places = {".".join(path): source for path, source in resolved.sources.items()}
@@ -129,7 +83,7 @@ def _tune(folder: Path, config: TuneConfig, reporter: Reporter, *, resume: bool,
 
 
 def _conclude(folder: Path) -> Report:
-    """Exports and reports; how long they took stands in the search's diary, though not in the reports themselves."""
+    """Exports and reports; how long they took stands in the search's log, though not in the reports themselves."""
     from pipetune.tuner.commands.conclude import conclude
     from pipetune.tuner.study.files import SEARCH_FILE
     from pipetune.tuner.study.search_log import SearchLogWriter

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipetune.bench import metrics
-from pipetune.bench.errors import ConfigError
 from pipetune.bench.record import Failure, Measurement, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, Plan, Protocol, Value
 from pipetune.tuner.commands.plan_request import PlanRequest
@@ -25,6 +24,7 @@ from pipetune.tuner.ranking.runs import PlanRun, medians_of, spread_of
 from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.report.wording import peer_name
 from pipetune.tuner.search.driver import baseline_batch_sizes
+from pipetune.tuner.study.files import refuse_existing, write_new
 
 if TYPE_CHECKING:
     from pipetune.bench.fleet.experiment import Experiment, Labels
@@ -310,34 +310,6 @@ def _contender(name: str, title: str, runs: Sequence[PlanRun], gap: Gap | None, 
         stage_busy_ms=tuple(statistics.median(column) for column in zip(*busy, strict=True)) if busy else (),
         throughputs=tuple(statistics.median(metrics.throughputs(run.measurement)) for run in runs),
     )
-
-
-def refuse_existing(path: Path | None) -> None:
-    """Files that a user names are never overwritten.
-
-    Raises:
-        ConfigError: the file is there, or its folder is not.
-    """
-    if path is None:
-        return
-    if path.exists():
-        raise ConfigError(f"{path} exists; name a new file, or take it away first")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.parent}")
-
-
-def write_new(path: Path, text: str) -> None:
-    """Writes a new file.
-
-    Raises:
-        ConfigError: it is there already, or cannot be written.
-    """
-    refuse_existing(path)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _read_prompts(path: Path, count: int) -> list[str | list[int]]:

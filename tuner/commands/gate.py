@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from pipetune.bench.errors import ConfigError
+from pipetune.bench.errors import ConfigError, explain
 from pipetune.tuner.commands.plan_request import PlanRequest
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.gate import GateConfig, Tolerance, full_name
 from pipetune.tuner.config.resolve import resolve_settings
-from pipetune.tuner.config.sources import KeyPath
+from pipetune.tuner.config.settings import KeyPath
 from pipetune.tuner.gate.cases import SideRequest, case_of, parse_env
 from pipetune.tuner.gate.python_env import commit_of
 from pipetune.tuner.gate.run import Gate
@@ -35,23 +35,30 @@ class GateRequest:
     params: Mapping[str, Any]
     warn: Callable[[str], None]
     """Told of each thing that a user should look at."""
-    configs: tuple[Path, ...]
-    baseline_plan: Path | None
-    candidate_plan: Path | None
-    baseline_dtype: str | None
-    candidate_dtype: str | None
-    baseline_python: str | None
-    candidate_python: str | None
-    baseline_ref: str | None
-    baseline_env: tuple[str, ...]
-    candidate_env: tuple[str, ...]
-    stored: tuple[Path, ...]
-    files: tuple[Path, ...]
-    metrics: tuple[str, ...]
-    margin: float | None
-    max_minutes: float | None
-    rounds_in_process: bool
-    order_seed: int | None
+    config: tuple[Path, ...] = ()
+    baseline_plan: Path | None = None
+    candidate_plan: Path | None = None
+    baseline_dtype: str | None = None
+    candidate_dtype: str | None = None
+    baseline_python: str | None = None
+    candidate_python: str | None = None
+    baseline_ref: str | None = None
+    baseline_env: tuple[str, ...] = ()
+    candidate_env: tuple[str, ...] = ()
+    stored: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()
+    metric: tuple[str, ...] = ()
+    margin: float | None = None
+    max_minutes: float | None = None
+    rounds_in_process: bool = False
+    order_seed: int | None = None
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any], *, warn: Callable[[str], None]) -> GateRequest:
+        """A request from the command's parameters, by their names; what was not given stays at its default."""
+        own = {field.name: params[field.name] for field in fields(cls) if params.get(field.name) is not None}
+        own = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in own.items()}
+        return cls(params=params, warn=warn, **own)
 
     def job(self) -> Job:
         """What there is to do, checked as far as it can be before anything runs.
@@ -102,7 +109,9 @@ class GateRequest:
             "--candidate-env": self.candidate_env or None,
             "--max-minutes": self.max_minutes,
             **self._of_a_baseline_that_runs(),
-            **{f"--{name.replace('_', '-')}": self.params.get(name) for name in sources.FLAGS if name != "output_dir"},
+            **{
+                one.option: self.params.get(one.name) for one in sources.settings().values() if one.name != "output_dir"
+            },
         }
         given = [flag for flag, value in others.items() if value is not None]
         if len(self.files) < 2 or given:
@@ -116,9 +125,9 @@ class GateRequest:
 
     def _gate_of_files(self) -> GateConfig:
         """The section of the config, if one is given: what ran is said by the files."""
-        if not self.configs:
+        if not self.config:
             return GateConfig()
-        (config,) = self._configs() if len(self.configs) < 2 else (self._several(),)
+        (config,) = self._configs() if len(self.config) < 2 else (self._several(),)
         unused: dict[KeyPath, object] = {("model", "name"): "that of the files"}
         return resolve_settings({"config": config}, below=unused, below_name="the files", warn=self.warn).config.gate
 
@@ -128,7 +137,7 @@ class GateRequest:
         given = [flag for flag, value in self._of_a_baseline_that_runs().items() if value is not None]
         if given:
             raise ConfigError(f"--stored and {given[0]}: the baseline is stored, and does not run; leave one out")
-        (config,) = self._configs() if len(self.configs) < 2 else (self._several(),)
+        (config,) = self._configs() if len(self.config) < 2 else (self._several(),)
         plan = self.candidate_plan or self._stored_plan()
         if plan is None:
             return lambda reporter: nothing_stored(self.stored[0], self._gate_config(GateConfig()))
@@ -163,16 +172,16 @@ class GateRequest:
         )
 
     def _several(self) -> Path:
-        raise ConfigError(f"one case at a time where a side is stored; given are {len(self.configs)} configs")
+        raise ConfigError(f"one case at a time where a side is stored; given are {len(self.config)} configs")
 
     def _configs(self) -> tuple[Path | None, ...]:
-        names = [path.stem for path in self.configs]
+        names = [path.stem for path in self.config]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ConfigError(
                 f"--config: two files are called {doubled[0]}; a case is named after its file, rename one"
             )
-        return self.configs or (None,)
+        return self.config or (None,)
 
     def _case(self, baseline: Path, config: Path | None) -> Case:
         return case_of(
@@ -208,22 +217,22 @@ class GateRequest:
         )
 
     def _gate_config(self, config: GateConfig) -> GateConfig:
-        """With what flags say instead.
+        """The section of the config, with what flags say instead.
 
         Raises:
             ConfigError: a metric or a margin that cannot be.
         """
         metrics = dict(config.metrics)
         try:
-            if self.metrics:
-                metrics = {full_name(name): metrics.get(full_name(name), Tolerance()) for name in self.metrics}
+            if self.metric:
+                metrics = {full_name(name): metrics.get(full_name(name), Tolerance()) for name in self.metric}
             if self.margin is not None:
                 metrics = {
                     name: Tolerance(margin=self.margin, least_effect=min(tolerance.least_effect, self.margin))
                     for name, tolerance in metrics.items()
                 }
         except ValidationError as error:
-            raise ConfigError(f"--margin {self.margin}: {error.errors(include_url=False)[0]['msg']}") from None
+            raise ConfigError(f"--margin {self.margin}: {explain(error).removeprefix('margin: ')}") from None
         except ValueError as error:
             raise ConfigError(f"--metric: {error}") from None
         return config.model_copy(update={"metrics": metrics})

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from pipetune.bench.errors import ConfigError, PlanError
+from pipetune.bench.errors import ConfigError, PlanError, explain
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan
-from pipetune.tuner.config.sources import KeyPath
+from pipetune.tuner.config.settings import KeyPath, leaves_of
 from pipetune.tuner.planning.partition.device_map import device_of, plan_from_map, read_device_map
 from pipetune.tuner.study.plan_file import PlanFile, read_plan
 
@@ -86,7 +84,7 @@ class PlanRequest:
             for section in ("model", "workload"):
                 part = getattr(self.plan_file, section)
                 if part is not None:
-                    values |= _leaves(part.model_dump(mode="json"), (section,))
+                    values |= leaves_of(part.model_dump(mode="json"), (section,))
             devices = self.plan_file.devices or self.plan_file.plan.devices
             values[("devices",)] = list(devices)
             prompts = values.get(("workload", "prompts_file"))
@@ -115,7 +113,7 @@ class PlanRequest:
                 self.layers, devices, self.micro_batch_size or math.ceil(share / len(self.layers))
             )
         except ValueError as error:
-            raise PlanError(f"{self.source}: {_reason(error)}") from None
+            raise PlanError(f"{self.source}: {explain(error)}") from None
         return self._changed(plan, devices)
 
     def _changed(self, plan: Plan, devices: tuple[str, ...]) -> Plan:
@@ -136,7 +134,7 @@ class PlanRequest:
         try:
             return Plan.model_validate(values)
         except ValueError as error:
-            raise PlanError(f"{self.source}: {_reason(error)}") from None
+            raise PlanError(f"{self.source}: {explain(error)}") from None
 
     def _replica_devices(self, plan: Plan, devices: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
         """Devices of further replicas: in order, those that the first one leaves."""
@@ -154,14 +152,6 @@ class PlanRequest:
         return tuple(tuple(left[width * index : width * (index + 1)]) for index in range(further))
 
 
-def _leaves(values: Mapping[str, Any], above: KeyPath) -> dict[KeyPath, object]:
-    """Values by their path; a section within a section is taken apart as well."""
-    leaves: dict[KeyPath, object] = {}
-    for key, value in values.items():
-        leaves |= _leaves(value, (*above, key)) if isinstance(value, dict) else {(*above, key): value}
-    return leaves
-
-
 def _counts(text: str) -> tuple[int, ...]:
     try:
         counts = tuple(int(part) for part in text.split(","))
@@ -170,9 +160,3 @@ def _counts(text: str) -> tuple[int, ...]:
     if min(counts) < 1:
         raise ConfigError(f"--layers {text!r}: every stage holds one layer at least")
     return counts
-
-
-def _reason(error: ValueError) -> str:
-    if isinstance(error, ValidationError):
-        return str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, ")
-    return str(error)

@@ -76,7 +76,7 @@ class GateConfig(Value):
     noise_floor: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Differences that this machine is known to show between equal sides, beyond what the pairs themselves show."""
     session_noise: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """For stored baselines: by how much one session differs from another on this machine (SD of their levels'
+    """Noise between stored sessions: by how much one session differs from another on this machine (SD of their levels'
     logarithms), used where one session alone is stored. Without it, one session decides nothing."""
 
     @field_validator("metrics")

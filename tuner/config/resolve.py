@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipetune.bench.errors import ConfigError
+from pipetune.bench.errors import ConfigError, explain
 from pipetune.bench.fleet.fleet import available_devices
 from pipetune.tuner.config import sources
-from pipetune.tuner.config.schema import TuneConfig, check_metrics
-from pipetune.tuner.config.sources import FLAGS, KeyPath, Resolved
+from pipetune.tuner.config.schema import check_metrics
+from pipetune.tuner.config.settings import KeyPath
+from pipetune.tuner.config.sources import Resolved
 
 
 def given(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def given(params: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, (list, tuple)) else value
         for name, value in params.items()
-        if name in FLAGS and value is not None and value not in ([], ())
+        if name in sources.settings() and value is not None and value not in ([], ())
     }
 
 
@@ -75,8 +76,7 @@ def _with(resolved: Resolved, path: KeyPath, value: object, source: str) -> Reso
         inner = inner[key]
     inner[path[-1]] = value
     try:
-        config: TuneConfig = TuneConfig.model_validate(values)
+        config = type(resolved.config).model_validate(values)
     except ValidationError as error:
-        message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{'.'.join(path)} ({source}): {message}") from None
+        raise ConfigError(f"{'.'.join(path)} ({source}): {explain(error)}") from None
     return Resolved(config=config, sources={**resolved.sources, path: source}, warnings=resolved.warnings)

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_serializer, 
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, metric_names, samples_needed
-from pipetune.bench.spec import Device, ModelSpec, Protocol, Value, Workload, device_kind, parse_devices
+from pipetune.bench.spec import Device, Flag, ModelSpec, Protocol, Value, Workload, device_kind, parse_devices
 from pipetune.tuner.config.gate import GateConfig
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -83,31 +83,51 @@ GENERATE_OBJECTIVE, SCORE_OBJECTIVE = "output_throughput", "total_token_throughp
 """What is made better when nothing is said: where texts are scored, nothing is put out."""
 
 
+_SEEDS = ("workload.seed", "model.seed")
+
+
 class SpaceConfig(Value):
     """Bounds of what the search may propose."""
 
-    micro_batch_sizes: Sizes | None = None
-    """None: even divisions of the prompts, and powers of two."""
-    prefill_micro_batch_sizes: Sizes | None = None
-    """None: the same sizes as for decoding; a plan never prefills more rows together than it decodes."""
-    prefill_chunk_sizes: Chunks | None = None
+    micro_batch_sizes: Annotated[Sizes | None, Flag("--micro-batch-sizes", "Search", "To choose among: 4,8,16.")] = None
+    """Sequences of a micro-batch; None: even divisions of the prompts, and powers of two."""
+    prefill_micro_batch_sizes: Annotated[
+        Sizes | None, Flag("--prefill-micro-batch-sizes", "Search", "To choose among, for prefill.")
+    ] = None
+    """Sequences prefilled together, never more than are decoded together; None: the same sizes as for decoding."""
+    prefill_chunk_sizes: Annotated[
+        Chunks | None, Flag("--prefill-chunk-sizes", "Search", "To choose among, tokens of a prompt: 64,whole.")
+    ] = None
     """Tokens of a prompt prefilled at a time, `whole` among them; None: whole prompts, and where they are long and
     few also a half, a quarter and an eighth of the longest."""
-    replicas: Sizes | None = None
+    replicas: Annotated[
+        Sizes | None,
+        Flag("--replicas", "Search", "Pipelines side by side, to choose among: 1,2."),
+    ] = None
     """Pipelines side by side; None: every division of the devices whose pipelines fit into memory."""
-    min_stages: Positive = 1
-    """Of one pipeline."""
-    max_stages: Positive | None = None
-    """Of one pipeline; None: as many as there are devices."""
-    memory_fractions: Fractions = (0.5, 0.7, 0.9)
+    min_stages: Annotated[Positive, Flag("--min-stages", "Search", "Fewest stages of a pipeline.")] = 1
+    """Fewest stages of one pipeline."""
+    max_stages: Annotated[Positive | None, Flag("--max-stages", "Search", "Most stages of a pipeline.")] = None
+    """Most stages of one pipeline; None: as many as there are devices."""
+    memory_fractions: Annotated[
+        Fractions,
+        Flag("--memory-fractions", "Search", "Caps to choose among: 0.7,0.9."),
+    ] = (0.5, 0.7, 0.9)
     """Memory caps; those that let the same number of micro-batches be in flight are one plan."""
-    compile: Compile = False
+    compile: Annotated[
+        Compile, Flag("--compile", "Search", "torch.compile: true, false or search (both).", metavar="WHEN")
+    ] = False
     """Whether layers are compiled by `torch.compile`; `search` tries both."""
-    cuda_graphs: bool = True
+    cuda_graphs: Annotated[bool, Flag("--cuda-graphs/--no-cuda-graphs", "Search", "GPU: capture decode steps.")] = True
     """GPU: whether decode steps are captured as CUDA graphs."""
-    packed_weights: bool = True
+    packed_weights: Annotated[
+        bool, Flag("--packed-weights/--no-packed-weights", "Search", "CPU: lay weights out for oneDNN.")
+    ] = True
     """CPU: whether linear weights are laid out for oneDNN's kernels."""
-    device_order: Literal["auto", "given"] = "auto"
+    device_order: Annotated[
+        Literal["auto", "given"],
+        Flag("--device-order", "Search", "auto: also other orders of unlike devices; given.", before="profile"),
+    ] = "auto"
     """`auto`: where devices are unlike, also in which order they hold the stages."""
 
     @model_validator(mode="after")
@@ -121,56 +141,89 @@ class TuneConfig(Value):
     """What `pipetune tune` needs to know."""
 
     schema_version: Literal[1] = 1
-    name: str | None = None
+    """Version of the config's format."""
+    name: Annotated[str | None, Flag("--study-name", "Study", "… or its name under results/.")] = None
     """The study lands in `results/<name>`; None makes one of the model and the time."""
-    output_dir: str | None = None
+    output_dir: Annotated[
+        str | None,
+        Flag("--output-dir", "Study", "Where the study goes.", metavar="FOLDER", short="-o", before="study_name"),
+    ] = None
     """Any folder, instead of `results/<name>`."""
     model: ModelSpec
     workload: Workload = Workload()
     protocol: Protocol = Protocol()
-    devices: Literal["auto"] | tuple[Device, ...] = "auto"
+    devices: Annotated[
+        Literal["auto"] | tuple[Device, ...], Flag("--devices", "Workload", "cpu:0-1, cuda:0,cuda:1 or auto.")
+    ] = "auto"
     """`auto`: all GPUs of the machine, or else two CPU workers."""
-    profile: bool = True
+    profile: Annotated[bool, Flag("--profile/--no-profile", "Search", "Time layers and links first.")] = True
     """Layers and links are timed first, or their times taken from this machine's cache; else nominal rates serve."""
-    warm_start: Names = ()
+    warm_start: Annotated[
+        Names,
+        Flag("--warm-start", "Search", "An earlier study to learn from; may repeat.", metavar="STUDY", repeats=True),
+    ] = ()
     """Folders of earlier studies: on equal hardware their records teach the cost model, and from anywhere their best
     plans run first. Nothing counts that was not measured anew."""
-    n_trials: int = Field(default=20, ge=1)
+    n_trials: Annotated[int, Flag("--n-trials", "Search", "Plans to run.")] = Field(default=20, ge=1)
     """Plans to run; refusals of plans that cannot fit and interrupted ones are not counted."""
-    timeout_s: float | None = Field(default=None, gt=0.0)
+    timeout_s: Annotated[
+        float | None, Flag("--timeout", "Search", "Start no trial after so long.", metavar="SECONDS")
+    ] = Field(default=None, gt=0.0)
     """No further trial starts after so many seconds of search; the baseline and the finalists come on top."""
-    stop_early: bool = True
+    stop_early: Annotated[
+        bool, Flag("--stop-early/--no-stop-early", "Search", "End when nothing better is predicted.")
+    ] = True
     """The search ends when no plan is predicted to be better than the best by more than the noise."""
-    objectives: Annotated[Names, Field(min_length=1)] = (GENERATE_OBJECTIVE,)
-    """When none is given: `total_token_throughput` where texts are scored."""
-    constraints: Annotated[tuple[Constraint, ...], BeforeValidator(_split)] = ()
-    seed: int = Field(default=0, ge=0)
+    objectives: Annotated[
+        Names,
+        Field(min_length=1),
+        Flag("--objective", "Search", "What to make better; may be repeated.", metavar="METRIC", repeats=True),
+    ] = (GENERATE_OBJECTIVE,)
+    """Metrics to make better; by default `total_token_throughput` where texts are scored."""
+    constraints: Annotated[
+        tuple[Constraint, ...],
+        BeforeValidator(_split),
+        Flag("--constraint", "Search", 'Such as "p90_ttft_ms<=500"; may be repeated.', metavar="LIMIT", repeats=True),
+    ] = ()
+    """Limits that a plan must keep to be ranked."""
+    seed: Annotated[
+        int,
+        Flag("--seed", "Workload", "Of search, random prompts and dummy weights.", also=_SEEDS),
+    ] = Field(default=0, ge=0)
     """Seed of the search; the workload and dummy weights have their own."""
     space: SpaceConfig = SpaceConfig()
-    baseline_batch_sizes: Sizes | None = None
-    """None: all prompts at once, a half and a quarter of them."""
-    finalists: int = Field(default=3, ge=0)
+    baseline_batch_sizes: Annotated[
+        Sizes | None, Flag("--baseline-batch-sizes", "Search", "Of the un-pipelined model: 8,16,32.")
+    ] = None
+    """Prompts that the un-pipelined model takes at once; None: all of them, a half and a quarter."""
+    finalists: Annotated[int, Flag("--finalists", "Search", "Best plans to measure again.")] = Field(default=3, ge=0)
     """Best plans that are measured again beside the baseline; 0 leaves the finals out."""
-    finalist_rounds: Positive = 3
-    """At least; more follow until the best is told from the next."""
-    max_finalist_rounds: Positive = 8
-    """If it cannot be told by then, that is a tie."""
-    storage: str | None = None
+    finalist_rounds: Annotated[Positive, Flag("--finalist-rounds", "Search", "How often at least.")] = 3
+    """Least rounds of the finals; more follow until the best is told from the next."""
+    max_finalist_rounds: Annotated[
+        Positive, Flag("--max-finalist-rounds", "Search", "… and at most, until one is the best.")
+    ] = 8
+    """Most rounds of the finals; plans that cannot be told apart by then are tied."""
+    storage: Annotated[str | None, Flag("--storage", "Study", "Optuna database.", metavar="URL")] = None
     """Optuna storage URL; None is SQLite in the study's folder."""
-    shared_study: Annotated[str | None, BeforeValidator(lambda value: value or None)] = None
+    shared_study: Annotated[
+        str | None,
+        BeforeValidator(lambda value: value or None),
+        Flag("--shared-study", "Study", "Search it with others, in --storage.", metavar="NAME"),
+    ] = None
     """Name of a study in `storage` that several processes search together, each with its own folder and devices; empty
     as none."""
     gate: GateConfig = GateConfig()
     """What `pipetune gate` compares, and how much worse it may become."""
     prices: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
     """What an hour of one device costs, by kind or name: `{cuda: 2.5}`; in any currency, the same for all."""
-    device_names: Names = ()
+    device_names: Annotated[Names, Flag("--device-names", "Study", "Names for device maps: cuda:0,cuda:1.")] = ()
     """Names to write into device maps in place of the devices, in their order; empty keeps theirs."""
 
     @model_validator(mode="before")
     @classmethod
     def _suit_the_workload(cls, values: Any) -> Any:
-        """Where texts are scored nothing is put out, so that the default objective is another."""
+        """The default objective of scored texts, where nothing is put out, is another."""
         workload = values.get("workload") if isinstance(values, dict) else None
         kind = workload.get("kind") if isinstance(workload, dict) else getattr(workload, "kind", None)
         return {"objectives": (SCORE_OBJECTIVE,), **values} if kind == "score" else values

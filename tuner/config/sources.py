@@ -9,73 +9,22 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipetune.bench.errors import ConfigError
 from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.config.settings import ENVIRONMENT_PREFIX, KeyPath, Setting, leaves_of, section_of, settings_of
 
-KeyPath = tuple[str, ...]
-
-FLAGS: dict[str, tuple[KeyPath, ...]] = {
-    "study_name": (("name",),),
-    "output_dir": (("output_dir",),),
-    "model": (("model", "name"),),
-    "dtype": (("model", "dtype"),),
-    "storage_dtype": (("model", "storage_dtype"),),
-    "load_format": (("model", "load_format"),),
-    "attention": (("model", "attention"),),
-    "revision": (("model", "revision"),),
-    "trust_remote_code": (("model", "trust_remote_code"),),
-    "workload_kind": (("workload", "kind"),),
-    "num_prompts": (("workload", "num_prompts"),),
-    "input_len": (("workload", "input_len"),),
-    "output_len": (("workload", "output_len"),),
-    "random_range_ratio": (("workload", "random_range_ratio"),),
-    "prompts": (("workload", "prompts_file"),),
-    "temperature": (("workload", "sampling", "temperature"),),
-    "top_k": (("workload", "sampling", "top_k"),),
-    "top_p": (("workload", "sampling", "top_p"),),
-    "sampling_seed": (("workload", "sampling", "seed"),),
-    "num_iters": (("protocol", "num_iters"),),
-    "num_iters_warmup": (("protocol", "num_iters_warmup"),),
-    "check": (("protocol", "check_outputs"),),
-    "devices": (("devices",),),
-    "device_order": (("space", "device_order"),),
-    "profile": (("profile",),),
-    "warm_start": (("warm_start",),),
-    "stop_early": (("stop_early",),),
-    "n_trials": (("n_trials",),),
-    "timeout": (("timeout_s",),),
-    "objective": (("objectives",),),
-    "constraint": (("constraints",),),
-    "seed": (("seed",), ("workload", "seed"), ("model", "seed")),
-    "micro_batch_sizes": (("space", "micro_batch_sizes"),),
-    "prefill_micro_batch_sizes": (("space", "prefill_micro_batch_sizes"),),
-    "prefill_chunk_sizes": (("space", "prefill_chunk_sizes"),),
-    "replicas": (("space", "replicas"),),
-    "min_stages": (("space", "min_stages"),),
-    "max_stages": (("space", "max_stages"),),
-    "memory_fractions": (("space", "memory_fractions"),),
-    "compile": (("space", "compile"),),
-    "cuda_graphs": (("space", "cuda_graphs"),),
-    "packed_weights": (("space", "packed_weights"),),
-    "baseline_batch_sizes": (("baseline_batch_sizes",),),
-    "finalists": (("finalists",),),
-    "finalist_rounds": (("finalist_rounds",),),
-    "max_finalist_rounds": (("max_finalist_rounds",),),
-    "storage": (("storage",),),
-    "shared_study": (("shared_study",),),
-    "device_names": (("device_names",),),
-}
-"""Names of flags (`--num-prompts`) and, in capitals behind `PIPETUNE_`, of environment variables; what they set."""
-
-ENVIRONMENT_PREFIX = "PIPETUNE_"
 _COMMAND_LINE_ONLY = ("model", "trust_remote_code")
 _MAX_PROBLEMS = 5
+
+
+def settings() -> dict[str, Setting]:
+    """Settings of `TuneConfig` that have a flag and an environment variable, by name."""
+    return settings_of(TuneConfig)
 
 
 @dataclass(frozen=True)
@@ -87,9 +36,11 @@ class Resolved:
     warnings: tuple[str, ...] = ()
 
     def source(self, *path: str) -> str:
+        """Where the value of a key comes from."""
         return self.sources.get(path, "default")
 
     def is_default(self, *path: str) -> bool:
+        """Whether nobody gave the value of a key."""
         return path not in self.sources
 
 
@@ -101,6 +52,7 @@ class _Layers:
     sources: dict[KeyPath, str] = field(default_factory=dict)
 
     def put(self, path: KeyPath, value: Any, source: str) -> None:
+        """Sets the value of a key, over what an earlier layer said."""
         inner = self.values
         for key in path[:-1]:
             if inner.get(key) is None:
@@ -133,7 +85,7 @@ def resolve(
 
     Args:
         file: YAML file given by the user.
-        flags: values by the names of `FLAGS`; None means not given.
+        flags: values by the names of `settings`; None means not given.
         environ: None reads the process's environment.
         recorded: `study.yaml` of a study that is resumed; it lies below the file.
         below: values that lie below the file as well, such as those of a plan file called `below_name`.
@@ -181,10 +133,9 @@ def place_of(
 
 def show(resolved: Resolved) -> str:
     """The resolved config as YAML, with the source of each value behind it."""
-    leaves = list(_leaves(shown_values(resolved.config)))
     lines = []
     section: KeyPath = ()
-    for path, value in leaves:
+    for path, value in leaves_of(shown_values(resolved.config)).items():
         above = path[:-1]
         shared = sum(itertools.takewhile(bool, (one == other for one, other in zip(above, section, strict=False))))
         lines += [(f"{'  ' * depth}{above[depth]}:", "") for depth in range(shared, len(above))]
@@ -234,8 +185,9 @@ def _put_given(
     warnings = _put_environment(layers, environ)
     for name, value in flags.items():
         if value is not None:
-            for key in FLAGS[name]:
-                layers.put(key, value, f"--{name.replace('_', '-')}")
+            setting = settings()[name]
+            for key in setting.paths:
+                layers.put(key, value, setting.option)
     return warnings
 
 
@@ -245,21 +197,18 @@ def _put_file(layers: _Layers, path: Path) -> None:
 
 
 def _put_environment(layers: _Layers, environ: Mapping[str, str]) -> list[str]:
-    names = {ENVIRONMENT_PREFIX + name.upper(): name for name in FLAGS}
+    known = {name.upper(): setting for name, setting in settings().items()}
     warnings = []
     for variable, value in sorted(environ.items()):
-        if variable in names:
-            for key in FLAGS[names[variable]]:
+        prefix, tail = variable[: len(ENVIRONMENT_PREFIX)], variable[len(ENVIRONMENT_PREFIX) :]
+        if prefix != ENVIRONMENT_PREFIX:
+            continue
+        if tail in known:
+            for key in known[tail].paths:
                 layers.put(key, value, variable)
-        elif variable.startswith(ENVIRONMENT_PREFIX):
-            near = difflib.get_close_matches(_tail(variable), map(_tail, names), n=1, cutoff=0.85)
-            if near:
-                warnings.append(f"{variable} is not read; did you mean {ENVIRONMENT_PREFIX}{near[0]}?")
+        elif near := difflib.get_close_matches(tail, known, n=1, cutoff=0.85):
+            warnings.append(f"{variable} is not read; did you mean {ENVIRONMENT_PREFIX}{near[0]}?")
     return warnings
-
-
-def _tail(variable: str) -> str:
-    return variable.removeprefix(ENVIRONMENT_PREFIX)
 
 
 def _read_yaml(path: Path) -> Iterator[tuple[KeyPath, Any, str]]:
@@ -300,18 +249,11 @@ def _walk(
         if key in seen:
             raise ConfigError(f"{place}: {dotted} is given twice; keep one")
         seen.add(key)
-        inner = _section(model, key)
+        inner = section_of(model, key)
         if inner is None:
             yield (*above, key), values[key], place
         elif values[key] is not None:
             yield from _walk(path, value_node, values[key], inner, (*above, key))
-
-
-def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The model of a nested section, which may be left open; None for a plain value."""
-    annotation = model.model_fields[key].annotation
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _nearest(key: str, model: type[BaseModel]) -> str:
@@ -319,18 +261,10 @@ def _nearest(key: str, model: type[BaseModel]) -> str:
     if close:
         return f"did you mean {close[0]}?"
     for section in model.model_fields:
-        inner = _section(model, section)
+        inner = section_of(model, section)
         if inner is not None and key in inner.model_fields:
             return f"did you mean {section}.{key}?"
     return f"there are {', '.join(model.model_fields)}"
-
-
-def _leaves(values: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*above, key))
-        else:
-            yield (*above, key), value
 
 
 def _explain(error: ValidationError, sources: Mapping[KeyPath, str], *, elsewhere: str = "") -> str:

@@ -58,7 +58,7 @@ def check_sharing(config: TuneConfig) -> None:
     """Refuses to share a study where that cannot work.
 
     Raises:
-        ConfigError: no database, or one for a single process; says the way out.
+        ConfigError: no database, or one for a single process; says the remedy.
     """
     name = config.shared_study
     if name is None:

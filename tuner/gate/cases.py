@@ -10,7 +10,7 @@ from pipetune.bench.metrics import metric_names
 from pipetune.bench.spec import Plan, Workload, device_kind
 from pipetune.tuner.config.gate import GateConfig, Tolerance
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.config.sources import ENVIRONMENT_PREFIX, FLAGS
+from pipetune.tuner.config.sources import settings
 from pipetune.tuner.gate.values import Case, Side, SideName
 from pipetune.tuner.study.diff import differences
 
@@ -87,7 +87,7 @@ def parse_env(flag: str, texts: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{flag} {text!r}: write KEY=VALUE, as in {flag} NCCL_ALGO=Ring")
         if key in found:
             raise ConfigError(f"{flag} {text!r}: {key} is given twice; keep one")
-        if key.removeprefix(ENVIRONMENT_PREFIX).lower() in FLAGS and key.startswith(ENVIRONMENT_PREFIX):
+        if any(key == setting.variable for setting in settings().values()):
             raise ConfigError(
                 f"{flag} {text!r}: it sets what both sides are to do alike; give it by a flag or a config"
             )

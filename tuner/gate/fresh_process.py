@@ -23,7 +23,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipetune.bench import metrics
-from pipetune.bench.errors import PlanError, UserError
+from pipetune.bench.errors import PlanError, UserError, explain
 from pipetune.bench.record import Failure, FailureKind, Record, timestamp
 from pipetune.bench.spec import Value
 from pipetune.tuner.gate.python_env import Interpreter, own
@@ -191,10 +191,8 @@ def _read(output: Path, case: Case, name: SideName) -> Record | _NotComparable:
     try:
         record = Record.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
         return _NotComparable(
-            f"its record is of another version than this pipetune reads: {where}: {first['msg']}; compare with a "
+            f"its record is of another version than this pipetune reads: {explain(error)}; compare with a "
             "revision whose records it reads"
         )
     other = _other_work(record, case, name)

@@ -24,7 +24,7 @@ import pipetune
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.fleet.fleet import cache_root
 from pipetune.bench.record import Machine
-from pipetune.tuner.config.sources import ENVIRONMENT_PREFIX, FLAGS
+from pipetune.tuner.config.sources import settings
 
 ROOT = Path(pipetune.__file__).resolve().parents[1]
 """Root of the code that runs: a checkout, or where packages are installed."""
@@ -80,8 +80,8 @@ class Interpreter:
     @property
     def environment(self) -> dict[str, str]:
         """Without pipetune's own variables that set what a config sets: what is to run is said by files alone."""
-        settings = {ENVIRONMENT_PREFIX + name.upper() for name in FLAGS}
-        environment = {key: value for key, value in os.environ.items() if key not in settings} | dict(self.env)
+        variables = {setting.variable for setting in settings().values()}
+        environment = {key: value for key, value in os.environ.items() if key not in variables} | dict(self.env)
         given = environment.pop("PYTHONPATH", "").split(os.pathsep)
         # Whoever runs this pipetune in place has it on the path, where it would hide the one of another environment.
         path = [*([str(self.root)] if self.root else []), *(one for one in given if one and one != str(ROOT))]

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipetune.bench.errors import StudyError
+from pipetune.bench.errors import ConfigError, StudyError, explain
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import FailureKind, Machine, Record
 from pipetune.bench.spec import Value
@@ -100,9 +100,35 @@ def read(path: Path, model: type[_T]) -> _T:
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{path}: cannot be read: {error}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = f"{where}: {first['msg']}" if where else first["msg"]
         raise StudyError(
-            f"{path} is cut off or no {model.__name__} of this version ({what}); move it away to go on without it"
+            f"{path} is cut off or no {model.__name__} of this version ({explain(error)}); move it away to go on "
+            "without it"
         ) from None
+
+
+def refuse_existing(path: Path | None) -> None:
+    """Refuses to overwrite a file that a user names.
+
+    Raises:
+        ConfigError: the file is there, or its folder is not.
+    """
+    if path is None:
+        return
+    if path.exists():
+        raise ConfigError(f"{path} exists; name a new file, or take it away first")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a new file.
+
+    Raises:
+        ConfigError: it is there already, or cannot be written.
+    """
+    refuse_existing(path)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None

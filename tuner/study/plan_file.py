@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
-from pipetune.bench.errors import PlanError
+from pipetune.bench.errors import PlanError, explain
 from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value, Workload
@@ -97,7 +97,4 @@ def read_plan(path: Path) -> PlanFile:
     try:
         return PlanFile.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise PlanError(f"{path}: {where}: {message}" if where else f"{path}: {message}") from None
+        raise PlanError(f"{path}: {explain(error)}") from None

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
 from pipetune.bench.errors import ConfigError
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.config.settings import KeyPath
 
 MODEL = "model: {name: m}\n"
 
@@ -114,7 +114,7 @@ def test_sampling_may_be_given_in_parts_and_over_nothing(tmp_path: Path) -> None
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.5, 3, 0.9, 0)
     assert resolved.source("workload", "sampling", "temperature") == f"{file}:4"
     assert resolved.source("workload", "sampling", "top_k") == "--top-k"
-    nothing: dict[sources.KeyPath, object] = {("workload", "sampling"): None}
+    nothing: dict[KeyPath, object] = {("workload", "sampling"): None}
     over = sources.resolve(flags={"model": "m", "sampling_seed": 4}, environ={}, below=nothing, below_name="plan.json")
     assert over.config.workload.sampling is not None
     assert over.config.workload.sampling.seed == 4
@@ -175,7 +175,7 @@ def test_a_dumped_config_reads_back_without_places(tmp_path: Path) -> None:
 
 
 def test_values_of_a_plan_file_lie_below_and_go_with_its_model_only() -> None:
-    below: dict[sources.KeyPath, object] = {
+    below: dict[KeyPath, object] = {
         ("model", "name"): "a",
         ("model", "revision"): "abc",
         ("workload", "num_prompts"): 5,
@@ -185,14 +185,3 @@ def test_values_of_a_plan_file_lie_below_and_go_with_its_model_only() -> None:
     other = sources.resolve(environ={}, flags={"model": "b"}, below=below, below_name="best.json")
     assert other.config.model.revision is None
     assert other.config.workload.num_prompts == 5
-
-
-def test_every_flag_sets_a_field_that_exists() -> None:
-    for name, paths in sources.FLAGS.items():
-        for path in paths:
-            model: type[BaseModel] | None = TuneConfig
-            for key in path[:-1]:
-                assert model is not None, name
-                model = sources._section(model, key)
-            assert model is not None, name
-            assert path[-1] in model.model_fields, name

@@ -13,23 +13,21 @@ from pipetune.tuner.gate.outputs.wording import markdown_of
 from pipetune.tuner.gate.values import GateResult
 from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.report.render.plot import render_png
+from pipetune.tuner.study.files import refuse_existing
 
 RESULT_FILE, JUNIT_FILE, MARKDOWN_FILE, PLOT_FILE = "gate.json", "junit.xml", "gate.md", "differences.png"
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
 
-def refuse_existing(folder: Path | None, junit: Path | None) -> None:
-    """Nothing that is there is overwritten: said before anything is measured.
+def refuse_places(folder: Path | None, junit: Path | None) -> None:
+    """Refuses to overwrite what is there, before anything is measured.
 
     Raises:
         ConfigError: the folder holds something, or the file is there.
     """
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder; name a new one for this gate")
-    if junit is not None and junit.exists():
-        raise ConfigError(f"{junit} exists; name a new file, or take it away first")
-    if junit is not None and not junit.absolute().parent.is_dir():
-        raise ConfigError(f"{junit}: there is no folder {junit.parent}")
+    refuse_existing(junit)
 
 
 def write(result: GateResult, folder: Path | None, junit: Path | None) -> None:

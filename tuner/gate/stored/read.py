@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from pipetune.bench.errors import ConfigError, StudyError
+from pipetune.bench.errors import ConfigError, StudyError, explain
 from pipetune.bench.record import Machine, Measurement, Record
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Workload
 from pipetune.tuner.gate.fresh_process import sample_of
@@ -221,10 +219,7 @@ def _stored(path: Path, entry: dict[str, Any]) -> Stored:
 
 
 def _what(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    return f"there is no {error}" if isinstance(error, KeyError) else explain(error)
 
 
 def _empty_because(records: Sequence[Record], key: str | None) -> str:

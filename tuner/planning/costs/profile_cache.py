@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from pipetune.bench.errors import ConfigError
+from pipetune.bench.errors import ConfigError, explain
 from pipetune.bench.files import write_durably
 from pipetune.bench.profile import PROFILE_METHOD, Profile, ProfileGrid
 from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Value, Workload, device_kind
@@ -153,10 +153,8 @@ def read_profile(path: Path) -> Profile:
     try:
         return Profile.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(
-            f"{path}: no profile of this version ({where}: {first['msg']}); `pipetune profile --json` writes one"
+            f"{path}: no profile of this version ({explain(error)}); `pipetune profile --json` writes one"
         ) from None
 
 

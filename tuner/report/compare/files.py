@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pipetune.bench.errors import ConfigError, StudyError
+from pipetune.bench.errors import ConfigError, StudyError, explain
 from pipetune.bench.record import Record
 from pipetune.bench.spec import device_index, device_kind
 from pipetune.tuner.config.schema import TuneConfig
@@ -69,8 +69,9 @@ def _records_file(path: Path) -> Report:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         records = [Record.model_validate_json(line) for line in lines]
     except (OSError, UnicodeDecodeError, ValidationError) as error:
-        why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
-        raise StudyError(f"{path}: is no file of records, as pipetune bench -o writes them ({why})") from None
+        raise StudyError(
+            f"{path}: is no file of records, as pipetune bench -o writes them ({explain(error)})"
+        ) from None
     specs = [record.spec for record in records if record.spec is not None]
     if not specs:
         raise StudyError(f"{path}: holds no record of a plan")

@@ -275,13 +275,13 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     (tmp_path / "empty").mkdir()
-    files.refuse_existing(tmp_path / "empty", tmp_path / "new.xml")
+    files.refuse_places(tmp_path / "empty", tmp_path / "new.xml")
     with pytest.raises(ConfigError, match="not an empty folder"):
-        files.refuse_existing(tmp_path / "full", None)
+        files.refuse_places(tmp_path / "full", None)
     with pytest.raises(ConfigError, match="exists"):
-        files.refuse_existing(None, tmp_path / "full" / "notes.txt")
+        files.refuse_places(None, tmp_path / "full" / "notes.txt")
     with pytest.raises(ConfigError, match="there is no folder"):
-        files.refuse_existing(None, tmp_path / "nowhere" / "junit.xml")
+        files.refuse_places(None, tmp_path / "nowhere" / "junit.xml")
 
 
 def test_a_gate_without_any_difference_still_says_so(tmp_path: Path) -> None:

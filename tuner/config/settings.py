@@ -1,0 +1,101 @@
+"""Settings as a schema's fields state them: name, type, default and help of each flag and environment variable."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pipetune.bench.spec import Flag
+
+KeyPath = tuple[str, ...]
+ENVIRONMENT_PREFIX = "PIPETUNE_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A field that a flag and an environment variable set."""
+
+    name: str
+    """`num_prompts`: the flag without its dashes."""
+    flag: Flag
+    path: KeyPath
+    """Keys that lead to the field in YAML: `("workload", "num_prompts")`."""
+    kind: type[bool] | type[int] | type[float] | type[str]
+    """Type of the option's value; a list or a choice is read from text."""
+    default: object
+
+    @property
+    def option(self) -> str:
+        """`--num-prompts`."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str:
+        """`PIPETUNE_NUM_PROMPTS`."""
+        return ENVIRONMENT_PREFIX + self.name.upper()
+
+    @property
+    def paths(self) -> tuple[KeyPath, ...]:
+        """Keys of all fields that are set, the setting's own first."""
+        return (self.path, *(tuple(key.split(".")) for key in self.flag.also))
+
+
+@functools.cache
+def settings_of(schema: type[BaseModel]) -> dict[str, Setting]:
+    """Settings of a schema and of the sections within it by name, in the order of their options."""
+    found = {setting.name: setting for setting in _walk(schema, ())}
+    order = list(found)
+    for setting in found.values():
+        if setting.flag.before is not None:
+            order.remove(setting.name)
+            order.insert(order.index(setting.flag.before), setting.name)
+    return {name: found[name] for name in order}
+
+
+def section_of(schema: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The model of a nested section, which may be left open; None for a plain value."""
+    kinds = _members(schema.model_fields[key].annotation)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def leaves_of(values: Mapping[str, Any], above: KeyPath = ()) -> dict[KeyPath, Any]:
+    """Plain values by their keys; a section within a section is taken apart as well."""
+    leaves: dict[KeyPath, Any] = {}
+    for key, value in values.items():
+        leaves |= leaves_of(value, (*above, key)) if isinstance(value, dict) else {(*above, key): value}
+    return leaves
+
+
+def _walk(schema: type[BaseModel], above: KeyPath) -> Iterator[Setting]:
+    for key, field in schema.model_fields.items():
+        section = section_of(schema, key)
+        if section is not None:
+            yield from _walk(section, (*above, key))
+        for flag in field.metadata:
+            if isinstance(flag, Flag):
+                name = flag.name.partition("/")[0].removeprefix("--").replace("-", "_")
+                yield Setting(name=name, flag=flag, path=(*above, key), kind=_kind(field), default=_default(field))
+
+
+def _default(field: FieldInfo) -> object:
+    return None if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _kind(field: FieldInfo) -> type[bool] | type[int] | type[float] | type[str]:
+    kinds = [kind for kind in _members(field.annotation) if kind is not type(None)]
+    return next((kind for kind in (bool, int, float) if kinds == [kind]), str)
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that a value may have, without what annotates them."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in _members(part)]
+    return [annotation]
