@@ -1,5 +1,6 @@
 # make demo     tune a small real model on this machine; the study lands in results/demo
-# make test     the tests
+# make test-fast   the tests of the inner loop: no fleets, no whole studies, within 3 minutes on two cores
+# make test     all tests: the fast ones side by side, those that measure or start processes one after the other
 # make test-families   every causal-LM family that transformers knows; make models-table writes docs/models.md
 # make check    all that CI runs: lint, types, import contracts, tests
 # make bench-peers   our runtime beside its peers, in rounds, for up to an hour; QUICK=1 takes some minutes
@@ -24,10 +25,10 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check test test-families models-table check lint format hooks clean
+.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check test-fast test test-families models-table check lint format hooks clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 9
+	@sed -n 's/^# //p' Makefile | head -n 10
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -73,12 +74,16 @@ landscapes: $(VENV)/.installed-run
 bench-gate: $(VENV)/.installed-run
 	$(BIN)/python -m tests.evaluation.gate --docs docs/performance.md $(GATE_ARGS)
 
-# GPU_CHECK_ARGS: see `python -m tests.evaluation.gpu --help`.
+# Where there is no package registry: tests/evaluation/gpu/first.sh. GPU_CHECK_ARGS: see `python -m tests.evaluation.gpu --help`.
 gpu-check: $(VENV)/.installed-run
 	$(BIN)/python -m tests.evaluation.gpu $(GPU_CHECK_ARGS)
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# pytest says 5 where the arguments given chose no test of one half.
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'not e2e and not slow' -n auto --dist loadfile $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+test: test-fast
+	$(BIN)/python -m pytest -m 'e2e or slow' $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-families: $(VENV)/.installed-test
 	PIPETUNE_FAMILY_SHARD=all $(BIN)/python -m pytest tests/families $(PYTEST_ARGS)
@@ -92,6 +97,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.house
+	$(BIN)/python -m tests.prose
 
 check: lint test
 

@@ -20,6 +20,18 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+_SLOW = (
+    "tests/bench/fleet/test_fleet.py",
+    "tests/bench/models/test_smollm2",
+    "tests/bench/suite/",
+    "tests/bench/worker/profiling/test_profiler.py",
+    "tests/families/",
+    "tests/tuner/cli/test_gate.py",
+    "tests/tuner/cli/test_profile.py",
+    "tests/tuner/gate/test_fresh_process.py",
+)
+"""Where each test starts fleets or processes, or loads a real model."""
+
 
 @cache
 def _num_gpus() -> int:
@@ -31,8 +43,12 @@ def _num_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests where no NVIDIA GPU is at hand."""
+    """Marks what starts fleets as slow, and skips `gpu` tests where no NVIDIA GPU is at hand."""
+    for item in items:
+        if any(item.nodeid.startswith(place) for place in _SLOW):
+            item.add_marker(pytest.mark.slow)
     if not any(item.get_closest_marker("gpu") for item in items) or _num_gpus() > 0:
         return
     for item in items:

@@ -104,16 +104,20 @@ class PlainReporter(Reporter):
         self._begun = ""
 
     def say(self, text: str) -> None:
+        """Prints the line."""
         self._line(text)
 
     def begin(self, text: str) -> None:
+        """Prints what runs now."""
         self._begun = text
         self._line(text)
 
     def end(self, text: str) -> None:
+        """Prints what came of it, indented."""
         self._line(f"  {text}")
 
     def fleet(self, progress: Progress) -> None:
+        """Prints a worker's message once, if it says something new."""
         if progress.message and progress.message not in (self._last_message, self._begun):
             self._last_message = progress.message
             self._line(f"  {progress_text(progress)}")
@@ -143,19 +147,24 @@ class LiveReporter(Reporter):
         self._live.stop()
 
     def say(self, text: str) -> None:
+        """Prints the line above those that change."""
         self._console.print(Text(text))
 
     def begin(self, text: str) -> None:
+        """Shows what runs now, in place of what ran before."""
         self._now, self._fleet, self._began = text, "", time.monotonic()
 
     def end(self, text: str) -> None:
+        """Prints what ran with what came of it, above the lines that change."""
         self._console.print(Text.assemble((self._now, ""), "\n  ", (text, "dim")))
         self._now, self._fleet = "", ""
 
     def best(self, text: str) -> None:
+        """Shows the best so far."""
         self._best = text
 
     def fleet(self, progress: Progress) -> None:
+        """Shows what the workers are doing beside what runs now."""
         self._fleet = progress_text(progress) if progress.message != self._now else ""
 
     def _render(self) -> RenderableType:

@@ -80,13 +80,16 @@ class FreshProcesses:
     def __exit__(self, *exit_info: object) -> None: ...
 
     def prepare(self, deadline: float) -> None:
+        """Finds both sides' Pythons, and builds what is missing by the deadline."""
         self._interpreters = {name: interpreter_of(self._case.side(name), deadline) for name in SIDES}
         self._machines = {name: one.machine() for name, one in self._interpreters.items()}
 
     def machine(self, name: SideName) -> Machine | None:
+        """The machine as that side's own pipetune sees it."""
         return self._machines[name]
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
+        """One run in processes that start for it and end with it."""
         machine = self._machines[name]
         hardware_id = machine.hardware.hardware_id if machine is not None else None
         sample = run_fresh(
@@ -154,9 +157,11 @@ class RunningFleet:
         self._stack.close()
 
     def machine(self, name: SideName) -> Machine | None:
+        """The machine of the one fleet that both sides share."""
         return self._running.fleet.machine
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
+        """One run in the running fleet."""
         reference = self._references.get(case.name) if check else None
         longest_s = min(case.protocol.timeout_s, timeout_s or math.inf)
         update = {"check_outputs": reference is not None, "timeout_s": longest_s}

@@ -35,7 +35,7 @@ _METHODS = {
     "stored": "stored runs beside others, measured at different times",
 }
 _NAMED = 2
-"""Of what failed: so many stand in the headline, the others are counted."""
+"""Failures named in the headline; the others are counted."""
 
 
 _STYLES: dict[Verdict, Style] = {Verdict.OK: "good", Verdict.FAIL: "bad", Verdict.INCONCLUSIVE: "warning"}

@@ -38,6 +38,7 @@ class Resolver:
         )
 
     def __call__(self, plan: Plan) -> EffectivePlan | Failure:
+        """The plan as it fits into memory, or why it does not; each plan is resolved once."""
         if plan not in self._known:
             self._known[plan] = memory.resolve(
                 self.shape,
