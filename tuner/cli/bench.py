@@ -74,8 +74,9 @@ def bench(
     no_progress: o.NoProgress = False,
 ) -> int:
     """Measure one plan; with --compare-baseline, beside the un-pipelined model in interleaved rounds."""
-    from pipetune.tuner.cli import bench_view, common
+    from pipetune.tuner.cli import common
     from pipetune.tuner.commands.bench import Bench
+    from pipetune.tuner.commands.bench_document import document_of, exit_code, json_of
     from pipetune.tuner.commands.plan_request import PlanRequest
     from pipetune.tuner.config import sources
     from pipetune.tuner.config.resolve import resolve_settings
@@ -112,7 +113,7 @@ def bench(
     reporter = make_reporter(common.err(), silent=no_progress)
     result = job.run(reporter)
     if json:
-        common.print_json(bench_view.document(result))
+        common.print_json(json_of(result))
     else:
-        bench_view.show(result, common.out())
-    return bench_view.exit_code(result)
+        common.show(document_of(result))
+    return exit_code(result)

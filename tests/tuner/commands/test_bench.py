@@ -13,13 +13,14 @@ from pipetune.bench.errors import ModelError
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import Failure, FailureKind, Measurement, Record
 from pipetune.bench.spec import Workload
-from pipetune.tuner.cli import bench_view
 from pipetune.tuner.commands.bench import Bench, BenchResult, Comparison, comparison_of
+from pipetune.tuner.commands.bench_document import document_of
 from pipetune.tuner.commands.plan_request import PlanRequest
 from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
 from pipetune.tuner.progress import PlainReporter, Reporter
 from pipetune.tuner.ranking.finals import BASELINE
 from pipetune.tuner.ranking.values import Objective
+from pipetune.tuner.report.render.rich import render_rich
 from tests.record_factory import (
     WORKLOAD,
     make_baseline_measurement,
@@ -73,7 +74,8 @@ def compared(
 
 def shown(comparison: Comparison) -> str:
     console = Console(file=io.StringIO(), width=80)
-    bench_view.show(BenchResult(plan=PLAN, outcome=make_measurement(PLAN), comparison=comparison), console)
+    result = BenchResult(plan=PLAN, outcome=make_measurement(PLAN), comparison=comparison)
+    console.print(render_rich(document_of(result)))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -1,0 +1,152 @@
+"""What `bench` found, for people and for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipetune.bench import metrics
+from pipetune.bench.record import Failure, FailureKind, Measurement
+from pipetune.tuner.commands.bench import BenchResult, Comparison
+from pipetune.tuner.progress import values_text
+from pipetune.tuner.report.data import host_us_a_task
+from pipetune.tuner.report.document import GAP, Column, Document, Part, Table, Text, left, rows_of
+from pipetune.tuner.report.wording import MISSING, compared_text, steps_text
+
+_PLANS_FAULT = frozenset(
+    {FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY, FailureKind.WRONG_OUTPUT, FailureKind.TIMEOUT}
+)
+_SHOWN = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "bubble_ratio")
+_SHOWN_OF_SCORES = ("total_token_throughput", "mean_e2el_ms", "bubble_ratio")
+_MOST_SHOWN = 4
+"""Stages whose times fit side by side."""
+
+
+def exit_code(result: BenchResult) -> int:
+    """0 with a measurement; 3 where the plan is at fault, 2 the model, 4 the machine or we."""
+    if isinstance(result.outcome, Measurement):
+        return 0
+    if result.outcome.kind == FailureKind.UNSUPPORTED_MODEL:
+        return 2
+    return 3 if result.outcome.kind in _PLANS_FAULT else 4
+
+
+def json_of(result: BenchResult) -> dict[str, Any]:
+    """For `--json`."""
+    outcome = result.outcome
+    values: dict[str, Any] = {
+        "schema_version": 1,
+        "exit_code": exit_code(result),
+        "plan": result.plan.model_dump(mode="json"),
+        "in_flight": result.in_flight,
+        "metrics": None,
+        "stages": None,
+        "check": None,
+        "notes": [],
+        "failure": None,
+        "comparison": result.comparison.model_dump(mode="json") if result.comparison else None,
+    }
+    if isinstance(outcome, Failure):
+        return values | {"failure": outcome.model_dump(mode="json")}
+    return values | {
+        "metrics": metrics.derive(outcome),
+        "stages": {
+            **{name: list(row) for name, row in metrics.stage_metrics(outcome).items()},
+            "host_us_a_task": list(host_us_a_task(outcome)),
+        },
+        "load_s": outcome.load_s,
+        "check_s": outcome.check_s,
+        "prepare_s": outcome.prepare_s,
+        "check": outcome.check.model_dump(mode="json") if outcome.check else None,
+        "notes": [*outcome.notes, *outcome.telemetry.disturbances],
+    }
+
+
+def document_of(result: BenchResult) -> Document:
+    """For people, in 80 columns."""
+    outcome = result.outcome
+    if isinstance(outcome, Failure):
+        return Document(parts=(Text(f"{result.plan.describe()}: {outcome.kind.value}: {outcome.message}"),))
+    notes = (Text(f"note: {note}") for note in (*outcome.notes, *outcome.telemetry.disturbances))
+    told = _comparison(result, result.comparison) if result.comparison is not None else _one(result, outcome)
+    return Document(parts=(*told, Text(_check_text(outcome)), *notes))
+
+
+def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
+    plan, derived = result.plan, metrics.derive(outcome)
+    yield Text(f"{plan.describe()} · {result.in_flight} in flight")
+    yield Text(values_text(derived, _SHOWN if "output_throughput" in derived else _SHOWN_OF_SCORES))
+    yield GAP
+    stages, host_us = metrics.stage_metrics(outcome), host_us_a_task(outcome)
+    rows = []
+    for index, device in enumerate(plan.devices):
+        replica, own = divmod(index, len(plan.stages))
+        stage = plan.stages[own]
+        memory = outcome.memory[index] if index < len(outcome.memory) else None
+        rows.append(
+            (
+                f"{replica}.{own}" if plan.replicas > 1 else str(own),
+                device,
+                f"{stage.first_layer}-{stage.end_layer - 1}",
+                f"{stages['stage_busy_ms'][index] / 1e3:.2f} s" if stages else MISSING,
+                f"{stages['comm_ms'][index] / 1e3:.2f} s" if stages else MISSING,
+                f"{host_us[index]:.0f} µs" if host_us else MISSING,
+                f"{memory.peak_bytes / 2**20:.0f} MiB" if memory else MISSING,
+                f"{memory.cap_bytes / 2**20:.0f} MiB" if memory else MISSING,
+            )
+        )
+    numbers = map(Column, ("busy", "waits", "host/task", "peak memory", "cap"))
+    yield Table(columns=(*map(left, ("stage", "device", "layers")), *numbers), rows=rows_of(rows))
+    if plan.replicas > 1:
+        yield Text("stages are numbered replica.stage")
+    yield Text(f"before the timed iterations: {steps_text(outcome)}")
+
+
+def _comparison(result: BenchResult, comparison: Comparison) -> Iterator[Part]:
+    yield from (Text(f"{row.name}: {row.title}") for row in comparison.contenders)
+    yield GAP
+    generates = all(row.mean_ttft_ms is not None for row in comparison.contenders)
+    rows = []
+    for row in comparison.contenders:
+        wait_ms = row.mean_ttft_ms if generates and row.mean_ttft_ms else row.mean_e2el_ms
+        rows.append(
+            (
+                row.name,
+                f"{row.throughput:.1f}",
+                f"{row.iqr:.1f}",
+                f"{row.ratio:.2f}",
+                MISSING if row.ratio_low is None else f"{row.ratio_low:.2f}–{row.ratio_high:.2f}",
+                MISSING if row.bubble_ratio is None else f"{100 * row.bubble_ratio:.0f} %",
+                f"{wait_ms / 1e3:.2f} s",
+                _busy_text(row.stage_busy_ms),
+            )
+        )
+    latency = "TTFT" if generates else "E2EL"
+    numbers = ("tok/s", "IQR", "×", "95 % interval", "bubble", latency)
+    busy = Column("busy/stage", wrap="narrow")
+    yield Table(columns=(left("", "narrow"), *map(Column, numbers), busy), rows=rows_of(rows))
+    yield GAP
+    yield Text(
+        f"Medians of {comparison.rounds} interleaved rounds in random order; × is over the baseline, round by round."
+    )
+    if result.single_stage_missing:
+        yield Text(f"Without our single stage: {result.single_stage_missing}")
+
+
+def _busy_text(stage_busy_ms: Sequence[float]) -> str:
+    """Seconds of each stage, or of very many the least and the largest."""
+    if not stage_busy_ms:
+        return MISSING
+    shown = [f"{busy / 1e3:.2f}" for busy in stage_busy_ms]
+    if len(shown) > _MOST_SHOWN:
+        shown = [f"{min(stage_busy_ms) / 1e3:.2f}–{max(stage_busy_ms) / 1e3:.2f}"]
+    return " ".join(shown) + " s"
+
+
+def _check_text(outcome: Measurement) -> str:
+    check = outcome.check
+    if check is None:
+        return "output: not checked"
+    tokens = {True: ", tokens equal", False: ", free-running tokens differ at near ties", None: ""}[check.tokens_equal]
+    compared = compared_text(check, scored=outcome.output_len == 0)
+    return f"output: as the {check.reference} model says, {compared}{tokens}"
