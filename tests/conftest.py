@@ -24,13 +24,16 @@ _SLOW = (
     "tests/bench/fleet/test_fleet.py",
     "tests/bench/models/test_smollm2",
     "tests/bench/suite/",
+    "tests/bench/runtime/stage/test_family_caches.py",
     "tests/bench/worker/profiling/test_profiler.py",
     "tests/families/",
+    "tests/golden/test_golden.py",
+    "tests/tuner/cli/test_cli.py",
     "tests/tuner/cli/test_gate.py",
     "tests/tuner/cli/test_profile.py",
     "tests/tuner/gate/test_fresh_process.py",
 )
-"""Where each test starts fleets or processes, or loads a real model."""
+"""Where tests start fleets or processes, load real models, or go through many families."""
 
 
 @cache
