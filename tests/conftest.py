@@ -24,6 +24,7 @@ _SLOW = (
     "tests/bench/fleet/test_fleet.py",
     "tests/bench/models/test_smollm2",
     "tests/bench/suite/",
+    "tests/bench/runtime/kernels/",
     "tests/bench/runtime/stage/test_family_caches.py",
     "tests/bench/worker/profiling/test_profiler.py",
     "tests/families/",
@@ -32,8 +33,9 @@ _SLOW = (
     "tests/tuner/cli/test_gate.py",
     "tests/tuner/cli/test_profile.py",
     "tests/tuner/gate/test_fresh_process.py",
+    "tests/tuner/search/test_driver.py",
 )
-"""Where tests start fleets or processes, load real models, or go through many families."""
+"""Where tests start fleets or processes, load real models, go through many families, or search whole spaces."""
 
 
 @cache
