@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import typer.main
 import yaml
 
@@ -41,6 +42,7 @@ def test_every_flag_of_a_workflow_exists(workflow: Path) -> None:
     calls = calls_in(workflow)
     assert calls
     for name, flags in calls:
-        known = {option for parameter in COMMANDS[name].params for option in parameter.opts + parameter.secondary_opts}
+        parameters = COMMANDS[name].get_params(typer.Context(COMMANDS[name]))
+        known = {option for parameter in parameters for option in parameter.opts + parameter.secondary_opts}
         assert flags
         assert set(flags) <= known
