@@ -1,8 +1,8 @@
 """Words and width of what people read: `python -m tests.prose`, which `make lint` runs.
 
-No word that `words.txt` lists as old stands in code, messages or documents. Documents wrap at 100 columns; tables, code
-blocks, what commands write between their marks, and lines that hold one long word or link alone are as long as they
-must be. No docstring begins with "Of", as if it went on with its neighbour's sentence.
+No word that `words.txt` lists as old stands in code, messages or documents. Documents wrap at 100 columns; tables,
+code blocks, and lines that hold one long word or link alone are as long as they must be. No docstring begins with
+"Of", as if it went on with its neighbour's sentence.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -42,16 +43,26 @@ def old_words(name: str, text: str, words: dict[re.Pattern[str], str]) -> Iterat
                 yield f"{name}:{number}: {match[0]!r} is an old word; say {new!r}"
 
 
+def wrapped(text: str) -> str:
+    """Text that a command writes into a document: lines outside of tables broken at `WIDTH` columns."""
+    return "\n".join(
+        line
+        if line.startswith("|")
+        else textwrap.fill(
+            line, WIDTH, subsequent_indent="  " * line.startswith("- "), break_long_words=False, break_on_hyphens=False
+        )
+        for line in text.splitlines()
+    )
+
+
 def wide_lines(name: str, text: str) -> Iterator[str]:
     """Lines of a document's prose that are wider than `WIDTH` columns and could be broken."""
-    in_code = is_written = False
+    in_code = False
     for number, line in enumerate(text.splitlines(), start=1):
         start = line.lstrip(" >")
         if start.startswith(("```", "~~~")):
             in_code = not in_code
-        elif re.match(r"<!-- [\w-]+: (begin|end)", start):
-            is_written = ": begin" in start
-        elif len(line) > WIDTH and not (in_code or is_written) and _can_be_broken(start):
+        elif len(line) > WIDTH and not in_code and _can_be_broken(start):
             yield f"{name}:{number}: {len(line)} columns, at most {WIDTH}"
 
 

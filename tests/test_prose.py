@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.prose import WORDS, continued_docstrings, old_words, read_words, wide_lines
+from tests.prose import WORDS, continued_docstrings, old_words, read_words, wide_lines, wrapped
 
 LONG = "word " * 30
 
@@ -14,8 +14,14 @@ def test_old_words_are_found_as_whole_words_with_what_to_say() -> None:
 
 def test_prose_is_narrow_and_tables_code_and_links_are_what_they_are() -> None:
     assert list(wide_lines("a.md", f"short\n{LONG}\n")) == [f"a.md:2: {len(LONG)} columns, at most 100"]
-    written = f"<!-- bench-x: begin -->\n{LONG}\n<!-- bench-x: end -->\n"
-    assert not list(wide_lines("a.md", f"| {LONG} |\n```\n{LONG}\n```\n- [a](https://{'x' * 120})\n{written}"))
+    assert not list(wide_lines("a.md", f"| {LONG} |\n```\n{LONG}\n```\n- [a](https://{'x' * 120})\n"))
+
+
+def test_what_commands_write_is_wrapped_but_for_tables() -> None:
+    text = f"| {LONG} |\n\n- {LONG}\n{LONG}"
+    assert not list(wide_lines("a.md", wrapped(text)))
+    assert wrapped(text).split() == text.split()
+    assert wrapped(text).startswith(f"| {LONG} |\n\n- word")
 
 
 def test_docstrings_of_fields_and_functions_stand_by_themselves() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipetune.bench.errors import ConfigError, PipetuneError
 from pipetune.bench.files import write_durably
+from tests.prose import wrapped
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
@@ -76,4 +77,4 @@ def put_between_marks(path: Path, command: str, text: str) -> None:
     _, ended, after = rest.partition(end)
     if not begun or not ended:
         raise ConfigError(f"{path}: has no lines {begin} and {end}; add them where the table belongs")
-    write_durably(path, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
+    write_durably(path, f"{before}{begin}\n\n{wrapped(text.strip())}\n\n{end}{after}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from tests.families.result import VERDICTS, Survey
+from tests.prose import wrapped
 
 COMMAND = "make models-table"
 _ROW = re.compile(r"^\| `([^`]+)` \| .*$", re.MULTILINE)
@@ -48,9 +48,8 @@ def write_table(surveys: Sequence[Survey], versions: Mapping[str, str], *, befor
         "| family | class | verdict | max error | notes |",
         "|---|---|---|---:|---|",
         *(rows[family] for family in sorted(rows)),
-        "",
     ]
-    return "\n".join(line if line.startswith("|") else textwrap.fill(line, 100) for line in lines)
+    return wrapped("\n".join(lines)) + "\n"
 
 
 def read_verdicts(document: str) -> dict[str, str]:
