@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from pipetune.bench.errors import PlanError
 from pipetune.bench.fleet.experiment import Experiment
-from pipetune.bench.fleet.fleet import Fleet, GenerationResult, Progress, ScoreResult
+from pipetune.bench.fleet.fleet import Closing, Fleet, GenerationResult, Progress, ScoreResult
 from pipetune.bench.memory import check_plan
 from pipetune.bench.spec import ModelSpec, Plan, Sampling
 
 
-class Pipeline:
+class Pipeline(Closing):
     """A model split over devices as a plan says, ready to generate and to score.
 
     Example:
@@ -102,11 +101,3 @@ class Pipeline:
     def close(self) -> None:
         """Ends the workers."""
         self._fleet.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

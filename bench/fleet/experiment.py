@@ -13,11 +13,10 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TypedDict, Unpack
 
 from pipetune.bench.errors import FleetError, ModelError
-from pipetune.bench.fleet.fleet import Fleet, Progress
+from pipetune.bench.fleet.fleet import Closing, Fleet, Progress
 from pipetune.bench.fleet.locks import hold_gpus
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record, Role, timestamp
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
@@ -49,7 +48,7 @@ def _once(run: Callable[[], Outcome]) -> Outcome:
     return run()
 
 
-class Experiment:
+class Experiment(Closing):
     """A fleet whose runs become records."""
 
     def __init__(self, start: Callable[[], Fleet], *, exclusive: bool) -> None:
@@ -180,11 +179,3 @@ class Experiment:
             self.fleet.close()
         finally:
             self._held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -71,7 +71,22 @@ class ScoreResult(Value):
     """None where the model has no tokenizer."""
 
 
-class Fleet:
+class Closing:
+    """Something that is closed at the end of its `with` block."""
+
+    def close(self) -> None:
+        """Gives back what is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Fleet(Closing):
     """One worker process per device, kept over plans; rebuilt by itself after a failure, when next used."""
 
     def __init__(
@@ -350,14 +365,6 @@ class Fleet:
     def close(self) -> None:
         """Ends the workers."""
         self._supervisor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check_devices(self) -> None:
         if not self.devices:
