@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipetune.auto_split import auto_split_model
     from pipetune.bench.fleet.fleet import GenerationResult, ScoreResult
     from pipetune.bench.pipeline import Pipeline
     from pipetune.bench.spec import ModelSpec, Plan, Sampling, StagePlan
-    from pipetune.tuner.planning.partition.auto_split import auto_split_model
 
 _HOMES = {
     "GenerationResult": "bench.fleet.fleet",
@@ -23,7 +23,7 @@ _HOMES = {
     "Sampling": "bench.spec",
     "ScoreResult": "bench.fleet.fleet",
     "StagePlan": "bench.spec",
-    "auto_split_model": "tuner.planning.partition.auto_split",
+    "auto_split_model": "auto_split",
 }
 __all__ = [
     "GenerationResult",

@@ -2,7 +2,7 @@
 
 A room is a direct subfolder of a package with all below it, a loose module stands for itself (`__init__` and `__main__`
 do not count), and floors are the longest chain of imports over both. Imports within functions count; those for type
-checkers alone do not.
+checkers alone do not. Within a room nothing is counted, but no parts of it may import one another in a circle either.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class House:
             ("loose modules", len(self.loose), MAX_LOOSE),
         )
         found = [f"{self.package}: {count} {name}, at most {most}" for name, count, most in counts if count > most]
-        return found + ([f"{self.package}: imports in a circle: {' → '.join(self.circle)}"] if self.circle else [])
+        return found + self.circles()
+
+    def circles(self) -> list[str]:
+        """The circle, in words."""
+        return [f"{self.package}: imports in a circle: {' → '.join(self.circle)}"] if self.circle else []
 
 
 def survey(package: str, graph: grimp.ImportGraph) -> House:
@@ -86,6 +90,8 @@ def main() -> int:
         house = survey(package, graph)
         print(f"{package}: {len(house.rooms)} rooms, {house.floors} floors, {len(house.loose)} loose modules")
         faults += house.faults()
+        inner = sorted(name for name in graph.find_descendants(package) if graph.find_children(name))
+        faults += [circle for room in inner for circle in survey(room, graph).circles()]
     root = Path(__file__).parents[1]
     files = [path for folder in ("bench", "tuner", "pipetune") for path in (root / folder).rglob("*.py")]
     lines = sum(len(path.read_bytes().splitlines()) for path in files)

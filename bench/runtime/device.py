@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipetune.bench.runtime.stage import allocator
+from pipetune.bench.runtime import allocator
 from pipetune.bench.spec import device_index, device_kind
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

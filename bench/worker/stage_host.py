@@ -20,10 +20,10 @@ from pipetune.bench.runtime.device import DeviceContext, undisturbed
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.kernels.compiled import CompiledLayers
 from pipetune.bench.runtime.kernels.graphs import DecodeGraphs
-from pipetune.bench.runtime.links.links import Links
 from pipetune.bench.runtime.loop import Edges, PassResult, StageLoop, Status
 from pipetune.bench.runtime.stage.precision import is_mixed
 from pipetune.bench.runtime.stage.stage import Stage
+from pipetune.bench.runtime.wiring import Links
 from pipetune.bench.spec import EffectivePlan, Plan, RunSpec
 from pipetune.bench.worker.channel import ControlGroup
 from pipetune.bench.worker.placement import Placement

@@ -29,8 +29,8 @@ from pipetune.bench.models.layers import find_layers
 from pipetune.bench.runtime.kernels.graphs import TOLERANCES
 from pipetune.bench.runtime.kernels.static_cache import StaticSlotLayer
 from pipetune.bench.runtime.kernels.static_step import disagreement
+from pipetune.bench.runtime.packed_linear import PackedLinear
 from pipetune.bench.runtime.stage.kv_cache import SlotLayer
-from pipetune.bench.runtime.stage.packed_linear import PackedLinear
 
 MAX_VARIANTS = 24
 """Graphs of one piece of code; layers that need more would be compiled on and on, and run eagerly instead."""

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from pipetune.bench.models.cache_kinds import DummyLayer
-from pipetune.bench.runtime.stage import allocator
+from pipetune.bench.runtime import allocator
 
 
 class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from pipetune.bench.errors import ModelError
 from pipetune.bench.models.dummy import init_dummy_weights
 from pipetune.bench.models.layers import find_layers
 from pipetune.bench.models.resolve import ResolvedModel
-from pipetune.bench.runtime.stage import allocator
+from pipetune.bench.runtime import allocator
 from pipetune.bench.runtime.stage.placeholders import PlaceholderEmbedding, PlaceholderHead, PlaceholderLayer
 
 

@@ -20,10 +20,10 @@ from pipetune.bench.models.describe import build_on_meta
 from pipetune.bench.models.layers import cache_name, find_layers, is_recurrent
 from pipetune.bench.models.resolve import ResolvedModel
 from pipetune.bench.runtime.device import TORCH_DTYPES
+from pipetune.bench.runtime.packed_linear import PackedLinear, pack_linears, packed_bytes
 from pipetune.bench.runtime.stage.boundary import Boundary, StageDone, probe
 from pipetune.bench.runtime.stage.family_caches import SLOT_CACHES
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
-from pipetune.bench.runtime.stage.packed_linear import PackedLinear, pack_linears, packed_bytes
 from pipetune.bench.runtime.stage.parts import Parts
 from pipetune.bench.runtime.stage.placeholders import PlaceholderEmbedding
 from pipetune.bench.runtime.stage.precision import computing

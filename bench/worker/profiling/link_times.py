@@ -12,8 +12,8 @@ import torch
 
 from pipetune.bench.profile import LinkProfile
 from pipetune.bench.runtime.device import DeviceContext
-from pipetune.bench.runtime.links.links import Links
 from pipetune.bench.runtime.loop import Edges
+from pipetune.bench.runtime.wiring import Links
 from pipetune.bench.worker.channel import ControlGroup
 
 ROUND_TRIPS = {4 * 2**10: 40, 256 * 2**10: 24, 4 * 2**20: 8}

@@ -93,7 +93,7 @@ def test_the_edges_of_gpus_carry_the_same_tokens(body: str, tmp_path: Path, monk
     eos = expected[0][2]
     until_eos = unsplit_tokens(model, prompts, output_len=OUTPUT_LEN, eos_token_id=eos)
     set_eos(folder, eos)
-    break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.runtime.links.links", body=body)
+    break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.runtime.wiring", body=body)
     with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
         for in_flight, plan in PLANS[1:]:
             for ignore_eos, wanted in ((True, expected), (False, until_eos)):

@@ -9,12 +9,13 @@ share of this time, but no more others than there are further micro-batches to w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pipetune.tuner.planning.simulation.schedule import TaskSequence
+from pipetune.bench.profile import TaskKind
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,25 +34,33 @@ class Contention:
         """k of a phase."""
         return self.decode if decode else self.prefill
 
-    def factors(self, sequence: TaskSequence, busy_s: Floats, *, replicas: int) -> Floats:
+    def factors(
+        self,
+        kinds: Sequence[TaskKind],
+        counts: npt.NDArray[np.intp],
+        busy_s: Floats,
+        *,
+        slots: int,
+        replicas: int,
+    ) -> Floats:
         """Factors on the times of tasks, where all devices computing at once is 1.
 
         Args:
+            counts: `[kind]`, tasks of each kind.
             busy_s: `[kind, stage, plan]`, of a task while all devices compute.
+            slots: micro-batches in flight.
 
         Returns:
             `[kind, stage, plan]`.
         """
-        decodes = np.array([kind.is_decode for kind in sequence.kinds])
+        decodes = np.array([kind.is_decode for kind in kinds])
         factors = np.ones_like(busy_s)
         for decode in (False, True):
             members = np.flatnonzero(decodes == decode)
             if len(members) and self.devices > 1:
-                counts = sequence.counts[members].astype(float)
-                total_s = np.einsum("k,ksp->sp", counts, busy_s[members])
-                others = _others(
-                    total_s, tasks=int(counts.sum()), slots=sequence.slots if decode else None, replicas=replicas
-                )
+                number = counts[members].astype(float)
+                total_s = np.einsum("k,ksp->sp", number, busy_s[members])
+                others = _others(total_s, tasks=int(number.sum()), slots=slots if decode else None, replicas=replicas)
                 share = np.minimum(others / (self.devices - 1), 1.0)
                 factors[members] = np.exp(-self.of(decode=decode) * (1.0 - share))
         return factors

@@ -162,7 +162,9 @@ class CostModel:
             ends = np.stack([self._ends_of(sequence, name, is_first, is_last) for name in names])
             busy_s[:, stage] = (layers[at, :, end] - layers[at, :, first] + ends[at]).T
         if self.contention is not None:
-            busy_s *= self.contention.factors(sequence, busy_s, replicas=replicas)
+            busy_s *= self.contention.factors(
+                sequence.kinds, sequence.counts, busy_s, slots=sequence.slots, replicas=replicas
+            )
         hops_s = np.empty((len(sequence.kinds), num_stages - 1, num_plans))
         for stage in range(num_stages - 1):
             hops_s[:, stage] = self._hops(sequence, [(row[stage], row[stage + 1]) for row in devices])

@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
 RING_DEPTH = 2
-"""Buffers in each ring between stages, as in the runtime (`bench.runtime.links.links`)."""
+"""Buffers in each ring between stages, as in the runtime (`bench.runtime.wiring`)."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

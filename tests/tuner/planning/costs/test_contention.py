@@ -25,7 +25,7 @@ def sequence(micro_batch: int = 4, in_flight: int | None = None) -> TaskSequence
 def factors(work: TaskSequence, stages: tuple[float, ...], *, replicas: int = 1) -> tuple[list[float], list[float]]:
     """Of prefill and of decode, stage by stage, when stages take so long for every task."""
     busy_s = np.broadcast_to(np.array(stages)[None, :, None], (len(work.kinds), len(stages), 1)).copy()
-    found = CONTENTION.factors(work, busy_s, replicas=replicas)[:, :, 0]
+    found = CONTENTION.factors(work.kinds, work.counts, busy_s, slots=work.slots, replicas=replicas)[:, :, 0]
     decodes = np.array([kind.is_decode for kind in work.kinds])
     return found[~decodes][0].tolist(), found[decodes][0].tolist()
 
@@ -66,6 +66,6 @@ def test_factors_lie_between_alone_and_together(
     contention = Contention(prefill=0.1, decode=0.2, devices=len(stages) * replicas)
     work = sequence(micro_batch, in_flight)
     busy_s = np.broadcast_to(np.array(stages)[None, :, None], (len(work.kinds), len(stages), 1)).copy()
-    found = contention.factors(work, busy_s, replicas=replicas)
+    found = contention.factors(work.kinds, work.counts, busy_s, slots=work.slots, replicas=replicas)
     assert np.all(found <= 1.0 + 1e-12)
     assert np.all(found >= math.exp(-0.2) - 1e-12)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.runtime.job import Job
-from pipetune.bench.runtime.links.links import HIDDEN_DEPTH
+from pipetune.bench.runtime.wiring import HIDDEN_DEPTH
 from pipetune.bench.schedule import Task, build_schedule
 from pipetune.tuner.planning.simulation.schedule import (
     RING_DEPTH,

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipetune.bench.models.resolve import resolve_model
-from pipetune.bench.runtime.stage import allocator
+from pipetune.bench.runtime import allocator
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.spec import ModelSpec
 from tests.tiny_models import save_tiny_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipetune.bench.runtime.links.links import Links
+from pipetune.bench.runtime.wiring import Links
 
 DEVICES = ("cpu:0", "cpu:1", "cuda:0", "cuda:1", "cuda:0")
 
