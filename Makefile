@@ -1,6 +1,6 @@
 # make demo     tune a small real model on this machine; the study lands in results/demo
-# make test-fast   the tests of the inner loop: no fleets, no whole studies, within 3 minutes on two cores
-# make test     all tests: the fast ones side by side, those that measure or start processes one after the other
+# make test-fast   the tests of the inner loop: no workers, no real models, no whole studies
+# make test     all tests: side by side, and those that run whole studies one after the other
 # make test-families   every causal-LM family that transformers knows; make models-table writes docs/models.md
 # make check    all that CI runs: lint, types, import contracts, tests
 # make bench-peers   our runtime beside its peers, in rounds, for up to an hour; QUICK=1 takes some minutes
@@ -25,7 +25,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check test-fast test test-families models-table check lint format hooks clean
+.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check gpu-rehearsal test-fast test test-families models-table check lint format hooks clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 10
@@ -54,9 +54,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed-test
 	@$(INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
 
-# A second `make demo` goes on with what the first one recorded.
+# A second `make demo` goes on with what the first one recorded, or shows it again.
 demo: $(VENV)/.installed-run
-	$(BIN)/pipetune tune --config examples/demo.yaml -o $(DEMO) $(if $(wildcard $(DEMO)/study.yaml),--resume)
+	$(BIN)/pipetune demo -o $(DEMO)
 
 # A second `make bench-peers` goes on with what the first one measured. PEERS_ARGS: see `python -m tests.evaluation.peers --help`.
 bench-peers: $(VENV)/.installed-run
@@ -79,14 +79,22 @@ gpu-check: $(VENV)/.installed-run
 	$(BIN)/python -m tests.evaluation.gpu $(GPU_CHECK_ARGS)
 
 # pytest says 5 where the arguments given chose no test of one half.
-test-fast: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'not e2e and not slow' -n auto --dist loadfile $(PYTEST_ARGS) || [ $$? -eq 5 ]
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+SIDE_BY_SIDE := -n auto --dist loadfile
 
-test: test-fast
-	$(BIN)/python -m pytest -m 'e2e or slow' $(PYTEST_ARGS) || [ $$? -eq 5 ]
+test-fast: $(VENV)/.installed-test
+	$(PYTEST) -m 'not e2e and not slow' $(SIDE_BY_SIDE) || [ $$? -eq 5 ]
+
+test: $(VENV)/.installed-test
+	$(PYTEST) -m 'not e2e' $(SIDE_BY_SIDE) || [ $$? -eq 5 ]
+	$(PYTEST) -m e2e || [ $$? -eq 5 ]
 
 test-families: $(VENV)/.installed-test
-	PIPETUNE_FAMILY_SHARD=all $(BIN)/python -m pytest tests/families $(PYTEST_ARGS)
+	PIPETUNE_FAMILY_SHARD=all $(PYTEST) tests/families
+
+# What stands in for a GPU: fleets of stubbed ones, whole; make test runs a share.
+gpu-rehearsal: $(VENV)/.installed-test
+	PIPETUNE_REHEARSAL=all $(PYTEST) tests/rehearsal
 
 models-table: $(VENV)/.installed-test
 	$(BIN)/python -m tests.families.survey --write docs/models.md
@@ -96,6 +104,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m tests.house
 	$(BIN)/python -m tests.prose
 

@@ -25,9 +25,8 @@ def forbidden_cuts(config: Any) -> tuple[int, ...]:
             stored[kinds[index]] = index
         elif mode == "reuse":
             forbidden |= set(range(stored[kinds[index]] + 1, index + 1))
-    for index, mode in enumerate(getattr(text_config, "indexer_types", None) or []):
-        if mode == "shared":
-            forbidden.add(index)
+    indexers = getattr(text_config, "indexer_types", None) or []
+    forbidden |= {index for index, mode in enumerate(indexers) if mode == "shared"}
     return tuple(sorted(cut for cut in forbidden | idle_layers(config) if 0 < cut < text_config.num_hidden_layers))
 
 

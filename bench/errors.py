@@ -7,12 +7,13 @@ PipetuneError
 │   ├── ModelError       the model cannot be found, read or split
 │   └── StudyError       a folder that holds something else, a resume that does not fit
 ├── NothingFeasibleError exit 3: the work was done and no plan ran
-├── StorageError         exit 4: the database that a study is shared by was lost on the way
+├── StorageError         exit 4: the server that keeps a study's database was lost on the way
 └── FleetError           exit 4: workers that die, hang or answer nonsense; carries a Failure
 """
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class NothingFeasibleError(PipetuneError):
 
 
 class StorageError(PipetuneError):
-    """The database of a shared study was lost on the way; what was measured is kept in the study's folder."""
+    """A study's database was lost on the way; what was measured is kept in the study's folder."""
 
 
 class FleetError(PipetuneError):
@@ -75,4 +76,19 @@ def explain(error: Exception) -> str:
         return str(error)
     first = problems(include_url=False)[0]
     where, what = ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")
+    if where and isinstance(first["input"], int | float | str):
+        what += f" (given: {first['input']!r:.60})"
     return f"{where}: {what}" if where else what
+
+
+def disk_fault(error: OSError) -> str:
+    """What befell which file, and what helps: `/s/search.json: No space left on device; make room there`."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error.filename}: {error.strerror or error}{'; make room there' if is_full else ''}"
+
+
+def harmless(text: str) -> str:
+    """Foreign text in its lines: other control characters, which could drive a terminal, become spaces."""
+    if text.isprintable():
+        return text
+    return "".join(char if char == "\n" or char.isprintable() else " " for char in text)

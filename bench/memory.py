@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from pipetune.bench.errors import PlanError
-from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.record import Count, Failure, FailureKind
 from pipetune.bench.schedule import micro_batch_sizes
 from pipetune.bench.spec import EffectivePlan, Plan, Value, device_kind
 
 KV_ALIGNMENT = 16
 """On GPUs KV slots have a multiple of so many positions: kernels of attention pad them in every call otherwise."""
 EDGE_DEPTH = 2
-"""Messages that the rings at a stage's ends hold, each."""
+"""Messages that the rings at a stage's ends hold, each: one is computed with while the next one comes."""
+GPU_WORKSPACE_BYTES = 86 * 2**20
+"""What a stage keeps on a GPU once it has run: cuBLAS's workspaces of the compute stream and of the one that captures,
+32 MiB each on Hopper, and what the allocator holds of the pieces in which a pool of graphs grows."""
 CPU_FREE_SHARE = 0.25
 """Share of activations that glibc's heap holds in free pieces between them."""
 CPU_WORKSPACE_BYTES = 42 * 2**20
@@ -25,43 +28,57 @@ CPU_WORKSPACE_BYTES = 42 * 2**20
 class LayerShape(Value):
     """One decoder layer."""
 
-    weight_bytes: int
-    active_params: int
+    weight_bytes: Count
+    active_params: Count
     """Parameters that one token meets: routed experts count as many as are chosen."""
-    kv_bytes_per_token: int
-    state_bytes: int = 0
+    kv_bytes_per_token: Count
+    state_bytes: Count = 0
     """Bytes of the recurrent states that a row keeps, whatever its length."""
     kind: str = "full_attention"
     """`full_attention`, `sliding_attention`, `linear_attention` …"""
+
+
+Samples = tuple[tuple[Count, Count, Count], ...]
+"""By the positions that a task's tokens attend to, rising: bytes a token, and with the head and one row's logits."""
+
+
+class TaskBytes(Value):
+    """What lived at once within tasks that were run without memory, beside weights and KV: as GPU kernels take it."""
+
+    prompt: Samples
+    """Tasks over whole prompts."""
+    chunk: Samples
+    """Tasks over chunks of 512 tokens, the last ones of their prompts."""
+    decode: Samples
 
 
 class ModelShape(Value):
     """What planning must know of a model; read from its modules, without weights."""
 
     architecture: str
-    num_parameters: int
+    num_parameters: Count
     layers_prefix: str
     """`model.layers`: the module list that is cut."""
     first_modules: tuple[str, ...]
     """Modules outside the layers that belong to the first device in a device map."""
     last_modules: tuple[str, ...]
     """Modules outside the layers that belong to the last device: final norm, head."""
-    embedding_bytes: int
-    head_bytes: int
+    embedding_bytes: Count
+    head_bytes: Count
     """Bytes of an untied head; 0 when it shares the embedding."""
-    other_bytes: int
+    other_bytes: Count
     """Norms, learned positions and the like, kept on every stage."""
     tied: bool
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    vocab_size: int
-    dtype_bytes: int
+    hidden_size: Count
+    intermediate_size: Count
+    num_attention_heads: Count
+    vocab_size: Count
+    dtype_bytes: Count
     """Bytes of a number computed with."""
-    storage_bytes: int | None = None
+    storage_bytes: Count | None = None
     """Bytes of a weight, and of a hidden state between layers, where they are kept in another dtype."""
     layers: tuple[LayerShape, ...] = Field(min_length=1)
-    forbidden_cuts: tuple[int, ...] = ()
+    forbidden_cuts: tuple[Count, ...] = ()
     """Layer indices before which the model must not be cut."""
     recurrent: bool = False
     """Some layers keep a state for whole micro-batches: prefill cannot be cut, neither by rows nor by tokens."""
@@ -69,10 +86,12 @@ class ModelShape(Value):
     """Its layers read the embedding of the tokens, too: each stage holds it and embeds for itself."""
     eager_attention: bool = False
     """Attention scores are written out."""
-    message_bytes: int | None = None
+    message_bytes: Count | None = None
     """Bytes of a token's values that cross between stages, where these are not just its hidden state."""
-    max_positions: int | None = None
-    checkpoint_bytes: int | None = None
+    task_bytes: TaskBytes | None = None
+    """What tasks take on a GPU, where the fleet has one and the family can be run without memory."""
+    max_positions: Count | None = None
+    checkpoint_bytes: Count | None = None
 
     @property
     def num_layers(self) -> int:
@@ -133,6 +152,8 @@ def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, o
     activations = _task_bytes(shape, plan, is_first, is_last, prompt_len=prompt_len, output_len=output_len)
     if on_cpu:
         activations = int(activations * (1 + CPU_FREE_SHARE)) + CPU_WORKSPACE_BYTES
+    else:
+        activations += GPU_WORKSPACE_BYTES
     return StageBytes(weights=weights, kv_per_slot=kv_per_slot, activations=activations)
 
 
@@ -141,7 +162,8 @@ def _task_bytes(
 ) -> int:
     """What a stage holds at most while it works on a task, beside weights and KV.
 
-    Residual stream, attention projections and the gated MLP's intermediates live together (6 H + 3 I values a token).
+    On GPUs it is what tasks took that were run without memory, where the family could be. Elsewhere it is a formula:
+    residual stream, attention projections and the gated MLP's intermediates live together (6 H + 3 I values a token).
     Attention takes a mask over all positions of each row, and scores of every head twice where kernels write them out.
     Towards each neighbour a ring of messages is received into, or held until it is sent. The last stage adds logits of
     one position a row, twice in fp32; of all positions where texts are scored, once, and one text's in fp32. Where
@@ -149,11 +171,20 @@ def _task_bytes(
     """
     chunk = min(plan.prefill_chunk_size or prompt_len, prompt_len)
     tokens = max(plan.prefill_size * chunk, plan.micro_batch_size)
-    size = tokens * (6 * shape.hidden_size * shape.kept_bytes + 3 * shape.intermediate_size * shape.dtype_bytes)
     pairs = max(plan.prefill_size * chunk * prompt_len, plan.micro_batch_size * (prompt_len + output_len))
-    size += pairs * (1 + shape.dtype_bytes)
-    if shape.eager_attention:
-        size += 2 * pairs * shape.num_attention_heads * shape.dtype_bytes
+    measured = shape.task_bytes if device_kind(plan.stages[0].device) == "cuda" else None
+    if measured is not None:
+        has_head, prefill = is_last and output_len > 0, measured.chunk if chunk < prompt_len else measured.prompt
+        size = plan.prefill_size * chunk * _bytes_at(prefill, prompt_len, has_head)
+        if chunk < prompt_len:
+            # What a row takes for each position behind it counts the more, the fewer tokens share it.
+            size += plan.prefill_size * _bytes_at(measured.decode, prompt_len, False)
+        size = max(size, plan.micro_batch_size * _bytes_at(measured.decode, prompt_len + output_len, has_head))
+    else:
+        size = tokens * (6 * shape.hidden_size * shape.kept_bytes + 3 * shape.intermediate_size * shape.dtype_bytes)
+        size += pairs * (1 + shape.dtype_bytes)
+        if shape.eager_attention:
+            size += 2 * pairs * shape.num_attention_heads * shape.dtype_bytes
     if shape.kept_bytes != shape.dtype_bytes:
         widest = max(shape.intermediate_size, shape.vocab_size if is_last else 0)
         size += widest * shape.hidden_size * shape.dtype_bytes
@@ -166,13 +197,18 @@ def _task_bytes(
     return size
 
 
+def _bytes_at(samples: Samples, positions: int, has_head: bool) -> int:
+    """Bytes a token between samples, or in line with the two nearest ones beyond them."""
+    end = next((place for place in range(1, len(samples) - 1) if samples[place][0] >= positions), len(samples) - 1)
+    low, high = samples[end - 1], samples[end]
+    slope = (high[1 + has_head] - low[1 + has_head]) / (high[0] - low[0])
+    return math.ceil(low[1 + has_head] + slope * max(positions - low[0], 0))
+
+
 def resolve(
     shape: ModelShape, plan: Plan, *, num_prompts: int, prompt_len: int, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
     """How many micro-batches the memory caps let be in flight, or why not even one fits.
-
-    Args:
-        device_bytes: memory of each device, in bytes; a stage may take `memory_fraction` of it.
 
     Raises:
         PlanError: the plan does not cover the model's layers, cuts where it must not, or names an unknown device.
@@ -191,8 +227,9 @@ def resolve(
         need = stage_bytes(shape, plan, index, prompt_len=prompt_len, output_len=output_len)
         # Of its devices in all replicas, the one with the least memory decides.
         device = min(devices[index :: len(plan.stages)], key=lambda name: device_bytes[name])
-        cap = int(stage.memory_fraction * device_bytes[device])
+        cap = stage.cap_bytes(device_bytes[device])
         if need.total(1) > cap:
+            in_bytes = cap == stage.max_memory_bytes
             return Failure(
                 kind=FailureKind.OVER_MEMORY_CAP,
                 stage=index,
@@ -204,7 +241,8 @@ def resolve(
                     f"stage {index} on {device} needs {need.total(1) / 2**20:.0f} MiB for one micro-batch "
                     f"(weights {need.weights / 2**20:.0f}, KV {need.kv_per_slot / 2**20:.0f}, activations "
                     f"{need.activations / 2**20:.0f}) and its cap is {cap / 2**20:.0f} MiB; give it fewer layers, "
-                    f"a smaller micro-batch or a larger memory_fraction than {stage.memory_fraction}"
+                    f"a smaller micro-batch or a larger "
+                    + ("max_memory_per_device" if in_bytes else f"memory_fraction than {stage.memory_fraction}")
                 ),
             )
         if need.kv_per_slot:
@@ -233,9 +271,8 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
         PlanError: too few or too many layers, a forbidden cut, or prefill cut where a state covers the micro-batch.
     """
     if plan.num_layers != shape.num_layers:
-        what = (
-            f"layer {plan.num_layers} is missing" if plan.num_layers < shape.num_layers else "there are too many layers"
-        )
+        is_short = plan.num_layers < shape.num_layers
+        what = f"layer {plan.num_layers} is missing" if is_short else "there are too many layers"
         raise PlanError(
             f"plan.stages: layers 0-{plan.num_layers - 1} are given and {shape.architecture} has "
             f"{shape.num_layers} layers (0-{shape.num_layers - 1}); {what}"
@@ -247,8 +284,7 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
             "covers them or it masks otherwise once something is cached; leave it out"
         )
     cuts = {stage.first_layer for stage in plan.stages[1:]}
-    bad = sorted(cuts & set(shape.forbidden_cuts))
-    if bad:
+    if bad := sorted(cuts & set(shape.forbidden_cuts)):
         allowed = [cut for cut in range(1, shape.num_layers) if cut not in shape.forbidden_cuts]
         raise PlanError(
             f"plan.stages: {shape.architecture} must not be cut before layer {bad[0]}; possible cuts: {allowed}"

@@ -15,11 +15,14 @@ time:
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from pipetune.bench.record import Measurement
+from pipetune.bench.record import Iteration, Measurement
 
 LATENCIES = ("queue", "ttft", "tpot", "e2el")
 PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
@@ -33,6 +36,13 @@ HIGHER_IS_BETTER = frozenset(
         "output_tokens_per_joule",
     }
 )
+
+
+def definitions() -> tuple[tuple[tuple[str, ...], str, str], ...]:
+    """Names that are defined alike, their definition, and whether `higher` or `lower` is better, of every metric."""
+    lines = Path(__file__).with_suffix(".md").read_text(encoding="utf-8").splitlines()[2:]
+    cells = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+    return tuple((tuple(re.findall(r"`(\w+)`", names)), text, better) for names, text, better in cells)
 
 
 def samples_needed(quantile: float) -> int:
@@ -64,43 +74,52 @@ def percentile(samples: Sequence[float], quantile: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def request_times_s(measurement: Measurement, iteration: int) -> dict[str, tuple[float, ...]]:
-    """Per prompt, in the order given: `queue`, `ttft`, `tpot` (absent for one token) and `e2el`, in seconds."""
-    run = measurement.iterations[iteration]
-    first_rows = [0]
-    for size in measurement.micro_batch_sizes:
-        first_rows.append(first_rows[-1] + size)
-    count = len(measurement.order)
-    first = [0.0] * count
-    last = [0.0] * count
-    queue: list[float | None] = [None] * count
-    starts = first_stage_starts_s(measurement, iteration)
-    for index, task in enumerate(measurement.tasks):
-        for row in range(task.first_row, task.end_row):
-            prompt = measurement.order[first_rows[task.micro_batch] + row]
-            last[prompt] = max(last[prompt], run.token_times_s[index])
-            if task.step == 0:
-                # Of several chunks the last one gives the token, and the first one ends the wait.
-                first[prompt] = max(first[prompt], run.token_times_s[index])
-                if starts and queue[prompt] is None:
-                    queue[prompt] = starts[index]
+def request_times_s(measurement: Measurement) -> tuple[dict[str, tuple[float, ...]], ...]:
+    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (absent for one token) and `e2el`, in seconds."""
+    order, tasks = measurement.order, measurement.tasks
+    first_rows = list(itertools.accumulate(measurement.micro_batch_sizes, initial=0))
+    # Prompts whose rows are worked on together share their times.
+    together: dict[tuple[int, int], list[int]] = {}
+    for index, task in enumerate(tasks):
+        start = first_rows[task.micro_batch]
+        together.setdefault((start + task.first_row, start + task.end_row), []).append(index)
+    groups = [
+        (order[row:end_row], [index for index in own if tasks[index].step == 0], own)
+        for (row, end_row), own in together.items()
+    ]
+    begun: dict[int, int] = {}
+    for prompts, prefills, _ in groups:
+        begun |= {one: min(begun.get(one, prefills[0]), prefills[0]) for one in prompts if prefills}
+    return tuple(_times_s(measurement, run, groups, begun) for run in measurement.iterations)
+
+
+def _times_s(
+    measurement: Measurement,
+    run: Iteration,
+    groups: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
+    begun: Mapping[int, int],
+) -> dict[str, tuple[float, ...]]:
+    count, known_s = len(measurement.order), run.token_times_s
+    first, last = [0.0] * count, [0.0] * count
+    for prompts, prefills, own in groups:
+        # Of several chunks the last one gives the token, and the first one ends the wait.
+        gave = max((known_s[index] for index in prefills), default=0.0)
+        ended = max(known_s[index] for index in own)
+        for prompt in prompts:
+            first[prompt], last[prompt] = max(first[prompt], gave), max(last[prompt], ended)
+    # When each task began on its replica's first stage; empty without instrumentation.
+    width = len(run.stages) // len(measurement.replica_tasks or (0,))
+    starts = [start for trace in run.stages[:: width or 1] for start in trace.compute_start_s]
     times = {"e2el": tuple(last)}
     if measurement.output_len > 0:
         times["ttft"] = tuple(first)
     if starts:
-        times["queue"] = tuple(wait or 0.0 for wait in queue)
+        times["queue"] = tuple(starts[begun[prompt]] if prompt in begun else 0.0 for prompt in range(count))
     if measurement.output_len > 1:
         times["tpot"] = tuple(
             (end - begin) / (measurement.output_len - 1) for begin, end in zip(first, last, strict=True)
         )
     return times
-
-
-def first_stage_starts_s(measurement: Measurement, iteration: int) -> tuple[float, ...]:
-    """When each task began on its replica's first stage, along `Measurement.tasks`; empty without instrumentation."""
-    stages = measurement.iterations[iteration].stages
-    width = len(stages) // len(measurement.replica_tasks or (0,))
-    return tuple(start for trace in stages[:: width or 1] for start in trace.compute_start_s)
 
 
 def stage_busy_s(measurement: Measurement, iteration: int) -> tuple[float, ...]:
@@ -116,8 +135,7 @@ def stage_busy_s(measurement: Measurement, iteration: int) -> tuple[float, ...]:
 
 def bubble(measurement: Measurement, iteration: int) -> dict[str, float]:
     """`bubble_ratio` and its parts, and `steady_utilization`, for one iteration; empty without instrumentation."""
-    busy = stage_busy_s(measurement, iteration)
-    if not busy:
+    if not (busy := stage_busy_s(measurement, iteration)):
         return {}
     run = measurement.iterations[iteration]
     area = len(busy) * run.duration_s
@@ -139,18 +157,14 @@ def bubble(measurement: Measurement, iteration: int) -> dict[str, float]:
 
 def stage_metrics(measurement: Measurement) -> dict[str, tuple[float, ...]]:
     """Per stage, median over iterations: `stage_busy_ms`, `comm_ms` (waits for in- and output), `stage_utilization`."""
-    runs = range(len(measurement.iterations))
-    busy = [stage_busy_s(measurement, index) for index in runs]
+    runs = measurement.iterations
+    busy = [stage_busy_s(measurement, index) for index in range(len(runs))]
     if not busy[0]:
         return {}
-    comm = [
-        tuple(sum(trace.recv_wait_s) + sum(trace.send_wait_s) for trace in run.stages) for run in measurement.iterations
-    ]
-    utilization = [
-        tuple(own / run.duration_s for own in row) for row, run in zip(busy, measurement.iterations, strict=True)
-    ]
+    comm = [[sum(trace.recv_wait_s) + sum(trace.send_wait_s) for trace in run.stages] for run in runs]
+    utilization = [[own / run.duration_s for own in row] for row, run in zip(busy, runs, strict=True)]
 
-    def medians(rows: list[tuple[float, ...]], scale: float) -> tuple[float, ...]:
+    def medians(rows: Sequence[Sequence[float]], scale: float) -> tuple[float, ...]:
         return tuple(statistics.median(column) * scale for column in zip(*rows, strict=True))
 
     return {
@@ -168,7 +182,6 @@ def derive(measurement: Measurement) -> dict[str, float]:
     over stages, `peak_memory_bytes` and `peak_memory_fraction` (of the cap, without what the process took before any
     model was loaded) the largest over stages.
     """
-    runs = range(len(measurement.iterations))
     output_tokens = len(measurement.prompt_lens) * measurement.output_len
     total_tokens = sum(measurement.prompt_lens) + output_tokens
     durations = [run.duration_s for run in measurement.iterations]
@@ -180,28 +193,23 @@ def derive(measurement: Measurement) -> dict[str, float]:
         "duration_s": duration,
     }
     pooled: dict[str, list[float]] = {}
-    for index in runs:
-        for name, samples in request_times_s(measurement, index).items():
-            pooled.setdefault(name, []).extend(samples)
-    for name in LATENCIES:
-        if name not in pooled:
-            continue
-        values[f"mean_{name}_ms"] = statistics.fmean(pooled[name]) * 1e3
-        values[f"median_{name}_ms"] = statistics.median(pooled[name]) * 1e3
-        for label, quantile in PERCENTILES.items():
-            if len(measurement.prompt_lens) >= samples_needed(quantile):
-                values[f"{label}_{name}_ms"] = percentile(pooled[name], quantile) * 1e3
-    bubbles = [bubble(measurement, index) for index in runs]
+    for times in request_times_s(measurement):
+        for name, own in times.items():
+            pooled.setdefault(name, []).extend(own)
+    enough = {label: q for label, q in PERCENTILES.items() if len(measurement.prompt_lens) >= samples_needed(q)}
+    for name in (name for name in LATENCIES if name in pooled):
+        samples = sorted(pooled[name])
+        values[f"mean_{name}_ms"] = statistics.fmean(samples) * 1e3
+        values[f"median_{name}_ms"] = statistics.median(samples) * 1e3
+        values |= {f"{label}_{name}_ms": percentile(samples, q) * 1e3 for label, q in enough.items()}
+    bubbles = [bubble(measurement, index) for index in range(len(durations))]
     for name in bubbles[0]:
         values[name] = statistics.median(row[name] for row in bubbles)
-    per_stage = stage_metrics(measurement)
-    if per_stage:
+    if per_stage := stage_metrics(measurement):
         values["comm_ms"] = sum(per_stage["comm_ms"])
-    if measurement.memory:
-        values["peak_memory_bytes"] = float(max(stage.peak_bytes for stage in measurement.memory))
-        values["peak_memory_fraction"] = max(
-            (stage.peak_bytes - stage.baseline_bytes) / stage.cap_bytes for stage in measurement.memory
-        )
+    if stages := measurement.memory:
+        values["peak_memory_bytes"] = float(max(stage.peak_bytes for stage in stages))
+        values["peak_memory_fraction"] = max((one.peak_bytes - one.baseline_bytes) / one.cap_bytes for one in stages)
     telemetry = measurement.telemetry
     if telemetry.gpu_utilization is not None:
         values["gpu_utilization"] = telemetry.gpu_utilization

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
-from pipetune.bench.errors import PlanError
+from pipetune.bench.errors import FleetError, PlanError
 from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import Closing, Fleet, GenerationResult, Progress, ScoreResult
 from pipetune.bench.memory import check_plan
-from pipetune.bench.spec import ModelSpec, Plan, Sampling
+from pipetune.bench.prompts.forms import Prompts
+from pipetune.bench.record import TRANSIENT, FailureKind
+from pipetune.bench.spec import ModelSpec, Plan, Sampling, device_kind
+
+_T = TypeVar("_T")
 
 
 class Pipeline(Closing):
@@ -22,9 +28,10 @@ class Pipeline(Closing):
         ...     results = pipeline.generate(["The capital of France is"], max_new_tokens=8)
     """
 
-    def __init__(self, fleet: Fleet, plan: Plan) -> None:
-        self._fleet = fleet
+    def __init__(self, start: Callable[[Plan], Fleet], plan: Plan) -> None:
+        self._start, self._fleet = start, start(plan)
         self.plan = plan
+        """Another one than it was started with once a device was lost for good."""
 
     @classmethod
     def start(
@@ -38,7 +45,8 @@ class Pipeline(Closing):
         """Starts a worker for each stage of the plan.
 
         Args:
-            model: a spec, or a name alone: an HF id, a local folder, or `smollm2-135m`.
+            model: a spec, or a name alone: an HF id, a local folder, or `smollm2-135m`; on GPUs in the checkpoint's own
+                dtype, else in float32.
             log_dir: where the workers' logs go; by default a temporary folder.
 
         Raises:
@@ -46,18 +54,25 @@ class Pipeline(Closing):
             PlanError: the plan does not cover the model.
             FleetError: workers that do not start.
         """
-        spec = ModelSpec(name=model) if isinstance(model, str) else model
-        fleet = Experiment.start(spec, plan.devices, exclusive=False, log_dir=log_dir, on_progress=on_progress).fleet
-        try:
-            check_plan(fleet.shape, plan)
-        except PlanError:
-            fleet.close()
-            raise
-        return cls(fleet, plan)
+        if isinstance(model, str):
+            on_gpus = all(device_kind(device) == "cuda" for device in plan.devices)
+            model = ModelSpec(name=model, dtype="auto") if on_gpus else ModelSpec(name=model)
+        spec = model
+
+        def start(plan: Plan) -> Fleet:
+            experiment = Experiment.start(spec, plan.devices, exclusive=False, log_dir=log_dir, on_progress=on_progress)
+            try:
+                check_plan(experiment.fleet.shape, plan)
+            except PlanError:
+                experiment.close()
+                raise
+            return experiment.fleet
+
+        return cls(start, plan)
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompts,
         *,
         max_new_tokens: int,
         ignore_eos: bool = False,
@@ -66,37 +81,61 @@ class Pipeline(Closing):
         """Generates for every prompt, in the order given.
 
         Args:
-            prompts: strings (where the model has a tokenizer), or lists of token ids.
+            prompts: one or several, each as text (where the model has a tokenizer) or as a list of token ids; arrays
+                and tensors of ids that are not padded will do.
             max_new_tokens: the most tokens to generate for a prompt.
             ignore_eos: go on after an end-of-sequence token, as measurements do.
             sampling: how tokens are drawn, the same for every plan: draws depend on the seed and on the prompt's place
                 among the prompts. None takes the likeliest token.
 
         Raises:
+            TypeError: something else than prompts.
             ConfigError: prompts that cannot be used.
             PlanError: not even one micro-batch fits under the plan's memory caps.
-            FleetError: the workers failed; the next call starts them again.
+            FleetError: the workers failed; the next call starts them again. A worker that died, hung or was cut off
+                costs a warning and the time to run the prompts again, with the same tokens: on the same devices, then
+                without the one that was lost twice, until none is left.
         """
-        return self._fleet.generate(
-            self.plan,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            ignore_eos=ignore_eos,
-            sampling=sampling,
+        return self._surviving(
+            lambda: self._fleet.generate(
+                self.plan, prompts, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, sampling=sampling
+            )
         )
 
-    def score(self, texts: Sequence[str | Sequence[int]]) -> tuple[ScoreResult, ...]:
+    def score(self, texts: Prompts) -> tuple[ScoreResult, ...]:
         """Log-probabilities of the tokens of given texts, each under those before it, in the order given.
 
         Args:
-            texts: strings (where the model has a tokenizer), or lists of token ids.
+            texts: as prompts to `generate`.
 
         Raises:
-            ConfigError: texts that cannot be used.
-            PlanError: not even one micro-batch fits under the plan's memory caps.
-            FleetError: the workers failed; the next call starts them again.
+            TypeError, PipetuneError: as `generate` does.
         """
-        return self._fleet.score(self.plan, texts)
+        return self._surviving(lambda: self._fleet.score(self.plan, texts))
+
+    def _surviving(self, work: Callable[[], _T]) -> _T:
+        """What the work gives, done again where workers were lost."""
+        lost: Counter[str | None] = Counter()
+        while True:
+            try:
+                return work()
+            except FleetError as error:
+                kind = error.failure.kind
+                if kind not in TRANSIENT:
+                    raise
+                # Of a lost message nobody knows whose fault it is.
+                device = None if kind is FailureKind.COMMUNICATION_TIMEOUT else error.failure.device
+                lost[device] += 1
+                if lost[device] == 1:
+                    warnings.warn(f"{error}; the prompts are run again", RuntimeWarning, stacklevel=3)
+                    continue
+                left = self.plan.without(device) if device is not None else None
+                if left is None:
+                    raise
+                told = f"{device} was lost twice; the prompts are run again without it, by {left.describe()}"
+                warnings.warn(told, RuntimeWarning, stacklevel=3)
+                self._fleet.close()
+                self._fleet, self.plan = self._start(left), left
 
     def close(self) -> None:
         """Ends the workers."""

@@ -12,8 +12,8 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.record import Machine
-from pipetune.bench.spec import SCHEMA_VERSION, Device, ModelSpec, Sampling, Value
+from pipetune.bench.record import Count, Machine, Moment, Seconds, Size
+from pipetune.bench.spec import Device, ModelSpec, Sampling, SchemaVersion, Value
 
 PROFILE_METHOD = 2
 """Counts up when profiles are taken otherwise than before: those kept from then are measured anew."""
@@ -37,18 +37,16 @@ class TaskKind(NamedTuple):
 
 
 class TaskTime(Value):
-    """How long one part of one kind of task takes."""
+    """How long one part of one kind of task takes, sized as `TaskKind` is."""
 
-    rows: int = Field(ge=1)
-    new_tokens: int = Field(ge=1)
-    """New positions of each row: the prompt's or the chunk's in prefill, 1 in decode."""
-    past_tokens: int = Field(ge=0)
-    """Positions of each row that are cached before."""
-    seconds: float = Field(ge=0)
+    rows: Size
+    new_tokens: Size
+    past_tokens: Count
+    seconds: Seconds
     """Median time over `samples` tasks."""
-    spread_s: float = Field(default=0.0, ge=0)
+    spread_s: Seconds = 0.0
     """Seconds between the quartiles of those times."""
-    samples: int = Field(default=1, ge=1)
+    samples: Size = 1
 
 
 class LayerTimes(Value):
@@ -78,8 +76,12 @@ class LinkProfile(Value):
 
     source: Device
     target: Device
-    latency_s: float = Field(ge=0)
+    latency_s: Seconds
     bytes_per_s: float = Field(gt=0)
+
+    def seconds(self, num_bytes: int) -> float:
+        """What a message of this size takes."""
+        return self.latency_s + num_bytes / self.bytes_per_s
 
 
 class ContentionProfile(Value):
@@ -96,11 +98,11 @@ class ContentionProfile(Value):
 class Profile(Value):
     """A model on the devices of a machine."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     model: ModelSpec
     shape: ModelShape
     machine: Machine
-    device_bytes: dict[str, int]
+    device_bytes: dict[str, Count]
     packed_weights: bool = True
     cuda_graphs: bool = True
     """GPU: whether decode was timed as captured graphs."""
@@ -110,9 +112,8 @@ class Profile(Value):
     contention: ContentionProfile = ContentionProfile()
     links: tuple[LinkProfile, ...]
     """Each ordered pair of devices."""
-    measured_at: str
-    """UTC, ISO 8601."""
-    took_s: float
+    measured_at: Moment
+    took_s: Seconds
     notes: tuple[str, ...] = ()
     disturbances: tuple[str, ...] = ()
     """What makes it doubtful, in words; empty where nothing else ran."""
@@ -123,10 +124,7 @@ class Profile(Value):
         Raises:
             KeyError: the device was not profiled.
         """
-        for profile in self.devices:
-            if profile.device == device:
-                return profile
-        raise KeyError(device)
+        return {profile.device: profile for profile in self.devices}[device]
 
 
 class ProfileGrid(Value):

@@ -6,13 +6,21 @@ Times are seconds. Those of one iteration count from the moment its prompts were
 from __future__ import annotations
 
 import datetime as dt
+import operator
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from pipetune.bench.schedule import Task
-from pipetune.bench.spec import SCHEMA_VERSION, EffectivePlan, RunSpec, Value
+from pipetune.bench.spec import EffectivePlan, RunSpec, SchemaVersion, Value
+
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Amount = Annotated[float, Field(ge=0, le=1e100)]
+Count = Annotated[int, Field(ge=0, le=2**60)]
+Size = Annotated[Count, Field(ge=1)]
+Moment = Annotated[str, AfterValidator(lambda text: dt.datetime.fromisoformat(text) and text)]
+"""UTC, ISO 8601. What is beyond these bounds is damaged, and would overflow what is derived from it."""
 
 SHARED_DEVICE_NOTE = "shared_device"
 """How the note begins of a run whose stages shared a GPU: it proves correctness, never speed, and is not ranked."""
@@ -50,6 +58,8 @@ REMEDIES = {
     FailureKind.WORKER_ERROR: "see the traceback in the detail and in the worker's log",
 }
 """What to do about a failure of a kind, as the end of its message."""
+TRANSIENT = frozenset({FailureKind.WORKER_DIED, FailureKind.WORKER_HUNG, FailureKind.COMMUNICATION_TIMEOUT})
+"""Failures that may not come again."""
 
 
 class Failure(Value):
@@ -59,12 +69,12 @@ class Failure(Value):
     kind: FailureKind
     message: str
     """What happened and the remedy."""
-    stage: int | None = None
+    stage: Count | None = None
     device: str | None = None
     phase: str | None = None
     """`start`, `load`, `check`, `warmup`, `measure`, `prefill`, `decode` …"""
-    bytes_wanted: int | None = None
-    bytes_had: int | None = None
+    bytes_wanted: Count | None = None
+    bytes_had: Count | None = None
     detail: str | None = None
     """Traceback or the end of the worker's log."""
 
@@ -72,22 +82,17 @@ class Failure(Value):
 class TaskShape(Value):
     """One task of the schedule, as it was run; see `bench.schedule.Task`."""
 
-    micro_batch: int
-    step: int
-    first_row: int
-    end_row: int
-    first_token: int | None = None
-    end_token: int | None = None
+    micro_batch: Count
+    step: Count
+    first_row: Count
+    end_row: Count
+    first_token: Count | None = None
+    end_token: Count | None = None
     """Positions of the padded prompts that a prefill worked on; None for whole prompts and for decode."""
 
     @classmethod
     def of(cls, task: Task, *, first_micro_batch: int, chunked: bool) -> Self:
-        """The shape of a task of the schedule.
-
-        Args:
-            first_micro_batch: number of its replica's first micro-batch.
-            chunked: whether prompts are prefilled in chunks.
-        """
+        """The shape of a task of a replica whose first micro-batch has this number; prompts may be chunked."""
         spans = chunked and task.is_prefill
         return cls(
             micro_batch=first_micro_batch + task.micro_batch,
@@ -102,25 +107,32 @@ class TaskShape(Value):
 class StageTrace(Value):
     """What one stage did in one iteration. Arrays run along its replica's tasks; empty without instrumentation."""
 
-    compute_start_s: tuple[float, ...] = ()
-    compute_end_s: tuple[float, ...] = ()
-    recv_wait_s: tuple[float, ...] = ()
+    compute_start_s: tuple[Seconds, ...] = ()
+    compute_end_s: tuple[Seconds, ...] = ()
+    recv_wait_s: tuple[Seconds, ...] = ()
     """Time blocked on input (hidden states, or tokens on the first stage) before each task."""
-    send_wait_s: tuple[float, ...] = ()
+    send_wait_s: tuple[Seconds, ...] = ()
     """Time spent handing the output over, waits for a free buffer included."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        arrays = (self.compute_start_s, self.compute_end_s, self.recv_wait_s, self.send_wait_s)
+        if len(set(map(len, arrays))) > 1 or any(map(operator.gt, *arrays[:2])):
+            raise ValueError("its arrays are of unlike lengths, or a span ends before it starts")
+        return self
 
 
 class Iteration(Value):
     """One timed repetition of the workload."""
 
-    duration_s: float
+    duration_s: Annotated[Seconds, Field(ge=1e-6)]
     """Time from the prompts to the last token."""
-    token_times_s: tuple[float, ...]
+    token_times_s: tuple[Seconds, ...]
     """When the tokens of each task were known at the last stage (of a chunk without any: when it was done there);
     along `Measurement.tasks`."""
     stages: tuple[StageTrace, ...]
     """Stage by stage; of several replicas, one replica after the other."""
-    host_gap_s: tuple[float, ...] = ()
+    host_gap_s: tuple[Seconds, ...] = ()
     """Per stage: time inside the loop that was neither compute nor waiting."""
 
 
@@ -128,48 +140,48 @@ class StageMemory(Value):
     """Memory of one stage's device over the timed iterations, reset before them."""
 
     device: str
-    weights_bytes: int
+    weights_bytes: Count
     """Counted over the stage's parameters and buffers, tied ones once."""
-    kv_bytes: int
+    kv_bytes: Count
     """Counted over the preallocated KV slots."""
-    activation_bytes: int
+    activation_bytes: Count
     """CPU: by accounting. CUDA: the allocator's peak less weights and KV."""
-    peak_bytes: int
+    peak_bytes: Count
     """The real peak: CUDA allocator, or the resident set of the process on CPU."""
     peak_source: Literal["cuda_allocator", "vm_hwm"]
-    baseline_bytes: int = 0
+    baseline_bytes: Count = 0
     """What the process or context took before any model was loaded; part of `peak_bytes` on CPU."""
-    graphs_bytes: int = 0
+    graphs_bytes: Count = 0
     """Bytes that CUDA graphs take: of their pool what the allocator's peak lacks, which is part of `peak_bytes`, and
     what the driver keeps for them, which is not."""
-    cap_bytes: int
+    cap_bytes: Size
     """memory_fraction × what the device has."""
-    nvml_used_bytes: int | None = None
+    nvml_used_bytes: Count | None = None
 
 
 class OutputCheck(Value):
     """How the plan's output compared with the study's reference."""
 
     reference: Literal["unsplit", "plan"]
-    max_logit_error: float
+    max_logit_error: Amount
     """Largest difference of a logit under forced tokens; of a log-probability where texts are scored."""
-    tolerance: float
+    tolerance: Amount
     """Largest error put down to kernels: from the reference's own spread over batch sizes in this dtype."""
-    compared_logits: int
-    argmax_flips: int
+    compared_logits: Count
+    argmax_flips: Count
     """Positions whose argmax differs though the top two are further apart than the tolerance."""
-    typical_error: float | None = None
+    typical_error: Amount | None = None
     """Median over positions of the largest error at each; None in records from before it was looked at."""
-    typical_tolerance: float | None = None
+    typical_tolerance: Amount | None = None
     """Largest median error put down to kernels: from the medians of the reference's own passes, which no single expert
     routed otherwise can widen."""
-    positions: int = 0
+    positions: Count = 0
     """Positions compared: steps under forced tokens, or tokens scored."""
-    outliers: int = 0
+    outliers: Count = 0
     """Positions with an error beyond the tolerance."""
     tokens_equal: bool | None = None
     """Free-running tokens of the timed runs, greedy or drawn, equal the reference's; None where not compared."""
-    near_ties: int = 0
+    near_ties: Count = 0
     """Prompts whose tokens part from the reference where its margin is within the tolerance: where the top two are, or
     where the number that a token is drawn by lies so near to another token's."""
 
@@ -178,17 +190,17 @@ class DeviceState(Value):
     """What the sensors said of one device at one moment; absent where there is no sensor."""
 
     device: str
-    clock_mhz: float | None = None
+    clock_mhz: Amount | None = None
     temperature_c: float | None = None
-    power_w: float | None = None
-    utilization: float | None = None
+    power_w: Amount | None = None
+    utilization: Amount | None = None
     """NVML's share of time with a kernel running: spinning receives count as busy. CPU: share of the cores."""
-    memory_used_bytes: int | None = None
+    memory_used_bytes: Count | None = None
     throttle_reasons: tuple[str, ...] = ()
-    ecc_errors: int | None = None
+    ecc_errors: Count | None = None
     foreign_processes: tuple[str, ...] = ()
     """Processes of others on the device (GPU), or those that took more than 10 % of a core (CPU)."""
-    load_average: float | None = None
+    load_average: Amount | None = None
 
 
 class Telemetry(Value):
@@ -196,8 +208,8 @@ class Telemetry(Value):
 
     before: tuple[DeviceState, ...] = ()
     after: tuple[DeviceState, ...] = ()
-    energy_j: float | None = None
-    gpu_utilization: float | None = None
+    energy_j: Amount | None = None
+    gpu_utilization: Amount | None = None
     """Mean of NVML's utilisation over the timed iterations, 0–1; spinning receives count as busy."""
     disturbances: tuple[str, ...] = ()
     """What makes this run doubtful, in words; empty for an undisturbed run."""
@@ -209,38 +221,56 @@ class Measurement(Value):
     outcome: Literal["measurement"] = "measurement"
     method: Literal["pipeline", "hf_generate", "hf_forward"] = "pipeline"
     """Our runtime, or the baseline: Hugging Face `generate`, or its forward pass where texts are scored."""
-    batch_size: int | None = None
+    batch_size: Size | None = None
     """Prompts that the baseline takes at once; a pipeline's sizes stand in its plan."""
-    prompt_lens: tuple[int, ...]
+    prompt_lens: tuple[Size, ...] = Field(min_length=1)
     """Tokens of each prompt, in the order given."""
-    order: tuple[int, ...]
+    order: tuple[Count, ...]
     """`order[i]` is the given index of the prompt in row i; rows fill micro-batches in order. Each replica's are sorted
     by length."""
-    output_len: int
+    output_len: Count
     """Tokens generated for each prompt; 0 where texts were scored."""
-    micro_batch_sizes: tuple[int, ...]
+    micro_batch_sizes: tuple[Size, ...]
     """Rows of each micro-batch, one replica after the other."""
     tasks: tuple[TaskShape, ...]
     """The tasks of all replicas, one after the other; micro-batches are counted through."""
-    replica_tasks: tuple[int, ...] | None = None
+    replica_tasks: tuple[Count, ...] | None = None
     """How many of `tasks` each replica has; None for a single one."""
     iterations: tuple[Iteration, ...] = Field(min_length=1)
-    warmup_s: tuple[float, ...] = ()
+    warmup_s: tuple[Seconds, ...] = ()
     steady: bool = True
     memory: tuple[StageMemory, ...] = ()
     check: OutputCheck | None = None
     telemetry: Telemetry = Telemetry()
-    load_s: float = 0.0
+    load_s: Seconds = 0.0
     """Time to move to this plan; only layers that changed hands are loaded."""
-    loaded_layers: tuple[int, ...] = ()
-    check_s: float | None = None
+    loaded_layers: tuple[Count, ...] = ()
+    check_s: Seconds | None = None
     """Time of the comparison with the reference; None where there was none."""
-    prepare_s: float | None = None
+    prepare_s: Seconds | None = None
     """Time of compiling and of capturing CUDA graphs, which no iteration contains; None where there was neither."""
     notes: tuple[str, ...] = ()
     """What a reader must know: fallbacks, stages that share a device, a machine that never got steady."""
     transport: str | None = None
     """`local`, `gloo`, `gloo+staging` or `nccl`."""
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Self:
+        sizes, counts = self.micro_batch_sizes, self.replica_tasks or (len(self.tasks),)
+        stages = len(self.iterations[0].stages)
+        rows, spans = dict(enumerate(sizes)), [count for count in counts for _ in range(stages // len(counts))]
+        first_steps = {task.micro_batch: task.step for task in reversed(self.tasks)}
+        in_rows = (task.first_row < task.end_row <= rows.get(task.micro_batch, 0) for task in self.tasks)
+        lens = {(len(run.token_times_s), len(run.host_gap_s) or stages) for run in self.iterations}
+        traced = ([len(trace.compute_start_s) for trace in run.stages] for run in self.iterations)
+        fits = {
+            "order": sorted(self.order) == list(range(len(self.prompt_lens))) and sum(sizes) == len(self.order),
+            "tasks": sum(counts) == len(self.tasks) and not any(first_steps.values()) and all(in_rows),
+            "iterations": lens == {(len(self.tasks), stages)} and all(one in (spans, [0] * stages) for one in traced),
+        }
+        if odd := [name for name, holds in fits.items() if not holds]:
+            raise ValueError(f"{odd[0]}: does not fit the rest of the measurement")
+        return self
 
 
 Outcome = Annotated[Measurement | Failure, Field(discriminator="outcome")]
@@ -250,8 +280,9 @@ class GpuInfo(Value):
     """One GPU, as NVML describes it."""
 
     name: str
-    memory_bytes: int
+    memory_bytes: Count | None
     uuid: str
+    """Empty where it is not known, as `name` says it and None does."""
     compute_capability: str | None = None
 
 
@@ -259,8 +290,8 @@ class Hardware(Value):
     """What comparisons and resumes demand to be equal (UUIDs apart)."""
 
     cpu_model: str
-    cpu_cores: int
-    memory_bytes: int
+    cpu_cores: Count
+    memory_bytes: Count
     """Rounded down to whole GiB: kernels report a little more or less from boot to boot."""
     gpus: tuple[GpuInfo, ...] = ()
     links: tuple[str, ...] = ()
@@ -290,7 +321,7 @@ class Software(Value):
 class Machine(Value):
     """What a run ran on."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     hostname: str
     hardware_id: str
     hardware: Hardware
@@ -303,24 +334,23 @@ Role = Literal["baseline", "single_stage", "trial", "finalist", "bench"]
 class Record(Value):
     """One run, durable before anyone is told of it; `records/NNNN.json`."""
 
-    schema_version: int = SCHEMA_VERSION
-    number: int = Field(ge=0)
+    schema_version: SchemaVersion = 1
+    number: Count
     """NNNN of the file name; counts up over the study."""
     role: Role
-    trial_number: int | None = None
+    trial_number: Count | None = None
     params: dict[str, int | float | str] | None = None
     """What the search proposed, so that its database can be rebuilt from the records."""
-    round: int | None = None
+    round: Count | None = None
     """Which interleaved round, for finalists and repeated comparisons."""
     spec: RunSpec | None
     """None for the baseline, which has no plan."""
     effective: EffectivePlan | None = None
-    replicate_of: int | None = None
+    replicate_of: Count | None = None
     """Number of the first record with the same effective plan."""
     hardware_id: str
-    started_at: str
-    """UTC, ISO 8601."""
-    wall_s: float
+    started_at: Moment
+    wall_s: Seconds
     source: str | None = None
     """`<process>/<NNNN>` of a record that another process of a shared study measured: that process's name and the
     record's number there. None for one's own."""
@@ -328,6 +358,18 @@ class Record(Value):
     """Devices that a record of another process ran on there, in the order of the study's devices; everywhere else the
     record says this study's names for them, so that one plan is one plan wherever it ran."""
     result: Outcome
+
+    @model_validator(mode="after")
+    def _has_its_plan(self) -> Self:
+        result, plan = self.result, self.effective and self.effective.plan
+        if isinstance(result, Measurement) and result.method == "pipeline":
+            if plan is None or self.spec is None or self.spec.plan != plan:
+                raise ValueError("spec, effective: a pipeline that was measured has its plan in both")
+            stages = len(plan.devices)
+            had = (len(result.iterations[0].stages), len(result.memory) or stages, len(result.replica_tasks or (0,)))
+            if had != (stages, stages, plan.replicas):
+                raise ValueError(f"result: stages, memory or replica_tasks are not those of the plan's {stages} stages")
+        return self
 
 
 def timestamp(moment: dt.datetime | None = None) -> str:

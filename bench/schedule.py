@@ -109,35 +109,25 @@ def build_schedule(
             micro_batch, step = entry
             rows, length = sizes[micro_batch], prompt_lens[micro_batch]
             if step == 0:
-                tasks += _prefill(micro_batch, slot, rows, length, prefill_size or rows, chunk_size or length)
+                tasks += _tasks(*entry, slot, rows, prefill_size or rows, range(0, length, chunk_size or length))
             else:
-                tasks.append(
-                    Task(
-                        micro_batch=micro_batch,
-                        step=step,
-                        slot=slot,
-                        first_row=0,
-                        end_row=rows,
-                        first_token=length + step - 1,
-                        end_token=length + step,
-                        samples=True,
-                    )
-                )
+                tasks += _tasks(*entry, slot, rows, rows, range(length + step - 1, length + step))
             slots[slot] = (micro_batch, step + 1) if step + 1 < output_len else None
     return tuple(tasks)
 
 
-def _prefill(micro_batch: int, slot: int, rows: int, length: int, prefill_size: int, chunk_size: int) -> Iterator[Task]:
-    for first_row in range(0, rows, prefill_size):
-        for first_token in range(0, length, chunk_size):
-            end_token = min(first_token + chunk_size, length)
+def _tasks(micro_batch: int, step: int, slot: int, rows: int, row_size: int, tokens: range) -> Iterator[Task]:
+    """One step of a micro-batch, by so many rows and by the positions from one of `tokens` to the next."""
+    for first_row in range(0, rows, row_size):
+        for first_token in tokens:
+            end_token = min(first_token + tokens.step, tokens.stop)
             yield Task(
                 micro_batch=micro_batch,
-                step=0,
+                step=step,
                 slot=slot,
                 first_row=first_row,
-                end_row=min(first_row + prefill_size, rows),
+                end_row=min(first_row + row_size, rows),
                 first_token=first_token,
                 end_token=end_token,
-                samples=end_token == length,
+                samples=end_token == tokens.stop,
             )

@@ -9,14 +9,36 @@ import re
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    model_validator,
+)
 
-SCHEMA_VERSION = 1
+SchemaVersion = Literal[1]
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+_DTYPES = {"float": "float32", "fp32": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
+
+
+def _spelled_out(value: object) -> object:
+    """A dtype's own name for what others call it: `half`, `bf16`, `torch.bfloat16` or the dtype itself."""
+    name = str(value).lower().removeprefix("torch.")
+    return _DTYPES.get(name, name)
+
+
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_spelled_out)]
+AnyDtype = Annotated[Literal["float32", "bfloat16", "float16", "auto"], BeforeValidator(_spelled_out)]
 LoadFormat = Literal["auto", "dummy"]
 AttentionKernel = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 WorkloadKind = Literal["generate", "score"]
+
+SMOLLM2 = "smollm2-135m"
+"""Name of the model that needs no hub; a folder of that name does not hide it."""
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -32,6 +54,19 @@ def _check_device(value: str) -> str:
 Device = Annotated[str, AfterValidator(_check_device)]
 
 
+_BYTE_SIZE = TypeAdapter(ByteSize)
+
+
+def _count_bytes(value: object) -> int:
+    try:
+        return _BYTE_SIZE.validate_python(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no amount of memory; write 600MiB, 2.5GiB or a number of bytes") from None
+
+
+Bytes = Annotated[int, BeforeValidator(_count_bytes), Field(ge=1)]
+
+
 def parse_devices(text: str) -> tuple[str, ...]:
     """Expands a list of devices: `cpu:0-1` → `("cpu:0", "cpu:1")`; `cuda:0,cuda:2` stays as it is.
 
@@ -42,15 +77,13 @@ def parse_devices(text: str) -> tuple[str, ...]:
     """
     devices: list[str] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(cpu|cuda):(\d+)(?:-(\d+))?\s*", part)
-        if not match:
+        if not (match := re.fullmatch(r"\s*(cpu|cuda):(\d+)(?:-(\d+))?\s*", part)):
             raise ValueError(f"devices: {part.strip()!r} is not a device; write cpu:0-1, cuda:0,cuda:1 or auto")
         kind, first, last = match[1], int(match[2]), int(match[3] or match[2])
         if last < first:
             raise ValueError(f"devices: {part.strip()!r} runs backwards; write {kind}:{last}-{first}")
         devices += [f"{kind}:{index}" for index in range(first, last + 1)]
-    doubled = sorted({device for device in devices if devices.count(device) > 1 and device_kind(device) == "cpu"})
-    if doubled:
+    if doubled := sorted({device for device in devices if devices.count(device) > 1 and device_kind(device) == "cpu"}):
         raise ValueError(f"devices: {', '.join(doubled)} named twice")
     return tuple(devices)
 
@@ -73,8 +106,7 @@ class Value(BaseModel):
     def digest(self, *, exclude_defaults: bool = True) -> str:
         """sha256 of the canonical JSON, 16 hex digits: equal values have equal digests.
 
-        Args:
-            exclude_defaults: leaves out what is at its default, so that a field added later changes no digest.
+        What is at its default is left out unless told otherwise, so that a field added later changes no digest.
         """
         values = self.model_dump(mode="json", exclude_defaults=exclude_defaults)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -85,13 +117,13 @@ class Value(BaseModel):
 class Flag:
     """How a field is given on the command line; stands in the field's annotation and says nothing of its default."""
 
-    name: str
-    """`--num-prompts`, or `--check/--no-check` for a switch; the environment variable is named after it."""
     panel: str
     """Heading that the option stands under in `--help`."""
     help: str
     """One line for `--help` and the reference page."""
     _: KW_ONLY
+    name: str | None = None
+    """`num_prompts` for `--num-prompts` and `PIPETUNE_NUM_PROMPTS`; None: the field's name."""
     metavar: str | None = None
     """Placeholder of the value; None shows its type."""
     short: str | None = None
@@ -107,29 +139,24 @@ class Flag:
 class ModelSpec(Value):
     """What is served."""
 
-    name: Annotated[str, Flag("--model", "Model", "Hugging Face id, local folder, or smollm2-135m.")] = Field(
+    name: Annotated[str, Flag("Model", "Hugging Face id, local folder, or smollm2-135m.", name="model")] = Field(
         min_length=1
     )
-    """A Hugging Face id, a local folder, or a name that pipetune knows (`smollm2-135m`)."""
-    dtype: Annotated[Dtype, Flag("--dtype", "Model", "float32, bfloat16 or float16.")] = "float32"
-    """Dtype that is computed in."""
-    storage_dtype: Annotated[
-        Dtype | None, Flag("--storage-dtype", "Model", "Of the weights, if not --dtype: float32.")
-    ] = None
+    dtype: Annotated[AnyDtype, Flag("Model", "float32, bfloat16, float16, or auto: the checkpoint's own.")] = "float32"
+    """Dtype that is computed in; `auto` becomes the checkpoint's own when the model is resolved."""
+    storage_dtype: Annotated[Dtype | None, Flag("Model", "Dtype of the weights: float32. [that of --dtype]")] = None
     """Dtype that weights are kept in, where it differs: `float32` under half-precision compute; None means `dtype`."""
-    load_format: Annotated[LoadFormat, Flag("--load-format", "Model", "auto, or dummy for random weights.")] = "auto"
+    load_format: Annotated[LoadFormat, Flag("Model", "auto, or dummy for random weights.")] = "auto"
     """`auto` reads the checkpoint; `dummy` builds random weights from the config alone."""
     seed: int = 0
     """Seed of dummy weights."""
     attention: Annotated[
-        AttentionKernel, Flag("--attention", "Model", "auto, sdpa, eager, flash_attention_2 or flash_attention_3.")
+        AttentionKernel, Flag("Model", "auto, sdpa, eager, flash_attention_2 or flash_attention_3.")
     ] = "auto"
     """`auto` takes what transformers picks for the architecture."""
-    revision: Annotated[str | None, Flag("--revision", "Model", "Commit or tag of the checkpoint.")] = None
+    revision: Annotated[str | None, Flag("Model", "Commit or tag of the checkpoint. [the newest]")] = None
     """Checkpoint revision or content hash; filled in when the model is resolved."""
-    trust_remote_code: Annotated[bool, Flag("--trust-remote-code", "Model", "Run code from the model's folder.")] = (
-        False
-    )
+    trust_remote_code: Annotated[bool, Flag("Model", "Run code from the model's folder.")] = False
 
     @model_validator(mode="after")
     def _storage_is_wider(self) -> Self:
@@ -141,7 +168,13 @@ class ModelSpec(Value):
         return self
 
     @property
-    def kept_dtype(self) -> Dtype:
+    def by_content(self) -> Self:
+        """The model without its place: one and the same for a folder wherever it lies, if its revision is a hash."""
+        hashed = (self.revision or "").startswith(("sha256:", "quick:"))
+        return self.model_copy(update={"name": "a folder"}) if hashed else self
+
+    @property
+    def kept_dtype(self) -> AnyDtype:
         """What weights, and the hidden states between layers, are kept in."""
         return self.storage_dtype or self.dtype
 
@@ -154,40 +187,35 @@ class ModelSpec(Value):
 class Sampling(Value):
     """How tokens are drawn: each draw depends on the seed, the prompt and the place alone, and not on the plan."""
 
-    temperature: Annotated[float, Flag("--temperature", "Workload", "Draw tokens, instead of the likeliest one.")] = (
-        Field(default=1.0, gt=0.0)
+    temperature: Annotated[float, Flag("Workload", "Draw tokens, not the likeliest; divides logits.")] = Field(
+        default=1.0, gt=0.0
     )
     """Divides the logits."""
-    top_k: Annotated[int, Flag("--top-k", "Workload", "… among the k likeliest alone.")] = Field(default=0, ge=0)
+    top_k: Annotated[int, Flag("Workload", "Draw among the k likeliest tokens alone; 0: all.")] = Field(default=0, ge=0)
     """Only the k likeliest tokens can be drawn; 0 for all."""
-    top_p: Annotated[float, Flag("--top-p", "Workload", "… among the likeliest of that probability.")] = Field(
+    top_p: Annotated[float, Flag("Workload", "Draw among the likeliest tokens of that probability.")] = Field(
         default=1.0, gt=0.0, le=1.0
     )
     """Only the fewest likeliest tokens that together have this probability can be drawn."""
-    seed: Annotated[int, Flag("--sampling-seed", "Workload", "… and by which seed.")] = 0
-    """Seed of the draws."""
+    seed: Annotated[int, Flag("Workload", "Seed of draws.", name="sampling_seed")] = 0
 
 
 class Workload(Value):
     """Prompts, how many, and what to do with each."""
 
-    kind: Annotated[WorkloadKind, Flag("--workload-kind", "Workload", "generate tokens, or score the texts given.")] = (
-        "generate"
-    )
+    kind: Annotated[
+        WorkloadKind, Flag("Workload", "generate tokens, or score the texts given.", name="workload_kind")
+    ] = "generate"
     """`generate` tokens, or `score` the given texts: log-probabilities of their tokens, forward passes alone."""
-    num_prompts: Annotated[int, Flag("--num-prompts", "Workload", "Prompts in the workload.")] = Field(default=32, ge=1)
-    input_len: Annotated[int, Flag("--input-len", "Workload", "Tokens of each random prompt.")] = Field(
-        default=64, ge=1
-    )
+    num_prompts: Annotated[int, Flag("Workload", "Prompts in the workload.")] = Field(default=32, ge=1)
+    input_len: Annotated[int, Flag("Workload", "Tokens of each random prompt.")] = Field(default=64, ge=1)
     """Length in tokens of random prompts; ignored when `prompts_file` is given."""
-    output_len: Annotated[int, Flag("--output-len", "Workload", "Tokens to generate for each.")] = Field(
-        default=16, ge=1
-    )
+    output_len: Annotated[int, Flag("Workload", "Tokens to generate for each.")] = Field(default=16, ge=1)
     """Tokens generated for each prompt; of no meaning for `score`."""
     sampling: Sampling | None = None
     """How tokens are drawn; None takes the likeliest."""
     random_range_ratio: Annotated[
-        float, Flag("--random-range-ratio", "Workload", "Spread of random lengths, 0 to 1.", before="temperature")
+        float, Flag("Workload", "Spread of random lengths, 0 to 1.", before="temperature")
     ] = Field(default=0.0, ge=0.0, lt=1.0)
     """Random prompt lengths are uniform in `input_len · (1 ± ratio)`."""
     seed: int = 0
@@ -195,16 +223,17 @@ class Workload(Value):
     prompts_file: Annotated[
         str | None,
         Flag(
-            "--prompts",
             "Workload",
-            'JSONL: {"prompt": …} or {"prompt_token_ids": […]} a line.',
+            "JSONL of texts, token ids or chats, or ShareGPT; - reads what comes in. [random tokens]",
+            name="prompts",
             metavar="FILE",
             before="temperature",
         ),
     ] = None
-    """JSONL with `{"prompt": …}` or `{"prompt_token_ids": […]}` a line; the first `num_prompts` are used."""
+    """JSONL with `{"prompt": …}`, `{"prompt_token_ids": […]}` or `{"messages": […]}` a line, or conversations of
+    ShareGPT; the first `num_prompts` are used."""
     prompts_sha256: str | None = None
-    """SHA-256 of the prompts' file, part of the workload's identity; filled in when the file is read."""
+    """SHA-256 of the prompts' text with plain newlines, part of the workload's identity; filled in when it is read."""
 
     @model_validator(mode="after")
     def _scores_are_not_sampled(self) -> Self:
@@ -226,11 +255,22 @@ class StagePlan(Value):
     end_layer: int = Field(ge=1)
     memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
     """Share of the device's memory that weights, KV cache and activations may take."""
+    max_memory_bytes: Bytes | None = None
+    """Most that they may take, whatever share that is."""
 
     @property
     def num_layers(self) -> int:
         """Layers that the device holds."""
         return self.end_layer - self.first_layer
+
+    @property
+    def range_text(self) -> str:
+        """`0-15`, or `0` for a single layer."""
+        return f"{self.first_layer}-{self.end_layer - 1}" if self.num_layers > 1 else f"{self.first_layer}"
+
+    def cap_bytes(self, device_bytes: int) -> int:
+        """Bytes that the stage may take of a device that has so many."""
+        return min(int(self.memory_fraction * device_bytes), self.max_memory_bytes or device_bytes)
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -283,8 +323,7 @@ class Plan(Value):
             if len(devices) != len(self.stages):
                 raise ValueError(f"plan.replica_devices[{index}]: {len(devices)} devices for {len(self.stages)} stages")
         workers = [device for device in self.devices if device_kind(device) == "cpu"]
-        doubled = sorted({device for device in workers if workers.count(device) > 1})
-        if doubled:
+        if doubled := sorted({device for device in workers if workers.count(device) > 1}):
             raise ValueError(f"plan.stages: {', '.join(doubled)} would hold two stages; give each its own CPU worker")
         prefill = self.prefill_micro_batch_size
         if prefill is not None and prefill > self.micro_batch_size:
@@ -321,6 +360,21 @@ class Plan(Value):
         )
         return self.model_copy(update={"stages": stages, "replicas": 1, "replica_devices": ()})
 
+    def without(self, device: str) -> Plan | None:
+        """A plan of the same model that leaves a device out, of the replicas that can, else of stages that take on the
+        device's layers; None where nothing is left."""
+        replicas = [own for own in map(self.replica, range(self.replicas)) if device not in own.devices]
+        if replicas:
+            others = tuple(own.devices for own in replicas[1:])
+            return replicas[0].model_copy(update={"replicas": len(replicas), "replica_devices": others})
+        left = [stage for stage in self.stages if stage.device != device]
+        bounds = [0, *(stage.first_layer for stage in left[1:]), self.stages[-1].end_layer]
+        stages = tuple(
+            stage.model_copy(update={"first_layer": first, "end_layer": end})
+            for stage, (first, end) in zip(left, itertools.pairwise(bounds), strict=False)
+        )
+        return self.replica(0).model_copy(update={"stages": stages}) if stages else None
+
     @classmethod
     def from_layer_counts(
         cls,
@@ -333,6 +387,7 @@ class Plan(Value):
         replicas: int = 1,
         compile: bool = False,  # noqa: A002  the name of the field
         memory_fraction: float = 0.9,
+        max_memory_bytes: int | None = None,
     ) -> Plan:
         """Builds a plan from a count of layers per stage: stage i lands on `devices[i]`, replicas on those that follow.
 
@@ -343,14 +398,18 @@ class Plan(Value):
         if width * replicas > len(devices):
             what = f"{width} stages" if replicas == 1 else f"{replicas} replicas of {width} stages"
             raise ValueError(f"{what} need as many devices; given are {len(devices)}: {devices}")
-        stages, first = [], 0
-        for count, device in zip(counts, devices, strict=False):
-            stages.append(
-                StagePlan(device=device, first_layer=first, end_layer=first + count, memory_fraction=memory_fraction)
-            )
-            first += count
+        ends = itertools.accumulate(counts)
         return cls(
-            stages=tuple(stages),
+            stages=tuple(
+                StagePlan(
+                    device=device,
+                    first_layer=end - count,
+                    end_layer=end,
+                    memory_fraction=memory_fraction,
+                    max_memory_bytes=max_memory_bytes,
+                )
+                for device, count, end in zip(devices, counts, ends, strict=False)
+            ),
             micro_batch_size=micro_batch_size,
             prefill_micro_batch_size=prefill_micro_batch_size,
             prefill_chunk_size=prefill_chunk_size,
@@ -362,7 +421,9 @@ class Plan(Value):
     def describe(self) -> str:
         """One short line for people: `2 × 17+13 · micro-batch 16 (prefill 8, chunk 64) · compiled`.
 
-        Devices that are not taken one after the other are named: `17+13 on cpu:1,cpu:0 · micro-batch 16`.
+        On devices of one kind no two plans have the same.
+        Devices that are not the first ones in order are named: `17+13 on cpu:1,cpu:0 · micro-batch 16`; so are memory
+        caps and limits in flight that are not the default: `17+13 · micro-batch 16 · cap 0.7 · at most 2 in flight`.
         """
         text = "+".join(str(count) for count in self.layer_counts)
         if self.replicas > 1:
@@ -372,14 +433,19 @@ class Plan(Value):
         if self.prefill_chunk_size is not None:
             prefill.append(f"chunk {self.prefill_chunk_size}")
         text += f" · micro-batch {self.micro_batch_size}" + (f" ({', '.join(prefill)})" if prefill else "")
-        return f"{text} · {', '.join(self.switches)}" if self.switches else text
+        text += f" · {', '.join(self.switches)}" if self.switches else ""
+        fractions = [str(stage.memory_fraction) for stage in self.stages]
+        sizes = [f"{stage.max_memory_bytes / 2**20:.4g} MiB" if stage.max_memory_bytes else "" for stage in self.stages]
+        for caps, usual in ((fractions, str(StagePlan.model_fields["memory_fraction"].default)), (sizes, "")):
+            if set(caps) != {usual}:
+                text += f" · cap {','.join(caps[:1] if len(set(caps)) == 1 else caps)}"
+        return text + (f" · at most {self.max_in_flight} in flight" if self.max_in_flight is not None else "")
 
     @property
     def order_text(self) -> str:
-        """` on cpu:1,cpu:0` where devices are not taken one after the other, else nothing."""
-        kinds = {device_kind(device) for device in self.devices}
-        steps = {device_index(b) - device_index(a) for a, b in itertools.pairwise(self.devices)}
-        if len(kinds) == 1 and steps <= {0, 1}:
+        """` on cpu:1,cpu:0` where devices are not the first ones in order, else nothing."""
+        kind = device_kind(self.devices[0])
+        if self.devices == tuple(f"{kind}:{index}" for index in range(len(self.devices))):
             return ""
         rows = (self.replica(index).devices for index in range(self.replicas))
         return f" on {'|'.join(','.join(row) for row in rows)}"
@@ -418,19 +484,14 @@ class EffectivePlan(Value):
 class Protocol(Value):
     """How one plan is measured."""
 
-    num_iters: Annotated[int, Flag("--num-iters", "Workload", "Timed repetitions.")] = Field(default=3, ge=1)
-    """Timed repetitions of the whole workload."""
-    num_iters_warmup: Annotated[int, Flag("--num-iters-warmup", "Workload", "Repetitions before them.")] = Field(
-        default=1, ge=0
-    )
+    num_iters: Annotated[int, Flag("Workload", "Timed repetitions.")] = Field(default=3, ge=1)
+    num_iters_warmup: Annotated[int, Flag("Workload", "Repetitions before the timed ones.")] = Field(default=1, ge=0)
     """Repetitions before timing; more are added until steady, up to `max_warmup`."""
     max_warmup: int = Field(default=3, ge=0)
     """Most repetitions before timing."""
     steady_tolerance: float = Field(default=0.10, gt=0.0)
     """Warm when two repetitions in a row differ by less than this share."""
-    check_outputs: Annotated[bool, Flag("--check/--no-check", "Workload", "Compare output with the unsplit model.")] = (
-        True
-    )
+    check_outputs: Annotated[bool, Flag("Workload", "Compare output with the unsplit model.", name="check")] = True
     """Compare logits before timing, and tokens of the timed passes, with the study's reference."""
     check_prompts: int = Field(default=4, ge=1)
     """Prompts whose logits are compared."""

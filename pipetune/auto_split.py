@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from pipetune.bench.errors import PlanError
+from pipetune.bench.fleet import fleet
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan, Workload, device_kind
-from pipetune.tuner.planning.partition.device_map import DeviceMap, seed_map
-from pipetune.tuner.planning.partition.in_order import near_best
+from pipetune.tuner.planning.partition.device_map import DeviceMap, hf_map, ranges_map
 from pipetune.tuner.planning.partition.splits import best_partitions
-from pipetune.tuner.planning.partition.stage_table import Matrix
+from pipetune.tuner.planning.partition.stage_table import Matrix, near_best
 from pipetune.tuner.planning.simulation.model import CostModel
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _MICRO_BATCH = 512, 128, 8
@@ -28,6 +28,7 @@ def auto_split_model(
     *,
     devices: Sequence[str] | None = None,
     device_bytes: Sequence[int] | None = None,
+    ranges: bool = False,
 ) -> DeviceMap:
     """Splits a model over devices, balanced by predicted time under a memory cap.
 
@@ -37,9 +38,10 @@ def auto_split_model(
         max_per_device_memory: share of each device's memory that weights may take, up to 1.0.
         devices: names to use; by default the machine's devices in order, as `bench` names them.
         device_bytes: memory of each device; by default what the machine has.
+        ranges: name layers as `model.layers.0-15`, and keep names such as `cpu:1`, which transformers takes neither of.
 
     Returns:
-        A map with ranges: `{"model.embed_tokens": "cuda:0", "model.layers.0-15": "cuda:0", …, "lm_head": "cuda:1"}`.
+        A map that `from_pretrained(device_map=…)` takes.
 
     Raises:
         ModelError: the model's layers are not found.
@@ -65,8 +67,7 @@ def auto_split_model(
     workload = Workload(num_prompts=len(lens), input_len=_PROMPT_TOKENS, output_len=_OUTPUT_TOKENS)
     cost = CostModel.of_workload(shape, workload, lens)
     kinds = cost.kinds(Plan.from_layer_counts((shape.num_layers,), names, _MICRO_BATCH))
-    found = near_best(cost, kinds, names, fill)
-    if not found:
+    if not (found := near_best(cost, kinds, names, fill)):
         nearest = best_partitions(fill, shape.forbidden_cuts)[0]
         ends = list(itertools.accumulate(nearest))
         needed = sum(int(weights[end - count, end]) for count, end in zip(nearest, ends, strict=True))
@@ -78,7 +79,7 @@ def auto_split_model(
     plans = [Plan.from_layer_counts(partition, names, _MICRO_BATCH) for partition in found]
     predictions = cost.predict_many([(plan, None) for plan in plans])
     best, _ = min(zip(plans, predictions, strict=True), key=lambda entry: entry[1].duration_s)
-    return seed_map(shape, best)
+    return (ranges_map if ranges else hf_map)(shape, best)
 
 
 def _weights(shape: ModelShape) -> Matrix:
@@ -98,15 +99,11 @@ def _devices(
     count: int, devices: Sequence[str] | None, device_bytes: Sequence[int] | None
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if devices is None:
-        from pipetune.bench.fleet.fleet import available_devices
-
-        kind = device_kind(available_devices()[0])
+        kind = device_kind(fleet.available_devices()[0])
         devices = [f"{kind}:{index}" for index in range(count)]
     if device_bytes is None:
-        from pipetune.bench.fleet.fleet import device_bytes as bytes_of
-
         try:
-            sizes = bytes_of(devices)
+            sizes = fleet.device_bytes(devices)
         except ValueError as error:
             raise PlanError(f"{error}; give device_bytes to split for other machines") from None
         device_bytes = [sizes[device] for device in devices]

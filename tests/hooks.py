@@ -1,10 +1,12 @@
-"""Changes one module in processes that start later, from outside: a `sitecustomize` on their path.
+"""Changes modules in processes that start later, from outside: a `sitecustomize` on their path.
 
 The product has no switch for faults: a worker is broken, or slowed, the way a bad machine would do it.
 """
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,24 +15,20 @@ _TEMPLATE = """
 import importlib.util
 import sys
 
-TARGET = {target!r}
-
-
-def patch(module):
-{body}
+PATCHES = {patches!r}
 
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name != TARGET:
+        body = PATCHES.pop(name, None)
+        if body is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         load = spec.loader.exec_module
 
         def exec_module(module):
             load(module)
-            patch(module)
+            exec(compile(body, f"<patch of {{name}}>", "exec"), {{"module": module, "__name__": __name__}})
 
         spec.loader.exec_module = exec_module
         return spec
@@ -40,16 +38,21 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-def write_hook(folder: Path, *, target: str, body: str) -> None:
-    """Makes every Python that has the folder on its `PYTHONPATH` run `body` on a module once it is imported.
+def write_hooks(folder: Path, patches: Mapping[str, str]) -> None:
+    """Makes every Python that has the folder on its `PYTHONPATH` run code on modules once they are imported.
 
     Args:
         folder: where the `sitecustomize.py` goes; made if it is not there.
-        target: the module's name.
-        body: lines of code, indented by four, that see the module as `module`.
+        patches: by the module's name, lines of code that see the module as `module`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(_TEMPLATE.format(target=target, body=body), encoding="utf-8")
+    bodies = {name: textwrap.dedent(body) for name, body in patches.items()}
+    (folder / "sitecustomize.py").write_text(_TEMPLATE.format(patches=bodies), encoding="utf-8")
+
+
+def write_hook(folder: Path, *, target: str, body: str) -> None:
+    """The same for one module."""
+    write_hooks(folder, {target: body})
 
 
 def break_workers(folder: Path, monkeypatch: pytest.MonkeyPatch, *, target: str, body: str) -> None:

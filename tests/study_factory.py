@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipetune.bench.files import write_durably
 from pipetune.bench.metrics import derive
@@ -12,7 +13,7 @@ from pipetune.bench.record import Machine, Measurement, Record
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.study.files import CONFIG_FILE, MACHINE_FILE, PROFILE_FILE, RECORDS_FOLDER, SEARCH_FILE, SHAPE_FILE
+from pipetune.tuner.study.files import RECORDS_FOLDER, StudyFile
 from pipetune.tuner.study.search_log import LoggedTrial, Reason, SearchLog, Stop
 from tests.record_factory import (
     DECODE_LAYER_ROW_S,
@@ -39,8 +40,9 @@ def write_study(
     devices: Sequence[str] = ("cpu:0", "cpu:1"),
     log: SearchLog | None = None,
     profile: Profile | None = None,
+    space: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `study.yaml`, `machine.json`, `shape.json` and the records, the diary and the profile where given.
+    """Writes `study.yaml`, `machine.json`, `shape.json` and the records, the search log and the profile where given.
 
     No records are a whole study's.
     """
@@ -50,26 +52,27 @@ def write_study(
             "workload": workload,
             "devices": tuple(devices),
             "constraints": tuple(constraints),
+            "space": dict(space or {}),
             **({"objectives": tuple(objectives)} if objectives is not None else {}),
         }
     )
     (folder / RECORDS_FOLDER).mkdir(parents=True)
-    write_durably(folder / CONFIG_FILE, sources.dump(config))
-    write_durably(folder / MACHINE_FILE, (machine or make_machine()).model_dump_json())
-    write_durably(folder / SHAPE_FILE, make_shape().model_dump_json())
+    write_durably(folder / StudyFile.CONFIG, sources.dump(config))
+    write_durably(folder / StudyFile.MACHINE, (machine or make_machine()).model_dump_json())
+    write_durably(folder / StudyFile.SHAPE, make_shape().model_dump_json())
     for record in make_study_records() if records is None else records:
         write_durably(folder / RECORDS_FOLDER / f"{record.number:04}.json", record.model_dump_json())
     if log is not None:
-        write_durably(folder / SEARCH_FILE, log.model_dump_json())
+        write_durably(folder / StudyFile.SEARCH, log.model_dump_json())
     if profile is not None:
-        write_durably(folder / PROFILE_FILE, profile.model_dump_json())
+        write_durably(folder / StudyFile.PROFILE, profile.model_dump_json())
     return folder
 
 
 def make_log(
     records: Sequence[Record] | None = None, errors: Sequence[float] = (0.06, -0.04, 0.02, -0.01)
 ) -> SearchLog:
-    """The diary of a study whose predictions were off by `errors`, one after the other and over again."""
+    """The search log of a study whose predictions were off by `errors`, one after the other and over again."""
     entries = []
     for record in make_study_records() if records is None else records:
         if record.role != "trial" or record.trial_number is None:

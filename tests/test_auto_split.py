@@ -19,7 +19,7 @@ from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.spec import ModelSpec
 from pipetune.tuner.planning.partition.device_map import plan_from_map
 from tests.bench.models.model_configs import model_config
-from tests.tiny_models import tiny_config
+from tests.tiny_models import save_tiny_model, tiny_config
 
 FAMILIES = ("llama", "qwen3", "gpt2", "bloom", "gemma2", "mixtral")
 DEVICES = ("cuda:0", "cuda:1", "cuda:2")
@@ -110,8 +110,22 @@ def test_what_cannot_be_split_so_is_refused() -> None:
 
 
 def test_without_devices_the_machine_is_asked() -> None:
-    device_map = auto_split_model(build("llama", 4), 2)
+    device_map = auto_split_model(build("llama", 4), 2, ranges=True)
     assert len(set(device_map.values())) == 2
+    assert "model.layers.0-1" in device_map
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_from_pretrained_takes_the_map(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / family, family, 4)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    device_map = auto_split_model(model, 2, devices=("cpu:0", "cpu:1"), device_bytes=[GIB] * 2)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    named = auto_split_model(model, 2, devices=("cuda:1", "cuda:3"), device_bytes=[GIB] * 2)
+    assert set(named.values()) == {"cuda:1", "cuda:3"}
+    assert named.keys() == device_map.keys()
 
 
 def test_it_imports_no_torch() -> None:

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+DUMMY = ROOT / "examples/dummy-llama-12l"
 pytestmark = pytest.mark.slow
 
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
-def run_python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
+def run_python(*arguments: str, cwd: Path, path: Path | None = None, extra: Mapping[str, str] | None = None) -> str:
     """What a Python says that sees installed packages, and of pipetune only what `path` holds."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=environment | ({"PYTHONPATH": str(path)} if path else {}),
+        env=environment | ({"PYTHONPATH": str(path)} if path else {}) | dict(extra or {}),
         capture_output=True,
         text=True,
         timeout=200,
@@ -80,7 +83,8 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None
         f"{prefix}{path.relative_to(ROOT).as_posix()}"
         for prefix, folder in (("pipetune/", "bench"), ("pipetune/", "tuner"), ("", "pipetune"))
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".typed", ".css", ".j2") and not path.is_relative_to(ROOT / "pipetune" / "bench")
+        if path.suffix in (".py", ".typed", ".css", ".j2", ".yaml", ".jsonl", ".txt", ".md")
+        and not path.is_relative_to(ROOT / "pipetune" / "bench")
         if not path.is_relative_to(ROOT / "pipetune" / "tuner")
     }
     assert sources <= names, f"missing: {sorted(sources - names)}"
@@ -114,6 +118,40 @@ def test_a_users_own_bench_does_no_harm(installed: Path, tmp_path: Path) -> None
         str(installed / "pipetune" / "__init__.py"),
     ]
     assert "Usage" in run_python("-m", "pipetune", "--help", cwd=tmp_path, path=installed)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_every_line_of_the_readme_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in re.findall(r"(?m)^pipetune .*$", text)]
+    assert lines[0] == ["pipetune", "demo"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt_token_ids": [5, 6, 7, 8]}\n' * 8, encoding="utf-8")
+    (tmp_path / "work/bench").mkdir(parents=True)
+    # A model without weights in place of those that must be fetched.
+    model = {"smollm2-135m": str(DUMMY), "meta-llama/Llama-3.1-8B": str(DUMMY), "cuda:0-3": "cpu:0-3"}
+    smaller = {
+        "MODEL": DUMMY,
+        "LOAD_FORMAT": "dummy",
+        "PROMPTS": "../prompts.jsonl",
+        "OUTPUT_LEN": 4,
+        "PROFILE": "false",
+    }
+    fewer = {"MAX_MEMORY_PER_DEVICE": "75MiB", "N_TRIALS": 1, "FINALISTS": 1, "FINALIST_ROUNDS": 1}
+    environment = {f"PIPETUNE_{name}": str(value) for name, value in (smaller | fewer).items()}
+    for line in lines:
+        arguments = [model.get(word, word) for word in line[1:]]
+        if arguments[0] == "tune":
+            # One study will do; the other lines must be understood, and find their files.
+            shown = run_python("-m", "pipetune", *arguments, "--show-config", cwd=tmp_path / "work", path=installed)
+            assert "# --model" in shown
+            shutil.copytree(tmp_path / "work/results/demo", tmp_path / "work" / line[line.index("-o") + 1])
+        elif arguments[0] == "gate":
+            run_python("-m", "pipetune", *arguments, "--show-config", cwd=tmp_path / "work", path=installed)
+        else:
+            extra = environment if arguments == ["demo"] else {}
+            run_python("-m", "pipetune", *arguments, cwd=tmp_path / "work", path=installed, extra=extra)
+    assert (tmp_path / "work/comparison/compare.html").exists()
 
 
 def test_no_module_is_named_bench_once_it_is_installed(installed: Path, tmp_path: Path) -> None:

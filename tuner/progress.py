@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.text import Text
 
@@ -18,6 +19,42 @@ from pipetune.bench.record import Failure, Outcome
 if TYPE_CHECKING:
     from pipetune.bench.fleet.fleet import Progress
 
+_MANY_STEPS = 8
+"""Steps of a worker's that a bar is drawn for, and a log told of by quarters."""
+
+
+class Steps:
+    """How far a work of several steps is, by those done since it was first looked at."""
+
+    def __init__(self, done: int, left: int, what: str) -> None:
+        self.first, self.done, self.left, self.what = done, done, left, what
+        self._began = time.monotonic()
+
+    @property
+    def total(self) -> int:
+        """Steps done and left."""
+        return self.done + self.left
+
+    @property
+    def text(self) -> str:
+        """`7 of at most 30 runs · about 4 min left`."""
+        return f"{self.done} of at most {self.total} {self.what}{self.time_text}"
+
+    @property
+    def time_text(self) -> str:
+        """` · about 4 min left`; empty before the first step and behind the last."""
+        if self.done == self.first or not self.left:
+            return ""
+        left_s = (time.monotonic() - self._began) * self.left / (self.done - self.first)
+        return f" · about {left_s:.0f} s left" if left_s < 90 else f" · about {left_s / 60:.0f} min left"
+
+    def at(self, done: int, left: int, what: str) -> Steps:
+        """This one, further on; a new one where it is of something else."""
+        if what != self.what or done < self.done:
+            return Steps(done, left, what)
+        self.done, self.left = done, left
+        return self
+
 
 class Reporter:
     """Who waits is told what runs, how far it is, and what came out; this one says nothing, as `--no-progress` wants.
@@ -25,12 +62,14 @@ class Reporter:
     It is entered around all work that it is told of, and may be entered again.
     """
 
+    is_silent = True
+    _course: Steps | None = None
+    _steps = Steps(0, 0, "")
+
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         return
 
     def say(self, text: str) -> None:
@@ -47,6 +86,12 @@ class Reporter:
 
     def fleet(self, progress: Progress) -> None:
         """What the workers are doing."""
+        done, total = progress.done or 0, progress.total or 0
+        self._steps = self._steps.at(done, total - done, progress.phase)
+
+    def course(self, done: int, left: int, what: str = "runs") -> None:
+        """How many steps of the whole work are done, and left at most."""
+        self._course = (self._course or Steps(done, left, what)).at(done, left, what)
 
 
 def make_reporter(console: Console, *, silent: bool = False) -> Reporter:
@@ -98,37 +143,51 @@ def _value_text(name: str, value: float, *, scored: bool) -> str:
 class PlainReporter(Reporter):
     """Whole lines, for logs: what begins, what came of it, and long first steps such as a download."""
 
+    is_silent = False
+
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last_message = ""
         self._begun = ""
+        self._quarter = 0
 
     def say(self, text: str) -> None:
         """Prints the line."""
-        self._line(text)
+        # Text may come from a model or a path: it is never markup.
+        self._console.print(Text(text), soft_wrap=True)
 
     def begin(self, text: str) -> None:
         """Prints what runs now."""
         self._begun = text
-        self._line(text)
+        self.say(text)
 
     def end(self, text: str) -> None:
         """Prints what came of it, indented."""
-        self._line(f"  {text}")
+        self.say(f"  {text}")
+
+    def course(self, done: int, left: int, what: str = "runs") -> None:
+        """Prints it."""
+        super().course(done, left, what)
+        if done and self._course:
+            self.say(f"  {self._course.text}")
 
     def fleet(self, progress: Progress) -> None:
-        """Prints a worker's message once, if it says something new."""
+        """Prints a worker's message once, if it says something new, and each quarter of many steps."""
+        super().fleet(progress)
+        steps = self._steps
+        quarter = 4 * steps.done // steps.total if steps.total >= _MANY_STEPS else 0
+        if quarter and quarter != self._quarter:
+            self.say(f"  {steps.what} {25 * quarter} %{steps.time_text}")
+        self._quarter = quarter
         if progress.message and progress.message not in (self._last_message, self._begun):
             self._last_message = progress.message
-            self._line(f"  {progress_text(progress)}")
-
-    def _line(self, text: str) -> None:
-        # Text may come from a model or a path: it is never markup.
-        self._console.print(Text(text), soft_wrap=True)
+            self.say(f"  {progress_text(progress)}")
 
 
 class LiveReporter(Reporter):
     """Lines that stay scroll by above two that change: what runs now, and the best so far."""
+
+    is_silent = False
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -141,9 +200,7 @@ class LiveReporter(Reporter):
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._live.stop()
 
     def say(self, text: str) -> None:
@@ -153,6 +210,7 @@ class LiveReporter(Reporter):
     def begin(self, text: str) -> None:
         """Shows what runs now, in place of what ran before."""
         self._now, self._fleet, self._began = text, "", time.monotonic()
+        self._steps = Steps(0, 0, "")
 
     def end(self, text: str) -> None:
         """Prints what ran with what came of it, above the lines that change."""
@@ -166,6 +224,7 @@ class LiveReporter(Reporter):
     def fleet(self, progress: Progress) -> None:
         """Shows what the workers are doing beside what runs now."""
         self._fleet = progress_text(progress) if progress.message != self._now else ""
+        super().fleet(progress)
 
     def _render(self) -> RenderableType:
         lines: list[RenderableType] = []
@@ -175,9 +234,19 @@ class LiveReporter(Reporter):
             lines.append(self._spinner)
             doing = f"  {self._fleet} · {seconds:.0f} s" if self._now and self._fleet else f"  {seconds:.0f} s"
             lines.append(_one_line(doing, "dim"))
+        if self._steps.total >= _MANY_STEPS:
+            lines.append(_bar(self._steps, f"of this step{self._steps.time_text}"))
+        if self._course:
+            lines.append(_bar(self._course, self._course.text))
         if self._best:
             lines.append(_one_line(f"  best so far: {self._best}", "green"))
         return Group(*lines)
+
+
+def _bar(steps: Steps, text: str) -> Columns:
+    total = steps.total or 1
+    bar = ProgressBar(total=total, completed=steps.done, width=12)
+    return Columns((" ", bar, _one_line(f"{100 * steps.done / total:.0f} % {text}")))
 
 
 def _one_line(text: str, style: str = "") -> Text:

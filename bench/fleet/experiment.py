@@ -11,27 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self, TypedDict, Unpack
 
 from pipetune.bench.errors import FleetError, ModelError
-from pipetune.bench.fleet.fleet import Closing, Fleet, Progress
+from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.locks import hold_gpus
+from pipetune.bench.fleet.supervisor import FleetOptions
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record, Role, timestamp
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
 
 Attempt = Callable[[Callable[[], Outcome]], Outcome]
 """Calls the run it is given; may give another outcome where somebody interrupts it."""
-
-
-class FleetOptions(TypedDict, total=False):
-    """Further arguments of `Fleet.start`."""
-
-    log_dir: Path | None
-    hang_timeout_s: float
-    on_progress: Callable[[Progress], None] | None
-    worker_env: Mapping[str, Mapping[str, str]] | None
 
 
 class Labels(TypedDict, total=False):
@@ -72,16 +64,13 @@ class Experiment(Closing):
         start_fleet: Callable[..., Fleet] | None = None,
         **options: Unpack[FleetOptions],
     ) -> Self:
-        """Starts a fleet of one worker per device.
+        """Starts a fleet of one worker per device; raises as `Fleet.start`, and what else is told below.
 
         Args:
             exclusive: hold its GPUs against other studies; False for those that only look at a model or a machine.
             start_fleet: in place of `Fleet.start`.
 
         Raises:
-            ModelError: the model cannot be found, read or split.
-            ConfigError: a device that is not there.
-            FleetError: workers that do not start.
             StudyError: another study runs on one of the GPUs.
         """
         starter = start_fleet or Fleet.start

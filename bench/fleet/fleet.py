@@ -5,19 +5,19 @@ No torch here: whatever a worker dies of, `bench.fleet.supervisor` turns it into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from pydantic import TypeAdapter
 
-from pipetune.bench.errors import ConfigError, FleetError, ModelError, PlanError
-from pipetune.bench.files import CACHE_VARIABLE, cache_root
-from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, Progress, Supervisor
-from pipetune.bench.machine.hardware import available_devices, device_bytes
+from pipetune.bench.errors import ConfigError, FleetError, ModelError, PlanError, StudyError
+from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, FleetOptions, Progress, Supervisor
+from pipetune.bench.machine.hardware import available_devices, device_bytes, warn_of_cores
+from pipetune.bench.machine.telemetry import load_now
 from pipetune.bench.memory import ModelShape, resolve_prompts
 from pipetune.bench.profile import Profile, ProfileGrid
+from pipetune.bench.prompts.forms import Prompts, prompts_of_call
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Outcome, timestamp
 from pipetune.bench.spec import (
     EffectivePlan,
@@ -32,14 +32,14 @@ from pipetune.bench.spec import (
 )
 
 __all__ = [
-    "CACHE_VARIABLE",
     "Fleet",
     "GenerationResult",
     "Progress",
     "ScoreResult",
     "available_devices",
-    "cache_root",
     "device_bytes",
+    "load_now",
+    "warn_of_cores",
 ]
 
 _OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Outcome)
@@ -80,88 +80,49 @@ class Closing:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 class Fleet(Closing):
     """One worker process per device, kept over plans; rebuilt by itself after a failure, when next used."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        devices: Sequence[str],
-        *,
-        log_dir: Path | None,
-        hang_timeout_s: float,
-        on_progress: Callable[[Progress], None] | None,
-        worker_env: Mapping[str, Mapping[str, str]] | None = None,
-    ) -> None:
+    def __init__(self, model: ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> None:
         self.model = model
         self.devices = tuple(devices)
-        self.worker_env = {device: dict(variables) for device, variables in (worker_env or {}).items()}
+        self.worker_env = {device: dict(env) for device, env in (options.get("worker_env") or {}).items()}
         self.shape: ModelShape
         self.machine: Machine
         self.device_bytes: dict[str, int]
-        self._supervisor = Supervisor(
-            self.devices,
-            log_dir=log_dir,
-            hang_timeout_s=hang_timeout_s,
-            on_progress=on_progress,
-            worker_env=worker_env,
-        )
-        self._reference: Path | None = None
+        self._notes = warn_of_cores(self.devices)
+        self._supervisor = Supervisor(self.devices, **options)
+        self._reference: tuple[Path, Workload] | None = None
 
     @classmethod
-    def start(
-        cls,
-        model: ModelSpec,
-        devices: Sequence[str],
-        *,
-        log_dir: Path | None = None,
-        hang_timeout_s: float = 10.0,
-        on_progress: Callable[[Progress], None] | None = None,
-        worker_env: Mapping[str, Mapping[str, str]] | None = None,
-    ) -> Self:
+    def start(cls, model: ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> Self:
         """Starts one worker per device and waits until the model is known to all.
 
         Args:
             devices: `cpu:N` or `cuda:N`, one worker each; a GPU named twice gets two.
-            log_dir: where `rank-N.log` go; by default a temporary folder that goes with the fleet.
-            hang_timeout_s: a worker that gives no sign of life for so long is taken for hung.
-            worker_env: variables of the environment of single devices' workers: `{"cpu:1": {"ONEDNN_MAX_CPU_ISA":
-                "AVX2"}}` lets one CPU worker compute like an older CPU.
 
         Raises:
             ModelError: the model cannot be found, read or split.
             ConfigError: a device that is not there.
             FleetError: workers that do not start.
         """
-        fleet = cls(
-            model,
-            devices,
-            log_dir=log_dir,
-            hang_timeout_s=hang_timeout_s,
-            on_progress=on_progress,
-            worker_env=worker_env,
-        )
+        fleet = cls(model, devices, **options)
         fleet._check_devices()
         fleet._launch()
         return fleet
 
-    def prompts(self, workload: Workload) -> tuple[tuple[int, ...], ...]:
-        """Token ids of every prompt, in the order given.
+    def prompts(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
+        """Token ids of every prompt, in the order given; `as_text` where the answers will be wanted as text.
 
         Raises:
-            ConfigError: prompts that cannot be used.
+            ConfigError: prompts that cannot be used, or a tokenizer that does not load.
             FleetError: the workers failed.
         """
-        answer = self._call("prompts", {"workload": _dump(workload)})
-        if "error" in answer:
-            raise ConfigError(answer["error"])
-        return tuple(tuple(prompt) for prompt in answer["prompts"])
+        return tuple(tuple(ids) for ids in self._call("prompts", workload=workload, as_text=as_text)["prompts"])
 
     def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
         """Length of every prompt in tokens; raises as `prompts` does."""
@@ -181,16 +142,7 @@ class Fleet(Closing):
 
     def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
         """Asks the unsplit model for the truth that plans are checked against, and keeps it in a file."""
-        try:
-            answer = self._call(
-                "reference", {"path": str(path.absolute()), "workload": _dump(workload), "protocol": _dump(protocol)}
-            )
-        except FleetError as error:
-            return error.failure
-        if answer["failure"] is not None:
-            return Failure.model_validate(answer["failure"])
-        self._reference = path.absolute()
-        return None
+        return self._refer("reference", path, workload, workload=workload, protocol=protocol)
 
     def make_reference_from_plan(self, path: Path, spec: RunSpec, effective: EffectivePlan) -> Failure | None:
         """Takes a plan's own output for the truth, where the unsplit model fits on no device.
@@ -198,22 +150,20 @@ class Fleet(Closing):
         Later plans can be told apart from it; whether it was right itself cannot be told.
         """
         self._check_stages(spec.plan)
-        try:
-            self._call(
-                "reference_from_plan",
-                {"path": str(path.absolute()), "spec": _dump(spec), "effective": _dump(effective)},
-                spec.protocol.timeout_s,
-            )
-        except FleetError as error:
-            return error.failure
-        self._reference = path.absolute()
-        return None
+        timeout_s = spec.protocol.timeout_s
+        return self._refer(
+            "reference_from_plan", path, spec.workload, timeout_s=timeout_s, spec=spec, effective=effective
+        )
 
-    def use_reference(self, path: Path) -> None:
-        """Takes a reference made earlier, as on a resume."""
-        self._reference = path.absolute()
-        if self._supervisor.is_up:
-            self._call("use_reference", {"path": str(self._reference)})
+    def use_reference(self, path: Path, workload: Workload) -> None:
+        """Takes a reference made earlier, as on a resume.
+
+        Raises:
+            StudyError: it cannot be read, or is of another model or workload.
+            FleetError: the workers failed.
+        """
+        self._call("use_reference", path=path.absolute(), workload=workload)
+        self._reference = path.absolute(), workload
 
     def baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> Measurement | Failure:
         """Measures the model un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`.
@@ -221,9 +171,7 @@ class Fleet(Closing):
         By HF `generate`, or by plain forward passes where texts are scored.
         """
         return self._outcome(
-            "baseline",
-            {"workload": _dump(workload), "protocol": _dump(protocol), "batch_size": batch_size},
-            protocol.timeout_s,
+            "baseline", timeout_s=protocol.timeout_s, workload=workload, protocol=protocol, batch_size=batch_size
         )
 
     def measure(self, spec: RunSpec, effective: EffectivePlan) -> Measurement | Failure:
@@ -233,57 +181,46 @@ class Fleet(Closing):
             PlanError: the plan names a device more often than this fleet has workers on it.
         """
         self._check_stages(spec.plan)
-        return self._outcome("measure", {"spec": _dump(spec), "effective": _dump(effective)}, spec.protocol.timeout_s)
+        return self._outcome("measure", timeout_s=spec.protocol.timeout_s, spec=spec, effective=effective)
 
     def profile(self, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True) -> Profile:
-        """Times the model's parts on every device, all of them busy at once, and the links between each two.
-
-        Args:
-            packed_weights: as in plans.
-            cuda_graphs: as in plans.
+        """Times the model's parts on every device, all of them busy at once, and links; the switches are as in plans.
 
         Raises:
             FleetError: the workers failed, or not even one layer of each kind fits between embedding and head.
         """
-        answer = self._call(
-            "profile", {"grid": _dump(grid), "packed_weights": packed_weights, "cuda_graphs": cuda_graphs}
-        )
+        answer = self._call("profile", grid=grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
         if "failure" in answer:
             raise FleetError(Failure.model_validate(answer["failure"]))
-        return Profile.model_validate(
-            {
-                **answer,
-                "model": self.model,
-                "shape": self.shape,
-                "machine": self.machine,
-                "device_bytes": self.device_bytes,
-                "packed_weights": packed_weights,
-                "cuda_graphs": cuda_graphs,
-                "scores": grid.scores,
-                "measured_at": timestamp(),
-            }
+        return Profile(
+            model=self.model,
+            shape=self.shape,
+            machine=self.machine,
+            device_bytes=self.device_bytes,
+            packed_weights=packed_weights,
+            cuda_graphs=cuda_graphs,
+            scores=grid.scores,
+            measured_at=timestamp(),
+            **answer | {"notes": (*answer["notes"], *self._notes)},
         )
 
     def generate(
         self,
         plan: Plan,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompts,
         *,
         max_new_tokens: int,
         in_flight: int | None = None,
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
     ) -> tuple[GenerationResult, ...]:
-        """Generates for use.
+        """Generates for use, as `Pipeline.generate` does, under any plan over the fleet's devices.
 
         Args:
-            prompts: text, or token ids.
             in_flight: micro-batches resident at once; by default as many as the plan's memory caps let be.
-            ignore_eos: generate `max_new_tokens` for every prompt.
-            sampling: how tokens are drawn, the same for every plan: draws depend on the seed and on the prompt's place
-                among the prompts. None takes the likeliest token.
 
         Raises:
+            TypeError: something else than prompts.
             ConfigError: prompts that cannot be used.
             PlanError: the plan names a device more often than this fleet has workers on it, or not even one micro-batch
                 fits under its memory caps.
@@ -293,70 +230,44 @@ class Fleet(Closing):
             raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         answer = self._call(
             "generate",
-            {
-                **self._use(plan, prompts, max_new_tokens, in_flight),
-                "prompts": _plain(prompts),
-                "max_new_tokens": max_new_tokens,
-                "ignore_eos": ignore_eos,
-                "sampling": _dump(sampling) if sampling is not None else None,
-            },
+            **self._use(plan, prompts, max_new_tokens, in_flight),
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            sampling=sampling,
         )
-        if "error" in answer:
-            raise ConfigError(answer["error"])
         return tuple(
-            GenerationResult(
-                token_ids=tuple(row["token_ids"]),
-                text=row["text"],
-                prompt_token_ids=tuple(row["prompt_token_ids"]),
-                ttft_s=row["token_times_s"][0],
-                e2el_s=row["token_times_s"][-1],
-                token_times_s=tuple(row["token_times_s"]),
-            )
+            GenerationResult(ttft_s=row["token_times_s"][0], e2el_s=row["token_times_s"][-1], **row)
             for row in answer["results"]
         )
 
-    def score(
-        self, plan: Plan, texts: Sequence[str | Sequence[int]], *, in_flight: int | None = None
-    ) -> tuple[ScoreResult, ...]:
+    def score(self, plan: Plan, texts: Prompts, *, in_flight: int | None = None) -> tuple[ScoreResult, ...]:
         """Log-probabilities of the tokens of given texts, each under those before it.
 
         Args:
-            texts: text, or token ids.
             in_flight: micro-batches resident at once; by default as many as the plan's memory caps let be.
 
         Raises:
-            ConfigError: texts that cannot be used.
-            PlanError: the plan names a device more often than this fleet has workers on it, or not even one micro-batch
-                fits under its memory caps.
-            FleetError: the workers failed.
+            TypeError, PipetuneError: as `generate` does.
         """
-        answer = self._call("score", {**self._use(plan, texts, 0, in_flight), "texts": _plain(texts)})
-        if "error" in answer:
-            raise ConfigError(answer["error"])
+        answer = self._call("score", **self._use(plan, texts, 0, in_flight))
         return tuple(
             ScoreResult(token_ids=tuple(row["prompt_token_ids"]), logprobs=tuple(row["logprobs"]), text=row["text"])
             for row in answer["results"]
         )
 
-    def _use(
-        self, plan: Plan, prompts: Sequence[str | Sequence[int]], output_len: int, in_flight: int | None
-    ) -> dict[str, Any]:
+    def _use(self, plan: Plan, prompts: Prompts, output_len: int, in_flight: int | None) -> dict[str, Any]:
         self._check_stages(plan)
-        if not prompts:
+        given = prompts_of_call(prompts)
+        if not given:
             raise ConfigError("prompts: there is none; give at least one")
         if in_flight is None:
             # Text has at most about a token a byte.
-            lens = [len(prompt) if not isinstance(prompt, str) else len(prompt.encode()) + 2 for prompt in prompts]
+            lens = [len(prompt) if not isinstance(prompt, str) else len(prompt.encode()) + 2 for prompt in given]
             resolved = self._resolve(plan, lens, output_len)
             if isinstance(resolved, Failure):
                 raise PlanError(resolved.message)
             in_flight = resolved.in_flight
-        return {"plan": _dump(plan), "in_flight": in_flight}
-
-    @property
-    def worker_pids(self) -> tuple[int, ...]:
-        """Process ids by rank; empty while the fleet is down."""
-        return self._supervisor.pids
+        return {"plan": plan, "in_flight": in_flight, "prompts": given}
 
     def interrupt(self) -> None:
         """Kills the workers at once; the fleet starts anew when it is next used."""
@@ -370,8 +281,7 @@ class Fleet(Closing):
         if not self.devices:
             raise ConfigError("devices: there is none; give cpu:0-1, cuda:0,cuda:1 or auto")
         there = available_devices()
-        missing = [name for name in self.devices if device_kind(name) == "cuda" and name not in there]
-        if missing:
+        if missing := [name for name in self.devices if device_kind(name) == "cuda" and name not in there]:
             raise ConfigError(
                 f"devices: {missing[0]} is not on this machine; there are {', '.join(there)} and any cpu:N"
             )
@@ -387,47 +297,57 @@ class Fleet(Closing):
 
     def _launch(self) -> None:
         try:
-            self._start_and_describe()
-        except BaseException:
+            self._supervisor.start(self.model)
+            described = self._supervisor.request("describe", {}, START_TIMEOUT_S)
+            self.model = ModelSpec.model_validate(described["model"])
+            self.shape = ModelShape.model_validate(described["shape"])
+            self.machine = Machine.model_validate(described["machine"])
+            self.device_bytes = described["device_bytes"]
+            if self._reference is not None:
+                path, workload = self._reference
+                self._request("use_reference", {"path": path, "workload": workload}, START_TIMEOUT_S)
+        except BaseException as error:
             # Whatever it is, an interrupt among them: nobody else knows of these processes and this folder yet.
             self._supervisor.kill()
-            raise
-
-    def _start_and_describe(self) -> None:
-        try:
-            self._supervisor.start(self.model)
-        except FleetError as error:
-            if error.failure.kind is FailureKind.UNSUPPORTED_MODEL:
+            if isinstance(error, FleetError) and error.failure.kind is FailureKind.UNSUPPORTED_MODEL:
                 raise ModelError(error.failure.message) from error
             raise
-        described = self._supervisor.request("describe", {}, START_TIMEOUT_S)
-        self.model = ModelSpec.model_validate(described["model"])
-        self.shape = ModelShape.model_validate(described["shape"])
-        self.machine = Machine.model_validate(described["machine"])
-        self.device_bytes = described["device_bytes"]
-        if self._reference is not None:
-            self._supervisor.request("use_reference", {"path": str(self._reference)}, START_TIMEOUT_S)
 
-    def _outcome(self, command: str, args: dict[str, Any], timeout_s: float) -> Measurement | Failure:
+    def _refer(
+        self, command: str, path: Path, of: Workload, *, timeout_s: float = START_TIMEOUT_S, **args: Any
+    ) -> Failure | None:
         try:
-            return _OUTCOME.validate_python(self._call(command, args, timeout_s)["outcome"])
+            answer = self._call(command, timeout_s=timeout_s, path=path.absolute(), **args)
         except FleetError as error:
             return error.failure
+        if answer.get("failure") is not None:
+            return Failure.model_validate(answer["failure"])
+        self._reference = path.absolute(), of
+        return None
 
-    def _call(self, command: str, args: dict[str, Any], timeout_s: float = START_TIMEOUT_S) -> dict[str, Any]:
+    def _outcome(self, command: str, *, timeout_s: float, **args: Any) -> Measurement | Failure:
+        try:
+            outcome = _OUTCOME.validate_python(self._call(command, timeout_s=timeout_s, **args)["outcome"])
+        except FleetError as error:
+            return error.failure
+        if isinstance(outcome, Failure):
+            return outcome
+        return outcome.model_copy(update={"notes": (*outcome.notes, *self._notes)})
+
+    def _call(self, command: str, *, timeout_s: float = START_TIMEOUT_S, **args: Any) -> dict[str, Any]:
         """Sends a command and waits for its answer, on a fleet that is started again if it is down.
 
         Raises:
+            ConfigError: prompts that cannot be used.
+            StudyError: a reference that cannot be used.
             FleetError: the workers failed, and were killed.
         """
         if not self._supervisor.is_up:
             self._launch()
-        return self._supervisor.request(command, args, timeout_s)
+        return self._request(command, args, timeout_s)
 
-
-def _plain(prompts: Sequence[str | Sequence[int]]) -> list[str | list[int]]:
-    return [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-
-
-def _dump(value: Value) -> dict[str, Any]:
-    return value.model_dump(mode="json")
+    def _request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        answer = self._supervisor.request(command, args, timeout_s)
+        if "error" in answer:
+            raise (StudyError if answer["of_study"] else ConfigError)(answer["error"])
+        return answer

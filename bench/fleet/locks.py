@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pipetune.bench.errors import StudyError
+from pipetune.bench.files import read_text, write_durably
 from pipetune.bench.record import GpuInfo
 from pipetune.bench.spec import device_index, device_kind
 
@@ -35,12 +36,12 @@ def hold(path: Path, what: str, *, remedy: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         try:
-            who = holder.read_text(encoding="utf-8").strip()
-        except OSError:
+            who = read_text(holder).strip()
+        except (OSError, UnicodeDecodeError):
             who = "another process"
         raise StudyError(f"{what} is in use by {who}; {remedy}") from None
     try:
-        holder.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        write_durably(holder, f"pid {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -49,28 +50,19 @@ def hold(path: Path, what: str, *, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_gpus(devices: Sequence[str], gpus: Sequence[GpuInfo]) -> Iterator[None]:
-    """Holds every GPU among the devices by its UUID, for this user; CPU workers need no lock.
-
-    Args:
-        gpus: of the machine, in CUDA's order.
+    """Holds every one of the machine's GPUs among the devices by its UUID, for this user; CPU workers need no lock.
 
     Raises:
         StudyError: another study runs on one of them.
     """
     used = sorted({device_index(device) for device in devices if device_kind(device) == "cuda"})
+    remedy = "two studies on one GPU would spoil each other: wait for it, or take other devices"
     with contextlib.ExitStack() as stack:
-        if used:
-            folder = _runtime_folder()
-            # In the order of UUIDs, so that two studies cannot each hold what the other waits for.
-            for index in sorted(used, key=lambda index: gpus[index].uuid):
-                name = gpus[index].uuid or f"cuda-{index}"
-                stack.enter_context(
-                    hold(
-                        folder / f"{name.replace('/', '_')}.lock",
-                        f"cuda:{index} ({name})",
-                        remedy="two studies on one GPU would spoil each other: wait for it, or take other devices",
-                    )
-                )
+        # In the order of UUIDs, so that two studies cannot each hold what the other waits for.
+        for index in sorted(used, key=lambda index: gpus[index].uuid):
+            name = gpus[index].uuid or f"cuda-{index}"
+            path = _runtime_folder() / f"{name.replace('/', '_')}.lock"
+            stack.enter_context(hold(path, f"cuda:{index} ({name})", remedy=remedy))
         yield
 
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,21 +18,25 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
+
+from pydantic_core import to_jsonable_python
 
 from pipetune.bench.errors import ConfigError, FleetError
+from pipetune.bench.files import scratch_folder
 from pipetune.bench.record import REMEDIES, Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, Value, device_kind
 
 START_TIMEOUT_S = 1800.0
 """A first start may download and convert a model."""
+CONTEXT_S = 120.0
+"""A worker may be silent for so long while it claims GPUs: CUDA holds the interpreter's lock and loads every kernel."""
 STUCK_AFTER_S = 30.0
 """If every stage waits for another and no task ends for so long, messages were lost."""
+STOPPED_S = 2.0
+"""The driver looks at its workers many times a second; if it did not for so long, it was itself stopped."""
 KILL_TIMEOUT_S = 60.0
 """A killed worker that is not gone after so long is left to the kernel."""
-FOLDER_PREFIX = "pipetune-"
-_OWNER_FILE = ".driver"
-"""In a driver's own folder: its process id, and when that process began. What lacks it belongs to somebody else."""
 _MAX_SOCKET_PATH = 103
 """Bytes; of the systems that pipetune runs on, the least that a socket's address holds."""
 GRACE_S = 1.0
@@ -50,11 +53,24 @@ class Progress(Value):
     total: int | None = None
 
 
+class FleetOptions(TypedDict, total=False):
+    """How workers are started and listened to."""
+
+    log_dir: Path | None
+    """Where `rank-N.log` go; by default a temporary folder that goes with the workers."""
+    hang_timeout_s: float
+    """A worker that gives no sign of life for so long is taken for hung; by default 10."""
+    on_progress: Callable[[Progress], None] | None
+    worker_env: Mapping[str, Mapping[str, str]] | None
+    """Variables of the environment of single devices' workers, on top of this process's: `{"cpu:1":
+    {"ONEDNN_MAX_CPU_ISA": "AVX2"}}` lets one CPU worker compute like an older CPU."""
+
+
 class _Worker:
     """The driver's view of one worker process."""
 
-    def __init__(self, rank: int, device: str, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.rank, self.device, self.process, self.log = rank, device, process, log
+    def __init__(self, device: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.device, self.process, self.log = device, process, log
         self.connection: socket.socket | None = None
         self.ready = False
         self.beat_at = time.monotonic()
@@ -68,48 +84,29 @@ class _Worker:
 
     def failure(self, kind: FailureKind, message: str) -> Failure:
         """What befell this worker, with its place and the end of its log."""
+        detail = ""
+        with contextlib.suppress(OSError):
+            detail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
         return Failure(
             kind=kind,
             stage=self.state["stage"],
             device=self.device,
             phase=self.state["phase"],
             message=message,
-            detail=self.log_tail(),
+            detail=detail,
         )
-
-    def log_tail(self, limit: int = 2000) -> str:
-        """The end of the worker's log."""
-        with contextlib.suppress(OSError):
-            return self.log.read_text(encoding="utf-8", errors="replace")[-limit:]
-        return ""
 
 
 class Supervisor:
     """One worker process per device; down until started, and down again after any failure."""
 
-    def __init__(
-        self,
-        devices: Sequence[str],
-        *,
-        log_dir: Path | None,
-        hang_timeout_s: float,
-        on_progress: Callable[[Progress], None] | None,
-        worker_env: Mapping[str, Mapping[str, str]] | None = None,
-    ) -> None:
-        """
-        Args:
-            devices: one worker each.
-            log_dir: where `rank-N.log` go; by default a temporary folder that goes with the workers.
-            hang_timeout_s: a worker that gives no sign of life for so long is taken for hung.
-            worker_env: variables of the environment of single devices' workers, on top of this process's.
-        """
-        self.hang_timeout_s = hang_timeout_s
-        self.on_progress = on_progress or (lambda progress: None)
-        self._devices = tuple(devices)
-        self._log_dir = log_dir
-        self._worker_env = worker_env or {}
+    def __init__(self, devices: Sequence[str], **options: Unpack[FleetOptions]) -> None:
+        self.hang_timeout_s = options.get("hang_timeout_s", 10.0)
+        self.on_progress = options.get("on_progress") or (lambda progress: None)
+        self._devices, self._log_dir = tuple(devices), options.get("log_dir")
+        self._worker_env = options.get("worker_env") or {}
         self._workers: list[_Worker] = []
-        self._folder: Path | None = None
+        self._scratch = contextlib.ExitStack()
         self._listener: socket.socket | None = None
         self._selector: selectors.BaseSelector | None = None
         self._next_id = 0
@@ -121,11 +118,6 @@ class Supervisor:
         """Whether there are workers: from their start until they are ended."""
         return bool(self._workers)
 
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids by rank; empty while there are no workers."""
-        return tuple(worker.process.pid for worker in self._workers)
-
     def start(self, model: ModelSpec) -> None:
         """Starts one worker per device and waits until each has read the model.
 
@@ -136,12 +128,10 @@ class Supervisor:
             FleetError: workers that do not start; they were killed.
         """
         self._oom_kills_before = _oom_kills()
-        _sweep_leftovers()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
-        (self._folder / _OWNER_FILE).write_text(f"{os.getpid()} {_began(os.getpid())}", encoding="ascii")
-        log_dir = self._log_dir or self._folder
+        folder = self._scratch.enter_context(scratch_folder())
+        log_dir = self._log_dir or folder
         log_dir.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "driver.sock"
+        path = folder / "driver.sock"
         if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
             raise ConfigError(
                 f"TMPDIR: {tempfile.gettempdir()} is too long: a socket's path there would have "
@@ -155,6 +145,8 @@ class Supervisor:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         environment = {
             **os.environ,
+            # An empty entry is the folder that we were started in.
+            "PYTHONPATH": os.pathsep.join(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
             # NVML counts GPUs by bus; CUDA would count the fastest first.
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "GLOO_SOCKET_IFNAME": "lo",
@@ -164,9 +156,10 @@ class Supervisor:
             "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
             "PYTHONUNBUFFERED": "1",
         }
-        if sum(device_kind(device) == "cuda" for device in self._devices) > 1:
+        gpus = [device for device in self._devices if device_kind(device) == "cuda"]
+        if len(set(gpus)) > 1 or (len(gpus) > 1 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"):
             # A kernel that is loaded at its first use waits for all that runs, and a posted NCCL receive runs until its
-            # message comes: two stages that wait so for each other wait for ever.
+            # message comes: two stages that wait so for each other wait for ever. Without NCCL it only costs time.
             environment.setdefault("CUDA_MODULE_LOADING", "EAGER")
         for rank, device in enumerate(self._devices):
             log = log_dir / f"rank-{rank}.log"
@@ -175,8 +168,8 @@ class Supervisor:
                     [
                         *(sys.executable, "-P", "-m", "pipetune.bench.worker"),
                         *("--rank", str(rank), "--devices", ",".join(self._devices)),
-                        *("--model", model.model_dump_json()),
-                        *("--socket", str(path), "--rendezvous", str(self._folder / "rendezvous")),
+                        *("--model", model.model_dump_json(exclude_unset=True)),
+                        *("--socket", str(path), "--rendezvous", str(folder / "rendezvous")),
                         *("--driver-pid", str(os.getpid())),
                     ],
                     stdin=subprocess.DEVNULL,
@@ -186,12 +179,12 @@ class Supervisor:
                     # A Ctrl-C at the terminal is the driver's to handle.
                     start_new_session=True,
                 )
-            self._workers.append(_Worker(rank, device, process, log))
+            self._workers.append(_Worker(device, process, log))
         self.on_progress(Progress(phase="start", message=f"starting {len(self._devices)} workers"))
         self._await(lambda: all(worker.ready for worker in self._workers), START_TIMEOUT_S, "start")
 
     def request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Sends a command to rank 0 and waits for its answer.
+        """Sends a command to rank 0, values among its arguments as JSON, and waits for its answer.
 
         Raises:
             FleetError: the workers failed, and were killed.
@@ -218,8 +211,7 @@ class Supervisor:
     def kill(self) -> None:
         """Ends the workers at once, and removes what they were started with."""
         for worker in self._workers:
-            if worker.process.poll() is None:
-                worker.process.kill()
+            worker.process.kill()
         for worker in self._workers:
             # A process that hangs in a GPU's driver cannot even be killed.
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -231,35 +223,35 @@ class Supervisor:
             self._selector.close()
         self._workers, self._selector, self._listener = [], None, None
         self._answers = {}
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._scratch.close()
 
     def _send(self, message: dict[str, Any]) -> None:
         connection = self._workers[0].connection
         assert connection is not None
         try:
-            connection.sendall((json.dumps(message) + "\n").encode())
+            connection.sendall((json.dumps(message, default=to_jsonable_python) + "\n").encode())
         except OSError:
             self._fail(self._find_dead() or self._silent(self._workers[0]))
 
     def _await(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Listens until `done`; whatever goes wrong meanwhile ends the workers and is raised."""
-        began = moved_at = time.monotonic()
+        began = moved_at = ran_at = time.monotonic()
         tasks_done = -1
         while not done():
             self._listen(0.05)
             now = time.monotonic()
-            dead = self._find_dead()
-            if dead is not None:
+            if now - ran_at > STOPPED_S:
+                # What the workers said meanwhile is not read yet, and no time of theirs went by for us.
+                began += now - ran_at
+                moved_at = now
+                for worker in self._workers:
+                    worker.beat_at = now
+            ran_at = now
+            if (dead := self._find_dead()) is not None:
                 self._fail(dead)
-            silent = [
-                worker
-                for worker in self._workers
-                if worker.connection is not None and now - worker.beat_at > self.hang_timeout_s
-            ]
-            if silent:
-                self._fail(self._silent(silent[0]))
+            for worker in self._workers:
+                if worker.connection is not None and now - worker.beat_at > self._patience_s(worker):
+                    self._fail(self._silent(worker))
             total = sum(worker.state["tasks_done"] for worker in self._workers)
             stages = [worker for worker in self._workers if worker.state["activity"] != "idle"]
             waiting = bool(stages) and all(worker.state["activity"] in ("receive", "send") for worker in stages)
@@ -315,15 +307,8 @@ class Supervisor:
             # All ranks take the same steps, and signs of life come seldom: a fault shall name the phase it fell into.
             for other in self._workers:
                 other.state["phase"] = message["phase"]
-            self.on_progress(
-                Progress(
-                    phase=message["phase"],
-                    message=message["message"],
-                    stage=worker.state["stage"],
-                    done=message["done"],
-                    total=message["total"],
-                )
-            )
+            told = {name: message[name] for name in ("phase", "message", "done", "total")}
+            self.on_progress(Progress(stage=worker.state["stage"], **told))
         elif kind == "answer":
             self._answers[message["id"]] = message["result"]
         elif kind == "fault":
@@ -334,8 +319,7 @@ class Supervisor:
         if failure.kind is FailureKind.COMMUNICATION_TIMEOUT:
             deadline = time.monotonic() + GRACE_S
             while time.monotonic() < deadline:
-                dead = self._find_dead(only_signals=True)
-                if dead is not None:
+                if (dead := self._find_dead(only_signals=True)) is not None:
                     self._fail(dead)
                 # Another worker's own fault, if it is on its way, is raised from within.
                 self._listen(0.05)
@@ -368,22 +352,28 @@ class Supervisor:
             by, hint = f"exited with code {code}", "see its log"
         return worker.failure(kind, f"{worker.where} {by} during {worker.state['phase']}; {hint}")
 
+    def _patience_s(self, worker: _Worker) -> float:
+        """How long a worker may be silent now; the unsplit model is loaded by one of them onto all GPUs."""
+        claims = device_kind(worker.device) == "cuda" and worker.state["phase"] in ("start", "load")
+        return max(self.hang_timeout_s, CONTEXT_S) if claims else self.hang_timeout_s
+
     def _silent(self, worker: _Worker) -> Failure:
         return worker.failure(
             FailureKind.WORKER_HUNG,
-            f"{worker.where} gave no sign of life for {self.hang_timeout_s:.0f} s during {worker.state['phase']}: it "
-            "is stopped or stuck; a slower machine may need a larger protocol.hang_timeout_s",
+            f"{worker.where} gave no sign of life for {self._patience_s(worker):.0f} s during "
+            f"{worker.state['phase']}: it is stopped or stuck; a slower machine may need a larger "
+            "protocol.hang_timeout_s",
         )
 
     def _stuck(self, stages: Sequence[_Worker], waited_s: float) -> Failure:
-        doing = ", ".join(f"stage {worker.state['stage']} {worker.state['activity']}s" for worker in stages)
+        doing = ", ".join(f"{worker.where} {worker.state['activity']}s" for worker in stages)
         return Failure(
             kind=FailureKind.COMMUNICATION_TIMEOUT,
             stage=stages[0].state["stage"],
             device=stages[0].device,
             phase=stages[0].state["phase"],
             message=(
-                f"nothing moved between the stages for {waited_s:.0f} s ({doing}): a message was lost; check the "
+                f"nothing moved between the workers for {waited_s:.0f} s ({doing}): a message was lost; check the "
                 "links, or NCCL_DEBUG=INFO on GPUs"
             ),
         )
@@ -392,27 +382,6 @@ class Supervisor:
         """Ends the workers and raises; a worker that died may have been the first victim of another's fault."""
         self.kill()
         raise FleetError(failure)
-
-
-def _sweep_leftovers() -> None:
-    """Removes the folders of drivers that were killed: they could not do it themselves."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*-*"):
-        with contextlib.suppress(OSError, ValueError):
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-                continue
-            pid, began = (int(word) for word in (folder / _OWNER_FILE).read_text(encoding="ascii").split())
-            if folder.name.startswith(f"{FOLDER_PREFIX}{pid}-") and _began(pid) != began:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _began(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None where there is none of that number."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    # The name in parentheses may hold anything; behind it the start time is the 20th field.
-    return int(text.rpartition(")")[2].split()[19])
 
 
 def _oom_kills() -> int:

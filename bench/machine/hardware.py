@@ -5,9 +5,13 @@ Loads no torch, so that a driver may ask; NVML and the kernel's files say it all
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
+import logging
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -17,7 +21,7 @@ from typing import Any
 
 import pynvml
 
-from pipetune.bench.machine.nvml import nvml_session, read, text, visible_gpus
+from pipetune.bench.machine.nvml import read, text, visible_gpus
 from pipetune.bench.record import GpuInfo, Hardware, Machine, Software
 from pipetune.bench.spec import device_index, device_kind
 
@@ -37,16 +41,16 @@ _TOPOLOGY = {
 
 def read_machine() -> Machine:
     """Everything a record says of the machine it was made on."""
-    with nvml_session() as has_nvml:
-        gpus = visible_gpus() if has_nvml else {}
+    named = re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    with visible_gpus() as gpus:
         hardware = Hardware(
-            cpu_model=_cpu_model(),
+            cpu_model=named[1].strip() if named else platform.processor() or platform.machine(),
             cpu_cores=cpu_cores(),
             memory_bytes=host_memory_bytes() // _GIB * _GIB,
             gpus=tuple(_gpu_info(handle) for handle in gpus.values()),
             links=tuple(f"{a}-{b}:{_link(gpus[a], gpus[b])}" for a, b in combinations(sorted(gpus), 2)),
         )
-        driver = text(read(pynvml.nvmlSystemGetDriverVersion)) or None if has_nvml else None
+        driver = text(read(pynvml.nvmlSystemGetDriverVersion)) or None
     return Machine(
         hostname=socket.gethostname(),
         hardware_id=hardware.hardware_id,
@@ -56,8 +60,8 @@ def read_machine() -> Machine:
             packages={name: version for name in PACKAGES if (version := _version(name))},
             driver=driver,
             # The CUDA build of torch brings the runtime as packages of their own, under names with and without suffix.
-            cuda=_first_version("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12"),
-            nccl=_first_version("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
+            cuda=_version("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12"),
+            nccl=_version("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
             os=platform.platform(),
             git_revision=git_revision(Path(__file__).resolve().parents[2]),
             pipetune=_version("pipetune") or "not installed",
@@ -67,8 +71,8 @@ def read_machine() -> Machine:
 
 def available_devices() -> tuple[str, ...]:
     """All GPUs that CUDA would show; without any, two CPU workers, or one where there is but one core."""
-    with nvml_session() as has_nvml:
-        gpus = tuple(f"cuda:{index}" for index in visible_gpus()) if has_nvml else ()
+    with visible_gpus() as found:
+        gpus = tuple(f"cuda:{index}" for index in found)
     return gpus or (("cpu:0", "cpu:1") if cpu_cores() >= 2 else ("cpu:0",))
 
 
@@ -77,40 +81,58 @@ def device_bytes(devices: Sequence[str]) -> dict[str, int]:
     of the cgroup respected, an even share per `cpu:N`.
 
     Raises:
-        ValueError: a GPU is named that is not there.
+        ValueError: a GPU is named that is not there, or whose memory is not known.
     """
     num_cpus = sum(device_kind(device) == "cpu" for device in devices)
-    with nvml_session() as has_nvml:
-        gpus = visible_gpus() if has_nvml else {}
+    with visible_gpus() as gpus:
         sizes = {}
         for device in devices:
             if device_kind(device) == "cpu":
                 sizes[device] = host_memory_bytes() // num_cpus
-            elif device_index(device) in gpus:
-                total = int(pynvml.nvmlDeviceGetMemoryInfo(gpus[device_index(device)]).total)
-                sizes[device] = total // list(devices).count(device)
-            else:
+            elif device_index(device) not in gpus:
                 there = ", ".join(f"cuda:{index}" for index in gpus) or "no GPU"
-                raise ValueError(f"devices: {device} is not on this machine; NVML sees {there}")
+                raise ValueError(f"devices: {device} is not on this machine; CUDA shows {there}")
+            elif (memory := read(pynvml.nvmlDeviceGetMemoryInfo, gpus[device_index(device)])) is None:
+                raise ValueError(f"devices: the memory of {device} is not known: NVML does not tell")
+            else:
+                sizes[device] = int(memory.total) // list(devices).count(device)
     return sizes
 
 
 def cpu_cores() -> int:
     """Cores this process may use: its affinity and the cgroup's quota, whichever is less; at least 1."""
-    quota = _cgroup_cores(Path("/proc/self/cgroup").read_text(), _CGROUP_ROOT)
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores if quota is None else min(cores, int(quota)))
+    return max(1, int(min(_core_limits().values())))
+
+
+@functools.cache
+def warn_of_cores(devices: tuple[str, ...]) -> tuple[str, ...]:
+    """Logs, once, what spoils the times of a fleet of these devices: cores that its workers share or may not have.
+
+    Returns:
+        The warning as a note; none where every worker has a core, and CPU workers have all of the machine's.
+    """
+    limits, there, count = _core_limits(), os.cpu_count() or 1, len(devices)
+    less = [name for name, cores in limits.items() if cores < there and "cpu" in map(device_kind, devices)]
+    if not less and count <= cpu_cores():
+        return ()
+    note = f"cores: {count} worker{'s' if count > 1 else ''} may use {min(limits.values()):g} of the machine's {there}"
+    note += f" ({' and '.join(less)})" if less else ""
+    note += " and wait for each other; take fewer devices" if count > cpu_cores() else ""
+    # By default Python prints it on stderr.
+    logging.getLogger("pipetune").warning("pipetune: %s", note)
+    return (note,)
 
 
 def cores_of(device: str, devices: Sequence[str]) -> int:
-    """Cores for one worker of a fleet: an equal share, at least 1; what is left over stays free for gloo's threads.
-
-    Args:
-        device: of the worker.
-        devices: of all workers on this host.
-    """
+    """Cores for one of a fleet's workers: an equal share, at least 1; the rest stays free for gloo's threads."""
     assert device in devices, f"{device} is not one of {devices}"
     return max(1, cpu_cores() // len(devices))
+
+
+def _core_limits() -> dict[str, float]:
+    """Cores that this process may use, by what sets them."""
+    quota = _cgroup_cores(Path("/proc/self/cgroup").read_text(), _CGROUP_ROOT)
+    return {"affinity": len(os.sched_getaffinity(0))} | ({} if quota is None else {"a cgroup's quota": quota})
 
 
 def host_memory_bytes() -> int:
@@ -142,9 +164,10 @@ def git_revision(folder: Path) -> str | None:
 
 def _gpu_info(handle: Any) -> GpuInfo:
     capability = read(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    memory = read(pynvml.nvmlDeviceGetMemoryInfo, handle)
     return GpuInfo(
-        name=text(read(pynvml.nvmlDeviceGetName, handle)),
-        memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        name=text(read(pynvml.nvmlDeviceGetName, handle)) or "not known",
+        memory_bytes=None if memory is None else int(memory.total),
         uuid=text(read(pynvml.nvmlDeviceGetUUID, handle)),
         compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
     )
@@ -154,7 +177,7 @@ def _link(one: Any, other: Any) -> str:
     """`NV<n>` for n NVLinks (direct or through a switch), else the topology, and `+p2p` where copies may go direct."""
     if read(pynvml.nvmlDeviceGetP2PStatus, one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == pynvml.NVML_P2P_STATUS_OK:
         return f"NV{_num_nvlinks(one, other)}"
-    level = _TOPOLOGY.get(read(pynvml.nvmlDeviceGetTopologyCommonAncestor, one, other), "unknown")
+    level = _TOPOLOGY.get(read(pynvml.nvmlDeviceGetTopologyCommonAncestor, one, other), "not known")
     direct = read(pynvml.nvmlDeviceGetP2PStatus, one, other, pynvml.NVML_P2P_CAPS_INDEX_READ)
     return f"{level}+p2p" if direct == pynvml.NVML_P2P_STATUS_OK else level
 
@@ -170,32 +193,16 @@ def _num_nvlinks(one: Any, other: Any) -> int:
     return ends.count(target) or len(ends)
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _first_version(*packages: str) -> str | None:
-    return next((version for package in packages if (version := _version(package))), None)
+def _version(*packages: str) -> str | None:
+    """Version of the first of some packages that is installed."""
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return None
 
 
 def _cgroup_cores(membership: str, root: Path) -> float | None:
-    """The tightest CPU quota, in cores, of a process's cgroup and those above it; None without one.
-
-    Args:
-        membership: content of `/proc/<pid>/cgroup`.
-        root: where cgroups are mounted.
-    """
+    """The tightest CPU quota, in cores, of a process's cgroup (`/proc/<pid>/cgroup`) and those above; None without."""
     quotas = []
     for folder in _cgroup_folders(membership, root, controller="cpu"):
         # Version 2 has "<quota or max> <period>" in one file, version 1 a file for each.

@@ -3,69 +3,94 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pynvml
 
+_DEV = Path("/dev")
+
 
 @contextmanager
-def nvml_session() -> Iterator[bool]:
-    """Opens NVML for a while; gives False where there is no driver. Sessions nest."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        pynvml.nvmlShutdown()
+def visible_gpus() -> Iterator[dict[int, Any]]:
+    """Opens NVML for a while and gives its handles by CUDA index; none where there is no driver. Sessions nest.
 
-
-def visible_gpus() -> dict[int, Any]:
-    """NVML handles by CUDA index, `CUDA_VISIBLE_DEVICES` respected; call it within a session.
-
-    NVML counts in PCI order, which is CUDA's own where all GPUs are alike or `CUDA_DEVICE_ORDER=PCI_BUS_ID` is set.
+    `CUDA_VISIBLE_DEVICES` is respected. NVML counts in PCI order, which is CUDA's own where all GPUs are alike or
+    `CUDA_DEVICE_ORDER=PCI_BUS_ID` is set. The handle of a GPU that NVML cannot tell from others, or at all, is None.
     """
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(read(pynvml.nvmlDeviceGetCount) or 0)]
-    uuids = [text(read(pynvml.nvmlDeviceGetUUID, handle)) for handle in handles]
-    chosen = visible_indices(os.environ.get("CUDA_VISIBLE_DEVICES"), uuids)
-    return {number: handles[index] for number, index in enumerate(chosen)}
+    with ExitStack() as stack:
+        try:
+            pynvml.nvmlInit()
+            stack.callback(pynvml.nvmlShutdown)
+            gpus = [read(pynvml.nvmlDeviceGetHandleByIndex, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        except pynvml.NVMLError:
+            # A container may have GPUs without NVML.
+            gpus = [None for _ in _DEV.glob("nvidia[0-9]*")]
+        yield dict(enumerate(_visible(gpus)))
 
 
-def visible_indices(visible: str | None, uuids: Sequence[str]) -> tuple[int, ...]:
+def _visible(gpus: Sequence[Any]) -> list[Any]:
+    """Those of all GPUs that CUDA shows: of a split one its first MIG instance, and beside an instance nothing."""
+    uuids = [text(read(pynvml.nvmlDeviceGetUUID, gpu)) for gpu in gpus]
+    shown, blind = list(gpus), set()
+    instances: dict[str, Any] = {}
+    for index, gpu in enumerate(gpus):
+        slots = read(pynvml.nvmlDeviceGetMaxMigDeviceCount, gpu)
+        found = [read(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, gpu, slot) for slot in range(slots or 0)]
+        for part in (part for part in reversed(found) if part is not None):
+            of, share = read(pynvml.nvmlDeviceGetGpuInstanceId, part), read(pynvml.nvmlDeviceGetComputeInstanceId, part)
+            shown[index] = instances[f"MIG-{uuids[index]}/{of}/{share}"] = part
+            instances[text(read(pynvml.nvmlDeviceGetUUID, part))] = part
+        if not uuids[index]:
+            blind.add("GPU-")
+        if slots is None or (slots and shown[index] is gpu):
+            blind.add("MIG-")
+    chosen = visible_indices(os.environ.get("CUDA_VISIBLE_DEVICES"), uuids, list(instances), tuple(blind))
+    handles = [None if index is None else (*shown, *instances.values())[index] for index in chosen]
+    return [handle for handle in handles if handle in instances.values()][:1] or handles
+
+
+def visible_indices(
+    visible: str | None, uuids: Sequence[str], instances: Sequence[str] = (), blind: tuple[str, ...] = ()
+) -> tuple[int | None, ...]:
     """Which GPUs `CUDA_VISIBLE_DEVICES` leaves, in its order.
 
-    As CUDA reads it: entries are indices or beginnings of UUIDs; the first one that fits no GPU, or more than one,
-    ends the list, and a GPU named twice empties it.
+    As CUDA reads it: entries begin with an index, or are beginnings of names; the first one that fits no GPU, or more
+    than one, ends the list, a GPU named twice empties it, and a MIG instance is shown alone.
 
     Args:
         visible: the variable; None where it is not set.
         uuids: of all GPUs, in NVML's order.
+        instances: names of MIG instances, which are counted on behind the GPUs.
+        blind: how names begin that may be right without being known; such an entry is None.
     """
     if visible is None:
         return tuple(range(len(uuids)))
-    chosen: list[int] = []
-    for entry in visible.split(","):
-        entry = entry.strip()
-        if entry.isdecimal():
-            matches = [int(entry)] if int(entry) < len(uuids) else []
-        else:
-            matches = [index for index, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)]
+    chosen: list[int | None] = []
+    for entry in map(str.strip, visible.split(",")):
+        matches: list[int | None] = []
+        if number := re.match(r"[+-]?\d+", entry):
+            matches += [int(number[0])] if 0 <= int(number[0]) < len(uuids) else []
+        elif entry.startswith(("GPU-", "MIG-")):
+            matches += [index for index, name in enumerate((*uuids, *instances)) if name.startswith(entry)]
+            matches = matches or ([None] if entry.startswith(blind) else [])
         if len(matches) != 1:
             break
-        if matches[0] in chosen:
+        if matches[0] in chosen and matches[0] is not None:
             return ()
+        if entry.startswith("MIG-"):
+            return (matches[0],)
         chosen.append(matches[0])
     return tuple(chosen)
 
 
 def read(function: Callable[..., Any], *args: Any) -> Any:
-    """What an NVML function says, or None where the GPU or the driver has no answer."""
+    """What an NVML function says, or None where the GPU or the driver has no answer, or the GPU is not known."""
     try:
-        return function(*args)
+        return None if None in args else function(*args)
     except pynvml.NVMLError:
         return None
 

@@ -7,14 +7,15 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 import pynvml
 
-from pipetune.bench.machine.nvml import nvml_session, read, visible_gpus
+from pipetune.bench.machine.nvml import read, visible_gpus
 from pipetune.bench.record import DeviceState
 from pipetune.bench.spec import device_index
 
@@ -66,14 +67,15 @@ class Sensors(Protocol):
         """Ends what `start` began."""
 
 
-def family() -> frozenset[int]:
+def family(*, below: bool = False) -> frozenset[int]:
     """This process, the one that started it, and all that those started: a fleet's driver and its workers.
 
+    `below` leaves the one above out, which is a shell where this is the driver.
     Whom the system's first process adopted has no family above itself.
     """
     me = psutil.Process()
     members = {me.pid, *(child.pid for child in me.children(recursive=True))}
-    parent = me.parent()
+    parent = None if below else me.parent()
     if parent is not None and parent.pid != 1:
         members |= {parent.pid, *(child.pid for child in parent.children(recursive=True))}
     return frozenset(members)
@@ -108,9 +110,9 @@ class CpuSensors:
         }
         return tuple(DeviceState.model_validate({"device": device, **host}) for device in self._devices)
 
-    def start(self) -> None:
-        """Begins to watch."""
-        self._own = family()
+    def start(self, own: Collection[int] | None = None) -> None:
+        """Begins to watch; processes of `own`, by default of `family`, are no disturbance."""
+        self._own = family() if own is None else own
         self._began = _CpuLook.take()
 
     def stop(self) -> Reading:
@@ -140,8 +142,7 @@ class _CpuLook:
     def take(cls) -> _CpuLook:
         processes = {}
         for process in psutil.process_iter(["pid", "create_time", "name", "cpu_times"]):
-            times = process.info["cpu_times"]
-            if times is not None:
+            if (times := process.info["cpu_times"]) is not None:
                 key = (process.info["pid"], process.info["create_time"])
                 processes[key] = (process.info["name"], times.user + times.system)
         return cls(at_s=time.monotonic(), processes=processes, host=psutil.cpu_times())
@@ -182,8 +183,7 @@ class NvmlSensors:
     def state(self) -> tuple[DeviceState, ...]:
         """The devices as they are now."""
         own = family()
-        with nvml_session() as has_nvml:
-            gpus = self._handles() if has_nvml else {}
+        with self._handles() as gpus:
             return tuple(
                 _gpu_state(device, gpus[device], own) if device in gpus else DeviceState(device=device)
                 for device in self._devices
@@ -194,8 +194,7 @@ class NvmlSensors:
         self._halt.clear()
         self._samples = {device: _GpuSamples() for device in self._devices}
         self._began_s = time.monotonic()
-        with nvml_session() as has_nvml:
-            handles = self._handles() if has_nvml else {}
+        with self._handles() as handles:
             self._energy_start_j = {device: _energy_j(handle) for device, handle in handles.items()}
         self._thread = threading.Thread(target=self._sample, name="pipetune-nvml", daemon=True)
         self._thread.start()
@@ -208,8 +207,7 @@ class NvmlSensors:
         self._thread = None
         span_s = time.monotonic() - self._began_s
         energies: list[float | None] = []
-        with nvml_session() as has_nvml:
-            handles = self._handles() if has_nvml else {}
+        with self._handles() as handles:
             for device in self._devices:
                 first = self._energy_start_j.get(device)
                 last = _energy_j(handles[device]) if device in handles else None
@@ -226,13 +224,13 @@ class NvmlSensors:
             throttled={device: frozenset(samples.throttled) for device, samples in self._samples.items()},
         )
 
-    def _handles(self) -> dict[str, Any]:
-        gpus = visible_gpus()
-        return {device: gpus[device_index(device)] for device in self._devices if device_index(device) in gpus}
+    @contextmanager
+    def _handles(self) -> Iterator[dict[str, Any]]:
+        with visible_gpus() as gpus:
+            yield {device: gpus[device_index(device)] for device in self._devices if device_index(device) in gpus}
 
     def _sample(self) -> None:
-        with nvml_session() as has_nvml:
-            handles = self._handles() if has_nvml else {}
+        with self._handles() as handles:
             while handles:
                 for device, handle in handles.items():
                     self._samples[device].take(handle)
@@ -249,11 +247,9 @@ class _GpuSamples:
         self.throttled: set[str] = set()
 
     def take(self, handle: Any) -> None:
-        rates = read(pynvml.nvmlDeviceGetUtilizationRates, handle)
-        if rates is not None:
+        if (rates := read(pynvml.nvmlDeviceGetUtilizationRates, handle)) is not None:
             self.utilization.append(rates.gpu / 100)
-        power_mw = read(pynvml.nvmlDeviceGetPowerUsage, handle)
-        if power_mw is not None:
+        if (power_mw := read(pynvml.nvmlDeviceGetPowerUsage, handle)) is not None:
             self.power_w.append(power_mw / 1e3)
         self.throttled.update(_throttle_reasons(handle))
 
@@ -265,6 +261,8 @@ def _gpu_state(device: str, handle: Any, own: Collection[int]) -> DeviceState:
 
     rates = read(pynvml.nvmlDeviceGetUtilizationRates, handle)
     memory = read(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    # Those that only draw are left out: every desktop has some.
+    computing = read(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
     return DeviceState(
         device=device,
         clock_mhz=scaled(1.0, pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
@@ -279,7 +277,7 @@ def _gpu_state(device: str, handle: Any, own: Collection[int]) -> DeviceState:
             pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
             pynvml.NVML_VOLATILE_ECC,
         ),
-        foreign_processes=foreign_gpu_processes(_gpu_pids(handle), own),
+        foreign_processes=foreign_gpu_processes({int(one.pid) for one in computing}, own),
     )
 
 
@@ -300,11 +298,6 @@ def foreign_gpu_processes(pids: Collection[int], own: Collection[int], proc: Pat
         except OSError:
             words.append(f"a process out of sight (pid {pid})")
     return tuple(words)
-
-
-def _gpu_pids(handle: Any) -> set[int]:
-    # Those that only draw are left out: every desktop has some.
-    return {int(process.pid) for process in read(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []}
 
 
 def _throttle_reasons(handle: Any) -> tuple[str, ...]:

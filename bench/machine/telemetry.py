@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipetune.bench.machine.sensors import CpuSensors, NvmlSensors, Reading, Sensors
+from pipetune.bench.machine.sensors import CpuSensors, NvmlSensors, Reading, Sensors, family
 from pipetune.bench.record import DeviceState, Telemetry
 from pipetune.bench.spec import device_kind
 
@@ -18,13 +19,21 @@ _DISTURBING = ("hardware slowdown", "thermal limit (software)", "thermal limit (
 
 def sensors_for(devices: Sequence[str]) -> Sensors:
     """The sensors of these devices, of one kind or of both."""
-    kinds = {device_kind(device) for device in devices}
     parts: list[Sensors] = []
-    if "cuda" in kinds:
-        parts.append(NvmlSensors([device for device in devices if device_kind(device) == "cuda"]))
-    if "cpu" in kinds:
-        parts.append(CpuSensors([device for device in devices if device_kind(device) == "cpu"]))
+    if gpus := [device for device in devices if device_kind(device) == "cuda"]:
+        parts.append(NvmlSensors(gpus))
+    if cpus := [device for device in devices if device_kind(device) == "cpu"]:
+        parts.append(CpuSensors(cpus))
     return parts[0] if len(parts) == 1 else _Together(parts)
+
+
+def load_now(devices: Sequence[str], look_s: float = 0.5) -> tuple[str, ...]:
+    """What others take of these devices, or of the CPUs that feed them, for so long from now; empty where little."""
+    gpus = sensors_for(cuda).state() if (cuda := [one for one in devices if device_kind(one) == "cuda"]) else ()
+    watch = CpuSensors(())
+    watch.start(family(below=True))
+    time.sleep(look_s)
+    return judge(gpus, gpus, watch.stop()).disturbances
 
 
 def read_telemetry(sensors: Sensors, before: tuple[DeviceState, ...]) -> Telemetry:
@@ -39,10 +48,8 @@ def judge(before: Sequence[DeviceState], after: Sequence[DeviceState], reading: 
     for device, reasons in reading.throttled.items():
         disturbances += [f"{device} was slowed down: {reason}" for reason in _DISTURBING if reason in reasons]
     for one, other in zip(before, after, strict=True):
-        if device_kind(one.device) == "cuda":
-            names = sorted({*one.foreign_processes, *other.foreign_processes})
-            if names:
-                disturbances.append(f"{one.device} was shared with {', '.join(names)}")
+        if device_kind(one.device) == "cuda" and (names := sorted({*one.foreign_processes, *other.foreign_processes})):
+            disturbances.append(f"{one.device} was shared with {', '.join(names)}")
         if one.ecc_errors is not None and other.ecc_errors is not None and other.ecc_errors > one.ecc_errors:
             disturbances.append(f"{one.device} had {other.ecc_errors - one.ecc_errors} uncorrected ECC errors")
     if reading.foreign_cores > DISTURBING_CORES:
@@ -73,12 +80,9 @@ class _Together:
             part.start()
 
     def stop(self) -> Reading:
-        merged = Reading()
-        for reading in [part.stop() for part in self._parts]:
-            # Each kind fills fields of its own.
-            given = {field.name: getattr(reading, field.name) for field in dataclasses.fields(reading)}
-            merged = dataclasses.replace(merged, **{name: value for name, value in given.items() if value})
-        return merged
+        readings = [dataclasses.asdict(part.stop()) for part in self._parts]
+        # Each kind fills fields of its own.
+        return Reading(**{name: value for reading in readings for name, value in reading.items() if value})
 
 
 def reset_peak_rss() -> bool:
@@ -96,10 +100,8 @@ def reset_peak_rss() -> bool:
 
 def peak_rss_bytes() -> int:
     """Largest resident set of this process since the last reset, or since it began (`VmHWM`)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("/proc/self/status has no VmHWM")
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
 
 
 def merge_telemetry(parts: Sequence[Telemetry]) -> Telemetry:

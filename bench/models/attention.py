@@ -18,13 +18,9 @@ _FLASH: dict[str, tuple[Callable[[], bool], str]] = {
 
 
 def check_attention(spec: ModelSpec, family: Any) -> None:
-    """Refuses a kernel that a family of models does not have, or that is not installed.
+    """Refuses a kernel that a family, a class of models, does not have, or that is not installed.
 
-    transformers itself would fetch some from the hub, or take another one: then what is measured is not what was asked
-    for.
-
-    Args:
-        family: the model class.
+    transformers itself would fetch some from the hub, or take another one than was asked for.
 
     Raises:
         ModelError: why not, and what else to choose.

@@ -16,10 +16,15 @@ from pipetune.bench.cuts import embeds_in_layers, forbidden_cuts
 from pipetune.bench.errors import ModelError
 from pipetune.bench.memory import LayerShape, ModelShape
 from pipetune.bench.models.attention import check_attention
-from pipetune.bench.models.cache_kinds import DummyLayer
-from pipetune.bench.models.layers import cache_name, check_family, check_splittable, find_layers, is_recurrent
+from pipetune.bench.models.layers import (
+    DummyLayer,
+    cache_name,
+    check_family,
+    check_splittable,
+    find_layers,
+    is_recurrent,
+)
 from pipetune.bench.models.resolve import ResolvedModel
-from pipetune.bench.models.states import state_bytes
 from pipetune.bench.spec import DTYPE_BYTES
 
 _BEHIND = re.compile(
@@ -28,10 +33,12 @@ _BEHIND = re.compile(
     re.IGNORECASE,
 )
 """Names of what runs behind the layers; everything else runs before them or is used by all."""
+_INTERMEDIATE_SIZES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim")
+_STATE_TOKENS = 8
 
 
 def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
-    """The model that `AutoModelForCausalLM` would build, without memory.
+    """The model that `AutoModelForCausalLM` would build, without memory; what is untied in its checkpoint, is.
 
     Raises:
         ModelError: no causal LM class goes with the config, the config is inconsistent, or the family has not the
@@ -56,8 +63,11 @@ def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
     # Configs come from anywhere, and families fail on wrong ones in every way there is.
     except Exception as error:
         raise ModelError(f"model.name: {spec.name!r}: no model can be built from its config.json: {error}") from error
-    built: PreTrainedModel = model
-    return built
+    for name in resolved.untied:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(model.get_parameter(name))))
+        model.all_tied_weights_keys.pop(name)
+    return model  # type: ignore[no-any-return]
 
 
 def describe_model(resolved: ResolvedModel) -> ModelShape:
@@ -71,8 +81,7 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
     find_layers(model)
     check_splittable(model)
     spec = resolved.spec
-    shape = read_shape(model, DTYPE_BYTES[spec.dtype])
-    return shape.model_copy(
+    return read_shape(model, DTYPE_BYTES[spec.dtype]).model_copy(
         update={
             "architecture": resolved.architecture,
             "storage_bytes": None if spec.kept_dtype == spec.dtype else DTYPE_BYTES[spec.kept_dtype],
@@ -82,42 +91,46 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
 
 
 def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
-    """Sizes, layers and where it may be cut, of a model at hand.
+    """Sizes, layers and where it may be cut, of a causal LM at hand, which may be on the meta device.
 
-    Args:
-        model: a causal LM of transformers; on the meta device is enough.
-        dtype_bytes: bytes of a number that is computed with and cached.
+    Numbers that are computed with and cached have `dtype_bytes`.
 
     Raises:
         ModelError: the model's layers are not found.
     """
     prefix, layers = find_layers(model)
     config = model.config.get_text_config(decoder=True)
-    layer_configs = _layer_configs(config, len(layers))
-    kinds = _layer_kinds(config, len(layers))
-    # What takes no keys and values by their name keeps states alone.
-    kept = _keeps_kv(config, len(layers)) if cache_name(model) == "past_key_values" else [False] * len(layers)
+    # Configs differ where a family's layers do.
+    layer_configs = _per_layer(config, "per_layer_config", len(layers), config)
+    kinds = _per_layer(config, "layer_types", len(layers), "full_attention")
+    cached = DynamicCache(config=config).layers
     # Some layers are several attention layers, each with keys and values of its own.
-    entries = max(len(DynamicCache(config=config).layers) // len(layers), 1)
+    entries = max(len(cached) // len(layers), 1)
+    # Not recurrent ones, not those without attention or with another's keys.
+    kept = [not isinstance(entry, DummyLayer | LinearAttentionLayer) for entry in cached]
+    if len(kept) != len(layers):
+        kept = [True] * len(layers)
+    if cache_name(model) != "past_key_values":
+        # What takes no keys and values by their name keeps states alone.
+        kept = [False] * len(layers)
     recurrent = is_recurrent(model)
-    states = state_bytes(model, len(layers)) if recurrent else (0,) * len(layers)
+    states = _state_bytes(model, len(layers)) if recurrent else (0,) * len(layers)
     shapes = tuple(
         LayerShape(
             weight_bytes=_bytes(_tensors(layer)),
             active_params=_active_params(layer, layer_config),
             kv_bytes_per_token=_kv_values(layer, layer_config) * entries * dtype_bytes if keeps else 0,
             state_bytes=state,
-            kind=kind,
+            kind=str(kind),
         )
         for layer, layer_config, kind, keeps, state in zip(layers, layer_configs, kinds, kept, states, strict=True)
     )
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding_bytes = _bytes(_tensors(embedding))
     tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", embedding)
     head_bytes = 0 if head is None else _bytes(_only_in(head, model))
-    total = _bytes(_tensors(model))
     first, last = _outer_modules(model, prefix)
+    hidden_size = _largest(layer_configs, "hidden_size")
     return ModelShape(
         architecture=type(model).__name__,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -126,11 +139,11 @@ def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
         last_modules=last,
         embedding_bytes=embedding_bytes,
         head_bytes=head_bytes,
-        other_bytes=total - embedding_bytes - head_bytes - _bytes(_tensors(layers)),
+        other_bytes=_bytes(_tensors(model)) - embedding_bytes - head_bytes - _bytes(_tensors(layers)),
         tied=tied,
-        hidden_size=_number(layer_configs, "hidden_size"),
-        intermediate_size=_intermediate_size(layer_configs),
-        num_attention_heads=_number(layer_configs, "num_attention_heads", default=1),
+        hidden_size=hidden_size,
+        intermediate_size=_largest(layer_configs, *_INTERMEDIATE_SIZES) or 4 * hidden_size,
+        num_attention_heads=_largest(layer_configs, "num_attention_heads") or 1,
         vocab_size=config.vocab_size,
         dtype_bytes=dtype_bytes,
         layers=shapes,
@@ -157,44 +170,17 @@ def _only_in(part: nn.Module, model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
-def _layer_configs(config: Any, num_layers: int) -> list[Any]:
-    """One config per layer: they differ where a family's layers do."""
-    per_layer = getattr(config, "per_layer_config", None)
-    if per_layer is None or len(per_layer) != num_layers:
-        return [config] * num_layers
-    return list(per_layer)
+def _per_layer(config: Any, name: str, num_layers: int, default: Any) -> list[Any]:
+    values = getattr(config, name, None)
+    return [default] * num_layers if values is None or len(values) != num_layers else list(values)
 
 
-def _number(configs: list[Any], name: str, default: int = 0) -> int:
+def _largest(configs: list[Any], *names: str) -> int:
     """The largest value over the layers; some families give a list."""
-    values = [getattr(config, name, None) or default for config in configs]
-    return int(max(max(value) if isinstance(value, list | tuple) else value for value in values))
-
-
-def _intermediate_size(configs: list[Any]) -> int:
-    for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim"):
-        size = _number(configs, name)
-        if size:
-            return size
-    return 4 * _number(configs, "hidden_size")
-
-
-def _layer_kinds(config: Any, num_layers: int) -> list[str]:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None or len(kinds) != num_layers:
-        return ["full_attention"] * num_layers
-    return [str(kind) for kind in kinds]
-
-
-def _keeps_kv(config: Any, num_layers: int) -> list[bool]:
-    """Which layers keep keys and values: not recurrent ones, not those without attention or with another's keys."""
-    layers = DynamicCache(config=config).layers
-    if len(layers) != num_layers:
-        return [True] * num_layers
-    return [not isinstance(layer, DummyLayer | LinearAttentionLayer) for layer in layers]
+    return max(_first_int(config, *names) for config in configs)
 
 
 def _kv_values(layer: nn.Module, config: Any) -> int:
@@ -274,3 +260,42 @@ def _outer_modules(model: PreTrainedModel, layers_prefix: str) -> tuple[tuple[st
 
     sort_children(model, "", layers_prefix.split("."))
     return tuple(first), tuple(last)
+
+
+def _state_bytes(model: Any, num_layers: int) -> tuple[int, ...]:
+    """Bytes of the recurrent states that each layer keeps for one row, whatever its length; without keys and values.
+
+    Found by a run on the meta device, after which the model is of no use; zeros where it cannot be run there, as with
+    caches of a family's own.
+    """
+    name = cache_name(model)
+    assert name is not None
+    try:
+        # Grouped matrix products have no meta form.
+        model.set_experts_implementation("batched_mm")
+        few, more = _kept_bytes(model, name, _STATE_TOKENS), _kept_bytes(model, name, 2 * _STATE_TOKENS)
+    # Families fail in every way there is where they look into numbers.
+    except Exception:
+        return (0,) * num_layers
+    # What grows with the tokens are keys and values.
+    entries = [2 * one - other for one, other in zip(few, more, strict=True)]
+    each = max(len(entries) // num_layers, 1)
+    states = [sum(entries[index * each : (index + 1) * each]) for index in range(num_layers)]
+    return tuple(max(size, 0) for size in states)
+
+
+def _kept_bytes(model: Any, name: str, tokens: int) -> list[int]:
+    """Bytes that each entry of the cache holds after a prompt of one row."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=True, **{name: cache})
+    return [_held(vars(layer)) for layer in cache.layers]
+
+
+def _held(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return int(value.nbytes)
+    if isinstance(value, dict):
+        return sum(map(_held, value.values()))
+    return sum(map(_held, value)) if isinstance(value, list | tuple) else 0

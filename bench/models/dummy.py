@@ -21,10 +21,8 @@ from pipetune.bench.models.layers import find_layers
 def init_dummy_weights(model: PreTrainedModel, seed: int) -> None:
     """Fills every parameter and buffer in place, and leaves the global random state as it was.
 
-    Args:
-        model: built on the meta device or on the CPU; layers, embedding and head may have been replaced by others
-            that own no parameters. Tensors on meta become real ones on the CPU; tied ones stay tied.
-        seed: equal seeds give equal weights.
+    The model was built on the meta device or on the CPU; layers, embedding and head may have been replaced by others
+    that own no parameters. Tensors on meta become real ones on the CPU; tied ones stay tied.
     """
     _materialize(model)
     untyped: Any = model
@@ -39,7 +37,8 @@ def init_dummy_weights(model: PreTrainedModel, seed: int) -> None:
     embedding = [entry for entry in inside if entry[1] is untyped.get_input_embeddings()]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name, module, owner in (*around, *reversed(inside), *embedding):
-            torch.default_generator.manual_seed(_module_seed(seed, name))
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
             _init_module(module, owner)
 
 
@@ -66,16 +65,8 @@ def _init_module(module: nn.Module, owner: Any) -> None:
     owner._init_weights(module)
     for parameter, version in zip(parameters, versions, strict=True):
         if parameter._version == version and parameter.is_floating_point():
-            parameter.normal_(0.0, _std(owner))
-
-
-def _module_seed(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
-
-
-def _std(model: Any) -> float:
-    return float(getattr(model.config.get_text_config(decoder=True), "initializer_range", None) or 0.02)
+            config = owner.config.get_text_config(decoder=True)
+            parameter.normal_(0.0, float(getattr(config, "initializer_range", None) or 0.02))
 
 
 def _with_owners(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from safetensors import SafetensorError
 
 from pipetune.bench.errors import ModelError
 from pipetune.bench.files import CACHE_VARIABLE, build_once, cache_root
@@ -91,42 +92,50 @@ def gguf_revision(file: Path) -> str:
 
 
 def gguf_folder(file: Path, revision: str, say: Callable[[str], None], *, weights: bool = True) -> Path:
-    """The converted checkpoint in the user's cache, made at the first call; a changed file is converted anew.
+    """The converted checkpoint in the user's cache; a changed file, by its `gguf_revision`, is converted anew.
 
-    Args:
-        file: a GGUF file.
-        revision: what `gguf_revision` says of it.
-        say: told, in words, what takes long.
-        weights: False leaves them out: config and tokenizer are enough for dummy weights.
+    Without weights it has config and tokenizer, which are enough for dummy ones.
 
     Raises:
         ModelError: the file cannot be read or converted, or the cache cannot be written.
     """
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", file.stem)[:64]
-    folder = cache_root() / "models" / f"{stem}-{revision}{'' if weights else '-config'}"
-    with _cache_errors(file.name, folder):
-        build_once(
-            folder,
-            lambda partial: convert(file, partial, say, weights=weights),
-            on_wait=lambda: say(f"{file.name}: another process is converting it; waiting"),
-        )
-    return folder
+    stem += f"-{revision}{'' if weights else '-config'}"
+    return kept(file.name, stem, lambda partial: convert(file, partial, say, weights=weights), say)
+
+
+def kept(
+    name: str, stem: str, build: Callable[[Path], None], say: Callable[[str], None], *, other: str = "another folder"
+) -> Path:
+    """A converted checkpoint in the user's cache, which `build` makes at the first call in the folder it is given.
+
+    Raises:
+        ModelError: the cache cannot be written; says to name an `other` one.
+    """
+    folder = cache_root() / "models" / stem
+    try:
+        return build_once(folder, build, on_wait=lambda: say(f"{name}: another process is converting it; waiting"))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"model.name: {name} cannot be kept under {folder.parent}: {error}; name {other} in {CACHE_VARIABLE}"
+        ) from error
 
 
 def convert(
     file: Path, folder: Path, say: Callable[[str], None], *, weights: bool = True, name: str | None = None
 ) -> None:
-    """Writes config, weights and tokenizer of a GGUF file as a checkpoint folder. Values are exact: quantised ones
-    become float32, others keep their dtype.
+    """Writes config, weights and tokenizer of a GGUF file into an empty folder, as a checkpoint.
 
-    Args:
-        folder: exists and is empty.
-        name: what the config shall call the model; by default the file's name.
+    Values are exact: quantised ones become float32, others keep their dtype. The config calls the model by `name`, or
+    else as the file is called.
 
     Raises:
         ModelError: transformers cannot read the file, or does not find all weights in it.
     """
-    _need_package()
+    try:
+        importlib.metadata.version("gguf")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError("GGUF files are converted with the package gguf; `pip install gguf`") from error
     header = read_header(file)
     _check(file, header)
     import torch
@@ -159,8 +168,7 @@ def convert(
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
             )
-        missing = sorted(info["missing_keys"])
-        if missing:
+        if missing := sorted(info["missing_keys"]):
             raise ModelError(
                 f"{file}: transformers finds no values for {len(missing)} weights of {type(model).__name__}, "
                 f"{missing[0]} first; give the safetensors checkpoint that the file was made from"
@@ -168,7 +176,13 @@ def convert(
         unused = header.num_values - model.num_parameters()
         if unused > 0:
             say(f"{file.name}: transformers made no use of {unused} of its {header.num_values} values")
-        _save(model, folder, name or file.name)
+        # It is an ordinary checkpoint now; these marks would make `save_pretrained` refuse it.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config.name_or_path = name or file.name
+        model.save_pretrained(folder)
     if header.has_tokenizer:
         _save_tokenizer(file, header, folder, config, say)
 
@@ -183,10 +197,9 @@ def read_header(file: Path) -> Header:
 
     try:
         reader = GGUFReader(file)
-        fields = {key: reader.fields[key] for key in reader.fields}
 
         def value(key: str, default: Any) -> Any:
-            return fields[key].contents() if key in fields else default
+            return reader.fields[key].contents() if key in reader.fields else default
 
         architecture = str(value("general.architecture", ""))
         sizes = {name: value(f"{architecture}.{key}", None) for key, name in _UNREAD.items()}
@@ -196,7 +209,7 @@ def read_header(file: Path) -> Header:
             architecture=architecture,
             kind=str(value("general.type", "model")),
             num_splits=int(value("split.count", 0)),
-            has_tokenizer="tokenizer.ggml.model" in fields,
+            has_tokenizer="tokenizer.ggml.model" in reader.fields,
             pre_tokenizer=value("tokenizer.ggml.pre", None),
             sizes={name: int(size) for name, size in sizes.items() if isinstance(size, int)},
             num_values=sum(int(tensor.n_elements) for tensor in reader.tensors),
@@ -209,13 +222,6 @@ def read_header(file: Path) -> Header:
         raise ModelError(
             f"{file}: is no GGUF file, or is cut short ({error}); a Git LFS pointer or a broken download?"
         ) from error
-
-
-def _need_package() -> None:
-    try:
-        importlib.metadata.version("gguf")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError("GGUF files are converted with the package gguf; `pip install gguf`") from error
 
 
 def _check(file: Path, header: Header) -> None:
@@ -260,26 +266,6 @@ def _explained(file: Path, header: Header) -> Iterator[None]:
             f"{header.architecture!r} ({reason[0] if reason else type(error).__name__}); "
             "give the safetensors checkpoint that it was made from"
         ) from error
-
-
-@contextmanager
-def _cache_errors(name: str, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ModelError(
-            f"model.name: {name} cannot be kept under {folder.parent}: {error}; name another folder in {CACHE_VARIABLE}"
-        ) from error
-
-
-def _save(model: Any, folder: Path, name: str) -> None:
-    # It is an ordinary checkpoint now; these marks would make `save_pretrained` refuse it.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.name_or_path = name
-    model.save_pretrained(folder)
 
 
 def _save_tokenizer(file: Path, header: Header, folder: Path, config: Any, say: Callable[[str], None]) -> None:

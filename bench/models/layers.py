@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pipetune.bench.errors import ModelError
-from pipetune.bench.models.cache_kinds import DummyLayer
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import DummyLayer as DummyLayer
+else:
+    try:
+        from transformers.cache_utils import DummyLayer
+    except ImportError:  # some versions of transformers lack it; there no cache layer is of this kind
+
+        class DummyLayer:
+            """Stands where a model keeps nothing for a layer."""
+
 
 UNSPLITTABLE: dict[str, str] = {
     "hrm_text": "it runs the same layers several times in one forward pass",
@@ -96,12 +101,9 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The decoder layers: the shallowest module list with as many entries as the config has layers.
+    """The decoder layers, the shallowest module list with as many entries as the config has, and its qualified name.
 
     Works on a pruned model too, as long as its foreign layers were replaced and not removed.
-
-    Returns:
-        The list's qualified name (`model.layers`) and the list.
 
     Raises:
         ModelError: there is no such list.
@@ -119,13 +121,9 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             continue
         # Modules of equal depth stay in the order of the model.
         _, name, layers = min(lists, key=lambda entry: entry[0])
-        return _qualified(model, root, name), layers
+        prefix = next(prefix for prefix, module in model.named_modules() if module is root)
+        return f"{prefix}.{name}".strip("."), layers
     raise ModelError(
         f"{type(model).__name__} ({config.model_type}): no list of {num_layers} layers was found in it; "
         "pipetune can only cut models that keep their layers in one nn.ModuleList"
     )
-
-
-def _qualified(model: nn.Module, part: nn.Module, name: str) -> str:
-    prefix = next(prefix for prefix, module in model.named_modules() if module is part)
-    return f"{prefix}.{name}".strip(".")

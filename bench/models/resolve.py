@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipetune.bench.errors import ModelError
-from pipetune.bench.models import smollm2
-from pipetune.bench.models.checkpoint import content_revision, read_config, refuse_adapter, weight_files
+from pipetune.bench.models import checkpoint, smollm2
+from pipetune.bench.models.folders import HUB_FOLDER, cached_snapshot
 from pipetune.bench.models.gguf import find_gguf, gguf_folder, gguf_revision
 from pipetune.bench.spec import ModelSpec, Value
 
@@ -25,13 +27,15 @@ class ResolvedModel(Value):
     """With `revision` filled in."""
     folder: Path
     """Holds `config.json`, and the weights and the tokenizer where there are any."""
-    config_only: bool
-    """No weights are read: they are random."""
     architecture: str
     """The class that `AutoModelForCausalLM` builds, by name."""
     model_type: str
     checkpoint_bytes: int | None = None
     """Size of the weight files."""
+    untied: tuple[str, ...] = ()
+    """Weights that the config ties to others, while the checkpoint holds other values for both."""
+    embedding_in_head: bool = False
+    """The checkpoint holds the embedding under the name of the head that is tied to it."""
 
 
 def resolve_model(spec: ModelSpec, *, on_progress: Callable[[str], None] | None = None) -> ResolvedModel:
@@ -41,26 +45,39 @@ def resolve_model(spec: ModelSpec, *, on_progress: Callable[[str], None] | None 
     The revision is the commit for models of the hub, else a hash of the content (see `content_revision`).
     If the spec has one already, exactly that is demanded.
 
-    Args:
-        spec: as the user gave it, or as an earlier call returned it.
-        on_progress: told, in words, what takes long.
+    `on_progress` is told, in words, what takes long.
 
     Raises:
         ModelError: there is no such model, its files are incomplete or of the wrong kind, or it is not a causal LM.
     """
     say = on_progress or (lambda message: None)
     folder, revision = _locate(spec, say)
-    refuse_adapter(folder)
-    config = read_config(folder)
-    weights = () if spec.load_format == "dummy" else weight_files(folder)
+    checkpoint.refuse_adapter(folder)
+    config = checkpoint.read_config(folder)
+    architecture = _architecture(spec, config)
+    if method := checkpoint.quantization_method(folder, config):
+        if spec.load_format != "dummy":
+            raise ModelError(
+                f"model.name: {spec.name!r} is quantized ({method}); pipetune runs float32, bfloat16 and float16 "
+                "checkpoints: choose the unquantized one"
+            )
+        say(f"{spec.name} is quantized ({method}); sizes and times are those of unquantized {spec.kept_dtype} weights")
+    weights = () if spec.load_format == "dummy" else checkpoint.weight_files(folder)
+    if weights == (folder / checkpoint.SINGLE,) and (folder / checkpoint.INDEX).is_file():
+        say(f"{folder}: {checkpoint.SINGLE} is read, as transformers does; {checkpoint.INDEX} and its shards are not")
+    stored = checkpoint.stored_dtype(config, weights)
+    if spec.dtype == "auto":
+        say(f"{spec.name} is computed in {stored}, as its checkpoint is kept")
+        spec = spec.model_copy(update={"dtype": stored})
+    elif stored != "float32" and "dtype" not in spec.model_fields_set:
+        say(f"{spec.name} is kept in {stored}: in float32, the default, it takes twice the memory; dtype auto keeps it")
     if revision is None:
-        revision = content_revision(folder, weights)
+        revision = checkpoint.content_revision(folder, weights)
         _demand_revision(spec, folder, revision)
     return ResolvedModel(
         spec=spec.model_copy(update={"revision": revision}),
         folder=folder,
-        config_only=spec.load_format == "dummy",
-        architecture=_architecture(spec, config),
+        architecture=architecture,
         model_type=str(config.get("model_type", "")),
         checkpoint_bytes=sum(file.stat().st_size for file in weights) if weights else None,
     )
@@ -78,6 +95,9 @@ def _locate(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | No
         revision = gguf_revision(gguf)
         _demand_revision(spec, gguf, revision)
         return gguf_folder(gguf, revision, say, weights=spec.load_format != "dummy"), revision
+    if HUB_FOLDER.fullmatch(path.name) and (path / "snapshots").is_dir():
+        folder = cached_snapshot(path.resolve(), spec.revision, _wholeness(spec), say)
+        return folder, folder.name
     if path.is_dir():
         return path.resolve(), None
     if path.is_file():
@@ -91,6 +111,10 @@ def _locate(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | No
     return folder, folder.name
 
 
+def _wholeness(spec: ModelSpec) -> Callable[[Path], bool]:
+    return partial(checkpoint.is_whole, weights=spec.load_format != "dummy")
+
+
 def _demand_revision(spec: ModelSpec, place: Path, revision: str) -> None:
     if spec.revision not in (None, revision):
         raise ModelError(
@@ -100,10 +124,10 @@ def _demand_revision(spec: ModelSpec, place: Path, revision: str) -> None:
 
 
 def _locate_smollm2(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | None]:
-    if spec.revision in (None, smollm2.REVISION):
-        cached = None if spec.revision else _from_cache(smollm2.HUB_ID, spec)
-        return (cached, cached.name) if cached else (smollm2.smollm2_folder(say), smollm2.REVISION)
-    folder = _from_cache(smollm2.HUB_ID, spec) or _from_hub(smollm2.HUB_ID, spec, say)
+    cached = None if spec.revision == smollm2.REVISION else _from_cache(smollm2.HUB_ID, spec)
+    if cached is None and spec.revision in (None, smollm2.REVISION):
+        return smollm2.smollm2_folder(say), smollm2.REVISION
+    folder = cached or _from_hub(smollm2.HUB_ID, spec, say)
     return folder, folder.name
 
 
@@ -130,17 +154,11 @@ def _from_cache(hub_id: str, spec: ModelSpec) -> Path | None:
         return None
     folder = Path(found)
     # Snapshots that were fetched in part, for example for a tokenizer alone, look like others.
-    try:
-        read_config(folder)
-        if spec.load_format != "dummy":
-            weight_files(folder)
-    except ModelError:
-        return None
-    return folder
+    return folder if _wholeness(spec)(folder) else None
 
 
 def _from_hub(hub_id: str, spec: ModelSpec, say: Callable[[str], None]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     say(f"{hub_id}: fetching from the Hugging Face hub")
@@ -157,18 +175,21 @@ def _from_hub(hub_id: str, spec: ModelSpec, say: Callable[[str], None]) -> Path:
         raise ModelError(f"model.revision: {spec.revision!r} is no revision of {hub_id}") from error
     # No network, no such host, a proxy, a full disk: the errors come from several libraries and share no class.
     except Exception as error:
+        repository = Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}")
+        with contextlib.suppress(ModelError):
+            return cached_snapshot(repository, spec.revision, _wholeness(spec), say)
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ModelError(
-            f"{where} is neither a folder here nor in the local Hugging Face cache, and the hub did not give it "
+            f"{where} is neither a folder here nor whole in the local Hugging Face cache, and the hub did not give it "
             f"({reason}); check the name, fetch it where there is a network with `hf download {hub_id}`, "
             f"give a folder, or take {smollm2.ALIAS}"
         ) from error
     assert _COMMIT.fullmatch(folder.name), f"{folder} is not named after a commit"
-    refuse_adapter(folder)
+    checkpoint.refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"{where} holds no config.json; of a repository of GGUF files fetch one with "
-            f"`hf download {hub_id} FILE` and give its path"
+            f"{where} holds no config.json; of a repository of GGUF files fetch one with `hf download {hub_id} FILE` "
+            "and give its path; in place of one in a format of its own (params.json) take the one for transformers"
         )
     return folder
 
@@ -191,12 +212,5 @@ def _architecture(spec: ModelSpec, config: dict[str, Any]) -> str:
         raise ModelError(
             f"model.name: {spec.name!r} has model_type {model_type!r}, which is no causal language model "
             "that the installed transformers knows"
-        )
-    quantization = config.get("quantization_config")
-    if quantization and spec.load_format != "dummy":
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ModelError(
-            f"model.name: {spec.name!r} is quantized ({method}); pipetune runs float32, bfloat16 and float16 "
-            "checkpoints: choose the unquantized one"
         )
     return known if isinstance(known, str) else str(known[0])

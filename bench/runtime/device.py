@@ -80,26 +80,16 @@ class DeviceContext:
     """What a worker knows of its own device."""
 
     def __init__(self, name: str, *, num_threads: int) -> None:
-        """Claims the device.
-
-        Args:
-            name: `cpu:N` or `cuda:N`.
-            num_threads: cores of this worker's share, for intra-op parallelism.
-        """
+        """Claims the device, `cpu:N` or `cuda:N`; `num_threads` is this worker's share of the cores."""
         self.name = name
-        self.kind = device_kind(name)
+        self.is_cuda = device_kind(name) == "cuda"
         torch.set_num_threads(max(1, num_threads))
-        if self.kind == "cuda":
+        if self.is_cuda:
             self.torch_device = torch.device("cuda", device_index(name))
             torch.cuda.set_device(self.torch_device)
         else:
             self.torch_device = torch.device("cpu")
             allocator.set_up()
-
-    @property
-    def is_cuda(self) -> bool:
-        """Whether it is a GPU."""
-        return self.kind == "cuda"
 
     def clock(self) -> Clock:
         """A clock that times work on this device."""
@@ -117,18 +107,14 @@ class DeviceContext:
             share = 1.0 if limit_bytes is None else min(1.0, limit_bytes / total)
             torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
 
-    def available_bytes(self, nominal_bytes: int, workers: int) -> int:
-        """Memory that tensors of this worker may take: on a GPU, what contexts and others leave of it.
-
-        Args:
-            nominal_bytes: this worker's share of the device, and the answer for a CPU.
-            workers: on this device; each gets an even share.
-        """
-        if not self.is_cuda:
+    def available_bytes(self, nominal_bytes: int | None, workers: int) -> int:
+        """Memory that tensors of this worker may take: its share of the host's, which is None for a GPU, whose workers
+        share evenly what contexts and others leave of it."""
+        if nominal_bytes is not None:
             return nominal_bytes
         torch.zeros(1, device=self.torch_device)
         free, _ = torch.cuda.mem_get_info(self.torch_device)
-        return min(nominal_bytes, int(free + torch.cuda.memory_reserved(self.torch_device)) // workers)
+        return int(free + torch.cuda.memory_reserved(self.torch_device)) // workers
 
     def lasting(self) -> contextlib.AbstractContextManager[None]:
         """Within it weights are loaded: what is allocated lives long."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipetune.bench.runtime.links.streams import to_device
+from pipetune.bench.runtime.links import to_device
 from pipetune.bench.schedule import Task, build_schedule, micro_batch_sizes
 from pipetune.bench.spec import Sampling
 
@@ -120,6 +120,8 @@ class MicroBatchInputs:
     mask: torch.Tensor
     positions: torch.Tensor
     prompt_len: int
+    full_rows: int = 0
+    """Leading rows that are not padded."""
 
     @classmethod
     def build(
@@ -139,4 +141,5 @@ class MicroBatchInputs:
             mask=to_device(mask, device),
             positions=to_device(positions, device),
             prompt_len=prompt_len,
+            full_rows=next((row for row, prompt in enumerate(prompts) if len(prompt) < prompt_len), len(prompts)),
         )

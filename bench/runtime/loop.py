@@ -8,6 +8,7 @@ early, must know which micro-batches are done.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from pipetune.bench.memory import KV_ALIGNMENT
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import Job, MicroBatchInputs, margins_of
 from pipetune.bench.runtime.kernels.graphs import DecodeGraphs
-from pipetune.bench.runtime.links.transport import Receiver, Sender
+from pipetune.bench.runtime.links import Receiver, Sender
 from pipetune.bench.runtime.sampling import draw, draw_margins, log_probabilities, uniforms
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.stage import Stage
@@ -66,68 +67,61 @@ class PassResult:
 
 
 class StageLoop:
-    """Runs jobs on one stage; KV slots are kept from job to job."""
+    """Runs jobs on one stage, decode steps as captured graphs if given; KV slots are kept from job to job."""
 
     def __init__(
-        self,
-        stage: Stage,
-        device: DeviceContext,
-        edges: Edges,
-        status: Status,
-        *,
-        instrument: bool = True,
-        graphs: DecodeGraphs | None = None,
+        self, stage: Stage, device: DeviceContext, status: Status, *, graphs: DecodeGraphs | None = None
     ) -> None:
-        """
-        Args:
-            graphs: captured decode steps, to be used where there are some.
-        """
         self.graphs = graphs
-        self._stage = stage
-        self._status = status
-        self._device = device
-        self._edges = edges
-        self._timeline = Timeline(device.clock(), enabled=instrument)
-        self._slots: list[SlotCache] = []
-
-    def rewire(self, edges: Edges, *, instrument: bool = True) -> None:
-        """Takes new edges, for a job of another size; KV slots are kept."""
-        self._edges = edges
-        self._timeline = Timeline(self._device.clock(), enabled=instrument)
-
-    @property
-    def slots(self) -> tuple[SlotCache, ...]:
-        """KV slots as they stand."""
-        return tuple(self._slots)
+        self.slots: list[SlotCache] = []
+        self._stage, self._device, self._status = stage, device, status
 
     def kv_bytes(self) -> int:
         """Bytes allocated for KV over all slots."""
-        return sum(slot.nbytes() for slot in self._slots)
+        return sum(slot.nbytes() for slot in self.slots)
 
-    def prepare(self, job: Job) -> None:
-        """Makes the KV slots that the job needs; those that fit are kept."""
+    def prepare(self, job: Job, edges: Edges | None = None, *, instrument: bool = True) -> None:
+        """Takes edges, and makes the KV slots that the job needs; those that fit are kept."""
+        self._edges = edges or Edges()
+        self._timeline = Timeline(self._device.clock(), enabled=instrument)
         max_len = job.longest + job.output_len
         if self._device.is_cuda:
             max_len = -(-max_len // KV_ALIGNMENT) * KV_ALIGNMENT
         count = min(job.in_flight, len(job.sizes))
-        fits = all(slot.rows >= job.micro_batch_size and slot.max_len >= max_len for slot in self._slots)
-        if not fits or len(self._slots) < count:
-            self._slots = []
-            self._slots = [self._stage.new_cache(rows=job.micro_batch_size, max_len=max_len) for _ in range(count)]
+        fits = all(slot.rows >= job.micro_batch_size and slot.max_len >= max_len for slot in self.slots)
+        if not fits or len(self.slots) < count:
+            self.slots = []
+            self.slots = [self._stage.new_cache(rows=job.micro_batch_size, max_len=max_len) for _ in range(count)]
         if self.graphs is not None:
-            self.graphs.prepare(self._slots, job.tasks())
+            self.graphs.prepare(self.slots, job.tasks())
+
+    @torch.inference_mode()
+    def rehearse(self, job: Job) -> None:
+        """Runs the tasks of a micro-batch of each kind, without a message and on made-up hidden states.
+
+        Call it after `prepare`, while no message is under way: what compiles may wait for the whole device.
+        """
+        self._status.activity = "compute"
+        work, stage = _Pass(self, job), self._stage
+        kinds = {(len(inputs.ids), inputs.prompt_len, inputs.full_rows): own for own, inputs in enumerate(work.inputs)}
+        for task in work.tasks:
+            if task.micro_batch in kinds.values():
+                self.slots[task.slot].seek(task.first_row, task.end_row, task.first_token)
+                shape = (task.num_rows, task.num_tokens, stage.message_values)
+                hidden = torch.empty(shape, dtype=stage.message_dtype, device=stage.device).normal_()
+                work.forward(task, None if stage.is_first else hidden)
+        self._status.activity = "idle"
 
     def close(self) -> None:
         """Lets go of KV slots and graphs."""
         if self.graphs is not None:
             self.graphs.close()
-        self._slots = []
+        self.slots = []
 
     def run(self, job: Job, start: Callable[[], object] = lambda: None) -> PassResult:
         """Works through the schedule; returns when this stage's part and all its messages are done.
 
-        Args:
-            start: called when the inputs lie ready; where the stages meet, so that time counts from there.
+        Time counts from `start`, which is called when the inputs lie ready, and where the stages meet.
         """
         work = _Pass(self, job)
         start()
@@ -140,7 +134,7 @@ class _Pass:
     def __init__(self, loop: StageLoop, job: Job) -> None:
         device = loop._device
         self.stage, self.edges, self.graphs = loop._stage, loop._edges, loop.graphs
-        self.timeline, self.slots, self.job, self.status = loop._timeline, loop._slots, job, loop._status
+        self.timeline, self.slots, self.job, self.status = loop._timeline, loop.slots, job, loop._status
         self.tasks = job.tasks()
         rows = [job.prompts[index] for index in job.order]
         self.first_rows = job.first_rows
@@ -165,7 +159,7 @@ class _Pass:
         # Rows that have not met an end-of-sequence token yet; with fixed length, always all.
         self.unfinished = [[True] * size for size in job.sizes]
         self.known_step = [-1] * len(job.sizes)
-        self.awaited: dict[int, list[Task]] = {index: [] for index in range(len(job.sizes))}
+        self.awaited: defaultdict[int, list[Task]] = defaultdict(list)
         self.next_post = 0
         self.outstanding = 0
         self.logits: list[tuple[Task, torch.Tensor]] = []
@@ -253,9 +247,10 @@ class _Pass:
                 return output
         rows = slice(task.first_row, task.end_row)
         span = slice(task.first_token, task.end_token)
+        has_mask = self.stage.needs_mask or task.end_row > inputs.full_rows
         return self.stage.forward(
             inputs.ids[rows, span],
-            inputs.mask[rows, : task.end_token],
+            inputs.mask[rows, : task.end_token] if has_mask else None,
             inputs.positions[rows, span],
             self.slots[task.slot],
             hidden,
@@ -288,11 +283,9 @@ class _Pass:
 
     def take_tokens(self, micro_batch: int) -> None:
         """Waits for the tokens that the micro-batch's last step gave, piece by piece."""
-        receiver = self.edges.tokens_in
-        for task in self.awaited[micro_batch]:
-            assert receiver is not None
-            self.learn(task, receiver.take())
-        self.awaited[micro_batch] = []
+        for task in self.awaited.pop(micro_batch, ()):
+            assert self.edges.tokens_in is not None
+            self.learn(task, self.edges.tokens_in.take())
 
     def learn(self, task: Task, tokens: torch.Tensor) -> None:
         """Writes sampled tokens into the ids and marks rows that met an end-of-sequence token."""

@@ -14,13 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 
 class PackedLinear(nn.Module):
-    """A linear layer over a weight in oneDNN's own layout: `[..., in_features]` → `[..., out_features]`."""
+    """A linear layer over a weight in oneDNN's own layout: `[..., in_features]` → `[..., out_features]`.
+
+    Made from a plain weight `[out_features, in_features]`, which is not kept.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """
-        Args:
-            weight: `[out_features, in_features]`; not kept.
-        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.packed_bytes = int(weight.nbytes)
@@ -50,12 +49,9 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack_linears(model: Any) -> int:
-    """Packs every plain linear layer (and GPT-2's transposed kind) that is not packed yet, in place.
+    """Packs every plain linear layer (and GPT-2's transposed kind) that is not packed yet, in place; returns how many.
 
     Subclasses of `nn.Linear` have a forward of their own and are left alone, as are the embeddings of a tied head.
-
-    Returns:
-        How many were packed.
     """
     count = 0
     for parent in list(model.modules()):

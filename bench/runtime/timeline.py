@@ -24,9 +24,9 @@ class ResolvedTimeline:
     def trace(self, zero_s: float) -> StageTrace:
         """The stage's trace, counted from the moment the prompts were given."""
         return StageTrace(
-            compute_start_s=tuple(round(value - zero_s, 6) for value in self.compute_start_s),
-            compute_end_s=tuple(round(value - zero_s, 6) for value in self.compute_end_s),
-            recv_wait_s=tuple(round(value, 6) for value in self.recv_wait_s),
+            compute_start_s=tuple(max(0.0, round(value - zero_s, 6)) for value in self.compute_start_s),
+            compute_end_s=tuple(max(0.0, round(value - zero_s, 6)) for value in self.compute_end_s),
+            recv_wait_s=tuple(max(0.0, round(value, 6)) for value in self.recv_wait_s),
             send_wait_s=tuple(round(value, 6) for value in self.send_wait_s),
         )
 

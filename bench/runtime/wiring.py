@@ -6,38 +6,29 @@ import datetime as dt
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipetune.bench.runtime.links.transport import (
-    DirectSender,
-    GlooReceiver,
-    NcclReceiver,
-    Receiver,
-    Sender,
-    StagedReceiver,
-    StagedSender,
-)
+from pipetune.bench.memory import EDGE_DEPTH
+from pipetune.bench.runtime.links import Messages, Receiver, Sender, StagedReceiver, StagedSender
 from pipetune.bench.runtime.loop import Edges
 from pipetune.bench.spec import device_kind
 
 HIDDEN_TAG, TOKENS_TAG = 1, 2
-# One buffer computes while the next one fills.
-HIDDEN_DEPTH = 2
+MAX_CTAS = 8
+"""Blocks of a GPU that one NCCL communicator may take: messages are small, and its buffers grow with them."""
+COMMUNICATOR_BYTES = 64 * 2**20
+"""What one may take of a GPU, outside of torch's allocator: buffers of some MiB for each block and direction."""
 # NCCL 2.30 and later let ranks share a GPU if told so: the way to run this path on a machine with a single one.
 NCCL_SHARES_GPUS = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Messages:
-    """What travels on one kind of edge."""
-
-    tag: int
-    depth: int
-    numel: int
-    dtype: torch.dtype
+def communicators_bytes(devices: Sequence[str], device: str) -> int:
+    """What a worker leaves for the NCCL communicators that it may hold at once: one each way with workers elsewhere."""
+    others = sum(device_kind(name) == "cuda" and name != device for name in devices)
+    return 2 * others * COMMUNICATOR_BYTES if device_kind(device) == "cuda" else 0
 
 
 class Links:
@@ -83,11 +74,14 @@ class Links:
         directed = [*itertools.pairwise(ranks), *((last, rank) for rank in ranks[:-1])]
         for source, destination in directed:
             self._open(source, destination)
+        # All stages of a plan, replicas among them, have fewer; the oldest go first, on every rank alike.
+        while len(self._groups) > 2 * len(self._devices):
+            dist.destroy_process_group(self._groups.pop(next(iter(self._groups))))
         if self._rank not in ranks:
             return None
         index = list(ranks).index(self._rank)
-        hidden = _Messages(tag=HIDDEN_TAG, depth=HIDDEN_DEPTH, numel=hidden_numel, dtype=hidden_dtype)
-        tokens = _Messages(tag=TOKENS_TAG, depth=max(1, tokens_depth), numel=tokens_numel, dtype=torch.long)
+        hidden = Messages(tag=HIDDEN_TAG, depth=EDGE_DEPTH, numel=hidden_numel, dtype=hidden_dtype)
+        tokens = Messages(tag=TOKENS_TAG, depth=max(1, tokens_depth), numel=tokens_numel, dtype=torch.long)
         is_last = self._rank == last
         return Edges(
             hidden_in=self._receiver(ranks[index - 1], hidden) if index > 0 else None,
@@ -99,9 +93,16 @@ class Links:
     def _open(self, source: int, destination: int) -> None:
         """Makes and warms the NCCL group of a directed edge; all ranks in the same order, or NCCL hangs."""
         key = (source, destination)
-        if self.transport(source, destination) != "nccl" or key in self._groups:
+        if self.transport(source, destination) != "nccl":
             return
-        group = dist.new_group([source, destination], backend="nccl", timeout=dt.timedelta(hours=1))
+        if key in self._groups:
+            self._groups[key] = self._groups.pop(key)
+            return
+        # Messages go before compute: whoever waits for one has nothing else to do.
+        options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options.config.max_ctas = MAX_CTAS
+        timeout = dt.timedelta(hours=1)
+        group = dist.new_group([source, destination], backend="nccl", timeout=timeout, pg_options=options)
         self._groups[key] = group
         if self._rank in key:
             # The first message sets the communicator up, which both sides must do at the same time.
@@ -115,19 +116,14 @@ class Links:
             work.wait()
             torch.cuda.synchronize(self._device)
 
-    def _receiver(self, source: int, messages: _Messages) -> Receiver:
-        depth, numel, dtype = messages.depth, messages.numel, messages.dtype
-        if self.transport(source, self._rank) == "nccl":
-            group = self._groups[source, self._rank]
-            return NcclReceiver(source, group, depth=depth, numel=numel, dtype=dtype, device=self._device)
-        if self._device.type == "cuda":
-            return StagedReceiver(source, messages.tag, depth=depth, numel=numel, dtype=dtype, device=self._device)
-        return GlooReceiver(source, messages.tag, depth=depth, numel=numel, dtype=dtype)
+    def _receiver(self, source: int, messages: Messages) -> Receiver:
+        group = self._groups.get((source, self._rank))
+        if group is None and self._device.type == "cuda":
+            return StagedReceiver(source, messages, self._device)
+        return Receiver(source, messages, self._device, group)
 
-    def _sender(self, destination: int, messages: _Messages) -> Sender:
-        depth, numel, dtype = messages.depth, messages.numel, messages.dtype
-        if self.transport(self._rank, destination) == "nccl":
-            return DirectSender(destination, depth=depth, group=self._groups[self._rank, destination])
-        if self._device.type == "cuda":
-            return StagedSender(destination, messages.tag, depth=depth, numel=numel, dtype=dtype)
-        return DirectSender(destination, depth=depth, tag=messages.tag)
+    def _sender(self, destination: int, messages: Messages) -> Sender:
+        group = self._groups.get((self._rank, destination))
+        if group is None and self._device.type == "cuda":
+            return StagedSender(destination, messages)
+        return Sender(destination, messages, group)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipetune.bench import metrics
 from pipetune.bench.errors import PlanError, explain
 from pipetune.bench.fleet.experiment import Experiment
+from pipetune.bench.prompts.file import read_text, sha256_of
 from pipetune.bench.record import Failure, Machine, Outcome, timestamp
 from pipetune.bench.spec import ModelSpec, Plan, Protocol, Workload
 
@@ -36,26 +36,20 @@ class PlanCase(BaseModel):
             PlanError: it cannot be read, or lacks the plan, the model or the workload.
         """
         try:
-            values: Any = json.loads(path.read_text(encoding="utf-8"))
-            case = cls.model_validate(values)
+            case = cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise PlanError(f"{path}: cannot read the plan: {error.strerror or error}") from None
-        except ValidationError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(
                 f"{path}: {explain(error)}; take the best_plan.json of a study, or write plan, model and "
                 "workload into one file"
             ) from None
-        except ValueError as error:
-            raise PlanError(f"{path}: the plan is not JSON: {error}") from None
-        prompts = case.workload.prompts_file
-        if prompts is None:
+        if (prompts := case.workload.prompts_file) is None:
             return case
         file = (path.parent / prompts).absolute()
-        try:
-            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        except OSError as error:
-            raise PlanError(f"{path}: workload.prompts_file: {file}: {error.strerror or error}") from None
-        workload = case.workload.model_copy(update={"prompts_file": str(file), "prompts_sha256": sha256})
+        workload = case.workload.model_copy(
+            update={"prompts_file": str(file), "prompts_sha256": sha256_of(read_text(file))}
+        )
         return case.model_copy(update={"workload": workload})
 
 
@@ -64,20 +58,14 @@ class Round:
     """One fleet's run."""
 
     run: dict[str, Any]
-    """Our metrics and what they were derived from, as `extra_info` holds them."""
-    metrics: dict[str, float]
-    duration_s: float
-    """Seconds of the workload, the median over the round's iterations."""
+    """Our `metrics` and what they were derived from, as `extra_info` holds them."""
     machine: Machine
     model: ModelSpec
     """With the revision that it was resolved to."""
 
 
 def run_fresh(case: PlanCase, protocol: Protocol, folder: Path) -> Round:
-    """Starts a fleet, measures the plan once, and ends it.
-
-    Args:
-        folder: where the unsplit model's output goes, if that is compared.
+    """Starts a fleet, measures the plan once, and ends it; the unsplit model's output, if compared, goes to `folder`.
 
     Raises:
         PipetuneError: the plan did not run, or its output is wrong; says why.
@@ -93,13 +81,12 @@ def run_fresh(case: PlanCase, protocol: Protocol, folder: Path) -> Round:
             outcome = experiment.measure(case.plan, case.workload, protocol).result
     if isinstance(outcome, Failure):
         raise PlanError(f"{case.plan.describe()}: {outcome.kind.value}: {outcome.message}")
-    derived = metrics.derive(outcome)
     run = {
-        "metrics": derived,
+        "metrics": metrics.derive(outcome),
         "durations_s": [iteration.duration_s for iteration in outcome.iterations],
         "steady": outcome.steady,
         "disturbances": list(outcome.telemetry.disturbances),
         "started_at": started_at,
         "wall_s": round(time.monotonic() - began, 3),
     }
-    return Round(run=run, metrics=derived, duration_s=derived["duration_s"], machine=machine, model=model)
+    return Round(run=run, machine=machine, model=model)

@@ -76,7 +76,6 @@ def _named(paths: list[Path]) -> dict[str, Path]:
         stem if stems.count(stem) == 1 else f"{path.absolute().parent.name}/{stem}"
         for path, stem in zip(paths, stems, strict=True)
     ]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise pytest.UsageError(f"--plan: two files would both be called {doubled[0]}; rename one")
     return dict(zip(names, paths, strict=True))

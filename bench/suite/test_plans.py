@@ -34,7 +34,7 @@ def test_plan(benchmark: BenchmarkFixture, plan_case: PlanCase, request: pytest.
     def one_round() -> None:
         now = run_fresh(plan_case, Protocol(num_iters=num_iters, check_outputs=check and not rounds), tmp_path)
         rounds.append(now)
-        _elapsed_s[0] += now.duration_s
+        _elapsed_s[0] += now.run["metrics"]["duration_s"]
 
     count: int = request.config.getoption("--plan-rounds")
     try:
@@ -51,5 +51,5 @@ def test_plan(benchmark: BenchmarkFixture, plan_case: PlanCase, request: pytest.
         "model": last.model.model_dump(mode="json"),
         "workload": plan_case.workload.model_dump(mode="json"),
         "runs": [one.run for one in counted],
-        **{name: statistics.median([one.metrics[name] for one in counted]) for name in last.metrics},
+        **{name: statistics.median([one.run["metrics"][name] for one in counted]) for name in last.run["metrics"]},
     }

@@ -28,23 +28,20 @@ def wrong_output(
         may_route_otherwise: the model chooses experts, and computes in half precision: where two are nearly tied,
             kernels decide, and the position comes out otherwise. So a few may, as long as most do not.
     """
-    typical = check.typical_error, check.typical_tolerance
-    is_off = typical[0] is not None and typical[1] is not None and typical[0] > typical[1]
+    error, tolerance = check.max_logit_error, check.tolerance
+    typical, typical_tolerance = check.typical_error, check.typical_tolerance
+    is_off = typical is not None and typical_tolerance is not None and typical > typical_tolerance
     few = check.outliers <= max(1, int(MAX_OUTLIERS * check.positions))
-    if not is_off and check.max_logit_error <= check.tolerance and check.argmax_flips == 0:
+    if not is_off and error <= tolerance and check.argmax_flips == 0:
         return None
     if not is_off and may_route_otherwise and few and check.positions >= MIN_POSITIONS:
         return None
-    if is_off and check.max_logit_error <= check.tolerance:
+    if is_off and error <= tolerance:
         what = "log-probabilities" if scored else "logits under the reference's tokens"
-        return _wrong(
-            phase,
-            f"at most positions the {what} are off by {typical[0]:.3g} or more, and kernels explain no more than "
-            f"{typical[1]:.3g}",
-        )
+        off = f"at most positions the {what} are off by {typical:.3g} or more"
+        return _wrong(phase, f"{off}, and kernels explain no more than {typical_tolerance:.3g}")
     what = "the log-probabilities are" if scored else "under the reference's tokens the logits are"
     flips = "" if scored else f" ({check.argmax_flips} of the most likely tokens differ)"
-    error, tolerance = check.max_logit_error, check.tolerance
     return _wrong(phase, f"{what} off by {error:.3g}, and kernels explain no more than {tolerance:.3g}{flips}")
 
 

@@ -76,20 +76,15 @@ def generate_once(
         sampling: transformers' own sampling with these settings; its draws are not ours, their cost is.
         processor: made for each batch.
     """
-    how: dict[str, Any] = {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": sampling is not None}
     if sampling is not None:
-        how = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-        }
+        how |= sampling.model_dump(include={"temperature", "top_k", "top_p"})
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=output_len, eos_token_id=None, pad_token_id=pad_token_id, use_cache=True, **how
     )
     # `generate` fills what the given config leaves open from the model's own.
     model.generation_config = config
-    batches = list(_batches(model, prompts, batch_size, pad_token_id))
+    batches = list(batches_of(model, prompts, batch_size, pad_token_id))
     tokens: dict[int, list[int]] = {}
     clock = _TokenClock()
     began = time.monotonic()
@@ -115,7 +110,7 @@ def generate_once(
 
 def score_once(model: Any, prompts: Sequence[Sequence[int]], *, batch_size: int, pad_token_id: int) -> BaselinePass:
     """Takes log-probabilities by plain forward passes over the prompts, longest first, `batch_size` at a time."""
-    batches = list(_batches(model, prompts, batch_size, pad_token_id))
+    batches = list(batches_of(model, prompts, batch_size, pad_token_id))
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     scores: dict[int, torch.Tensor] = {}
     times_s: list[float] = []
@@ -133,21 +128,19 @@ def score_once(model: Any, prompts: Sequence[Sequence[int]], *, batch_size: int,
     return BaselinePass(duration_s=times_s[-1], token_times_s=tuple(times_s), tokens={}, scores=scores)
 
 
-def _batches(
-    model: Any, prompts: Sequence[Sequence[int]], batch_size: int, pad_token_id: int
+def batches_of(
+    model: Any, prompts: Sequence[Sequence[int]], batch_size: int, pad_token_id: int, *, output_len: int = 0
 ) -> Iterator[tuple[tuple[int, ...], MicroBatchInputs]]:
-    """Given indices of each batch, longest prompts first, and its inputs."""
+    """Given indices of each batch, longest prompts first, and its inputs, with room for so much output."""
     device = model.get_input_embeddings().weight.device
-    order, first = sort_by_length(prompts), 0
-    for size in micro_batch_sizes(len(prompts), batch_size):
-        chosen = order[first : first + size]
+    order = sort_by_length(prompts)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        some = [prompts[index] for index in chosen]
         yield (
             chosen,
-            MicroBatchInputs.build(
-                [prompts[index] for index in chosen], output_len=0, pad_token_id=pad_token_id, device=device
-            ),
+            MicroBatchInputs.build(some, output_len=output_len, pad_token_id=pad_token_id, device=device),
         )
-        first += size
 
 
 def measure_baseline(
@@ -162,14 +155,8 @@ def measure_baseline(
     device_bytes: dict[str, int],
     report: Callable[[str, int, int], None],
 ) -> Measurement:
-    """Measures the baseline: warm-up, then timed passes, as for a plan.
-
-    Args:
-        device_bytes: memory of each device, in bytes.
-        report: called with phase, done and total, for progress.
-    """
-    gpus = tuple(dict.fromkeys(name for name in devices if device_kind(name) == "cuda"))
-    used = gpus or (devices[0],)
+    """Measures the baseline: warm-up, then timed passes, as for a plan; `report` gets phase, done and total."""
+    on_gpus = device_kind(devices[0]) == "cuda"
 
     def once() -> BaselinePass:
         with undisturbed():
@@ -188,12 +175,13 @@ def measure_baseline(
     for number in range(protocol.num_iters_warmup):
         report("baseline warmup", number, protocol.num_iters_warmup)
         warmup.append(round(once().duration_s, 6))
-    sensors = sensors_for(used)
+    sensors = sensors_for(devices)
     before = sensors.state()
-    if not gpus:
+    if on_gpus:
+        for name in devices:
+            torch.cuda.reset_peak_memory_stats(device_index(name))
+    else:
         reset_peak_rss()
-    for name in gpus:
-        torch.cuda.reset_peak_memory_stats(device_index(name))
     sensors.start()
     passes = []
     for number in range(protocol.num_iters):
@@ -204,14 +192,14 @@ def measure_baseline(
     memory = tuple(
         StageMemory(
             device=name,
-            weights_bytes=weights // len(used),
+            weights_bytes=weights // len(devices),
             kv_bytes=0,
             activation_bytes=0,
-            peak_bytes=torch.cuda.max_memory_allocated(device_index(name)) if gpus else peak_rss_bytes(),
-            peak_source="cuda_allocator" if gpus else "vm_hwm",
+            peak_bytes=torch.cuda.max_memory_allocated(device_index(name)) if on_gpus else peak_rss_bytes(),
+            peak_source="cuda_allocator" if on_gpus else "vm_hwm",
             cap_bytes=device_bytes[name],
         )
-        for name in used
+        for name in devices
     )
     sizes = micro_batch_sizes(len(prompts), batch_size)
     durations = [one.duration_s for one in passes]
@@ -235,5 +223,5 @@ def measure_baseline(
         steady=steady,
         memory=memory,
         telemetry=telemetry,
-        transport="device_map" if len(gpus) > 1 else "local",
+        transport="device_map" if len(devices) > 1 else "local",
     )

@@ -6,11 +6,13 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic_core import to_jsonable_python
 
 
 class DriverLink:
@@ -25,14 +27,14 @@ class DriverLink:
         self._lock = threading.Lock()
         self._lines = self._socket.makefile("r", encoding="utf-8")
         self._rank = rank
-        self.send("hello", pid=os.getpid())
+        self.send("hello")
 
     def send(self, kind: str, **fields: Any) -> None:
         """Sends one message; ends the process if nobody listens any more."""
-        line = json.dumps({"type": kind, "rank": self._rank, **fields}, allow_nan=False) + "\n"
+        line = _encode({"type": kind, "rank": self._rank, **fields}) + b"\n"
         try:
             with self._lock:
-                self._socket.sendall(line.encode())
+                self._socket.sendall(line)
         except OSError:
             os._exit(1)
 
@@ -48,20 +50,15 @@ class DriverLink:
         """Starts the thread that gives a sign of life, with what the worker is doing."""
 
         def run() -> None:
-            pause = threading.Event()
             while True:
                 self.send("beat", **state())
-                pause.wait(interval_s)
+                time.sleep(interval_s)
 
         threading.Thread(target=run, name="heartbeat", daemon=True).start()
 
     def end_with_driver(self) -> None:
         """Starts the thread that ends this worker when the driver is gone; for ranks that get no commands."""
-
-        def run() -> None:
-            self.receive()
-
-        threading.Thread(target=run, name="driver-watch", daemon=True).start()
+        threading.Thread(target=self.receive, name="driver-watch", daemon=True).start()
 
 
 class ControlGroup:
@@ -72,7 +69,7 @@ class ControlGroup:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        payload = json.dumps(value, allow_nan=False).encode() if self.rank == 0 else b""
+        payload = _encode(value) if self.rank == 0 else b""
         size = torch.tensor([len(payload)], dtype=torch.long)
         dist.broadcast(size, src=0, group=self._group)
         buffer = torch.empty(int(size.item()), dtype=torch.uint8)
@@ -83,7 +80,7 @@ class ControlGroup:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value in the order of ranks, on every rank."""
-        payload = json.dumps(value, allow_nan=False).encode()
+        payload = _encode(value)
         sizes = torch.zeros(self.world_size, dtype=torch.long)
         sizes[self.rank] = len(payload)
         dist.all_reduce(sizes, group=self._group)
@@ -96,3 +93,8 @@ class ControlGroup:
     def barrier(self) -> None:
         """Waits until every rank is here."""
         dist.barrier(group=self._group)
+
+
+def _encode(value: Any) -> bytes:
+    """JSON, of pydantic values as well."""
+    return json.dumps(value, allow_nan=False, default=to_jsonable_python).encode()

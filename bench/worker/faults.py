@@ -26,17 +26,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether another worker went away while this one talked to it: a consequence, never the cause."""
-    return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
-
-
 def failure_of(error: BaseException, *, stage: int | None, device: str | None, phase: str) -> Failure:
     """Names what went wrong."""
     kind = FailureKind.WORKER_ERROR
     if is_out_of_memory(error):
         kind = FailureKind.OUT_OF_MEMORY
-    elif is_lost_peer(error):
+    elif isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
+        # Another worker went away while this one talked to it: a consequence, never the cause.
         kind = FailureKind.COMMUNICATION_TIMEOUT
     elif isinstance(error, UserError | ValueError):
         kind = FailureKind.UNSUPPORTED_MODEL

@@ -34,17 +34,14 @@ def check_output(host: StageHost, plan: Plan, job: Job, reference: Reference) ->
     Every rank calls it under the plan, and gets the same.
     """
     checked = reference.checked
-    rows = max(1, len(checked) // 2)
+    tokens = None if job.scores else reference.tokens[list(checked), : reference.logits.shape[1]]
+    found = _small_pass(host, plan, job, checked, max(1, len(checked) // 2), tokens)
     mine: OutputCheck | None = None
-    if job.scores:
-        scores = _small_pass(host, plan, job, checked, rows).scores
-        if scores is not None:
-            mine = compare_scores(reference, {checked[place]: row for place, row in scores.items()})
-    else:
-        tokens = reference.tokens[list(checked), : reference.logits.shape[1]]
-        logits = _small_pass(host, plan, job, checked, rows, tokens).logits
-        mine = compare_logits(reference, logits) if logits is not None else None
-    gathered = host.control.gather(mine.model_dump(mode="json") if mine is not None else None)
+    if found is not None and job.scores:
+        mine = compare_scores(reference, {checked[place]: row for place, row in found.items()})
+    elif found is not None:
+        mine = compare_logits(reference, found)
+    gathered = host.control.gather(mine)
     return worst_check([OutputCheck.model_validate(row) for row in gathered if row is not None])
 
 
@@ -61,18 +58,14 @@ class TimedCheck:
     """How the timed passes of this rank's replica compare with the reference: the worst of all iterations."""
 
     def __init__(self, host: StageHost, plan: Plan, job: Job, reference: Reference | None) -> None:
-        """
-        Args:
-            job: over the prompts of all replicas.
-        """
+        """The job is over the prompts of all replicas."""
         assert host.placement is not None
         self._reference, self._job, self._shape = reference, job, host.shape
         self._share: Sequence[int] = range(len(job.prompts))
         if host.placement.replica is not None and plan.replicas > 1:
             self._share = job.share(host.placement.replica, plan.replicas)
-        self._wrong, self._near = 0, 0
+        self._counts: tuple[int, int] | None = None
         self._scores: OutputCheck | None = None
-        self._tokens_compared = False
 
     def add(self, result: PassResult | None) -> None:
         """Takes one pass in; only the last stage knows its output."""
@@ -80,37 +73,26 @@ class TimedCheck:
             return
         if result.tokens is not None:
             given = {self._share[index]: row for index, row in result.tokens.items()}
-            wrong, near = compare_tokens(self._reference, given)
-            self._wrong, self._near = max(self._wrong, wrong), max(self._near, near)
-            self._tokens_compared = True
+            (wrong, near), (most_wrong, most_near) = compare_tokens(self._reference, given), self._counts or (0, 0)
+            self._counts = max(wrong, most_wrong), max(near, most_near)
         if result.scores is not None:
             check = compare_scores(self._reference, {self._share[index]: row for index, row in result.scores.items()})
             self._scores = worst_check([self._scores, check]) if self._scores is not None else check
 
-    def seen(self) -> dict[str, Any] | None:
-        """What the other ranks must know, as plain values; None where nothing was compared."""
-        if not (self._tokens_compared or self._scores is not None):
-            return None
-        scores = self._scores.model_dump(mode="json") if self._scores is not None else None
-        return {"wrong": self._wrong, "near": self._near, "scores": scores}
+    def seen(self) -> dict[str, Any]:
+        """What the other ranks must know."""
+        return {"counts": self._counts, "scores": self._scores}
 
     def conclude(
-        self, check: OutputCheck | None, seen: Sequence[dict[str, Any] | None]
+        self, check: OutputCheck | None, seen: Sequence[dict[str, Any]]
     ) -> tuple[OutputCheck | None, Failure | None]:
-        """What all replicas' timed passes, beside the check before them, amount to.
-
-        Args:
-            check: of the small passes; None where there were none.
-            seen: of every rank.
-        """
-        rows = [row for row in seen if row is not None]
-        if not rows:
-            return check, None
-        checks = [OutputCheck.model_validate(row["scores"]) for row in rows if row["scores"] is not None]
-        if checks:
+        """What all replicas' timed passes, as every rank has seen them, amount to, beside the check before them."""
+        if checks := [OutputCheck.model_validate(row["scores"]) for row in seen if row["scores"] is not None]:
             check = worst_check([*([check] if check is not None else []), *checks])
             return check, wrong_logits(check, self._job, self._shape, phase="measure")
-        wrong, near = sum(row["wrong"] for row in rows), sum(row["near"] for row in rows)
+        if not (counts := [row["counts"] for row in seen if row["counts"] is not None]):
+            return check, None
+        wrong, near = (sum(column) for column in zip(*counts, strict=True))
         base = check or OutputCheck(
             reference="unsplit", max_logit_error=0.0, tolerance=0.0, compared_logits=0, argmax_flips=0
         )
@@ -118,22 +100,17 @@ class TimedCheck:
         return check, wrong_tokens(wrong, len(self._job.prompts), self._shape.dtype_bytes)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Seen:
-    """What a rank knows after a small pass; nothing, unless it holds a last stage."""
-
-    logits: dict[int, torch.Tensor] | None = None
-    scores: dict[int, torch.Tensor] | None = None
-
-
 def _small_pass(
-    host: StageHost, plan: Plan, job: Job, checked: Sequence[int], rows: int, tokens: torch.Tensor | None = None
-) -> _Seen:
-    """Runs a few prompts through every replica; results are by place in `checked`.
+    host: StageHost, plan: Plan, job: Job, checked: Sequence[int], rows: int, tokens: torch.Tensor | None
+) -> dict[int, torch.Tensor] | None:
+    """Runs a few prompts through every replica.
 
     Args:
         rows: of a micro-batch at most; few, so that prompts of unlike length are padded against each other.
         tokens: `[k, t]`, fed instead of the sampled ones; None scores the prompts.
+
+    Returns:
+        Logits under the tokens, or log-probabilities, by place in `checked`; None without a last stage.
     """
     small = min(job.micro_batch_size, rows)
     part = Job(
@@ -148,68 +125,55 @@ def _small_pass(
     )
     jobs = (part,) * plan.replicas
     host.open(jobs)
-    result = host.run(jobs)
-    return _Seen(result.logits, result.scores) if result is not None else _Seen()
+    if (result := host.run(jobs)) is None:
+        return None
+    return result.scores if tokens is None else result.logits
 
 
 def make_reference_from_plan(
-    host: StageHost, job: Job, plan: Plan, path: Path, digest: str, protocol: Protocol, dtype: torch.dtype
+    host: StageHost, job: Job, plan: Plan, path: Path, digest: str, protocol: Protocol
 ) -> None:
     """Takes a plan's own output for the truth, where the unsplit model does not fit on any device.
 
     Later plans are compared with this one: that tells them apart, and cannot tell whether the first was right.
-
-    Args:
-        dtype: what the model computes in.
     """
-    plan = plan.replica(0)
+    plan, dtype = plan.replica(0), host.stage.dtype
     host.apply(plan)
     host.status.phase = "reference"
     jobs = (dataclasses.replace(job, keep_margins=not job.scores),)
     host.open(jobs)
     result = host.run(jobs)
     checked = choose_checked(job.prompts, protocol.check_prompts)
-    places = range(len(checked))
     everyone = range(len(job.prompts))
-    sizes = (len(checked), max(1, len(checked) // 2), 1)
-    made: Reference | None = None
-    if job.scores:
-        passes = [_small_pass(host, plan, job, checked, size).scores for size in sizes]
-        if result is not None and result.scores is not None:
-            scores = tuple(result.scores[index] for index in everyone)
-            others = [torch.cat([one[place] for place in places]) for one in passes if one is not None]
-            spread, typical = spread_of(torch.cat([scores[index] for index in checked]), others, dtype)
-            made = Reference(
-                source="plan",
-                workload_digest=digest,
-                tokens=torch.empty((len(everyone), 0), dtype=torch.long),
-                margins=torch.empty((len(everyone), 0)),
-                checked=checked,
-                logits=torch.empty((len(checked), 0, 0)),
-                spread=spread,
-                typical=typical,
-                scores=scores,
-            )
-    else:
+    tokens, forced = torch.empty((len(everyone), 0), dtype=torch.long), None
+    if not job.scores:
         known = result.tokens if result is not None else None
         mine = [known[index] for index in everyone] if known is not None else None
-        rows = next(row for row in host.control.gather(mine) if row is not None)
-        tokens = torch.tensor(rows, dtype=torch.long)
-        chosen = tokens[list(checked), : protocol.check_tokens]
-        forced = [_small_pass(host, plan, job, checked, size, chosen).logits for size in sizes]
-        if result is not None and result.margins is not None:
-            logits, *others = [torch.stack([one[place] for place in places]) for one in forced if one is not None]
-            spread, typical = spread_of(logits, others, dtype)
-            made = Reference(
-                source="plan",
-                workload_digest=digest,
-                tokens=tokens,
-                margins=torch.stack([result.margins[index] for index in everyone]),
-                checked=checked,
-                logits=logits,
-                spread=spread,
-                typical=typical,
-            )
-    if made is not None:
-        made.save(path)
+        tokens = torch.tensor(next(row for row in host.control.gather(mine) if row is not None), dtype=torch.long)
+        forced = tokens[list(checked), : protocol.check_tokens]
+    sizes = (len(checked), max(1, len(checked) // 2), 1)
+    passes = [_small_pass(host, plan, job, checked, size, forced) for size in sizes]
+    found = [[one[place] for place in range(len(checked))] for one in passes if one is not None]
+    if result is not None and (result.scores is not None or result.margins is not None):
+        scores, margins, logits = None, torch.empty((len(everyone), 0)), torch.empty((len(checked), 0, 0))
+        if result.scores is not None:
+            scores = tuple(result.scores[index] for index in everyone)
+            own, others = torch.cat([scores[index] for index in checked]), [torch.cat(rows) for rows in found]
+        else:
+            assert result.margins is not None
+            margins = torch.stack([result.margins[index] for index in everyone])
+            own, *others = [torch.stack(rows) for rows in found]
+            logits = own
+        spread, typical = spread_of(own, others, dtype)
+        Reference(
+            source="plan",
+            workload_digest=digest,
+            tokens=tokens,
+            margins=margins,
+            checked=checked,
+            logits=logits,
+            spread=spread,
+            typical=typical,
+            scores=scores,
+        ).save(path)
     host.control.barrier()

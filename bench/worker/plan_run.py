@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +30,10 @@ from pipetune.bench.record import (
 )
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import PassResult
-from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, device_kind
+from pipetune.bench.spec import Plan, Protocol, device_kind
 from pipetune.bench.worker.acceptance import is_steady, over_cap
 from pipetune.bench.worker.output_check import TimedCheck, check_output, wrong_logits
-from pipetune.bench.worker.reference import Reference, reference_digest
+from pipetune.bench.worker.reference import Reference
 from pipetune.bench.worker.stage_host import StageHost
 
 PEAK_NOT_RESET_NOTE = "peak memory is that of the process so far, not of this run: the kernel does not let it be reset"
@@ -44,26 +43,20 @@ class PlanRun:
     """Measures one plan; every rank makes one and calls the same methods."""
 
     def __init__(self, host: StageHost, plan: Plan, job: Job, protocol: Protocol, reference: Reference | None) -> None:
-        """
-        Args:
-            job: over all prompts.
-            reference: what the output is compared with; None compares nothing.
-        """
+        """The job is over all prompts; without a reference nothing is compared."""
         self.host, self.plan, self.job = host, plan, job
         self.protocol, self.reference = protocol, reference
-        self.control = host.control
 
     def measure(self) -> Measurement | Failure | None:
         """Rank 0 gets the outcome, the others None."""
         host, protocol = self.host, self.protocol
         load_s, loaded = host.apply(self.plan)
         jobs = host.parts(self.job)
-        # First of all, since what comes before can use these KV slots: they are the largest.
-        host.open(jobs, instrument=protocol.instrument)
         if self.plan.compile:
             host.status.phase = "compile"
             host.report("compile", 0, 1)
-            host.run(jobs)
+        # First of all, since what comes before can use these KV slots: they are the largest.
+        host.open(jobs, instrument=protocol.instrument)
         check, check_s = None, None
         if self.reference is not None:
             host.status.phase = "check"
@@ -71,8 +64,7 @@ class PlanRun:
             began = time.monotonic()
             check = check_output(host, self.plan, self.job, self.reference)
             check_s = time.monotonic() - began
-            failure = wrong_logits(check, self.job, host.shape)
-            if failure is not None:
+            if (failure := wrong_logits(check, self.job, host.shape)) is not None:
                 return failure
             host.open(jobs, instrument=protocol.instrument)
         host.status.phase = "warmup"
@@ -81,9 +73,8 @@ class PlanRun:
         host.free()
         host.status.phase = "measure"
         outcome = self._iterate(jobs, check)
-        if host.rank != 0 or isinstance(outcome, Failure):
-            return outcome if host.rank == 0 else None
-        assert outcome is not None
+        if outcome is None or isinstance(outcome, Failure):
+            return outcome
         durations = [run.duration_s for run in outcome.iterations]
         steady = is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, protocol.steady_tolerance)
         return outcome.model_copy(
@@ -102,7 +93,7 @@ class PlanRun:
         notes = []
         if not steady:
             notes.append(
-                f"never steady: passes of the same work differ by more than {self.protocol.steady_tolerance:.0%}"
+                f"never steady: passes of the same work vary by more than {self.protocol.steady_tolerance:.0%}"
             )
         devices = self.host.devices
         shared = {name for name in devices if device_kind(name) == "cuda" and devices.count(name) > 1}
@@ -145,7 +136,7 @@ class PlanRun:
             result = host.run(jobs)
             zero_s, duration_s = host.window(result)
             timed_check.add(result)
-            rows = self.control.gather(_seen(result, zero_s))
+            rows = host.control.gather(_seen(result, zero_s))
             if host.rank == 0:
                 iterations.append(self._iteration(rows, duration_s))
         telemetry = read_telemetry(sensors, before)
@@ -156,7 +147,7 @@ class PlanRun:
         if host.loop is not None and host.loop.graphs is not None:
             notes += host.loop.graphs.notes
         mine: dict[str, Any] = {
-            "telemetry": telemetry.model_dump(mode="json"),
+            "telemetry": telemetry,
             "compared": timed_check.seen(),
             "peak_was_reset": peak_was_reset,
             "notes": notes,
@@ -164,8 +155,8 @@ class PlanRun:
             + (host.loop.graphs.report.capture_s if host.loop and host.loop.graphs else 0.0),
         }
         if host.index is not None:
-            mine["memory"] = self._memory().model_dump(mode="json")
-        rows = self.control.gather(mine)
+            mine["memory"] = self._memory()
+        rows = host.control.gather(mine)
         if host.rank != 0:
             return None
         ranks = host.placement.ranks
@@ -175,8 +166,7 @@ class PlanRun:
         # Stages that share a GPU saw the same sensors.
         watchers = {host.devices[rank]: rank for rank in ranks}.values()
         memory = tuple(StageMemory.model_validate(rows[rank]["memory"]) for rank in ranks)
-        over = over_cap(memory)
-        if over is not None:
+        if (over := over_cap(memory)) is not None:
             return over
         return Measurement(
             **self._shapes(jobs),
@@ -218,9 +208,8 @@ class PlanRun:
     def _iteration(self, rows: list[Any], duration_s: float) -> Iteration:
         placement = self.host.placement
         assert placement is not None
-        nothing: dict[str, Any] = {"trace": {}, "tokens_s": [], "gap_s": 0.0}
-        seen = [rows[rank] or nothing for rank in placement.ranks]
-        last = [rows[rank] or nothing for rank in placement.last_ranks]
+        seen = [rows[rank] for rank in placement.ranks]
+        last = [rows[rank] for rank in placement.last_ranks]
         return Iteration(
             duration_s=round(duration_s, 6),
             token_times_s=tuple(itertools.chain.from_iterable(row["tokens_s"] for row in last)),
@@ -233,7 +222,7 @@ class PlanRun:
         assert host.index is not None
         weights = host.stage.weights_bytes()
         kv = host.loop.kv_bytes() if host.loop is not None else 0
-        cap = int(self.plan.stages[host.index].memory_fraction * host.device_bytes)
+        cap = self.plan.stages[host.index].cap_bytes(host.device_bytes)
         if host.device.is_cuda:
             graphs = host.loop.graphs.report if host.loop is not None and host.loop.graphs is not None else None
             uncounted, driver = (graphs.uncounted_bytes, graphs.driver_bytes) if graphs is not None else (0, 0)
@@ -256,29 +245,12 @@ class PlanRun:
         return StageMemory(device=host.device.name, weights_bytes=weights, kv_bytes=kv, cap_bytes=cap, **own)
 
 
-def measure(
-    host: StageHost,
-    spec: RunSpec,
-    effective: EffectivePlan,
-    prompts: tuple[tuple[int, ...], ...],
-    *,
-    pad_token_id: int,
-    reference_path: str | None,
-) -> Measurement | Failure | None:
-    """Measures one plan; every rank calls it, rank 0 gets the outcome, the others None."""
-    reference = None
-    if reference_path is not None and spec.protocol.check_outputs:
-        reference = Reference.load(Path(reference_path), reference_digest(spec.model, spec.workload))
-    job = host.job(spec, effective, prompts, pad_token_id)
-    return PlanRun(host, spec.plan, job, spec.protocol, reference).measure()
-
-
-def _seen(result: PassResult | None, zero_s: float) -> dict[str, Any] | None:
+def _seen(result: PassResult | None, zero_s: float) -> dict[str, Any]:
     if result is None:
-        return None
+        return {"trace": {}, "tokens_s": [], "gap_s": 0.0}
     timeline = result.timeline
     return {
-        "trace": timeline.trace(zero_s).model_dump(mode="json"),
-        "tokens_s": [round(moment - zero_s, 6) for moment in timeline.token_times_s],
+        "trace": timeline.trace(zero_s),
+        "tokens_s": [max(0.0, round(moment - zero_s, 6)) for moment in timeline.token_times_s],
         "gap_s": round(timeline.host_gap_s(), 6),
     }

@@ -1,29 +1,151 @@
-"""Prompts as token ids: random ones of given lengths, or real text from a JSONL file."""
+"""Prompts as token ids: random ones, those of a file, or what a user gives.
+
+Rank 0 reads and tokenizes, and the others take its word.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from pipetune.bench.errors import ConfigError
+from transformers import AutoTokenizer, GenerationConfig
+
+from pipetune.bench.errors import ConfigError, ModelError, UserError
+from pipetune.bench.files import read_text
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.models.checkpoint import HASHED
+from pipetune.bench.models.resolve import ResolvedModel
+from pipetune.bench.prompts.file import read_prompts
+from pipetune.bench.prompts.forms import Chat, Prompt
 from pipetune.bench.spec import Workload
+from pipetune.bench.worker.channel import ControlGroup
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
-class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+def check_text_files(folder: Path) -> None:
+    """Finds out before anything is measured that what lies beside a model's weights is damaged.
 
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, special tokens of the model included."""
+    Raises:
+        ModelError: names the file.
+    """
+    for name in HASHED:
+        path = folder / name
+        if not os.path.lexists(path) or path.suffix == ".model":
+            continue
+        try:
+            text = read_text(path)
+            if path.suffix == ".json" and not isinstance(json.loads(text), dict):
+                raise ValueError("holds no JSON object")
+            if name == "generation_config.json":
+                ids = GenerationConfig.from_pretrained(folder).eos_token_id
+                if not all(isinstance(one, int) for one in (ids if isinstance(ids, list) else [ids or 0])):
+                    raise TypeError(f"eos_token_id {ids!r} is no token id")
+        # transformers fails on wrong types as it comes upon them.
+        except Exception as error:
+            why = getattr(error, "strerror", None) or error
+            raise ModelError(f"{path}: cannot be read: {why}; a broken download? Fetch it again") from error
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Ids to text."""
+
+class Tokens:
+    """Prompts of workloads, prompts given, and the ids that mean something to the model."""
+
+    def __init__(self, resolved: ResolvedModel, shape: ModelShape, config: Any, control: ControlGroup) -> None:
+        """`config` is the model's, as transformers reads it."""
+        self._resolved, self._shape, self._config, self._control = resolved, shape, config, control
+        self._prompts: dict[str, tuple[tuple[int, ...], ...]] = {}
+
+    def of_workload(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
+        """Prompts of a workload, alike on every rank; `as_text` where the answers will be wanted as text.
+
+        Raises:
+            ConfigError: on every rank, what is wrong with them, or with the tokenizer that they need.
+        """
+        digest = workload.digest()
+        if digest not in self._prompts or as_text:
+            self._prompts[digest] = self._from_rank_0(
+                lambda: load_prompts(
+                    workload,
+                    tokenizer=self.tokenizer if workload.prompts_file or as_text else None,
+                    vocab_size=self._shape.vocab_size,
+                    max_positions=self._shape.max_positions,
+                )
+            )
+        return self._prompts[digest]
+
+    def encode(self, prompts: Sequence[Any], max_new_tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Ids of prompts given as text or ids, alike on every rank.
+
+        Args:
+            max_new_tokens: to be generated for each; 0 where they are scored.
+
+        Raises:
+            ConfigError: on every rank, what is wrong with them.
+        """
+
+        def read() -> tuple[tuple[int, ...], ...]:
+            rows = tuple(
+                encode(prompt, self.tokenizer, self._shape.vocab_size, f"prompts[{index}]")
+                for index, prompt in enumerate(prompts)
+            )
+            longest, limit = max(len(row) for row in rows), self._shape.max_positions
+            if limit is not None and longest + max_new_tokens > limit:
+                more = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
+                raise ConfigError(
+                    f"the longest prompt has {longest} tokens{more}: more than the model's {limit} positions; "
+                    "shorten it"
+                )
+            return rows
+
+        return self._from_rank_0(read)
+
+    def _from_rank_0(self, read: Callable[[], tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
+        """Rows of ids as rank 0 reads them, on every rank; what is wrong with them is raised on every rank as well."""
+        reply: dict[str, Any] = {}
+        if self._control.rank == 0:
+            try:
+                reply["prompts"] = read()
+            except UserError as error:
+                reply["error"] = str(error)
+        reply = self._control.broadcast(reply)
+        if "error" in reply:
+            raise ConfigError(reply["error"])
+        return tuple(tuple(row) for row in reply["prompts"])
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None where its folder has none."""
+        folder, trusted = self._resolved.folder, self._resolved.spec.trust_remote_code
+        if not any((folder / name).exists() for name in TOKENIZER_FILES):
+            return None
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        except Exception as error:
+            files = ", ".join(name for name in TOKENIZER_FILES if (folder / name).exists())
+            raise ConfigError(f"{folder}: its tokenizer ({files}) does not load: {error!r}") from error
+
+    @property
+    def pad_token_id(self) -> int:
+        """Padded places are masked, so that any id of the vocabulary will do."""
+        pad = getattr(self._config.get_text_config(decoder=True), "pad_token_id", None)
+        return int(pad) if isinstance(pad, int) and 0 <= pad < self._shape.vocab_size else 0
+
+    def eos_token_ids(self) -> frozenset[int]:
+        """End-of-sequence tokens: of the generation config where the folder has one, else of the model's."""
+        ids = getattr(self._config.get_text_config(decoder=True), "eos_token_id", None)
+        if (self._resolved.folder / "generation_config.json").exists():
+            given = GenerationConfig.from_pretrained(self._resolved.folder).eos_token_id
+            ids = ids if given is None else given
+        return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
 def load_prompts(
-    workload: Workload, *, tokenizer: Tokenizer | None, vocab_size: int, max_positions: int | None
+    workload: Workload, *, tokenizer: Any | None, vocab_size: int, max_positions: int | None
 ) -> tuple[tuple[int, ...], ...]:
     """Token ids of every prompt.
 
@@ -33,16 +155,14 @@ def load_prompts(
     if workload.prompts_file is None:
         prompts = random_prompts(workload, vocab_size)
     else:
-        path = Path(workload.prompts_file)
-        entries = read_prompts_file(path)
+        path = workload.prompts_file
+        entries = read_prompts(path, workload.generated_len)
         if len(entries) < workload.num_prompts:
             raise ConfigError(
                 f"workload.num_prompts={workload.num_prompts}, but {path} holds {len(entries)} prompts; "
                 "lower --num-prompts or add prompts"
             )
-        prompts = tuple(
-            encode(entry, tokenizer, vocab_size, f"{path}:{line}") for line, entry in entries[: workload.num_prompts]
-        )
+        prompts = tuple(encode(entry, tokenizer, vocab_size, place) for place, entry in entries[: workload.num_prompts])
     longest = max(len(prompt) for prompt in prompts)
     if workload.kind == "score" and longest < 2:
         raise ConfigError(
@@ -70,56 +190,42 @@ def random_prompts(workload: Workload, vocab_size: int) -> tuple[tuple[int, ...]
     return tuple(tuple(source.randrange(vocab_size) for _ in range(length)) for length in lengths)
 
 
-def read_prompts_file(path: Path) -> list[tuple[int, str | list[int]]]:
-    """Line numbers and prompts of a JSONL file: `{"prompt": …}` or `{"prompt_token_ids": […]}` a line.
-
-    Raises:
-        ConfigError: the file cannot be read, a line is neither form, or there is no prompt.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: cannot be read: {error}") from error
-    entries: list[tuple[int, str | list[int]]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
-        entries.append((number, _entry(value, f"{path}:{number}")))
-    if not entries:
-        raise ConfigError(f"{path}: holds no prompt; write one JSON object a line")
-    return entries
-
-
-def _entry(value: Any, place: str) -> str | list[int]:
-    if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"]:
-        return str(value["prompt"])
-    ids = value.get("prompt_token_ids") if isinstance(value, dict) else None
-    if isinstance(ids, list) and ids and all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        return list(ids)
-    raise ConfigError(f'{place}: neither {{"prompt": "text"}} nor {{"prompt_token_ids": [1, 2]}} with something in it')
-
-
-def encode(entry: str | Sequence[int], tokenizer: Tokenizer | None, vocab_size: int, place: str) -> tuple[int, ...]:
+def encode(entry: Prompt | Sequence[int], tokenizer: Any, vocab_size: int, place: str) -> tuple[int, ...]:
     """Ids of one prompt.
 
     Raises:
-        ConfigError: text without a tokenizer, an empty prompt, or an id outside the vocabulary.
+        ConfigError: text without a tokenizer, messages without a template that takes them, an empty prompt, or an id
+            outside the vocabulary.
     """
+    ids: tuple[int, ...]
     if isinstance(entry, str):
         if tokenizer is None:
             raise ConfigError(
                 f'{place}: the model folder has no tokenizer, so text cannot be used; give {{"prompt_token_ids": […]}}'
             )
         ids = tuple(tokenizer.encode(entry))
+    elif isinstance(entry, Chat):
+        ids = _templated(entry, tokenizer, place)
     else:
         ids = tuple(entry)
     if not ids:
         raise ConfigError(f"{place}: the prompt has no token")
-    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if outside is not None:
+    if (outside := next((token for token in ids if not 0 <= token < vocab_size), None)) is not None:
         raise ConfigError(f"{place}: token id {outside} is outside the vocabulary of {vocab_size}")
     return ids
+
+
+def _templated(chat: Chat, tokenizer: Any, place: str) -> tuple[int, ...]:
+    """Ids of messages: as vLLM does, the answer's head follows whatever the last one is."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f'{place}: messages need a chat template, and the model folder has none; give {{"prompt": "text"}}, or a '
+            "model for chats"
+        )
+    options = {"add_generation_prompt": not chat.options.get("continue_final_message"), **chat.options}
+    try:
+        return tuple(tokenizer.apply_chat_template(chat.messages, tokenize=True, return_dict=False, **options))
+    except Exception as error:
+        # Templates are programs of the model's folder, and fail as they like.
+        where = f"the chat template of {tokenizer.name_or_path}"
+        raise ConfigError(f"{place}: {where} does not take these messages: {error}") from None

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipetune.bench.errors import ModelError, StudyError
+from pipetune.bench.errors import ConfigError, ModelError, StudyError
 from pipetune.bench.record import OutputCheck
 from pipetune.bench.runtime.job import margins_of, sort_by_length
 from pipetune.bench.spec import ModelSpec, Workload
@@ -65,7 +65,11 @@ class Reference:
         return None if self.typical is None else min(TYPICAL_FACTOR * self.typical, self.tolerance)
 
     def save(self, path: Path) -> None:
-        """Writes the file under a temporary name first."""
+        """Writes the file under a temporary name first.
+
+        Raises:
+            ConfigError: the disk is full, or read-only.
+        """
         temporary = path.with_name(f".{path.name}.tmp")
         tensors = {
             "tokens": self.tokens,
@@ -76,17 +80,17 @@ class Reference:
         if self.scores is not None:
             tensors["scores"] = torch.cat(self.scores)
             tensors["score_lens"] = torch.tensor([len(row) for row in self.scores], dtype=torch.long)
-        save_file(
-            tensors,
-            temporary,
-            metadata={
-                "source": self.source,
-                "workload_digest": self.workload_digest,
-                "spread": repr(self.spread),
-                **({} if self.typical is None else {"typical": repr(self.typical)}),
-            },
-        )
-        temporary.replace(path)
+        metadata = {
+            "source": self.source,
+            "workload_digest": self.workload_digest,
+            "spread": repr(self.spread),
+            **({} if self.typical is None else {"typical": repr(self.typical)}),
+        }
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: Path, workload_digest: str) -> Reference:
@@ -96,24 +100,27 @@ class Reference:
             StudyError: the file is missing, damaged, or of another workload.
         """
         try:
+            if not path.is_file():
+                raise FileNotFoundError("there is no such file")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            loaded = cls(
+                source=metadata["source"],
+                workload_digest=metadata["workload_digest"],
+                tokens=tensors["tokens"],
+                margins=tensors["margins"],
+                checked=tuple(tensors["checked"].tolist()),
+                logits=tensors["logits"],
+                spread=float(metadata["spread"]),
+                typical=float(metadata["typical"]) if "typical" in metadata else None,
+                scores=torch.split(tensors["scores"], tensors["score_lens"].tolist()) if "scores" in tensors else None,
+            )
         except Exception as error:
-            raise StudyError(f"{path}: not a reference ({error}); delete it and it is made anew") from error
-        if metadata["workload_digest"] != workload_digest:
-            raise StudyError(f"{path}: made for another model or workload; delete it and it is made anew")
-        return cls(
-            source=metadata["source"],
-            workload_digest=workload_digest,
-            tokens=tensors["tokens"],
-            margins=tensors["margins"],
-            checked=tuple(tensors["checked"].tolist()),
-            logits=tensors["logits"],
-            spread=float(metadata["spread"]),
-            typical=float(metadata["typical"]) if "typical" in metadata else None,
-            scores=torch.split(tensors["scores"], tensors["score_lens"].tolist()) if "scores" in tensors else None,
-        )
+            raise StudyError(f"{path}: not a reference ({error!r}); --resume makes it anew") from error
+        if loaded.workload_digest != workload_digest:
+            raise StudyError(f"{path}: made for another model or workload; --resume makes it anew")
+        return loaded
 
 
 def choose_checked(prompts: Sequence[Sequence[int]], count: int) -> tuple[int, ...]:
@@ -214,9 +221,11 @@ def spread_of(logits: torch.Tensor, others: Sequence[torch.Tensor], dtype: torch
         ModelError: there are no numbers to compare: the model overflows in this dtype.
     """
     if not all(bool(one.isfinite().all()) for one in (logits, *others)):
+        name = str(dtype).removeprefix("torch.")
+        remedy = {"float16": "choose bfloat16 or float32", "bfloat16": "choose float32"}.get(name)
         raise ModelError(
-            f"model.dtype: in {str(dtype).removeprefix('torch.')} the model's own logits are not finite, so that no "
-            "plan could be checked; choose bfloat16 or float32"
+            f"model.dtype: in {name} the model's own logits are not finite, so that no plan could be checked; "
+            f"{remedy or 'its weights are damaged: fetch the checkpoint again'}"
         )
     floor = FLOOR_ULPS.get(dtype, 4) * torch.finfo(dtype).eps * logits.abs().max().item()
     errors = [(other - logits).abs() for other in others]
@@ -230,4 +239,4 @@ def reference_digest(model: ModelSpec, workload: Workload) -> str:
     """What ties a reference to its model and workload; a prompts file counts by its content, wherever it lies."""
     if workload.prompts_sha256 is not None:
         workload = workload.model_copy(update={"prompts_file": None})
-    return f"{model.digest()}-{workload.digest()}"
+    return f"{model.by_content.digest()}-{workload.digest()}"

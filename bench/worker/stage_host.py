@@ -10,7 +10,8 @@ import gc
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import psutil
 
@@ -21,12 +22,43 @@ from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.kernels.compiled import CompiledLayers
 from pipetune.bench.runtime.kernels.graphs import DecodeGraphs
 from pipetune.bench.runtime.loop import Edges, PassResult, StageLoop, Status
-from pipetune.bench.runtime.stage.precision import is_mixed
-from pipetune.bench.runtime.stage.stage import Stage
+from pipetune.bench.runtime.stage.stage import Stage, is_mixed
 from pipetune.bench.runtime.wiring import Links
-from pipetune.bench.spec import EffectivePlan, Plan, RunSpec
+from pipetune.bench.spec import Plan
 from pipetune.bench.worker.channel import ControlGroup
-from pipetune.bench.worker.placement import Placement
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """A plan laid over the ranks of a fleet, as one of them sees it."""
+
+    replicas: tuple[tuple[int, ...], ...]
+    """The rank of each stage, replica by replica."""
+    replica: int | None
+    """The replica that this rank is part of; None if it holds no stage."""
+    index: int | None
+    """The stage of this rank within its replica."""
+
+    @classmethod
+    def of(cls, plan: Plan, devices: Sequence[str], rank: int) -> Self:
+        """Lays a plan over all ranks' devices, in a rank's view; a device named twice takes its workers in turn."""
+        taken: list[int] = []
+        for wanted in plan.devices:
+            taken.append(next(free for free, name in enumerate(devices) if name == wanted and free not in taken))
+        width = len(plan.stages)
+        replicas = tuple(tuple(taken[first : first + width]) for first in range(0, len(taken), width))
+        replica, index = divmod(taken.index(rank), width) if rank in taken else (None, None)
+        return cls(replicas=replicas, replica=replica, index=index)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of all stages, replica by replica."""
+        return tuple(rank for row in self.replicas for rank in row)
+
+    @property
+    def last_ranks(self) -> tuple[int, ...]:
+        """Holders of each replica's last stage."""
+        return tuple(row[-1] for row in self.replicas)
 
 
 class StageHost:
@@ -44,12 +76,7 @@ class StageHost:
         status: Status,
         report: Any,
     ) -> None:
-        """
-        Args:
-            devices: of all ranks, by rank.
-            device_bytes: memory of this rank's device.
-            report: called with phase, done and total on rank 0, for progress.
-        """
+        """`devices` are those of all ranks, by rank; `report` is called with phase, done and total, for progress."""
         self.rank = control.rank
         self.device = device
         self.devices = tuple(devices)
@@ -84,10 +111,8 @@ class StageHost:
         """
         self.status.phase = "load"
         began = time.perf_counter()
-        self.plan = plan
-        self.placement = Placement.of(plan, self.devices, self.rank)
-        self._close_loop()
-        self.compiled.remove()
+        self._leave()
+        self.plan, self.placement = plan, Placement.of(plan, self.devices, self.rank)
         gc.collect()
         loaded: tuple[int, ...] = ()
         load_s = 0.0
@@ -100,7 +125,7 @@ class StageHost:
                 is_first=self.index == 0,
                 is_last=self.index == len(plan.stages) - 1,
                 packed_weights=plan.packed_weights,
-                memory_fraction=own.memory_fraction,
+                cap_bytes=own.cap_bytes(self.device_bytes),
             )
             load_s = time.perf_counter() - began
             if plan.compile:
@@ -110,26 +135,21 @@ class StageHost:
         layers = sorted({layer for row in gathered for layer in row["loaded"]})
         return max(row["load_s"] for row in gathered), tuple(layers)
 
-    def hold(self, window: range, *, packed_weights: bool, cuda_graphs: bool, memory_fraction: float) -> StageLoop:
+    def hold(self, window: range, *, packed_weights: bool, cuda_graphs: bool, cap_bytes: int) -> StageLoop:
         """Leaves the present plan: this rank alone holds some layers between embedding and head, a pipeline of its own.
 
-        Returns:
-            Its loop; the next plan, or the next window, takes it away.
+        The next plan, or the next window, takes its loop away.
         """
-        self._close_loop()
-        self.compiled.remove()
-        self.plan = self.placement = None
+        self._leave()
         gc.collect()
-        self._take(window, is_first=True, is_last=True, packed_weights=packed_weights, memory_fraction=memory_fraction)
+        self._take(window, is_first=True, is_last=True, packed_weights=packed_weights, cap_bytes=cap_bytes)
         self.device.free_cached()
-        graphs = DecodeGraphs(self.stage, self.device, where=self.device.name) if cuda_graphs else None
-        self.loop = StageLoop(
-            self.stage, self.device, Edges(), self.status, graphs=graphs if self.device.is_cuda else None
-        )
+        graphs = self._graphs(self.device.name) if cuda_graphs else None
+        self.loop = StageLoop(self.stage, self.device, self.status, graphs=graphs)
         return self.loop
 
     def _take(
-        self, layers: range, *, is_first: bool, is_last: bool, packed_weights: bool, memory_fraction: float
+        self, layers: range, *, is_first: bool, is_last: bool, packed_weights: bool, cap_bytes: int
     ) -> tuple[int, ...]:
         """Makes the stage hold some layers, packed or not; returns those that were loaded."""
         # Packed kernels compute in the dtype that weights are kept in.
@@ -137,7 +157,7 @@ class StageHost:
         if self._packed and not packed:
             self.stage.release()
         self._packed = packed
-        self.device.cap_memory(int(memory_fraction * self.device_bytes))
+        self.device.cap_memory(cap_bytes)
         with self.device.lasting():
             loaded = self.stage.assign(layers.start, layers.stop, is_first=is_first, is_last=is_last)
             if packed:
@@ -146,18 +166,17 @@ class StageHost:
 
     def release(self) -> None:
         """Frees the stage and its KV, before something else wants the memory."""
-        self._close_loop()
-        self.compiled.remove()
-        self.plan = self.placement = None
+        self._leave()
         self.stage.release()
         # The last plan's cap is not meant for what comes now.
         self.device.cap_memory(None)
         self.free()
 
-    def _close_loop(self) -> None:
+    def _leave(self) -> None:
         if self.loop is not None:
             self.loop.close()
-        self.loop = None
+        self.compiled.remove()
+        self.loop = self.plan = self.placement = None
 
     def free(self) -> None:
         """Gives memory that nothing holds any more back to the device, where other workers may want it."""
@@ -178,8 +197,9 @@ class StageHost:
 
     def open(self, jobs: Sequence[Job | None], *, instrument: bool = True) -> None:
         """Makes edges and KV slots for a job of each replica under the present plan; every rank calls it."""
+        assert self.plan is not None
         assert self.placement is not None
-        own: Edges | None = None
+        own = Edges()
         for ranks, job in zip(self.placement.replicas, jobs, strict=True):
             if job is None:
                 continue
@@ -195,18 +215,14 @@ class StageHost:
         if job is None:
             return
         if self.loop is None:
-            self.loop = StageLoop(
-                self.stage, self.device, own or Edges(), self.status, instrument=instrument, graphs=self._graphs()
-            )
-        else:
-            self.loop.rewire(own or Edges(), instrument=instrument)
-        self.loop.prepare(job)
+            graphs = self._graphs(f"stage {self.index}") if self.plan.cuda_graphs else None
+            self.loop = StageLoop(self.stage, self.device, self.status, graphs=graphs)
+        self.loop.prepare(job, own, instrument=instrument)
+        if self.plan.compile:
+            self.loop.rehearse(job)
 
-    def _graphs(self) -> DecodeGraphs | None:
-        assert self.plan is not None
-        if not (self.plan.cuda_graphs and self.device.is_cuda):
-            return None
-        return DecodeGraphs(self.stage, self.device, where=f"stage {self.index}")
+    def _graphs(self, where: str) -> DecodeGraphs | None:
+        return DecodeGraphs(self.stage, self.device, where=where) if self.device.is_cuda else None
 
     def own_job(self, jobs: Sequence[Job | None]) -> Job | None:
         """The job of this rank's replica; None on ranks without work."""
@@ -230,7 +246,7 @@ class StageHost:
             times = result.timeline.token_times_s
             mine = [result.timeline.started_s, times[-1] if times else None]
         rows = self.control.gather(mine)
-        zero_s: float = min(rows[rank][0] for rank in self.placement.first_ranks if rows[rank] is not None)
+        zero_s: float = min(rows[row[0]][0] for row in self.placement.replicas if rows[row[0]] is not None)
         last_s: float = max(rows[rank][1] for rank in self.placement.last_ranks if rows[rank] is not None)
         return zero_s, last_s - zero_s
 
@@ -240,16 +256,13 @@ class StageHost:
         kinds = {self.links.kind(ranks) for ranks in self.placement.replicas}
         return ", ".join(sorted(kinds))
 
-    @staticmethod
-    def job(spec: RunSpec, effective: EffectivePlan, prompts: tuple[tuple[int, ...], ...], pad_token_id: int) -> Job:
-        """The pass over all prompts that a run spec asks for."""
-        return Job(
-            prompts=prompts,
-            output_len=spec.workload.generated_len,
-            micro_batch_size=spec.plan.micro_batch_size,
-            prefill_size=spec.plan.prefill_size,
-            chunk_size=spec.plan.prefill_chunk_size,
-            in_flight=effective.in_flight,
-            pad_token_id=pad_token_id,
-            sampling=spec.workload.sampling,
-        )
+
+def job_of(plan: Plan, prompts: tuple[tuple[int, ...], ...], **rest: Any) -> Job:
+    """A pass over prompts, batched as a plan says; `rest` are the job's other fields."""
+    return Job(
+        prompts=prompts,
+        micro_batch_size=plan.micro_batch_size,
+        prefill_size=plan.prefill_size,
+        chunk_size=plan.prefill_chunk_size,
+        **rest,
+    )

@@ -10,10 +10,10 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from pipetune.bench.models.layers import cache_name
-from pipetune.bench.runtime.job import MicroBatchInputs, margins_of, sort_by_length
+from pipetune.bench.runtime.job import margins_of
 from pipetune.bench.runtime.sampling import draw, draw_margins, log_probabilities, uniforms
 from pipetune.bench.spec import Protocol, Sampling, Workload
-from pipetune.bench.worker.baseline import BaselinePass, generate_once, score_once
+from pipetune.bench.worker.baseline import BaselinePass, batches_of, generate_once, score_once
 from pipetune.bench.worker.faults import is_out_of_memory
 from pipetune.bench.worker.reference import Reference, choose_checked, spread_of
 
@@ -31,20 +31,9 @@ def make_reference(
     pad_token_id: int,
     workload_digest: str,
 ) -> Reference:
-    """The truth of a workload.
-
-    Args:
-        dtype: what the model computes in.
-    """
+    """The truth of a workload; `dtype` is what the model computes in."""
     if workload.kind == "score":
-        return _scored(
-            model,
-            prompts,
-            protocol=protocol,
-            dtype=dtype,
-            pad_token_id=pad_token_id,
-            workload_digest=workload_digest,
-        )
+        return _scored(model, prompts, protocol, dtype, pad_token_id, workload_digest)
     checked = choose_checked(prompts, protocol.check_prompts)
     output_len, sampling = workload.output_len, workload.sampling
     u = None if sampling is None else uniforms(sampling, range(len(prompts)), output_len)
@@ -64,14 +53,8 @@ def make_reference(
     tokens = torch.tensor([own.tokens[index] for index in range(len(prompts))], dtype=torch.long)
 
     def ask(chosen: Sequence[int], steps: int, batch_size: int, *, cached: bool) -> torch.Tensor:
-        return forced_logits(
-            model,
-            [prompts[index] for index in chosen],
-            tokens[list(chosen), :steps],
-            batch_size=batch_size,
-            pad_token_id=pad_token_id,
-            cached=cached,
-        )
+        some, forced = [prompts[index] for index in chosen], tokens[list(chosen), :steps]
+        return forced_logits(model, some, forced, batch_size=batch_size, pad_token_id=pad_token_id, cached=cached)
 
     with torch.inference_mode():
         margins = []
@@ -103,11 +86,7 @@ class _Draws(LogitsProcessor):
     """Makes greedy `generate` take the tokens that we draw: all logits but theirs become impossible."""
 
     def __init__(self, u: torch.Tensor, sampling: Sampling, prompt_len: int) -> None:
-        """
-        Args:
-            u: `[rows, output_len]`.
-            prompt_len: padded.
-        """
+        """`u` is `[rows, output_len]`, and `prompt_len` counts padded places."""
         self._u, self._sampling, self._prompt_len = u, sampling, prompt_len
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -126,7 +105,6 @@ def _margins(logits: torch.Tensor, u: torch.Tensor | None, sampling: Sampling | 
 def _scored(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    *,
     protocol: Protocol,
     dtype: torch.dtype,
     pad_token_id: int,
@@ -205,19 +183,13 @@ def forced_logits(
     Returns:
         `[n, t, V]` fp32 on the host, in the order given.
     """
-    device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
     by_name = cache_name(model) or "past_key_values"
     steps = tokens.shape[1]
-    order = sort_by_length(prompts)
     rows: dict[int, torch.Tensor] = {}
-    for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
-        inputs = MicroBatchInputs.build(
-            [prompts[index] for index in chosen], output_len=steps, pad_token_id=pad_token_id, device=device
-        )
+    for chosen, inputs in batches_of(model, prompts, batch_size, pad_token_id, output_len=steps):
         length = inputs.prompt_len
-        inputs.ids[:, length:] = tokens[list(chosen)].to(device)
+        inputs.ids[:, length:] = tokens[list(chosen)].to(inputs.ids.device)
         pieces = [(0, length + steps - 1)]
         if cached:
             pieces = [(0, length), *((length + step, length + step + 1) for step in range(steps - 1))]
@@ -229,11 +201,7 @@ def forced_logits(
             if "logits_to_keep" in accepted:
                 # Over the whole prompt they would take more memory than the model.
                 kwargs["logits_to_keep"] = 1 if cached else steps
-            output = model(
-                input_ids=inputs.ids[:, first:end],
-                attention_mask=inputs.mask[:, :end],
-                **kwargs,
-            )
+            output = model(input_ids=inputs.ids[:, first:end], attention_mask=inputs.mask[:, :end], **kwargs)
             cache = getattr(output, by_name) if cached else None
             parts.append(output.logits[:, -1:] if cached else output.logits[:, -steps:])
         logits = torch.cat(parts, dim=1).float().cpu()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 import pytest
@@ -42,3 +44,9 @@ def test_fleet_error_carries_its_failure() -> None:
     error = errors.FleetError(failure)
     assert error.failure is failure
     assert str(error) == "the worker of stage 1 died"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_and_a_spent_quota_name_the_file_and_what_helps(number: int) -> None:
+    fault = errors.disk_fault(OSError(number, os.strerror(number), "/s/search.json"))
+    assert fault == f"/s/search.json: {os.strerror(number)}; make room there"

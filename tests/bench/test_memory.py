@@ -1,4 +1,4 @@
-"""What fits under a cap: exact at the boundary, never more under a smaller cap; refusals name stage and knob."""
+"""What fits under a cap: exact at the boundary, never more under a smaller cap; refusals name stage and setting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench.errors import PlanError
-from pipetune.bench.memory import CPU_WORKSPACE_BYTES, LayerShape, ModelShape, check_plan, resolve, stage_bytes
+from pipetune.bench.memory import (
+    CPU_WORKSPACE_BYTES,
+    GPU_WORKSPACE_BYTES,
+    LayerShape,
+    ModelShape,
+    TaskBytes,
+    check_plan,
+    resolve,
+    stage_bytes,
+)
 from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.spec import EffectivePlan, Plan
 
@@ -115,7 +124,39 @@ def test_a_cpu_worker_keeps_more_than_its_tensors() -> None:
         stage_bytes(shape(), Plan.from_layer_counts((6,), (device,), 2), 0, prompt_len=32, output_len=16).activations
         for device in ("cpu:0", "cuda:0")
     )
-    assert on_cpu >= on_gpu + CPU_WORKSPACE_BYTES
+    assert on_cpu - CPU_WORKSPACE_BYTES >= on_gpu - GPU_WORKSPACE_BYTES
+
+
+MEASURED = TaskBytes(
+    prompt=((512, 1000, 1400), (2048, 2000, 2400), (8192, 6000, 6400)),
+    chunk=((512, 900, 1300), (2048, 1900, 2300), (8192, 5900, 6300)),
+    decode=((512, 1100, 3000), (2048, 1200, 3100), (8192, 1600, 3500)),
+)
+
+
+@pytest.mark.parametrize(
+    ("index", "prompt_len", "chunk", "tokens_bytes"),
+    [
+        (0, 512, None, 2 * 512 * 1000),
+        (0, 256, None, 2 * 256 * 1000),
+        (0, 1280, None, 2 * 1280 * 1500),
+        (0, 16384, None, 2 * 16384 * (6000 + 8192 * 4000 // 6144 + 1)),
+        (1, 2048, None, 2 * 2048 * 2400),
+        (0, 2048, 512, 2 * 512 * 1900 + 2 * 1200),
+    ],
+)
+def test_a_gpus_tasks_take_what_they_took_without_memory(
+    index: int, prompt_len: int, chunk: int | None, tokens_bytes: int
+) -> None:
+    model = shape().model_copy(update={"task_bytes": MEASURED})
+    wanted = Plan.from_layer_counts((3, 3), ("cuda:0", "cuda:1"), 2, prefill_chunk_size=chunk)
+    need = stage_bytes(model, wanted, index, prompt_len=prompt_len, output_len=8).activations
+    rings = 2 * 2 * min(chunk or prompt_len, prompt_len) * model.crossing_bytes
+    logits = 2 * 2 * model.vocab_size * 4 if index else 0
+    assert need == GPU_WORKSPACE_BYTES + tokens_bytes + rings + logits
+    on_cpu = plan(3, 3, prefill_chunk_size=chunk)
+    unlike = [stage_bytes(one, on_cpu, index, prompt_len=prompt_len, output_len=8) for one in (shape(), model)]
+    assert unlike[0] == unlike[1]
 
 
 @given(prefill=st.integers(1, 16))

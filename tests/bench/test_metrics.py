@@ -86,7 +86,7 @@ def test_bubble_of_a_schedule_known_by_hand() -> None:
 def test_request_times_go_back_to_the_order_given(case: tuple[Plan, Workload, Measurement]) -> None:
     measurement = case[2]
     run = measurement.iterations[0]
-    times = metrics.request_times_s(measurement, 0)
+    times = metrics.request_times_s(measurement)[0]
     ends = np.cumsum([0, *measurement.micro_batch_sizes])
     for row, prompt in enumerate(measurement.order):
         micro_batch = int(np.searchsorted(ends, row, side="right")) - 1
@@ -114,7 +114,7 @@ def test_latencies_follow_their_prompts_when_rows_are_sorted_otherwise(
     order = list(measurement.order)
     rng.shuffle(order)  # type: ignore[attr-defined]
     shuffled = measurement.model_copy(update={"order": tuple(order)})
-    before, after = metrics.request_times_s(measurement, 0), metrics.request_times_s(shuffled, 0)
+    before, after = metrics.request_times_s(measurement)[0], metrics.request_times_s(shuffled)[0]
     for old, new in zip(measurement.order, order, strict=True):
         assert before["e2el"][old] == after["e2el"][new]
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipetune.bench.files import write_durably
+from pipetune.bench.files import read_text, write_durably
 from pipetune.bench.record import (
     DeviceState,
     Failure,
@@ -30,8 +30,9 @@ from pipetune.bench.record import (
     Telemetry,
 )
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, RunSpec, Workload
+from tests.record_factory import make_measurement, make_plan
 
-SECONDS = st.floats(0, 1e6, allow_nan=False)
+SECONDS = st.floats(1e-6, 1e6, allow_nan=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 PLAN = Plan.from_layer_counts((1, 1), ("cpu:0", "cpu:1"), 2)
@@ -53,16 +54,17 @@ def measurement(seconds: list[float]) -> Measurement:
         ),
         iterations=(Iteration(duration_s=seconds[2], token_times_s=times, stages=(trace, trace)),),
         warmup_s=(seconds[3],),
-        memory=(
+        memory=tuple(
             StageMemory(
-                device="cpu:0",
+                device=device,
                 weights_bytes=10,
                 kv_bytes=5,
                 activation_bytes=1,
                 peak_bytes=20,
                 peak_source="vm_hwm",
                 cap_bytes=30,
-            ),
+            )
+            for device in PLAN.devices
         ),
         check=OutputCheck(reference="unsplit", max_logit_error=1e-6, tolerance=1e-4, compared_logits=8, argmax_flips=0),
         telemetry=Telemetry(before=(DeviceState(device="cpu:0", load_average=0.5),)),
@@ -88,7 +90,7 @@ FAILURES = st.builds(
     kind=st.sampled_from(list(FailureKind)),
     message=TEXT,
     stage=st.none() | st.integers(0, 9),
-    bytes_wanted=st.none() | st.integers(0, 2**63),
+    bytes_wanted=st.none() | st.integers(0, 2**60),
     detail=st.none() | TEXT,
 )
 MEASUREMENTS = st.lists(SECONDS, min_size=4, max_size=4).map(measurement)
@@ -109,7 +111,11 @@ def test_records_round_trip_through_json(result: Measurement | Failure, params: 
 
 
 def test_a_record_of_the_baseline_has_no_plan() -> None:
-    before = record(measurement([0.0, 1.0, 1.0, 1.0]), role="baseline", spec=None, effective=None)
+    result = measurement([0.0, 1.0, 1.0, 1.0])
+    with pytest.raises(ValidationError, match="a pipeline that was measured has its plan in both"):
+        record(result, spec=None)
+    run = result.model_copy(update={"method": "hf_generate"})
+    before = record(run, role="baseline", spec=None, effective=None)
     assert Record.model_validate_json(before.model_dump_json()).spec is None
 
 
@@ -159,6 +165,27 @@ def test_write_durably_replaces_no_device(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [pipe]
 
 
+def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(tmp_path: Path) -> None:
+    pipe, link, sparse = tmp_path / "pipe", tmp_path / "link", tmp_path / "sparse"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/zero")
+    with sparse.open("wb") as file:
+        file.truncate(2**40)
+    for path in (pipe, link, tmp_path, sparse):
+        with pytest.raises(OSError, match=r"is no regular file|Is a directory|more than any file"):
+            read_text(path)
+
+
+def test_write_durably_writes_through_no_link(tmp_path: Path) -> None:
+    own, path = tmp_path / "own", tmp_path / "0001.json"
+    own.write_text("mine", encoding="utf-8")
+    path.symlink_to(own)
+    (tmp_path / f".0001.json.{os.getpid()}.tmp").symlink_to(own)
+    write_durably(path, "new")
+    assert own.read_text(encoding="utf-8") == "mine"
+    assert path.read_text(encoding="utf-8") == "new"
+
+
 def test_write_durably_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "0001.json"
     write_durably(path, '{"a": "×"}\n')
@@ -201,3 +228,11 @@ def test_readers_see_the_old_file_until_the_new_one_is_on_disk(tmp_path: Path, m
     monkeypatch.setattr(os, "replace", replace)
     write_durably(path, "new")
     assert seen == ["fsync, readers see old", "replace by new", "fsync, readers see new"]
+
+
+def test_an_iteration_of_no_time_is_no_measurement() -> None:
+    measured = make_measurement(make_plan((30,), 32))
+    raw = measured.model_dump(mode="json")
+    raw["iterations"][0]["duration_s"] = 0.0
+    with pytest.raises(ValidationError, match=r"iterations.0.duration_s"):
+        Measurement.model_validate(raw)

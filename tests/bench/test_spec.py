@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -32,6 +33,19 @@ def devices(num: int) -> tuple[str, ...]:
 
 def stage(first_layer: int, end_layer: int, device: str = "cpu:0", **more: Any) -> StagePlan:
     return StagePlan(device=device, first_layer=first_layer, end_layer=end_layer, **more)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        *(("half", "float16"), ("FP16", "float16"), ("bf16", "bfloat16"), ("float", "float32"), ("fp32", "float32")),
+        *(("torch.bfloat16", "bfloat16"), (torch.float16, "float16"), ("auto", "auto")),
+    ],
+)
+def test_dtypes_are_known_by_the_names_that_others_give_them(given: Any, dtype: str) -> None:
+    assert ModelSpec.model_validate({"name": "m", "dtype": given}).dtype == dtype
+    with pytest.raises(ValidationError, match="storage_dtype"):
+        ModelSpec.model_validate({"name": "m", "storage_dtype": "auto"})
 
 
 @pytest.mark.parametrize(
@@ -140,6 +154,25 @@ def test_memory_fraction_is_a_share(fraction: float) -> None:
         stage(0, 1, memory_fraction=fraction)
 
 
+@pytest.mark.parametrize(
+    ("given", "count"), [("600MiB", 600 * 2**20), ("1.5 GiB", 3 * 2**29), ("2gb", 2 * 10**9), (7, 7), ("7", 7)]
+)
+def test_a_cap_in_bytes_has_a_unit(given: str | int, count: int) -> None:
+    assert stage(0, 1, max_memory_bytes=given).max_memory_bytes == count
+
+
+@pytest.mark.parametrize("given", ["much", "-1MiB", "0", "600MiBs"])
+def test_what_is_no_amount_of_memory_is_refused(given: str) -> None:
+    with pytest.raises(ValidationError, match=r"600MiB|greater than or equal to 1"):
+        stage(0, 1, max_memory_bytes=given)
+
+
+def test_the_lesser_cap_counts() -> None:
+    both = stage(0, 1, memory_fraction=0.5, max_memory_bytes=100)
+    assert [both.cap_bytes(size) for size in (100, 200, 400)] == [50, 100, 100]
+    assert stage(0, 1, memory_fraction=1.0).cap_bytes(400) == 400
+
+
 def test_prefill_pieces_fit_their_micro_batch() -> None:
     with pytest.raises(ValidationError, match="prefill_micro_batch_size=8 is larger than micro_batch_size=4"):
         Plan(stages=(stage(0, 1),), micro_batch_size=4, prefill_micro_batch_size=8)
@@ -156,6 +189,35 @@ def test_a_plan_describes_itself() -> None:
     assert pieces.describe() == "17+13 · micro-batch 16 (prefill 8)"
 
 
+_PLACES = st.lists(
+    st.sampled_from(("cuda:0", "cuda:1", "cuda:2", "cpu:0", "cpu:1")), min_size=4, max_size=4, unique=True
+)
+_PLANS = st.builds(
+    Plan.from_layer_counts,
+    st.sampled_from([(3,), (1, 2), (2, 1)]),
+    st.one_of(_PLACES.map(tuple), st.just(("cuda:0",) * 4)),
+    st.sampled_from([4, 8]),
+    prefill_micro_batch_size=st.sampled_from([None, 2, 4]),
+    prefill_chunk_size=st.sampled_from([None, 16]),
+    replicas=st.sampled_from([1, 2]),
+    compile=st.booleans(),
+    memory_fraction=st.sampled_from([0.5, 0.9]),
+).map(lambda plan: plan.model_copy(update={"cuda_graphs": False}) if plan.micro_batch_size == 8 else plan)
+
+
+@given(plan=_PLANS, other=_PLANS, limit=st.sampled_from([None, 1, 2]))
+def test_plans_that_differ_are_never_described_by_one_line(plan: Plan, other: Plan, limit: int | None) -> None:
+    other = other.model_copy(update={"max_in_flight": limit})
+
+    def identity(plan: Plan) -> tuple[object, ...]:
+        key = EffectivePlan(plan=plan, in_flight=1).key
+        return key, plan.max_in_flight, [stage.memory_fraction for stage in plan.stages]
+
+    # A line does not say whether `cpu:0` or `cuda:0` is the first of the devices.
+    lines = [(device_kind(one.devices[0]), one.describe()) for one in (plan, other)]
+    assert (lines[0] == lines[1]) == (identity(plan) == identity(other))
+
+
 def test_caps_that_resolve_alike_are_one_plan() -> None:
     loose = Plan.from_layer_counts((2, 2), devices(2), 4, memory_fraction=0.9)
     tight = Plan.from_layer_counts((2, 2), devices(2), 4, memory_fraction=0.5)
@@ -163,6 +225,24 @@ def test_caps_that_resolve_alike_are_one_plan() -> None:
     keys = {EffectivePlan(plan=plan, in_flight=3).key for plan in (loose, tight, spelled)}
     assert keys == {"cpu:0[0:2],cpu:1[2:4] mb=4 prefill=4 in_flight=3"}
     assert EffectivePlan(plan=tight, in_flight=2).key not in keys
+
+
+@given(counts=COUNTS, replicas=st.integers(1, 3), data=st.data())
+def test_a_plan_without_a_device_is_a_plan_of_the_same_model(
+    counts: tuple[int, ...], replicas: int, data: st.DataObject
+) -> None:
+    plan = Plan.from_layer_counts(counts, devices(len(counts) * replicas), 4, replicas=replicas)
+    device = data.draw(st.sampled_from(plan.devices))
+    left = plan.without(device)
+    if len(plan.devices) == 1:
+        assert left is None
+        return
+    assert left is not None
+    left = Plan.model_validate(left.model_dump())
+    assert set(left.devices) <= set(plan.devices) - {device}
+    assert sum(left.layer_counts) == sum(counts)
+    assert left.replicas == max(1, replicas - 1)
+    assert left.without(device) == left
 
 
 @given(counts=COUNTS, other=COUNTS, sizes=st.tuples(st.integers(1, 3), st.integers(1, 3)))

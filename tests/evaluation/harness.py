@@ -64,7 +64,14 @@ def end_mark(command: str) -> str:
 
 
 def put_between_marks(path: Path, command: str, text: str) -> None:
-    """Replaces what stands between a command's marks, and leaves the rest alone.
+    """Replaces what stands between a command's marks, and leaves the rest alone; raises as `around_marks`."""
+    before, after = around_marks(path, command)
+    begin, end = begin_mark(command), end_mark(command)
+    write_durably(path, f"{before}{begin}\n\n{wrapped(text.strip())}\n\n{end}{after}")
+
+
+def around_marks(path: Path, command: str) -> tuple[str, str]:
+    """What stands before and behind a command's marks.
 
     Raises:
         ConfigError: the document is missing or lacks the marks, in this order.
@@ -77,4 +84,4 @@ def put_between_marks(path: Path, command: str, text: str) -> None:
     _, ended, after = rest.partition(end)
     if not begun or not ended:
         raise ConfigError(f"{path}: has no lines {begin} and {end}; add them where the table belongs")
-    write_durably(path, f"{before}{begin}\n\n{wrapped(text.strip())}\n\n{end}{after}")
+    return before, after

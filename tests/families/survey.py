@@ -220,13 +220,13 @@ def _split_logits(stages: Sequence[Stage], inputs: MicroBatchInputs) -> torch.Te
     rows, total = inputs.ids.shape
     caches = [stage.new_cache(rows=rows, max_len=total + 3) for stage in stages]
     logits = []
+    has_mask = stages[0].needs_mask or inputs.full_rows < rows
     for past, end in steps(inputs):
         message = None
+        mask = inputs.mask[:, :end] if has_mask else None
         for stage, cache in zip(stages, caches, strict=True):
             cache.seek(0, rows, past)
-            message = stage.forward(
-                inputs.ids[:, past:end], inputs.mask[:, :end], inputs.positions[:, past:end], cache, message
-            )
+            message = stage.forward(inputs.ids[:, past:end], mask, inputs.positions[:, past:end], cache, message)
             if not stage.is_last:
                 expected = (rows, end - past, stage.message_values)
                 assert tuple(message.shape) == expected, f"a message is {tuple(message.shape)}, announced is {expected}"

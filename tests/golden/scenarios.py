@@ -25,13 +25,29 @@ DUMMY, DEVICE_FILE, PROMPTS = (
 )
 LONGEST = "real"
 STARTS_FLEETS = (LONGEST, "workers")
-SUBCOMMANDS = ("doctor", "profile", "plan", "tune", "bench", "report", "export", "gate", "compare", "history")
+SUBCOMMANDS = (
+    "demo",
+    "metrics",
+    "doctor",
+    "profile",
+    "plan",
+    "tune",
+    "bench",
+    "report",
+    "export",
+    "gate",
+    "rollout",
+    "collect",
+    "compare",
+    "history",
+)
 
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?\+00:00")
 _TOOK = re.compile(
     r'(?<="took_s": )0\.\d|(?<=at different times; )0 s|(?<=tests="8" failures="0" errors="8" time=")[\d.]+'
 )
+_KEPT_PROCESSOR = "AMD EPYC"
 _STARTED = datetime.now(UTC).replace(microsecond=0)
 
 
@@ -108,8 +124,9 @@ def _local(text: str, folder: Path) -> str:
     text = text.replace(str(folder), "FOLDER").replace(str(ROOT), "ROOT").replace(sys.executable, "PYTHON")
     text = _TOOK.sub("TOOK", text)
     text = _TIME.sub(lambda time: "NOW" if datetime.fromisoformat(time[0]) >= _STARTED else time[0], text)
-    if found:
-        text = re.sub(r"\s+".join(map(re.escape, found[1].split())), "PROCESSOR", text)
+    # Kept studies name theirs, which may be this machine's.
+    for name in (*found.groups(), _KEPT_PROCESSOR) if found else (_KEPT_PROCESSOR,):
+        text = re.sub(r"\s+".join(map(re.escape, name.split())), "PROCESSOR", text)
     return text
 
 
@@ -236,7 +253,7 @@ BAD: Mapping[str, tuple[str, ...]] = {
     "compare-one": ("compare", "kept"),
     "history-none": ("history", "none"),
 }
-FORMS = ("hf", "seed", "plan", "vllm", "sglang")
+FORMS = ("hf", "ranges", "plan", "vllm", "sglang", "trtllm", "llama.cpp")
 DERIVED = (
     "ranking.md",
     "ranking.csv",

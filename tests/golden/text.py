@@ -29,10 +29,19 @@ _MASKS = (
     (re.compile(r"[▁▂▃▄▅▆▇█]+"), "▁"),
 )
 _VOLATILE = re.compile(
-    r"""(?:[·;]\ |note:\ )?(?:
-        doubtful,\ and\ not\ kept:\ (?=other)
+    r"""(?:[·;]\ |note:\ |pipetune:\ )?(?:
+        this\ machine\ is\ busy:\ (?=other|the\ hypervisor)
+      | \.\ What\ is\ measured\ now\ is\ doubtful:\ end\ them(?:,\ or\ wait\ by\ --wait-for-quiet\ MINUTES)?
+      | load\ ok\ others\ take\ little | load\ warning\ (?=other|the\ hypervisor)
+      | ,\ with\ warnings:\ load(?=\ )
+      | \#\ of\ at\ most\ \#\ (?:runs|pairs)(?:\ ·\ about\ \#\ TIME\ left)?
+      | profile\ \#\ %(?:\ ·\ about\ \#\ TIME\ left)?
+      | the\ hypervisor\ took\ \#\ CPU\ cores\ away
+      | doubtful,\ and\ not\ kept:\ (?=other)
       | other\ processes\ took\ \#\ CPU\ cores:\ \S+\ \(pid\ \#\)(?:,\ \S+\ \(pid\ \#\))*
-      | never\ steady:\ passes\ of\ the\ same\ work\ differ\ by\ more\ than\ \#\ ?%
+      | cores:\ \#\ workers?\ may\ use\ \#\ of\ the\ machine's\ \#(?:\ \([\w' ]+\))?
+        (?:\ and\ wait\ for\ each\ other;\ take\ fewer\ devices)?
+      | never\ steady:\ passes\ of\ the\ same\ work\ (?:differ|vary)\ by\ more\ than\ \#\ ?%
       | \#\ of\ \#\ kinds\ of\ tasks\ vary\ by\ more\ than\ \#\ ?%\ between\ their\ quartiles:\ was\ [^?]*\?
       | \#\ of\ the\ runs\ used\ were\ disturbed;\ see\ the\ notes\ in\ report\.html
       | The\ un-pipelined\ model\ is\ faster\ here:\ this\ plan\ does\ not\ pay\ for\ this\ workload\.

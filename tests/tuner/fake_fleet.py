@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pipetune.bench.errors import FleetError
+from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.fleet.fleet import Progress
 from pipetune.bench.memory import ModelShape, resolve_prompts
 from pipetune.bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, ProfileGrid, TaskTime
@@ -50,6 +50,9 @@ class FakeFleet:
             raise FleetError(self._lab.profile_fault)
         return make_profile(self.model, self.shape, self.machine, self.device_bytes, grid, hop_s=HOP_S)
 
+    def prompts(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
+        return ((1,) * 16,) * workload.num_prompts
+
     def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
         return make_prompt_lens(workload)
 
@@ -67,8 +70,9 @@ class FakeFleet:
         path.write_bytes(b"reference")
         return None
 
-    def use_reference(self, path: Path) -> None:
-        assert path.exists()
+    def use_reference(self, path: Path, workload: Workload) -> None:
+        if not path.is_file() or path.read_bytes() != b"reference":
+            raise StudyError(f"{path}: not a reference; --resume makes it anew")
         self._lab.calls.append("use_reference")
 
     def baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> Measurement | Failure:

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipetune.bench.record import FailureKind, Measurement
-from pipetune.tuner.study.store import load_records, load_study, was_interrupted
+from pipetune.tuner.study.files import load_records, load_study, was_interrupted
+from tests.disks import fill, small_disk
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 
 pytestmark = pytest.mark.e2e
@@ -128,12 +130,12 @@ def test_the_best_plan_serves_and_its_map_loads_with_the_same_tokens(
     assert served == unsplit_tokens(loaded, tiny_prompts(8), output_len=4)
 
 
-def test_a_seed_map_of_the_study_comes_back_as_the_plan(
+def test_a_ranges_map_of_the_study_comes_back_as_the_plan(
     study: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path
 ) -> None:
     folder, document = study
     path = tmp_path / "map.json"
-    assert pipetune("export", folder, "-f", "seed", "-o", path).returncode == 0
+    assert pipetune("export", folder, "-f", "ranges", "-o", path).returncode == 0
     result = pipetune(
         "bench", "--model", model, "--device-map", path, "--micro-batch-size", 4, *SIZE, "--no-check", "--json",
         "--compare-baseline", "--rounds", 2, "--baseline-batch-sizes", 8, "-o", tmp_path / "records.jsonl",
@@ -230,6 +232,9 @@ def _trial_is_running(folder: Path) -> bool:
         (("--model", "/nowhere/model"), "model.name"),
         (("--prompts", "BAD"), "not JSON"),
         (("--prompts", "TEXT"), "no tokenizer"),
+        (("--model", "generation_config.json"), "generation_config.json: cannot be read"),
+        (("--model", "tokenizer_config.json"), "tokenizer_config.json: cannot be read"),
+        (("--model", "tokenizer.json"), "its tokenizer (tokenizer.json) does not load"),
         (("--devices", "cuda:7"), "cuda:7 is not on this machine"),
         (("--input-len", "100000"), "positions"),
     ],
@@ -242,11 +247,49 @@ def test_what_only_the_workers_can_know_exits_2_and_leaves_no_study(
     text.write_text('{"prompt": "Hello"}\n', encoding="utf-8")
     flag, value = args[0], {"BAD": str(bad), "TEXT": str(text)}.get(args[1], args[1])
     given = {"--model": str(model), "--devices": "cpu:0"} | {flag: value}
+    if value.endswith(".json"):
+        shutil.copytree(model, tmp_path / "model")
+        (tmp_path / "model" / value).write_text('{"version": "1.0"' + "}" * value.startswith("tokenizer.j"))
+        given |= {"--model": str(tmp_path / "model"), "--prompts": str(text)}
     result = pipetune("tune", *(part for pair in given.items() for part in pair), "-o", tmp_path / "s")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert result.stderr.splitlines()[-1].startswith("pipetune: ")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_stopped_before_its_first_record_leaves_nothing_and_says_so(
+    model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder = tmp_path / "s"
+    process = start("tune", "--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "-o", folder)
+    wait_for(lambda: workers_of(process.pid))
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "nothing was measured" in err
+    assert "--resume" not in err
+    assert not folder.exists()
+
+
+def test_a_study_whose_disk_fills_keeps_its_records_and_goes_on(model: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "20m") as disk:
+        folder = disk / "s"
+        args = ("tune", "--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "--n-trials", 2, "-o", folder)
+        process = start(*args)
+        wait_for(lambda: list(folder.glob("records/*.json")) or process.poll() is not None)
+        filler = fill(disk)
+        _, err = process.communicate(timeout=280)
+        before = load_records(folder)
+        assert process.returncode == 2, err
+        assert before
+        assert f"pipetune: {folder}/" in err
+        assert f"what was measured is kept; go on by `pipetune tune --resume -o {folder}`" in err
+        filler.unlink()
+        result = pipetune(*args, "--resume")
+        assert result.returncode == 0, result.stderr
+        assert load_records(folder)[: len(before)] == before
 
 
 def test_plans_that_do_not_describe_the_model_exit_2(model: Path, tmp_path: Path) -> None:

@@ -73,3 +73,33 @@ def test_outcomes_are_described_in_a_line() -> None:
     assert values_text({"output_throughput": 95.24, "bubble_ratio": 0.114}, ("bubble_ratio", "output_throughput")) == (
         "bubble 11 % · 95.2 tok/s"
     )
+
+
+def test_a_log_has_a_line_for_each_run_with_its_share_of_all() -> None:
+    on = console()
+    with PlainReporter(on) as reporter:
+        reporter.course(0, 4)
+        reporter.course(1, 3)
+        reporter.course(2, 0)
+        for done in range(3):
+            reporter.fleet(Progress(phase="measure", done=done, total=3))
+        for done in range(16):
+            reporter.fleet(Progress(phase="profile", done=done, total=16))
+    first, *lines = written(on).splitlines()
+    assert first.startswith("  1 of at most 4 runs · about ")
+    assert [line.partition(" · about ")[0] for line in lines] == [
+        *("  2 of at most 2 runs", "  profile 25 %", "  profile 50 %", "  profile 75 %"),
+    ]
+
+
+def test_a_terminal_has_bars_of_the_whole_work_and_of_a_long_step() -> None:
+    on = console(terminal=True)
+    reporter = LiveReporter(on)
+    reporter.course(3, 9, "pairs")
+    reporter.fleet(Progress(phase="profile", done=8, total=16))
+    on.print(reporter._render())
+    whole, step = (next(line for line in written(on).splitlines() if text in line) for text in ("pairs", "this step"))
+    assert "25 % 3 of at most 12 pairs" in whole
+    assert "50 % of this step" in step
+    assert "━" in whole
+    assert "━" in step

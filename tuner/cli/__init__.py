@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -13,28 +14,31 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+import pipetune
+
 USAGE, FAULT, INTERRUPTED = 2, 4, 130
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits."""
+    from pipetune.tuner.cli.streams import prepare_streams
+
+    # Records are very many values and hardly any cycles.
+    gc.set_threshold(100_000, 50, 100)
+    prepare_streams()
     sys.exit(run(args))
 
 
 def run(args: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    from pipetune.tuner.cli.app import app
-
     try:
+        from pipetune.tuner.cli.app import app
+
         code = app(args=list(args) if args is not None else None, prog_name="pipetune", standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
         _say("pipetune: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; the interpreter shall not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         return _explain(error)
     return code if isinstance(code, int) else 0
@@ -42,11 +46,17 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> int:
     """Says what went wrong, in a line where it can be said in one."""
-    from pipetune.bench.errors import PipetuneError
+    if isinstance(error, ImportError | AttributeError) and (astray := pipetune.led_astray()):
+        _say(f"pipetune: {astray}")
+        return USAGE
+    from pipetune.bench.errors import PipetuneError, disk_fault, harmless
 
     if isinstance(error, PipetuneError):
-        _say(f"pipetune: {error}")
+        _say(f"pipetune: {harmless(str(error))}")
         return error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        _say(f"pipetune: {harmless(disk_fault(error))}")
+        return USAGE
     show = getattr(error, "show", None)
     if callable(show) and hasattr(error, "format_message"):
         # Usage errors of the command line parser, which knows best how to say them.

@@ -22,11 +22,11 @@ def compare(
     ],
     price: Annotated[
         list[str] | None,
-        typer.Option("--price", metavar="DEVICE=PRICE", help="Of an hour, by kind or name: cuda=2.5; may be repeated."),
+        typer.Option(metavar="DEVICE=PRICE", help="Price of an hour, by kind or name: cuda=2.5; may be repeated."),
     ] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output-dir", "-o", metavar="FOLDER", help="JSON, CSV, Markdown, a page and plots."),
+        typer.Option("--output-dir", "-o", metavar="FOLDER", help="Write JSON, CSV, Markdown, a page and plots there."),
     ] = None,
     json: o.Json = False,
 ) -> int:
@@ -37,13 +37,11 @@ def compare(
     from pipetune.tuner.report.compare.wording import screen_of
 
     reports, names = files.read_reports([common.study_at(study) for study in studies])
+    common.warn_unread(*reports)
     comparison = compare_studies(reports, names, parse_prices(price or []) if price else None)
+    common.give(comparison.model_dump(mode="json"), screen_of(comparison), json=json)
     if output_dir is not None:
         files.write_comparison(comparison, output_dir)
-    if json:
-        common.print_json(comparison.model_dump(mode="json"))
-    else:
-        common.show(screen_of(comparison))
     return 0
 
 

@@ -15,26 +15,32 @@ def export(
     ctx: typer.Context,
     study: o.StudyArgument,
     form: Annotated[
-        str, typer.Option("--format", "-f", metavar="FORMAT", help="hf, seed, plan, vllm or sglang.")
+        str,
+        typer.Option("--format", "-f", metavar="FORMAT", help="hf, ranges, plan, vllm, sglang, trtllm or llama.cpp."),
     ] = "hf",
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Which plan of the ranking.")] = 1,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Instead of stdout.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Which plan of the ranking.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there. [stdout]")
+    ] = None,
 ) -> int:
-    """Print the best plan as a device map (hf, seed), a plan, or a line for vLLM or SGLang."""
-    from pipetune.bench.errors import ConfigError, NothingFeasibleError
+    """Print the best plan as a device map (hf, ranges), a plan, or lines for another engine."""
+    from pipetune.bench.errors import ConfigError, NothingFeasibleError, StudyError
     from pipetune.tuner.cli import common
     from pipetune.tuner.commands.conclude import plan_file
     from pipetune.tuner.report.data import Report
     from pipetune.tuner.report.wording import export_note
-    from pipetune.tuner.study.files import write_new
-    from pipetune.tuner.study.plan_file import FORMATS, render
-    from pipetune.tuner.study.store import load_study
+    from pipetune.tuner.study.files import load_study, write_new
+    from pipetune.tuner.study.plan_file import FORMATS, MAPS, render
 
     known = next((name for name in FORMATS if name == form), None)
     if known is None:
         raise ConfigError(f"--format: {form!r} is none of {', '.join(FORMATS)}")
     contents = load_study(common.study_at(study))
-    ranked = [row for row in Report.of(contents).ranking.rows if row.rank is not None]
+    report = Report.of(contents)
+    common.warn_unread(report)
+    ranked = [row for row in report.ranking.rows if row.rank is not None]
+    if contents.shape is None:
+        raise StudyError(contents.unread[-1])
     if not ranked:
         raise NothingFeasibleError(f"{contents.folder}: no plan is ranked, so there is none to export")
     if rank > len(ranked):
@@ -42,10 +48,15 @@ def export(
     given = ctx.params["device_names"]
     names = tuple(name.strip() for name in given.split(",")) if given else contents.config.device_names
     row = ranked[rank - 1]
+    if given and (known not in MAPS or len(names) != len(row.plan.stages)):
+        raise ConfigError(
+            f"--device-names {given}: name the devices of a map (hf, ranges), one for each of the plan's "
+            f"{len(row.plan.stages)} stages, {', '.join(stage.device for stage in row.plan.stages)}"
+        )
     text = render(plan_file(contents, row), contents.shape, known, names)
-    note = export_note(row.plan) if known in ("hf", "seed") else None
+    note = export_note(row.plan) if known in MAPS else None
     if note is not None:
-        common.err().print(f"pipetune: {note}", markup=False, soft_wrap=True)
+        common.warn(note)
     if output is None:
         typer.echo(text, nl=False)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,7 @@ import typer
 
 from pipetune.tuner.cli import options as o
 
-_SIDES = "What differs"
-_RULE = "Rule"
-_FILES = "Output"
+_side, _rule, _output = (partial(typer.Option, rich_help_panel=panel) for panel in ("What differs", "Rule", "Output"))
 
 
 @o.settings("Model", "Workload", before="output_dir", without=("dtype",))
@@ -28,84 +27,35 @@ def gate(
         list[Path] | None,
         typer.Option("--config", "-c", metavar="FILE", help="YAML file with any of the settings; each is a case."),
     ] = None,
-    baseline_plan: Annotated[
-        Path | None,
-        typer.Option("--baseline-plan", metavar="FILE", help="best_plan.json or a bare plan.", rich_help_panel=_SIDES),
-    ] = None,
-    candidate_plan: Annotated[
-        Path | None,
-        typer.Option("--candidate-plan", metavar="FILE", help="… by default the same.", rich_help_panel=_SIDES),
-    ] = None,
-    baseline_dtype: Annotated[
-        str | None, typer.Option("--baseline-dtype", help="float32, bfloat16 or float16.", rich_help_panel=_SIDES)
-    ] = None,
-    candidate_dtype: Annotated[
-        str | None, typer.Option("--candidate-dtype", help="… else what the settings say.", rich_help_panel=_SIDES)
-    ] = None,
-    baseline_python: Annotated[
-        str | None,
-        typer.Option("--baseline-python", metavar="PYTHON", help="Of another environment.", rich_help_panel=_SIDES),
-    ] = None,
-    candidate_python: Annotated[
-        str | None,
-        typer.Option("--candidate-python", metavar="PYTHON", help="… for the candidate.", rich_help_panel=_SIDES),
-    ] = None,
-    baseline_ref: Annotated[
-        str | None,
-        typer.Option(
-            "--baseline-ref", metavar="GIT_REV", help="pipetune's own older revision.", rich_help_panel=_SIDES
-        ),
-    ] = None,
-    baseline_env: Annotated[
-        list[str] | None,
-        typer.Option("--baseline-env", metavar="KEY=VALUE", help="May be repeated.", rich_help_panel=_SIDES),
-    ] = None,
-    candidate_env: Annotated[
-        list[str] | None,
-        typer.Option("--candidate-env", metavar="KEY=VALUE", help="… for the candidate.", rich_help_panel=_SIDES),
-    ] = None,
+    baseline_plan: Annotated[Path | None, _side(metavar="FILE", help="best_plan.json or a bare plan.")] = None,
+    candidate_plan: Annotated[Path | None, _side(metavar="FILE", help="[the baseline's]")] = None,
+    baseline_dtype: Annotated[str | None, _side(help="Dtype of the baseline. [the plan's]")] = None,
+    candidate_dtype: Annotated[str | None, _side(help="Dtype of the candidate. [the plan's]")] = None,
+    baseline_python: Annotated[str | None, _side(metavar="PYTHON", help="The baseline's Python. [this]")] = None,
+    candidate_python: Annotated[str | None, _side(metavar="PYTHON", help="The candidate's Python. [this]")] = None,
+    baseline_ref: Annotated[str | None, _side(metavar="GIT_REV", help="pipetune's own older revision.")] = None,
+    baseline_env: Annotated[list[str] | None, _side(metavar="KEY=VALUE", help="The baseline's; may repeat.")] = None,
+    candidate_env: Annotated[list[str] | None, _side(metavar="KEY=VALUE", help="The candidate's; may repeat.")] = None,
     stored: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--stored",
+        _side(
             metavar="STUDY",
             help="A study, or a file of pytest-benchmark, in place of a baseline that cannot run; may be repeated.",
-            rich_help_panel=_SIDES,
         ),
     ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option("--metric", metavar="NAME", help="Compare this one; may be repeated.", rich_help_panel=_RULE),
-    ] = None,
-    margin: Annotated[
-        float | None,
-        typer.Option("--margin", metavar="SHARE", help="Of all metrics: 0.05 tolerates 5 %.", rich_help_panel=_RULE),
-    ] = None,
-    max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", min=0.0, help="End by then.", rich_help_panel=_RULE)
-    ] = None,
+    metric: Annotated[list[str] | None, _rule(metavar="NAME", help="Compare this one; may be repeated.")] = None,
+    margin: Annotated[float | None, _rule(metavar="SHARE", help="Tolerated: 0.05 for 5 % worse.")] = None,
+    max_minutes: Annotated[float | None, _rule(min=0.0, help="Decide by then.")] = None,
     rounds_in_process: Annotated[
-        bool,
-        typer.Option(
-            "--rounds-in-process", help="In one running fleet: for models slow to load.", rich_help_panel=_RULE
-        ),
+        bool, _rule("--rounds-in-process", help="Measure in one running fleet: for models slow to load.")
     ] = False,
-    order_seed: Annotated[
-        int | None, typer.Option("--order-seed", help="Of the randomised order.", min=0, rich_help_panel=_RULE)
-    ] = None,
+    order_seed: Annotated[int | None, _rule(min=0, help="Seed of the randomised order.")] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(
-            "--output-dir",
-            "-o",
-            metavar="FOLDER",
-            help="New folder: JSON, JUnit, Markdown, plot.",
-            rich_help_panel=_FILES,
-        ),
+        _output("--output-dir", "-o", metavar="FOLDER", help="New folder: JSON, JUnit, Markdown, plot."),
     ] = None,
-    junit: Annotated[
-        Path | None, typer.Option("--junit", metavar="FILE", help="JUnit XML alone.", rich_help_panel=_FILES)
-    ] = None,
+    junit: Annotated[Path | None, _output(metavar="FILE", help="JUnit XML alone.")] = None,
+    wait_for_quiet: o.WaitForQuiet = None,
     show_config: o.ShowConfig = False,
     json: o.Json = False,
     no_progress: o.NoProgress = False,
@@ -113,6 +63,7 @@ def gate(
     """Say whether a candidate is worse than the baseline: FAIL (exit code 1), OK (0) or INCONCLUSIVE (3)."""
     from pipetune.tuner.cli import common
     from pipetune.tuner.commands.gate import GateRequest
+    from pipetune.tuner.commands.quiet import look_at_load
     from pipetune.tuner.gate.outputs import files as outputs
     from pipetune.tuner.gate.outputs.wording import screen_of
     from pipetune.tuner.progress import make_reporter
@@ -125,13 +76,13 @@ def gate(
     outputs.refuse_places(output_dir, junit)
     # A CI that cancels a job sends SIGTERM: as a Ctrl-C it ends the sides' processes as well.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    reporter = make_reporter(common.err(), silent=no_progress)
     try:
-        result = job(make_reporter(common.err(), silent=no_progress))
+        if not files:
+            look_at_load((), reporter, wait_for_quiet)
+        result = job(reporter)
     finally:
         signal.signal(signal.SIGTERM, before)
+    common.give(result.model_dump(mode="json"), screen_of(result), json=json)
     outputs.write(result, output_dir, junit)
-    if json:
-        typer.echo(result.model_dump_json(indent=1))
-    else:
-        common.show(screen_of(result))
     return result.exit_code

@@ -12,11 +12,10 @@ from pipetune.tuner.cli import options as o
 
 def history(
     places: Annotated[list[Path], typer.Argument(metavar="PLACE…", help="Studies, or folders of studies.")],
-    metric: Annotated[
-        list[str] | None, typer.Option("--metric", metavar="NAME", help="Show this one; may be repeated.")
-    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Show this one; may be repeated.")] = None,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", metavar="FOLDER", help="A page, Markdown, JSON and plots.")
+        Path | None,
+        typer.Option("--output-dir", "-o", metavar="FOLDER", help="Write a page, Markdown, JSON and plots there."),
     ] = None,
     json: o.Json = False,
 ) -> int:
@@ -26,10 +25,9 @@ def history(
     from pipetune.tuner.report.history.wording import screen_of
 
     found = files.read_history(places, metric or [])
+    common.give(found.model_dump(mode="json"), screen_of(found), json=json)
     if output_dir is not None:
         files.write_history(found, output_dir)
-    if json:
-        common.print_json(found.model_dump(mode="json"))
-    else:
-        common.show(screen_of(found))
+    if not found.questions:
+        common.warn(f"no study of {', '.join(map(str, places))} can be shown; name studies, or folders of studies")
     return 0 if found.questions else 3

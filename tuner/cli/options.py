@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,36 @@ import typer.main
 if TYPE_CHECKING:
     from pipetune.tuner.config.settings import Setting
 
-_OUTPUT = "Output"
+_OUTPUT, _COMMON_PANEL, _ADVANCED = "Output", "Common options", ", advanced"
 
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file with any of the settings.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with a study.", rich_help_panel="Study")]
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", metavar="[auto]", help="Go on with a study; auto begins it where there is none."),
+]
 ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print all settings and their sources.", rich_help_panel=_OUTPUT)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run.", rich_help_panel=_OUTPUT)]
+DeviceFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE|CARDS", help="YAML of devices that need not be here, or cards: 2xH100,2xA10."),
+]
+WaitForQuiet = Annotated[
+    float | None,
+    typer.Option("--wait-for-quiet", metavar="MINUTES", min=0.0, help="Wait so long for a quiet machine."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUTPUT)]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Say nothing while working.", rich_help_panel=_OUTPUT)]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="Folder of a study, or its name under results/.")]
+
+_COMMON = (
+    *("model", "dtype", "num_prompts", "input_len", "output_len", "prompts", "devices", "output_dir"),
+    *("n_trials", "timeout", "objective", "constraint", "max_memory_per_device"),
+)
+"""Settings that most users of a command need, which help lists first."""
 
 Function = Callable[..., int]
 
@@ -82,6 +100,12 @@ class SettingsCommand(typer.core.TyperCommand):
 
     _complete = False
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parses the command line; `--resume` may stand alone, or before `auto`."""
+        followers = zip(args, [*args[1:], None], strict=False)
+        whole = [f"{arg}=yes" if arg == "--resume" and after != "auto" else arg for arg, after in followers]
+        return super().parse_args(ctx, whole)
+
     def get_params(self, ctx: Any) -> list[Any]:
         """The command's own parameters, those of settings, and `--help`."""
         if not self._complete:
@@ -94,6 +118,35 @@ class SettingsCommand(typer.core.TyperCommand):
                 self.params[there.index(group.before) : there.index(group.before)] = options
             self.callback = lambda **given: function(**{name: given[name] for name in own if name in given})
         return super().get_params(ctx)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Writes plain text, in which no flag is cut, whatever the width."""
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes examples, then what most users need, and what few do by panels."""
+        with formatter.section("Examples"):
+            formatter.write("".join(f"  {line}\n" for line in examples_of(self.name)))
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], _COMMON_PANEL: []}
+        for parameter in sorted(self.get_params(ctx), key=lambda one: str(one.rich_help_panel).endswith(_ADVANCED)):
+            panel = parameter.rich_help_panel or _COMMON_PANEL
+            name, text = parameter.get_help_record(ctx)
+            if parameter.param_type_name == "argument":
+                panel, name = "Arguments", parameter.metavar
+            panels.setdefault(panel, []).append(
+                (re.sub(r" <(\w+)[^/]*", lambda kind: f" {kind[1].upper()}", name), text)
+            )
+        for panel, rows in panels.items():
+            if rows:
+                with formatter.section(panel):
+                    formatter.write_dl(rows)
+
+
+def examples_of(name: str | None) -> tuple[str, ...]:
+    """Lines that show a command's use."""
+    lines = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8").splitlines()
+    return tuple(line for line in lines if line.split()[1:2] == [name])
 
 
 def _options_of(chosen: Iterable[Setting]) -> list[Any]:
@@ -113,8 +166,15 @@ def _options_of(chosen: Iterable[Setting]) -> list[Any]:
 
 
 def _annotation(setting: Setting) -> Any:
-    flag = setting.flag
+    from pipetune.tuner.config.schema import GPU_DEFAULTS
+
+    flag, default = setting.flag, setting.default_text
+    if setting.path in GPU_DEFAULTS:
+        default += f"; on GPUs {GPU_DEFAULTS[setting.path]}"
     option = typer.Option(
-        *filter(None, (flag.name, flag.short)), help=flag.help, metavar=flag.metavar, rich_help_panel=flag.panel
+        *filter(None, (setting.declaration, flag.short)),
+        help=f"{flag.help} [{default}]" if default else flag.help,
+        metavar=flag.metavar,
+        rich_help_panel=_COMMON_PANEL if setting.name in _COMMON else f"{flag.panel}{_ADVANCED}",
     )
     return Annotated[(list[str] if flag.repeats else setting.kind) | None, option]

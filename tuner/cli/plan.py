@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from pipetune.tuner.cli import options as o
 
-_FROM = "What predictions are made from"
+_from = partial(typer.Option, rich_help_panel="What predictions are made from")
 
 
 @o.settings("Model", "Workload", before="device_file", without=("protocol",))
@@ -17,18 +18,12 @@ _FROM = "What predictions are made from"
 def plan(
     ctx: typer.Context,
     config: o.Config = None,
-    device_file: Annotated[
-        Path | None,
-        typer.Option("--device-file", metavar="FILE", help="YAML that describes devices.", rich_help_panel=_FROM),
-    ] = None,
+    device_file: o.DeviceFile = None,
     profile_file: Annotated[
-        Path | None,
-        typer.Option("--profile", metavar="FILE", help="A profile, instead of the cached one.", rich_help_panel=_FROM),
+        Path | None, _from("--profile", metavar="FILE", help="A profile, instead of the cached one.")
     ] = None,
-    no_profile: Annotated[
-        bool, typer.Option("--no-profile", help="Nominal rates, even if there is one.", rich_help_panel=_FROM)
-    ] = False,
-    top: Annotated[int, typer.Option("--top", min=1, help="Plans to print.")] = 10,
+    no_profile: Annotated[bool, _from("--no-profile", help="Nominal rates, even if there is one.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Plans to print.")] = 10,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the best one, for bench --plan.")
     ] = None,
@@ -42,18 +37,15 @@ def plan(
     from pipetune.tuner.commands.plan import find_plans
     from pipetune.tuner.commands.plan_document import document_of, json_of
     from pipetune.tuner.config import sources
-    from pipetune.tuner.config.resolve import resolve_settings
     from pipetune.tuner.planning.costs.described import read_devices
     from pipetune.tuner.progress import make_reporter
 
     if sum((device_file is not None, profile_file is not None, no_profile)) > 1:
         raise ConfigError("predict from what? Give one of --device-file, --profile and --no-profile, not several")
     described = read_devices(device_file) if device_file is not None else None
-    below: dict[tuple[str, ...], object] = {("devices",): list(described.names)} if described is not None else {}
-    resolved = resolve_settings(
+    resolved = sources.resolve_settings(
         {**ctx.params, "profile": False if no_profile else None},
-        below=below,
-        below_name=str(device_file),
+        below=({("devices",): list(described.names)} if described is not None else {}, str(device_file)),
         warn=common.warn,
     )
     if show_config:
@@ -64,10 +56,7 @@ def plan(
         planned = find_plans(resolved.config, reporter, described=described, profile_file=profile_file, top=top)
     if output is not None:
         planned.write(output)
-    if json:
-        common.print_json(json_of(planned))
-    else:
-        common.show(document_of(planned))
-        if output is not None:
-            common.out().print(f"It is in {output}: `pipetune bench --plan {output}` measures it.", markup=False)
+    common.give(json_of(planned), document_of(planned), json=json)
+    if output is not None and not json:
+        common.out().print(f"It is in {output}: `pipetune bench --plan {output}` measures it.", markup=False)
     return 0

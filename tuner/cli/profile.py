@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from pipetune.tuner.cli import options as o
 
-_GRID = "What is timed"
+_grid = partial(typer.Option, rich_help_panel="What is timed")
 
 
 @o.settings("Model", "devices", "workload_kind", "packed_weights", "cuda_graphs", before="rows")
 def profile(
     ctx: typer.Context,
     config: o.Config = None,
-    rows: Annotated[
-        str | None, typer.Option("--rows", help="Sizes of micro-batches: 1,4,16.", rich_help_panel=_GRID)
-    ] = None,
-    lengths: Annotated[
-        str | None, typer.Option("--lengths", help="Tokens of each row in prefill.", rich_help_panel=_GRID)
-    ] = None,
-    pasts: Annotated[
-        str | None, typer.Option("--pasts", help="Cached tokens of each row in decode.", rich_help_panel=_GRID)
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option("--max-tokens", min=1, help="Of the largest task, over all rows.", rich_help_panel=_GRID),
-    ] = None,
+    rows: Annotated[str | None, _grid(help="Sizes of micro-batches: 1,4,16. [what plans need]")] = None,
+    lengths: Annotated[str | None, _grid(help="Tokens of each row in prefill: 16,64. [what plans need]")] = None,
+    pasts: Annotated[str | None, _grid(help="Cached tokens of each row in decode: 64,512. [what plans need]")] = None,
+    max_tokens: Annotated[int | None, _grid(min=1, help="Most tokens of a task, over all rows.")] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure even if a profile is kept.")] = False,
+    wait_for_quiet: o.WaitForQuiet = None,
     json: o.Json = False,
     no_progress: o.NoProgress = False,
 ) -> int:
@@ -37,7 +30,8 @@ def profile(
     from pipetune.bench.fleet.experiment import Experiment
     from pipetune.bench.profile import ProfileGrid
     from pipetune.tuner.cli import common
-    from pipetune.tuner.config.resolve import resolve_settings
+    from pipetune.tuner.commands.quiet import look_at_load
+    from pipetune.tuner.config.sources import resolve_settings
     from pipetune.tuner.planning.costs import profile_cache
     from pipetune.tuner.progress import make_reporter
     from pipetune.tuner.report.profile import document_of
@@ -66,10 +60,8 @@ def profile(
             wanted = ProfileGrid.model_validate(grid)
             kept = None if refresh else profile_cache.read_kept(profile_cache.profile_key(fleet, wanted, **switches))
             if kept is None:
+                look_at_load(names, reporter, wait_for_quiet)
                 reporter.begin(f"timing {resolved.model.name} on {', '.join(names)}")
             shown = kept or profile_cache.profile_for(fleet, wanted, **switches, refresh=True)
-    if json:
-        common.print_json(shown.model_dump(mode="json"))
-    else:
-        common.show(document_of(shown, kept=kept is not None))
+    common.give(shown.model_dump(mode="json"), document_of(shown, kept=kept is not None), json=json)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ def report(
     study: o.StudyArgument,
     compare: Annotated[
         list[str] | None,
-        typer.Option("--compare", metavar="STUDY", help="Compare it with this one, in its page; may be repeated."),
+        typer.Option(metavar="STUDY", help="Compare it with this one, in its page; may be repeated."),
     ] = None,
     json: o.Json = False,
 ) -> int:
@@ -21,12 +22,13 @@ def report(
     from pipetune.tuner.cli import common
     from pipetune.tuner.commands.conclude import conclude
 
-    folder = common.study_at(study)
+    folder, show = common.study_at(study), partial(common.show_study, json=json)
     if not compare:
-        return common.show_study(conclude(folder), json=json)
+        return conclude(folder, show)
     from pipetune.tuner.report.compare.files import read_reports
     from pipetune.tuner.report.compare.join import compare_studies
     from pipetune.tuner.report.compare.wording import sections_of
 
     reports, names = read_reports([common.study_at(other) for other in (*compare, study)])
-    return common.show_study(conclude(folder, sections_of(compare_studies(reports, names))), json=json)
+    common.warn_unread(*reports[:-1])
+    return conclude(folder, show, sections_of(compare_studies(reports, names)))

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipetune.bench import metrics
+from pipetune.bench.files import scratch_folder
+from pipetune.bench.fleet.experiment import Experiment, Labels
+from pipetune.bench.prompts.file import read_prompts
 from pipetune.bench.record import Failure, Measurement, Outcome, Record
-from pipetune.bench.spec import EffectivePlan, Plan, Protocol, Value
+from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, Value
 from pipetune.tuner.commands.plan_request import PlanRequest
 from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
 from pipetune.tuner.progress import Reporter, describe
 from pipetune.tuner.ranking import finals
-from pipetune.tuner.ranking.elimination import ALPHA, Gap, gaps_behind
-from pipetune.tuner.ranking.rounds import log_costs
-from pipetune.tuner.ranking.runs import PlanRun, medians_of, spread_of
+from pipetune.tuner.ranking.elimination import ALPHA, Fit, Gap
+from pipetune.tuner.ranking.runs import BASELINE, Finals, PlanRun
 from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.report.wording import peer_name
 from pipetune.tuner.search.driver import baseline_batch_sizes
-from pipetune.tuner.study.files import refuse_existing, write_new
-
-if TYPE_CHECKING:
-    from pipetune.bench.fleet.experiment import Experiment, Labels
-    from pipetune.bench.fleet.fleet import GenerationResult, ScoreResult
+from pipetune.tuner.study.files import refuse_existing
 
 
 class Contender(Value):
-    """One row of a comparison: medians over the rounds."""
+    """One row of a comparison: levels over the rounds, and medians of what is no throughput."""
 
     name: str
     title: str
@@ -41,7 +37,7 @@ class Contender(Value):
     q1: float
     q3: float
     ratio: float
-    """Throughput over the baseline's: the geometric mean of the rounds' ratios."""
+    """Throughput over the baseline's."""
     ratio_low: float | None
     """Lower end of the ratio's 95 % interval, by the test of the finals; None where the rounds are too few for one."""
     ratio_high: float | None
@@ -78,11 +74,18 @@ class BenchResult:
     single_stage_missing: str | None = None
     """Why our single stage is not in the comparison."""
     records: tuple[Record, ...] = ()
+    files: dict[Path, str] = field(default_factory=dict)
+    """What was asked for, not written yet."""
+
+    @property
+    def spec(self) -> RunSpec | None:
+        """What ran, with model and workload; None where nothing did."""
+        return next((record.spec for record in self.records if record.spec), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A job: what to measure, how, and where results go."""
+    """A job: what to measure, how, and where results are to go."""
 
     config: TuneConfig
     request: PlanRequest
@@ -93,17 +96,15 @@ class Bench:
     """Rounds of the comparison with the un-pipelined model; 0 leaves it out."""
 
     def run(self, reporter: Reporter) -> BenchResult:
-        """Starts a fleet, measures, and writes the files that were asked for.
+        """Starts a fleet and measures.
 
         Raises:
             UserError: a model, plan, prompts or file that cannot be used.
             FleetError: the workers failed.
         """
-        from pipetune.bench.fleet.experiment import Experiment
-
         for path in (self.output, self.save_outputs):
             refuse_existing(path)
-        with reporter, tempfile.TemporaryDirectory(prefix="pipetune-") as folder:
+        with reporter, scratch_folder() as folder:
             reporter.begin(f"starting {len(self.config.concrete_devices)} workers")
             with Experiment.start(
                 self.config.model,
@@ -113,9 +114,9 @@ class Bench:
             ) as experiment:
                 shape = experiment.fleet.shape
                 reporter.end(f"{shape.architecture}, {shape.num_layers} layers")
-                result = _Work(self, experiment, reporter).run(Path(folder) / "reference.safetensors")
+                result = _Work(self, experiment, reporter).run(folder / "reference.safetensors")
         if self.output is not None:
-            write_new(self.output, "".join(f"{record.model_dump_json()}\n" for record in result.records))
+            result.files[self.output] = "".join(f"{record.model_dump_json()}\n" for record in result.records)
         return result
 
 
@@ -127,10 +128,14 @@ class _Work:
     experiment: Experiment
     reporter: Reporter
     records: list[Record] = field(default_factory=list)
+    most_records: int = 0
+    """Records that a comparison has at most."""
 
     def run(self, reference: Path) -> BenchResult:
         config, fleet = self.job.config, self.experiment.fleet
-        plan = self.job.request.complete(fleet.shape, fleet.devices, config.workload.num_prompts)
+        num_prompts = config.workload.num_prompts
+        fleet.prompts(config.workload, as_text=self.job.save_outputs is not None)
+        plan = self.job.request.complete(fleet.shape, fleet.devices, num_prompts, config.device_names)
         effective = fleet.resolve(plan, config.workload)
         if isinstance(effective, Failure):
             return BenchResult(plan=plan, outcome=effective)
@@ -145,13 +150,16 @@ class _Work:
         outcome = self._measure(f"measuring {plan.describe()}", effective, protocol)
         comparison, single_missing = None, None
         if isinstance(outcome, Measurement) and self.job.rounds:
+            sizes = baseline_batch_sizes(config.baseline_batch_sizes, num_prompts)
+            self.most_records = 1 + len(sizes) + 3 * self.job.rounds
             compared, single_missing = self._compare(effective)
             if isinstance(compared, Failure):
                 outcome = compared
             else:
                 comparison = compared
+        files = {}
         if isinstance(outcome, Measurement) and self.job.save_outputs is not None:
-            self._save_outputs(effective, self.job.save_outputs)
+            files[self.job.save_outputs] = self._outputs(effective)
         return BenchResult(
             plan=plan,
             outcome=outcome,
@@ -159,29 +167,26 @@ class _Work:
             comparison=comparison,
             single_stage_missing=single_missing,
             records=tuple(self.records),
+            files=files,
         )
 
     def _measure(
-        self, label: str, effective: EffectivePlan, protocol: Protocol, due: finals.Due | None = None
+        self, label: str, what: EffectivePlan | int, protocol: Protocol, due: finals.Due | None = None
     ) -> Outcome:
+        """Runs a plan, or the un-pipelined model at a batch size; for a round of the comparison, if one is due."""
         self.reporter.begin(label)
+        labels: Labels = {"number": len(self.records)}
+        if due is not None:
+            labels |= {"role": "finalist", "round": due.round}
         workload = self.job.config.workload
-        labels = self._labels(due)
-        record = self.experiment.measure(effective.plan, workload, protocol, resolved=effective, **labels)
-        return self._keep(record)
-
-    def _baseline(self, label: str, batch_size: int, protocol: Protocol, due: finals.Due | None = None) -> Outcome:
-        self.reporter.begin(label)
-        workload, labels = self.job.config.workload, self._labels(due)
-        return self._keep(self.experiment.baseline(batch_size, workload, protocol, **labels))
-
-    def _labels(self, due: finals.Due | None) -> Labels:
-        number = len(self.records)
-        return {"number": number} if due is None else {"number": number, "role": "finalist", "round": due.round}
-
-    def _keep(self, record: Record) -> Outcome:
+        if isinstance(what, EffectivePlan):
+            record = self.experiment.measure(what.plan, workload, protocol, resolved=what, **labels)
+        else:
+            record = self.experiment.baseline(what, workload, protocol, **labels)
         self.records.append(record)
         self.reporter.end(describe(record.result, ()))
+        if self.most_records:
+            self.reporter.course(len(self.records), max(0, self.most_records - len(self.records)))
         return record.result
 
     def _compare(self, effective: EffectivePlan) -> tuple[Comparison | Failure, str | None]:
@@ -199,7 +204,7 @@ class _Work:
         whole = Plan.from_layer_counts((fleet.shape.num_layers,), fleet.devices, batch_size).model_copy(update=switches)
         single = fleet.resolve(whole, config.workload)
         peer = peer_name(config.workload)
-        titles = {finals.BASELINE: ("baseline", f"un-pipelined Hugging Face {peer}, batch size {batch_size}")}
+        titles = {BASELINE: ("baseline", f"un-pipelined Hugging Face {peer}, batch size {batch_size}")}
         plans = [effective]
         if isinstance(single, EffectivePlan) and single.key != effective.key:
             plans.insert(0, single)
@@ -220,10 +225,8 @@ class _Work:
             if isinstance(due, finals.FinalsResult):
                 return comparison_of(self.records, titles, objective), missing
             label = f"round {due.shown_round + 1} of {rounds} · {titles[due.name][0]}"
-            if due.name == finals.BASELINE:
-                outcome = self._baseline(label, batch_size, once, due)
-            else:
-                outcome = self._measure(label, finalists.plan(due.name), once, due)
+            what = batch_size if due.name == BASELINE else finalists.plan(due.name)
+            outcome = self._measure(label, what, once, due)
             if isinstance(outcome, Failure):
                 return outcome, missing
 
@@ -232,26 +235,27 @@ class _Work:
         sizes = baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts)
         if len(sizes) == 1:
             return sizes[0]
-        found: list[tuple[float, int]] = []
-        outcome: Outcome | None = None
-        for size in sizes:
-            outcome = self._baseline(f"baseline: un-pipelined, batch size {size}", size, once)
-            if isinstance(outcome, Measurement):
-                found.append((outcome.iterations[0].duration_s, size))
-        if found:
-            return min(found)[1]
-        assert isinstance(outcome, Failure)
-        return outcome
+        outcomes = [self._measure(f"baseline: un-pipelined, batch size {size}", size, once) for size in sizes]
+        found = [
+            (outcome.iterations[0].duration_s, size)
+            for outcome, size in zip(outcomes, sizes, strict=True)
+            if isinstance(outcome, Measurement)
+        ]
+        return (
+            min(found)[1] if found else next(outcome for outcome in reversed(outcomes) if isinstance(outcome, Failure))
+        )
 
-    def _save_outputs(self, effective: EffectivePlan, path: Path) -> None:
+    def _outputs(self, effective: EffectivePlan) -> str:
         workload = self.job.config.workload
-        prompts: Sequence[str | Sequence[int]] = self.experiment.fleet.prompts(workload)
+        prompts = self.experiment.fleet.prompts(workload)
+        texts: Sequence[object] = prompts
         if workload.prompts_file is not None:
-            prompts = _read_prompts(Path(workload.prompts_file), workload.num_prompts)
+            texts = [prompt for _, prompt in read_prompts(workload.prompts_file, workload.generated_len)]
+        rows: list[dict[str, Any]]
         if workload.kind == "score":
             self.reporter.begin(f"scoring {len(prompts)} texts")
             scored = self.experiment.fleet.score(effective.plan, prompts, in_flight=effective.in_flight)
-            lines = [_score_line(text, row) for text, row in zip(prompts, scored, strict=True)]
+            rows = [{"prompt_token_ids": row.token_ids, "logprobs": row.logprobs} for row in scored]
         else:
             self.reporter.begin(f"generating for {len(prompts)} prompts")
             results = self.experiment.fleet.generate(
@@ -262,76 +266,57 @@ class _Work:
                 ignore_eos=self.job.ignore_eos,
                 sampling=workload.sampling,
             )
-            lines = [_output_line(prompt, row) for prompt, row in zip(prompts, results, strict=True)]
-        write_new(path, "".join(lines))
-        self.reporter.end(f"written to {path}")
+            rows = [
+                {
+                    "prompt_token_ids": row.prompt_token_ids,
+                    "text": row.text,
+                    "token_ids": row.token_ids,
+                    "ttft_ms": round(row.ttft_s * 1e3, 3),
+                    "e2el_ms": round(row.e2el_s * 1e3, 3),
+                }
+                for row in results
+            ]
+        lines = [
+            {"prompt": text, **row} if isinstance(text, str) else row for text, row in zip(texts, rows, strict=False)
+        ]
+        self.reporter.end(f"{len(lines)} of them")
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def comparison_of(records: Sequence[Record], titles: Mapping[str, tuple[str, str]], objective: Objective) -> Comparison:
-    """Medians and ratios of a finals without failures.
+    """Levels and ratios of a finals without failures.
 
     Args:
         titles: name and title of each row by its key in the finals, the baseline's first.
         objective: a throughput.
     """
-    runs: dict[str, list[PlanRun]] = {name: [] for name in titles}
-    for record in records:
-        if record.role == "finalist" and isinstance(record.result, Measurement):
-            key = record.effective.key if record.effective is not None else finals.BASELINE
-            runs[key].append(PlanRun(record, record.result))
-    costs = {name: log_costs([run.record for run in group], 0, objective) for name, group in runs.items()}
-    gaps = gaps_behind(costs, finals.BASELINE)
+    found = Finals([PlanRun(record) for record in records], objective)
+    fit = Fit.of(found.cells)
     return Comparison(
-        rounds=len(runs[finals.BASELINE]),
-        contenders=tuple(_contender(*titles[name], group, gaps.get(name), objective) for name, group in runs.items()),
+        rounds=found.rounds[BASELINE],
+        contenders=tuple(_contender(*titles[name], found, name, fit.gap(BASELINE, name)) for name in titles),
     )
 
 
-def _contender(name: str, title: str, runs: Sequence[PlanRun], gap: Gap | None, objective: Objective) -> Contender:
-    """A row; `gap` is how much more a token costs than in the baseline, and None for the baseline itself."""
-    spread, values = spread_of(runs, objective.metric), medians_of(runs)
+def _contender(name: str, title: str, found: Finals, key: str, gap: Gap | None) -> Contender:
+    """A row; `gap` is how far the baseline is behind it."""
+    runs, values, spread = found.runs(key), found.values(key), found.spread(key, found.objective.metric)
+    assert gap is not None, "all of them run in every round"
+    assert spread is not None, "the objective is a throughput"
     busy = [row["stage_busy_ms"] for run in runs if (row := metrics.stage_metrics(run.measurement))]
-    low, high = (1.0, 1.0) if gap is None else (None, None)
-    if gap is not None and gap.freedom:
-        least, most = gap.interval(ALPHA / 2)
-        low, high = 1 / (1 + most), 1 / (1 + least)
+    ratio = gap.ratio(ALPHA / 2)
     return Contender(
         name=name,
         title=title,
         throughput=spread.median,
         q1=spread.q1,
         q3=spread.q3,
-        ratio=1.0 if gap is None else math.exp(-gap.log_ratio),
-        ratio_low=low,
-        ratio_high=high,
+        ratio=ratio.value,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
         bubble_ratio=values.get("bubble_ratio"),
         mean_ttft_ms=values.get("mean_ttft_ms"),
         mean_e2el_ms=values["mean_e2el_ms"],
         stage_busy_ms=tuple(statistics.median(column) for column in zip(*busy, strict=True)) if busy else (),
         throughputs=tuple(statistics.median(metrics.throughputs(run.measurement)) for run in runs),
     )
-
-
-def _read_prompts(path: Path, count: int) -> list[str | list[int]]:
-    """The prompts that the fleet has accepted already."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [line["prompt"] if "prompt" in line else line["prompt_token_ids"] for line in lines[:count]]
-
-
-def _output_line(prompt: str | Sequence[int], row: GenerationResult) -> str:
-    given: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {}
-    values = {
-        **given,
-        "prompt_token_ids": list(row.prompt_token_ids),
-        "text": row.text,
-        "token_ids": list(row.token_ids),
-        "ttft_ms": round(row.ttft_s * 1e3, 3),
-        "e2el_ms": round(row.e2el_s * 1e3, 3),
-    }
-    return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-def _score_line(text: str | Sequence[int], row: ScoreResult) -> str:
-    given: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {}
-    values = {**given, "prompt_token_ids": list(row.token_ids), "logprobs": list(row.logprobs)}
-    return json.dumps(values, ensure_ascii=False) + "\n"

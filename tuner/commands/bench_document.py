@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipetune.bench import metrics
-from pipetune.bench.record import Failure, FailureKind, Measurement
+from pipetune.bench.record import Failure, FailureKind, Measurement, StageMemory
 from pipetune.tuner.commands.bench import BenchResult, Comparison
+from pipetune.tuner.commands.conclude import PLANS_FAULT
 from pipetune.tuner.progress import values_text
 from pipetune.tuner.report.data import host_us_a_task
 from pipetune.tuner.report.document import GAP, Column, Document, Part, Table, Text, left, rows_of
-from pipetune.tuner.report.wording import MISSING, compared_text, steps_text
-
-_PLANS_FAULT = frozenset(
-    {FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY, FailureKind.WRONG_OUTPUT, FailureKind.TIMEOUT}
+from pipetune.tuner.report.wording import (
+    MISSING,
+    bytes_text,
+    compared_text,
+    model_text,
+    ms_text,
+    number_text,
+    percent_text,
+    steps_text,
+    workload_text,
 )
-_SHOWN = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "bubble_ratio")
-_SHOWN_OF_SCORES = ("total_token_throughput", "mean_e2el_ms", "bubble_ratio")
+
+_RATES = ("output_throughput", "total_token_throughput")
 _MOST_SHOWN = 4
 """Stages whose times fit side by side."""
 
@@ -28,7 +36,7 @@ def exit_code(result: BenchResult) -> int:
         return 0
     if result.outcome.kind == FailureKind.UNSUPPORTED_MODEL:
         return 2
-    return 3 if result.outcome.kind in _PLANS_FAULT else 4
+    return 3 if result.outcome.kind in PLANS_FAULT else 4
 
 
 def json_of(result: BenchResult) -> dict[str, Any]:
@@ -50,10 +58,7 @@ def json_of(result: BenchResult) -> dict[str, Any]:
         return values | {"failure": outcome.model_dump(mode="json")}
     return values | {
         "metrics": metrics.derive(outcome),
-        "stages": {
-            **{name: list(row) for name, row in metrics.stage_metrics(outcome).items()},
-            "host_us_a_task": list(host_us_a_task(outcome)),
-        },
+        "stages": {**metrics.stage_metrics(outcome), "host_us_a_task": host_us_a_task(outcome)},
         "load_s": outcome.load_s,
         "check_s": outcome.check_s,
         "prepare_s": outcome.prepare_s,
@@ -74,8 +79,17 @@ def document_of(result: BenchResult) -> Document:
 
 def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
     plan, derived = result.plan, metrics.derive(outcome)
+    rates, spec, name = metrics.throughputs(outcome), result.spec, next(name for name in _RATES if name in derived)
+    named = f"{model_text(spec.model)} · {workload_text(spec.workload, outcome.prompt_lens)} · " if spec else ""
+    yield Text(f"{named}{len(rates)} iteration{'' if len(rates) == 1 else 's'}")
     yield Text(f"{plan.describe()} · {result.in_flight} in flight")
-    yield Text(values_text(derived, _SHOWN if "output_throughput" in derived else _SHOWN_OF_SCORES))
+    sd = f" ± {number_text(statistics.stdev(rates))}" if len(rates) > 1 else ""
+    yield Text(f"{derived[name]:.1f}{sd} tok/s · {values_text(derived, ['bubble_ratio'])}".removesuffix(" · "))
+    yield GAP
+    latencies = [name.upper() for name in metrics.LATENCIES if f"mean_{name}_ms" in derived]
+    shown = ("mean", "median", "p99")
+    times = [(name, *(ms_text(derived.get(f"{of}_{name.lower()}_ms")) for of in shown)) for name in latencies]
+    yield Table(columns=(left(""), *map(Column, shown)), rows=rows_of(times))
     yield GAP
     stages, host_us = metrics.stage_metrics(outcome), host_us_a_task(outcome)
     rows = []
@@ -87,19 +101,25 @@ def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
             (
                 f"{replica}.{own}" if plan.replicas > 1 else str(own),
                 device,
-                f"{stage.first_layer}-{stage.end_layer - 1}",
+                stage.range_text,
                 f"{stages['stage_busy_ms'][index] / 1e3:.2f} s" if stages else MISSING,
                 f"{stages['comm_ms'][index] / 1e3:.2f} s" if stages else MISSING,
                 f"{host_us[index]:.0f} µs" if host_us else MISSING,
-                f"{memory.peak_bytes / 2**20:.0f} MiB" if memory else MISSING,
-                f"{memory.cap_bytes / 2**20:.0f} MiB" if memory else MISSING,
+                bytes_text(memory.peak_bytes if memory else None),
+                _of_cap_text(memory) if memory else MISSING,
             )
         )
-    numbers = map(Column, ("busy", "waits", "host/task", "peak memory", "cap"))
+    numbers = map(Column, ("busy", "waits", "host/task", "peak memory", "of its cap"))
     yield Table(columns=(*map(left, ("stage", "device", "layers")), *numbers), rows=rows_of(rows))
     if plan.replicas > 1:
         yield Text("stages are numbered replica.stage")
     yield Text(f"before the timed iterations: {steps_text(outcome)}")
+
+
+def _of_cap_text(memory: StageMemory) -> str:
+    """`9 % of 3.6 GiB`: what the model takes, without what the process took before any was loaded."""
+    share = (memory.peak_bytes - memory.baseline_bytes) / memory.cap_bytes
+    return f"{percent_text(share)} of {bytes_text(memory.cap_bytes)}"
 
 
 def _comparison(result: BenchResult, comparison: Comparison) -> Iterator[Part]:
@@ -127,7 +147,7 @@ def _comparison(result: BenchResult, comparison: Comparison) -> Iterator[Part]:
     yield Table(columns=(left("", "narrow"), *map(Column, numbers), busy), rows=rows_of(rows))
     yield GAP
     yield Text(
-        f"Medians of {comparison.rounds} interleaved rounds in random order; × is over the baseline, round by round."
+        f"Over {comparison.rounds} interleaved rounds in random order, their drift taken out; × is over the baseline."
     )
     if result.single_stage_missing:
         yield Text(f"Without our single stage: {result.single_stage_missing}")

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipetune.bench.record import FailureKind
-from pipetune.tuner.ranking.values import Ranking, Ratio, Row
+from pipetune.tuner.ranking.values import Ranking, Row
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.document import Section
+from pipetune.tuner.report.files import write_report
+from pipetune.tuner.report.search import median_error, trials_of
+from pipetune.tuner.stats.ratios import Ratio
 from pipetune.tuner.study.files import StudyContents, load_study
 from pipetune.tuner.study.plan_file import DEVICE_MAP_FILE, PLAN_FILE, PlanFile, write_best
 
-if TYPE_CHECKING:
-    from pipetune.tuner.report.data import Report
-    from pipetune.tuner.report.document import Section
-
 DONE, NOTHING_FEASIBLE, FAULT, INTERRUPTED = 0, 3, 4, 130
 
-_PLANS_FAULT = frozenset(
+PLANS_FAULT = frozenset(
     {
         FailureKind.OVER_MEMORY_CAP,
         FailureKind.OUT_OF_MEMORY,
@@ -30,28 +31,30 @@ _PLANS_FAULT = frozenset(
 """Failures that lie with a plan or its model; all others lie with the machine or with us."""
 
 
-def conclude(folder: Path, sections: Sequence[Section] = ()) -> Report:
-    """Writes the exports and the reports of a study as it stands.
+def conclude(folder: Path, show: Callable[[Report], int], sections: Sequence[Section] = ()) -> int:
+    """Writes the exports and the reports of a study as it stands; then shows it, even where they cannot be written.
 
     Args:
+        show: prints the study, and gives the exit code.
         sections: further ones of its page.
 
     Raises:
         StudyError: the folder holds no study that can be read.
+        OSError: a file cannot be written.
     """
-    from pipetune.tuner.report.data import Report
-    from pipetune.tuner.report.files import write_report
-
     contents = load_study(folder)
     report = Report.of(contents)
     best = report.ranking.best
-    if best is None:
-        for name in (PLAN_FILE, DEVICE_MAP_FILE):
-            (folder / name).unlink(missing_ok=True)
-    else:
-        write_best(folder, plan_file(contents, best), contents.shape, contents.config.device_names)
-    write_report(report, sections)
-    return report
+    try:
+        if best is None:
+            for name in (PLAN_FILE, DEVICE_MAP_FILE):
+                (folder / name).unlink(missing_ok=True)
+        elif contents.shape is not None:
+            write_best(folder, plan_file(contents, best), contents.shape, contents.config.device_names)
+        write_report(report, sections)
+    finally:
+        code = show(report)
+    return code
 
 
 def plan_file(contents: StudyContents, row: Row) -> PlanFile:
@@ -73,7 +76,7 @@ def exit_code(ranking: Ranking, *, interrupted: bool = False) -> int:
     if ranking.best is not None:
         return DONE
     kinds = {row.failure.kind for row in ranking.failures if row.role == "trial"}
-    return FAULT if kinds and not ranking.rows and not kinds & _PLANS_FAULT else NOTHING_FEASIBLE
+    return FAULT if kinds and not ranking.rows and not kinds & PLANS_FAULT else NOTHING_FEASIBLE
 
 
 def why_nothing(ranking: Ranking) -> str | None:
@@ -111,7 +114,11 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
         "constraints": [str(constraint) for constraint in ranking.constraints],
         "best": _row(ranking.best),
         "baseline": ranking.baseline
-        and {"batch_size": ranking.baseline.batch_size, "metrics": ranking.baseline.metrics},
+        and {
+            "batch_size": ranking.baseline.batch_size,
+            "metrics": ranking.baseline.metrics,
+            "measured_in": "finals" if ranking.baseline.in_finals else "search",
+        },
         "single_stage": _row(ranking.single_stage),
         "recommended_because": ranking.recommended_because,
         "front": [row.rank for row in ranking.front],
@@ -137,7 +144,9 @@ def _row(row: Row | None) -> dict[str, Any] | None:
         "plan": row.plan.model_dump(mode="json"),
         "layers": list(row.plan.layer_counts),
         "in_flight": row.effective.in_flight,
+        "measured_in": "finals" if row.in_finals else "search",
         "confirmed": row.confirmed,
+        "tied": row.tied,
         "recommended": row.recommended,
         "metrics": row.metrics,
         "speedup_over_baseline": _ratio(row.speedup_over_baseline),
@@ -149,8 +158,6 @@ def _row(row: Row | None) -> dict[str, Any] | None:
 
 def _search(report: Report) -> dict[str, Any]:
     """How the search went; times and the reason of its end are null in studies from before a search log was kept."""
-    from pipetune.tuner.report.search import median_error, trials_of
-
     trials, log = trials_of(report), report.log
     return {
         "stop": log.stop.model_dump(mode="json") if log and log.stop else None,

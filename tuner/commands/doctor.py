@@ -5,27 +5,28 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
 import shutil
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from pipetune.bench.errors import ConfigError, FleetError, ModelError, NothingFeasibleError, PipetuneError, UserError
-from pipetune.bench.spec import ModelSpec, Plan, Value, device_kind
+from pipetune.bench.errors import FleetError, ModelError, NothingFeasibleError, PipetuneError, UserError
+from pipetune.bench.files import scratch_folder
+from pipetune.bench.fleet.experiment import Experiment
+from pipetune.bench.fleet.fleet import Fleet, available_devices, load_now, warn_of_cores
+from pipetune.bench.spec import ModelSpec, Plan, Value
+from pipetune.tuner.commands.plan import model_flags, read_model
 from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.costs.described import DescribedDevices
 from pipetune.tuner.planning.model_fit import ModelFit, Wanted, fit_model
 from pipetune.tuner.progress import Reporter
-from pipetune.tuner.report.document import GAP, Document, Style, Table, left, rows_of
+from pipetune.tuner.report.document import GAP, Code, Document, Style, Table, left, rows_of
 from pipetune.tuner.report.document import Text as Cell
 from pipetune.tuner.report.model_fit import parts_of
-
-if TYPE_CHECKING:
-    from pipetune.bench.fleet.experiment import Experiment
-    from pipetune.bench.fleet.fleet import Fleet
 
 PACKAGES = ("pipetune", "torch", "transformers", "accelerate", "optuna", "pydantic", "typer")
 _LOW_DISK_BYTES = 2 * 2**30
@@ -43,13 +44,15 @@ _TINY_MODEL = {
     "pad_token_id": 0,
 }
 """With a layer for each device: enough to pass tokens through all workers."""
+Verdict = Literal["ok", "warning", "failed"]
+_STYLES: dict[Verdict, Style] = {"ok": "good", "warning": "warning", "failed": "bad"}
 
 
 class Check(Value):
     """One thing that was looked at."""
 
     name: str
-    verdict: Literal["ok", "warning", "failed"]
+    verdict: Verdict
     text: str
 
 
@@ -62,205 +65,204 @@ class Fitting(Value):
 
 
 class DoctorResult(Value):
-    """All checks, the model if one was named, and the exit code they amount to."""
+    """All checks, and the model if one was named."""
 
     checks: tuple[Check, ...]
     model_fit: ModelFit | None = Field(default=None, serialization_alias="anatomy")
     fault_code: int = 0
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the worst check: 0, 2, 3 or 4."""
-        return self.fault_code if any(check.verdict == "failed" for check in self.checks) else 0
+    """Exit code of the first fault: 0, 2, 3 or 4."""
+    next_command: str = "pipetune demo"
+    """What to type where all is well."""
 
     def document(self) -> Document:
         """The checks, and the model if one was named, for people."""
-        styles: dict[str, Style] = {"ok": "good", "warning": "warning", "failed": "bad"}
-        rows = [(check.name, Cell(check.verdict, styles[check.verdict]), check.text) for check in self.checks]
+        rows = [(check.name, Cell(check.verdict, _STYLES[check.verdict]), check.text) for check in self.checks]
         checks = Table(columns=(left(""), left(""), left("", "prose")), rows=rows_of(rows))
-        return Document(parts=(checks, *((GAP, *parts_of(self.model_fit)) if self.model_fit is not None else ())))
+        fit = (GAP, *parts_of(self.model_fit)) if self.model_fit is not None else ()
+        worst: Verdict = max((check.verdict for check in self.checks), key=list(_STYLES).index)
+        told = [check for check in self.checks if check.verdict == worst] if worst != "ok" else []
+        verdict = {"ok": "ready", "warning": "ready, with warnings", "failed": "not ready"}[worst]
+        names = f": {', '.join(check.name for check in told)}" if told else ""
+        next_one = () if self.fault_code else (Code(self.next_command),)
+        return Document(parts=(checks, *fit, GAP, Cell(f"Verdict: {verdict}{names}", _STYLES[worst]), *next_one))
 
 
 @dataclass
 class _Findings:
     """What was found so far."""
 
-    checks: list[Check]
+    checks: list[Check] = field(default_factory=list)
     model_fit: ModelFit | None = None
     fault_code: int = 0
 
+    def add(self, name: str, text: str, verdict: Verdict = "ok") -> None:
+        self.checks.append(Check(name=name, verdict=verdict, text=text))
+
     def fail(self, name: str, text: str, code: int) -> None:
         """The first fault decides the exit code."""
-        self.checks.append(Check(name=name, verdict="failed", text=text))
+        self.add(name, text, "failed")
         self.fault_code = self.fault_code or code
 
 
-def run_doctor(config: TuneConfig, fitting: Fitting | None, reporter: Reporter) -> DoctorResult:
+def run_doctor(
+    config: TuneConfig, fitting: Fitting | None, reporter: Reporter, described: DescribedDevices | None = None
+) -> DoctorResult:
     """Looks at software, disk, devices and, with real workers, at what is needed to run.
 
     Args:
         config: with its devices resolved.
         fitting: None leaves the model out: the workers pass tokens of a tiny one.
-
-    Raises:
-        ConfigError: settings that cannot be used at all.
+        described: devices to fit it onto in place of this machine's, which then start no workers.
     """
-    if fitting is not None and not 0.0 < fitting.memory_fraction <= 1.0:
-        raise ConfigError(f"--memory-fraction {fitting.memory_fraction}: must be above 0 and up to 1")
-    found = _Findings([*_software(), *_disk()])
+    found = _Findings()
+    _look_at_host(found)
     try:
-        with reporter, tempfile.TemporaryDirectory(prefix="pipetune-doctor-") as folder:
+        with reporter:
             if fitting is None:
-                _look_at_workers(config, Path(folder), reporter, found)
+                _look_at_workers(config, reporter, found)
             else:
-                _look_at_model(config, fitting, reporter, found)
+                _look_at_model(config, fitting, reporter, found, described)
     except PipetuneError as error:
-        found.fail("model" if isinstance(error, ModelError) else "workers", _reason(error), error.exit_code)
-    return DoctorResult(checks=tuple(found.checks), model_fit=found.model_fit, fault_code=found.fault_code)
+        text = str(error)
+        if isinstance(error, FleetError) and error.failure.detail:
+            text += f"; the last it said: {error.failure.detail.strip().splitlines()[-1]}"
+        found.fail("model" if isinstance(error, ModelError) else "workers", text, error.exit_code)
+    told = {}
+    if fitting is not None:
+        verb, file = ("tune", "") if described is None else ("plan", f" --device-file {shlex.quote(described.place)}")
+        told["next_command"] = f"pipetune {verb} {model_flags(config)}{file}"
+    return DoctorResult(checks=tuple(found.checks), model_fit=found.model_fit, fault_code=found.fault_code, **told)
 
 
-def _software() -> Iterator[Check]:
-    yield Check(name="python", verdict="ok", text=f"{platform.python_version()} on {platform.platform()}")
+def _look_at_host(found: _Findings) -> None:
+    found.add("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         try:
-            yield Check(name=package, verdict="ok", text=importlib.metadata.version(package))
+            found.add(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             # A checkout that is run in place has no version of its own.
-            verdict: Literal["warning", "failed"] = "warning" if package == "pipetune" else "failed"
-            yield Check(name=package, verdict=verdict, text="not installed")
-
-
-def _disk() -> Iterator[Check]:
+            found.add(package, "not installed", "warning" if package == "pipetune" else "failed")
     free = shutil.disk_usage(Path.cwd()).free
-    verdict: Literal["ok", "warning"] = "ok" if free >= _LOW_DISK_BYTES else "warning"
-    yield Check(name="disk", verdict=verdict, text=f"{free / 2**30:.1f} GiB free here")
-
-
-def _devices() -> Check:
-    from pipetune.bench.fleet.fleet import available_devices
-
-    return Check(name="devices", verdict="ok", text=f"auto takes {', '.join(available_devices())}")
-
-
-def _look_at_workers(config: TuneConfig, folder: Path, reporter: Reporter, found: _Findings) -> None:
-    """Starts workers on a model with a layer for each."""
-    from pipetune.bench.fleet.experiment import Experiment
-
-    found.checks.append(_devices())
-    devices = config.concrete_devices
-    values = {**_TINY_MODEL, "num_hidden_layers": len(devices)}
-    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    tiny = ModelSpec(name=str(folder), load_format="dummy", dtype=config.model.dtype)
-    reporter.begin(f"starting {len(devices)} workers")
-    with Experiment.start(tiny, devices, exclusive=False, on_progress=reporter.fleet) as experiment:
-        found.checks += _machine(experiment.fleet)
-        found.checks.append(_talk(experiment.fleet))
-
-
-def _look_at_model(config: TuneConfig, fitting: Fitting, reporter: Reporter, found: _Findings) -> None:
-    """Starts workers on the model, which describe it; no weights are loaded."""
-    found.checks.append(_devices())
-    with _start(config, reporter, found) as experiment:
-        fleet = experiment.fleet
-        found.checks += _machine(fleet)
-        found.checks.append(_model(fleet))
-        lens: tuple[int, ...] = (config.workload.input_len,)
-        try:
-            lens = fleet.prompt_lens(config.workload)
-        except UserError as error:
-            found.fail("workload", str(error), error.exit_code)
-        wanted = Wanted(
-            workload=config.workload,
-            prompt_lens=lens,
-            devices=fleet.devices,
-            device_bytes=fleet.device_bytes,
-            micro_batch_size=fitting.micro_batch_size,
-            memory_fraction=fitting.memory_fraction,
+    found.add("disk", f"{free / 2**30:.1f} GiB free here", "ok" if free >= _LOW_DISK_BYTES else "warning")
+    found.add("devices", f"auto takes {', '.join(available_devices())}")
+    busy = load_now(available_devices())
+    found.add("load", "; ".join(busy) or "others take little", "warning" if busy else "ok")
+    system = Path("/sys/devices/system")
+    nodes = [
+        f"{path.parent.name} has cores {path.read_text().strip()}" for path in sorted(system.glob("node/node*/cpulist"))
+    ]
+    if len(nodes) > 1:
+        found.add("NUMA", "; ".join(nodes))
+    governors = {path.read_text().strip() for path in system.glob("cpu/cpu*/cpufreq/scaling_governor")}
+    if governors:
+        steady = governors <= {"performance"}
+        slow = (
+            "" if steady else ": clocks follow the load, and times with them; `cpupower frequency-set -g performance`"
         )
-        found.model_fit = fit_model(fleet.shape, wanted)
+        found.add("governor", f"{', '.join(sorted(governors))}{slow}", "ok" if steady else "warning")
+
+
+def _look_at_workers(config: TuneConfig, reporter: Reporter, found: _Findings) -> None:
+    """Starts workers on a model with a layer for each, and passes tokens through them."""
+    devices = config.concrete_devices
+    with scratch_folder() as folder:
+        values = {**_TINY_MODEL, "num_hidden_layers": len(devices)}
+        (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        tiny = ModelSpec(name=str(folder), load_format="dummy", dtype=config.model.dtype)
+        reporter.begin(f"starting {len(devices)} workers")
+        with _start(tiny, devices, reporter) as experiment:
+            fleet = experiment.fleet
+            _look_at_machine(fleet, found)
+            plan = Plan.from_layer_counts((1,) * len(devices), fleet.devices, 1)
+            results = fleet.generate(plan, [[5, 6, 7], [8, 9]], max_new_tokens=4, ignore_eos=True)
+            assert all(len(result.token_ids) == 4 for result in results)
+            found.add("pipeline", f"tokens went through {len(devices)} stages and back")
+
+
+def _look_at_model(
+    config: TuneConfig, fitting: Fitting, reporter: Reporter, found: _Findings, described: DescribedDevices | None
+) -> None:
+    """Starts workers on the model, or one for devices that are only described; no weights are loaded."""
+    devices, costs = config.concrete_devices, None
+    lens: tuple[int, ...] = (config.workload.input_len,)
+    if described is not None:
+        known = read_model(config, reporter, described)
+        shape, lens, sizes = known.shape, known.prompt_lens, known.device_bytes
+        costs = described.costs(shape, scores=config.workload.kind == "score")
+        found.add("described", f"{', '.join(devices)}, by {described.place}")
+    else:
+        reporter.begin(f"starting {len(devices)} workers")
+        with _start_or_describe(config.model, devices, reporter, found) as experiment:
+            shape, sizes = experiment.fleet.shape, experiment.fleet.device_bytes
+            _look_at_machine(experiment.fleet, found)
+            try:
+                lens = experiment.fleet.prompt_lens(config.workload)
+            except UserError as error:
+                found.fail("workload", str(error), error.exit_code)
+    weights = shape.embedding_bytes + shape.head_bytes + shape.other_bytes
+    weights += sum(layer.weight_bytes for layer in shape.layers)
+    cuts = shape.num_layers - 1 - len(set(shape.forbidden_cuts))
+    tied = ", head tied to the embedding" if shape.tied else ""
+    found.add(
+        "model",
+        f"{shape.architecture}, {shape.num_layers} layers at {shape.layers_prefix}, {cuts} places to cut, "
+        f"{shape.num_parameters / 1e6:.0f} M parameters, {weights / 2**20:.0f} MiB{tied}",
+    )
+    wanted = Wanted(
+        workload=config.workload,
+        prompt_lens=lens,
+        devices=devices,
+        device_bytes=sizes,
+        max_memory_bytes=config.space.max_memory_per_device,
+        costs=costs,
+        **fitting.model_dump(),
+    )
+    found.model_fit = fit_model(shape, wanted)
     if found.model_fit.remedy is not None:
         text = f"not even one micro-batch fits: {found.model_fit.remedy}"
         found.fail("fit", text, NothingFeasibleError.exit_code)
 
 
-def _start(config: TuneConfig, reporter: Reporter, found: _Findings) -> Experiment:
+def _start(model: ModelSpec, devices: Sequence[str], reporter: Reporter) -> Experiment:
+    return Experiment.start(model, devices, exclusive=False, on_progress=reporter.fleet)
+
+
+def _start_or_describe(model: ModelSpec, devices: Sequence[str], reporter: Reporter, found: _Findings) -> Experiment:
     """The model's fleet; where only its config is at hand, that is a fault, and the model is described all the same.
 
     Raises:
         ModelError: the model cannot be found, read or split.
         FleetError: workers that do not start.
     """
-    from pipetune.bench.fleet.experiment import Experiment
-
-    model, devices = config.model, config.concrete_devices
-    reporter.begin(f"starting {len(devices)} workers")
     try:
-        return Experiment.start(model, devices, exclusive=False, on_progress=reporter.fleet)
+        return _start(model, devices, reporter)
     except ModelError as error:
         if model.load_format == "dummy" or not (Path(model.name).expanduser() / "config.json").is_file():
             raise
+        dummy = model.model_copy(update={"load_format": "dummy"})
         try:
-            dummy = model.model_copy(update={"load_format": "dummy"})
-            experiment = Experiment.start(dummy, devices, exclusive=False, on_progress=reporter.fleet)
+            experiment = _start(dummy, devices, reporter)
         except ModelError as without_weights:
-            if str(without_weights) == str(error):
-                raise error from None
-            found.fail("weights", str(error), error.exit_code)
+            if str(without_weights) != str(error):
+                found.fail("weights", str(error), error.exit_code)
             raise
         found.fail("weights", str(error), error.exit_code)
         return experiment
 
 
-def _machine(fleet: Fleet) -> Iterator[Check]:
+def _look_at_machine(fleet: Fleet, found: _Findings) -> None:
     hardware, software = fleet.machine.hardware, fleet.machine.software
-    yield Check(
-        name="cpu",
-        verdict="ok",
-        text=f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB",
-    )
+    memory = f"{hardware.memory_bytes / 2**30:.0f} GiB"
+    found.add("cpu", f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {memory}")
     for index, gpu in enumerate(hardware.gpus):
-        yield Check(name=f"cuda:{index}", verdict="ok", text=f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB")
+        memory = "memory not known" if gpu.memory_bytes is None else f"{gpu.memory_bytes / 2**30:.0f} GiB"
+        found.add(f"cuda:{index}", f"{gpu.name}, {memory}")
     if hardware.gpus:
         versions = {"driver": software.driver, "CUDA": software.cuda, "NCCL": software.nccl}
         text = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        yield Check(name="gpu software", verdict="ok", text=text or "unknown")
+        found.add("gpu software", text or "unknown")
         if hardware.links:
-            yield Check(name="links", verdict="ok", text=", ".join(hardware.links))
-    shares = ", ".join(f"{device} {size / 2**30:.1f} GiB" for device, size in fleet.device_bytes.items())
-    yield Check(name="memory", verdict="ok", text=shares)
-    cpus = sum(device_kind(device) == "cpu" for device in fleet.devices)
-    crowded = cpus > hardware.cpu_cores
-    yield Check(
-        name="workers",
-        verdict="warning" if crowded else "ok",
-        text=f"{len(fleet.devices)} started"
-        + (f"; {cpus} CPU workers share {hardware.cpu_cores} cores, times will mean little" if crowded else ""),
-    )
-
-
-def _model(fleet: Fleet) -> Check:
-    shape = fleet.shape
-    weights = shape.embedding_bytes + shape.head_bytes + shape.other_bytes
-    weights += sum(layer.weight_bytes for layer in shape.layers)
-    cuts = shape.num_layers - 1 - len(set(shape.forbidden_cuts))
-    return Check(
-        name="model",
-        verdict="ok",
-        text=f"{shape.architecture}, {shape.num_layers} layers at {shape.layers_prefix}, {cuts} places to cut, "
-        f"{shape.num_parameters / 1e6:.0f} M parameters, {weights / 2**20:.0f} MiB"
-        + (", head tied to the embedding" if shape.tied else ""),
-    )
-
-
-def _talk(fleet: Fleet) -> Check:
-    """Passes tokens of the tiny model through all workers."""
-    plan = Plan.from_layer_counts((1,) * len(fleet.devices), fleet.devices, 1)
-    results = fleet.generate(plan, [[5, 6, 7], [8, 9]], max_new_tokens=4, ignore_eos=True)
-    assert all(len(result.token_ids) == 4 for result in results)
-    return Check(name="pipeline", verdict="ok", text=f"tokens went through {len(fleet.devices)} stages and back")
-
-
-def _reason(error: PipetuneError) -> str:
-    if isinstance(error, FleetError) and error.failure.detail:
-        return f"{error}; the last it said: {error.failure.detail.strip().splitlines()[-1]}"
-    return str(error)
+            found.add("links", ", ".join(hardware.links))
+    found.add("memory", ", ".join(f"{device} {size / 2**30:.1f} GiB" for device, size in fleet.device_bytes.items()))
+    notes = warn_of_cores(fleet.devices)
+    found.add("workers", "; ".join((f"{len(fleet.devices)} started", *notes)), "warning" if notes else "ok")

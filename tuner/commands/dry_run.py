@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan
 from pipetune.tuner.config.schema import TuneConfig
@@ -20,9 +21,6 @@ from pipetune.tuner.search.space.build import build_space, count_raw_partitions
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.search.study_costs import kept_costs
-
-if TYPE_CHECKING:
-    from pipetune.bench.fleet.fleet import Fleet
 
 _SHOWN = 16
 
@@ -121,45 +119,34 @@ def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
     Raises:
         UserError: a model, prompts or bounds that cannot be used.
     """
-    from pipetune.bench.fleet.experiment import Experiment
-
     reporter.begin(f"reading {config.model.name}")
-    devices = config.concrete_devices
+    devices, workload = config.concrete_devices, config.workload
     with Experiment.start(config.model, devices, exclusive=False, on_progress=reporter.fleet) as experiment:
-        return _plan(folder, config, experiment.fleet)
-
-
-def _plan(folder: Path, config: TuneConfig, fleet: Fleet) -> DryRun:
-    lens = fleet.prompt_lens(config.workload)
-    resolve = Resolver.of_workload(fleet.shape, config.workload, lens, fleet.device_bytes)
-    cost, over_profile = kept_costs(fleet, config, lens, resolve)
-    space = build_space(config.space, fleet.devices, fleet.shape, cost, resolve)
-    return DryRun(
-        folder=folder,
-        config=config,
-        shape=fleet.shape,
-        baseline_batch_sizes=baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts),
-        num_partitions=count_raw_partitions(config.space, fleet.shape, len(fleet.devices), config.workload.num_prompts),
-        space=space,
-        over_profile=over_profile,
-        queue=_queue(config, space, cost, resolve),
-    )
+        fleet, shape = experiment.fleet, experiment.fleet.shape
+        lens = fleet.prompt_lens(workload)
+        resolve = Resolver.of_workload(shape, workload, lens, fleet.device_bytes)
+        cost, over_profile = kept_costs(fleet, config, lens, resolve)
+        space = build_space(config.space, fleet.devices, shape, cost, resolve)
+        return DryRun(
+            folder=folder,
+            config=config,
+            shape=shape,
+            baseline_batch_sizes=baseline_batch_sizes(config.baseline_batch_sizes, workload.num_prompts),
+            num_partitions=count_raw_partitions(config.space, shape, len(devices), workload.num_prompts),
+            space=space,
+            over_profile=over_profile,
+            queue=_queue(config, space, cost, resolve),
+        )
 
 
 def _queue(
     config: TuneConfig, space: SearchSpace, cost: CostModel, resolve: Resolver
 ) -> tuple[tuple[Plan, dict[str, float]], ...]:
-    forecaster = Forecaster(
-        space,
-        cost,
-        resolve,
-        objectives=config.objectives,
-        constraints=config.constraints,
-    )
+    forecaster = Forecaster(space, cost, resolve, objectives=config.objectives, constraints=config.constraints)
     forecast = forecaster.look(History(space, resolve))
     worth = forecast.worth(forecast.scalar(even_weights(len(config.objectives)))[0])
     first = sorted(range(len(worth)), key=lambda place: -worth[place])[:_SHOWN]
-    return tuple((forecast.effective[place].plan, forecast.predicted(place)[0]) for place in first)
+    return tuple((forecast.effective[place].plan, forecast.metrics.of(place)[0]) for place in first)
 
 
 def _joined(values: tuple[float, ...]) -> str:

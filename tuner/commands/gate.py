@@ -11,21 +11,31 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipetune.bench.errors import ConfigError, explain
+from pipetune.bench.fleet.fleet import warn_of_cores
 from pipetune.tuner.commands.plan_request import PlanRequest
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.gate import GateConfig, Tolerance, full_name
-from pipetune.tuner.config.resolve import resolve_settings
-from pipetune.tuner.config.settings import KeyPath
 from pipetune.tuner.gate.cases import SideRequest, case_of, parse_env
 from pipetune.tuner.gate.python_env import commit_of
 from pipetune.tuner.gate.run import Gate
 from pipetune.tuner.gate.runners import FreshProcesses, RunningFleet, SideRunner
-from pipetune.tuner.gate.values import Case, GateResult, SideName
+from pipetune.tuner.gate.stored.run import StoredGate, compare_files, nothing_stored
+from pipetune.tuner.gate.values import GateResult, Side, SideName
 from pipetune.tuner.progress import Reporter
-from pipetune.tuner.study.files import CONFIG_FILE, read_config
+from pipetune.tuner.study.files import StudyFile, read_config
 from pipetune.tuner.study.plan_file import PLAN_FILE, read_plan
 
 Job = Callable[[Reporter], GateResult]
+_OF_CANDIDATES = ("candidate_plan", "candidate_dtype", "candidate_python", "candidate_env")
+_OF_BASELINES_THAT_RUN = (
+    "baseline_plan",
+    "baseline_dtype",
+    "baseline_python",
+    "baseline_ref",
+    "baseline_env",
+    "rounds_in_process",
+    "order_seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +83,18 @@ class GateRequest:
         baseline = self._measured_plan()
         if self.baseline_ref is not None and self.baseline_python is not None:
             raise ConfigError("--baseline-ref and --baseline-python: give one; a revision brings its own environment")
-        cases = tuple(self._case(baseline, config) for config in self._configs())
+        cases = tuple(
+            case_of(
+                config.stem if config is not None else "default",
+                self._side("baseline", baseline, config),
+                self._side("candidate", self.candidate_plan or baseline, config),
+            )
+            for config in self._configs()
+        )
         runner: SideRunner = RunningFleet(cases) if self.rounds_in_process else FreshProcesses(cases)
-        return Gate(cases=cases, runner=runner, seed=self._order_seed(), max_minutes=self.max_minutes).run
+        # Every night has an order of its own, unless a seed is given: a fixed one would repeat its luck.
+        seed = secrets.randbelow(2**31) if self.order_seed is None else self.order_seed
+        return Gate(cases=cases, runner=runner, seed=seed, max_minutes=self.max_minutes).run
 
     def shown(self) -> str:
         """The settings of every case with their sources, as YAML; those of the baseline, where sides differ.
@@ -99,21 +118,12 @@ class GateRequest:
         return self.baseline_plan
 
     def _of_files(self) -> Job:
-        from pipetune.tuner.gate.stored.run import compare_files
-
-        others: dict[str, object] = {
-            "--stored": self.stored or None,
-            "--candidate-plan": self.candidate_plan,
-            "--candidate-dtype": self.candidate_dtype,
-            "--candidate-python": self.candidate_python,
-            "--candidate-env": self.candidate_env or None,
-            "--max-minutes": self.max_minutes,
-            **self._of_a_baseline_that_runs(),
-            **{
-                one.option: self.params.get(one.name) for one in sources.settings().values() if one.name != "output_dir"
-            },
-        }
-        given = [flag for flag, value in others.items() if value is not None]
+        given = self._given("stored", *_OF_CANDIDATES, "max_minutes", *_OF_BASELINES_THAT_RUN)
+        given += [
+            one.option
+            for one in sources.settings().values()
+            if one.name != "output_dir" and self.params.get(one.name) is not None
+        ]
         if len(self.files) < 2 or given:
             raise ConfigError(
                 "files of pytest-benchmark are compared alone: one or more of the baseline, then the candidate's; "
@@ -125,19 +135,15 @@ class GateRequest:
 
     def _gate_of_files(self) -> GateConfig:
         """The section of the config, if one is given: what ran is said by the files."""
-        if not self.config:
+        if (config := self._one_config()) is None:
             return GateConfig()
-        (config,) = self._configs() if len(self.config) < 2 else (self._several(),)
-        unused: dict[KeyPath, object] = {("model", "name"): "that of the files"}
-        return resolve_settings({"config": config}, below=unused, below_name="the files", warn=self.warn).config.gate
+        unused: sources.Below = ({("model", "name"): "that of the files"}, "the files")
+        return sources.resolve_settings({"config": config}, below=unused, warn=self.warn).config.gate
 
     def _stored(self) -> Job:
-        from pipetune.tuner.gate.stored.run import StoredGate, nothing_stored
-
-        given = [flag for flag, value in self._of_a_baseline_that_runs().items() if value is not None]
-        if given:
+        if given := self._given(*_OF_BASELINES_THAT_RUN):
             raise ConfigError(f"--stored and {given[0]}: the baseline is stored, and does not run; leave one out")
-        (config,) = self._configs() if len(self.config) < 2 else (self._several(),)
+        config = self._one_config()
         plan = self.candidate_plan or self._stored_plan()
         if plan is None:
             return lambda reporter: nothing_stored(self.stored[0], self._gate_config(GateConfig()))
@@ -148,71 +154,61 @@ class GateRequest:
             max_minutes=self.max_minutes,
         ).run
 
-    def _of_a_baseline_that_runs(self) -> dict[str, object]:
-        """Flags, with None for those that are not given."""
-        return {
-            "--baseline-plan": self.baseline_plan,
-            "--baseline-dtype": self.baseline_dtype,
-            "--baseline-python": self.baseline_python,
-            "--baseline-ref": self.baseline_ref,
-            "--baseline-env": self.baseline_env or None,
-            "--rounds-in-process": self.rounds_in_process or None,
-            "--order-seed": self.order_seed,
-        }
+    def _given(self, *names: str) -> list[str]:
+        """Those of the flags that are not at their defaults."""
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(GateRequest, name)]
 
     def _stored_plan(self) -> Path | None:
         """The best plan of the stored study: what else runs it now; None where a study has none."""
         plan = self.stored[0] / PLAN_FILE
         if plan.is_file():
             return plan
-        if (self.stored[0] / CONFIG_FILE).is_file():
+        if (self.stored[0] / StudyFile.CONFIG).is_file():
             return None
         raise ConfigError(
             f"--stored {self.stored[0]}: is no study with a {PLAN_FILE}; name a plan by --candidate-plan FILE"
         )
 
-    def _several(self) -> Path:
-        raise ConfigError(f"one case at a time where a side is stored; given are {len(self.config)} configs")
+    def _one_config(self) -> Path | None:
+        if len(self.config) > 1:
+            raise ConfigError(f"one case at a time where a side is stored; given are {len(self.config)} configs")
+        return next(iter(self.config), None)
 
     def _configs(self) -> tuple[Path | None, ...]:
         names = [path.stem for path in self.config]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
                 f"--config: two files are called {doubled[0]}; a case is named after its file, rename one"
             )
         return self.config or (None,)
 
-    def _case(self, baseline: Path, config: Path | None) -> Case:
-        return case_of(
-            config.stem if config is not None else "default",
-            self._side("baseline", baseline, config),
-            self._side("candidate", self.candidate_plan or baseline, config),
-        )
-
     def _side(self, name: SideName, plan: Path, config: Path | None) -> SideRequest:
         resolved = self._settings(name, plan, config).config
         ref = self.baseline_ref if name == "baseline" else None
-        return SideRequest(
-            config=resolved.model_copy(update={"gate": self._gate_config(resolved.gate)}),
+        warn_of_cores(resolved.concrete_devices)
+        settings = resolved.model_copy(update={"gate": self._gate_config(resolved.gate)})
+        side = Side(
+            name=name,
+            model=resolved.model,
             plan=read_plan(plan).plan,
+            devices=resolved.concrete_devices,
             python=self.baseline_python if name == "baseline" else self.candidate_python,
             ref=ref,
             revision=commit_of(ref) if ref is not None else None,
             env=parse_env(f"--{name}-env", self.baseline_env if name == "baseline" else self.candidate_env),
         )
+        return SideRequest(side, settings)
 
     def _settings(self, name: SideName, plan: Path, config: Path | None) -> sources.Resolved:
-        request = PlanRequest(source=str(plan), plan_file=read_plan(plan), plan_folder=plan.parent)
+        request = PlanRequest(source=str(plan), plan_file=read_plan(plan))
         below, below_name = request.settings_below()
-        if self.stored and (self.stored[0] / CONFIG_FILE).is_file():
+        if self.stored and (self.stored[0] / StudyFile.CONFIG).is_file():
             protocol = read_config(self.stored[0]).protocol.model_dump(mode="json")
             below = {**below, **{("protocol", key): value for key, value in protocol.items()}}
         dtype = self.baseline_dtype if name == "baseline" else self.candidate_dtype
-        return resolve_settings(
+        return sources.resolve_settings(
             {**self.params, "config": config, "dtype": dtype, "output_dir": None},
-            below=below,
-            below_name=below_name,
+            below=(below, below_name),
             warn=self.warn,
         )
 
@@ -236,7 +232,3 @@ class GateRequest:
         except ValueError as error:
             raise ConfigError(f"--metric: {error}") from None
         return config.model_copy(update={"metrics": metrics})
-
-    def _order_seed(self) -> int:
-        """A seed of its own every night, unless one is given: a fixed order would repeat its luck."""
-        return secrets.randbelow(2**31) if self.order_seed is None else self.order_seed

@@ -8,6 +8,7 @@ the result says from which.
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,15 @@ from typing import Literal
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import write_durably
-from pipetune.bench.memory import ModelShape, StageBytes, stage_bytes
+from pipetune.bench.fleet.experiment import Experiment
+from pipetune.bench.fleet.fleet import device_bytes
+from pipetune.bench.memory import ModelShape, stage_bytes
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.profile import Profile
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, device_kind
 from pipetune.tuner.config.schema import Constraint, TuneConfig
+from pipetune.tuner.planning.calibration.observation import Observation
+from pipetune.tuner.planning.calibration.predictor import refit
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.described import DescribedDevices
 from pipetune.tuner.planning.costs.profile_cache import find_profile, read_profile
@@ -28,8 +33,8 @@ from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.prediction import Prediction
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.search.space.build import build_space
-from pipetune.tuner.search.space.candidates import candidates
 from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import candidates
 from pipetune.tuner.study.plan_file import PlanFile, render
 
 SourceKind = Literal["profile", "described", "nominal"]
@@ -57,9 +62,10 @@ class PlannedStage:
     busy_s: float
     idle_share: float
     """Share of the plan's duration in which the stage computes nothing."""
-    memory: StageBytes
+    weights_bytes: int
     kv_bytes: int
     """Bytes of the KV cache over all micro-batches in flight."""
+    activation_bytes: int
     total_bytes: int
     cap_bytes: int
 
@@ -96,10 +102,17 @@ class PlannedPlan:
         """Bound over duration: how near the plan is to what its own slowest stage allows."""
         return self.prediction.bound_s / self.prediction.duration_s
 
-    @property
-    def ideal_share(self) -> float:
-        """How near it is to what all devices could do together, were each busy all the time."""
-        return self.prediction.ideal_s / self.prediction.duration_s
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What a worker says of the model and the prompts."""
+
+    model: ModelSpec
+    """With its revision."""
+    shape: ModelShape
+    hardware_id: str
+    prompt_lens: tuple[int, ...]
+    device_bytes: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +120,7 @@ class Planned:
     """What `pipetune plan` found."""
 
     config: TuneConfig
-    model: ModelSpec
-    """With its revision."""
-    shape: ModelShape
-    device_bytes: dict[str, int]
-    prompt_lens: tuple[int, ...]
+    known: Known
     source: Source
     num_partitions: int
     num_points: int
@@ -119,11 +128,6 @@ class Planned:
     plans: tuple[PlannedPlan, ...]
     """Best first; those that break constraints come behind those that keep them."""
     notes: tuple[str, ...]
-
-    @property
-    def objective(self) -> str:
-        """What plans are ranked by."""
-        return self.config.objectives[0]
 
     def plan_file(self) -> PlanFile:
         """The best plan, marked as predicted."""
@@ -133,7 +137,7 @@ class Planned:
             workload = workload.model_copy(update={"prompts_file": str(Path(workload.prompts_file).absolute())})
         return PlanFile(
             plan=best.plan,
-            model=self.model,
+            model=self.known.model,
             workload=workload,
             devices=self.config.concrete_devices,
             in_flight=best.effective.in_flight,
@@ -145,24 +149,10 @@ class Planned:
         """Writes the best plan in the form that `bench --plan` reads.
 
         Raises:
-            ConfigError: the file cannot be written.
+            OSError: the file cannot be written.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(path, render(self.plan_file(), self.shape, "plan"))
-        except OSError as error:
-            raise ConfigError(f"-o {path}: cannot write the plan: {error.strerror or error}") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Read:
-    """What a worker said of the model and the prompts."""
-
-    model: ModelSpec
-    shape: ModelShape
-    hardware_id: str
-    prompt_lens: tuple[int, ...]
-    device_bytes: dict[str, int]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, render(self.plan_file(), self.known.shape, "plan"))
 
 
 def find_plans(
@@ -171,6 +161,7 @@ def find_plans(
     *,
     described: DescribedDevices | None = None,
     profile_file: Path | None = None,
+    observations: Sequence[Observation] = (),
     top: int = 10,
 ) -> Planned:
     """Plans without running any.
@@ -179,6 +170,7 @@ def find_plans(
         config: with its devices resolved; `profile` says whether this machine's cache of profiles is looked into.
         described: devices to plan for, where they come from a file.
         profile_file: a profile to take instead of the cached one.
+        observations: runs that correct what tasks take.
         top: plans to keep.
 
     Raises:
@@ -186,25 +178,22 @@ def find_plans(
         NothingFeasibleError: no plan fits into memory.
     """
     reporter.begin(f"reading {config.model.name}")
-    read = _read(config, reporter, described)
-    costs, source = _costs(config, read, described, profile_file)
+    known = read_model(config, reporter, described)
+    costs, source = _costs(config, known, described, profile_file)
     reporter.begin("predicting")
-    resolve = Resolver.of_workload(read.shape, config.workload, read.prompt_lens, read.device_bytes)
-    model = CostModel.of_workload(read.shape, config.workload, read.prompt_lens, costs)
-    space = build_space(config.space, config.concrete_devices, read.shape, model, resolve)
+    resolve = Resolver.of_workload(known.shape, config.workload, known.prompt_lens, known.device_bytes)
+    model = refit(CostModel.of_workload(known.shape, config.workload, known.prompt_lens, costs), observations)
+    space = build_space(config.space, config.concrete_devices, known.shape, model, resolve)
     found = [candidate.effective for candidate in candidates(space, resolve)]
     predictions = model.predict_many([(effective.plan, effective.in_flight) for effective in found])
-    prompt_len = max(read.prompt_lens)
+    prompt_len = max(known.prompt_lens)
     planned = [
-        _planned(effective, prediction, read, config, prompt_len)
+        _planned(effective, prediction, known, config, prompt_len)
         for effective, prediction in zip(found, predictions, strict=True)
     ]
     return Planned(
         config=config,
-        model=read.model,
-        shape=read.shape,
-        device_bytes=read.device_bytes,
-        prompt_lens=read.prompt_lens,
+        known=known,
         source=source,
         num_partitions=len(space.partitions),
         num_points=space.num_points,
@@ -227,11 +216,11 @@ def rank(plans: Sequence[PlannedPlan], objective: str) -> tuple[PlannedPlan, ...
     return tuple(sorted(plans, key=key))
 
 
-def _read(config: TuneConfig, reporter: Reporter, described: DescribedDevices | None) -> _Read:
-    """Asks a worker. One on the CPU is enough, but for GPUs of this machine, whose free memory they alone know."""
-    from pipetune.bench.fleet.experiment import Experiment
-    from pipetune.bench.fleet.fleet import device_bytes
+def read_model(config: TuneConfig, reporter: Reporter, described: DescribedDevices | None) -> Known:
+    """What a worker says of the model and the prompts.
 
+    One on the CPU is enough, but for GPUs of this machine, whose free memory they alone know.
+    """
     devices = config.concrete_devices
     on_gpus = described is None and any(device_kind(device) == "cuda" for device in devices)
     model = config.model
@@ -245,7 +234,7 @@ def _read(config: TuneConfig, reporter: Reporter, described: DescribedDevices | 
             sizes = described.device_bytes(devices)
         else:
             sizes = dict(fleet.device_bytes) if on_gpus else device_bytes(devices)
-        return _Read(
+        return Known(
             model=fleet.model.model_copy(update={"attention": config.model.attention}),
             shape=fleet.shape,
             hardware_id=fleet.machine.hardware_id,
@@ -255,35 +244,37 @@ def _read(config: TuneConfig, reporter: Reporter, described: DescribedDevices | 
 
 
 def _costs(
-    config: TuneConfig, read: _Read, described: DescribedDevices | None, profile_file: Path | None
+    config: TuneConfig, known: Known, described: DescribedDevices | None, profile_file: Path | None
 ) -> tuple[Costs | None, Source]:
     if described is not None:
         about = f" ({described.about})" if described.about else ""
         text = f"devices described in {described.place}{about}"
-        return described.costs(read.shape, scores=config.workload.kind == "score"), Source(kind="described", text=text)
-    profile = _profile(config, read, profile_file)
-    if profile is not None:
+        return described.costs(known.shape, scores=config.workload.kind == "score"), Source(kind="described", text=text)
+    if (profile := _profile(config, known, profile_file)) is not None:
         machine = profile.machine
         text = f"the profile of {profile.measured_at} on {machine.hostname} (hardware {machine.hardware_id})" + (
             f", from {profile_file}" if profile_file is not None else ""
         )
+        text += "".join(f"; doubtful: {disturbance}" for disturbance in profile.disturbances)
         return ProfiledCosts(profile), Source(kind="profile", text=text)
     return None, Source(
         kind="nominal",
         text="nominal rates, by the kind of device alone: the order of plans means more than their numbers",
-        remedy=f"`pipetune profile {_flags(config)}` times layers and links",
+        remedy=f"`pipetune profile {model_flags(config)}` times layers and links",
     )
 
 
-def _flags(config: TuneConfig) -> str:
-    """What to give `pipetune profile` for this model and these devices."""
+def model_flags(config: TuneConfig) -> str:
+    """What to give commands for this model and these devices."""
     model = config.model
-    flags = f"--model {model.name} --devices {','.join(config.concrete_devices)}"
-    flags += f" --dtype {model.dtype}" if model.dtype != "float32" else ""
-    return flags + (" --load-format dummy" if model.load_format == "dummy" else "")
+    flags = f"--model {shlex.quote(model.name)} --devices {','.join(config.concrete_devices)}"
+    for name in ("dtype", "storage_dtype", "load_format", "attention", "revision"):
+        if (value := getattr(model, name)) != type(model).model_fields[name].default:
+            flags += f" --{name.replace('_', '-')} {shlex.quote(value)}"
+    return flags + " --trust-remote-code" * model.trust_remote_code
 
 
-def _profile(config: TuneConfig, read: _Read, profile_file: Path | None) -> Profile | None:
+def _profile(config: TuneConfig, known: Known, profile_file: Path | None) -> Profile | None:
     """The profile given, or the newest that was kept of this machine; None where there is none, or none is wanted.
 
     Raises:
@@ -293,22 +284,21 @@ def _profile(config: TuneConfig, read: _Read, profile_file: Path | None) -> Prof
         if not config.profile:
             return None
         return find_profile(
-            hardware_id=read.hardware_id,
+            hardware_id=known.hardware_id,
             devices=config.concrete_devices,
-            model=read.model,
+            model=known.model,
             packed_weights=config.space.packed_weights,
             cuda_graphs=config.space.cuda_graphs,
             scores=config.workload.kind == "score",
         )
     profile = read_profile(profile_file)
-    if profile.shape != read.shape:
+    if profile.shape != known.shape:
         raise ConfigError(
-            f"--profile {profile_file}: it is of {profile.model.name} in {profile.model.dtype}, and {read.model.name} "
-            f"in {read.model.dtype} is planned for; give the profile of this model"
+            f"--profile {profile_file}: it is of {profile.model.name} in {profile.model.dtype}, and {known.model.name} "
+            f"in {known.model.dtype} is planned for; give the profile of this model"
         )
     there = [one.device for one in profile.devices]
-    lacking = [name for name in config.concrete_devices if name not in there]
-    if lacking:
+    if lacking := [name for name in config.concrete_devices if name not in there]:
         raise ConfigError(
             f"--profile {profile_file}: {lacking[0]} is not in it; it has {', '.join(there)}. A --device-file can say "
             "that it is like one of them"
@@ -317,7 +307,7 @@ def _profile(config: TuneConfig, read: _Read, profile_file: Path | None) -> Prof
 
 
 def _planned(
-    effective: EffectivePlan, prediction: Prediction, read: _Read, config: TuneConfig, prompt_len: int
+    effective: EffectivePlan, prediction: Prediction, known: Known, config: TuneConfig, prompt_len: int
 ) -> PlannedPlan:
     plan = effective.plan
     busy = iter(prediction.stage_busy_s)
@@ -325,7 +315,7 @@ def _planned(
     for replica, index in itertools.product(range(plan.replicas), range(len(plan.stages))):
         own = plan.replica(replica)
         stage = own.stages[index]
-        need = stage_bytes(read.shape, own, index, prompt_len=prompt_len, output_len=config.workload.generated_len)
+        need = stage_bytes(known.shape, own, index, prompt_len=prompt_len, output_len=config.workload.generated_len)
         busy_s = next(busy)
         stages.append(
             PlannedStage(
@@ -335,10 +325,11 @@ def _planned(
                 end_layer=stage.end_layer,
                 busy_s=busy_s,
                 idle_share=1.0 - busy_s / prediction.duration_s,
-                memory=need,
+                weights_bytes=need.weights,
                 kv_bytes=effective.in_flight * need.kv_per_slot,
+                activation_bytes=need.activations,
                 total_bytes=need.total(effective.in_flight),
-                cap_bytes=int(stage.memory_fraction * read.device_bytes[stage.device]),
+                cap_bytes=stage.cap_bytes(known.device_bytes[stage.device]),
             )
         )
     metrics = dict(prediction.metrics) | {
@@ -360,14 +351,13 @@ def _planned(
 
 def _notes(config: TuneConfig, planned: Sequence[PlannedPlan]) -> tuple[str, ...]:
     """What a reader must know of objectives and constraints."""
-    known = planned[0].metrics
+    predicted = planned[0].metrics
     notes = []
-    if config.objectives[0] not in known:
+    if config.objectives[0] not in predicted:
         notes.append(f"{config.objectives[0]} is not predicted: plans are ranked by their duration")
     if len(config.objectives) > 1:
         notes.append(f"ranked by {config.objectives[0]} alone, of {len(config.objectives)} objectives")
-    unknown = [str(constraint) for constraint in config.constraints if constraint.metric not in known]
-    if unknown:
+    if unknown := [str(constraint) for constraint in config.constraints if constraint.metric not in predicted]:
         notes.append(f"not predicted, and so not looked at: {', '.join(unknown)}")
     if all(plan.broken for plan in planned):
         notes.append("no plan is predicted to keep all constraints; those come first that break them least")

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pipetune.bench.spec import device_index, device_kind
-from pipetune.tuner.commands.plan import Planned, PlannedPlan, PlannedStage
+from pipetune.tuner.commands.plan import Planned, PlannedPlan
+from pipetune.tuner.planning.model_fit import ranges_text
+from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.document import GAP, Column, Document, Facts, Table, Text, left, rows_of
-from pipetune.tuner.report.wording import (
-    bytes_text,
-    layers_text,
-    model_text,
-    ms_text,
-    number_text,
-    percent_text,
-    prefill_text,
-    workload_text,
-)
 
 _LEGEND = """rows: decoded together/prefilled together·tokens of a prompt at a time
 memory: of the fullest stage's cap; !: breaks a constraint
@@ -28,16 +21,16 @@ ideal: share of what its devices would give, were each of them always busy"""
 
 def json_of(planned: Planned) -> dict[str, Any]:
     """For `--json`."""
-    config, source = planned.config, planned.source
+    config, known, source = planned.config, planned.known, planned.source
     return {
         "schema_version": 1,
         "predicted_from": {"kind": source.kind, "text": source.text, "way_out": source.remedy},
-        "model": planned.model.model_dump(mode="json"),
-        "architecture": planned.shape.architecture,
-        "layers": planned.shape.num_layers,
+        "model": known.model.model_dump(mode="json"),
+        "architecture": known.shape.architecture,
+        "layers": known.shape.num_layers,
         "workload": config.workload.model_dump(mode="json"),
-        "device_bytes": planned.device_bytes,
-        "objective": planned.objective,
+        "device_bytes": known.device_bytes,
+        "objective": config.objectives[0],
         "constraints": [str(constraint) for constraint in config.constraints],
         "space": {
             "partitions": planned.num_partitions,
@@ -45,46 +38,29 @@ def json_of(planned: Planned) -> dict[str, Any]:
             "predicted": planned.num_candidates,
         },
         "notes": list(planned.notes),
-        "plans": [_plan_document(rank, plan) for rank, plan in enumerate(planned.plans, start=1)],
+        "plans": [_plan_json(rank, plan) for rank, plan in enumerate(planned.plans, start=1)],
     }
 
 
-def _plan_document(rank: int, plan: PlannedPlan) -> dict[str, Any]:
+def _plan_json(rank: int, plan: PlannedPlan) -> dict[str, Any]:
     prediction = plan.prediction
     return {
         "rank": rank,
-        "plan": plan.plan.model_dump(mode="json"),
-        "in_flight": plan.effective.in_flight,
+        **plan.effective.model_dump(mode="json"),
         "metrics": plan.metrics,
         "duration_s": prediction.duration_s,
         "bound_s": prediction.bound_s,
         "ideal_s": prediction.ideal_s,
         "limiting_stage": prediction.limiting_stage,
         "broken_constraints": [str(constraint) for constraint in plan.broken],
-        "stages": [_stage_document(stage) for stage in plan.stages],
-    }
-
-
-def _stage_document(stage: PlannedStage) -> dict[str, Any]:
-    return {
-        "replica": stage.replica,
-        "device": stage.device,
-        "first_layer": stage.first_layer,
-        "end_layer": stage.end_layer,
-        "busy_s": stage.busy_s,
-        "idle_share": stage.idle_share,
-        "weights_bytes": stage.memory.weights,
-        "kv_bytes": stage.kv_bytes,
-        "activation_bytes": stage.memory.activations,
-        "total_bytes": stage.total_bytes,
-        "cap_bytes": stage.cap_bytes,
+        "stages": [asdict(stage) for stage in plan.stages],
     }
 
 
 def document_of(planned: Planned) -> Document:
     """For people."""
-    best, shape = planned.plans[0], planned.shape
-    took = ms_text(best.prediction.duration_s * 1e3)
+    best, known = planned.plans[0], planned.known
+    took = w.ms_text(best.prediction.duration_s * 1e3)
     remedy = planned.source.remedy
     return Document(
         parts=(
@@ -94,11 +70,14 @@ def document_of(planned: Planned) -> Document:
             GAP,
             Facts(
                 (
-                    ("model", f"{model_text(planned.model)} ({shape.architecture}, {shape.num_layers} layers)"),
-                    ("workload", workload_text(planned.config.workload, planned.prompt_lens)),
-                    ("devices", _devices_text(planned.device_bytes)),
+                    (
+                        "model",
+                        f"{w.model_text(known.model)} ({known.shape.architecture}, {known.shape.num_layers} layers)",
+                    ),
+                    ("workload", w.workload_text(planned.config.workload, known.prompt_lens)),
+                    ("devices", _devices_text(known.device_bytes)),
                     ("looked at", f"{planned.num_candidates} plans of {planned.num_partitions} ranked partitions"),
-                    ("ranked by", planned.objective),
+                    ("ranked by", planned.config.objectives[0]),
                 )
             ),
             GAP,
@@ -115,15 +94,14 @@ def document_of(planned: Planned) -> Document:
 
 def _devices_text(device_bytes: Mapping[str, int]) -> str:
     """`cuda:0-1 of 80 GiB, cuda:2-3 of 24 GiB`."""
-    parts = []
-    for (kind, size), group in itertools.groupby(
-        device_bytes, key=lambda name: (device_kind(name), device_bytes[name])
-    ):
-        numbers = [device_index(name) for name in group]
-        run = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1
-        text = f"{kind}:{numbers[0]}-{numbers[-1]}" if run else ", ".join(f"{kind}:{number}" for number in numbers)
-        parts.append(f"{text} of {bytes_text(size)}")
-    return ", ".join(parts)
+    groups = itertools.groupby(device_bytes, key=lambda name: (device_kind(name), device_bytes[name]))
+    return ", ".join(f"{fleet_text(tuple(names))} of {w.bytes_text(size)}" for (_, size), names in groups)
+
+
+def fleet_text(devices: Sequence[str]) -> str:
+    """`cuda:0-1`; runs of numbers alone are ranges."""
+    groups = itertools.groupby(devices, key=device_kind)
+    return ", ".join(f"{kind}:{ranges_text([device_index(name) for name in names])}" for kind, names in groups)
 
 
 def _ranking(planned: Planned) -> Table:
@@ -133,14 +111,14 @@ def _ranking(planned: Planned) -> Table:
     rows = [
         (
             str(rank),
-            layers_text(plan.plan),
-            f"{plan.plan.micro_batch_size}/{prefill_text(plan.plan)}",
-            number_text(plan.metrics[throughput]),
-            *(ms_text(plan.metrics.get(name)) for name in latencies.values()),
-            percent_text(plan.metrics["bubble_ratio"]),
-            percent_text(plan.metrics["peak_memory_fraction"]) + ("!" if plan.broken else ""),
-            f"{plan.limiting.device} {percent_text(plan.bottleneck_share)}",
-            percent_text(plan.ideal_share),
+            w.layers_text(plan.plan),
+            f"{plan.plan.micro_batch_size}/{w.prefill_text(plan.plan)}",
+            w.number_text(plan.metrics[throughput]),
+            *(w.ms_text(plan.metrics.get(name)) for name in latencies.values()),
+            w.percent_text(plan.metrics["bubble_ratio"]),
+            w.percent_text(plan.metrics["peak_memory_fraction"]) + ("!" if plan.broken else ""),
+            f"{plan.limiting.device} {w.percent_text(plan.bottleneck_share)}",
+            w.percent_text(plan.prediction.ideal_s / plan.prediction.duration_s),
         )
         for rank, plan in enumerate(planned.plans, start=1)
     ]
@@ -158,11 +136,11 @@ def _stages(best: PlannedPlan) -> Table:
         (
             f"{stage.replica}." * (best.plan.replicas > 1) + str(place % len(best.plan.stages)),
             stage.device,
-            f"{stage.first_layer}-{stage.end_layer - 1}",
-            number_text(stage.busy_s),
-            percent_text(stage.idle_share),
-            *map(bytes_text, (stage.memory.weights, stage.kv_bytes, stage.memory.activations)),
-            percent_text(stage.cap_share),
+            ranges_text(range(stage.first_layer, stage.end_layer)),
+            w.number_text(stage.busy_s),
+            w.percent_text(stage.idle_share),
+            *map(w.bytes_text, (stage.weights_bytes, stage.kv_bytes, stage.activation_bytes)),
+            w.percent_text(stage.cap_share),
         )
         for place, stage in enumerate(best.stages)
     ]
@@ -174,12 +152,12 @@ def _limits_text(plan: PlannedPlan) -> str:
     """Which stage limits, and how far the plan is from both bounds."""
     prediction, limiting = plan.prediction, plan.limiting
     text = (
-        f"{limiting.device} limits: busy for {ms_text(limiting.busy_s * 1e3)}, "
-        f"{percent_text(plan.bottleneck_share)} of the time"
+        f"{limiting.device} limits: busy for {w.ms_text(limiting.busy_s * 1e3)}, "
+        f"{w.percent_text(plan.bottleneck_share)} of the time"
     )
     if prediction.limited_by != "compute":
         text += f"; most is lost to {prediction.limited_by}"
     return (
-        f"{text}.\nThese stages cannot take less than {ms_text(prediction.bound_s * 1e3)}; "
-        f"with their devices always busy it would be {ms_text(prediction.ideal_s * 1e3)}."
+        f"{text}.\nThese stages cannot take less than {w.ms_text(prediction.bound_s * 1e3)}; "
+        f"with their devices always busy it would be {w.ms_text(prediction.ideal_s * 1e3)}."
     )

@@ -64,12 +64,9 @@ class GateConfig(Value):
     """The section `gate` of a config."""
 
     metrics: Metrics = Field(
-        default_factory=lambda: {
-            "output_throughput": Tolerance(),
-            "mean_ttft_ms": Tolerance(),
-            "mean_tpot_ms": Tolerance(),
-            "peak_memory_bytes": Tolerance(),
-        }
+        default_factory=lambda: dict.fromkeys(
+            ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "peak_memory_bytes"), Tolerance()
+        )
     )
     """What is compared, and how much worse each may become; those that the workload does not yield by itself (TTFT
     where texts are scored) are left out of the default, and are an error where they are named."""

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, metric_names, samples_needed
-from pipetune.bench.spec import Device, Flag, ModelSpec, Protocol, Value, Workload, device_kind, parse_devices
+from pipetune.bench.spec import (
+    Bytes,
+    Device,
+    Flag,
+    ModelSpec,
+    Plan,
+    Protocol,
+    Value,
+    Workload,
+    device_kind,
+    parse_devices,
+)
 from pipetune.tuner.config.gate import GateConfig
+from pipetune.tuner.config.settings import KeyPath
 
+TASK_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "JOB_COMPLETION_INDEX", "RANK")
+"""Where Slurm, Kubernetes and torchrun say which task of a job this is, in the order in which they are asked."""
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CONSTRAINT = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*")
 
@@ -71,6 +87,14 @@ def _parse_compile(value: Any) -> Any:
     return value
 
 
+def _count_seconds(value: Any) -> Any:
+    """Seconds of `90`, `90s`, `5m` (or `5min`) or `2h`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h)?\s*", value) if isinstance(value, str) else None
+    if isinstance(value, str) and match is None:
+        raise ValueError(f"{value!r} is no time; write 90s, 5m or 2h")
+    return value if match is None else float(match[1]) * {"m": 60, "h": 3600}.get((match[2] or "s")[0], 1)
+
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Sizes = Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_split)]
@@ -81,54 +105,49 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 GENERATE_OBJECTIVE, SCORE_OBJECTIVE = "output_throughput", "total_token_throughput"
 """What is made better when nothing is said: where texts are scored, nothing is put out."""
-
-
-_SEEDS = ("workload.seed", "model.seed")
+GPU_DEFAULTS: dict[KeyPath, object] = {
+    ("model", "dtype"): "auto",
+    ("workload", "num_prompts"): 64,
+    ("workload", "input_len"): 512,
+    ("workload", "output_len"): 128,
+}
+"""What is other than the fields' defaults where all devices are GPUs: what fits CPU workers would not fill them."""
 
 
 class SpaceConfig(Value):
     """Bounds of what the search may propose."""
 
-    micro_batch_sizes: Annotated[Sizes | None, Flag("--micro-batch-sizes", "Search", "To choose among: 4,8,16.")] = None
+    micro_batch_sizes: Annotated[Sizes | None, Flag("Search", "Sizes to choose among: 4,8. [even divisions]")] = None
     """Sequences of a micro-batch; None: even divisions of the prompts, and powers of two."""
-    prefill_micro_batch_sizes: Annotated[
-        Sizes | None, Flag("--prefill-micro-batch-sizes", "Search", "To choose among, for prefill.")
-    ] = None
+    prefill_micro_batch_sizes: Annotated[Sizes | None, Flag("Search", "Sizes to choose among. [the same]")] = None
     """Sequences prefilled together, never more than are decoded together; None: the same sizes as for decoding."""
-    prefill_chunk_sizes: Annotated[
-        Chunks | None, Flag("--prefill-chunk-sizes", "Search", "To choose among, tokens of a prompt: 64,whole.")
-    ] = None
+    prefill_chunk_sizes: Annotated[Chunks | None, Flag("Search", "Tokens of a prompt at a time: 64,whole.")] = None
     """Tokens of a prompt prefilled at a time, `whole` among them; None: whole prompts, and where they are long and
     few also a half, a quarter and an eighth of the longest."""
-    replicas: Annotated[
-        Sizes | None,
-        Flag("--replicas", "Search", "Pipelines side by side, to choose among: 1,2."),
-    ] = None
+    replicas: Annotated[Sizes | None, Flag("Search", "Pipelines side by side: 1,2. [what fits]")] = None
     """Pipelines side by side; None: every division of the devices whose pipelines fit into memory."""
-    min_stages: Annotated[Positive, Flag("--min-stages", "Search", "Fewest stages of a pipeline.")] = 1
-    """Fewest stages of one pipeline."""
-    max_stages: Annotated[Positive | None, Flag("--max-stages", "Search", "Most stages of a pipeline.")] = None
+    min_stages: Annotated[Positive, Flag("Search", "Fewest stages of a pipeline.")] = 1
+    max_stages: Annotated[Positive | None, Flag("Search", "Most stages of a pipeline. [one a device]")] = None
     """Most stages of one pipeline; None: as many as there are devices."""
-    memory_fractions: Annotated[
-        Fractions,
-        Flag("--memory-fractions", "Search", "Caps to choose among: 0.7,0.9."),
-    ] = (0.5, 0.7, 0.9)
+    memory_fractions: Annotated[Fractions, Flag("Search", "Caps, shares of each device.")] = (0.5, 0.7, 0.9)
     """Memory caps; those that let the same number of micro-batches be in flight are one plan."""
-    compile: Annotated[
-        Compile, Flag("--compile", "Search", "torch.compile: true, false or search (both).", metavar="WHEN")
-    ] = False
-    """Whether layers are compiled by `torch.compile`; `search` tries both."""
-    cuda_graphs: Annotated[bool, Flag("--cuda-graphs/--no-cuda-graphs", "Search", "GPU: capture decode steps.")] = True
-    """GPU: whether decode steps are captured as CUDA graphs."""
-    packed_weights: Annotated[
-        bool, Flag("--packed-weights/--no-packed-weights", "Search", "CPU: lay weights out for oneDNN.")
-    ] = True
-    """CPU: whether linear weights are laid out for oneDNN's kernels."""
+    max_memory_per_device: Annotated[Bytes | None, Flag("Search", "Cap in bytes: 600MiB.", metavar="SIZE")] = None
+    """Most that a plan may take of each device, beside the caps; the un-pipelined model and, where it does not fit, the
+    single stage are measured without it, to compare with."""
+    compile: Annotated[Compile, Flag("Search", "torch.compile: true, false or search (both).", metavar="WHEN")] = False
+    cuda_graphs: Annotated[bool, Flag("Search", "GPU: capture decode steps.")] = True
+    packed_weights: Annotated[bool, Flag("Search", "CPU: lay weights out for oneDNN.")] = True
     device_order: Annotated[
-        Literal["auto", "given"],
-        Flag("--device-order", "Search", "auto: also other orders of unlike devices; given.", before="profile"),
+        Literal["auto", "given"], Flag("Search", "given, or auto: unlike devices in any order.", before="profile")
     ] = "auto"
     """`auto`: where devices are unlike, also in which order they hold the stages."""
+
+    def why_outside(self, plan: Plan) -> str | None:
+        """Why a plan lies outside the bounds, as one to compare with may; None where it does not."""
+        if len(plan.stages) < self.min_stages:
+            return f"the search is bound to {self.min_stages} stages or more"
+        capped = self.max_memory_per_device in (None, plan.stages[0].max_memory_bytes)
+        return None if capped else "it was measured without the search's cap"
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -137,79 +156,93 @@ class SpaceConfig(Value):
         return self
 
 
+def in_task(folder: str) -> str:
+    """A folder's name with this task's number for `{task}`.
+
+    Raises:
+        ValueError: nothing says which task this is.
+    """
+    number = next((os.environ[name] for name in TASK_VARIABLES if os.environ.get(name, "").isdigit()), None)
+    if "{task}" in folder and number is None:
+        raise ValueError(f"{folder!r}: no task of a job runs this; of {', '.join(TASK_VARIABLES)} none is a number")
+    return folder.replace("{task}", number or "")
+
+
 class TuneConfig(Value):
     """What `pipetune tune` needs to know."""
 
     schema_version: Literal[1] = 1
     """Version of the config's format."""
-    name: Annotated[str | None, Flag("--study-name", "Study", "… or its name under results/.")] = None
+    name: Annotated[str | None, Flag("Study", "Name of the folder under results/.", name="study_name")] = None
     """The study lands in `results/<name>`; None makes one of the model and the time."""
     output_dir: Annotated[
         str | None,
-        Flag("--output-dir", "Study", "Where the study goes.", metavar="FOLDER", short="-o", before="study_name"),
+        Flag(
+            "Study",
+            "Where it goes; {task}: a job's task. [results/MODEL-TIME]",
+            metavar="FOLDER",
+            short="-o",
+            before="study_name",
+        ),
     ] = None
-    """Any folder, instead of `results/<name>`."""
+    """Any folder, instead of `results/<name>`; `{task}` in it is this task's number in a job of several."""
     model: ModelSpec
     workload: Workload = Workload()
     protocol: Protocol = Protocol()
-    devices: Annotated[
-        Literal["auto"] | tuple[Device, ...], Flag("--devices", "Workload", "cpu:0-1, cuda:0,cuda:1 or auto.")
-    ] = "auto"
+    devices: Annotated[Literal["auto"] | tuple[Device, ...], Flag("Workload", "cpu:0-1, cuda:0,cuda:1 or auto.")] = (
+        "auto"
+    )
     """`auto`: all GPUs of the machine, or else two CPU workers."""
-    profile: Annotated[bool, Flag("--profile/--no-profile", "Search", "Time layers and links first.")] = True
+    profile: Annotated[bool, Flag("Search", "Time layers and links first.")] = True
     """Layers and links are timed first, or their times taken from this machine's cache; else nominal rates serve."""
     warm_start: Annotated[
-        Names,
-        Flag("--warm-start", "Search", "An earlier study to learn from; may repeat.", metavar="STUDY", repeats=True),
+        Names, Flag("Search", "An earlier study to learn from; may repeat.", metavar="STUDY", repeats=True)
     ] = ()
     """Folders of earlier studies: on equal hardware their records teach the cost model, and from anywhere their best
     plans run first. Nothing counts that was not measured anew."""
-    n_trials: Annotated[int, Flag("--n-trials", "Search", "Plans to run.")] = Field(default=20, ge=1)
+    n_trials: Annotated[int, Flag("Search", "Plans to run.")] = Field(default=20, ge=1)
     """Plans to run; refusals of plans that cannot fit and interrupted ones are not counted."""
     timeout_s: Annotated[
-        float | None, Flag("--timeout", "Search", "Start no trial after so long.", metavar="SECONDS")
+        float | None,
+        BeforeValidator(_count_seconds),
+        Flag("Search", "Start no trial after so long: 90s, 5m, 2h.", name="timeout", metavar="TIME"),
     ] = Field(default=None, gt=0.0)
     """No further trial starts after so many seconds of search; the baseline and the finalists come on top."""
-    stop_early: Annotated[
-        bool, Flag("--stop-early/--no-stop-early", "Search", "End when nothing better is predicted.")
-    ] = True
+    stop_early: Annotated[bool, Flag("Search", "End when nothing better is predicted.")] = True
     """The search ends when no plan is predicted to be better than the best by more than the noise."""
     objectives: Annotated[
         Names,
         Field(min_length=1),
-        Flag("--objective", "Search", "What to make better; may be repeated.", metavar="METRIC", repeats=True),
+        Flag("Search", "What to make better; may be repeated.", name="objective", metavar="METRIC", repeats=True),
     ] = (GENERATE_OBJECTIVE,)
     """Metrics to make better; by default `total_token_throughput` where texts are scored."""
     constraints: Annotated[
         tuple[Constraint, ...],
         BeforeValidator(_split),
-        Flag("--constraint", "Search", 'Such as "p90_ttft_ms<=500"; may be repeated.', metavar="LIMIT", repeats=True),
+        Flag(
+            "Search", 'Such as "p90_ttft_ms<=500"; may be repeated.', name="constraint", metavar="LIMIT", repeats=True
+        ),
     ] = ()
     """Limits that a plan must keep to be ranked."""
     seed: Annotated[
-        int,
-        Flag("--seed", "Workload", "Of search, random prompts and dummy weights.", also=_SEEDS),
+        int, Flag("Workload", "Seed of search, random prompts and dummy weights.", also=("workload.seed", "model.seed"))
     ] = Field(default=0, ge=0)
     """Seed of the search; the workload and dummy weights have their own."""
     space: SpaceConfig = SpaceConfig()
-    baseline_batch_sizes: Annotated[
-        Sizes | None, Flag("--baseline-batch-sizes", "Search", "Of the un-pipelined model: 8,16,32.")
-    ] = None
+    baseline_batch_sizes: Annotated[Sizes | None, Flag("Search", "Un-pipelined, to try: 8,16. [all, 1/2, 1/4]")] = None
     """Prompts that the un-pipelined model takes at once; None: all of them, a half and a quarter."""
-    finalists: Annotated[int, Flag("--finalists", "Search", "Best plans to measure again.")] = Field(default=3, ge=0)
+    finalists: Annotated[int, Flag("Search", "Best plans to measure again.")] = Field(default=3, ge=0)
     """Best plans that are measured again beside the baseline; 0 leaves the finals out."""
-    finalist_rounds: Annotated[Positive, Flag("--finalist-rounds", "Search", "How often at least.")] = 3
+    finalist_rounds: Annotated[Positive, Flag("Search", "Least rounds of the finals.")] = 3
     """Least rounds of the finals; more follow until the best is told from the next."""
-    max_finalist_rounds: Annotated[
-        Positive, Flag("--max-finalist-rounds", "Search", "… and at most, until one is the best.")
-    ] = 8
+    max_finalist_rounds: Annotated[Positive, Flag("Search", "Most rounds of the finals.")] = 8
     """Most rounds of the finals; plans that cannot be told apart by then are tied."""
-    storage: Annotated[str | None, Flag("--storage", "Study", "Optuna database.", metavar="URL")] = None
+    storage: Annotated[str | None, Flag("Study", "Optuna database. [SQLite in the folder]", metavar="URL")] = None
     """Optuna storage URL; None is SQLite in the study's folder."""
     shared_study: Annotated[
         str | None,
         BeforeValidator(lambda value: value or None),
-        Flag("--shared-study", "Study", "Search it with others, in --storage.", metavar="NAME"),
+        Flag("Study", "Study in --storage that several processes search.", metavar="NAME"),
     ] = None
     """Name of a study in `storage` that several processes search together, each with its own folder and devices; empty
     as none."""
@@ -217,8 +250,8 @@ class TuneConfig(Value):
     """What `pipetune gate` compares, and how much worse it may become."""
     prices: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
     """What an hour of one device costs, by kind or name: `{cuda: 2.5}`; in any currency, the same for all."""
-    device_names: Annotated[Names, Flag("--device-names", "Study", "Names for device maps: cuda:0,cuda:1.")] = ()
-    """Names to write into device maps in place of the devices, in their order; empty keeps theirs."""
+    device_names: Annotated[Names, Flag("Study", "Names in device maps: cuda:0,cuda:1. [the devices']")] = ()
+    """Names that stand in device maps in place of the devices, in their order; empty keeps theirs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -237,6 +270,11 @@ class TuneConfig(Value):
                 "the first a letter or a digit; for any other folder use output_dir"
             )
         return value
+
+    @field_validator("output_dir")
+    @classmethod
+    def _of_task(cls, value: str | None) -> str | None:
+        return value and in_task(value)
 
     @field_validator("devices", mode="before")
     @classmethod
@@ -258,19 +296,17 @@ class TuneConfig(Value):
     def _stages_have_devices(self) -> Self:
         if self.devices == "auto":
             return self
-        wanted = {"min_stages": self.space.min_stages, "max_stages": self.space.max_stages}
-        wanted["replicas"] = max(self.space.replicas, default=None) if self.space.replicas else None
+        space, replicas = self.space, self.space.replicas or (1,)
+        given = f"given are {len(self.devices)}: {', '.join(self.devices)}"
+        wanted = {"min_stages": space.min_stages, "max_stages": space.max_stages or 0, "replicas": max(replicas)}
         for key, count in wanted.items():
-            if count is not None and count > len(self.devices):
-                raise ValueError(
-                    f"space.{key}={count} needs as many devices; given are {len(self.devices)}: "
-                    f"{', '.join(self.devices)}"
-                )
-        fewest = min(self.space.replicas or (1,))
-        if fewest * self.space.min_stages > len(self.devices):
+            if count > len(self.devices):
+                raise ValueError(f"space.{key}={count} needs as many devices; {given}")
+        fewest = min(replicas)
+        if fewest * space.min_stages > len(self.devices):
             raise ValueError(
-                f"space.replicas={fewest} of at least {self.space.min_stages} stages (space.min_stages) need "
-                f"{fewest * self.space.min_stages} devices; given are {len(self.devices)}: {', '.join(self.devices)}"
+                f"space.replicas={fewest} of at least {space.min_stages} stages (space.min_stages) need "
+                f"{fewest * space.min_stages} devices; {given}"
             )
         return self
 
@@ -305,9 +341,8 @@ def check_metrics(config: TuneConfig) -> None:
 
 def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) -> str:
     workload = config.workload
-    if workload.kind == "score" and metric in set(metric_names(workload.num_prompts, 2, gpu=gpu)) - set(
-        metric_names(workload.num_prompts, 0, gpu=gpu)
-    ):
+    names = partial(metric_names, workload.num_prompts, gpu=gpu)
+    if workload.kind == "score" and metric in names(2) and metric not in names(0):
         return (
             f"{metric} counts generated tokens, and where texts are scored there are none; take {SCORE_OBJECTIVE}, "
             "request_throughput or mean_e2el_ms, or --workload-kind generate"
@@ -322,9 +357,9 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
             )
     if "_tpot_" in metric and workload.output_len < 2:
         return f"{metric} needs an output of at least 2 tokens, not {workload.output_len}; give --output-len 2 or more"
-    if metric in metric_names(workload.num_prompts, workload.generated_len, gpu=gpu):
+    if metric in names(workload.generated_len):
         return f"{metric} needs protocol.instrument: true"
-    if not gpu and metric in metric_names(workload.num_prompts, workload.generated_len, gpu=True):
+    if not gpu and metric in names(workload.generated_len, gpu=True):
         return f"{metric} is only measured on GPUs, and the devices are {', '.join(config.concrete_devices)}"
     near = difflib.get_close_matches(metric, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(sorted(known))}"

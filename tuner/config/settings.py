@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from pipetune.bench.spec import Flag
@@ -34,6 +34,19 @@ class Setting:
     def option(self) -> str:
         """`--num-prompts`."""
         return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def declaration(self) -> str:
+        """`--num-prompts`, or `--check/--no-check` for a switch that is on by default."""
+        return f"{self.option}/--no-{self.option.removeprefix('--')}" if self.default is True else self.option
+
+    @property
+    def default_text(self) -> str:
+        """The default as it is typed: `8`, `0.5,0.9`, `on`; empty where it is left open."""
+        if isinstance(self.default, bool):
+            return "on" if self.default else ""
+        values = self.default if isinstance(self.default, tuple) else (self.default,)
+        return ",".join(str(one) for one in values if one is not None)
 
     @property
     def variable(self) -> str:
@@ -79,16 +92,14 @@ def _walk(schema: type[BaseModel], above: KeyPath) -> Iterator[Setting]:
             yield from _walk(section, (*above, key))
         for flag in field.metadata:
             if isinstance(flag, Flag):
-                name = flag.name.partition("/")[0].removeprefix("--").replace("-", "_")
-                yield Setting(name=name, flag=flag, path=(*above, key), kind=_kind(field), default=_default(field))
-
-
-def _default(field: FieldInfo) -> object:
-    return None if field.is_required() else field.get_default(call_default_factory=True)
+                default = None if field.is_required() else field.get_default(call_default_factory=True)
+                yield Setting(name=flag.name or key, flag=flag, path=(*above, key), kind=_kind(field), default=default)
 
 
 def _kind(field: FieldInfo) -> type[bool] | type[int] | type[float] | type[str]:
     kinds = [kind for kind in _members(field.annotation) if kind is not type(None)]
+    if any(isinstance(one, BeforeValidator) for one in field.metadata):
+        return str
     return next((kind for kind in (bool, int, float) if kinds == [kind]), str)
 
 

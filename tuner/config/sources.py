@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipetune.bench.errors import ConfigError
-from pipetune.tuner.config.schema import TuneConfig
+from pipetune.bench.errors import ConfigError, explain
+from pipetune.bench.prompts.file import read_prompts, rereadable
+from pipetune.bench.spec import SMOLLM2, ModelSpec, device_kind
+from pipetune.tuner.config.schema import GPU_DEFAULTS, TuneConfig, check_metrics, in_task
 from pipetune.tuner.config.settings import ENVIRONMENT_PREFIX, KeyPath, Setting, leaves_of, section_of, settings_of
 
 _COMMAND_LINE_ONLY = ("model", "trust_remote_code")
 _MAX_PROBLEMS = 5
+
+Below = tuple[Mapping[KeyPath, object], str]
+"""Values, and the name of what they come from."""
 
 
 def settings() -> dict[str, Setting]:
@@ -38,10 +44,6 @@ class Resolved:
     def source(self, *path: str) -> str:
         """Where the value of a key comes from."""
         return self.sources.get(path, "default")
-
-    def is_default(self, *path: str) -> bool:
-        """Whether nobody gave the value of a key."""
-        return path not in self.sources
 
 
 @dataclass
@@ -62,6 +64,18 @@ class _Layers:
         inner[path[-1]] = value
         self.sources[path] = source
 
+    def put_file(self, path: Path) -> None:
+        """Sets what a YAML file says."""
+        for key, value, place in _read_yaml(path):
+            self.put(key, value, place)
+
+    def config(self, *, elsewhere: str = "") -> TuneConfig:
+        """The config that the values make; `elsewhere` is the place of a key that nothing set."""
+        try:
+            return TuneConfig.model_validate(self.values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, self.sources, elsewhere=elsewhere)) from None
+
     def drop(self, section: str, source: str) -> None:
         """Forgets what one source said of a section."""
         for path in [path for path, place in self.sources.items() if path[0] == section and place == source]:
@@ -76,29 +90,28 @@ def resolve(
     *,
     file: Path | None = None,
     flags: Mapping[str, object] | None = None,
-    environ: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] = os.environ,
     recorded: Path | None = None,
-    below: Mapping[KeyPath, object] | None = None,
-    below_name: str = "",
+    below: Below = ({}, ""),
 ) -> Resolved:
     """Merges all sources into one config.
 
     Args:
         file: YAML file given by the user.
         flags: values by the names of `settings`; None means not given.
-        environ: None reads the process's environment.
         recorded: `study.yaml` of a study that is resumed; it lies below the file.
-        below: values that lie below the file as well, such as those of a plan file called `below_name`.
+        below: values that lie below the file as well, such as those of a plan file.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key, or a value that does not fit; names key and place.
     """
     layers = _Layers()
     if recorded is not None:
-        _put_file(layers, recorded)
-    for key, value in (below or {}).items():
+        layers.put_file(recorded)
+    values, below_name = below
+    for key, value in values.items():
         layers.put(key, value, below_name)
-    warnings = _put_given(layers, file, flags or {}, os.environ if environ is None else environ)
+    warnings = _put_given(layers, file, flags or {}, environ)
     if layers.sources.get(("model", "name")) != below_name:
         # Another model is meant than the one that the plan file knows: its revision and the like do not go with it.
         layers.drop("model", below_name)
@@ -110,25 +123,101 @@ def resolve(
         )
     if "name" not in layers.values.get("model", {}):
         raise ConfigError("model.name: no model is given; use --model ID_OR_FOLDER, or model: {name: …} in a --config")
+    config = layers.config()
+    return Resolved(
+        config=config.model_copy(update={"model": _from_anywhere(config.model)}),
+        sources=layers.sources,
+        warnings=tuple(warnings),
+    )
+
+
+def _from_anywhere(model: ModelSpec) -> ModelSpec:
+    """The model by a name that means it from any directory: a folder's or file's full path, its last link kept."""
+    path = Path(model.name).expanduser()
+    if path.is_absolute() or model.name == SMOLLM2 or not path.exists():
+        return model
+    place = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    return model.model_copy(update={"name": str(place)})
+
+
+def given(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among a command's parameters; those that were not given are left out."""
+    return {
+        name: list(value) if isinstance(value, (list, tuple)) else value
+        for name, value in params.items()
+        if name in settings() and value is not None and value not in ([], ())
+    }
+
+
+def resolve_settings(
+    params: Mapping[str, Any],
+    *,
+    recorded: Path | None = None,
+    below: Below = ({}, ""),
+    warn: Callable[[str], None],
+) -> Resolved:
+    """Settings from all sources, with devices made concrete and the number of prompts fitted to their file.
+
+    Raises:
+        ConfigError: see `resolve`; prompts that cannot be read, or objectives and constraints that the workload cannot
+            serve.
+    """
+    resolved = resolve(file=params.get("config"), flags=given(params), recorded=recorded, below=below)
+    for warning in resolved.warnings:
+        warn(warning)
+    if resolved.config.devices == "auto":
+        from pipetune.bench.fleet.fleet import available_devices
+
+        space = resolved.config.space
+        most = space.max_stages and space.max_stages * max(space.replicas or (1,))
+        resolved = _with(resolved, ("devices",), list(available_devices()[:most]), "auto")
+    if all(device_kind(device) == "cuda" for device in resolved.config.concrete_devices):
+        for path, value in GPU_DEFAULTS.items():
+            if path not in resolved.sources:
+                resolved = _with(resolved, path, value, "default on GPUs")
+    place = resolved.sources.get(("workload", "prompts_file"))
+    if place is not None and "prompts" in params and not place.startswith(f"{recorded}:"):
+        resolved = _with_prompts(resolved, place)
+    check_metrics(resolved.config)
+    return resolved
+
+
+def _with_prompts(resolved: Resolved, place: str) -> Resolved:
+    """Prompts that can be read again and are found right; few of them are all used, unless a number is given."""
+    workload = resolved.config.workload
+    if workload.prompts_file is None:
+        return resolved
+    path = rereadable(workload.prompts_file)
+    resolved = _with(resolved, ("workload", "prompts_file"), path, place)
+    count = len(read_prompts(path, workload.generated_len))
+    if count >= workload.num_prompts or ("workload", "num_prompts") in resolved.sources:
+        return resolved
+    return _with(resolved, ("workload", "num_prompts"), count, f"{path}: all its prompts")
+
+
+def _with(resolved: Resolved, path: KeyPath, value: object, source: str) -> Resolved:
+    layers = _Layers(resolved.config.model_dump(mode="json", exclude_unset=True), {**resolved.sources})
+    layers.put(path, value, source)
     try:
         config = TuneConfig.model_validate(layers.values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, layers.sources)) from None
-    return Resolved(config=config, sources=layers.sources, warnings=tuple(warnings))
+        raise ConfigError(f"{'.'.join(path)} ({source}): {explain(error)}") from None
+    return Resolved(config=config, sources=layers.sources, warnings=resolved.warnings)
 
 
-def place_of(
-    file: Path | None, flags: Mapping[str, object], environ: Mapping[str, str] | None = None
-) -> tuple[str | None, str | None]:
+def place_of(params: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """`output_dir` and `name` as given, before anything else is known: a resume reads the rest from there.
 
     Raises:
         ConfigError: a file that cannot be read.
     """
     layers = _Layers()
-    _put_given(layers, file, flags, os.environ if environ is None else environ)
+    _put_given(layers, params.get("config"), given(params), os.environ)
     output_dir, name = layers.values.get("output_dir"), layers.values.get("name")
-    return (str(output_dir) if output_dir is not None else None, str(name) if name is not None else None)
+    try:
+        return (in_task(str(output_dir)) if output_dir is not None else None, str(name) if name is not None else None)
+    except ValueError as error:
+        raise ConfigError(f"output_dir: {error}") from None
 
 
 def show(resolved: Resolved) -> str:
@@ -140,9 +229,7 @@ def show(resolved: Resolved) -> str:
         shared = sum(itertools.takewhile(bool, (one == other for one, other in zip(above, section, strict=False))))
         lines += [(f"{'  ' * depth}{above[depth]}:", "") for depth in range(shared, len(above))]
         section = above
-        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-        text = text.removesuffix("\n").removesuffix("\n...")
-        lines.append((f"{'  ' * len(section)}{path[-1]}: {text}", resolved.source(*path)))
+        lines.append((f"{'  ' * len(section)}{path[-1]}: {_brief(value)}", resolved.source(*path)))
     width = min(44, max(len(text) for text, _ in lines))
     return "".join(f"{text:<{width}}  # {source}\n" if source else f"{text}\n" for text, source in lines)
 
@@ -170,19 +257,39 @@ def load(path: Path) -> TuneConfig:
         ConfigError: the file cannot be read or is no config.
     """
     layers = _Layers()
-    _put_file(layers, path)
-    try:
-        return TuneConfig.model_validate(layers.values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, layers.sources, elsewhere=f"{path}: ")) from None
+    layers.put_file(path)
+    return layers.config(elsewhere=f"{path}: ")
+
+
+def differences(before: BaseModel, now: BaseModel) -> list[str]:
+    """`key: before → now` for every leaf in which two values of one kind differ; keys are dotted."""
+    old, new = leaves_of(before.model_dump(mode="json")), leaves_of(now.model_dump(mode="json"))
+    return [
+        f"{'.'.join(key)}: {_brief(old.get(key))} → {_brief(new.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _brief(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _put_given(
     layers: _Layers, file: Path | None, flags: Mapping[str, object], environ: Mapping[str, str]
 ) -> list[str]:
     if file is not None:
-        _put_file(layers, file)
-    warnings = _put_environment(layers, environ)
+        layers.put_file(file)
+    known = {name.upper(): setting for name, setting in settings().items()}
+    warnings = []
+    for variable in sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX)):
+        tail = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if tail in known:
+            for key in known[tail].paths:
+                layers.put(key, environ[variable], variable)
+        elif near := difflib.get_close_matches(tail, known, n=1, cutoff=0.85):
+            warnings.append(f"{variable} is not read; did you mean {ENVIRONMENT_PREFIX}{near[0]}?")
     for name, value in flags.items():
         if value is not None:
             setting = settings()[name]
@@ -191,24 +298,19 @@ def _put_given(
     return warnings
 
 
-def _put_file(layers: _Layers, path: Path) -> None:
-    for key, value, place in _read_yaml(path):
-        layers.put(key, value, place)
+_SURE_DEPTH = 2000
 
 
-def _put_environment(layers: _Layers, environ: Mapping[str, str]) -> list[str]:
-    known = {name.upper(): setting for name, setting in settings().items()}
-    warnings = []
-    for variable, value in sorted(environ.items()):
-        prefix, tail = variable[: len(ENVIRONMENT_PREFIX)], variable[len(ENVIRONMENT_PREFIX) :]
-        if prefix != ENVIRONMENT_PREFIX:
-            continue
-        if tail in known:
-            for key in known[tail].paths:
-                layers.put(key, value, variable)
-        elif near := difflib.get_close_matches(tail, known, n=1, cutoff=0.85):
-            warnings.append(f"{variable} is not read; did you mean {ENVIRONMENT_PREFIX}{near[0]}?")
-    return warnings
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """The text's tree and its values, by libyaml, which is quick; the other parser tells better what is wrong.
+
+    libyaml ends the process on what is nested too deeply, which takes as many brackets, or a line as long.
+    """
+    deepest = text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0)
+    with contextlib.suppress(yaml.YAMLError, ValueError, AttributeError):
+        if deepest < _SURE_DEPTH:
+            return yaml.compose(text, Loader=yaml.CSafeLoader), yaml.load(text, Loader=yaml.CSafeLoader)
+    return yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
 
 
 def _read_yaml(path: Path) -> Iterator[tuple[KeyPath, Any, str]]:
@@ -219,13 +321,12 @@ def _read_yaml(path: Path) -> Iterator[tuple[KeyPath, Any, str]]:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"{path}: cannot read the config: {why}") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node, values = _parse(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise ConfigError(f"{place}: malformed YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: malformed YAML: {error}") from None
     if node is None:
         return
@@ -267,7 +368,7 @@ def _nearest(key: str, model: type[BaseModel]) -> str:
     return f"there are {', '.join(model.model_fields)}"
 
 
-def _explain(error: ValidationError, sources: Mapping[KeyPath, str], *, elsewhere: str = "") -> str:
+def _explain(error: ValidationError, sources: Mapping[KeyPath, str], *, elsewhere: str) -> str:
     """One line per problem: place (`elsewhere` for a key that nothing set), key, what is wrong, and the value."""
     lines = []
     for problem in error.errors(include_url=False)[:_MAX_PROBLEMS]:

@@ -49,6 +49,13 @@ def sqlite_path(url: str) -> Path | None:
     return Path(str(parsed.database)) if parsed.get_backend_name() == "sqlite" and not in_memory else None
 
 
+def sqlite_url(path: Path) -> str:
+    """The URL of an SQLite file, whose path may hold any sign."""
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(path)).render_as_string()
+
+
 def is_postgresql(url: str) -> bool:
     """Whether several processes can use the database at once."""
     return _parse(url).get_backend_name() in _POSTGRESQL

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.metrics import metric_names
-from pipetune.bench.spec import Plan, Workload, device_kind
+from pipetune.bench.spec import Workload, device_kind
 from pipetune.tuner.config.gate import GateConfig, Tolerance
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.config.sources import settings
-from pipetune.tuner.gate.values import Case, Side, SideName
-from pipetune.tuner.study.diff import differences
+from pipetune.tuner.config.sources import differences, settings
+from pipetune.tuner.gate.values import Case, Side
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SideRequest:
-    """One side as it was asked for, its settings resolved."""
+    """One side as it was asked for, and its settings, resolved."""
 
+    side: Side
     config: TuneConfig
-    plan: Plan
-    python: str | None = None
-    ref: str | None = None
-    revision: str | None = None
-    env: Mapping[str, str] | None = None
-
-    def side(self, name: SideName) -> Side:
-        """The side as a value."""
-        return Side(
-            name=name,
-            model=self.config.model,
-            plan=self.plan,
-            devices=self.config.concrete_devices,
-            python=self.python,
-            ref=self.ref,
-            revision=self.revision,
-            env=dict(self.env or {}),
-        )
 
 
 def case_of(name: str, baseline: SideRequest, candidate: SideRequest) -> Case:
@@ -55,21 +37,24 @@ def case_of(name: str, baseline: SideRequest, candidate: SideRequest) -> Case:
             f"{name}: the two sides were given different work ({'; '.join(lines)}); say which by --config or by flags, "
             "which hold for both"
         )
-    for side in (baseline, candidate):
-        _check_devices(name, side)
     config = baseline.config
+    for side in (baseline.side, candidate.side):
+        left = list(side.devices)
+        for device in side.plan.devices:
+            if device not in left:
+                raise ConfigError(
+                    f"{name}: the plan {side.plan.describe()} wants {device}, and the devices are "
+                    f"{', '.join(side.devices)}; give others by --devices, or another plan"
+                )
+            left.remove(device)
+    gpu = any(device_kind(device) == "cuda" for device in baseline.side.devices)
     return Case(
         name=name,
         workload=config.workload,
         protocol=config.protocol,
-        baseline=baseline.side("baseline"),
-        candidate=candidate.side("candidate"),
-        metrics=metrics_of(
-            name,
-            config.gate,
-            config.workload,
-            gpu=any(device_kind(device) == "cuda" for device in config.concrete_devices),
-        ),
+        baseline=baseline.side,
+        candidate=candidate.side,
+        metrics=metrics_of(name, config.gate, config.workload, gpu=gpu),
         noise_floor=config.gate.noise_floor,
     )
 
@@ -103,8 +88,7 @@ def metrics_of(name: str, gate: GateConfig, workload: Workload, *, gpu: bool) ->
     """
     yielded = metric_names(workload.num_prompts, workload.generated_len, gpu=gpu)
     wanted = gate.metrics
-    missing = [metric for metric in wanted if metric not in yielded]
-    if not missing:
+    if not (missing := [metric for metric in wanted if metric not in yielded]):
         return dict(wanted)
     if tuple(wanted) != tuple(GateConfig().metrics):
         raise ConfigError(
@@ -117,14 +101,3 @@ def metrics_of(name: str, gate: GateConfig, workload: Workload, *, gpu: bool) ->
 def _identity(workload: Workload) -> Workload:
     """Two copies of one prompts file, each beside its plan, are the same prompts."""
     return workload.model_copy(update={"prompts_file": None}) if workload.prompts_sha256 is not None else workload
-
-
-def _check_devices(name: str, side: SideRequest) -> None:
-    left = list(side.config.concrete_devices)
-    for device in side.plan.devices:
-        if device not in left:
-            raise ConfigError(
-                f"{name}: the plan {side.plan.describe()} wants {device}, and the devices are "
-                f"{', '.join(side.config.concrete_devices)}; give others by --devices, or another plan"
-            )
-        left.remove(device)

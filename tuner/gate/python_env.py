@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 import pipetune
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.fleet.fleet import cache_root
+from pipetune.bench.files import cache_root
 from pipetune.bench.record import Machine
 from pipetune.tuner.config.sources import settings
 
@@ -52,19 +52,15 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Interpreter:
-    """A Python that has pipetune."""
+    """A Python that has pipetune; by default both that run here."""
 
-    python: str
-    root: Path | None
+    python: str = sys.executable
+    root: Path | None = ROOT
     """Put before all packages: whose pipetune runs; None takes the one that is installed there."""
     env: Mapping[str, str] = field(default_factory=dict)
     """On top of this process's environment; a PYTHONPATH among them comes after `root`."""
     module: str = "pipetune"
-    """What `-m` runs: `tuner` in revisions from before the packages lived in `pipetune`."""
-
-    def command(self, *arguments: str) -> list[str]:
-        """Arguments that start pipetune's command line."""
-        return [self.python, "-P", "-m", self.module, *arguments]
+    """What `python -P -m` runs: `tuner` in revisions from before the packages lived in `pipetune`."""
 
     def run(self, code: str) -> subprocess.CompletedProcess[str]:
         """Some lines of Python, run to their end.
@@ -97,11 +93,6 @@ class Interpreter:
             return None
 
 
-def own(env: Mapping[str, str]) -> Interpreter:
-    """The Python and the pipetune that run here."""
-    return Interpreter(python=sys.executable, root=ROOT, env=env)
-
-
 def of_python(python: str, env: Mapping[str, str]) -> Interpreter:
     """Another environment's Python: with the pipetune that is installed there, or with this one where none is.
 
@@ -118,16 +109,13 @@ def of_python(python: str, env: Mapping[str, str]) -> Interpreter:
     if done.returncode == 0:
         return replace(here, module=done.stdout.strip())
     if "PackageNotFoundError" in done.stderr:
-        return Interpreter(python=python, root=ROOT, env=env)
+        return Interpreter(python=python, env=env)
     why = done.stderr.strip()[-300:] or f"it ended with exit code {done.returncode} and said nothing"
     raise ConfigError(f"{python}: does not run Python code: {why}")
 
 
 def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT, deadline: float = math.inf) -> Interpreter:
     """A revision of pipetune's own repository, built if it is not there yet; that may take minutes.
-
-    Args:
-        deadline: by the monotonic clock.
 
     Raises:
         ConfigError: there is no such revision, as `commit_of` says, or it cannot be built.
@@ -138,7 +126,9 @@ def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT, deadlin
     tree = folder / "tree"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        held = FileLock(folder / ".lock").acquire(timeout=-1 if math.isinf(deadline) else _left_s(deadline))
+        held = FileLock(folder / ".lock").acquire(
+            timeout=-1 if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
+        )
     except Timeout:
         raise OutOfTime from None
     with held:
@@ -147,7 +137,7 @@ def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT, deadlin
             _git(repository, ref, "worktree", "add", "--force", "--detach", str(tree), commit)
         module = "pipetune" if (tree / "pipetune").is_dir() else "tuner"
         if _requirements(tree) == _requirements(repository):
-            return Interpreter(python=sys.executable, root=tree, env=env, module=module)
+            return Interpreter(root=tree, env=env, module=module)
         python, ready = folder / "environment" / "bin" / "python", folder / ".installed"
         if not ready.exists():
             install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", _CONSTRAINTS]
@@ -199,7 +189,7 @@ def _git(repository: Path, ref: str, *arguments: str) -> str:
 
 
 def _build(tree: Path, ref: str, command: list[str], deadline: float) -> None:
-    timeout_s = min(_BUILD_TIMEOUT_S, _left_s(deadline))
+    timeout_s = min(_BUILD_TIMEOUT_S, max(0.0, deadline - time.monotonic()))
     try:
         subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True, timeout=timeout_s)
     except subprocess.CalledProcessError as error:
@@ -212,7 +202,3 @@ def _build(tree: Path, ref: str, command: list[str], deadline: float) -> None:
         raise ConfigError(
             f"--baseline-ref {ref}: its environment was not built within {_BUILD_TIMEOUT_S / 60:.0f} minutes"
         ) from None
-
-
-def _left_s(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())

@@ -3,18 +3,17 @@
 At each look, in this order: FAIL, if the signed-rank test says that the candidate is worse and the shift is at least
 the least effect and the noise floor; INCONCLUSIVE, if the noise floor is above the margin; OK, if the same test says
 that it is less than the margin worse, and this look could have said FAIL. Otherwise more pairs, while there are any.
+
+Runs that failed, say nothing, or hold no number end a comparison whatever the numbers say.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from pipetune.tuner.config.gate import Tolerance
-from pipetune.tuner.gate.faults import Fault, fault_of, unsteady_of
 from pipetune.tuner.gate.values import (
     REHEARSAL,
     SIDES,
@@ -25,11 +24,15 @@ from pipetune.tuner.gate.values import (
     Reason,
     Sample,
     SideName,
+    change_of,
     finding_of,
     log_cost,
 )
 from pipetune.tuner.stats import signed_rank
-from pipetune.tuner.stats.looks import Look
+from pipetune.tuner.stats.signed_rank import Look
+
+Fault = tuple[Reason, str]
+"""Why nothing can be compared, and that in words."""
 
 
 def judge(
@@ -41,16 +44,14 @@ def judge(
     again with all pairs of a gate that went on for the sake of another.
 
     Args:
-        pairs: of this case, in order.
         looks: as `looks_for` the number of hypotheses of the whole gate.
         because: why no more pairs will come, so that something must be said; OUT_OF_TIME, for one.
     """
-    told = _Told(case=case, metric=metric, pairs=tuple(pairs))
+    told = _Told(case, metric, pairs)
     for look in looks:
         if len(told.differences) < look.pairs:
             break
-        decided = told.look(look, last=looks[-1].pairs)
-        if decided is not None:
+        if (decided := told.look(look, last=looks[-1].pairs)) is not None:
             return told.finding(*decided, at=look.pairs)
     if len(told.differences) >= looks[-1].pairs:
         return told.finding(*told.undecided(Reason.NOT_TOLD))
@@ -86,63 +87,18 @@ def look_at(
     return taken, None
 
 
-@dataclass
 class _Told:
     """One hypothesis while it is looked at."""
 
-    case: Case
-    metric: str
-    pairs: tuple[Pair, ...]
-    taken: list[LookTaken] = field(default_factory=list)
-
-    @property
-    def tolerance(self) -> Tolerance:
-        return self.case.metrics[self.metric]
-
-    @functools.cached_property
-    def differences(self) -> tuple[float, ...]:
-        """log(candidate / baseline) of the pairs before anything broke, turned so that worse is positive."""
-        return tuple(
-            log_cost(self.metric, pair.candidate.metrics[self.metric] / pair.baseline.metrics[self.metric])
-            for pair in self.pairs[: self._whole]
+    def __init__(self, case: Case, metric: str, pairs: Sequence[Pair]) -> None:
+        self.case, self.metric, self.pairs = case, metric, pairs
+        self.tolerance = case.metrics[metric]
+        self.taken: list[LookTaken] = []
+        whole, self.broken = _break_of(metric, pairs)
+        # log(candidate / baseline) of the pairs before anything broke, turned so that worse is positive.
+        self.differences = tuple(
+            log_cost(metric, pair.candidate.metrics[metric] / pair.baseline.metrics[metric]) for pair in pairs[:whole]
         )
-
-    @property
-    def broken(self) -> Fault | None:
-        """What ended the comparison of this metric, whatever its values are; None while nothing did."""
-        return self._break[1]
-
-    @property
-    def _whole(self) -> int:
-        return self._break[0]
-
-    @functools.cached_property
-    def _break(self) -> tuple[int, Fault | None]:
-        """How many pairs are whole, and what is wrong with the next one."""
-        hardware = next((pair.baseline.hardware_id for pair in self.pairs), None)
-        recorded: dict[SideName, str] = {}
-        for count, pair in enumerate(self.pairs):
-            for name in SIDES:
-                run = pair.side(name)
-                now = run.recorded_hardware_id
-                before = recorded.setdefault(name, now) if now is not None else None
-                problem = self._problem(name, run, hardware) or _moved(before, now)
-                if problem is not None:
-                    reason, text = problem
-                    where = "rehearsal" if pair.number == REHEARSAL else f"pair {pair.number + 1}"
-                    return count, (reason, f"{where}, {name}: {text}")
-        return len(self.pairs), None
-
-    def _problem(self, name: SideName, run: Sample, hardware: str | None) -> Fault | None:
-        fault = fault_of(self.metric, name, run)
-        if fault is not None:
-            return fault
-        if run.hardware_id is None:
-            text = "the hardware that it ran on could not be read, so that none can be called equal"
-            return Reason.OTHER_HARDWARE, text
-        if run.hardware_id != hardware:
-            return Reason.OTHER_HARDWARE, f"it ran on hardware {run.hardware_id}, and the first run on {hardware}"
-        return None
 
     def look(self, look: Look, *, last: int) -> Fault | None:
         """What one look says; None leaves it open."""
@@ -152,13 +108,13 @@ class _Told:
         if reason is None or self._unsteady(look.pairs) is not None:
             return None
         if reason is Reason.WORSE:
-            return reason, f"{one.estimate:.1%} worse; p {one.p_fail:.2g}, and equal sides differ by {one.floor:.1%}"
+            worse = abs(change_of(self.metric, one.estimate))
+            return reason, f"{worse:.1%} worse; p {one.p_fail:.2g}, and equal sides differ by {one.floor:.1%}"
         return reason, f"surely less than {self.tolerance.margin:.0%} worse"
 
     def undecided(self, reason: Reason) -> Fault:
         """Why nothing could be said when no more pairs come."""
-        unsteady = self._unsteady(len(self.pairs))
-        if unsteady is not None:
+        if (unsteady := self._unsteady(len(self.pairs))) is not None:
             return unsteady
         floor, margin = (self.taken[-1].floor if self.taken else 0.0), self.tolerance.margin
         if floor > margin:
@@ -197,20 +153,65 @@ class _Told:
         )
 
     def _unsteady(self, count: int) -> Fault | None:
-        sides = (unsteady_of(name, self._runs(name)[:count]) for name in SIDES)
+        sides = (unsteady_of(name, [pair.side(name) for pair in self.pairs[:count]]) for name in SIDES)
         return next((fault for fault in sides if fault is not None), None)
 
     def _median(self, name: SideName) -> float | None:
-        values = [run.metrics.get(self.metric, math.nan) for run in self._runs(name)]
+        values = [pair.side(name).metrics.get(self.metric, math.nan) for pair in self.pairs]
         values = [value for value in values if math.isfinite(value)]
         return statistics.median(values) if values else None
 
-    def _runs(self, name: SideName) -> list[Sample]:
-        return [pair.side(name) for pair in self.pairs]
+
+def _break_of(metric: str, pairs: Sequence[Pair]) -> tuple[int, Fault | None]:
+    """How many pairs are whole, and what is wrong with the next one."""
+    hardware = next((pair.baseline.hardware_id for pair in pairs), None)
+    first_of: dict[SideName, str] = {}
+    for count, pair in enumerate(pairs):
+        for name in SIDES:
+            run = pair.side(name)
+            recorded = run.recorded_hardware_id
+            first = first_of.setdefault(name, recorded) if recorded is not None else None
+            fault = fault_of(metric, name, run) or _moved(run, hardware, first)
+            if fault is not None:
+                where = "rehearsal" if pair.number == REHEARSAL else f"pair {pair.number + 1}"
+                return count, (fault[0], f"{where}, {name}: {fault[1]}")
+    return len(pairs), None
 
 
-def _moved(before: str | None, now: str | None) -> Fault | None:
-    """Whether a run of one side was on other hardware than that side's first."""
-    if before == now:
+def _moved(run: Sample, hardware: str | None, recorded: str | None) -> Fault | None:
+    """Whether a run was on other hardware than the first of all, or than the first of its side recorded."""
+    if run.hardware_id is None:
+        text = "the hardware that it ran on could not be read, so that none can be called equal"
+    elif run.hardware_id != hardware:
+        text = f"it ran on hardware {run.hardware_id}, and the first run on {hardware}"
+    elif run.recorded_hardware_id != recorded:
+        text = f"it ran on hardware {run.recorded_hardware_id}, and the first run of its side on {recorded}"
+    else:
         return None
-    return Reason.OTHER_HARDWARE, f"it ran on hardware {now}, and the first run of its side on {before}"
+    return Reason.OTHER_HARDWARE, text
+
+
+def fault_of(metric: str, side: SideName, run: Sample) -> Fault | None:
+    """Why a run yields no number to compare; None where it does."""
+    if run.not_comparable is not None:
+        return Reason.NOT_COMPARABLE, run.not_comparable
+    if run.failure is not None:
+        failed = Reason.CANDIDATE_FAILED if side == "candidate" else Reason.BASELINE_FAILED
+        return failed, f"{run.failure.kind.value}: {run.failure.message}"
+    if metric not in run.metrics:
+        return Reason.MISSING_METRIC, f"there is no {metric}; there are: {', '.join(run.metrics) or 'none'}"
+    value = run.metrics[metric]
+    if not (math.isfinite(value) and value > 0):
+        return Reason.NOT_FINITE, f"{metric} is {value}, of which there is no ratio"
+    return None
+
+
+def unsteady_of(side: SideName, runs: Sequence[Sample]) -> Fault | None:
+    """Whether more than a third of a side's runs never got steady."""
+    unsteady = sum(not run.steady for run in runs)
+    if 3 * unsteady <= len(runs):
+        return None
+    return Reason.NEVER_STEADY, (
+        f"{unsteady} of {len(runs)} runs of the {side} never got steady; give them more warm-up "
+        "(protocol.max_warmup), or look at what else the machine does"
+    )

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipetune.bench.fleet.fleet import warn_of_cores
 from pipetune.bench.record import Machine, timestamp
+from pipetune.tuner.config.sources import differences
 from pipetune.tuner.gate.python_env import OutOfTime
 from pipetune.tuner.gate.rule import judge
 from pipetune.tuner.gate.runners import SideRunner
@@ -32,33 +34,30 @@ from pipetune.tuner.gate.values import (
     verdict_of,
 )
 from pipetune.tuner.progress import Reporter, values_text
-from pipetune.tuner.stats.looks import Look, looks_for
-from pipetune.tuner.study.diff import differences
+from pipetune.tuner.stats.signed_rank import Look, looks_for
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Clock:
-    """When a gate began and when it has to end, on the monotonic clock."""
+    """When a gate began, which is now, and when it has to end, on the monotonic clock."""
 
-    started_at: str
+    max_minutes: float | None = None
+    began: float = field(default_factory=time.monotonic)
+    started_at: str = field(default_factory=timestamp)
     """UTC, ISO 8601."""
-    began: float
-    deadline: float
 
-    @classmethod
-    def start(cls, max_minutes: float | None = None) -> Clock:
-        """A clock that begins now; None sets no deadline."""
-        began = time.monotonic()
-        deadline = math.inf if max_minutes is None else began + 60 * max_minutes
-        return cls(started_at=timestamp(), began=began, deadline=deadline)
-
-    def took_s(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.began
+    @property
+    def deadline(self) -> float:
+        """Infinite without one."""
+        return math.inf if self.max_minutes is None else self.began + 60 * self.max_minutes
 
     def left_s(self) -> float:
         """Seconds until the deadline; infinite without one."""
         return self.deadline - time.monotonic()
+
+    def bounded(self, forecast: str) -> str:
+        """A forecast, with the time that a gate has at most."""
+        return forecast if self.max_minutes is None else f"{forecast}, and no more than {self.max_minutes:g} in all"
 
     def sample(
         self, runner: SideRunner, case: Case, name: SideName, reporter: Reporter, label: str, *, check: bool
@@ -75,7 +74,7 @@ class Clock:
         sample = runner.run(case, name, check=check, timeout_s=None if math.isinf(left_s) else left_s)
         if sample.failure is not None and self.left_s() <= 0:
             raise OutOfTime
-        reporter.end(said(sample))
+        reporter.end(_said(sample))
         return sample
 
 
@@ -88,11 +87,9 @@ class Gate:
     seed: int
     max_minutes: float | None = None
     """From the start to the end, what is built and rehearsed among them."""
-    _clock: Clock = field(default_factory=lambda: Clock.start())
-    _pairs: dict[str, list[Pair]] = field(default_factory=dict)
-    _open: dict[str, list[str]] = field(default_factory=dict)
-    """Metrics of each case that are not decided."""
-    _findings: dict[tuple[str, str], Finding] = field(default_factory=dict)
+    _clock: Clock = field(init=False)
+    _pairs: dict[str, list[Pair]] = field(init=False)
+    _findings: dict[tuple[str, str], Finding] = field(init=False)
 
     def run(self, reporter: Reporter) -> GateResult:
         """Runs it to its end.
@@ -101,9 +98,8 @@ class Gate:
             UserError: sides that cannot be started as they were asked for.
             FleetError: of a running fleet, the workers failed before anything was compared.
         """
-        self._clock = Clock.start(self.max_minutes)
+        self._clock = Clock(self.max_minutes)
         self._pairs = {case.name: [] for case in self.cases}
-        self._open = {case.name: list(case.metrics) for case in self.cases}
         self._findings = {}
         looks = looks_for(sum(len(case.metrics) for case in self.cases))
         machines: dict[SideName, Machine | None] = {}
@@ -111,13 +107,9 @@ class Gate:
             reporter.begin("getting both sides ready")
             with self.runner:
                 try:
-                    self.runner.prepare(self._clock.deadline)
+                    machines = self.runner.prepare(self._clock.deadline)
                     reporter.end(f"{len(self.cases)} case{'s' if len(self.cases) > 1 else ''}, order seed {self.seed}")
-                    machines = {name: self.runner.machine(name) for name in SIDES}
-                    pair_s = self._rehearse(reporter, looks)
-                    if pair_s:
-                        reporter.say(self._forecast(sum(pair_s.values()), looks))
-                        self._go_on(reporter, looks, pair_s)
+                    self._compare(reporter, looks)
                 except OutOfTime:
                     for case in self.cases:
                         self._decide(case, looks, because=Reason.OUT_OF_TIME)
@@ -134,53 +126,56 @@ class Gate:
             notes=(*_fleets(self.cases), *_software(machines), *_disturbed(self._pairs)),
         )
 
-    def _rehearse(self, reporter: Reporter, looks: tuple[Look, ...]) -> dict[str, float]:
-        """Seconds of a pair, by case; those of which a side failed are decided already."""
-        pair_s = {}
-        for case in self.cases:
-            found = {}
-            for name in SIDES:
-                label = f"{case.name} · rehearsal · {name}: {case.side(name).describe()}"
-                found[name] = self._sample(case, name, reporter, label, check=case.protocol.check_outputs)
-            if not all(sample.is_measured for sample in found.values()):
-                self._pairs[case.name].append(Pair(case=case.name, number=REHEARSAL, first=SIDES[0], **found))
-                self._decide(case, looks)
-            else:
-                pair_s[case.name] = sum(sample.wall_s for sample in found.values())
-        return pair_s
-
-    def _go_on(self, reporter: Reporter, looks: tuple[Look, ...], pair_s: dict[str, float]) -> None:
+    def _compare(self, reporter: Reporter, looks: tuple[Look, ...]) -> None:
+        """The rehearsal, which counts where a side failed, then pair after pair of what is not decided."""
         draws = random.Random(self.seed)
-        for number in range(looks[-1].pairs):
+        pair_s: dict[str, float] = {}
+        for number in range(REHEARSAL, looks[-1].pairs):
             for case in self.cases:
                 # Drawn for the decided ones as well, so that the order of a case hangs on the seed alone.
-                first: SideName = draws.choice(SIDES)
-                if not self._open[case.name]:
+                first: SideName = SIDES[0] if number == REHEARSAL else draws.choice(SIDES)
+                if number != REHEARSAL and not self._open(case):
                     continue
-                if pair_s[case.name] > self._clock.left_s():
+                if pair_s.get(case.name, -math.inf) > self._clock.left_s():
                     raise OutOfTime
                 pair = self._pair(case, number, first, reporter)
-                pair_s[case.name] = sum(pair.side(name).wall_s for name in SIDES)
-                self._pairs[case.name].append(pair)
-                self._decide(case, looks)
+                runs = [pair.side(name) for name in SIDES]
+                is_measured = all(run.is_measured for run in runs)
+                if is_measured:
+                    pair_s[case.name] = sum(run.wall_s for run in runs)
+                if number != REHEARSAL or not is_measured:
+                    self._pairs[case.name].append(pair)
+                    self._decide(case, looks)
+                    open_ = sum(bool(self._open(one)) for one in self.cases)
+                    reporter.course(
+                        sum(map(len, self._pairs.values())), open_ * (looks[-1].pairs - number - 1), "pairs"
+                    )
+            if number == REHEARSAL and pair_s:
+                reporter.say(self._forecast(sum(pair_s.values()), looks))
+            if number == REHEARSAL + 1 and pair_s and self.max_minutes is not None:
+                reporter.say(self._whether_enough(sum(pair_s.values()), looks))
 
     def _pair(self, case: Case, number: int, first: SideName, reporter: Reporter) -> Pair:
+        """Both sides, one after the other; a rehearsal says what they are, and checks their outputs if it is asked."""
+        check = number == REHEARSAL and case.protocol.check_outputs
         found = {}
-        for name in (first, *(other for other in SIDES if other != first)):
-            found[name] = self._sample(case, name, reporter, f"{case.name} · pair {number + 1} · {name}", check=False)
+        for name in sorted(SIDES, key=lambda name: name != first):
+            label = f"{case.name} · pair {number + 1} · {name}"
+            if number == REHEARSAL:
+                label = f"{case.name} · rehearsal · {name}: {case.side(name).describe()}"
+            found[name] = self._clock.sample(self.runner, case, name, reporter, label, check=check)
         return Pair(case=case.name, number=number, first=first, **found)
 
-    def _sample(self, case: Case, name: SideName, reporter: Reporter, label: str, *, check: bool) -> Sample:
-        return self._clock.sample(self.runner, case, name, reporter, label, check=check)
+    def _open(self, case: Case) -> list[str]:
+        """Metrics of a case that are not decided."""
+        return [metric for metric in case.metrics if (case.name, metric) not in self._findings]
 
     def _decide(self, case: Case, looks: tuple[Look, ...], *, because: Reason | None = None) -> None:
-        for metric in list(self._open[case.name]):
-            finding = judge(case, metric, self._pairs[case.name], looks, because=because)
-            if finding is not None:
+        for metric in self._open(case):
+            if (finding := judge(case, metric, self._pairs[case.name], looks, because=because)) is not None:
                 self._findings[case.name, metric] = finding
-                self._open[case.name].remove(metric)
         failed = any(self._findings[key].verdict is Verdict.FAIL for key in self._findings if key[0] == case.name)
-        if failed and self._open[case.name]:
+        if failed and self._open(case):
             self._decide(case, looks, because=Reason.SETTLED)
 
     def _forecast(self, pair_s: float, looks: tuple[Look, ...]) -> str:
@@ -188,23 +183,40 @@ class Gate:
         least, most = (next(look.pairs for look in looks if look.can_fail), looks[-1].pairs)
         minutes = [max(1, round(pairs * pair_s / 60)) for pairs in (least, most)]
         text = f"{least} to {most} pairs of about {pair_s:.0f} s: {minutes[0]} to {minutes[1]} minutes from here"
-        return text if self.max_minutes is None else f"{text}, and no more than {self.max_minutes:g} in all"
+        return self._clock.bounded(text)
+
+    def _whether_enough(self, pair_s: float, looks: tuple[Look, ...]) -> str:
+        """Whether so long a pair lets the time decide, and what would."""
+        least = next(look.pairs for look in looks if look.can_fail)
+        fit = 1 + int(max(0.0, self._clock.left_s()) / pair_s)
+        if fit >= least:
+            return f"the time is enough for {min(fit, looks[-1].pairs)} pairs; {least} may decide"
+        needed = math.ceil((time.monotonic() - self._clock.began + (least - 1) * pair_s) / 60 + 0.5)
+        return (
+            f"the time is too short to decide: {fit} of the {least} pairs fit that it takes at least; --max-minutes "
+            f"{needed} has room for them, as has a shorter workload (--num-prompts, --output-len)"
+        )
 
 
-def result_of(findings: tuple[Finding, ...], clock: Clock, **values: Any) -> GateResult:
+def result_of(
+    findings: tuple[Finding, ...], clock: Clock, *, cases: tuple[Case, ...], notes: Sequence[str], **values: Any
+) -> GateResult:
     """A gate that ends now; `values` are the further fields of its result."""
     verdict = verdict_of(findings)
+    cores = [note for case in cases for name in SIDES for note in warn_of_cores(case.side(name).devices)]
     return GateResult(
         verdict=verdict,
         exit_code=EXIT_CODES[verdict],
         findings=findings,
         started_at=clock.started_at,
-        took_s=round(clock.took_s(), 1),
+        took_s=round(time.monotonic() - clock.began, 1),
+        cases=cases,
+        notes=tuple(dict.fromkeys((*notes, *cores))),
         **values,
     )
 
 
-def said(sample: Sample) -> str:
+def _said(sample: Sample) -> str:
     """What came of a run, in a line."""
     if sample.failure is not None:
         return f"{sample.failure.kind.value}: {sample.failure.message}"
@@ -239,9 +251,6 @@ def _disturbed(pairs: Mapping[str, list[Pair]]) -> list[str]:
     notes = []
     for case, rows in pairs.items():
         runs = [pair.side(name) for pair in rows for name in SIDES]
-        disturbed = [run for run in runs if run.disturbances]
-        if disturbed:
-            notes.append(
-                f"{case}: {len(disturbed)} of {len(runs)} runs were disturbed: {disturbed[0].disturbances[0]}, for one"
-            )
+        if disturbed := [run.disturbances[0] for run in runs if run.disturbances]:
+            notes.append(f"{case}: {len(disturbed)} of {len(runs)} runs were disturbed: {disturbed[0]}, for one")
     return notes

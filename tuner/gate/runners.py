@@ -1,20 +1,35 @@
-"""Who runs the two sides of a case: fresh processes for every run, or one running fleet that changes plans."""
+"""Who runs the two sides of a case: fresh processes for every run, or one running fleet that changes plans.
+
+A fresh process is `pipetune bench`, whose flags and record are older than the gate: so another environment's or an old
+revision's pipetune can be one of the sides. Metrics are derived here from the raw record, by one set of formulas for
+both.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-import tempfile
-from contextlib import ExitStack
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pipetune.bench.errors import ConfigError
-from pipetune.bench.record import Machine
-from pipetune.tuner.gate import python_env
-from pipetune.tuner.gate.fresh_process import run_fresh, sample_of
-from pipetune.tuner.gate.values import SIDES, Case, Method, Sample, Side, SideName
-from pipetune.tuner.study.diff import differences
+import yaml
+from pydantic import ValidationError
+
+from pipetune.bench import metrics
+from pipetune.bench.errors import ConfigError, PlanError, UserError, explain
+from pipetune.bench.files import scratch_folder
+from pipetune.bench.fleet.fleet import Closing
+from pipetune.bench.record import Failure, FailureKind, Machine, Record, timestamp
+from pipetune.bench.spec import Value
+from pipetune.tuner.config.sources import differences
+from pipetune.tuner.gate.python_env import Interpreter, of_python, of_ref
+from pipetune.tuner.gate.values import SIDES, Case, Method, Sample, SideName
 
 if TYPE_CHECKING:
     from pipetune.bench.fleet.experiment import Experiment
@@ -23,34 +38,37 @@ BLIND_IN_PROCESS = (
     "what differs from process to process (start-up, memory layout, luck): both sides shared one process",
     "what a process of its own would need: memory that one side leaves behind for the other",
 )
+_START_S = 300.0
+"""What starting and loading may take beyond the protocol's own time-out."""
+_GOODBYE_S = 10.0
+"""What a process that is told to stop has to clean up."""
+_TAIL = 2000
+_DIE_WITH_GATE = """import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+os.getppid() == int(sys.argv[1]) or os._exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes the command behind its parent's process id; the kernel kills it (PR_SET_PDEATHSIG) when that process ends,
+and its workers with it."""
+_PREFIX, _IN_USE, _OF_PLAN = "pipetune: ", " is in use by ", "plan."
+"""How the command line begins a message, what `bench.fleet.locks` says of a GPU that others hold, and how it goes on
+where a plan is not for the model."""
 
 
-class SideRunner(Protocol):
+class SideRunner(contextlib.AbstractContextManager["SideRunner"], Protocol):
     """Runs sides, once each time it is asked."""
 
     method: Method
     cannot_see: tuple[str, ...]
 
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def prepare(self, deadline: float) -> None:
-        """Gets both sides ready to run; that may take minutes.
-
-        Args:
-            deadline: by the monotonic clock.
+    def prepare(self, deadline: float) -> dict[SideName, Machine | None]:
+        """Gets both sides ready by a deadline of the monotonic clock, and says what those of the first case run on.
 
         Raises:
             UserError: sides that cannot be started as they were asked for.
             FleetError: workers that do not start.
             OutOfTime: they are not ready by the deadline.
         """
-        ...
-
-    def machine(self, name: SideName) -> Machine | None:
-        """What a side runs on, of the first case."""
         ...
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
@@ -63,7 +81,7 @@ class SideRunner(Protocol):
         ...
 
 
-class FreshProcesses:
+class FreshProcesses(Closing):
     """Every run in processes of its own."""
 
     method: Method = "fresh_processes"
@@ -71,39 +89,37 @@ class FreshProcesses:
 
     def __init__(self, cases: tuple[Case, ...]) -> None:
         self._case = cases[0]
-        self._interpreters: dict[SideName, python_env.Interpreter] = {}
+        self._interpreters: dict[SideName, Interpreter] = {}
         self._machines: dict[SideName, Machine | None] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exit_info: object) -> None: ...
-
-    def prepare(self, deadline: float) -> None:
-        """Finds both sides' Pythons, and builds what is missing by the deadline."""
-        self._interpreters = {name: interpreter_of(self._case.side(name), deadline) for name in SIDES}
+    def prepare(self, deadline: float) -> dict[SideName, Machine | None]:
+        """Finds both sides' Pythons, which say what they run on, and builds what is missing by the deadline."""
+        for name in SIDES:
+            side = self._case.side(name)
+            if side.ref is not None:
+                found = of_ref(side.ref, side.env, deadline=deadline)
+            else:
+                found = of_python(side.python, side.env) if side.python is not None else Interpreter(env=side.env)
+            self._interpreters[name] = found
         self._machines = {name: one.machine() for name, one in self._interpreters.items()}
-
-    def machine(self, name: SideName) -> Machine | None:
-        """The machine as that side's own pipetune sees it."""
-        return self._machines[name]
+        return self._machines
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
         """One run in processes that start for it and end with it."""
         machine = self._machines[name]
-        hardware_id = machine.hardware.hardware_id if machine is not None else None
-        sample = run_fresh(
-            case, name, self._interpreters[name], hardware_id=hardware_id, check=check, timeout_s=timeout_s
-        )
+        sample = run_fresh(case, name, self._interpreters[name], check=check, timeout_s=timeout_s)
+        here = machine.hardware.hardware_id if machine is not None else None
+        sample = sample.model_copy(update={"hardware_id": here})
         if check and sample.is_measured and not sample.checked:
             self.cannot_see += (f"whether the output of the {name} of {case.name} is right: it could not be checked",)
         return sample
 
 
-class RunningFleet:
+class RunningFleet(Closing):
     """All runs in one fleet, which moves the layers that change hands."""
 
     method: Method = "running_fleet"
+    _experiment: Experiment
 
     def __init__(self, cases: tuple[Case, ...]) -> None:
         """
@@ -125,20 +141,16 @@ class RunningFleet:
                     )
         self.cannot_see: tuple[str, ...] = BLIND_IN_PROCESS
         self._cases = cases
-        self._stack = ExitStack()
-        self._experiment: Experiment | None = None
+        self._stack = contextlib.ExitStack()
         self._references: dict[str, Path] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def prepare(self, deadline: float) -> None:
+    def prepare(self, deadline: float) -> dict[SideName, Machine | None]:
         """Starts the fleet, which has bounds of its own; raises as `SideRunner.prepare`."""
         from pipetune.bench.fleet.experiment import Experiment
 
         side = self._cases[0].baseline
         hang_timeout_s = max(case.protocol.hang_timeout_s for case in self._cases)
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pipetune-gate-")))
+        folder = self._stack.enter_context(scratch_folder())
         self._experiment = self._stack.enter_context(
             Experiment.start(side.model, side.devices, hang_timeout_s=hang_timeout_s)
         )
@@ -150,15 +162,11 @@ class RunningFleet:
                     self._references[case.name] = path
                 else:
                     self.cannot_see += (f"whether the output of {case.name} is right: {missing.message}",)
+        return dict.fromkeys(SIDES, self._experiment.fleet.machine)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Ends the fleet."""
         self._stack.close()
-
-    def machine(self, name: SideName) -> Machine | None:
-        """The machine of the one fleet that both sides share."""
-        return self._running.fleet.machine
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
         """One run in the running fleet."""
@@ -166,25 +174,162 @@ class RunningFleet:
         longest_s = min(case.protocol.timeout_s, timeout_s or math.inf)
         update = {"check_outputs": reference is not None, "timeout_s": longest_s}
         if reference is not None:
-            self._running.fleet.use_reference(reference)
+            self._experiment.fleet.use_reference(reference, case.workload)
         protocol = case.protocol.model_copy(update=update)
-        return sample_of(self._running.measure(case.side(name).plan, case.workload, protocol))
-
-    @property
-    def _running(self) -> Experiment:
-        assert self._experiment is not None, "the fleet was started"
-        return self._experiment
+        return sample_of(self._experiment.measure(case.side(name).plan, case.workload, protocol))
 
 
-def interpreter_of(side: Side, deadline: float = math.inf) -> python_env.Interpreter:
-    """How a side's processes are started.
+def run_fresh(
+    case: Case, name: SideName, interpreter: Interpreter, *, check: bool, timeout_s: float | None = None
+) -> Sample:
+    """Starts a side, measures it, and ends it, as `SideRunner.run` asks.
 
     Raises:
-        ConfigError: an environment that cannot be used, a revision that cannot be built.
-        OutOfTime: a revision is not built by the deadline.
+        PlanError: this very pipetune refuses the plan, so that it cannot be for that model whoever runs it.
+        ConfigError: it refuses the baseline's model, prompts or devices, so that there is nothing to compare with.
     """
-    if side.ref is not None:
-        return python_env.of_ref(side.ref, side.env, deadline=deadline)
-    if side.python is not None:
-        return python_env.of_python(side.python, side.env)
-    return python_env.own(side.env)
+    longest_s = min(_START_S + 2 * case.protocol.timeout_s, timeout_s or math.inf)
+    with scratch_folder() as folder:
+        started_at, began = timestamp(), time.monotonic()
+        found = _run(case, name, interpreter, folder, check=check, timeout_s=longest_s)
+        took_s = round(time.monotonic() - began, 3)
+    common: dict[str, Any] = {"started_at": started_at, "wall_s": took_s}
+    if isinstance(found, Record):
+        return sample_of(found).model_copy(update={**common, "recorded_hardware_id": found.hardware_id})
+    if isinstance(found, Failure):
+        return Sample(failure=found, **common)
+    return Sample(not_comparable=found, **common)
+
+
+def sample_of(record: Record) -> Sample:
+    """What the gate keeps of a run of this pipetune."""
+    common: dict[str, Any] = record.model_dump(include={"hardware_id", "started_at", "wall_s"})
+    outcome = record.result
+    if isinstance(outcome, Failure):
+        return Sample(failure=outcome, **common)
+    return Sample(
+        metrics=metrics.derive(outcome),
+        durations_s=tuple(run.duration_s for run in outcome.iterations),
+        steady=outcome.steady,
+        disturbances=outcome.telemetry.disturbances,
+        checked=outcome.check is not None,
+        **common,
+    )
+
+
+def _run(
+    case: Case, name: SideName, interpreter: Interpreter, folder: Path, *, check: bool, timeout_s: float
+) -> Record | Failure | str:
+    """A record, or why there is none: the side failed; in words, it did not, but the run says nothing of it."""
+    side = case.side(name)
+    config, plan, output = folder / "config.yaml", folder / "plan.json", folder / "records.jsonl"
+    model = _given(side.model) | {"name": side.model.name}
+    trusted = model.pop("trust_remote_code", False)
+    settings = {
+        "model": model,
+        "workload": _given(case.workload),
+        "protocol": _given(case.protocol),
+        "devices": list(side.devices),
+    }
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    plan.write_text(side.plan.model_dump_json(exclude_defaults=True), encoding="utf-8")
+    command = [interpreter.python, "-P", "-m", interpreter.module, "bench", "--config", str(config)]
+    command += ["--plan", str(plan), "--check" if check else "--no-check"]
+    command += ["--no-progress", "--json", "--output", str(output)]
+    command += ["--trust-remote-code"] if trusted else []
+    try:
+        done = _finish(command, interpreter.environment, timeout_s)
+    except subprocess.TimeoutExpired:
+        return Failure(kind=FailureKind.TIMEOUT, message=f"its process did not end within {timeout_s:.0f} s")
+    except OSError as error:
+        return Failure(kind=FailureKind.WORKER_DIED, message=f"its process cannot be started: {error}", phase="start")
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if output.exists() and output.stat().st_size:
+        return _read(output, case, name)
+    return _nothing(done, name, interpreter)
+
+
+def _finish(command: list[str], environment: dict[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end. Whatever comes between, a Ctrl-C for one, leaves no process behind.
+
+    A session of its own keeps the terminal's Ctrl-C from it, so that it is told once, by us, and can clean up.
+    """
+    command = [sys.executable, "-ISc", _DIE_WITH_GATE, str(os.getpid()), *command]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        try:
+            try:
+                said, complained = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                # It may have ended while this process was stopped itself.
+                if process.poll() is None:
+                    raise
+                said, complained = process.communicate()
+        except BaseException:
+            try:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=_GOODBYE_S)
+            finally:
+                # Also where a second Ctrl-C ends the waiting.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, said, complained)
+
+
+def _given(value: Value) -> dict[str, Any]:
+    """Without what is at its default, which an old revision may not know."""
+    return value.model_dump(mode="json", exclude_defaults=True)
+
+
+def _nothing(done: subprocess.CompletedProcess[str], name: SideName, interpreter: Interpreter) -> Failure | str:
+    """What a process says that left no record, such as that a plan does not fit into memory."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return Failure.model_validate(json.loads(done.stdout)["failure"])
+    said = (done.stderr.strip() or done.stdout.strip())[-_TAIL:]
+    last = said.splitlines()[-1] if said else "it said nothing"
+    message = last.removeprefix(_PREFIX)
+    if done.returncode == UserError.exit_code and _IN_USE in message:
+        return f"it did not get its GPU: {message}"
+    ours = interpreter == Interpreter(env=interpreter.env)
+    of_plan = message.startswith(_OF_PLAN)
+    # What refuses the candidate alone is a finding.
+    if done.returncode == UserError.exit_code and ours and (of_plan or name == "baseline"):
+        raise (PlanError if of_plan else ConfigError)(f"{name}: {message}")
+    return Failure(
+        kind=FailureKind.WORKER_ERROR,
+        message=f"pipetune bench ended with exit code {done.returncode} and left no record: {last}",
+        detail=said or None,
+    )
+
+
+def _read(output: Path, case: Case, name: SideName) -> Record | str:
+    """The last record: others stand before it where a run was repeated.
+
+    An old revision, whose defaults are not ours, may have done other work.
+    """
+    line = output.read_text(encoding="utf-8").splitlines()[-1]
+    try:
+        record = Record.model_validate_json(line)
+    except ValidationError as error:
+        return (
+            f"its record is of another version than this pipetune reads: {explain(error)}; compare with a "
+            "revision whose records it reads"
+        )
+    assert record.spec is not None, "a plan was measured"
+    known = {"prompts_file": None, "prompts_sha256": None}
+    alike = {"check_outputs": case.protocol.check_outputs}
+    other = [
+        *differences(case.side(name).plan, record.spec.plan),
+        *differences(case.workload.model_copy(update=known), record.spec.workload.model_copy(update=known)),
+        *differences(case.protocol, record.spec.protocol.model_copy(update=alike)),
+    ]
+    if not other:
+        return record
+    return (
+        f"it did other work than it was asked for, by other defaults: {other[0]}; give that by a flag or a "
+        "--config, as a value that is no default here: both sides are told it then"
+    )

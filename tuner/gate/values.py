@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from pipetune.bench.metrics import HIGHER_IS_BETTER
-from pipetune.bench.record import Failure, Machine
-from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Protocol, Value, Workload
+from pipetune.bench.record import Failure, Machine, Moment, Seconds
+from pipetune.bench.spec import ModelSpec, Plan, Protocol, SchemaVersion, Value, Workload
 from pipetune.tuner.config.gate import Tolerance
 
 SideName = Literal["baseline", "candidate"]
@@ -82,9 +82,8 @@ class Sample(Value):
     recorded_hardware_id: str | None = None
     """Digest of the machine of this very run, by its side's own pipetune, comparable within that side alone; None where
     the run left no record of its own."""
-    started_at: str
-    """UTC, ISO 8601."""
-    wall_s: float
+    started_at: Moment
+    wall_s: Seconds
 
     @property
     def is_measured(self) -> bool:
@@ -211,6 +210,24 @@ class Finding(Value):
     """Median over the runs, in the metric's own unit."""
     candidate: float | None = None
 
+    @property
+    def change(self) -> float | None:
+        """-0.33: the metric itself is 33 % less; of a rate that is worse, of a time or of memory better."""
+        return None if self.estimate is None else change_of(self.metric, self.estimate)
+
+    @property
+    def change_interval(self) -> tuple[float, float] | None:
+        """The interval of that."""
+        if self.interval is None:
+            return None
+        low, high = sorted(change_of(self.metric, end) for end in self.interval)
+        return low, high
+
+
+def change_of(metric: str, worse: float) -> float:
+    """Change of a metric whose cost grows by a share: of a rate -0.33 for 0.5, of all else the share itself."""
+    return from_log_cost(metric, math.log1p(worse)) - 1
+
 
 def finding_of(case: str, metric: str, tolerance: Tolerance, reason: Reason, text: str, **values: Any) -> Finding:
     """A finding, with the verdict that its reason means; `values` are its further fields."""
@@ -232,7 +249,7 @@ Method = Literal["fresh_processes", "running_fleet", "stored"]
 class GateResult(Value):
     """A gate, whole."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     verdict: Verdict
     exit_code: int
     method: Method

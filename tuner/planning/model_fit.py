@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -13,9 +14,10 @@ from pydantic import Field
 from pipetune.bench.memory import LayerShape, ModelShape, resolve, stage_bytes
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, Value, Workload, device_kind
-from pipetune.tuner.planning.partition.in_order import near_best
+from pipetune.tuner.planning.costs.base import Costs
+from pipetune.tuner.planning.partition.device_map import ranges_of
 from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions
-from pipetune.tuner.planning.partition.stage_table import stage_needs
+from pipetune.tuner.planning.partition.stage_table import near_best, stage_needs
 from pipetune.tuner.planning.simulation.model import CostModel
 
 
@@ -53,6 +55,7 @@ class Fit(Value):
     whole_size: int
     """What was wanted of `micro_batch_size`, which is less where that does not fit."""
     memory_fraction: float
+    max_memory_bytes: int | None = None
     prompt_len: int
     """Longest prompt, tokens."""
     output_len: int
@@ -78,38 +81,37 @@ class ModelFit(Value):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A workload on devices.
-
-    Args:
-        prompt_lens: in tokens.
-        device_bytes: memory of each device, in bytes.
-        micro_batch_size: None takes as many micro-batches as there are stages, or smaller ones if those do not fit.
-    """
+    """A workload on devices; `prompt_lens` in tokens."""
 
     workload: Workload
     prompt_lens: tuple[int, ...]
     devices: tuple[str, ...]
     device_bytes: dict[str, int]
     micro_batch_size: int | None = None
+    """None takes as many micro-batches as there are stages, or smaller ones if those do not fit."""
     memory_fraction: float = 0.9
+    max_memory_bytes: int | None = None
+    costs: Costs | None = None
+    """None takes nominal ones."""
+
+    @property
+    def caps(self) -> dict[str, Any]:
+        """What a stage may take of its device, as plans take it."""
+        return {"memory_fraction": self.memory_fraction, "max_memory_bytes": self.max_memory_bytes}
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(self.prompt_lens)
 
-    def resolve(
-        self, shape: ModelShape, plan: Plan, device_bytes: dict[str, int] | None = None
-    ) -> EffectivePlan | Failure:
-        """The plan with its micro-batches in flight, or why it cannot run; `device_bytes` stands in for its own."""
-        return resolve(
-            shape,
-            plan,
-            num_prompts=self.workload.num_prompts,
-            prompt_len=self.longest,
-            output_len=self.workload.generated_len,
-            device_bytes=device_bytes or self.device_bytes,
-        )
+    @property
+    def lens(self) -> dict[str, int]:
+        """What the size of a stage depends on, as `stage_bytes` takes it."""
+        return {"prompt_len": self.longest, "output_len": self.workload.generated_len}
+
+    def resolve(self, shape: ModelShape, plan: Plan) -> EffectivePlan | Failure:
+        """The plan with its micro-batches in flight, or why it cannot run."""
+        return resolve(shape, plan, num_prompts=self.workload.num_prompts, **self.lens, device_bytes=self.device_bytes)
 
 
 def fit_model(shape: ModelShape, wanted: Wanted) -> ModelFit:
@@ -140,13 +142,7 @@ def ranges_text(indices: Sequence[int]) -> str:
     steps = {later - earlier for earlier, later in itertools.pairwise(indices)}
     if len(steps) == 1 and steps != {1} and len(indices) > 2:
         return f"{indices[0]}, {indices[1]} … {indices[-1]}"
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return ranges_of(indices)
 
 
 def _fit(shape: ModelShape, wanted: Wanted, num_stages: int) -> Fit:
@@ -160,10 +156,10 @@ def _fit(shape: ModelShape, wanted: Wanted, num_stages: int) -> Fit:
 
 
 def _fit_at(shape: ModelShape, wanted: Wanted, num_stages: int, size: int) -> Fit:
-    cost = CostModel.of_workload(shape, wanted.workload, wanted.prompt_lens)
+    cost = CostModel.of_workload(shape, wanted.workload, wanted.prompt_lens, wanted.costs)
 
     def plan_of(partition: Partition) -> Plan:
-        return Plan.from_layer_counts(partition, wanted.devices, size, memory_fraction=wanted.memory_fraction)
+        return Plan.from_layer_counts(partition, wanted.devices, size, **wanted.caps)
 
     def duration_s(plan: Plan) -> float:
         resolved = wanted.resolve(shape, plan)
@@ -180,9 +176,8 @@ def _fit_at(shape: ModelShape, wanted: Wanted, num_stages: int, size: int) -> Fi
         layer_counts=plan.layer_counts,
         micro_batch_size=size,
         whole_size=size,
-        memory_fraction=wanted.memory_fraction,
-        prompt_len=wanted.longest,
-        output_len=wanted.workload.generated_len,
+        **wanted.caps,
+        **wanted.lens,
         num_micro_batches=math.ceil(wanted.workload.num_prompts / size),
         in_flight=resolved.in_flight if isinstance(resolved, EffectivePlan) else 0,
         stages=tuple(_stage_need(shape, plan, index, wanted) for index in range(len(plan.stages))),
@@ -191,16 +186,17 @@ def _fit_at(shape: ModelShape, wanted: Wanted, num_stages: int, size: int) -> Fi
 
 def _fill(shape: ModelShape, wanted: Wanted, devices: Sequence[str], whole: Plan) -> Table:
     """`[device, first, end]`, share of its cap that a stage takes with one micro-batch in flight."""
-    lens = {"prompt_len": wanted.longest, "output_len": wanted.workload.generated_len}
-    needs = {kind: stage_needs(shape, whole, f"{kind}:0", **lens) for kind in dict.fromkeys(map(device_kind, devices))}
-    caps = [max(1, int(wanted.memory_fraction * wanted.device_bytes[device])) for device in devices]
+    needs = {
+        kind: stage_needs(shape, whole, f"{kind}:0", **wanted.lens) for kind in dict.fromkeys(map(device_kind, devices))
+    }
+    caps = [max(1, whole.stages[0].cap_bytes(wanted.device_bytes[device])) for device in devices]
     return np.array([needs[device_kind(device)] / cap for device, cap in zip(devices, caps, strict=True)])
 
 
 def _stage_need(shape: ModelShape, plan: Plan, index: int, wanted: Wanted) -> StageNeed:
     stage = plan.stages[index]
-    need = stage_bytes(shape, plan, index, prompt_len=wanted.longest, output_len=wanted.workload.generated_len)
-    cap = int(stage.memory_fraction * wanted.device_bytes[stage.device])
+    need = stage_bytes(shape, plan, index, **wanted.lens)
+    cap = stage.cap_bytes(wanted.device_bytes[stage.device])
     room = cap - need.weights - need.activations
     in_flight = max(0, room // need.kv_per_slot) if need.kv_per_slot else (None if room >= 0 else 0)
     return StageNeed(
@@ -246,7 +242,7 @@ def _remedy(shape: ModelShape, wanted: Wanted, cuts: tuple[int, ...], fit: Fit) 
         helps.append(f"--dtype bfloat16 {verb}")
     # The largest device is what one would get more of.
     largest = max(wanted.device_bytes.values())
-    count = _fewest_devices(shape, wanted, cuts, int(wanted.memory_fraction * largest))
+    count = _fewest_devices(shape, wanted, cuts, largest)
     if count is None:
         helps.append("it needs larger devices: not even a layer on each of them would fit")
     else:
@@ -254,26 +250,19 @@ def _remedy(shape: ModelShape, wanted: Wanted, cuts: tuple[int, ...], fit: Fit) 
     return "; ".join(helps)
 
 
-def _fewest_devices(shape: ModelShape, wanted: Wanted, cuts: tuple[int, ...], cap_bytes: int) -> int | None:
+def _fewest_devices(shape: ModelShape, wanted: Wanted, cuts: tuple[int, ...], device_bytes: int) -> int | None:
     """How many equal devices hold the model with micro-batches of one row: each takes as many layers as it can."""
+    device = wanted.devices[0]
+    plan = Plan.from_layer_counts((shape.num_layers,), (device,), 1, **wanted.caps)
+    cap_bytes = plan.stages[0].cap_bytes(device_bytes)
+    needs = stage_needs(shape, plan, device, **wanted.lens)
     count = first = 0
     while first < shape.num_layers:
-        ends = [end for end in (*cuts, shape.num_layers) if end > first]
-        fitting = [end for end in ends if _bytes_of_layers(shape, wanted, first, end) <= cap_bytes]
+        fitting = [end for end in (*cuts, shape.num_layers) if end > first and needs[first, end] <= cap_bytes]
         if not fitting:
             return None
         count, first = count + 1, fitting[-1]
     return count
-
-
-def _bytes_of_layers(shape: ModelShape, wanted: Wanted, first: int, end: int) -> int:
-    """What a stage of these layers takes, at least."""
-    counts = [first, end - first, shape.num_layers - end]
-    index = 1 if first else 0
-    devices = tuple(f"{device_kind(wanted.devices[0])}:{number}" for number in range(3))
-    plan = Plan.from_layer_counts(tuple(count for count in counts if count), devices, 1)
-    need = stage_bytes(shape, plan, index, prompt_len=wanted.longest, output_len=wanted.workload.generated_len)
-    return need.total(1)
 
 
 def _halved(shape: ModelShape) -> ModelShape:

@@ -2,8 +2,8 @@
 
 The best of many noisy trials looks better than it is; so those take part that the refitted model thinks best, which
 has smoothed luck out. In each round every finalist runs once, in random order, so that a machine that slows down
-slows all of them alike. Rounds go on until the fastest is told apart from the others, or a tie is declared:
-`tuner.ranking.elimination` has the statistics. Plans that fell behind take no part in further rounds.
+slows all of them alike. Rounds go on until the fastest is told apart from the others, those left are surely within a
+practical margin of it, or `max_rounds` are over: `tuner.ranking.elimination` has the statistics.
 
 All that is here is a function of the records: a study that was stopped anywhere goes on with the run that was due.
 """
@@ -15,20 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipetune.bench.record import Measurement, Record
+from pipetune.bench.record import Record
 from pipetune.bench.spec import EffectivePlan, Protocol
-from pipetune.tuner.config.schema import Constraint
-from pipetune.tuner.ranking.elimination import State, decide
-from pipetune.tuner.ranking.knee import bulges
-from pipetune.tuner.ranking.order import costs_of
+from pipetune.tuner.config.schema import Constraint, SpaceConfig
+from pipetune.tuner.ranking.elimination import decide
+from pipetune.tuner.ranking.order import bulges, costs_of
 from pipetune.tuner.ranking.rank import rank, why_broken
-from pipetune.tuner.ranking.rounds import last_finals, log_costs
-from pipetune.tuner.ranking.runs import PlanRun, medians_of
-from pipetune.tuner.ranking.values import Objective, Ranking, Row
+from pipetune.tuner.ranking.runs import BASELINE, Finals, PlanRun, last_finals
+from pipetune.tuner.ranking.values import Objective, Row
 
 _ROOM_FOR_THE_OTHER = 3
-BASELINE = "baseline"
-"""Stands for the un-pipelined model; all other names are keys of effective plans."""
+_UNBOUND = SpaceConfig()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +33,15 @@ class Finalists:
     """Who takes part in a finals."""
 
     plans: tuple[EffectivePlan, ...]
-    """Empty: there is no finals."""
+    """Those that compete; empty: there is no finals."""
+    single_stage: EffectivePlan | None = None
+    """Our runtime without a pipeline, where it may not be best: it runs in every round and competes with nobody."""
     baseline_batch_size: int | None
     """None where no baseline was measured."""
 
     def plan(self, key: str) -> EffectivePlan:
         """The finalist of that key."""
-        return next(effective for effective in self.plans if effective.key == key)
+        return next(effective for effective in (*self.plans, self.single_stage) if effective and effective.key == key)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,20 +76,43 @@ def choose(
     constraints: Sequence[Constraint],
     *,
     count: int,
-    min_stages: int = 1,
+    space: SpaceConfig = _UNBOUND,
     preferred: Sequence[str] = (),
 ) -> Finalists:
     """Who takes part in the finals that follow the last trial; the same whether none or some of its rounds are done.
+
+    Plans that keep the constraints and the bounds of the search. Of three or more places the last goes to the best
+    pipeline where all others went to replicas, or the other way round: which of the two ways is better is then told by
+    common rounds. Of several objectives' front those around its knee are taken. The single stage takes part beside
+    them, so that what pipelining gains is told by the same rounds; not where it has missed the first of them, as in
+    finals from before it did.
 
     Args:
         preferred: keys of plans, best first, that go before all others where there is one objective; before them go
             those that ran in these finals already, so that what was learnt in between changes nothing.
     """
-    _, own = last_finals(records)
-    ran = dict.fromkeys(record.effective.key for record in own if record.effective is not None)
-    ranking = rank(before_finals(records), objectives, constraints)
+    first_round, own = last_finals(records)
+    ran = [record.effective.key for record in own if record.effective is not None]
+    ranking = rank(before_finals(records), objectives, constraints, space=space)
+    single = ranking.single_stage
+    rows = [row for row in ranking.rows if row.feasible and row is not single]
+    if len(objectives) > 1:
+        rows = _knee_first(rows, objectives)[:count]
+    else:
+        places = {key: place for place, key in enumerate(dict.fromkeys((*ran, *preferred)))}
+        rows.sort(key=lambda row: places.get(row.key, len(places)))
+        rows, left = rows[:count], rows[count:]
+        there = {row.plan.replicas > 1 for row in rows if len(row.plan.devices) > 1}
+        other = next((row for row in left if len(row.plan.devices) > 1 and (row.plan.replicas > 1) not in there), None)
+        if other is not None and len(rows) >= _ROOM_FOR_THE_OTHER:
+            rows[-1] = other
+    if single and (not count or (single.key not in ran and any(run.round != first_round for run in own))):
+        single = None
+    if single and single.rank:
+        rows.append(single)
     return Finalists(
-        plans=_best(ranking, count, min_stages, tuple(dict.fromkeys((*ran, *preferred)))),
+        plans=tuple(row.effective for row in rows),
+        single_stage=single.effective if rows and single and not single.rank else None,
         baseline_batch_size=ranking.baseline.batch_size if ranking.baseline else None,
     )
 
@@ -102,34 +124,12 @@ def before_finals(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record.number not in numbers]
 
 
-def _best(ranking: Ranking, count: int, min_stages: int, preferred: Sequence[str]) -> tuple[EffectivePlan, ...]:
-    """The best plans that keep the constraints and the bounds of the search; the single stage may lie outside these.
-
-    Of three or more places the last goes to the best pipeline where all others went to replicas, or the other way
-    round: which of the two ways is better is then told by common rounds. Of several objectives' front those around its
-    knee are taken.
-    """
-    rows = [row for row in ranking.rows if row.feasible and len(row.plan.stages) >= min_stages]
-    if len(ranking.objectives) > 1:
-        return tuple(row.effective for row in _knee_first(rows, ranking.objectives)[:count])
-    places = {key: place for place, key in enumerate(preferred)}
-    rows.sort(key=lambda row: places.get(row.key, len(places)))
-    chosen, left = rows[:count], rows[count:]
-    there = {row.plan.replicas > 1 for row in chosen if len(row.plan.devices) > 1}
-    other = next((row for row in left if len(row.plan.devices) > 1 and (row.plan.replicas > 1) not in there), None)
-    if other is not None and len(chosen) >= _ROOM_FOR_THE_OTHER:
-        chosen[-1] = other
-    return tuple(row.effective for row in chosen)
-
-
 def _knee_first(rows: Sequence[Row], objectives: Sequence[Objective]) -> list[Row]:
     """The front by how far it bulges, then the rest as ranked."""
     front = [row for row in rows if row.on_front]
-    found = bulges([costs_of(row, objectives) for row in front])
-    if found is not None:
-        order = sorted(range(len(front)), key=lambda index: -found[index])
-        front = [front[index] for index in order]
-    return [*front, *(row for row in rows if not row.on_front)]
+    found = bulges([costs_of(row, objectives) for row in front]) or [0.0] * len(front)
+    order = sorted(zip(found, front, strict=True), key=lambda pair: -pair[0])
+    return [*(row for _, row in order), *(row for row in rows if not row.on_front)]
 
 
 def next_step(
@@ -138,82 +138,52 @@ def next_step(
     *,
     objectives: Sequence[Objective],
     constraints: Sequence[Constraint] = (),
+    space: SpaceConfig = _UNBOUND,
     min_rounds: int,
     max_rounds: int,
     seed: int,
 ) -> Due | FinalsResult:
     """The run that is due, or what the finals found.
 
-    With one objective, rounds go on until the fastest plan is told apart from all others, until those left are surely
-    within a practical margin of it, or until `max_rounds`. A plan that falls behind after `min_rounds`, breaks a
-    constraint by the medians of so many rounds, or fails twice, leaves. With several objectives each finalist gets
-    `min_rounds`. The baseline takes part in every round.
-
-    Args:
-        records: all of the study.
-        finalists: who takes part in these finals.
-        seed: of the order within each round.
+    A plan that falls behind after `min_rounds`, breaks a constraint by the medians of so many rounds, or fails twice,
+    leaves; with several objectives each finalist gets `min_rounds`. The baseline takes part in every round, whose order
+    is drawn by `seed`. All records of the study are looked at.
     """
-    first_round, own = last_finals(records)
-    by_name: dict[str, list[Record]] = {effective.key: [] for effective in finalists.plans}
-    if finalists.baseline_batch_size is not None:
-        by_name[BASELINE] = []
-    for record in own:
-        name = record.effective.key if record.effective else BASELINE
-        if name in by_name:
-            by_name[name].append(record)
-    cells = {
-        name: log_costs(group, first_round, objectives[0])
-        for name, group in by_name.items()
-        if name == BASELINE or not _is_broken(group, constraints, min_rounds)
-    }
+    finals = Finals([PlanRun(record) for record in records], objectives[0])
+    rivals = [effective.key for effective in finalists.plans]
+    controls = [finalists.single_stage.key] if finalists.single_stage else []
+    controls += [BASELINE] if finalists.baseline_batch_size is not None else []
     several = len(objectives) > 1
     state = decide(
-        cells,
+        {name: finals.cells.get(name, {}) for name in (*rivals, *controls)},
         min_rounds=min_rounds,
         max_rounds=min_rounds if several else max_rounds,
-        controls={BASELINE} & set(cells),
+        rivals=[
+            name
+            for name in rivals
+            if len(finals.runs(name)) < min_rounds
+            or not any(why_broken(constraint, finals.values(name)) for constraint in constraints)
+        ],
+        controls=controls,
     )
     if state.kind == "open":
-        order = random.Random(f"{seed}-{first_round + state.rounds}").sample(sorted(cells), len(cells))
+        names = sorted((*rivals, *controls))
+        order = random.Random(f"{seed}-{finals.first_round + state.rounds}").sample(names, len(names))
         return Due(
             name=next(name for name in order if name in state.due),
-            round=first_round + state.rounds,
+            round=finals.first_round + state.rounds,
             shown_round=state.rounds,
         )
-    return _outcome(state, records, objectives, constraints, rounds=(min_rounds, max_rounds))
-
-
-def _is_broken(group: Sequence[Record], constraints: Sequence[Constraint], enough: int) -> bool:
-    runs = [PlanRun(record, record.result) for record in group if isinstance(record.result, Measurement)]
-    if len(runs) < enough:
-        return False
-    values = medians_of(runs)
-    return any(why_broken(constraint, values) for constraint in constraints)
-
-
-def _outcome(
-    state: State,
-    records: Sequence[Record],
-    objectives: Sequence[Objective],
-    constraints: Sequence[Constraint],
-    *,
-    rounds: tuple[int, int],
-) -> FinalsResult:
-    ranking = rank(records, objectives, constraints, rounds)
-    text = ranking.separation.text
-    if ranking.recommended_because:
-        text += f"; {ranking.recommended_because}"
-    if state.kind in ("none", "open"):
+    if state.kind == "none":
         text = "no finalist is left: each failed twice or breaks a constraint"
-    several = len(objectives) > 1 and state.kind != "none"
-    assert state.kind != "open"
+        return FinalsResult(kind="none", incumbent=None, tied=(), rounds=state.rounds, text=text)
+    ranking = rank(records, objectives, constraints, (min_rounds, max_rounds), space=space)
     return FinalsResult(
         kind="front" if several else state.kind,
         incumbent=state.incumbent,
         tied=() if several else state.active[1:],
         rounds=state.rounds,
-        text=text,
+        text="; ".join(text for text in (ranking.separation.text, ranking.recommended_because) if text),
     )
 
 

@@ -2,33 +2,35 @@
 
 The best of many noisy measurements looks better than it is, because luck helped to choose it (the winner's curse).
 So the finalists are measured again, in interleaved rounds that chose nothing, and wherever a plan has such rounds its
-search values are set aside. Gains are ratios within a round, where drift of the machine falls on both sides alike. The
-order of the finalists, and whether the fastest is told apart, come from `tuner.ranking.elimination`.
+search values are set aside. What it gains over others is then read off these rounds, where drift of the machine falls
+on all alike (`tuner.ranking.elimination`); plans of the search alone compare by the values of the search.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipetune.bench.record import SHARED_DEVICE_NOTE, Failure, FailureKind, Measurement, OutputCheck, Record
 from pipetune.bench.spec import Plan
-from pipetune.tuner.config.schema import Constraint
-from pipetune.tuner.ranking.elimination import State, decide
+from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, Constraint, SpaceConfig
 from pipetune.tuner.ranking.order import ordered, pareto_front
-from pipetune.tuner.ranking.rounds import gain_over, last_finals, log_costs, separation_of
 from pipetune.tuner.ranking.runs import (
+    BASELINE,
+    Finals,
     PlanRun,
-    chosen_runs,
+    by_name,
     measured_spread,
     medians_of,
     searched_runs,
-    throughput_spread,
+    separation_of,
+    unpaired,
 )
-from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Objective, Ranking, Rival, Row
+from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Objective, Ranking, Rival, Row, Spread
+from pipetune.tuner.stats.ratios import Ratio
 
-__all__ = ["Objective", "Ranking", "Row", "rank"]
-
+_UNBOUND = SpaceConfig()
 _DEFAULT_OBJECTIVE = Objective(metric="output_throughput")
 
 
@@ -37,78 +39,85 @@ def rank(
     objectives: Sequence[Objective] = (_DEFAULT_OBJECTIVE,),
     constraints: Sequence[Constraint] = (),
     rounds: tuple[int, int] = (3, 8),
+    *,
+    space: SpaceConfig = _UNBOUND,
 ) -> Ranking:
     """Orders what was measured; the order of the records does not matter.
 
-    Records of one effective plan are one row. Its values are medians over all iterations of its finalist rounds,
-    or where it has none, of its search runs (undisturbed ones, if any was). Rows that keep the constraints come
-    first; of those the confirmed ones, which missed one round of the last finals at most until they were told to be
-    behind. With one objective these stand in the order of their common rounds; of those that are not told apart from
-    the fastest and measured within a practical margin of it, the one that takes least comes first. With several
-    objectives the knee of the front comes first, then the front, and the objectives in turn decide the rest.
+    Records of one effective plan are one row. Its values are those of the last finals, or where it took no part,
+    medians over all iterations of its search runs (undisturbed ones, if any was). Rows that keep the constraints come
+    first; of those the finalists. With one objective these stand in the order of their levels; of those that are tied
+    with the fastest, the one that takes least comes first. With several objectives the knee of the front comes first,
+    then the front, and the objectives in turn decide the rest.
 
     Args:
         records: of one study: one model, workload and machine.
         objectives: the first orders; with several, the non-dominated rows are marked.
         constraints: a row that breaks one has no rank.
         rounds: how many the finals have at least and at most.
+        space: bounds of the search; plans outside them are references: they have no rank.
     """
     assert objectives, "a ranking needs an objective"
     first = objectives[0]
     records = sorted(records, key=lambda record: record.number)
-    runs = [PlanRun(record, record.result) for record in records if isinstance(record.result, Measurement)]
-    plans: dict[str, list[PlanRun]] = {}
-    for run in runs:
-        if run.measurement.method == "pipeline" and run.record.effective is not None:
-            plans.setdefault(run.record.effective.key, []).append(run)
+    runs = [PlanRun(record) for record in records]
+    finals = Finals(runs, first)
+    measured = [run for run in runs if run.metrics]
+    plans = by_name([run for run in measured if run.measurement.method == "pipeline" and run.record.effective])
     failed_runs = Counter(
         record.effective.key
         for record in records
         if record.effective and isinstance(record.result, Failure) and record.result.kind != FailureKind.INTERRUPTED
     )
-    cells = _final_cells(records, first)
-    rows = [
-        _row(group, objectives, constraints).model_copy(
-            update={"confirmed": _is_confirmed(cells.get(key, {})), "failed_runs": failed_runs[key]}
-        )
-        for key, group in plans.items()
-    ]
-    front = pareto_front([row for row in rows if row.feasible and not row.unranked_because], objectives)
+    rows = [_row(group, finals, objectives, constraints, failed_runs[key], space) for key, group in plans.items()]
+    fit = [row for row in rows if row.feasible and not row.unranked_because]
+    state = finals.state(rounds, {row.key for row in fit})
+    front = pareto_front(fit, objectives)
     rows = [row.model_copy(update={"on_front": row.key in front}) for row in rows]
-    state = _finals(rows, cells, rounds)
     rows, recommended_because = ordered(rows, objectives, state)
+    separation = separation_of(
+        [row for row in rows if row.feasible and not row.unranked_because], state, several=len(objectives) > 1
+    )
 
-    sweep, baseline = _baselines([run for run in runs if run.measurement.method != "pipeline"], first, constraints)
-    base_runs = [run for run in runs if baseline and run.record.number in baseline.records]
+    sweep, baseline = _baselines([run for run in measured if run.measurement.method != "pipeline"], finals, constraints)
     rows.sort(key=lambda row: row.unranked_because is not None)
-    single = next((row for row in rows if len(row.plan.devices) == 1), None)
+    compared = [row for row in rows if row.is_reference or not row.unranked_because]
+    single = next((row for row in compared if len(row.plan.devices) == 1), None)
+    searched = {key: measured_spread(searched_runs(group), first.metric) for key, group in plans.items()}
+    searched[BASELINE] = next((row.spread for row in sweep if baseline and row.batch_size == baseline.batch_size), None)
 
-    def complete(row: Row, position: int | None) -> Row:
-        update: dict[str, object] = {"rank": position, "recommended": position == 1}
-        if base_runs:
-            update["speedup_over_baseline"] = gain_over(first, plans[row.key], base_runs)
-        if single:
-            update["speedup_over_single_stage"] = gain_over(first, plans[row.key], plans[single.key])
+    def gain(ours: str, theirs: str, *, anyhow: bool = False) -> Ratio | None:
+        """Within the finals that ours was in; else, or `anyhow` without theirs, by the search's values."""
+        if state and ours in finals.rounds and (theirs in finals.rounds or not anyhow):
+            return state.ratio(ours, theirs) if theirs in finals.rounds else None
+        return unpaired(first, searched.get(ours), searched.get(theirs))
+
+    def complete(row: Row, position: int) -> Row:
+        update: dict[str, object] = {
+            "rank": position if row.feasible and not row.unranked_because else None,
+            "tied": row.key in separation.tied,
+        }
+        if row.is_reference or not row.unranked_because:
+            update["speedup_over_baseline"] = gain(row.key, BASELINE)
+            update["speedup_over_single_stage"] = gain(row.key, single.key) if single else None
         return row.model_copy(update=update)
 
-    for_speed = [row for row in rows if not row.unranked_because]
-    ranked = tuple(complete(row, index if row.feasible else None) for index, row in enumerate(for_speed, start=1))
-    unranked = tuple(row for row in rows if row.unranked_because)
+    rows = [complete(row, at) for at, row in enumerate(rows, start=1)]
+    ranked = tuple(row for row in rows if not row.unranked_because)
     other = _rival(ranked)
     return Ranking(
         objectives=tuple(objectives),
         constraints=tuple(constraints),
         rows=ranked,
-        unranked=unranked,
+        unranked=tuple(row for row in rows if row.unranked_because),
         baseline=baseline,
         baseline_sweep=sweep,
-        single_stage=next((row for row in (*ranked, *unranked) if single and row.key == single.key), None),
-        rival=Rival(row=other, gain=gain_over(first, plans[ranked[0].key], plans[other.key])) if other else None,
+        single_stage=next((row for row in rows if single and row.key == single.key), None),
+        rival=Rival(row=other, gain=gain(ranked[0].key, other.key, anyhow=True)) if other else None,
         failures=tuple(
             FailureRow(
                 record=record.number,
                 role=record.role,
-                trial_number=record.trial_number,
                 plan=record.spec.plan if record.spec else None,
                 batch_size=_batch_size(record),
                 failure=record.result,
@@ -116,7 +125,7 @@ def rank(
             for record in records
             if isinstance(record.result, Failure)
         ),
-        separation=separation_of([row for row in ranked if row.feasible], state, several=len(objectives) > 1),
+        separation=separation,
         recommended_because=recommended_because,
     )
 
@@ -135,69 +144,67 @@ def _batch_size(record: Record) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _final_cells(records: Sequence[Record], objective: Objective) -> dict[str, dict[int, float | None]]:
-    """What each plan did in the last finals: its log cost by round."""
-    first_round, finals = last_finals(records)
-    by_key: dict[str, list[Record]] = {}
-    for record in finals:
-        if record.effective is not None:
-            by_key.setdefault(record.effective.key, []).append(record)
-    return {key: log_costs(group, first_round, objective) for key, group in by_key.items()}
-
-
-def _is_confirmed(cells: Mapping[int, float | None]) -> bool:
-    """Whether a plan was measured in the last finals, and missed one of its rounds at most before it left."""
-    measured = sum(value is not None for value in cells.values())
-    return measured > 0 and max(cells) - measured < 1
-
-
-def _finals(
-    rows: Iterable[Row], cells: Mapping[str, Mapping[int, float | None]], rounds: tuple[int, int]
-) -> State | None:
-    """How the last finals stand among the rows that keep the constraints; None without any."""
-    finalists = {row.key: cells[row.key] for row in rows if row.confirmed and row.feasible and not row.unranked_because}
-    return decide(finalists, min_rounds=rounds[0], max_rounds=rounds[1]) if finalists else None
-
-
-def _row(group: Sequence[PlanRun], objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> Row:
-    objective = objectives[0]
-    used = chosen_runs(group)
+def _row(
+    group: Sequence[PlanRun],
+    finals: Finals,
+    objectives: Sequence[Objective],
+    constraints: Sequence[Constraint],
+    failed_runs: int,
+    space: SpaceConfig,
+) -> Row:
+    """A row of what its own runs say."""
     effective = group[0].record.effective
     assert effective is not None
-    values = medians_of(used)
-    spread = measured_spread(used, objective.metric)
-    value = spread.median if spread else None
+    used, pooled = _pooled(group, finals, effective.key)
+    values, value = pooled["metrics"], pooled["spread"].median if pooled["spread"] else 0.0
+    if all(run.measurement.check is None for run in group):
+        pooled["notes"] += ("output not checked",)
     typical = min(
         used,
         key=lambda run: (
             not any(trace.compute_start_s for trace in run.measurement.iterations[0].stages),
-            abs(run.metrics.get(objective.metric, 0.0) - (value or 0.0)),
+            abs(run.metrics.get(objectives[0].metric, 0.0) - value),
         ),
     )
-    notes = dict.fromkeys(note for run in group for note in run.measurement.notes)
-    if all(run.measurement.check is None for run in group):
-        notes["output not checked"] = None
+    unranked_because = next(
+        (why for run in group if (why := _why_unranked(run.measurement, effective.plan))),
+        next((f"{goal} was not measured" for goal in objectives if goal.metric not in values), None),
+    )
+    outside = space.why_outside(effective.plan) if unranked_because is None else None
     return Row(
-        key=effective.key,
+        **pooled,
         effective=effective,
-        rank=None,
-        value=value,
-        spread=spread,
-        throughput=throughput_spread(used),
-        metrics=values,
-        confirmed=False,  # the caller knows the other plans' rounds
-        roles=tuple(sorted({run.record.role for run in group})),
-        records=tuple(run.record.number for run in group),
-        used_records=tuple(run.record.number for run in used),
         typical_record=typical.record.number,
         broken_constraints=tuple(why for constraint in constraints if (why := why_broken(constraint, values))),
-        unranked_because=next(
-            (why for run in group if (why := _why_unranked(run.measurement, effective.plan))),
-            next((f"{goal} was not measured" for goal in objectives if goal.metric not in values), None),
-        ),
-        notes=tuple(notes),
-        disturbed_runs=sum(bool(run.measurement.telemetry.disturbances) for run in used),
+        unranked_because=unranked_because or outside,
+        is_reference=outside is not None,
+        failed_runs=failed_runs,
     )
+
+
+def _pooled(group: Sequence[PlanRun], finals: Finals, name: str | None) -> tuple[list[PlanRun], dict[str, Any]]:
+    """What a row of either kind says of all of its runs, and of those that its values come from, which are given too.
+
+    Args:
+        name: in the finals; None for values of the search, whatever came later.
+    """
+    rounds = finals.rounds.get(name, 0) if name else 0
+    used = finals.runs(name) if name and rounds else searched_runs(group)
+
+    def spread(metric: str) -> Spread | None:
+        return finals.spread(name, metric) if name and rounds else measured_spread(used, metric)
+
+    return used, {
+        "spread": spread(finals.objective.metric),
+        "throughput": spread(GENERATE_OBJECTIVE) or spread(SCORE_OBJECTIVE),
+        "metrics": finals.values(name) if name and rounds else medians_of(used),
+        "in_finals": rounds > 0,
+        "confirmed": rounds > 1,
+        "records": tuple(run.record.number for run in group),
+        "used_records": tuple(run.record.number for run in used),
+        "notes": tuple(dict.fromkeys(note for run in group for note in run.measurement.notes)),
+        "disturbed_runs": sum(bool(run.measurement.telemetry.disturbances) for run in used),
+    }
 
 
 def why_broken(constraint: Constraint, values: Mapping[str, float]) -> str | None:
@@ -205,11 +212,9 @@ def why_broken(constraint: Constraint, values: Mapping[str, float]) -> str | Non
     if constraint.metric not in values:
         return f"{constraint.metric} was not measured"
     value = values[constraint.metric]
-    return (
-        None
-        if constraint.excess(value) <= 0
-        else f"{constraint.metric} is {value:.4g}, not {constraint.operator} {constraint.limit:g}"
-    )
+    if constraint.excess(value) <= 0:
+        return None
+    return f"{constraint.metric} is {value:.4g}, not {constraint.operator} {constraint.limit:g}"
 
 
 def _why_unranked(measurement: Measurement, plan: Plan) -> str | None:
@@ -238,7 +243,7 @@ def _is_wrong(check: OutputCheck) -> bool:
 
 
 def _baselines(
-    runs: Sequence[PlanRun], objective: Objective, constraints: Sequence[Constraint]
+    runs: Sequence[PlanRun], finals: Finals, constraints: Sequence[Constraint]
 ) -> tuple[tuple[BaselineRow, ...], BaselineRow | None]:
     """The un-pipelined model at every batch size tried, and at its best one.
 
@@ -247,34 +252,17 @@ def _baselines(
     by_size: dict[int, list[PlanRun]] = {}
     for run in runs:
         by_size.setdefault(run.measurement.batch_size or len(run.measurement.order), []).append(run)
-    sweep = {
-        size: _baseline_row(size, group, searched_runs(group) or group, objective) for size, group in by_size.items()
-    }
+
+    def row(size: int, name: str | None = None) -> BaselineRow:
+        return BaselineRow(**_pooled(by_size[size], finals, name)[1], batch_size=size)
+
+    sweep = {size: row(size) for size in sorted(by_size)}
 
     def order(size: int) -> tuple[bool, bool, bool, float, float]:
         row = sweep[size]
         broken = any(why_broken(constraint, row.metrics) for constraint in constraints)
-        cost = objective.cost(row.value) if row.value is not None else 0.0
-        return not row.confirmed, broken, row.value is None, cost, -row.throughput.median
+        cost = finals.objective.cost(row.value) if row.value is not None else 0.0
+        was_chosen = any(run.confirms for run in by_size[size])
+        return not was_chosen, broken, row.value is None, cost, -row.throughput.median
 
-    if not sweep:
-        return (), None
-    best = min(sweep, key=order)
-    rows = tuple(sweep[size] for size in sorted(sweep))
-    return rows, _baseline_row(best, by_size[best], chosen_runs(by_size[best]), objective)
-
-
-def _baseline_row(size: int, group: Sequence[PlanRun], used: Sequence[PlanRun], objective: Objective) -> BaselineRow:
-    spread = measured_spread(used, objective.metric)
-    return BaselineRow(
-        batch_size=size,
-        value=spread.median if spread else None,
-        spread=spread,
-        throughput=throughput_spread(used),
-        metrics=medians_of(used),
-        confirmed=any(run.confirms for run in group),
-        records=tuple(run.record.number for run in group),
-        used_records=tuple(run.record.number for run in used),
-        notes=tuple(dict.fromkeys(note for run in group for note in run.measurement.notes)),
-        disturbed_runs=sum(bool(run.measurement.telemetry.disturbances) for run in used),
-    )
+    return tuple(sweep.values()), row(min(sweep, key=order), BASELINE) if sweep else None

@@ -8,6 +8,7 @@ from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.record import Failure, Role
 from pipetune.bench.spec import EffectivePlan, Plan, Value
 from pipetune.tuner.config.schema import Constraint
+from pipetune.tuner.stats.ratios import Ratio
 
 
 class Objective(Value):
@@ -42,6 +43,7 @@ class Spread(Value):
     """A metric over repetitions."""
 
     median: float
+    """In a finals the level over its rounds."""
     q1: float
     q3: float
     samples: int
@@ -54,58 +56,58 @@ class Spread(Value):
         return self.q3 - self.q1
 
 
-class Ratio(Value):
-    """How many times better one thing is than another in the first objective."""
+class Pooled(Value):
+    """All runs of a plan, or of the un-pipelined model."""
 
-    value: float
-    """Median of the rounds' ratios when paired, else the ratio of the two medians."""
-    low: float | None = None
-    """Least ratio of a round."""
-    high: float | None = None
-    rounds: int = 0
-    """Interleaved rounds in which both were measured; 0 means unpaired."""
-
-    @property
-    def paired(self) -> bool:
-        """Whether both were measured in common rounds."""
-        return self.rounds > 0
-
-
-class Row(Value):
-    """One effective plan with all of its runs."""
-
-    key: str
-    effective: EffectivePlan
-    rank: int | None
-    """1 is best; None when a constraint is broken or `unranked_because` says why."""
-    value: float | None
-    """The first objective's, median; None when it was not measured."""
     spread: Spread | None
+    """The first objective's; None when it was not measured."""
     throughput: Spread
     """`output_throughput`, whatever the objective; `total_token_throughput` where texts are scored."""
     metrics: dict[str, float]
-    """Median of every metric over the runs used."""
-    confirmed: bool
-    """Measured in the last finals until it was told to be behind, one round missed at most; where there are such plans,
-    only they are called best."""
-    roles: tuple[Role, ...]
+    """Every metric over the runs used: its level in a finals if it is the objective or follows from an iteration's
+    duration, else its median."""
+    in_finals: bool = False
+    """Whether the values are of the last finals, where it was measured until it left, one round missed at most; where
+    there are such plans, only they are called best. All else is of the search, and compares with that alone."""
+    confirmed: bool = False
+    """Whether the finals measured it in several rounds."""
     records: tuple[int, ...]
-    """Numbers of all measurements of this plan."""
+    """Numbers of all measurements."""
     used_records: tuple[int, ...]
     """Those that the values come from."""
+    notes: tuple[str, ...] = ()
+    disturbed_runs: int = 0
+
+    @property
+    def value(self) -> float | None:
+        """The first objective's median; None when it was not measured."""
+        return self.spread.median if self.spread else None
+
+
+class Row(Pooled):
+    """One effective plan."""
+
+    effective: EffectivePlan
+    rank: int | None = None
+    """1 is best; None when a constraint is broken or `unranked_because` says why."""
     typical_record: int
     """The used one nearest to the median, with a timeline if any has one."""
     broken_constraints: tuple[str, ...] = ()
+    tied: bool = False
+    """Not told apart from the fastest finalist, or the fastest itself where there is such a plan."""
     on_front: bool = False
     """No other ranked plan is at least as good in every objective and better in one."""
-    recommended: bool = False
-    """The best plan; `Ranking.recommended_because` says why it is, where its value alone does not."""
     speedup_over_baseline: Ratio | None = None
     speedup_over_single_stage: Ratio | None = None
     unranked_because: str | None = None
-    notes: tuple[str, ...] = ()
-    disturbed_runs: int = 0
+    is_reference: bool = False
+    """Outside the bounds of the search: it has no rank, and shows what the others gain."""
     failed_runs: int = 0
+
+    @property
+    def key(self) -> str:
+        """Key of the effective plan."""
+        return self.effective.key
 
     @property
     def plan(self) -> Plan:
@@ -117,20 +119,16 @@ class Row(Value):
         """Whether every constraint is kept."""
         return not self.broken_constraints
 
+    @property
+    def recommended(self) -> bool:
+        """Whether it is the best plan; `Ranking.recommended_because` says why, where its value alone does not."""
+        return self.rank == 1
 
-class BaselineRow(Value):
+
+class BaselineRow(Pooled):
     """The un-pipelined model at one batch size."""
 
     batch_size: int
-    value: float | None
-    spread: Spread | None
-    throughput: Spread
-    metrics: dict[str, float]
-    confirmed: bool
-    records: tuple[int, ...]
-    used_records: tuple[int, ...]
-    notes: tuple[str, ...] = ()
-    disturbed_runs: int = 0
 
 
 class FailureRow(Value):
@@ -138,7 +136,6 @@ class FailureRow(Value):
 
     record: int
     role: Role
-    trial_number: int | None
     plan: Plan | None
     """None for the baseline."""
     batch_size: int | None
@@ -157,7 +154,7 @@ class Rival(Value):
 class Separation(Value):
     """Whether the fastest finalist is told apart from all others."""
 
-    separated: bool
+    separated: bool = False
     text: str
     rounds: int = 0
     """Whole interleaved rounds of the last finals."""
@@ -191,7 +188,14 @@ class Ranking(Value):
     @property
     def best(self) -> Row | None:
         """The best plan that keeps every constraint; None when there is none."""
-        return next((row for row in self.rows if row.rank == 1), None)
+        return next((row for row in self.rows if row.recommended), None)
+
+    def baseline_beside(self, in_finals: bool) -> BaselineRow | None:
+        """What speed-ups in the finals, or in the search, are over: the baseline as it was measured there."""
+        if self.baseline is None or self.baseline.in_finals == in_finals:
+            return self.baseline
+        own = (row for row in self.baseline_sweep if row.batch_size == self.baseline.batch_size)
+        return None if in_finals else next(own)
 
     @property
     def front(self) -> tuple[Row, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from pipetune.bench.record import Machine, Measurement, OutputCheck, Record
 from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective, Ranking, Row
-from pipetune.tuner.study.files import PROFILE_FILE, SEARCH_FILE, StudyContents, read
+from pipetune.tuner.study.files import StudyContents, StudyFile, read_sound, still_told
 from pipetune.tuner.study.search_log import SearchLog
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Report:
-    """A study, ranked."""
+    """A study, ranked; it equals itself alone."""
 
     folder: Path
     config: TuneConfig
@@ -31,30 +32,30 @@ class Report:
     """None in studies from before one was kept."""
     profile: Profile | None = None
     """What predictions were made from; None where nominal rates were."""
+    unread: tuple[str, ...] = ()
+    """Files that are damaged and left out, and why."""
 
     @classmethod
     def of(cls, study: StudyContents) -> Report:
-        """Ranks a study by its own objectives and constraints.
-
-        Raises:
-            StudyError: its search log or its profile is cut off.
-        """
-        config = study.config
-        log_path, profile_path = study.folder / SEARCH_FILE, study.folder / PROFILE_FILE
+        """Ranks a study by its own objectives and constraints; what of it is damaged is left out, and named."""
+        config, unread, records = study.config, list(study.unread), still_told(study.records)
+        log, profile = study.folder / StudyFile.SEARCH, study.folder / StudyFile.PROFILE
         return cls(
             folder=study.folder,
             config=config,
             machine=study.machine,
             shape=study.shape,
-            records=study.records,
+            records=records,
             ranking=rank(
-                study.records,
+                records,
                 [Objective(metric=name) for name in config.objectives],
                 config.constraints,
                 rounds=(config.finalist_rounds, config.max_finalist_rounds),
+                space=config.space,
             ),
-            log=read(log_path, SearchLog) if log_path.exists() else None,
-            profile=read(profile_path, Profile) if profile_path.exists() else None,
+            log=read_sound(log, SearchLog, unread) if log.exists() else None,
+            profile=read_sound(profile, Profile, unread) if profile.exists() else None,
+            unread=tuple(unread),
         )
 
     @property
@@ -88,6 +89,12 @@ class Report:
         """The latency that is shown beside it, as its metric and in short."""
         return ("mean_e2el_ms", "E2EL") if self.scores else ("mean_ttft_ms", "TTFT")
 
+    def asked_beside(self, shown: Iterable[str]) -> tuple[str, ...]:
+        """Metrics of objectives and constraints beside these, throughput, bubble and memory, which all reports show."""
+        known = {self.throughput_metric, "bubble_ratio", "peak_memory_bytes", *shown}
+        asked = [goal.metric for goal in self.ranking.objectives] + [one.metric for one in self.ranking.constraints]
+        return tuple(name for name in dict.fromkeys(asked) if name not in known)
+
     @property
     def objective(self) -> Objective:
         """The first objective, by which plans are ranked."""
@@ -97,6 +104,17 @@ class Report:
     def shown(self) -> Row | None:
         """The row whose run is drawn: the best, or without one the first that was measured at all."""
         return self.ranking.best or next(iter((*self.ranking.rows, *self.ranking.unranked)), None)
+
+    @property
+    def timeline(self) -> tuple[Row, Measurement] | None:
+        """That row and its run, where it was instrumented: every stage has a span for every task."""
+        if self.shown is None:
+            return None
+        measurement = self.typical(self.shown)
+        tasks = stage_tasks(measurement)
+        runs = (zip(run.stages, tasks, strict=True) for run in measurement.iterations)
+        is_whole = tasks and all(len(trace.compute_start_s) == len(own) for run in runs for trace, own in run)
+        return (self.shown, measurement) if is_whole else None
 
     def typical(self, row: Row) -> Measurement:
         """The measurement of the row that lies nearest to its median."""
@@ -129,16 +147,6 @@ def stage_tasks(measurement: Measurement) -> tuple[range, ...]:
     replicas = replica_tasks(measurement)
     width = len(measurement.iterations[0].stages) // len(replicas)
     return tuple(own for own in replicas for _ in range(width))
-
-
-def has_timeline(measurement: Measurement) -> bool:
-    """Whether the run was instrumented: every stage has a span for every task."""
-    tasks = stage_tasks(measurement)
-    return bool(tasks) and all(
-        len(trace.compute_start_s) == len(own)
-        for run in measurement.iterations
-        for trace, own in zip(run.stages, tasks, strict=True)
-    )
 
 
 def host_us_a_task(measurement: Measurement) -> tuple[float, ...]:

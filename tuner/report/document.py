@@ -14,8 +14,8 @@ Commands build documents, renderers draw them: `render.rich` for a terminal, `re
     )
 
 A part is drawn by every renderer in the way of its medium: a `Bar` is a line of text where no bar can be drawn, and
-`Figures` are drawn in pages alone. Where media differ in what they hold, the builder makes one document for each from
-the same parts. All text is foreign to every renderer: none reads markup in it.
+of `Figures` a screen draws bars alone. Where media differ in what they hold, the builder makes one document for each
+from the same parts. All text is foreign to every renderer: none reads markup in it.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Column:
     wrap: Wrap = "no"
     min_width: int = 0
     """Characters that a screen keeps for it."""
+    spare: int = 0
+    """Columns above 0 are left out of screens that are too narrow, the largest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ class Table:
 
     columns: tuple[Column, ...]
     rows: tuple[TableRow, ...]
+    caption: str = ""
+    """What stands above it."""
     legend: str = ""
     """What stands below it: units and signs."""
     ruled: bool = False
@@ -107,7 +111,15 @@ class Table:
     def only(self, titles: Iterable[str]) -> Table:
         """The table with the named columns alone, in the order they have."""
         wanted = frozenset(titles)
-        kept = [place for place, column in enumerate(self.columns) if column.title in wanted]
+        return self._arranged([place for place, column in enumerate(self.columns) if column.title in wanted])
+
+    def led_by(self, titles: Sequence[str]) -> Table:
+        """The table with the named columns in front, in this order."""
+        last = len(titles)
+        known = [titles.index(column.title) if column.title in titles else last for column in self.columns]
+        return self._arranged(sorted(range(len(known)), key=known.__getitem__))
+
+    def _arranged(self, kept: Sequence[int]) -> Table:
         return replace(
             self,
             columns=tuple(self.columns[place] for place in kept),
@@ -115,7 +127,7 @@ class Table:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A piece of a bar."""
 
@@ -138,20 +150,11 @@ class Bar:
     has_legend: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Card:
-    """A number that stands alone."""
-
-    label: str
-    number: str
-    remark: str
-
-
 @dataclass(frozen=True, slots=True)
 class Cards:
-    """Numbers side by side."""
+    """Numbers side by side, each with a label and a remark."""
 
-    cards: tuple[Card, ...]
+    cards: tuple[tuple[str, str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +183,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures side by side; pages alone show them."""
+    """Figures side by side; of a screen, bars alone."""
 
     figures: tuple[Figure, ...]
 

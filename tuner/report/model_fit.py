@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipetune.tuner.planning.model_fit import Fit, ModelFit, ranges_text
 from pipetune.tuner.report.document import GAP, Column, Facts, Part, Table, Text, left, rows_of
+from pipetune.tuner.report.wording import bytes_text, short_list, small_text
 
 _MAX_RANGES = 18
 
@@ -31,41 +32,30 @@ def _facts(model_fit: ModelFit) -> Facts:
     active = sum(layer.active_params for layer in shape.layers)
     routed = active < 0.9 * in_layers / shape.dtype_bytes
     cuts = f"before layers {ranges_text(model_fit.cuts)}" if model_fit.cuts else "nowhere: it runs on one device"
-    if model_fit.cuts == tuple(range(1, shape.num_layers)):
-        cuts = f"anywhere: before layers {ranges_text(model_fit.cuts)}"
-    return Facts(
-        tuple(
-            {
-                "parameters": _count(shape.num_parameters)
-                + (f"; of those in the layers a token meets {_count(active)}" if routed else ""),
-                "weights": f"{_mib(in_layers + sum(outside.values()))} MiB at {shape.dtype_bytes} bytes a value"
-                + (
-                    f"; checkpoint {_mib(shape.checkpoint_bytes)} MiB"
-                    if shape.checkpoint_bytes
-                    else "; no checkpoint read"
-                ),
-                "outside layers": ", ".join(f"{name} {_mib(size)}" for name, size in outside.items() if size)
-                + " MiB"
-                + (", on every stage" if shape.embedding_on_every_stage else ""),
-                "head": "tied to the embedding, which the last stage holds as well"
-                if shape.tied
-                else "its own weights",
-                "shape": f"hidden {shape.hidden_size}, intermediate {shape.intermediate_size}, "
-                f"{shape.num_attention_heads} heads, vocabulary {shape.vocab_size}",
-                "positions": str(shape.max_positions) if shape.max_positions is not None else "no limit stated",
-                "cuts": cuts,
-            }.items()
-        )
-    )
+    anywhere = "anywhere: " if len(model_fit.cuts) == shape.num_layers - 1 > 0 else ""
+    checkpoint = shape.checkpoint_bytes
+    read = f"checkpoint {_mib(checkpoint)} MiB" if checkpoint else "no checkpoint read"
+    facts = {
+        "parameters": _count(shape.num_parameters)
+        + (f"; of those in the layers a token meets {_count(active)}" if routed else ""),
+        "weights": f"{_mib(in_layers + sum(outside.values()))} MiB at {shape.dtype_bytes} bytes a value; {read}",
+        "outside layers": ", ".join(f"{name} {_mib(size)}" for name, size in outside.items() if size)
+        + " MiB"
+        + (", on every stage" if shape.embedding_on_every_stage else ""),
+        "head": "tied to the embedding, which the last stage holds as well" if shape.tied else "its own weights",
+        "shape": f"hidden {shape.hidden_size}, intermediate {shape.intermediate_size}, "
+        f"{shape.num_attention_heads} heads, vocabulary {shape.vocab_size}",
+        "positions": str(shape.max_positions) if shape.max_positions is not None else "no limit stated",
+        "cuts": anywhere + cuts,
+    }
+    return Facts(tuple(facts.items()))
 
 
 def _layers(model_fit: ModelFit) -> Table:
     rows = []
     for group in model_fit.groups:
-        ranges = ranges_text(group.indices)
-        shown = ranges if len(ranges) <= _MAX_RANGES else f"{ranges[: _MAX_RANGES - 2].rpartition(',')[0]}, …"
         sizes = (_mib(group.weight_bytes), _count(group.active_params), str(group.kv_bytes_per_token))
-        rows.append((shown, str(len(group.indices)), group.kind, *sizes))
+        rows.append((short_list(ranges_text(group.indices), _MAX_RANGES), str(len(group.indices)), group.kind, *sizes))
     sizes_of = map(Column, ("weights MiB", "active params", "KV B/token"))
     return Table(columns=(left("layers"), Column("n"), left("kind"), *sizes_of), rows=rows_of(rows))
 
@@ -78,7 +68,7 @@ def _split_text(fit: Fit) -> str:
     to_do = f"{fit.output_len} to generate" if fit.output_len else "scored"
     return (
         f"Split {split} (balanced by predicted time), {size}, prompts of {fit.prompt_len} tokens, {to_do}, caps at "
-        f"{fit.memory_fraction:.0%}; MiB:"
+        f"{fit.memory_fraction:.0%}{f' and {bytes_text(fit.max_memory_bytes)}' if fit.max_memory_bytes else ''}; MiB:"
     )
 
 
@@ -87,7 +77,7 @@ def _stages(fit: Fit) -> Table:
         (
             str(index),
             stage.device,
-            f"{stage.first_layer}-{stage.end_layer - 1}",
+            ranges_text(range(stage.first_layer, stage.end_layer)),
             *map(_mib, (stage.weight_bytes, stage.kv_bytes_per_micro_batch, stage.activation_bytes, stage.cap_bytes)),
             "any" if stage.in_flight is None else str(stage.in_flight),
         )
@@ -98,10 +88,7 @@ def _stages(fit: Fit) -> Table:
 
 
 def _mib(size: float) -> str:
-    value = size / 2**20
-    if 0 < value < 0.01:
-        return "<0.01"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return small_text(size / 2**20)
 
 
 def _count(number: int) -> str:

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 from collections.abc import Sequence
 
 from pipetune.bench.record import Measurement
-from pipetune.tuner.ranking.values import BaselineRow
 from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.best_plan import best_plan_parts
-from pipetune.tuner.report.costs import costs_of
 from pipetune.tuner.report.data import Report
-from pipetune.tuner.report.ranking import facts_of, failures_table, ranking_table, remarks_of, title_of
+from pipetune.tuner.report.profile import costs_of
+from pipetune.tuner.report.ranking import (
+    facts_of,
+    failures_of,
+    legend_of,
+    next_steps,
+    ranking_tables,
+    remarks_of,
+    title_of,
+)
 from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.study_charts import study_figures
-from pipetune.tuner.report.wording import bytes_text, clean, export_note, ms_text, peer_name, spread_text
+from pipetune.tuner.report.wording import bytes_text, clean, count_text, export_note, ms_text, peer_name, spread_text
 from pipetune.tuner.study.plan_file import engine_replicas
+
+_NUMBERS = re.compile(r"[\d.]+")
 
 
 def page_of(report: Report, sections: Sequence[doc.Section] = ()) -> doc.Document:
-    """The page.
-
-    Args:
-        sections: further ones, such as a comparison with other studies.
-    """
+    """The page, with further sections, such as a comparison with other studies."""
     drawn = study_figures(report)
 
     def figures(*names: str) -> doc.Figures:
         return doc.Figures(tuple(drawn[name] for name in names if name in drawn))
 
-    ranking, failures = ranking_table(report), failures_table(report)
-    parts: list[doc.Part] = [*best_plan_parts(report, figures("timeline"))]
-    parts.append(
-        doc.Section(
-            "Ranking",
-            (
-                ranking or doc.Text("Nothing was measured."),
-                doc.Bullets(remarks_of(report)),
-                figures("throughput_vs_bubble", "throughput_vs_memory"),
-            ),
-        )
-    )
+    tables, plots = ranking_tables(report), figures("throughput_vs_bubble", "throughput_vs_memory")
+    remarks = doc.Bullets(tuple(doc.Bullet(remark, "warning") for remark in remarks_of(report)))
+    legend = legend_of(report) if tables else doc.Text("Nothing was measured.")
+    # What a phone has room for.
+    shown = (table.led_by(("#", "plan", "tok/s", "×")) for table in tables)
+    ranked = doc.Section("Ranking", (*shown, remarks, legend, plots))
+    parts: list[doc.Part] = [*best_plan_parts(report, figures("timeline")), ranked]
     if search := summarize(report):
         told: list[doc.Part] = [doc.Text(f"{search.stop} {search.errors}" if search.stop else ""), search.table]
         told += [search.shares, doc.Text(search.time), doc.Text(search.phases, "faint")] if search.shares else []
@@ -48,48 +48,50 @@ def page_of(report: Report, sections: Sequence[doc.Section] = ()) -> doc.Documen
         parts.append(doc.Section("How the search went", tuple(told)))
     if report.profile:
         parts.append(costs_of(report.profile))
-    parts += [*sections, doc.Section("Baseline", _baseline(report))]
-    if failures:
-        parts.append(doc.Section("Runs without a measurement", (failures,)))
-    parts += _uses(report)
-    parts.append(doc.Section("Machine and software", (_machine(report),)))
-    parts.append(doc.Section("Notes and disturbances", (_notes(report, measured=ranking is not None),)))
     reference = doc.Text("results/README.md of the project defines every file, field and metric.", "faint")
-    parts.append(doc.Section("Definitions", (doc.Facts(_definitions(report), stacked=True), reference)))
+    parts += [
+        *sections,
+        doc.Section("Baseline", _baseline(report)),
+        *failures_of(report),
+        *_uses(report),
+        doc.Section("Machine and software", (_machine(report),)),
+        doc.Section("Notes and disturbances", (_notes(report, measured=bool(tables)),)),
+        doc.Section("Definitions", (doc.Facts(_definitions(report), stacked=True), reference)),
+    ]
     return doc.Document(title=title_of(report), facts=facts_of(report), parts=tuple(parts))
 
 
 def _baseline(report: Report) -> tuple[doc.Part, ...]:
     ranking, best = report.ranking, report.ranking.baseline
-    rows = [
-        doc.TableRow(
-            _baseline_cells(report, str(row.batch_size), row),
-            "good" if best is not None and row.batch_size == best.batch_size else "",
-        )
-        for row in ranking.baseline_sweep
-    ]
-    if best is not None and best.confirmed:
-        rows.append(doc.TableRow(_baseline_cells(report, f"{best.batch_size}, finals", best), "good"))
+    rows = [(str(row.batch_size), row) for row in ranking.baseline_sweep]
+    if best is not None and best.in_finals:
+        rows.append((f"{best.batch_size}, finals", best))
     if not rows:
         missing = "No baseline was measured: this study cannot say what pipelining gains over the un-pipelined model."
         return (doc.Text(missing),)
     how = (
         f"Hugging Face {peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours are. "
-        "Every × is over the batch size in bold, its best: within rounds of the finals where a plan has them, else by "
-        "the values from before."
+        "Every × is over the batch size in bold, its best: in the finals over its rounds there, else over its runs "
+        "before them."
     )
-    names = ("batch", "runs", "tok/s", report.latency[1], "memory")
-    return doc.Text(how), doc.Table(columns=tuple(map(doc.Column, names)), rows=tuple(rows))
-
-
-def _baseline_cells(report: Report, label: str, row: BaselineRow) -> tuple[str, ...]:
-    return (
-        label,
-        str(len(row.used_records)),
-        spread_text(row.throughput),
-        ms_text(row.metrics.get(report.latency[0])),
-        bytes_text(row.metrics.get("peak_memory_bytes")),
+    metric, latency = report.latency
+    table = doc.Table(
+        columns=tuple(map(doc.Column, ("batch", "runs", "tok/s", latency, "memory"))),
+        rows=tuple(
+            doc.TableRow(
+                (
+                    label,
+                    str(len(row.used_records)),
+                    spread_text(row.throughput),
+                    ms_text(row.metrics.get(metric)),
+                    bytes_text(row.metrics.get("peak_memory_bytes")),
+                ),
+                "good" if best is not None and row.batch_size == best.batch_size else "",
+            )
+            for label, row in rows
+        ),
     )
+    return doc.Text(how), table
 
 
 def _machine(report: Report) -> doc.Facts | doc.Text:
@@ -97,37 +99,44 @@ def _machine(report: Report) -> doc.Facts | doc.Text:
     if machine is None:
         return doc.Text("The study holds no description of its machine.")
     hardware, software = machine.hardware, machine.software
-    facts = [("host", machine.hostname), ("hardware id", machine.hardware_id)]
-    facts += [("CPU", f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {bytes_text(hardware.memory_bytes)}")]
-    facts += [
-        (f"GPU {index}", f"{gpu.name}, {bytes_text(gpu.memory_bytes)}, {gpu.uuid}")
-        for index, gpu in enumerate(hardware.gpus)
-    ]
-    if hardware.links:
-        facts.append(("links", ", ".join(hardware.links)))
-    facts += [("system", software.os), ("Python", software.python), ("pipetune", software.pipetune)]
-    optional = (("revision", software.git_revision), ("driver", software.driver), ("CUDA", software.cuda))
-    facts += [(label, value) for label, value in (*optional, ("NCCL", software.nccl)) if value]
-    facts += sorted(software.packages.items())
-    return doc.Facts(tuple((label, clean(value)) for label, value in facts))
+    gpus = (f"{gpu.name}, {bytes_text(gpu.memory_bytes)}, {gpu.uuid}" for gpu in hardware.gpus)
+    facts = {
+        "host": machine.hostname,
+        "hardware id": machine.hardware_id,
+        "CPU": f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {bytes_text(hardware.memory_bytes)}",
+        **{f"GPU {index}": text for index, text in enumerate(gpus)},
+        "links": ", ".join(hardware.links),
+        "system": software.os,
+        "Python": software.python,
+        "pipetune": software.pipetune,
+        "revision": software.git_revision,
+        "driver": software.driver,
+        "CUDA": software.cuda,
+        "NCCL": software.nccl,
+    }
+    known = [(label, value) for label, value in facts.items() if value]
+    return doc.Facts(tuple((label, clean(value)) for label, value in (*known, *sorted(software.packages.items()))))
 
 
 def _notes(report: Report, *, measured: bool) -> doc.Bullets | doc.Text:
-    """Remarks that runs left, and which runs."""
-    by_text: dict[str, list[int]] = {}
+    """Remarks that runs left, those of a kind in one, and which runs."""
+    by_kind: dict[str, dict[int, str]] = {}
     for record in report.records:
         if isinstance(record.result, Measurement):
-            for text in (*record.result.notes, *record.result.telemetry.disturbances):
-                by_text.setdefault(clean(text), []).append(record.number)
-    if by_text:
-        return doc.Bullets(tuple(f"{text} (records {_numbers_text(numbers)})" for text, numbers in by_text.items()))
+            for text in map(clean, (*record.result.notes, *record.result.telemetry.disturbances)):
+                # Names of processes and numbers differ from run to run.
+                by_kind.setdefault(_NUMBERS.sub("", text.partition(": ")[0]), {}).setdefault(record.number, text)
+    if by_kind:
+        told = []
+        for texts in by_kind.values():
+            numbers, first = [*texts], next(iter(texts.values()))
+            alike = len(set(texts.values())) - 1
+            more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+            others = f", and {count_text(alike, 'note')} more of the kind" if alike else ""
+            told.append(f"{first}{others} (records {', '.join(f'{number:04}' for number in numbers[:8])}{more})")
+        return doc.Bullets(tuple(told))
     none = "None: no run was disturbed as far as the sensors tell, and none had to fall back on anything."
     return doc.Text(none if measured else "Nothing was measured.")
-
-
-def _numbers_text(numbers: Sequence[int]) -> str:
-    shown = ", ".join(f"{number:04}" for number in numbers[:8])
-    return shown + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 
 def _uses(report: Report) -> list[doc.Section]:
@@ -136,30 +145,20 @@ def _uses(report: Report) -> list[doc.Section]:
     if best is None:
         return []
     folder = clean(str(report.folder))
-    model = shlex.quote(clean(report.config.model.name))
-    dummy = " --load-format dummy" if report.config.model.load_format == "dummy" else ""
-    uses = [
-        ("Measure it again", f"pipetune bench --model {model}{dummy} --plan {shlex.quote(f'{folder}/best_plan.json')}"),
-        (
-            "Load the same split with transformers, model being the checkpoint's id or folder"
-            + (f" ({note})" if (note := export_note(best.plan)) else ""),
+    note = f" ({text})" if (text := export_note(best.plan)) else ""
+    uses = {
+        **next_steps(report),
+        f"Load the same split with transformers, model being the checkpoint's id or folder{note}": (
             f"device_map = json.load(open({f'{folder}/best_device_map.json'!r}))\n"
-            "AutoModelForCausalLM.from_pretrained(model, device_map=device_map)",
+            "AutoModelForCausalLM.from_pretrained(model, device_map=device_map)"
         ),
-    ]
+    }
     if len(best.plan.devices) > 1:
-        counts = ",".join(str(count) for count in best.plan.layer_counts)
-        copies = engine_replicas(best.plan)
-        uses.append(
-            (
-                "Take the split to vLLM or SGLang (it was not measured on those engines)",
-                f"export VLLM_PP_LAYER_PARTITION={counts}\nexport SGLANG_PP_LAYER_PARTITION={counts}"
-                + "".join(f"\n# {name}: {flag}" for name, flag in copies.items()),
-            )
-        )
-    names = ",".join(f"cuda:{index}" for index in range(len(best.plan.stages)))
-    uses.append(("Export it for other devices", f"pipetune export {shlex.quote(folder)} --device-names {names}"))
-    parts = [part for text, lines in uses for part in (doc.Text(text), doc.Code(lines))]
+        counts = ",".join(map(str, best.plan.layer_counts))
+        lines = [f"export {engine}_PP_LAYER_PARTITION={counts}" for engine in ("VLLM", "SGLANG")]
+        lines += [f"# {name}: {flag}" for name, flag in engine_replicas(best.plan).items()]
+        uses["Take the split to vLLM or SGLang (it was not measured on those engines)"] = "\n".join(lines)
+    parts = [part for text, code in uses.items() for part in (doc.Text(text), doc.Code(code))]
     trace = "trace.json.gz is the timeline above in full detail; open it in the browser at"
     return [doc.Section("Use the best plan", (*parts, doc.Text(trace, link="https://ui.perfetto.dev")))]
 
@@ -167,63 +166,62 @@ def _uses(report: Report) -> list[doc.Section]:
 def _definitions(report: Report) -> tuple[tuple[str, str], ...]:
     """What the page's words mean."""
     tokens, given, last = ("Scored", "texts", "score") if report.scores else ("Generated", "prompts", "token")
-    words = [
-        (
-            "tok/s",
+    words = {
+        "tok/s": (
             f"{tokens} tokens over the duration of an iteration, from the moment the {given} are given to the last "
-            f"{last}; median over all iterations used.",
+            f"{last}; median over all iterations used."
         ),
-        (
-            "×",
-            f"How many times better than the baseline in {report.objective}: the median over interleaved rounds of the "
-            "ratio within a round. With ~ the ratio of two medians from before the finals.",
+        "×": (
+            f"How many times better than the baseline in {report.objective}: in the finals the ratio of two levels, "
+            "with what the tests of all looks together leave possible (95 %); with ~ of two medians of the search."
         ),
-        *_DEFINITIONS,
-    ]
-    return tuple([*words, _KNEE] if len(report.ranking.objectives) > 1 else words)
+        **_DEFINITIONS,
+        **(_OF_FRONTS if len(report.ranking.objectives) > 1 else {}),
+    }
+    return tuple(words.items())
 
 
-_DEFINITIONS = (
-    (
-        "TTFT, TPOT, E2EL",
+_DEFINITIONS = {
+    "Level": (
+        "Of the objective, throughput and duration in the finals: what a plan gives in a round as the rounds were on "
+        "the whole. The rounds' effects are taken out by least squares, so that drift of the machine moves no plan "
+        "against another; the centre of what is left is Hodges and Lehmann's."
+    ),
+    "TTFT, TPOT, E2EL": (
         "Of a request: time to its first token; (last − first token) / (tokens − 1); time to its last token. All "
-        "prompts are given at once, so TTFT includes the queue.",
+        "prompts are given at once, so TTFT includes the queue."
     ),
-    (
-        "Bubble ratio",
-        "1 − Σ busy / (stages × duration): the share of stage time without compute. On GPUs spans include launch gaps.",
+    "Bubble ratio": (
+        "1 − Σ busy / (stages × duration): the share of stage time without compute. On GPUs spans include launch gaps."
     ),
-    (
-        "Busy, waits, utilization",
-        "Of one stage and iteration: time in compute; time blocked on input and output; busy over duration.",
+    "Busy, waits, utilization": (
+        "Of one stage and iteration: time in compute; time blocked on input and output; busy over duration."
     ),
-    (
-        "Host, a task",
-        "What the worker's own loop takes around one task, neither compute nor waiting; median over iterations.",
+    "Host, a task": (
+        "What the worker's own loop takes around one task, neither compute nor waiting; median over iterations."
     ),
-    (
-        "Replica",
-        "One whole pipeline; several stand side by side, share the prompts out and hold the weights once each.",
+    "Replica": (
+        "One whole pipeline; several stand side by side, share the prompts out and hold the weights once each."
     ),
-    (
-        "Peak memory",
-        "The allocator's peak on GPUs; on CPU the peak resident set of the worker, Python and libraries included.",
+    "Memory": (
+        "The allocator's peak on GPUs; on CPU the peak resident set of the worker, Python and libraries included. Caps "
+        "count what the model takes: the peak without what the process took before any model was loaded."
     ),
-    (
-        "Confirmed",
-        "Measured again in interleaved rounds after the search, beside the baseline. The best of many noisy numbers "
-        "looks better than it is, so only a confirmed plan is called best where there are any.",
+    "Finals, confirmed": (
+        "The best plans are measured again in interleaved rounds after the search, beside the baseline and our single "
+        "stage. The best of many noisy numbers looks better than it is, so where there are finals, only one of their "
+        "plans is called best. What several rounds measured is confirmed."
     ),
-    (
-        "Told apart, tie",
+    "Told apart, tie": (
         "Finalists run in rounds until a one-sided t-test of the logarithms, with plans and rounds as blocks, tells "
         "the fastest from all others, with 1 chance in 20 over all looks to prefer one of two equal plans; or until "
         "all that are left are surely within 1 %, or the rounds are used up: a tie. Of tied plans measured within 1 % "
-        "the one on fewer devices, then with less memory, is best.",
+        "the one on fewer devices, then with less memory, is best."
     ),
-)
-_KNEE = (
-    "Knee",
-    "Of a Pareto front: the plan farthest from the line, or plane, through the best of each objective, all scaled to "
-    "the front's range.",
-)
+}
+_OF_FRONTS = {
+    "Knee": (
+        "Of a Pareto front: the plan farthest from the line, or plane, through the best of each objective, all scaled "
+        "to the front's range."
+    ),
+}

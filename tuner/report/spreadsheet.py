@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipetune.bench.metrics import metric_names
 from pipetune.bench.spec import Plan
-from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ratio, Row, Spread
+from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Pooled, Row
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.render.csv import Cell
-from pipetune.tuner.report.search import Trial, trials_of
+from pipetune.tuner.report.search import trials_of
+from pipetune.tuner.stats.ratios import Ratio
 
 _HEAD = (
-    "entry", "rank", "confirmed", "on_front", "recommended", "feasible", "layers", "replicas", "devices",
-    "memory_fractions", "micro_batch_size", "prefill_micro_batch_size", "prefill_chunk_size", "in_flight", "compile",
-    "cuda_graphs", "packed_weights", "objective", "value", "q1", "q3", "samples", "runs", "speedup_over_baseline",
-    "speedup_over_baseline_low", "speedup_over_baseline_high", "speedup_over_baseline_rounds",
+    "entry", "rank", "measured_in", "confirmed", "tied", "on_front", "recommended", "feasible", "layers", "replicas",
+    "devices", "memory_fractions", "max_memory_bytes", "micro_batch_size", "prefill_micro_batch_size",
+    "prefill_chunk_size", "in_flight", "compile", "cuda_graphs", "packed_weights", "objective", "value", "q1", "q3",
+    "samples", "runs",
+    "speedup_over_baseline", "speedup_over_baseline_low", "speedup_over_baseline_high", "speedup_over_baseline_rounds",
     "speedup_over_single_stage", "speedup_over_single_stage_low", "speedup_over_single_stage_high",
     "speedup_over_single_stage_rounds", "predicted", "predicted_sd", "prediction_error",
 )  # fmt: skip
@@ -33,98 +37,76 @@ def columns_of(report: Report) -> tuple[str, ...]:
 def entries_of(report: Report) -> list[dict[str, Cell]]:
     """A row for every plan, baseline and failure."""
     ranking, objective = report.ranking, report.objective.metric
-    predicted: dict[str, Trial] = {}
+    predicted: dict[str, dict[str, Cell]] = {}
     for trial in trials_of(report):
         if trial.predicted is not None and trial.record.effective is not None:
-            predicted.setdefault(trial.record.effective.key, trial)
-    entries = [
-        _plan_entry(row) | _prediction_cells(predicted.get(row.key)) for row in (*ranking.rows, *ranking.unranked)
-    ]
-    entries += [_baseline_entry(row, confirmed=False) for row in ranking.baseline_sweep]
-    if ranking.baseline and ranking.baseline.confirmed:
-        entries.append(_baseline_entry(ranking.baseline, confirmed=True))
+            cells = _cells(trial, "predicted", "predicted_sd") | {"prediction_error": trial.error}
+            predicted.setdefault(trial.record.effective.key, cells)
+    entries = [_plan_entry(row) | predicted.get(row.key, {}) for row in (*ranking.rows, *ranking.unranked)]
+    entries += map(_baseline_entry, ranking.baseline_sweep)
+    if ranking.baseline and ranking.baseline.in_finals:
+        entries.append(_baseline_entry(ranking.baseline))
     return [*({**entry, "objective": objective} for entry in entries), *map(_failure_entry, ranking.failures)]
+
+
+def _cells(value: object, *names: str) -> dict[str, Cell]:
+    return {name: getattr(value, name) for name in names}
 
 
 def _plan_entry(row: Row) -> dict[str, Cell]:
     return {
         "entry": "plan",
-        "rank": row.rank,
-        "confirmed": row.confirmed,
-        "on_front": row.on_front,
-        "recommended": row.recommended,
-        "feasible": row.feasible,
+        **_cells(row, "rank", "tied", "on_front", "recommended", "feasible", "unranked_because", "failed_runs"),
         **_plan_cells(row.plan),
         "in_flight": row.effective.in_flight,
-        "value": row.value,
-        **_spread_cells(row.spread),
         **_ratio_cells("speedup_over_baseline", row.speedup_over_baseline),
         **_ratio_cells("speedup_over_single_stage", row.speedup_over_single_stage),
-        **row.metrics,
-        "disturbed_runs": row.disturbed_runs,
-        "failed_runs": row.failed_runs,
-        "records": " ".join(f"{number:04}" for number in row.records),
+        **_run_cells(row, row.records),
         "broken_constraints": "; ".join(row.broken_constraints),
-        "unranked_because": row.unranked_because,
-        "notes": "; ".join(row.notes),
     }
 
 
-def _baseline_entry(row: BaselineRow, *, confirmed: bool) -> dict[str, Cell]:
-    return {
-        "entry": "baseline",
-        "confirmed": confirmed,
-        "micro_batch_size": row.batch_size,
-        "value": row.value,
-        **_spread_cells(row.spread),
-        **row.metrics,
-        "disturbed_runs": row.disturbed_runs,
-        "records": " ".join(f"{number:04}" for number in row.used_records),
-        "notes": "; ".join(row.notes),
-    }
+def _baseline_entry(row: BaselineRow) -> dict[str, Cell]:
+    return {"entry": "baseline", "micro_batch_size": row.batch_size, **_run_cells(row, row.used_records)}
 
 
 def _failure_entry(row: FailureRow) -> dict[str, Cell]:
+    told = _cells(row.failure, "stage", "device", "phase", "message")
     return {
         "entry": "failure",
         **(_plan_cells(row.plan) if row.plan else {"micro_batch_size": row.batch_size}),
         "records": f"{row.record:04}",
         "failure_kind": row.failure.kind.value,
-        "failure_stage": row.failure.stage,
-        "failure_device": row.failure.device,
-        "failure_phase": row.failure.phase,
-        "failure_message": row.failure.message,
+        **{f"failure_{name}": cell for name, cell in told.items()},
     }
 
 
 def _plan_cells(plan: Plan) -> dict[str, Cell]:
     return {
+        **_cells(
+            plan, "replicas", "micro_batch_size", "prefill_chunk_size", "compile", "cuda_graphs", "packed_weights"
+        ),
         "layers": "+".join(map(str, plan.layer_counts)),
-        "replicas": plan.replicas,
         "devices": " ".join(plan.devices),
         "memory_fractions": " ".join(str(stage.memory_fraction) for stage in plan.stages),
-        "micro_batch_size": plan.micro_batch_size,
+        "max_memory_bytes": " ".join(str(stage.max_memory_bytes or "") for stage in plan.stages).strip(),
         "prefill_micro_batch_size": plan.prefill_size,
-        "prefill_chunk_size": plan.prefill_chunk_size,
-        "compile": plan.compile,
-        "cuda_graphs": plan.cuda_graphs,
-        "packed_weights": plan.packed_weights,
     }
 
 
-def _spread_cells(spread: Spread | None) -> dict[str, Cell]:
-    if spread is None:
-        return {}
-    return {"q1": spread.q1, "q3": spread.q3, "samples": spread.samples, "runs": spread.runs}
+def _run_cells(row: Pooled, records: Sequence[int]) -> dict[str, Cell]:
+    return {
+        "measured_in": "finals" if row.in_finals else "search",
+        **_cells(row, "confirmed", "value"),
+        **(_cells(row.spread, "q1", "q3", "samples", "runs") if row.spread else {}),
+        **row.metrics,
+        "disturbed_runs": row.disturbed_runs,
+        "records": " ".join(f"{number:04}" for number in records),
+        "notes": "; ".join(row.notes),
+    }
 
 
 def _ratio_cells(name: str, ratio: Ratio | None) -> dict[str, Cell]:
     if ratio is None:
         return {}
     return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high, f"{name}_rounds": ratio.rounds}
-
-
-def _prediction_cells(trial: Trial | None) -> dict[str, Cell]:
-    if trial is None:
-        return {}
-    return {"predicted": trial.predicted, "predicted_sd": trial.predicted_sd, "prediction_error": trial.error}

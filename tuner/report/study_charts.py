@@ -4,31 +4,41 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipetune.tuner.ranking.values import BaselineRow, Row
+from pipetune.tuner.ranking.values import Row
 from pipetune.tuner.report.chart import Band, Bars, Chart, Dots, Line, Mark, Rule
-from pipetune.tuner.report.data import Report, has_timeline, stage_tasks, typical_iteration
+from pipetune.tuner.report.data import Report, stage_tasks, typical_iteration
 from pipetune.tuner.report.document import Figure
 from pipetune.tuner.report.search import trials_of
 from pipetune.tuner.report.wording import column_title, layers_text, stage_name
+
+_LOOKS = {
+    "finalist": Dots(xs=(), ys=(), colour="plan", size=6.5),
+    "plan of the search": Dots(xs=(), ys=(), colour="plan", size=6.5, is_hollow=True),
+    "single stage": Dots(xs=(), ys=(), colour="green", marker="D", size=7.5),
+    "best plan": Dots(xs=(), ys=(), colour="orange", marker="*", size=15),
+}
+
+_MOST_NAMES = 60
+"""More of them hide each other, and take most of the time that a chart takes."""
+
+FIGURES = ("throughput_vs_bubble", "throughput_vs_memory", "history", "predicted_vs_measured", "timeline")
+"""Names of all there may be."""
 
 
 def study_figures(report: Report) -> dict[str, Figure]:
     """All figures that the study has data for, by file name without ending."""
     predictions = prediction_chart(report)
-    charts = {
-        "throughput_vs_bubble": (
-            "Throughput against bubble ratio",
-            plans_chart(report, "bubble_ratio", "bubble ratio, % of stage time without compute", 100.0),
-        ),
-        "throughput_vs_memory": (
-            "Throughput against peak memory",
-            plans_chart(report, "peak_memory_bytes", "peak memory of the fullest stage, MiB", 2.0**-20),
-        ),
-        "history": ("Best so far, trial by trial", search_chart(report, wide=predictions is None)),
-        "predicted_vs_measured": ("Predicted against measured", predictions),
-        "timeline": ("Timeline of the stages", timeline_chart(report)),
-    }
-    return {name: Figure(alt, chart, wide=chart.size[0] > 8) for name, (alt, chart) in charts.items() if chart}
+    bubble = plans_chart(report, "bubble_ratio", "bubble ratio, % of stage time without compute", 100.0)
+    memory = plans_chart(report, "peak_memory_bytes", "peak memory of the fullest stage, MiB", 2.0**-20)
+    charts = (
+        ("Throughput against bubble ratio", bubble),
+        ("Throughput against peak memory", memory),
+        ("Best so far, trial by trial", search_chart(report, wide=predictions is None)),
+        ("Predicted against measured", predictions),
+        ("Timeline of the stages", timeline_chart(report)),
+    )
+    found = zip(FIGURES, charts, strict=True)
+    return {name: Figure(alt, chart, wide=chart.size[0] > 8) for name, (alt, chart) in found if chart}
 
 
 def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Chart | None:
@@ -38,7 +48,8 @@ def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Char
     finals than it was during the search, and then tokens per second of the two do not compare.
     """
     ranking, base = report.ranking, report.ranking.baseline
-    rows = [row for row in ranking.rows if metric in row.metrics]
+    references = (row for row in ranking.unranked if row.is_reference)
+    rows = [row for row in (*ranking.rows, *references) if metric in row.metrics]
     if not rows:
         return None
     gains = [row.speedup_over_baseline for row in rows if row.speedup_over_baseline]
@@ -50,13 +61,7 @@ def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Char
     def kind(row: Row) -> str:
         if row.rank == 1:
             return "best plan"
-        return "single stage" if row.key == single else "confirmed plan" if row.confirmed else "plan of the search"
-
-    def dots(label: str, look: Dots) -> list[Dots]:
-        own = [(row, x, y) for row, x, y in points if kind(row) == label]
-        xs, ys = tuple(x for _, x, _ in own), tuple(y for *_, y in own)
-        names = tuple(f"{layers_text(row.plan)}, mb {row.plan.micro_batch_size}" for row, *_ in own)
-        return [replace(look, xs=xs, ys=ys, label=label, names=names if label == "best plan" else ())] if own else []
+        return "single stage" if row.key == single else "finalist" if row.in_finals else "plan of the search"
 
     marks: list[Mark] = []
     height = 1.0 if relative else base.throughput.median if base else None
@@ -66,10 +71,11 @@ def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Char
         if base and metric in base.metrics:
             at = (scale * base.metrics[metric],)
             marks.append(Dots(xs=at, ys=(height,), colour="vermilion", marker="s", size=7))
-    marks += dots("confirmed plan", Dots(xs=(), ys=(), colour="plan", size=6.5))
-    marks += dots("plan of the search", Dots(xs=(), ys=(), colour="plan", size=6.5, is_hollow=True))
-    marks += dots("single stage", Dots(xs=(), ys=(), colour="green", marker="D", size=7.5))
-    marks += dots("best plan", Dots(xs=(), ys=(), colour="orange", marker="*", size=15))
+    for label, look in _LOOKS.items():
+        if own := [point for point in points if kind(point[0]) == label]:
+            shown, xs, ys = zip(*own, strict=True)
+            names = (f"{layers_text(row.plan)}, mb {row.plan.micro_batch_size}" for row in shown)
+            marks.append(replace(look, xs=xs, ys=ys, label=label, names=tuple(names) if label == "best plan" else ()))
     return Chart(
         title=f"Throughput against {column_title(metric)}",
         x_label=x_label,
@@ -86,7 +92,10 @@ def search_chart(report: Report, *, wide: bool = True) -> Chart | None:
         return None
     values = [value for _, value, _ in found]
     marks: list[Mark] = []
-    if (base := sweep_row(report)) and base.value is not None:
+    best_batch = report.ranking.baseline and report.ranking.baseline.batch_size
+    # As it was measured before the finals, like the trials.
+    base = next((row for row in report.ranking.baseline_sweep if row.batch_size == best_batch), None)
+    if base and base.value is not None:
         marks.append(Rule(at=base.value, colour="vermilion", label="device_map", is_dashed=True))
     if best := [(number, value) for number, value, leads in found if leads]:
         numbers, reached = zip(*best, (max(trial.number for trial in trials), best[-1][1]), strict=True)
@@ -120,30 +129,33 @@ def prediction_chart(report: Report) -> Chart | None:
     low, high = min(*reach, *measured), max(*reach, *measured)
     pad = 0.06 * (high - low or high)
     ends = (low - pad, high + pad)
-    within = (tuple(0.95 * end for end in ends), tuple(1.05 * end for end in ends))
+    lows, highs = (tuple(factor * end for end in ends) for factor in (0.95, 1.05))
     return Chart(
         title="Predicted before the run, and measured",
         x_label=f"predicted, {_unit(report)}",
         y_label=f"measured, {_unit(report)}",
         marks=(
-            Band(xs=ends, lows=within[0], highs=within[1], label="within 5 %"),
+            Band(xs=ends, lows=lows, highs=highs, label="within 5 %"),
             Line(xs=ends, ys=ends, colour="grey", label="as predicted", width=1.3, is_dashed=True),
             Dots(
-                xs=predicted, ys=measured, x_errors=sds, names=names, colour="plan", label="trial, ± predicted SD"
+                xs=predicted,
+                ys=measured,
+                x_errors=sds,
+                names=names if len(names) <= _MOST_NAMES else (),
+                colour="plan",
+                label="trial, ± predicted SD",
             ),
         ),
         x_range=ends,
         y_range=ends,
-        legend_columns=3,
-    )  # fmt: skip
+    )
 
 
 def timeline_chart(report: Report) -> Chart | None:
     """One typical iteration of the best plan, a row per stage of every replica; None when none was instrumented."""
-    row = report.shown
-    if row is None or not has_timeline(report.typical(row)):
+    if (found := report.timeline) is None:
         return None
-    measurement = report.typical(row)
+    row, measurement = found
     run = measurement.iterations[typical_iteration(measurement)]
     spans: dict[bool, list[tuple[float, float, float, str]]] = {True: [], False: []}
     for place, (trace, tasks) in enumerate(zip(run.stages, stage_tasks(measurement), strict=True)):
@@ -165,12 +177,6 @@ def timeline_chart(report: Report) -> Chart | None:
         x_range=(0.0, 1.005 * run.duration_s),
         size=(10.0, 1.8 + 0.62 * len(row.plan.devices)),
     )
-
-
-def sweep_row(report: Report) -> BaselineRow | None:
-    """The baseline as it was measured before the finals, like the trials."""
-    best = report.ranking.baseline
-    return next((row for row in report.ranking.baseline_sweep if best and row.batch_size == best.batch_size), None)
 
 
 def _unit(report: Report) -> str:

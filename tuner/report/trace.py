@@ -13,7 +13,7 @@ from typing import Any
 
 from pipetune.bench.record import Measurement, StageTrace, TaskShape
 from pipetune.bench.spec import Plan
-from pipetune.tuner.report.data import Report, has_timeline, replica_tasks, typical_iteration
+from pipetune.tuner.report.data import Report, replica_tasks, typical_iteration
 from pipetune.tuner.report.wording import clean, row_text, stage_name
 
 _COMPUTE, _RECEIVE, _SEND = 1, 2, 3
@@ -26,10 +26,9 @@ Event = dict[str, Any]
 
 def render_trace(report: Report) -> bytes | None:
     """The gzipped trace of the best plan's typical iteration; None when no run was instrumented."""
-    row = report.shown
-    if row is None or not has_timeline(report.typical(row)):
+    if (found := report.timeline) is None:
         return None
-    measurement = report.typical(row)
+    row, measurement = found
     iteration = typical_iteration(measurement)
     document = {
         "displayTimeUnit": "ms",
@@ -52,14 +51,14 @@ def trace_events(measurement: Measurement, iteration: int, plan: Plan) -> list[E
     width = len(plan.stages)
     for index, device in enumerate(plan.devices):
         stage = plan.stages[index % width]
-        layers = f"layers {stage.first_layer}–{stage.end_layer - 1}"
-        name = f"{stage_name(plan, index)} · {device} · {layers}"
-        events.append({"ph": "M", "pid": index, "name": "process_name", "args": {"name": name}})
-        events.append({"ph": "M", "pid": index, "name": "process_sort_index", "args": {"sort_index": index}})
+        name = f"{stage_name(plan, index)} · {device} · layers {stage.range_text}"
+        # Viewers take process 0 for one of the system's own.
+        meta: Event = {"ph": "M", "pid": index + 1}
+        events.append({**meta, "name": "process_name", "args": {"name": name}})
+        events.append({**meta, "name": "process_sort_index", "args": {"sort_index": index}})
         for track, title in _TRACKS.items():
-            meta: Event = {"ph": "M", "pid": index, "tid": track}
-            events.append({**meta, "name": "thread_name", "args": {"name": title}})
-            events.append({**meta, "name": "thread_sort_index", "args": {"sort_index": track}})
+            events.append({**meta, "tid": track, "name": "thread_name", "args": {"name": title}})
+            events.append({**meta, "tid": track, "name": "thread_sort_index", "args": {"sort_index": track}})
     flows: list[Event] = []
     for replica, own in enumerate(replica_tasks(measurement)):
         tasks = measurement.tasks[own.start : own.stop]
@@ -81,37 +80,27 @@ def task_name(task: TaskShape) -> str:
 
 def _stage_events(stage: int, trace: StageTrace, tasks: tuple[TaskShape, ...]) -> list[Event]:
     events: list[Event] = []
+
+    def span(task: TaskShape, track: int, when: str, category: str, start_s: float, end_s: float) -> None:
+        args = {"micro_batch": task.micro_batch, "step": task.step, "rows": task.end_row - task.first_row}
+        times = {"ts": round(start_s * 1e6, 3), "dur": round((end_s - start_s) * 1e6, 3)}
+        event = {"ph": "X", "pid": stage + 1, "tid": track, "name": f"{when}{task_name(task)}", "cat": category}
+        events.append({**event, **times, "args": args})
+
     received_until = sent_until = 0.0
     for index, task in enumerate(tasks):
         start, end = trace.compute_start_s[index], trace.compute_end_s[index]
-        args = {"micro_batch": task.micro_batch, "step": task.step, "rows": task.end_row - task.first_row}
-        category = "decode" if task.step else "prefill"
-        events.append(_span(stage, _COMPUTE, task_name(task), category, start, end, args))
+        span(task, _COMPUTE, "", "decode" if task.step else "prefill", start, end)
         # Events of one track must not overlap, or a viewer takes them for calls within calls.
         waited_from = max(start - trace.recv_wait_s[index], received_until)
         sends_from = max(end, sent_until)
         sends_until = sends_from + trace.send_wait_s[index]
         if (start - waited_from) * 1e6 >= _MIN_WAIT_US:
-            events.append(_span(stage, _RECEIVE, f"before {task_name(task)}", "wait", waited_from, start, args))
+            span(task, _RECEIVE, "before ", "wait", waited_from, start)
         if (sends_until - sends_from) * 1e6 >= _MIN_WAIT_US:
-            events.append(_span(stage, _SEND, f"after {task_name(task)}", "wait", sends_from, sends_until, args))
+            span(task, _SEND, "after ", "wait", sends_from, sends_until)
         received_until, sent_until = max(received_until, start), sends_until
     return events
-
-
-def _span(
-    stage: int, track: int, name: str, category: str, start_s: float, end_s: float, args: dict[str, int]
-) -> Event:
-    return {
-        "ph": "X",
-        "pid": stage,
-        "tid": track,
-        "name": name,
-        "cat": category,
-        "ts": round(start_s * 1e6, 3),
-        "dur": round((end_s - start_s) * 1e6, 3),
-        "args": args,
-    }
 
 
 def _flow_events(
@@ -124,8 +113,8 @@ def _flow_events(
         common = {"cat": "flow", "name": name, "id": first_id + len(events) // 2, "tid": _COMPUTE}
         # Viewers bind an end to the span around it: the middle of both spans is safely inside.
         begin, end = _middle_s(traces[sender], sent), _middle_s(traces[receiver], received)
-        events.append({**common, "ph": "s", "pid": first_stage + sender, "ts": round(begin * 1e6, 3)})
-        events.append({**common, "ph": "f", "bp": "e", "pid": first_stage + receiver, "ts": round(end * 1e6, 3)})
+        events.append({**common, "ph": "s", "pid": first_stage + sender + 1, "ts": round(begin * 1e6, 3)})
+        events.append({**common, "ph": "f", "bp": "e", "pid": first_stage + receiver + 1, "ts": round(end * 1e6, 3)})
 
     if len(traces) < 2:
         return events

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 
+from pipetune.bench.errors import harmless
 from pipetune.bench.record import Measurement, OutputCheck
 from pipetune.bench.spec import ModelSpec, Plan, Sampling, Workload
-from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Ratio, Rival, Row, Spread
+from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Row, Spread
+from pipetune.tuner.stats.ratios import Ratio
 
 MISSING = "–"
+_UNITS = {
+    "output_throughput": " tok/s",
+    "total_token_throughput": " tok/s",
+    "request_throughput": " req/s",
+    "energy_j": " J",
+    "output_tokens_per_joule": " tok/J",
+}
 
 
 def clean(text: str) -> str:
-    """Foreign text on one line: control characters, which could drive a terminal, become spaces."""
-    return " ".join("".join(" " if unicodedata.category(char)[0] == "C" else char for char in text).split())
+    """Foreign text on one line, without control characters."""
+    return " ".join(harmless(text).split())
 
 
-def sentence(text: str) -> str:
-    """The text with a capital and a full stop."""
-    return f"{text[0].upper()}{text[1:]}."
+def sentence(text: str | None) -> str:
+    """The text with a capital and a full stop; empty for none."""
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def layers_text(plan: Plan) -> str:
@@ -55,6 +63,28 @@ def number_text(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits - before}f}"
 
 
+def small_text(value: float) -> str:
+    """Three significant digits of a number that may be tiny, never below 0: `134`, `0.104`, `<0.01`, `0`."""
+    return "<0.01" if 0 < value < 0.01 else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def count_text(count: int, noun: str) -> str:
+    """`1 run`, `3 runs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def list_text(names: Sequence[str]) -> str:
+    """`16+14`, `16+14 and 18+12`, and of many the first two: `16+14, 18+12 and 3 more`."""
+    if len(names) > 3:
+        return f"{', '.join(names[:2])} and {len(names) - 2} more"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def short_list(text: str, limit: int) -> str:
+    """`0-2, 4-5, …`: a list in so many characters."""
+    return text if len(text) <= limit else f"{text[: limit - 2].rpartition(',')[0]}, …"
+
+
 def spread_text(spread: Spread | None) -> str:
     """`60.8 ±4.9`: the median and the interquartile range."""
     if spread is None:
@@ -71,9 +101,8 @@ def ratio_evidence(ratio: Ratio) -> str:
     """What stands behind a ratio, for brackets."""
     if not ratio.paired:
         return "unpaired: by their medians, not in common rounds"
-    if ratio.rounds == 1:
-        return "in one interleaved round"
-    return f"{ratio.low:.2f}–{ratio.high:.2f} over {ratio.rounds} interleaved rounds"
+    rounds = "in one interleaved round" if ratio.rounds == 1 else f"over {ratio.rounds} interleaved rounds"
+    return rounds if ratio.low is None else f"{ratio.low:.2f}–{ratio.high:.2f} {rounds}"
 
 
 def percent_text(share: float | None) -> str:
@@ -81,11 +110,12 @@ def percent_text(share: float | None) -> str:
     return MISSING if share is None else f"{round(share * 100)} %"
 
 
-def ms_text(milliseconds: float | None) -> str:
+def ms_text(milliseconds: float | None, digits: int = 3) -> str:
     """`845 ms`, `1.23 s`."""
     if milliseconds is None:
         return MISSING
-    return f"{number_text(milliseconds)} ms" if milliseconds < 1000 else f"{number_text(milliseconds / 1e3)} s"
+    value, unit = (milliseconds, "ms") if milliseconds < 1000 else (milliseconds / 1e3, "s")
+    return f"{number_text(value, digits)} {unit}"
 
 
 def bytes_text(count: float | None) -> str:
@@ -99,22 +129,13 @@ def metric_text(name: str, value: float | None) -> str:
     """A metric with its unit, by the ending of its name."""
     if value is None:
         return MISSING
-    if name.endswith("_ms"):
-        return ms_text(value)
-    if name.endswith("_s"):
-        return ms_text(value * 1e3)
+    if name.endswith(("_ms", "_s")):
+        return ms_text(value if name.endswith("_ms") else value * 1e3)
     if name.endswith("_bytes"):
         return bytes_text(value)
     if name.startswith("bubble") or name.endswith(("_utilization", "_fraction")):
         return percent_text(value)
-    units = {
-        "output_throughput": " tok/s",
-        "total_token_throughput": " tok/s",
-        "request_throughput": " req/s",
-        "energy_j": " J",
-        "output_tokens_per_joule": " tok/J",
-    }
-    return number_text(value) + units.get(name, "")
+    return number_text(value) + _UNITS.get(name, "")
 
 
 def model_text(model: ModelSpec) -> str:
@@ -128,11 +149,10 @@ def workload_text(workload: Workload, prompt_lens: Sequence[int] = ()) -> str:
     """`32 random prompts × 64 tokens → 16 new each, greedy`, or `… scored`; `prompt_lens` as measured."""
     shortest, longest = (min(prompt_lens), max(prompt_lens)) if prompt_lens else (workload.input_len,) * 2
     length = f"{longest}" if shortest == longest else f"{shortest}–{longest}"
+    given = f"{workload.num_prompts} random prompts"
     if workload.prompts_file:
-        of = f"{workload.num_prompts} prompts of {clean(workload.prompts_file)}"
-        given = f"{of} × {length} tokens" if prompt_lens else of
-    else:
-        given = f"{workload.num_prompts} random prompts × {length} tokens"
+        given = f"{workload.num_prompts} prompts of {clean(workload.prompts_file)}"
+    given += f" × {length} tokens" if prompt_lens or not workload.prompts_file else ""
     if workload.kind == "score":
         return f"{given}, scored"
     return f"{given} → {workload.output_len} new each, {sampling_text(workload.sampling)}"
@@ -153,9 +173,9 @@ def peer_name(workload: Workload) -> str:
     return "forward" if workload.kind == "score" else "generate"
 
 
-def baseline_text(row: BaselineRow, metric: str, workload: Workload) -> str:
-    """`HF generate un-pipelined, batch 8: 64.2 tok/s`."""
-    return f"HF {peer_name(workload)} un-pipelined, batch {row.batch_size}: {metric_text(metric, row.value)}"
+def baseline_text(row: BaselineRow, workload: Workload) -> str:
+    """`HF generate un-pipelined, batch 8`."""
+    return f"HF {peer_name(workload)} un-pipelined, batch {row.batch_size}"
 
 
 def column_title(metric: str) -> str:
@@ -166,10 +186,9 @@ def column_title(metric: str) -> str:
 def failure_where(failure: FailureRow) -> str:
     """`stage 1 on cpu:1, decode`; empty when nothing is known."""
     what = failure.failure
-    place = f"stage {what.stage}" if what.stage is not None else ""
-    if what.device:
-        place = f"{place} on {what.device}" if place else what.device
-    return ", ".join(part for part in (place, clean(what.phase or "")) if part)
+    places = [f"stage {what.stage}"] if what.stage is not None else []
+    places += [what.device] if what.device else []
+    return ", ".join(filter(None, (" on ".join(places), clean(what.phase or ""))))
 
 
 def failure_plan(failure: FailureRow) -> str:
@@ -190,30 +209,19 @@ def copies_text(plan: Plan) -> str:
 def rival_text(ranking: Ranking) -> str | None:
     """Which way of using several devices won, copies or one pipeline; None where one way alone was ranked."""
     best, rival = ranking.best, ranking.rival
-    if best is None or rival is None or len(best.plan.devices) == 1:
+    if best is None or rival is None or rival.gain is None or len(best.plan.devices) == 1:
         return None
+    gain, several = rival.gain, best.plan.replicas > 1
     ours, theirs = copies_text(best.plan), copies_text(rival.row.plan)
-    if rival.gain is None:
-        return None
-    evidence = f"{ratio_text(rival.gain)}, {ratio_evidence(rival.gain)}"
-    against = f"{theirs} ({rival.row.plan.describe()}): {evidence}"
-    if not _is_apart(ranking, best, rival):
-        are = "are" if best.plan.replicas > 1 else "is"
-        return sentence(f"{ours} {are} not told apart from {against}")
-    if not rival.gain.paired:
-        was = "were" if best.plan.replicas > 1 else "was"
-        return sentence(f"{ours} {was} faster during the search than {against}")
+    against = f"{theirs} ({rival.row.plan.describe()}): {ratio_text(gain)}, {ratio_evidence(gain)}"
+    apart = gain.is_told if gain.paired else gain.value > 1
+    if not apart:
+        return sentence(f"{ours} {'are' if several else 'is'} not told apart from {against}")
+    if not gain.paired:
+        return sentence(f"{ours} {'were' if several else 'was'} faster during the search than {against}")
     most = max(best.plan.replicas, rival.row.plan.replicas)
-    beat = "beat" if best.plan.replicas > 1 else "beats"
+    beat = "beat" if several else "beats"
     return sentence(f"{ours} {beat} {against}; {most} replicas hold the weights {most} times")
-
-
-def _is_apart(ranking: Ranking, best: Row, rival: Rival) -> bool:
-    """Whether the finals tell the best plan from its rival; without common finals, whether it was better throughout."""
-    assert rival.gain is not None
-    if ranking.separation.rounds and best.confirmed and rival.row.confirmed:
-        return rival.row.key not in ranking.separation.tied
-    return (rival.gain.value if rival.gain.low is None else rival.gain.low) > 1
 
 
 def compared_text(check: OutputCheck, *, scored: bool) -> str:
@@ -231,12 +239,12 @@ def compared_text(check: OutputCheck, *, scored: bool) -> str:
 def steps_text(measurement: Measurement) -> str:
     """`4 layers loaded in 0.80 s, output checked in 1.9 s`: what the timed iterations do not contain."""
     count = len(measurement.loaded_layers)
-    parts = [f"{count} layer{'' if count == 1 else 's'} loaded in {ms_text(measurement.load_s * 1e3)}"]
-    if measurement.check_s is not None:
-        parts.append(f"output checked in {ms_text(measurement.check_s * 1e3)}")
-    if measurement.prepare_s is not None:
-        parts.append(f"compiled or captured in {ms_text(measurement.prepare_s * 1e3)}")
-    return ", ".join(parts)
+    steps = {
+        f"{count} layer{'' if count == 1 else 's'} loaded": measurement.load_s,
+        "output checked": measurement.check_s,
+        "compiled or captured": measurement.prepare_s,
+    }
+    return ", ".join(f"{step} in {ms_text(1e3 * took_s)}" for step, took_s in steps.items() if took_s is not None)
 
 
 def export_note(plan: Plan, device_map: str = "it") -> str | None:
@@ -258,5 +266,5 @@ def warnings_of(row: Row) -> tuple[str, ...]:
     if gain is not None and gain.value < 1:
         warnings.append("The un-pipelined model is faster here: this plan does not pay for this workload.")
     elif gain is not None and gain.low is not None and gain.low <= 1:
-        warnings.append("Not every round gained: the plan is not told apart from the un-pipelined model.")
+        warnings.append("The plan is not told apart from the un-pipelined model.")
     return tuple(warnings)

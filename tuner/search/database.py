@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from urllib.parse import quote
 
 import optuna
@@ -20,8 +23,12 @@ from pipetune.bench.errors import StorageError, StudyError
 from pipetune.tuner.config.storage_url import connectable, is_postgresql, shown, sqlite_path
 from pipetune.tuner.ranking.values import Objective
 
+SHARED = "pipetune-shared-"
+"""Begin of the names that shared studies have in a database."""
 PATIENCE_S = 60.0
 """How long a database that was there is waited for."""
+LOCKED_S = 600.0
+"""How long an SQLite file that another program holds is waited for: a backup, a dashboard, a tool left open."""
 _RETRY_S = 1.0
 _LOCK_S = 60
 """Nobody needs the lock for so long: whoever seems to is cut off by the server."""
@@ -34,29 +41,36 @@ _CONNECTION = {
     "tcp_user_timeout": 60_000,
 }
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
+_O = TypeVar("_O", bound="_OverDatabase")
 
 
 class CorruptDatabaseError(StudyError):
     """An SQLite file that is damaged, or none at all."""
 
 
-def open_storage(url: str) -> optuna.storages.RDBStorage:
+def open_storage(url: str, say: Callable[[str], None] = lambda text: None) -> optuna.storages.RDBStorage:
     """Opens an Optuna database.
+
+    Args:
+        say: told once when an SQLite file is waited for, now or later.
 
     Raises:
         ConfigError: it is no URL, or the driver is missing.
         CorruptDatabaseError: an SQLite file that is damaged; it is left as it is.
-        StudyError: it cannot be used, or is another program's; no password is shown.
+        StudyError: it cannot be used, is held for `LOCKED_S`, or is another program's; no password is shown.
     """
     target = connectable(url)
     path = sqlite_path(target)
+    held = f"another program holds it; it is waited for, up to {LOCKED_S:.0f} s"
+    waiting: dict[str, Any] = {"timeout": _RETRY_S, "factory": _waiting(lambda: say(f"{path}: {held}"))}
     if path is not None and path.is_file() and path.stat().st_size:
-        _check_file(path, url)
+        _check_file(path, url, waiting)
     # Optuna puts its schema's version into braces.
     optunas = target.replace("{", "{{").replace("}", "}}")
     try:
         if not is_postgresql(target):
-            return optuna.storages.RDBStorage(optunas)
+            return optuna.storages.RDBStorage(optunas, engine_kwargs={"connect_args": waiting} if path else None)
         kwargs: dict[str, Any] = {"pool_pre_ping": True}
         if "+psycopg" in target.partition(":")[0]:
             kwargs["connect_args"] = dict(_CONNECTION)
@@ -73,17 +87,62 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
 
 
 def open_study(storage: optuna.storages.RDBStorage, name: str, objectives: Sequence[str]) -> optuna.Study:
-    """The study of that name, made where it is not there yet."""
+    """The study of that name, made where it is not there yet; whether it `aims_at` the objectives is not looked at."""
     directions = [Objective(metric=metric).direction for metric in objectives]
-    return optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+    with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+        if study.metric_names is None and aims_at(study, objectives):
+            study.set_metric_names(list(objectives))
+    return study
+
+
+def aims_at(study: optuna.Study, objectives: Sequence[str]) -> bool:
+    """Whether as many values are wanted of its trials, each as high or as low."""
+    wanted = [Objective(metric=metric).direction for metric in objectives]
+    return [direction.name.lower() for direction in study.directions] == wanted
+
+
+def _waiting(say: Callable[[], None]) -> type[sqlite3.Connection]:
+    """Connections to an SQLite file that wait while another program holds it, and say so."""
+    # Optuna tries again itself: all its attempts together wait no longer.
+    since_s: float | None = None
+
+    def patiently(work: Callable[..., Any]) -> Callable[..., Any]:
+        def again(*args: Any) -> Any:
+            nonlocal since_s
+            while True:
+                try:
+                    done = work(*args)
+                except sqlite3.OperationalError as error:
+                    if not _is_locked(error) or (since_s and time.monotonic() >= since_s + LOCKED_S):
+                        raise
+                    if since_s is None:
+                        say()
+                    since_s = since_s or time.monotonic()
+                    time.sleep(_RETRY_S / 10)
+                else:
+                    since_s = None
+                    return done
+
+        return again
+
+    calls = {name: patiently(getattr(sqlite3.Cursor, name)) for name in ("execute", "executemany")}
+    cursor = type("Cursor", (sqlite3.Cursor,), calls)
+    commit = patiently(sqlite3.Connection.commit)
+    opened = {"commit": commit, "cursor": lambda self, factory=cursor: sqlite3.Connection.cursor(self, factory)}
+    return type("Connection", (sqlite3.Connection,), opened)
+
+
+def _is_locked(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY")
 
 
 _OPTUNAS = {"studies": "study_name", "version_info": "schema_version"}
 """Tables of an Optuna database, each with a column by which it is known."""
 
 
-def _check_file(path: Path, url: str) -> None:
-    """Looks at an SQLite file without writing to it; one of Optuna's that is busy is left to Optuna to say.
+def _check_file(path: Path, url: str, waiting: Mapping[str, Any]) -> None:
+    """Looks at an SQLite file without writing to it; one of Optuna's with a journal is left to Optuna to mend.
 
     Raises:
         CorruptDatabaseError: it is damaged.
@@ -94,19 +153,20 @@ def _check_file(path: Path, url: str) -> None:
     for mode in ("immutable=1", "mode=ro"):
         found = "ok"
         try:
-            with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?{mode}", uri=True)) as connection:
+            opened = sqlite3.connect(f"file:{quote(str(path))}?{mode}", uri=True, **waiting)
+            with contextlib.closing(opened), contextlib.closing(opened.cursor()) as cursor:
                 names = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
-                tables = {name for (name,) in connection.execute(names)}
+                tables = {name for (name,) in cursor.execute(names)}
                 columns = {
-                    table: {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} for table in _OPTUNAS
+                    table: {row[1] for row in cursor.execute(f"PRAGMA table_info({table})")} for table in _OPTUNAS
                 }
                 if mode == "mode=ro":
-                    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+                    found = cursor.execute("PRAGMA quick_check(1)").fetchone()[0]
         except sqlite3.DatabaseError as error:
             if mode == "immutable=1":
                 continue
             if error.sqlite_errorname not in ("SQLITE_CORRUPT", "SQLITE_NOTADB"):
-                if is_optunas:
+                if is_optunas and not _is_locked(error):
                     return
                 raise StudyError(
                     f"storage {shown(url)}: cannot be looked at: {error}; it may be another program's, and was left as "
@@ -143,34 +203,40 @@ def reason(error: BaseException) -> str:
     return " ".join(line.strip() for line in said.splitlines()) or type(error).__name__
 
 
+@contextlib.contextmanager
+def naming_losses(url: str) -> Iterator[None]:
+    """A block in which a database that was there may fail.
+
+    Raises:
+        OSError: an SQLite file, by its name.
+        StorageError: another database.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        path = sqlite_path(url)
+        if path is not None:
+            raise OSError(errno.EIO, reason(error), str(path)) from None
+        raise StorageError(
+            f"storage {shown(url)} was lost: {reason(error)}. What was measured is kept; once the database is back, "
+            "go on by --resume"
+        ) from None
+
+
 class Database:
     """One shared study in PostgreSQL."""
 
-    def __init__(self, url: str, name: str) -> None:
-        """Connects.
-
-        Args:
-            name: of the study, among others in the database.
-
-        Raises:
-            ConfigError: it is no URL, or the driver is missing.
-            StudyError: it cannot be used.
-        """
+    def __init__(self, url: str, name: str, objectives: Sequence[str]) -> None:
+        """Connects for the study of that name, among others in the database; raises as `open_storage`."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.storage = open_storage(url)
-        self._url = url
-        self._study_name = f"pipetune-shared-{name}"
-        self._study: optuna.Study | None = None
+        self.url = url
+        self._study_name, self._objectives = f"{SHARED}{name}", objectives
 
-    def open(self, objectives: Sequence[str]) -> None:
-        """Opens the study, or makes it."""
-        self._study = open_study(self.storage, self._study_name, objectives)
-
-    @property
+    @functools.cached_property
     def study(self) -> optuna.Study:
-        """The study, once it is open."""
-        assert self._study is not None, "the study is opened first"
-        return self._study
+        """The study; whoever is the first to ask for it has the database to itself."""
+        return open_study(self.storage, self._study_name, self._objectives)
 
     def close(self) -> None:
         """Ends the connections."""
@@ -186,34 +252,31 @@ class Database:
 
     def now_s(self) -> float:
         """Seconds since the epoch by the server's clock, the only one that all processes share."""
+        now = sqlalchemy.text("SELECT extract(epoch FROM clock_timestamp())")
         with self.storage.engine.connect() as connection:
-            return float(
-                connection.execute(sqlalchemy.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
-            )
+            return float(connection.execute(now).scalar_one())
 
-    def attributes(self) -> dict[str, Any]:
-        """What the study holds beside its trials."""
-        return self.study.user_attrs
 
-    def set(self, key: str, value: Any) -> None:
-        """Sets one of them."""
-        self.study.set_user_attr(key, value)
+class _OverDatabase(Protocol):
+    @property
+    def database(self) -> Database: ...
 
-    def patiently(self, work: Callable[[], _T]) -> _T:
-        """Does something that may be done twice, again until the database answers.
 
-        Raises:
-            StorageError: it did not for `PATIENCE_S`.
-        """
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return work()
-            except (SQLAlchemyError, StorageInternalError) as error:
-                self.storage.remove_session()
-                if time.monotonic() >= deadline:
-                    raise StorageError(
-                        f"storage {shown(self._url)} was lost: {reason(error)}. What was measured is kept; once the "
-                        "database is back, go on by --resume"
-                    ) from None
-                time.sleep(_RETRY_S)
+def patient(work: Callable[Concatenate[_O, _P], _T]) -> Callable[Concatenate[_O, _P], _T]:
+    """A method that may be done twice, and is done again until its object's database answers; `StorageError` where it
+    does not for `PATIENCE_S`."""
+
+    @functools.wraps(work)
+    def again(self: _O, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        database, deadline = self.database, time.monotonic() + PATIENCE_S
+        with naming_losses(database.url):
+            while True:
+                try:
+                    return work(self, *args, **kwargs)
+                except (SQLAlchemyError, StorageInternalError):
+                    database.storage.remove_session()
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(_RETRY_S)
+
+    return again

@@ -7,30 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pipetune.bench.errors import StudyError
 from pipetune.bench.files import write_durably
-from pipetune.bench.record import Measurement
-from pipetune.bench.spec import Plan
+from pipetune.bench.record import Measurement, Record
+from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.ranking import finals
 from pipetune.tuner.ranking.rank import rank
+from pipetune.tuner.ranking.runs import BASELINE
 from pipetune.tuner.ranking.values import Objective, Ranking
-from pipetune.tuner.search.participant import Participant, participate
+from pipetune.tuner.search.policy.history import is_due
 from pipetune.tuner.search.policy.warm_start import warm_start
-from pipetune.tuner.search.runs import Runs
-from pipetune.tuner.search.space.build import build_space
+from pipetune.tuner.search.runs import Interrupted, Runs
+from pipetune.tuner.search.shared.participant import Participant, participate
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
-from pipetune.tuner.search.stop import Interrupted, StopSignal
-from pipetune.tuner.search.study_costs import study_costs
+from pipetune.tuner.search.study_costs import space_of, study_costs
 from pipetune.tuner.search.trials import Search
-from pipetune.tuner.study.files import read
-from pipetune.tuner.study.search_log import SearchLogWriter
-from pipetune.tuner.study.store import StudyStore, was_interrupted
+from pipetune.tuner.study.files import RECORDS_FOLDER, StudyFile, fitting
+from pipetune.tuner.study.store import StudyStore
 
 if TYPE_CHECKING:
     from pipetune.bench.fleet.experiment import Labels
@@ -51,16 +52,53 @@ def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..
         NothingFeasibleError: no plan fits into memory.
         FleetError: the workers do not start, or are lost again and again.
     """
-    stop = StopSignal()
-    log = SearchLogWriter(store.search_path)
-    runs = Runs(store, start_fleet, reporter, stop, log)
-    with stop.listening():
+    return _to_the_end(Runs(store, start_fleet, reporter), _run)
+
+
+def run_plans(
+    store: StudyStore,
+    reporter: Reporter,
+    plans: Sequence[EffectivePlan],
+    *,
+    start_fleet: Callable[..., Fleet] | None = None,
+) -> bool:
+    """Runs given plans in place of a search: each once a round, in an order of its own, and none again that is there.
+
+    Returns:
+        False if it was interrupted.
+
+    Raises:
+        UserError, FleetError: as `run_study`.
+    """
+
+    def run(runs: Runs, stack: contextlib.ExitStack) -> None:
+        fleet, config = runs.open_fleet(stack), store.config
+        store.set_revision(fleet.model.revision, fleet.model.dtype)
+        store.set_machine(fleet.machine, fleet.shape)
+        order = random.Random(config.seed)
+        for turn in range(config.finalist_rounds):
+            there = [record for record in store.records if record.round == turn and record.spec]
+            for one in order.sample(plans, len(plans)):
+                if is_due([record for record in there if record.spec and record.spec.plan == one.plan]):
+                    label = f"round {turn + 1} of {config.finalist_rounds} · {one.plan.describe()}"
+                    known = fleet.resolve(one.plan, store.workload)
+                    runs.measure(label, one.plan, known, role="finalist", round=turn)
+
+    return _to_the_end(Runs(store, start_fleet, reporter), run)
+
+
+def _to_the_end(runs: Runs, work: Callable[[Runs, contextlib.ExitStack], None]) -> bool:
+    """Whether the work ended without an interrupt."""
+    with runs.stop.listening():
         try:
             with contextlib.ExitStack() as stack:
-                stack.callback(log.save_if_there)
-                _run(runs, log, stack)
+                stack.callback(runs.log.save)
+                work(runs, stack)
         except Interrupted:
-            reporter.say("stopped; what was measured is kept, and --resume goes on with it")
+            if runs.store.records:
+                runs.reporter.say("stopped; what was measured is kept, and --resume goes on with it")
+            else:
+                runs.reporter.say("stopped before the first run had ended: nothing was measured, and begin anew")
             return False
     return True
 
@@ -69,7 +107,7 @@ def rank_study(store: StudyStore) -> Ranking:
     """What the records say so far."""
     config = store.config
     rounds = (config.finalist_rounds, max(config.finalist_rounds, config.max_finalist_rounds))
-    return rank(store.records, _objectives(store), config.constraints, rounds)
+    return rank(store.records, _objectives(store), config.constraints, rounds, space=config.space)
 
 
 def _objectives(store: StudyStore) -> list[Objective]:
@@ -82,12 +120,12 @@ def baseline_batch_sizes(wanted: Sequence[int] | None, num_prompts: int) -> tupl
     return tuple(sorted({min(size, num_prompts) for size in sizes}, reverse=True))
 
 
-def _run(runs: Runs, log: SearchLogWriter, stack: contextlib.ExitStack) -> None:
-    store = runs.store
+def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
+    store, log = runs.store, runs.log
     with log.spend("start"):
         participant = stack.enter_context(participate(store, runs.reporter.say))
         fleet = runs.open_fleet(stack)
-        store.set_revision(fleet.model.revision)
+        store.set_revision(fleet.model.revision, fleet.model.dtype)
         for line in store.set_machine(fleet.machine, fleet.shape):
             runs.reporter.say(f"other software than when the study began: {line}")
         participant.check(fleet.machine)
@@ -98,55 +136,64 @@ def _run(runs: Runs, log: SearchLogWriter, stack: contextlib.ExitStack) -> None:
         cost = study_costs(runs, lens, resolve)
     with log.spend("search"):
         space = participant.agree(_space(runs, cost, resolve))
-        warm = warm_start(
-            store.warm_start_path,
-            store.config,
-            model=fleet.model,
-            machine=fleet.machine,
-            space=space,
-            resolve=resolve,
-        )
+        warm = warm_start(store.folder / StudyFile.WARM_START, store.config, fleet.model, fleet.machine, space, resolve)
         for line in warm.said:
             runs.reporter.say(f"warm start: {line}")
     if not store.records:
         # A model that comes out wrong when it is cut is found out before anything else is measured.
         runs.ensure_reference()
+    config = store.config
+    finals_runs = max(config.finalist_rounds, config.max_finalist_rounds) * (config.finalists + 2)
+    before = len(baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts)) + 1 + config.n_trials
+    runs.expect(before + finals_runs * bool(config.finalists) - len(store.records))
     with log.spend("baseline"):
         _measure_baseline(runs)
     with log.spend("single_stage"):
         _measure_single_stage(runs, space, resolve)
-    search = Search(runs, log, participant, space, cost, resolve, warm)
-    search.run()
+    preferred = Search(runs, participant, space, cost, resolve, warm).run()
     with log.spend("finals"):
-        _run_finals(runs, log, participant, search.preferred)
+        _run_finals(runs, participant, preferred)
+    best = rank_study(store).best
+    trials = [record for record in store.records if best and record.role == "trial" and record.number in best.records]
+    # The database is a copy for others: a study does not end without its reports for want of it.
+    with contextlib.suppress(Exception), contextlib.closing(participant.open_study(space, resolve)) as study:
+        study.note_best(trials[0] if trials else None)
 
 
 def _space(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
     """The recorded space, or a new one: a point in a record must mean the same plan for ever."""
-    path = runs.store.space_path
-    if path.exists():
-        return read(path, SearchSpace)
-    trials = [record for record in runs.store.records if record.role == "trial"]
-    if trials:
+    path = runs.store.folder / StudyFile.SPACE
+    points = {record.number: record.params or {} for record in runs.store.records if record.role == "trial"}
+    if points and not path.exists():
         raise StudyError(
-            f"{path} is missing, and the points of {len(trials)} records refer to it; put it back, or take another "
+            f"{path} is missing, and the points of {len(points)} records refer to it; put it back, or take another "
             "folder"
         )
-    space = build_space(runs.store.config.space, runs.fleet.devices, runs.fleet.shape, cost, resolve)
-    write_durably(path, space.model_dump_json() + "\n")
+    space = space_of(runs, cost, resolve)
+    with fitting(path):
+        for rank_ in range(1, len(space.partitions) + 1):
+            space.plan(next(space.points(rank_)))
+    for number, params in points.items():
+        with fitting(runs.store.folder / RECORDS_FOLDER / f"{number:04}.json"):
+            if params:
+                space.plan({name: int(value) for name, value in params.items()})
+    if not path.exists():
+        write_durably(path, space.model_dump_json() + "\n")
     return space
 
 
 def _measure_baseline(runs: Runs) -> None:
     """The un-pipelined model over a few batch sizes; if it runs at none of them, over smaller ones."""
     config = runs.store.config
-    records = [record for record in runs.store.records if record.role == "baseline" and record.params]
-    done = {record.params["batch_size"] for record in records if record.params}
-    measured = any(isinstance(record.result, Measurement) for record in records)
+    by_size: dict[object, list[Record]] = defaultdict(list)
+    for record in runs.store.records:
+        if record.role == "baseline" and record.params:
+            by_size[record.params.get("batch_size")].append(record)
+    measured = any(isinstance(record.result, Measurement) for records in by_size.values() for record in records)
     sizes = list(baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts))
     while sizes:
         size = sizes.pop(0)
-        if size not in done:
+        if is_due(by_size[size]):
             record = runs.baseline("baseline: un-pipelined", config.protocol, size, role="baseline")
             measured = measured or isinstance(record.result, Measurement)
         if not sizes and not measured and size > 1:
@@ -154,22 +201,29 @@ def _measure_baseline(runs: Runs) -> None:
 
 
 def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> None:
-    """Our runtime without a pipeline, which tells what pipelining gains from what the rest of it gains."""
-    if any(record.role == "single_stage" and not was_interrupted(record) for record in runs.store.records):
+    """Our runtime without a pipeline, which tells what pipelining gains from what the rest of it gains.
+
+    Where it does not fit below `max_memory_per_device`, it is measured without that cap, to compare with.
+    """
+    if not is_due([record for record in runs.store.records if record.role == "single_stage"]):
         return
     baseline = rank_study(runs.store).baseline
-    plan = Plan.from_layer_counts(
-        (runs.fleet.shape.num_layers,),
-        runs.fleet.devices,
-        baseline.batch_size if baseline else runs.store.config.workload.num_prompts,
-        compile=space.compile[0],
-        memory_fraction=max(runs.store.config.space.memory_fractions),
+    plan = space.switch(
+        Plan.from_layer_counts(
+            (runs.fleet.shape.num_layers,),
+            runs.fleet.devices,
+            baseline.batch_size if baseline else runs.store.config.workload.num_prompts,
+            compile=space.compile[0],
+            memory_fraction=max(runs.store.config.space.memory_fractions),
+            max_memory_bytes=space.max_memory_bytes,
+        )
     )
-    plan = space.switch(plan)
+    if space.max_memory_bytes is not None and not isinstance(resolve(plan), EffectivePlan):
+        plan = plan.model_copy(update={"stages": (plan.stages[0].model_copy(update={"max_memory_bytes": None}),)})
     runs.measure(f"single stage: {plan.describe()}", plan, resolve(plan), role="single_stage")
 
 
-def _run_finals(runs: Runs, log: SearchLogWriter, participant: Participant, preferred: Sequence[str]) -> None:
+def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) -> None:
     """Round by round until the best is told from the others, or a tie is declared."""
     store, config = runs.store, runs.store.config
     objectives = _objectives(store)
@@ -182,12 +236,13 @@ def _run_finals(runs: Runs, log: SearchLogWriter, participant: Participant, pref
         objectives,
         config.constraints,
         count=config.finalists,
-        min_stages=config.space.min_stages,
+        space=config.space,
         preferred=preferred,
     )
     if not finalists.plans:
         return
     protocol = finals.side_by_side(config.protocol)
+    most = max(config.finalist_rounds, config.max_finalist_rounds)
     ran = False
     while True:
         step = finals.next_step(
@@ -195,26 +250,29 @@ def _run_finals(runs: Runs, log: SearchLogWriter, participant: Participant, pref
             finalists,
             objectives=objectives,
             constraints=config.constraints,
+            space=config.space,
             min_rounds=config.finalist_rounds,
-            max_rounds=max(config.finalist_rounds, config.max_finalist_rounds),
+            max_rounds=most,
             seed=config.seed,
         )
         if isinstance(step, finals.FinalsResult):
             break
         if not ran:
             # A fresh fleet: what the workers have become over many plans shall not decide.
-            with log.spend("start"):
+            with runs.log.spend("start"):
                 runs.renew_fleet()
             ran = True
-        label = f"final round {step.shown_round + 1}"
+            sides = len(finalists.plans) + (finalists.baseline_batch_size is not None)
+            runs.expect((most - step.shown_round) * sides)
+        label = f"final round {step.shown_round + 1} of at most {most}"
         labels: Labels = {"role": "finalist", "round": step.round}
-        if step.name == finals.BASELINE:
+        if step.name == BASELINE:
             assert finalists.baseline_batch_size is not None
             runs.baseline(f"{label} · baseline", protocol, finalists.baseline_batch_size, **labels)
         else:
             effective = finalists.plan(step.name)
-            plan, name = effective.plan, f"{label} · {effective.plan.describe()}"
-            runs.measure(name, plan, effective, protocol=protocol, **labels)
+            name = f"{label} · {effective.plan.describe()}"
+            runs.measure(name, effective.plan, effective, protocol=protocol, **labels)
     if ran:
         runs.reporter.say(f"the finals end: {step.text}")
     participant.finish_finals()

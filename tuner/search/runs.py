@@ -1,18 +1,21 @@
-"""The runs of a study: each one's record is durable before anybody hears of it."""
+"""The runs of a study: each one's record is durable before anybody hears of it, and no Ctrl-C comes in between."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import signal
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Unpack
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Unpack
 
-from pipetune.bench.errors import FleetError
+from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.fleet.experiment import Attempt, Experiment, Labels
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec
 from pipetune.tuner.progress import Reporter, describe
-from pipetune.tuner.search.policy.history import TRANSIENT
-from pipetune.tuner.search.stop import Interrupted, StopSignal
+from pipetune.tuner.search.policy.history import is_lost
+from pipetune.tuner.study.files import LOGS_FOLDER, StudyFile
 from pipetune.tuner.study.search_log import SearchLogWriter
 from pipetune.tuner.study.store import StudyStore
 
@@ -23,24 +26,56 @@ _HOPELESS = 5
 """So many runs in a row that lost their workers: the machine is at fault, not the plans."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised where the work may be stopped, once somebody asked for it."""
+
+
+class StopSignal:
+    """Listens for SIGINT and SIGTERM. The first asks to stop, a second one stops at once, wherever it is."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._may_raise = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals within the block, which must run in the main thread."""
+        before: dict[int, Any] = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within the block a signal raises `Interrupted` at once, as did one before it; outside it is only noted."""
+        if self.asked:
+            raise Interrupted
+        self._may_raise = True
+        try:
+            yield
+        finally:
+            self._may_raise = False
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        again, self.asked = self.asked, True
+        if again or self._may_raise:
+            self._may_raise = False
+            raise Interrupted
+
+
 class Runs:
     """An experiment, the study that keeps its records, and who waits for them."""
 
-    def __init__(
-        self,
-        store: StudyStore,
-        start_fleet: Callable[..., Fleet] | None,
-        reporter: Reporter,
-        stop: StopSignal,
-        log: SearchLogWriter,
-    ) -> None:
-        self.store = store
-        self.reporter = reporter
-        self.stop = stop
+    def __init__(self, store: StudyStore, start_fleet: Callable[..., Fleet] | None, reporter: Reporter) -> None:
+        self.store, self.reporter = store, reporter
+        self.stop, self.log = StopSignal(), SearchLogWriter(store.folder / StudyFile.SEARCH)
         self.experiment: Experiment
-        self._log = log
         self._start_fleet = start_fleet
-        self._lost_in_a_row = 0
+        self._lost_in_a_row = self._done = self._left = 0
         self._fleet_has_reference = False
         self._plan_must_be_reference = False
 
@@ -57,7 +92,7 @@ class Runs:
                 config.model,
                 config.concrete_devices,
                 start_fleet=self._start_fleet,
-                log_dir=self.store.log_dir,
+                log_dir=self.store.folder / LOGS_FOLDER,
                 hang_timeout_s=config.protocol.hang_timeout_s,
                 on_progress=self.reporter.fleet,
             )
@@ -78,21 +113,32 @@ class Runs:
         shape = self.fleet.shape
         self.reporter.end(f"{shape.architecture}, {shape.num_layers} layers, on {', '.join(self.fleet.devices)}")
 
+    def expect(self, left: int) -> None:
+        """Says that at most so many runs are still to come."""
+        self._left = max(0, left)
+        self.reporter.course(self._done, self._left)
+
     def ensure_reference(self) -> None:
         """Gives the fleet what every plan's output is checked against: the unsplit model's own.
 
         Raises:
             ModelError: the model cannot be split.
+            StudyError: something else stands where the reference is kept.
             FleetError: the workers failed.
         """
         if self._fleet_has_reference or not self.store.config.protocol.check_outputs:
             return
         self._fleet_has_reference = True
-        path = self.store.reference_path
-        with self._log.spend("reference"):
+        path = self.store.folder / StudyFile.REFERENCE
+        with self.log.spend("reference"):
             if path.exists():
-                self.fleet.use_reference(path)
-                return
+                try:
+                    self.fleet.use_reference(path, self.store.workload)
+                    return
+                except StudyError as error:
+                    if not path.is_file():
+                        raise
+                    self.reporter.say(str(error))
             self.reporter.begin("reference: what the unsplit model says")
             with self.stop.interruptible():
                 missing = self.experiment.make_reference(path, self.store.workload, self.store.config.protocol)
@@ -106,8 +152,8 @@ class Runs:
     def _refer_to(self, spec: RunSpec, effective: EffectivePlan) -> None:
         """Makes a plan the reference where the unsplit model fits nowhere; a plan that fails leaves it to the next."""
         self.reporter.begin(f"reference: {spec.plan.describe()} in place of the unsplit model")
-        with self._log.spend("reference"), self.stop.interruptible():
-            failure = self.experiment.refer_to_plan(self.store.reference_path, spec, effective)
+        with self.log.spend("reference"), self.stop.interruptible():
+            failure = self.experiment.refer_to_plan(self.store.folder / StudyFile.REFERENCE, spec, effective)
         self._plan_must_be_reference = failure is not None
         self.reporter.end("kept; every later plan's output is compared with it" if failure is None else failure.message)
 
@@ -136,44 +182,50 @@ class Runs:
             self.ensure_reference()
             if self._plan_must_be_reference:
                 self._refer_to(spec, resolved)
-        attempt = self._attempt(is_trial=labels.get("trial_number") is not None)
         return self._keep(
             label,
-            lambda: self.experiment.measure(
+            lambda attempt: self.experiment.measure(
                 plan, spec.workload, spec.protocol, resolved=resolved, attempt=attempt, **labels
             ),
+            is_trial=labels.get("trial_number") is not None,
         )
 
     def baseline(self, label: str, protocol: Protocol, batch_size: int, **labels: Unpack[Labels]) -> Record:
         """Measures the un-pipelined model at one batch size; raises as `measure`."""
-        attempt = self._attempt(is_trial=False)
         return self._keep(
             f"{label}, batch size {batch_size}",
-            lambda: self.experiment.baseline(batch_size, self.store.workload, protocol, attempt=attempt, **labels),
+            lambda attempt: self.experiment.baseline(
+                batch_size, self.store.workload, protocol, attempt=attempt, **labels
+            ),
         )
 
-    def _attempt(self, *, is_trial: bool) -> Attempt:
-        def attempt(run: Callable[[], Outcome]) -> Outcome:
-            try:
-                with self.stop.interruptible():
-                    return run()
-            except Interrupted:
-                self.fleet.interrupt()
-                if not is_trial:
-                    raise
-                return interruption("somebody stopped the study; --resume runs the plan again")
+    def _keep(self, label: str, run: Callable[[Attempt], Record], *, is_trial: bool = False) -> Record:
+        """The record of a run; one that lost its workers is run again once, as the search does with its trials."""
+        record = self._once(label, run, is_trial)
+        if is_trial or not is_lost(record):
+            return record
+        return self._once(f"{label} · again: it lost its workers", run, is_trial)
 
-        return attempt
-
-    def _keep(self, label: str, run: Callable[[], Record]) -> Record:
+    def _once(self, label: str, run: Callable[[Attempt], Record], is_trial: bool) -> Record:
         self.reporter.begin(label)
-        record = self.store.add(run())
+        record = self.store.add(run(functools.partial(self._attempt, is_trial)))
         self.reporter.end(describe(record.result, self.store.config.objectives))
-        lost = isinstance(record.result, Failure) and record.result.kind in TRANSIENT
-        self._lost_in_a_row = self._lost_in_a_row + 1 if lost else 0
+        self._done += 1
+        self.expect(self._left - 1)
+        self._lost_in_a_row = self._lost_in_a_row + 1 if is_lost(record) else 0
         if isinstance(record.result, Failure) and self._lost_in_a_row >= _HOPELESS:
             raise FleetError(record.result)
         return record
+
+    def _attempt(self, is_trial: bool, run: Callable[[], Outcome]) -> Outcome:
+        try:
+            with self.stop.interruptible():
+                return run()
+        except Interrupted:
+            self.fleet.interrupt()
+            if not is_trial:
+                raise
+            return interruption("somebody stopped the study; --resume runs the plan again")
 
 
 def interruption(message: str) -> Failure:

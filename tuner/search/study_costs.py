@@ -17,7 +17,7 @@ from pipetune.tuner.search.runs import Runs
 from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
-from pipetune.tuner.study.files import read
+from pipetune.tuner.study.files import StudyFile, fitting, read
 
 if TYPE_CHECKING:
     from pipetune.bench.fleet.fleet import Fleet
@@ -32,53 +32,51 @@ def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel
         Interrupted: somebody asked to stop.
     """
     store, fleet = runs.store, runs.fleet
-    nominal = CostModel.of_workload(fleet.shape, store.workload, lens)
-    profile = read(store.profile_path, Profile) if store.profile_path.exists() else None
+    path = store.folder / StudyFile.PROFILE
+    profile = read(path, Profile) if path.exists() else None
+    if profile is not None and profile.disturbances:
+        runs.reporter.say(f"the study's profile is doubtful: {'; '.join(profile.disturbances)}")
     if profile is None and store.config.profile:
-        space = _space(runs, nominal, resolve)
-        profile = _measured(runs, grid_of(space, store.workload, lens))
-    return nominal if profile is None else over_profile(fleet, store.workload, lens, profile)
+        # Of the same sizes as the study's; its partitions do not matter here.
+        space = space_of(runs, _model(fleet, store.workload, lens), resolve)
+        profile = _measured(runs, _grid(space, store.workload, lens))
+    with fitting(path):
+        return _model(fleet, store.workload, lens, profile)
 
 
 def kept_costs(fleet: Fleet, config: TuneConfig, lens: Sequence[int], resolve: Resolver) -> tuple[CostModel, bool]:
     """The cost model that a study would begin with if nothing is measured, and whether it is over a kept profile."""
-    nominal = CostModel.of_workload(fleet.shape, config.workload, lens)
-    if not config.profile:
-        return nominal, False
-    space = build_space(config.space, fleet.devices, fleet.shape, nominal, resolve)
-    key = profile_key(
-        fleet,
-        grid_of(space, config.workload, lens),
-        packed_weights=space.packed_weights,
-        cuda_graphs=space.cuda_graphs,
-    )
-    profile = read_kept(key)
-    return (nominal, False) if profile is None else (over_profile(fleet, config.workload, lens, profile), True)
+    profile = None
+    if config.profile:
+        space = build_space(config.space, fleet.devices, fleet.shape, _model(fleet, config.workload, lens), resolve)
+        profile = read_kept(
+            profile_key(
+                fleet,
+                _grid(space, config.workload, lens),
+                packed_weights=space.packed_weights,
+                cuda_graphs=space.cuda_graphs,
+            )
+        )
+    return _model(fleet, config.workload, lens, profile), profile is not None
 
 
-def over_profile(fleet: Fleet, workload: Workload, lens: Sequence[int], profile: Profile) -> CostModel:
-    """A cost model over what was timed."""
-    return CostModel.of_workload(fleet.shape, workload, lens, ProfiledCosts(profile))
-
-
-def grid_of(space: SearchSpace, workload: Workload, lens: Sequence[int]) -> ProfileGrid:
-    """What of tasks predictions of a space's plans need."""
-    return grid_for(
-        workload,
-        lens,
-        space.micro_batch_sizes,
-        space.prefill_sizes,
-        space.chunk_sizes,
-        devices=space.devices,
-    )
-
-
-def _space(runs: Runs, nominal: CostModel, resolve: Resolver) -> SearchSpace:
-    """The study's space, or one of the same sizes; its partitions do not matter here."""
-    path = runs.store.space_path
+def space_of(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
+    """The study's space, or a new one; raises as `build_space`."""
+    path = runs.store.folder / StudyFile.SPACE
     if path.exists():
         return read(path, SearchSpace)
-    return build_space(runs.store.config.space, runs.fleet.devices, runs.fleet.shape, nominal, resolve)
+    return build_space(runs.store.config.space, runs.fleet.devices, runs.fleet.shape, cost, resolve)
+
+
+def _model(fleet: Fleet, workload: Workload, lens: Sequence[int], profile: Profile | None = None) -> CostModel:
+    """A cost model over what was timed, or nominal."""
+    return CostModel.of_workload(fleet.shape, workload, lens, None if profile is None else ProfiledCosts(profile))
+
+
+def _grid(space: SearchSpace, workload: Workload, lens: Sequence[int]) -> ProfileGrid:
+    """What of tasks predictions of a space's plans need."""
+    sizes = space.micro_batch_sizes, space.prefill_sizes, space.chunk_sizes
+    return grid_for(workload, lens, *sizes, devices=space.devices)
 
 
 def _measured(runs: Runs, grid: ProfileGrid) -> Profile | None:
@@ -93,7 +91,7 @@ def _measured(runs: Runs, grid: ProfileGrid) -> Profile | None:
     except FleetError as error:
         runs.reporter.end(f"failed, nominal costs serve instead: {error}")
         return None
-    write_durably(runs.store.profile_path, profile.model_dump_json(indent=1) + "\n")
+    write_durably(runs.store.folder / StudyFile.PROFILE, profile.model_dump_json(indent=1) + "\n")
     when = f"measured at {profile.measured_at} in {profile.took_s:.0f} s"
     runs.reporter.end("; ".join((f"{len(profile.devices)} devices, {when}", *profile.notes)))
     return profile

@@ -5,84 +5,80 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from dataclasses import dataclass
 
 from pipetune.bench import metrics
 from pipetune.bench.record import Measurement, Record, timestamp
 from pipetune.bench.spec import EffectivePlan
+from pipetune.tuner.config.storage_url import shown
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import values_text
 from pipetune.tuner.ranking.finals import before_finals
 from pipetune.tuner.ranking.values import Objective
-from pipetune.tuner.search.optuna_study import OptunaStudy
-from pipetune.tuner.search.participant import Participant
+from pipetune.tuner.search.database import naming_losses
+from pipetune.tuner.search.optuna_study import OptunaStudy, point_of_trial
 from pipetune.tuner.search.policy.strategy import Strategy
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.policy.warm_start import WarmStart
-from pipetune.tuner.search.runs import Runs, interruption
+from pipetune.tuner.search.runs import Interrupted, Runs, interruption
+from pipetune.tuner.search.shared.participant import Participant
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
-from pipetune.tuner.search.stop import Interrupted
-from pipetune.tuner.search.trial_codec import point_of_trial
-from pipetune.tuner.study.files import was_interrupted
-from pipetune.tuner.study.search_log import Proposal, SearchLogWriter, Stop
+from pipetune.tuner.study.files import fitting, was_interrupted
+from pipetune.tuner.study.search_log import Proposal, Stop
 
 
+@dataclass
 class Search:
     """Runs trials until the strategy stops, or time is up."""
 
-    def __init__(
-        self,
-        runs: Runs,
-        log: SearchLogWriter,
-        participant: Participant,
-        space: SearchSpace,
-        cost: CostModel,
-        resolve: Resolver,
-        warm: WarmStart,
-    ) -> None:
-        self._runs, self._log, self._participant = runs, log, participant
-        self._store, self._config = runs.store, runs.store.config
-        self._space, self._cost, self._resolve, self._warm = space, cost, resolve, warm
+    runs: Runs
+    participant: Participant
+    space: SearchSpace
+    cost: CostModel
+    resolve: Resolver
+    warm: WarmStart
+
+    def __post_init__(self) -> None:
+        self._store, self._config, self._log = self.runs.store, self.runs.store.config, self.runs.log
         self._best_cost = math.inf
-        self.preferred: tuple[str, ...] = ()
-        """Keys of plans at the end of the search, best first as the refitted model has them."""
         for record in self._store.records:
             self._show_best(record)
 
-    def run(self) -> Stop:
-        """Goes on from what is recorded.
+    def run(self) -> tuple[str, ...]:
+        """Goes on from what is recorded; raises `Interrupted` once a trial that was stopped has its record.
 
-        Raises:
-            Interrupted: somebody asked to stop; the running trial has its record.
+        Returns:
+            Keys of plans, best first as the refitted model has them in the end.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(naming_losses(self._store.storage_url))
             with self._log.spend("search"):
-                study = self._participant.open_study(self._space, self._resolve)
+                study = self.participant.open_study(self.space, self.resolve)
                 stack.callback(study.close)
                 self._restore(study)
                 strategy = self._strategy(study)
             stop = self._search(strategy, study)
         with self._log.spend("search"):
-            self.preferred = strategy.preferred(before_finals(self._store.records))
+            preferred = strategy.preferred(before_finals(self._store.records))
         self._log.end(stop)
-        self._runs.reporter.say(f"the search ends: {stop.text}")
-        return stop
+        self.runs.reporter.say(f"the search ends: {stop.text}")
+        return preferred
 
     def _strategy(self, study: OptunaStudy) -> Strategy:
-        seed = self._participant.seed
-        tpe = TpePolicy(self._space, objectives=self._config.objectives, seed=seed, trials=study.trials)
+        config, seed = self._config, self.participant.seed
         return Strategy(
-            self._space,
-            self._cost,
-            self._resolve,
-            objectives=self._config.objectives,
-            constraints=self._config.constraints,
-            n_trials=self._config.n_trials,
+            self.space,
+            self.cost,
+            self.resolve,
+            objectives=config.objectives,
+            constraints=config.constraints,
+            n_trials=config.n_trials,
             seed=seed,
-            stop_early=self._config.stop_early,
-            prior=self._warm.prior,
-            first=self._warm.first,
-            suggest=tpe.suggest,
+            stop_early=config.stop_early,
+            prior=self.warm.prior,
+            first=self.warm.first,
+            suggest=TpePolicy(self.space, objectives=config.objectives, seed=seed, trials=study.trials).suggest,
         )
 
     def _search(self, strategy: Strategy, study: OptunaStudy) -> Stop:
@@ -102,20 +98,19 @@ class Search:
                     self._log.note(number, step)
             if isinstance(step, Stop):
                 # What others run may change that: it may fail, or teach something.
-                with self._runs.stop.interruptible():
+                with self.runs.stop.interruptible():
                     study.wait()
             elif number is not None:
                 self._run_trial(number, step, study, strategy.counted)
 
     def _run_trial(self, number: int, proposal: Proposal, study: OptunaStudy, counted: int) -> None:
-        plan = self._space.plan(proposal.point)
-        label = f"trial {counted + 1} of {self._config.n_trials} · {plan.describe()}"
-        predicted = values_text(proposal.predicted, self._config.objectives[:1])
-        if predicted:
+        plan = self.space.plan(proposal.point)
+        label = f"trial {number} ({counted + 1} of {self._config.n_trials}) · {plan.describe()}"
+        if predicted := values_text(proposal.predicted, self._config.objectives[:1]):
             label += f" · predicted {predicted}"
         with self._log.spend("trials"):
-            record = self._runs.measure(
-                label, plan, self._resolve(plan), role="trial", trial_number=number, params=dict(proposal.point)
+            record = self.runs.measure(
+                label, plan, self.resolve(plan), role="trial", trial_number=number, params=dict(proposal.point)
             )
         with self._log.spend("search"):
             study.tell(record)
@@ -137,23 +132,25 @@ class Search:
             return
         self._best_cost = objective.cost(derived[objective.metric])
         values = values_text(derived, self._config.objectives)
-        self._runs.reporter.best(f"{record.spec.plan.describe()} · {values}")
+        self.runs.reporter.best(f"{record.spec.plan.describe()} · {values}")
 
     def _restore(self, study: OptunaStudy) -> None:
         """Makes database and records agree; a trial whose driver died gets its record now."""
-        for trial in study.restore(self._store.records):
+        with fitting(f"storage {shown(self._store.storage_url)}"):
+            found = study.restore(self._store.records)
+        for trial in found:
             point = point_of_trial(trial)
-            plan = self._space.plan(point) if point else None
-            resolved = self._resolve(plan) if plan else None
+            plan = self.space.plan(point) if point else None
+            resolved = self.resolve(plan) if plan else None
             record = self._store.add(
                 Record(
                     number=0,
                     role="trial",
                     result=interruption("the driver died while this ran; --resume ran the plan again"),
-                    hardware_id=self._runs.fleet.machine.hardware_id,
+                    hardware_id=self.runs.fleet.machine.hardware_id,
                     started_at=timestamp(trial.datetime_start),
                     wall_s=0.0,
-                    spec=self._runs.spec(plan) if plan else None,
+                    spec=self.runs.spec(plan) if plan else None,
                     effective=resolved if isinstance(resolved, EffectivePlan) else None,
                     trial_number=trial.number,
                     params=dict(point),

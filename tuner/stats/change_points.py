@@ -56,12 +56,8 @@ class ChangePoint:
 
 
 def change_points(values: Sequence[float], *, alpha: float = ALPHA) -> tuple[ChangePoint, ...]:
-    """All changes of level, in order.
-
-    Args:
-        values: in order of time, all finite.
-        alpha: of each stretch that is looked at: of the whole series as long as nothing is found.
-    """
+    """All changes of level, in order of time, as the values are, which are finite; `alpha` is that of each stretch
+    that is looked at: of the whole series as long as nothing is found."""
     found = dict(_split(np.asarray(values, dtype=np.float64), 0, alpha))
     cuts = sorted(found)
     while True:

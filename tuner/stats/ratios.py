@@ -1,45 +1,65 @@
-"""How many times better one thing is than another when the two were not measured side by side."""
+"""How many times better one thing is than another; every ratio that is shown anywhere is made here."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from scipy.stats import t
+from scipy.special import stdtrit
 
-LEVEL = 0.95
+from pipetune.bench.spec import Value
+
+TAIL = 0.025
+"""Chance that is left out at each end of an interval of 95 %."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RatioEstimate:
-    """A ratio of two levels."""
+class Ratio(Value):
+    """How many times better one thing is than another; above 1 is better."""
 
     value: float
     low: float | None = None
-    """End of the confidence interval; None where a side has one run alone."""
+    """Lower end of its interval: with `high`, what a test that may look after every round leaves possible; of studies
+    compared, 95 % confidence by the runs of both sides. None where too few runs tell one."""
     high: float | None = None
+    rounds: int = 0
+    """Interleaved rounds in which both were measured; 0 means unpaired."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether both were measured in common rounds."""
+        return self.rounds > 0
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the interval leaves 1 out."""
+        return self.low is not None and self.high is not None and not self.low <= 1.0 <= self.high
 
 
-def ratio_of(ours: Sequence[float], theirs: Sequence[float], *, level: float = LEVEL) -> RatioEstimate:
-    """The ratio of geometric means, with Welch's interval of the logarithms (Welch 1947, Biometrika 34, 28-35).
-
-    The runs are taken for independent. Those of one study share a session, so the interval says what runs differ by
-    and nothing of what nights do.
+def ratio_of(
+    log_gain: float, error: float = 0.0, freedom: float = 0.0, *, tail: float = TAIL, rounds: int = 0
+) -> Ratio:
+    """The ratio of a gain in logarithms, with its t interval where there are degrees of freedom for one.
 
     Args:
-        ours: at least one, all above zero; `theirs` as well.
+        error: standard error of the gain.
+        tail: chance that the interval leaves out at each end.
     """
-    one, other = ([math.log(value) for value in side] for side in (ours, theirs))
-    difference = statistics.fmean(one) - statistics.fmean(other)
-    if len(one) < 2 or len(other) < 2:
-        return RatioEstimate(value=math.exp(difference))
-    shares = [statistics.variance(side) / len(side) for side in (one, other)]
-    if sum(shares) == 0.0:
-        return RatioEstimate(value=math.exp(difference), low=math.exp(difference), high=math.exp(difference))
-    freedom = sum(shares) ** 2 / sum(
-        share**2 / (len(side) - 1) for share, side in zip(shares, (one, other), strict=True)
-    )
-    half = float(t.ppf((1 + level) / 2, freedom)) * math.sqrt(sum(shares))
-    return RatioEstimate(value=math.exp(difference), low=math.exp(difference - half), high=math.exp(difference + half))
+    if not freedom:
+        return Ratio(value=math.exp(log_gain), rounds=rounds)
+    half = float(stdtrit(freedom, 1 - tail)) * error if error else 0.0
+    return Ratio(value=math.exp(log_gain), low=math.exp(log_gain - half), high=math.exp(log_gain + half), rounds=rounds)
+
+
+def welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Standard error of the difference of two means of logarithms, and its freedom (Welch 1947, Biometrika 34, 28-35).
+
+    The runs, at least one a side and all above zero, are taken for independent. Those of one study share a session, so
+    an interval by them says what runs differ by and nothing of what nights do. Without two runs a side there is no
+    freedom.
+    """
+    if len(ours) < 2 or len(theirs) < 2:
+        return 0.0, 0.0
+    shares = [statistics.variance(map(math.log, side)) / len(side) for side in (ours, theirs)]
+    parts = [share**2 / (len(side) - 1) for share, side in zip(shares, (ours, theirs), strict=True)]
+    return math.sqrt(sum(shares)), sum(shares) ** 2 / sum(parts) if any(shares) else math.inf

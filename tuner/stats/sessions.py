@@ -23,7 +23,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import chi2, nct, norm, t
+from scipy.special import chdtr, nctdtr, ndtr, ndtri, stdtr, stdtrit
 
 LEAST_SESSIONS = 2
 """From so many on, their own spread is known, by one degree of freedom less."""
@@ -69,13 +69,13 @@ class NewLevel:
         if self.error == 0.0:
             return 1.0 if shift > 0 else 0.0
         if math.isinf(self.freedom):
-            return float(norm.sf(bound - shift / self.error))
+            return float(ndtr(shift / self.error - bound))
         apart = shift / self.error
         if apart > _FAR:
             # There the normal part of t hardly varies, and scipy's noncentral t overflows.
             # Past as many bounds it is 1, and a square of more would overflow.
-            return float(chi2.cdf(self.freedom * min(apart / bound, _FAR) ** 2, self.freedom))
-        return float(nct.sf(bound, self.freedom, apart))
+            return float(chdtr(self.freedom, self.freedom * min(apart / bound, _FAR) ** 2))
+        return 1.0 - float(nctdtr(self.freedom, apart, bound))
 
     def _tail(self, above: float) -> float:
         if self.spread is None:
@@ -83,10 +83,10 @@ class NewLevel:
         if self.error == 0.0:
             return 0.0 if above > 0 else 1.0
         ratio = above / self.error
-        return float(norm.sf(ratio)) if math.isinf(self.freedom) else float(t.sf(ratio, self.freedom))
+        return float(ndtr(-ratio)) if math.isinf(self.freedom) else float(stdtr(self.freedom, -ratio))
 
     def _quantile(self, share: float) -> float:
-        return float(norm.ppf(share)) if math.isinf(self.freedom) else float(t.ppf(share, self.freedom))
+        return float(ndtri(share)) if math.isinf(self.freedom) else float(stdtrit(self.freedom, share))
 
 
 def predict(stored: Sequence[Sequence[float]], new: Sequence[float], *, told_spread: float | None) -> NewLevel:

@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from pipetune.bench.errors import ConfigError, StudyError, explain
+from pipetune.bench.files import read_text, write_durably
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import FailureKind, Machine, Record
 from pipetune.bench.spec import Value
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import TuneConfig
 
-CONFIG_FILE = "study.yaml"
-MACHINE_FILE = "machine.json"
-SHAPE_FILE = "shape.json"
-SPACE_FILE = "space.json"
-SHARING_FILE = "sharing.json"
-SEARCH_FILE = "search.json"
-PROFILE_FILE = "profile.json"
-WARM_START_FILE = "warm_start.json"
-PROMPTS_FILE = "prompts.jsonl"
-REFERENCE_FILE = "reference.safetensors"
-DATABASE_FILE = "study.db"
 RECORDS_FOLDER = "records"
 LOGS_FOLDER = "logs"
 _T = TypeVar("_T", bound=BaseModel)
+_TOOLS = {
+    "vllm bench serve, or SGLang's bench_serving": {"request_throughput", "mean_ttft_ms"},
+    "vllm bench throughput": {"requests_per_second", "tokens_per_second"},
+    "vllm bench latency": {"avg_latency", "latencies"},
+    "llama-bench": {"build_commit", "n_prompt", "n_gen"},
+    "asv": {"commit_hash", "env_name"},
+    "Google Benchmark": {"context", "real_time"},
+    "pytest-benchmark, by another suite than pipetune's": {"machine_info", "stats"},
+    "hyperfine": {"command", "mean", "stddev"},
+    "github-action-benchmark": {"lastUpdate", "repoUrl", "entries"},
+    "a tool for github-action-benchmark": {"name", "unit", "value"},
+}
+"""Words by which files of other tools are known; ours say `hardware_id`."""
+
+
+class StudyFile(StrEnum):
+    """The files of a study, beside its records, logs and reports."""
+
+    CONFIG = "study.yaml"
+    MACHINE = "machine.json"
+    SHAPE = "shape.json"
+    SPACE = "space.json"
+    SHARING = "sharing.json"
+    """Who this folder is in a shared study."""
+    SEARCH = "search.json"
+    """Log of the search."""
+    PROFILE = "profile.json"
+    """What plans are predicted from."""
+    WARM_START = "warm_start.json"
+    """What earlier studies gave."""
+    PROMPTS = "prompts.jsonl"
+    REFERENCE = "reference.safetensors"
+    """Tokens and logits of the unsplit model."""
+    DATABASE = "study.db"
 
 
 class StudyContents(Value):
@@ -35,44 +64,78 @@ class StudyContents(Value):
 
     folder: Path
     config: TuneConfig
-    machine: Machine
-    shape: ModelShape
+    machine: Machine | None
+    shape: ModelShape | None
+    """Machine and shape are None where their files cannot be read."""
     records: tuple[Record, ...]
+    unread: tuple[str, ...] = ()
+    """What there is beside these and cannot be read: each file, and why."""
 
 
 def load_study(folder: Path) -> StudyContents:
-    """Reads a study.
+    """Reads a study; what beside its settings cannot be read is named, and passed over.
 
     Raises:
-        StudyError: the folder holds no study, or a file of it is cut off; names the file.
+        StudyError: the folder holds no study.
+        ConfigError: its `study.yaml` is damaged.
     """
+    unread: list[str] = []
+    records = load_records(folder, unread)
     return StudyContents(
         folder=folder,
         config=read_config(folder),
-        machine=read(folder / MACHINE_FILE, Machine),
-        shape=read(folder / SHAPE_FILE, ModelShape),
-        records=load_records(folder),
+        machine=read_sound(folder / StudyFile.MACHINE, Machine, unread),
+        shape=read_sound(folder / StudyFile.SHAPE, ModelShape, unread),
+        records=records,
+        unread=tuple(unread),
     )
 
 
-def load_records(folder: Path) -> tuple[Record, ...]:
+def load_records(folder: Path, unread: list[str] | None = None) -> tuple[Record, ...]:
     """All records of a study in order of their numbers; temporary files of a killed writer are passed over.
 
-    Raises:
-        StudyError: a record is cut off, is of another version, or bears a number that is not its file's.
+    Those that are damaged, of another version, or whose number is not their file's are passed over where `unread`
+    takes what is wrong with them; else a StudyError names the first.
     """
     records = []
     for path in sorted((folder / RECORDS_FOLDER).glob("[0-9]*.json")):
-        record = read(path, Record)
-        if path.stem != f"{record.number:04}":
-            raise StudyError(f"{path}: holds record {record.number}; give it its own name or move it away")
-        records.append(record)
+        try:
+            record = read(path, Record)
+            if path.stem != f"{record.number:04}":
+                raise StudyError(f"{path}: holds record {record.number}; give it its own name or move it away")
+        except StudyError as error:
+            if unread is None:
+                raise
+            unread.append(str(error))
+        else:
+            records.append(record)
     return tuple(sorted(records, key=lambda record: record.number))
+
+
+def refuse_links(paths: Iterable[Path]) -> None:
+    """Refuses links where something is written in place: a study may be a stranger's, and lead to the user's own files.
+
+    Raises:
+        StudyError: names the first, and where it leads.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise StudyError(f"{path}: is a link to {path.readlink()}, which would be written to; take it away")
 
 
 def was_interrupted(record: Record) -> bool:
     """Whether the record only says that somebody stopped it: its plan is still to be measured."""
     return record.result.outcome == "failure" and record.result.kind == FailureKind.INTERRUPTED
+
+
+def still_told(records: Sequence[Record]) -> tuple[Record, ...]:
+    """The records without those that were stopped and whose plan ran later, as a resume lets it."""
+    ran = {record.spec.plan: record.number for record in records if record.spec and not was_interrupted(record)}
+    return tuple(
+        record
+        for record in records
+        if not (record.spec and was_interrupted(record) and ran.get(record.spec.plan, -1) > record.number)
+    )
 
 
 def read_config(folder: Path) -> TuneConfig:
@@ -82,9 +145,13 @@ def read_config(folder: Path) -> TuneConfig:
         StudyError: the folder holds no study.
         ConfigError: its `study.yaml` is damaged.
     """
-    if not (folder / CONFIG_FILE).is_file():
-        raise StudyError(f"{folder} holds no study: there is no {CONFIG_FILE}")
-    return sources.load(folder / CONFIG_FILE)
+    path = folder / StudyFile.CONFIG
+    if not path.is_file():
+        raise StudyError(f"{folder}{written_by(folder)} holds no study: there is no {StudyFile.CONFIG}")
+    config = sources.load(path)
+    if config.devices == "auto":
+        raise StudyError(f"{path}: devices: those that the study ran on are missing; list them")
+    return config
 
 
 def read(path: Path, model: type[_T]) -> _T:
@@ -94,23 +161,51 @@ def read(path: Path, model: type[_T]) -> _T:
         StudyError: it is missing, cut off or of another version.
     """
     try:
-        return model.model_validate_json(path.read_text(encoding="utf-8"))
+        return model.model_validate_json(read_text(path), strict=True)
     except FileNotFoundError:
         raise StudyError(f"{path} is missing; the study ended before it was written") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read: {error}") from None
-    except ValidationError as error:
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read: {error.strerror}; move it away to go on without it") from None
+    except ValueError as error:
         raise StudyError(
             f"{path} is cut off or no {model.__name__} of this version ({explain(error)}); move it away to go on "
             "without it"
         ) from None
 
 
+def read_sound(path: Path, model: type[_T], unread: list[str]) -> _T | None:
+    """Reads one JSON file of a study; None where it cannot be read, and `unread` takes why."""
+    try:
+        return read(path, model)
+    except StudyError as error:
+        unread.append(str(error))
+        return None
+
+
+@contextlib.contextmanager
+def fitting(place: Path | str) -> Iterator[None]:
+    """A block that first uses what stands there; a StudyError that names it where the parts do not fit each other."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise StudyError(f"{place}: does not fit the study ({explain(error)}); move it away, or put it back") from error
+
+
+def written_by(path: Path) -> str:
+    """` (written by hyperfine)` of another tool's file; empty for folders, for our own, and where nobody knows."""
+    try:
+        words = set(re.findall(r"\w+", read_text(path)))
+    except (OSError, ValueError):
+        return ""
+    tool = next((name for name, own in _TOOLS.items() if own <= words and "hardware_id" not in words), None)
+    return f" (written by {tool})" if tool else ""
+
+
 def refuse_existing(path: Path | None) -> None:
     """Refuses to overwrite a file that a user names.
 
     Raises:
-        ConfigError: the file is there, or its folder is not.
+        ConfigError: the file is there, or its folder is not, or cannot be written to.
     """
     if path is None:
         return
@@ -118,17 +213,22 @@ def refuse_existing(path: Path | None) -> None:
         raise ConfigError(f"{path} exists; name a new file, or take it away first")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent}")
+    refuse_unwritable(path.absolute().parent)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises a ConfigError where a folder cannot be written to, or made, before anything is measured."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not os.access(f"{there}/", os.W_OK):
+        raise ConfigError(f"{there}: is read-only here, or no folder; give another place")
 
 
 def write_new(path: Path, text: str) -> None:
     """Writes a new file.
 
     Raises:
-        ConfigError: it is there already, or cannot be written.
+        ConfigError: it is there already.
+        OSError: it cannot be written.
     """
     refuse_existing(path)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+    write_durably(path, text)

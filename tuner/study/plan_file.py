@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pipetune.bench.errors import PlanError, explain
 from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value, Workload
-from pipetune.tuner.planning.partition.device_map import hf_map, seed_map
+from pipetune.bench.spec import ModelSpec, Plan, SchemaVersion, Value, Workload
+from pipetune.tuner.planning.partition.device_map import DeviceMap, hf_map, ranges_map
 
-Format = Literal["plan", "hf", "seed", "vllm", "sglang"]
+Format = Literal["hf", "ranges", "plan", "vllm", "sglang", "trtllm", "llama.cpp"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+MAPS: Mapping[Format, Callable[..., DeviceMap]] = {"hf": hf_map, "ranges": ranges_map}
 
 PLAN_FILE = "best_plan.json"
 DEVICE_MAP_FILE = "best_device_map.json"
@@ -25,7 +26,7 @@ DEVICE_MAP_FILE = "best_device_map.json"
 class PlanFile(Value):
     """`best_plan.json`: a plan, the model it is for, and what was measured, or predicted, of it."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     plan: Plan
     model: ModelSpec | None = None
     workload: Workload | None = None
@@ -50,27 +51,32 @@ def write_best(folder: Path, plan_file: PlanFile, shape: ModelShape, device_name
 
 def render(plan_file: PlanFile, shape: ModelShape, form: Format, device_names: Sequence[str] = ()) -> str:
     """One form of a plan as text, the last newline included. Maps describe one model: of several replicas the first.
-
-    Args:
-        device_names: what to call the stages' devices in maps; empty keeps their names.
+    They call the stages' devices as `device_names` says; empty keeps their names.
 
     Raises:
         ConfigError: fewer names than stages.
     """
     if form == "plan":
         return plan_file.model_dump_json(indent=1) + "\n"
-    if form == "hf":
-        return json.dumps(hf_map(shape, plan_file.plan, device_names), indent=1) + "\n"
-    if form == "seed":
-        return json.dumps(seed_map(shape, plan_file.plan, device_names), indent=1) + "\n"
-    counts = ",".join(str(count) for count in plan_file.plan.layer_counts)
-    stages = len(plan_file.plan.stages)
-    engine, flag = ("vLLM", "--pipeline-parallel-size") if form == "vllm" else ("SGLang", "--pp-size")
-    lines = [f"# Not measured on {engine}, whose kernels and schedule differ. Use it with {flag} {stages}."]
-    copies = engine_replicas(plan_file.plan).get(engine)
-    if copies is not None:
+    if form in MAPS:
+        return json.dumps(MAPS[form](shape, plan_file.plan, device_names), indent=1) + "\n"
+    *first, last = plan_file.plan.layer_counts
+    counts, stages = ",".join(map(str, (*first, last))), len(plan_file.plan.stages)
+    engine, use, text = {
+        "vllm": ("vLLM", f"--pipeline-parallel-size {stages}", f"VLLM_PP_LAYER_PARTITION={counts}"),
+        "sglang": ("SGLang", f"--pp-size {stages}", f"SGLANG_PP_LAYER_PARTITION={counts}"),
+        "trtllm": (
+            "TensorRT-LLM",
+            "trtllm-serve --extra_llm_api_options FILE",
+            f"pipeline_parallel_size: {stages}\npp_partition: [{counts}]",
+        ),
+        # The output layer is one more position of the last device.
+        "llama.cpp": ("llama.cpp", "--n-gpu-layers all", f"--tensor-split {','.join(map(str, (*first, last + 1)))}"),
+    }[form]
+    lines = [f"# Not measured on {engine}, whose kernels and schedule differ. Use it with {use}."]
+    if (copies := engine_replicas(plan_file.plan).get(engine)) is not None:
         lines.append(f"# The plan runs {plan_file.plan.replicas} replicas side by side: {copies}, not measured either.")
-    return "\n".join([*lines, f"{engine.upper()}_PP_LAYER_PARTITION={counts}", ""])
+    return "\n".join([*lines, text, ""])
 
 
 def engine_replicas(plan: Plan) -> dict[str, str]:
@@ -87,14 +93,10 @@ def read_plan(path: Path) -> PlanFile:
         PlanError: the file cannot be read or holds no plan; says what is wrong where.
     """
     try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        bare = isinstance(value, dict) and "stages" in value
+        return PlanFile.model_validate({"plan": value} if bare else value)
     except OSError as error:
         raise PlanError(f"{path}: cannot read the plan: {error.strerror or error}") from None
-    except ValueError as error:
-        raise PlanError(f"{path}: the plan is not JSON: {error}") from None
-    if isinstance(value, dict) and "stages" in value:
-        value = {"plan": value}
-    try:
-        return PlanFile.model_validate(value)
-    except ValidationError as error:
-        raise PlanError(f"{path}: {explain(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path}: no plan of this version: {explain(error)}") from None

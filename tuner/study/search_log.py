@@ -14,7 +14,8 @@ from typing import Literal
 from pydantic import Field
 
 from pipetune.bench.files import write_durably
-from pipetune.bench.spec import SCHEMA_VERSION, Value
+from pipetune.bench.record import Amount, Count, Seconds
+from pipetune.bench.spec import SchemaVersion, Value
 from pipetune.tuner.study.files import read
 
 Reason = Literal["again", "first", "all", "model", "kind", "tpe", "replicate"]
@@ -22,12 +23,8 @@ Reason = Literal["again", "first", "all", "model", "kind", "tpe", "replicate"]
 within the budget; `model`, the cost model promises most of it; `kind`, no plan of its kind was measured; `tpe`, Optuna
 likes it; `replicate`, it is the incumbent, not surely."""
 
-StopKind = Literal["budget", "time", "converged", "exhausted"]
-
 Phase = Literal["start", "profile", "reference", "baseline", "single_stage", "trials", "search", "finals", "reports"]
 """What a study spends time on; `search` is choosing the next trial and telling what came of it."""
-
-MEASURING: tuple[Phase, ...] = ("baseline", "single_stage", "trials", "finals")
 
 
 class Proposal(Value):
@@ -37,39 +34,34 @@ class Proposal(Value):
     kind: Reason
     reason: str
     """Text for people."""
-    predicted: dict[str, float] = Field(default_factory=dict)
+    predicted: dict[str, Amount] = Field(default_factory=dict)
     """Metrics, before it runs."""
-    predicted_sd: dict[str, float] = Field(default_factory=dict)
+    predicted_sd: dict[str, Amount] = Field(default_factory=dict)
     """Relative standard deviations of these."""
 
 
 class Stop(Value):
     """The end of a search."""
 
-    kind: StopKind
+    kind: Literal["budget", "time", "converged", "exhausted"]
     text: str
     """Reason, for people."""
 
 
-class LoggedTrial(Value):
+class LoggedTrial(Proposal):
     """A proposal that became a trial."""
 
-    trial_number: int
-    point: dict[str, int]
-    kind: Reason
-    reason: str
-    predicted: dict[str, float] = Field(default_factory=dict)
-    predicted_sd: dict[str, float] = Field(default_factory=dict)
+    trial_number: Count
 
 
 class SearchLog(Value):
     """The log of one study; a resume goes on with it."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     entries: tuple[LoggedTrial, ...] = ()
     stop: Stop | None = None
     """None while the search goes on, or where it was interrupted."""
-    seconds: dict[Phase, float] = Field(default_factory=dict)
+    seconds: dict[Phase, Seconds] = Field(default_factory=dict)
     """Seconds by phase, over all sessions of the study."""
 
     @property
@@ -80,7 +72,8 @@ class SearchLog(Value):
     @property
     def not_measuring_s(self) -> float:
         """Seconds that went by beside runs of plans and of the baseline."""
-        return sum(seconds for phase, seconds in self.seconds.items() if phase not in MEASURING)
+        measuring = ("baseline", "single_stage", "trials", "finals")
+        return sum(seconds for phase, seconds in self.seconds.items() if phase not in measuring)
 
 
 class SearchLogWriter:
@@ -119,13 +112,9 @@ class SearchLogWriter:
         self._write({"stop": stop})
 
     def save(self) -> None:
-        """Writes down the time spent so far."""
-        self._write({})
-
-    def save_if_there(self) -> None:
         """Writes down the time spent so far, where the study has anything to keep."""
         if self._path.exists():
-            self.save()
+            self._write({})
 
     def _count(self) -> None:
         now = time.monotonic()

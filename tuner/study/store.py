@@ -4,81 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from pipetune.bench.errors import StudyError
 from pipetune.bench.files import write_durably
 from pipetune.bench.fleet import locks
+from pipetune.bench.fleet.fleet import Closing
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.record import Machine, Measurement, Record
+from pipetune.bench.prompts.file import read_text, sha256_of
+from pipetune.bench.record import Machine, Record
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import STUDY_NAME, TuneConfig
-from pipetune.tuner.config.storage_url import check_sharing
-from pipetune.tuner.study.diff import differences
+from pipetune.tuner.config.sources import differences
+from pipetune.tuner.config.storage_url import check_sharing, sqlite_url
 from pipetune.tuner.study.files import (
-    CONFIG_FILE,
-    DATABASE_FILE,
     LOGS_FOLDER,
-    MACHINE_FILE,
-    PROFILE_FILE,
-    PROMPTS_FILE,
     RECORDS_FOLDER,
-    REFERENCE_FILE,
-    SEARCH_FILE,
-    SHAPE_FILE,
-    SHARING_FILE,
-    SPACE_FILE,
-    WARM_START_FILE,
-    StudyContents,
+    StudyFile,
     load_records,
-    load_study,
     read,
     read_config,
-    was_interrupted,
+    refuse_links,
 )
-
-__all__ = ["MAY_CHANGE", "StudyContents", "StudyStore", "load_records", "load_study", "study_folder", "was_interrupted"]
 
 _LOCK_FILE = ".lock"
-_FILES = (
-    CONFIG_FILE,
-    MACHINE_FILE,
-    PROMPTS_FILE,
-    SHAPE_FILE,
-    REFERENCE_FILE,
-    DATABASE_FILE,
-    SPACE_FILE,
-    SHARING_FILE,
-    SEARCH_FILE,
-    PROFILE_FILE,
-    WARM_START_FILE,
-)
+_FOLDERS = (RECORDS_FOLDER, LOGS_FOLDER)
 
-MAY_CHANGE = frozenset(
-    {
-        "name",
-        "output_dir",
-        "profile",
-        "warm_start",
-        "n_trials",
-        "timeout_s",
-        "stop_early",
-        "finalists",
-        "finalist_rounds",
-        "max_finalist_rounds",
-        "storage",
-        "shared_study",
-        "device_names",
-        "gate",
-        "prices",
-    }
-)
+MAY_CHANGE = {
+    *("name", "output_dir", "profile", "warm_start", "n_trials", "timeout_s", "stop_early", "finalists"),
+    *("finalist_rounds", "max_finalist_rounds", "storage", "shared_study", "device_names", "gate", "prices"),
+}
 """Settings that a resume may change: they say how long to search, from which predictions, with whom, and where
 results go, not what is searched."""
 
@@ -96,20 +55,18 @@ def study_folder(config: TuneConfig) -> Path:
     return Path("results") / name
 
 
-class StudyStore:
+class StudyStore(Closing):
     """The one writer of a study folder; holds its lock from `create` or `resume` until `close`."""
 
     def __init__(self, folder: Path, config: TuneConfig, records: Sequence[Record], lock: contextlib.ExitStack) -> None:
         self.folder = folder
         self.config = config
         self._records = list(records)
-        self._lock = lock
         self._fresh = False
         self._recorded_revision: str | None = None
-        self._first_of_key: dict[str, int] = {}
-        for record in records:
-            if record.effective is not None:
-                self._first_of_key.setdefault(record.effective.key, record.number)
+        for name in _FOLDERS:
+            (folder / name).mkdir(exist_ok=True)
+        self._lock = lock.pop_all()
 
     @classmethod
     def create(cls, folder: Path, config: TuneConfig) -> Self:
@@ -119,28 +76,37 @@ class StudyStore:
             config: with its devices resolved; a prompts file is copied into the folder.
 
         Raises:
-            ConfigError: a shared study without a database that several processes can use.
+            ConfigError: a shared study without a database that several processes can use, or prompts not to be read.
             StudyError: the folder holds a study or something else, or cannot be made. Nothing is overwritten.
         """
         check_sharing(config)
+        taken = StudyError(f"{folder} holds a study already; go on with it by --resume, or take another folder")
         if folder.is_dir():
-            found = _listing(folder)
-            if CONFIG_FILE in found:
-                raise StudyError(f"{folder} holds a study already; go on with it by --resume, or take another folder")
+            found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(_LOCK_FILE))
+            if StudyFile.CONFIG in found:
+                raise taken
             if found:
-                raise StudyError(f"{folder} is not empty: it holds {_some(found)}; take a new or empty folder")
+                names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+                raise StudyError(f"{folder} is not empty: it holds {names}; take a new or empty folder")
         with contextlib.ExitStack() as stack:
             _lock(folder, stack)
-            if (folder / CONFIG_FILE).exists():
-                raise StudyError(f"{folder} holds a study already; go on with it by --resume, or take another folder")
-            config = _adopt_prompts(folder, config)
-            (folder / RECORDS_FOLDER).mkdir(exist_ok=True)
-            (folder / LOGS_FOLDER).mkdir(exist_ok=True)
-            write_durably(folder / CONFIG_FILE, sources.dump(config))
-            store = cls(folder, config, (), stack.pop_all())
-            store._fresh = True
-            return store
-        raise AssertionError("unreachable")
+            if (folder / StudyFile.CONFIG).exists():
+                raise taken
+            prompts = None
+            if config.workload.prompts_file is not None:
+                # The study stands on its own.
+                prompts = read_text(config.workload.prompts_file)
+                config = _with_prompts(config, prompts)
+            store = cls(folder, config, (), stack)
+        store._fresh = True
+        try:
+            if prompts is not None:
+                write_durably(folder / StudyFile.PROMPTS, prompts)
+            write_durably(folder / StudyFile.CONFIG, sources.dump(config))
+        except OSError:
+            store.discard_if_empty()
+            raise
+        return store
 
     @classmethod
     def resume(cls, folder: Path, config: TuneConfig) -> Self:
@@ -150,42 +116,43 @@ class StudyStore:
             config: the settings wanted now; only those of `MAY_CHANGE` may differ from what was recorded.
 
         Raises:
-            ConfigError: a shared study without a database that several processes can use.
+            ConfigError: a shared study without a database that several processes can use, or prompts not to be read.
             StudyError: there is no study, it is in use, a setting differs (says which), or a record is cut off.
         """
         recorded = read_config(folder)
+        in_place = (_LOCK_FILE, *_FOLDERS, f"{StudyFile.DATABASE}*", f"{LOGS_FOLDER}/*")
+        refuse_links(path for name in in_place for path in folder.glob(name))
+        if odd := [name for name in StudyFile if (folder / name).exists() and not (folder / name).is_file()]:
+            raise StudyError(f"{folder / odd[0]}: is no regular file; take it away")
         check_sharing(config)
         with contextlib.ExitStack() as stack:
             _lock(folder, stack)
             if config.workload.prompts_file is not None:
-                config = _with_prompts(config, _sha256(_prompts_path(folder, config.workload)))
-            changed = _changed(recorded, config)
+                given = Path(config.workload.prompts_file)
+                # Where its recorded name came in, the study's own copy.
+                is_own = given == Path(StudyFile.PROMPTS) and config.workload.prompts_sha256
+                config = _with_prompts(config, read_text(folder / given if is_own else given))
+            # `main` may be the commit that was recorded: the fleet finds out, and `set_revision` compares.
+            now = _with_revision(config, recorded.model.revision, recorded.model.dtype)
+            before = recorded
+            if Path(now.model.name).is_absolute():
+                # A folder may have moved: it is known by its content, which the fleet compares as well.
+                before, now = (one.model_copy(update={"model": one.model.by_content}) for one in (recorded, now))
+            changed = differences(before, now)
+            changed = [line for line in changed if line.partition(":")[0].partition(".")[0] not in MAY_CHANGE]
             if changed:
                 raise StudyError(
                     f"{folder} was started with other settings, and its records would not compare:\n  "
                     + "\n  ".join(changed)
                     + "\ntake another folder for these settings"
                 )
-            records = load_records(folder)
-            (folder / RECORDS_FOLDER).mkdir(exist_ok=True)
-            (folder / LOGS_FOLDER).mkdir(exist_ok=True)
             revision = recorded.model.revision
-            if config.model.revision is None:
-                config = _with_revision(config, revision)
-            store = cls(folder, config, records, stack.pop_all())
-            store._recorded_revision = revision if (folder / MACHINE_FILE).exists() else None
-            # A revision that was given anew is not written before the fleet has shown that it is the recorded one.
-            write_durably(folder / CONFIG_FILE, sources.dump(_with_revision(config, revision)))
-            return store
-        raise AssertionError("unreachable")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+            config = _with_revision(config, config.model.revision or revision, recorded.model.dtype)
+            store = cls(folder, config, load_records(folder), stack)
+        store._recorded_revision = revision if (folder / StudyFile.MACHINE).exists() else None
+        # A revision that was given anew is not written before the fleet has shown that it is the recorded one.
+        write_durably(folder / StudyFile.CONFIG, sources.dump(_with_revision(config, revision)))
+        return store
 
     def close(self) -> None:
         """Gives the lock back."""
@@ -195,9 +162,9 @@ class StudyStore:
         """Takes a study away that was just made and recorded nothing: a corrected command may use the folder."""
         if self._records or not self._fresh:
             return
-        for name in _FILES:
-            (self.folder / name).unlink(missing_ok=True)
-        for name in (RECORDS_FOLDER, LOGS_FOLDER):
+        for file in StudyFile:
+            (self.folder / file).unlink(missing_ok=True)
+        for name in _FOLDERS:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.close()
         (self.folder / _LOCK_FILE).unlink(missing_ok=True)
@@ -210,57 +177,17 @@ class StudyStore:
         return tuple(self._records)
 
     @property
-    def has_measurements(self) -> bool:
-        """Whether any record holds a measurement."""
-        return any(isinstance(record.result, Measurement) for record in self._records)
-
-    @property
-    def log_dir(self) -> Path:
-        """Folder of the workers' logs."""
-        return self.folder / LOGS_FOLDER
-
-    @property
-    def reference_path(self) -> Path:
-        """File of the unsplit model's tokens and logits."""
-        return self.folder / REFERENCE_FILE
-
-    @property
-    def space_path(self) -> Path:
-        """File of the search space."""
-        return self.folder / SPACE_FILE
-
-    @property
-    def profile_path(self) -> Path:
-        """File of the profile that plans are predicted from."""
-        return self.folder / PROFILE_FILE
-
-    @property
-    def search_path(self) -> Path:
-        """File of the search log."""
-        return self.folder / SEARCH_FILE
-
-    @property
-    def warm_start_path(self) -> Path:
-        """File of what earlier studies gave."""
-        return self.folder / WARM_START_FILE
-
-    @property
-    def sharing_path(self) -> Path:
-        """File that says who this folder is in a shared study."""
-        return self.folder / SHARING_FILE
-
-    @property
     def workload(self) -> Workload:
         """The workload as a fleet reads it: the prompts file by its full path."""
         workload = self.config.workload
         if workload.prompts_file is None:
             return workload
-        return workload.model_copy(update={"prompts_file": str((self.folder / PROMPTS_FILE).resolve())})
+        return workload.model_copy(update={"prompts_file": str((self.folder / StudyFile.PROMPTS).resolve())})
 
     @property
     def storage_url(self) -> str:
         """URL of Optuna's database: the one that was given, or the study's own."""
-        return self.config.storage or f"sqlite:///{(self.folder / DATABASE_FILE).resolve()}"
+        return self.config.storage or sqlite_url((self.folder / StudyFile.DATABASE).resolve())
 
     def set_machine(self, machine: Machine, shape: ModelShape) -> tuple[str, ...]:
         """Records what the study runs on; on a resume demands equal hardware and an equal model.
@@ -271,23 +198,23 @@ class StudyStore:
         Raises:
             StudyError: other hardware, or a model of another shape.
         """
-        if not (self.folder / MACHINE_FILE).exists():
-            write_durably(self.folder / SHAPE_FILE, shape.model_dump_json(indent=1))
-            write_durably(self.folder / MACHINE_FILE, machine.model_dump_json(indent=1))
+        if not (self.folder / StudyFile.MACHINE).exists():
+            write_durably(self.folder / StudyFile.SHAPE, shape.model_dump_json(indent=1))
+            write_durably(self.folder / StudyFile.MACHINE, machine.model_dump_json(indent=1))
             return ()
-        before = read(self.folder / MACHINE_FILE, Machine)
+        before = read(self.folder / StudyFile.MACHINE, Machine)
         if before.hardware_id != machine.hardware_id:
             raise StudyError(
                 f"{self.folder} was measured on other hardware, and its records would not compare:\n  "
                 + "\n  ".join(differences(before.hardware, machine.hardware))
                 + "\ntake another folder on this machine"
             )
-        if read(self.folder / SHAPE_FILE, ModelShape) != shape:
+        if read(self.folder / StudyFile.SHAPE, ModelShape) != shape:
             raise StudyError(f"{self.folder} was measured with another model than {self.config.model.name} is now")
         return tuple(differences(before.software, machine.software))
 
-    def set_revision(self, revision: str | None) -> None:
-        """Pins the checkpoint that the fleet resolved; a resume demands the same.
+    def set_revision(self, revision: str | None, dtype: str = "auto") -> None:
+        """Pins the checkpoint that the fleet resolved, and the dtype where it was left open; a resume demands the same.
 
         Raises:
             StudyError: the checkpoint changed since the study began.
@@ -298,104 +225,51 @@ class StudyStore:
                 f"{self.folder} was measured with revision {recorded} of {self.config.model.name}, "
                 f"and it is now {revision}; take another folder"
             )
-        self.config = _with_revision(self.config, revision)
-        write_durably(self.folder / CONFIG_FILE, sources.dump(self.config))
+        self.config = _with_revision(self.config, revision, dtype)
+        write_durably(self.folder / StudyFile.CONFIG, sources.dump(self.config))
 
     def add(self, record: Record) -> Record:
         """Writes a record under the next number; it is durable when this returns."""
         spec = record.spec
         if spec is not None and spec.workload.prompts_file is not None:
             # A folder may be moved: records name its own copy.
-            spec = spec.model_copy(update={"workload": spec.workload.model_copy(update={"prompts_file": PROMPTS_FILE})})
-        return self._write(record.model_copy(update={"number": self._next_number, "spec": spec}))
+            workload = spec.workload.model_copy(update={"prompts_file": StudyFile.PROMPTS.value})
+            spec = spec.model_copy(update={"workload": workload})
+        return self._write(record.model_copy(update={"spec": spec}))
 
     def adopt(self, record: Record, *, source: str, source_devices: Sequence[str], trial_number: int) -> Record:
-        """Writes a record that another process of the study measured, under a number of this folder; it is durable
-        when this returns.
+        """Writes a record that another process of the study measured, as `add` does.
 
         Args:
             record: with this study's names for its devices.
             source: unique over all processes; see `Record.source`.
             trial_number: in the database that both use.
         """
-        update = {
-            "number": self._next_number,
-            "trial_number": trial_number,
-            "source": source,
-            "source_devices": tuple(source_devices),
-        }
-        return self._write(record.model_copy(update=update))
-
-    @property
-    def _next_number(self) -> int:
-        return self._records[-1].number + 1 if self._records else 0
+        origin = {"trial_number": trial_number, "source": source, "source_devices": tuple(source_devices)}
+        return self._write(record.model_copy(update=origin))
 
     def _write(self, record: Record) -> Record:
-        key = record.effective.key if record.effective is not None else None
-        first = self._first_of_key.get(key) if key is not None else None
-        record = record.model_copy(update={"replicate_of": first})
+        number = self._records[-1].number + 1 if self._records else 0
+        key = record.effective and record.effective.key
+        alike = (one.number for one in self._records if key and one.effective and one.effective.key == key)
+        record = record.model_copy(update={"number": number, "replicate_of": next(alike, None)})
         path = self.folder / RECORDS_FOLDER / f"{record.number:04}.json"
         assert not path.exists(), f"record {record.number} is there already"
         write_durably(path, record.model_dump_json())
         self._records.append(record)
-        if key is not None:
-            self._first_of_key.setdefault(key, record.number)
         return record
 
 
 def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locks.hold(folder / _LOCK_FILE, str(folder), remedy="wait for it, or take another folder"))
-    except OSError as error:
-        raise StudyError(f"{folder}: cannot write a study there: {error.strerror or error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locks.hold(folder / _LOCK_FILE, str(folder), remedy="wait for it, or take another folder"))
 
 
-def _listing(folder: Path) -> list[str]:
-    try:
-        return sorted(path.name for path in folder.iterdir() if not path.name.startswith(_LOCK_FILE))
-    except OSError as error:
-        raise StudyError(f"{folder}: cannot be read: {error.strerror or error}") from None
-
-
-def _adopt_prompts(folder: Path, config: TuneConfig) -> TuneConfig:
-    """Copies the prompts into the study, which then stands on its own."""
-    if config.workload.prompts_file is None:
-        return config
-    source = Path(config.workload.prompts_file)
-    sha256 = _sha256(source)
-    write_durably(folder / PROMPTS_FILE, source.read_text(encoding="utf-8"))
-    return _with_prompts(config, sha256)
-
-
-def _with_prompts(config: TuneConfig, sha256: str) -> TuneConfig:
-    update = {"prompts_file": PROMPTS_FILE, "prompts_sha256": sha256}
+def _with_prompts(config: TuneConfig, text: str) -> TuneConfig:
+    update = {"prompts_file": StudyFile.PROMPTS.value, "prompts_sha256": sha256_of(text)}
     return config.model_copy(update={"workload": config.workload.model_copy(update=update)})
 
 
-def _prompts_path(folder: Path, workload: Workload) -> Path:
-    """The study's own copy when its recorded name is what came in, else the file that the user gave."""
-    assert workload.prompts_file is not None
-    given = Path(workload.prompts_file)
-    return folder / PROMPTS_FILE if given == Path(PROMPTS_FILE) and workload.prompts_sha256 else given
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise StudyError(f"{path}: cannot read the prompts: {error.strerror or error}") from None
-
-
-def _changed(recorded: TuneConfig, wanted: TuneConfig) -> list[str]:
-    # `main` may be the commit that was recorded: the fleet finds out, and `set_revision` compares.
-    lines = differences(recorded, _with_revision(wanted, recorded.model.revision))
-    return [line for line in lines if line.partition(":")[0].partition(".")[0] not in MAY_CHANGE]
-
-
-def _with_revision(config: TuneConfig, revision: str | None) -> TuneConfig:
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _with_revision(config: TuneConfig, revision: str | None, dtype: str = "auto") -> TuneConfig:
+    update = {"revision": revision} | ({"dtype": dtype} if config.model.dtype == "auto" else {})
+    return config.model_copy(update={"model": config.model.model_copy(update=update)})

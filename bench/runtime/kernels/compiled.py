@@ -27,10 +27,9 @@ from transformers.cache_utils import Cache
 from pipetune.bench.files import cache_root
 from pipetune.bench.models.layers import find_layers
 from pipetune.bench.runtime.kernels.graphs import TOLERANCES
-from pipetune.bench.runtime.kernels.static_cache import StaticSlotLayer
-from pipetune.bench.runtime.kernels.static_step import disagreement
+from pipetune.bench.runtime.kernels.static_step import StaticSlotLayer, disagreement
 from pipetune.bench.runtime.packed_linear import PackedLinear
-from pipetune.bench.runtime.stage.kv_cache import SlotLayer
+from pipetune.bench.runtime.stage.kv_cache import SlotLayer, compute_dtype
 
 MAX_VARIANTS = 24
 """Graphs of one piece of code; layers that need more would be compiled on and on, and run eagerly instead."""
@@ -53,7 +52,7 @@ class CompiledLayers:
         self._functions: dict[type[nn.Module], Callable[..., Any]] = {}
         self._known: set[tuple[Any, ...]] = set()
         self._failure: str | None = None
-        self._left_out: dict[str, list[int]] = {}
+        self._left_out: dict[str, dict[int, None]] = {}
         self._make: Any = torch._dynamo.lookup_backend(backend)
 
     @property
@@ -67,10 +66,9 @@ class CompiledLayers:
         )
 
     def apply(self, model: Any, own_layers: Iterable[int], *, where: str = "this stage") -> None:
-        """Makes these layers run compiled. Nothing is compiled yet: the first pass over each kind of input does that.
+        """Makes these layers run compiled; `where`, such as `stage 1`, is for the notes.
 
-        Args:
-            where: `stage 1`, for the notes.
+        Nothing is compiled yet: the first pass over each kind of input does that.
         """
         self.remove()
         _configure()
@@ -103,7 +101,7 @@ class CompiledLayers:
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
             held: Any = None if cache is None else cache.layers[place]
             if places or type(held) not in (SlotLayer, StaticSlotLayer, type(None)):
-                self._leave_out(index, f"its cache is a {type(held).__name__}")
+                self._left_out.setdefault(f"its cache is a {type(held).__name__}", {})[index] = None
             elif self._failure is None:
                 return self._run(function, layer, eager, held, args, kwargs)
             return eager(*args, **kwargs)
@@ -115,11 +113,6 @@ class CompiledLayers:
             if type(module) is PackedLinear:
                 _make_opaque(module)
                 self._packed.append(module)
-
-    def _leave_out(self, index: int, reason: str) -> None:
-        layers = self._left_out.setdefault(reason, [])
-        if index not in layers:
-            layers.append(index)
 
     def _run(
         self,
@@ -161,7 +154,7 @@ class CompiledLayers:
         pairs = list(zip(_outputs(expected), _outputs(output), strict=True))
         error = max(disagreement(one, other) for one, other in pairs)
         self.compile_s += time.perf_counter() - began
-        if error > TOLERANCES[_compute_dtype(pairs[0][0])]:
+        if error > TOLERANCES[compute_dtype(pairs[0][0])]:
             self._failure = f"a compiled layer differs from the eager one by {error:.2g} of its size"
         return expected
 
@@ -237,11 +230,6 @@ def _mark_sizes(*values: Any) -> None:
 def _outputs(output: Any) -> list[torch.Tensor]:
     leaves = pytree.tree_leaves(output)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() > 1]
-
-
-def _compute_dtype(output: torch.Tensor) -> torch.dtype:
-    kind = output.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else output.dtype
 
 
 def _first_line(error: Exception) -> str:

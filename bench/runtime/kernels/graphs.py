@@ -3,7 +3,7 @@
 A decode step of a small batch is hundreds of kernels of a few microseconds each, and the host cannot launch them as
 fast as the GPU runs them. A graph is launched at once. For that a step must be the same work on the same memory each
 time: ids, positions and received hidden states are copied to fixed places first, and the cache has fixed shapes
-(`bench.runtime.kernels.static_cache`). Communication stays outside.
+(`bench.runtime.kernels.static_step`). Communication stays outside.
 
 Only compute that never asks the host can be captured. What cannot runs as before, and `notes` says why. Every kind of
 step is compared with an eager one before it is used.
@@ -11,17 +11,20 @@ step is compared with an eager one before it is used.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from pipetune.bench.runtime.device import DeviceContext, undisturbed
-from pipetune.bench.runtime.kernels.capture import OutsideBytes, Pool
-from pipetune.bench.runtime.kernels.static_cache import why_not_static
-from pipetune.bench.runtime.kernels.static_step import Inputs, Probe, StaticStep, StepKey, disagreement
+from pipetune.bench.runtime.job import MicroBatchInputs
+from pipetune.bench.runtime.kernels.static_step import Probe, StaticStep, StepKey, disagreement, why_not_static
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.schedule import Task
@@ -32,6 +35,8 @@ MAX_GRAPHS = 256
 """Graphs of a stage at most: each takes memory of the driver and a forward pass's time to capture."""
 STATIC_KERNELS = ("sdpa", "eager")
 """Attention that a mask tells what to read. Flash attention would have to be told lengths on the host."""
+PROBE_ROWS = 16
+"""Rows that are compared at least before a step is refused: of a few, near ties alone may be more than their share."""
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest relative error of a static step, by the dtype computed in: other kernels round differently."""
 
@@ -51,28 +56,80 @@ class GraphsReport:
     """Bytes that the driver takes for the graphs themselves, outside of the allocator."""
 
 
-def steps_of(tasks: Iterable[Task], *, max_len: int, kv_step: int = KV_STEP) -> dict[StepKey, int]:
+def steps_of(tasks: Iterable[Task], *, max_len: int) -> dict[StepKey, int]:
     """The kinds of step that a schedule's decode has, and the last position at which each is used.
 
-    Args:
-        max_len: positions of a KV slot.
-        kv_step: lengths of KV are rounded up to multiples of it, and to `max_len` at most.
-
-    Returns:
-        The largest first: smaller ones then find memory in the pool.
+    The largest come first: smaller ones then find memory in the pool.
     """
     last: dict[StepKey, int] = {}
     for task in tasks:
         if not task.is_prefill:
-            kv_len = kv_length(task.end_token, max_len=max_len, kv_step=kv_step)
-            key = StepKey(task.slot, task.num_rows, kv_len)
+            key = StepKey(task.slot, task.num_rows, kv_length(task.end_token, max_len=max_len))
             last[key] = max(task.first_token, last.get(key, 0))
     return dict(sorted(last.items(), key=lambda item: (-item[0].rows * item[0].kv_len, item[0])))
 
 
-def kv_length(filled: int, *, max_len: int, kv_step: int = KV_STEP) -> int:
-    """Positions that a step reads when `filled` of them hold something."""
-    return min(max_len, -(-filled // kv_step) * kv_step)
+def kv_length(filled: int, *, max_len: int) -> int:
+    """Positions that a step reads when `filled` hold something: a multiple of `KV_STEP`, or the slot's `max_len`."""
+    return min(max_len, -(-filled // KV_STEP) * KV_STEP)
+
+
+class Pool:
+    """Memory for graphs that run one after the other on one stream.
+
+    What one graph computes on the way lies where another's does too, and so does its output unless somebody holds it
+    while the next one is captured; but even a held output may lie where an earlier graph computes. So an output must be
+    read, or copied, before another graph of the pool runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._handle: Any = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Runs some work twice beside the compute stream, then captures it there; returns the graph and its output.
+
+        The first run may compile, load kernels and make workspaces. What asks the host in the second would break the
+        capture, and with it more than itself, so that it is refused before. Capture happens on the stream of these
+        runs, since cuBLAS keeps a workspace for each stream: made here, outside of the pool, it outlives every graph.
+        Only this thread's calls can break it: NCCL's watchdog queries events from another.
+
+        Raises:
+            RuntimeError: the work waits for the device, or memory ran out.
+        """
+        side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        side.wait_stream(current)
+        try:
+            with torch.cuda.stream(side):
+                work()
+                with _no_waiting_for_the_device():
+                    work()
+                # Waits for the whole device, which is why no message may be under way.
+                with torch.cuda.graph(graph, pool=self._handle, stream=side, capture_error_mode="thread_local"):
+                    output = work()
+        except Exception:
+            self._end_allocation()
+            raise
+        finally:
+            current.wait_stream(side)
+        return graph, output
+
+    def bytes(self) -> tuple[int, int]:
+        """Reserved by the pool, and counted as allocated: what is freed when a capture ends is used by each run."""
+        snapshot: Any = torch.cuda.memory_snapshot
+        segments = [row for row in snapshot() if tuple(row.get("segment_pool_id", ())) == tuple(self._handle)]
+        return sum(row["total_size"] for row in segments), sum(row["allocated_size"] for row in segments)
+
+    def _end_allocation(self) -> None:
+        """Tells the allocator that a capture is over which ended in an error before it could say so itself.
+
+        Else it would refuse ever after to give memory back. Where the capture did end in order, the first call is an
+        error to ignore, and the second, which lets go of the pool once more, is not reached.
+        """
+        with contextlib.suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._handle)
+            torch._C._cuda_releasePool(self._device.index, self._handle)
 
 
 class DecodeGraphs:
@@ -85,11 +142,9 @@ class DecodeGraphs:
     def __init__(
         self, stage: Stage, device: DeviceContext, *, where: str = "this stage", capture: bool | None = None
     ) -> None:
-        """
-        Args:
-            where: `stage 1`, for the notes.
-            capture: False runs the static steps without capturing them, which works on a CPU too; by default they are
-                captured where the device is a GPU.
+        """For a stage; notes name it by `where`. Steps are captured on GPUs unless `capture` says otherwise.
+
+        Without capture the static steps run as they are, which works on a CPU too.
         """
         self.report = GraphsReport()
         self._stage = stage
@@ -100,7 +155,8 @@ class DecodeGraphs:
         self._slots: tuple[SlotCache, ...] = ()
         self._steps: dict[StepKey, StaticStep] = {}
         self._max_len = 0
-        self._cleared: set[int] = set()
+        self._filled: set[int] = set()
+        self._outputs: dict[int, torch.Tensor] = {}
         self._compared: dict[tuple[int, int], int] = {}
         self._has_failed = False
         self._notes: dict[str, None] = {}
@@ -122,7 +178,6 @@ class DecodeGraphs:
             self._max_len = min((slot.max_len for slot in slots), default=0)
         if self._has_failed or not slots:
             return
-        tasks = tuple(tasks)
         wanted = steps_of(tasks, max_len=self._max_len)
         new = {
             key: last
@@ -135,12 +190,11 @@ class DecodeGraphs:
         if reason is not None:
             self._note(reason)
             return
-        most_tokens = max(task.num_rows * task.num_tokens for task in tasks)
         began = time.perf_counter()
-        outside = OutsideBytes(self._device)
+        outside = outside_bytes(self._device)
         with undisturbed():
             for key, last in new.items():
-                if not self._add(key, last, most_tokens):
+                if not self._add(key, last):
                     break
         reserved, allocated = self._pool.bytes() if self._pool is not None else (0, 0)
         self.report = GraphsReport(
@@ -148,11 +202,11 @@ class DecodeGraphs:
             capture_s=self.report.capture_s + time.perf_counter() - began,
             pool_bytes=reserved,
             uncounted_bytes=reserved - allocated,
-            driver_bytes=self.report.driver_bytes + outside.grown(),
+            driver_bytes=self.report.driver_bytes + max(0, outside_bytes(self._device) - outside),
         )
 
     @torch.inference_mode()
-    def run(self, task: Task, inputs: Inputs, hidden: torch.Tensor | None) -> torch.Tensor | None:
+    def run(self, task: Task, inputs: MicroBatchInputs, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """The stage's output for a decode step; None if it is none, or is not captured.
 
         Args:
@@ -165,8 +219,8 @@ class DecodeGraphs:
         """
         if task.is_prefill or not self._steps:
             return None
-        kv_len = kv_length(task.end_token, max_len=self._max_len)
-        step = self._steps.get(StepKey(task.slot, task.num_rows, kv_len))
+        key = StepKey(task.slot, task.num_rows, kv_length(task.end_token, max_len=self._max_len))
+        step = self._steps.get(key)
         if step is None:
             return None
         step.load(task.first_token, inputs, hidden)
@@ -182,7 +236,8 @@ class DecodeGraphs:
         self._steps.clear()
         # A pool that no graph uses any more is given back and cannot be used again.
         self._pool = None
-        self._cleared.clear()
+        self._filled.clear()
+        self._outputs.clear()
         self._compared.clear()
         self._slots = ()
         self.report = GraphsReport()
@@ -200,20 +255,20 @@ class DecodeGraphs:
     def _note(self, reason: str) -> None:
         self._notes[f"cuda_graphs: eager on {self._where}: {reason}"] = None
 
-    def _add(self, key: StepKey, last: int, most_tokens: int) -> bool:
+    def _add(self, key: StepKey, last: int) -> bool:
         """Makes one step that is used up to position `last`; False if that failed: then no further one is tried."""
         try:
             step = self._steps.get(key) or self._make(key)
-            error = self._compare(step, key, last, most_tokens)
+            fault = self._fault(step, key, last)
         # Families fail in every way there is, and none of them may cost the plan: eager steps are always there.
         except Exception as failure:
             self._has_failed = True
             self._note(_describe(failure))
             return False
-        if error > TOLERANCES[self._stage.dtype]:
+        if fault is not None:
             self.close()
             self._has_failed = True
-            self._note(f"a static step differs from an eager one by {error:.2g} of its size")
+            self._note(fault)
             return False
         self._steps[key] = step
         return True
@@ -221,32 +276,50 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _make(self, key: StepKey) -> StaticStep:
         slot = self._slots[key.slot]
-        if key.slot not in self._cleared:
+        if key.slot not in self._filled:
             # The first pass gives the slot its memory.
-            Probe.build(self._stage, key, length=1).run_eagerly(self._stage, slot, most_tokens=key.rows)
-            slot.fill(0.0)
-            self._cleared.add(key.slot)
+            Probe.build(self._stage, key.rows, position=0).run_eagerly(self._stage, slot)
+            slot.fill(0.0, spread=1.0)
+            self._filled.add(key.slot)
         step = StaticStep(self._stage, slot, key)
         if self._captures:
             self._pool = self._pool or Pool(self._device.torch_device)
-            step.graph, step.output = self._pool.capture(step.forward)
+            step.graph, step.output = self._pool.capture(lambda: self._into_output(step.forward(), key.rows))
         return step
 
-    @torch.inference_mode()
-    def _compare(self, step: StaticStep, key: StepKey, last: int, most_tokens: int) -> float:
-        """How far what a step gives is from what an eager step gives, once for each number of rows and length of KV.
+    def _into_output(self, output: torch.Tensor, rows: int) -> torch.Tensor:
+        """One place for what steps of as many rows give, and a copy to it: each graph's own would stay in memory."""
+        place = self._outputs.setdefault(rows, output)
+        return place if place is output else place.copy_(output)
 
-        At the last position, since some families change their way where the KV is long, and windows are left behind.
+    @torch.inference_mode()
+    def _fault(self, step: StaticStep, key: StepKey, last: int) -> str | None:
+        """What is wrong with a step; compared with eager ones once for each number of rows and length of KV.
+
+        At the last position, since some families change their way where the KV is long, and windows are left behind;
+        behind a past of random numbers, which no prompt is needed for. A graph must repeat its own step to the bit.
         """
         kind = key.rows, key.kv_len
         if self._compared.get(kind, -1) >= last:
-            return 0.0
-        probe = Probe.build(self._stage, key, length=last)
-        expected = probe.run_eagerly(self._stage, self._slots[key.slot], most_tokens=most_tokens)
-        probe.load(step)
-        error = disagreement(expected, step.run())
+            return None
+        expected, actual, error = [], [], 0.0
+        for seed in range(-(-PROBE_ROWS // key.rows)):
+            probe = Probe.build(self._stage, key.rows, position=last, seed=seed)
+            expected.append(probe.run_eagerly(self._stage, self._slots[key.slot]))
+            probe.load(step)
+            actual.append(step.run().clone())
+            error = disagreement(torch.cat(expected), torch.cat(actual))
+            if error <= TOLERANCES[self._stage.dtype]:
+                break
+        if error > TOLERANCES[self._stage.dtype]:
+            return f"a static step differs from an eager one by {error:.2g} of its size"
+        if step.graph is not None:
+            plain, again = step.forward(), step.forward()
+            # What adds up in no fixed order does not even repeat itself.
+            if torch.equal(plain, again) and not torch.equal(plain, actual[-1]):
+                return "a captured step differs from the same step as it is"
         self._compared[kind] = last
-        return error
+        return None
 
 
 def _describe(error: Exception) -> str:
@@ -258,3 +331,33 @@ def _describe(error: Exception) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "transformers" in frame.filename]
     place = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
     return f"{text}{place}"
+
+
+def outside_bytes(device: DeviceContext) -> int:
+    """Bytes of a GPU that are in use and not this process's allocator's; other processes on it blur it. 0 on a CPU."""
+    if not device.is_cuda:
+        return 0
+    device.synchronize()
+    device.free_cached()
+    free, total = torch.cuda.mem_get_info(device.torch_device)
+    return int(total - free - torch.cuda.memory_reserved(device.torch_device))
+
+
+@contextlib.contextmanager
+def _no_waiting_for_the_device() -> Iterator[None]:
+    """Turns what makes the host wait for the GPU into an error that says where it happened."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        # Once a process torch warns that this is a prototype: where warnings are errors, no step would be captured.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the life of the process: cuBLAS never gives back the workspace that it makes for a stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,35 +1,109 @@
-"""A decode step over fixed memory, and a made-up micro-batch that shows whether it computes what an eager step does."""
+"""A decode step over fixed memory: one more token a row, at a position that is a number on the device.
+
+The tensors of its cache are those of a KV slot (`bench.runtime.stage.kv_cache`), so that prefill, which sees views of
+growing length, and decode steps of fixed shape work on the same memory, and nothing is copied in between. A step writes
+its keys and values by index, and attention reads `kv_len` positions whatever the position is: the model's own mask
+hides what lies behind it, since transformers builds masks from the cache's length, which is a tensor here as in its
+`StaticCache`. A sliding window is such a mask as well: the whole length is read and what left the window is hidden.
+
+What is hidden must be a number all the same, and no huge one: its score is computed before it is hidden, and infinity
+less infinity is NaN. Keys and values that some tokens left are such; uninitialised memory is not, and is filled first.
+
+A `Probe`, a made-up micro-batch, shows whether a step computes what an eager one does.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from pipetune.bench.runtime.kernels.static_cache import StaticSlotCache
-from pipetune.bench.runtime.stage.kv_cache import SlotCache
+from pipetune.bench.runtime.job import MicroBatchInputs
+from pipetune.bench.runtime.stage.kv_cache import SlotCache, SlotLayer
 from pipetune.bench.runtime.stage.stage import Stage
 
-HIDDEN_STATES = 61
 AGREEING_ROWS = 0.75
 """Share of the rows that must agree: where experts are chosen, a near tie may send a row another way."""
 
 
-class Inputs(Protocol):
-    """What a step reads of a micro-batch: `[rows, prompt_len + output_len]` each."""
+def why_not_static(slot: SlotCache) -> str | None:
+    """Why a slot cannot be seen with fixed shapes; None if it can.
+
+    Keys and values alone can: recurrent states and the states of families with caches of their own are written by code
+    that decides on the host.
+    """
+    for index, layer in enumerate(slot.layers):
+        # What is neither is a place that nothing is kept in.
+        if isinstance(layer, CacheLayerMixin | LinearAttentionCacheLayerMixin) and type(layer) is not SlotLayer:
+            return f"layer {index} keeps a {type(layer).__name__}, and keys and values alone have a static form"
+    return None
+
+
+class StaticSlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of one attention layer, `[rows, heads, kv_len, head_dim]`: views of a slot's."""
+
+    is_compileable = True
+    """So that transformers builds the mask in full: to leave it out, it would have to look at it on the host."""
+
+    def __init__(self, layer: SlotLayer, *, rows: int, kv_len: int, position: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_sliding = layer.is_sliding
+        self.sliding_window = layer.sliding_window
+        self._kv_len = kv_len
+        self._position = position
+        self._length = position.view(())
+        if layer.keys is not None and layer.values is not None:
+            self.keys, self.values = layer.keys[:rows, :, :kv_len], layer.values[:rows, :, :kv_len]
+            self.dtype, self.device = layer.keys.dtype, layer.keys.device
+            self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes `[rows, heads, 1, head_dim]` at the position and returns all `kv_len` positions."""
+        assert self.keys is not None, "a static layer was updated whose slot had no memory yet"
+        assert self.values is not None
+        self.keys.index_copy_(2, self._position, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self._position, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Positions filled before this step: a tensor, which transformers takes wherever it takes a number."""
+        return self._length  # type: ignore[return-value]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `update` returns: always the same."""
+        return self._kv_len, 0
+
+    def get_max_length(self) -> int:
+        """Positions that attention reads."""
+        return self._kv_len
+
+
+class StaticSlotCache(Cache):
+    """The first `rows` rows and `kv_len` positions of a slot that has its memory from a forward pass.
+
+    Steps are of one token at `position`, `[1]` int64 on the slot's device, which whoever runs a step writes first.
+    """
+
+    def __init__(self, slot: SlotCache, *, rows: int, kv_len: int, position: torch.Tensor) -> None:
+        assert rows <= slot.rows, f"{rows} rows of a slot of {slot.rows}"
+        assert kv_len <= slot.max_len, f"{kv_len} positions of a slot of {slot.max_len}"
+        super().__init__(
+            layers=[
+                StaticSlotLayer(layer, rows=rows, kv_len=kv_len, position=position)
+                if isinstance(layer, SlotLayer)
+                else layer
+                for layer in slot.layers
+            ]
+        )
 
     @property
-    def ids(self) -> torch.Tensor:
-        """Token ids."""
-
-    @property
-    def mask(self) -> torch.Tensor:
-        """1 where a position is attended to, 0 where a row is padded."""
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """Positions within each prompt, padding not counted."""
+    def is_compileable(self) -> bool:
+        """Always: so that transformers builds masks in full."""
+        return True
 
 
 class StepKey(NamedTuple):
@@ -42,13 +116,9 @@ class StepKey(NamedTuple):
 
 
 class StaticStep:
-    """One decode step: what it reads, and once captured its graph and what that writes."""
+    """One decode step over a slot that has its memory: what it reads, and once captured its graph and its output."""
 
     def __init__(self, stage: Stage, slot: SlotCache, key: StepKey) -> None:
-        """
-        Args:
-            slot: a forward pass went through it, so that it has its memory.
-        """
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: torch.Tensor | None = None
         self._stage = stage
@@ -63,9 +133,9 @@ class StaticStep:
             shape = (key.rows, 1, stage.message_values)
             self._hidden = torch.zeros(shape, dtype=stage.message_dtype, device=device)
         self._cache = StaticSlotCache(slot, rows=key.rows, kv_len=key.kv_len, position=self._position)
-        self._loaded: Inputs | None = None
+        self._loaded: MicroBatchInputs | None = None
 
-    def load(self, position: int, inputs: Inputs, hidden: torch.Tensor | None) -> None:
+    def load(self, position: int, inputs: MicroBatchInputs, hidden: torch.Tensor | None) -> None:
         """Copies a step's inputs to where it reads them, on the stream it will run on.
 
         Args:
@@ -101,61 +171,40 @@ class StaticStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
-    """Random ids, padded on the left, and random hidden states, for one step behind a prompt."""
+    """Random ids, padded on the left, and random hidden states: one step at a position whose past lies in a slot."""
 
-    ids: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
+    inputs: MicroBatchInputs
+    """The padded past, whose length is the step's position, and the token behind it."""
     hidden: torch.Tensor | None
-    """`[rows, n, M]`, used again and again along the prompt: for all of it they might not fit."""
-    length: int
-    """Tokens of the padded prompt, and so the position of the step."""
+    """`[rows, 1, M]`; None on the first stage."""
 
     @classmethod
-    def build(cls, stage: Stage, key: StepKey, *, length: int) -> Probe:
-        """A micro-batch of the step's rows, the first of them padded as well where there is room for it."""
+    def build(cls, stage: Stage, rows: int, *, position: int, seed: int = 0) -> Probe:
+        """A micro-batch of so many rows, the first of them padded as well where there is room for it."""
         vocab_size = int(stage.config.get_text_config(decoder=True).vocab_size)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocab_size, (key.rows, length + 1), generator=generator)
-        padding = torch.arange(1, key.rows + 1).unsqueeze(1) % max(1, min(4, length))
-        mask = (torch.arange(length + 1).unsqueeze(0) >= padding).long()
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(vocab_size, (rows, position + 1), generator=generator)
+        padding = torch.arange(1, rows + 1).unsqueeze(1) % max(1, min(4, position))
+        mask = (torch.arange(position + 1).unsqueeze(0) >= padding).long()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden = None
         if not stage.is_first:
-            values = torch.randn((key.rows, HIDDEN_STATES, stage.message_values), generator=generator)
+            values = torch.randn((rows, 1, stage.message_values), generator=generator)
             hidden = values.to(stage.device, stage.message_dtype)
         ids, mask, positions = (tensor.to(stage.device) for tensor in (ids, mask, positions))
-        return cls(ids=ids, mask=mask, positions=positions, hidden=hidden, length=length)
+        inputs = MicroBatchInputs(ids=ids, mask=mask, positions=positions, prompt_len=position)
+        return cls(inputs=inputs, hidden=hidden)
 
-    def run_eagerly(self, stage: Stage, slot: SlotCache, *, most_tokens: int) -> torch.Tensor:
-        """Prefills the slot, and returns what the step behind the prompt gives.
-
-        Args:
-            most_tokens: worked on at once, over all rows: what memory is there for.
-        """
-        output, rows = torch.empty(0), self.ids.shape[0]
-        chunk = max(1, most_tokens // rows)
-        for first in (*range(0, self.length, chunk), self.length):
-            end = min(first + chunk, self.length) if first < self.length else self.length + 1
-            slot.seek(0, rows, first)
-            output = stage.forward(
-                self.ids[:, first:end],
-                self.mask[:, :end],
-                self.positions[:, first:end],
-                slot,
-                self._hidden_at(first, end),
-            )
-        return output
+    def run_eagerly(self, stage: Stage, slot: SlotCache) -> torch.Tensor:
+        """What the step gives."""
+        inputs, position = self.inputs, self.inputs.prompt_len
+        slot.seek(0, inputs.ids.shape[0], position)
+        ids, positions = inputs.ids[:, position:], inputs.positions[:, position:]
+        return stage.forward(ids, inputs.mask, positions, slot, self.hidden)
 
     def load(self, step: StaticStep) -> None:
-        """Gives the step behind the prompt to a static one."""
-        step.load(self.length, self, self._hidden_at(self.length, self.length + 1))
-
-    def _hidden_at(self, first: int, end: int) -> torch.Tensor | None:
-        if self.hidden is None:
-            return None
-        places = torch.arange(first, end, device=self.hidden.device) % HIDDEN_STATES
-        return self.hidden[:, places]
+        """Gives the step to a static one."""
+        step.load(self.inputs.prompt_len, self.inputs, self.hidden)
 
 
 def disagreement(expected: torch.Tensor, actual: torch.Tensor) -> float:

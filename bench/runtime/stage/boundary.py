@@ -49,6 +49,8 @@ class MessageFormat:
     """Names of what a layer takes, in order; the hidden states first."""
     returns_tuple_of: int
     """Length of the tuple that a layer returns; 0 if it returns a tensor."""
+    needs_mask: bool = False
+    """Whether the model, without a mask, looks into the ids for padding."""
 
     @property
     def values(self) -> int:
@@ -130,11 +132,13 @@ def probe(model: Any) -> MessageFormat:
         layers[0].register_forward_hook(look_behind),
     )
     ids = torch.zeros((_ROWS, _TOKENS), dtype=torch.long, device="meta")
+    needs_mask = False
     # Some families look into the ids if there is no mask, others into the mask: on meta, neither can be done.
     for asked in ({}, {"attention_mask": torch.ones_like(ids)}):
         with contextlib.suppress(StageDone, RuntimeError, NotImplementedError), torch.no_grad():
             model(input_ids=ids, use_cache=True, **asked)
         if returned:
+            needs_mask = bool(asked)
             break
     for handle in handles:
         handle.remove()
@@ -153,6 +157,7 @@ def probe(model: Any) -> MessageFormat:
         dtype=taken[0].dtype if taken else model.dtype,
         arguments=tuple(inspect.signature(layers[0].forward).parameters),
         returns_tuple_of=returned[0],
+        needs_mask=needs_mask,
     )
 
 

@@ -16,8 +16,10 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
+from transformers.models.minimax.modeling_minimax import MiniMaxCache
+from transformers.models.xlstm.modeling_xlstm import xLSTMCache
 
-from pipetune.bench.models.cache_kinds import DummyLayer
+from pipetune.bench.models.layers import DummyLayer
 from pipetune.bench.runtime import allocator
 
 
@@ -31,13 +33,10 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, *, rows: int, max_len: int, sliding_window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rows = rows
-        self.max_len = max_len
+        self.rows, self.max_len = rows, max_len
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        self._first_row = 0
-        self._end_row = rows
-        self._length = 0
+        self._first_row, self._end_row, self._length = 0, rows, 0
 
     def seek(self, first_row: int, end_row: int, length: int, *, is_own: bool) -> None:
         """Points at rows `[first_row, end_row)`, of which `length` positions are filled."""
@@ -45,12 +44,12 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates `[rows, heads, max_len, head_dim]` for keys and for values (whose sizes may differ)."""
-        self.dtype, self.device = _kept_dtype(key_states), key_states.device
+        self.dtype, self.device = compute_dtype(key_states), key_states.device
         with allocator.lasting():
             self.keys, self.values = (
                 torch.empty(
                     (self.rows, states.shape[1], self.max_len, states.shape[3]),
-                    dtype=_kept_dtype(states),
+                    dtype=compute_dtype(states),
                     device=states.device,
                 )
                 for states in (key_states, value_states)
@@ -90,10 +89,11 @@ class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return -1 if self.sliding_window is None else self.sliding_window
 
 
-def _kept_dtype(states: torch.Tensor) -> torch.dtype:
-    """In mixed precision attention reads halved numbers, whatever they come in: to keep wider ones would be in vain."""
+def compute_dtype(states: torch.Tensor) -> torch.dtype:
+    """Dtype that attention reads: the half one in mixed precision, whatever `states` come in."""
     kind = states.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    is_mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_mixed else states.dtype
 
 
 class SlotIndexedLayer(SlotLayer):  # type: ignore[no-untyped-call]
@@ -160,12 +160,8 @@ class SlotHybridLayer(SlotStates, SlotLayer):  # type: ignore[misc, no-untyped-c
 class SlotCache(Cache):
     """A model's cache for one slot of `rows` sequences of at most `max_len` positions.
 
-    What a family keeps in a kind of layer of its own stays that class, for a whole micro-batch at a time, and is
-    made anew for every prefill.
-
-    Args:
-        own_layers: of the model's `num_layers` layers, those whose keys, values and states are kept here.
-        recurrent: whether a state covers a whole micro-batch.
+    Keys, values and states of `own_layers` are kept, of the model's `num_layers`. What a family keeps in a kind of
+    layer of its own stays that class, for a whole micro-batch at a time, and is made anew for every prefill.
     """
 
     def __init__(
@@ -176,15 +172,11 @@ class SlotCache(Cache):
         max_len: int,
         own_layers: range,
         num_layers: int,
-        recurrent: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._config, self._dtype, self._device = config, dtype, device
-        self.rows = rows
-        self.max_len = max_len
-        self.rows_are_separable = not recurrent
-        """Whether rows may be prefilled in several micro-batches: not where a state covers all of them."""
+        self.rows, self.max_len = rows, max_len
         templates = self._templates(num_layers)
         # Some families keep several entries for a layer.
         entries = max(len(templates) // num_layers, 1)
@@ -209,12 +201,12 @@ class SlotCache(Cache):
                 layer.seek(first_row, end_row, length, is_own=index in self._own)
 
     @torch.inference_mode()
-    def fill(self, value: float) -> None:
-        """Writes one value to every position of the keys and values that have memory; what they held is lost."""
+    def fill(self, value: float, *, spread: float = 0.0) -> None:
+        """Writes numbers about a value to every position of keys and values that have memory, over what they held."""
         for layer in self.layers:
             if isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None:
-                layer.keys.fill_(value)
-                layer.values.fill_(value)
+                for tensor in (layer.keys, layer.values):
+                    tensor.normal_(value, spread) if spread else tensor.fill_(value)
 
     @property
     def is_linear(self) -> list[bool]:
@@ -252,3 +244,45 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, dict):
             yield from _tensors(value)
+
+
+class MiniMaxSlotCache(SlotCache, MiniMaxCache):
+    """Keys and values by layers, the states of linear attention by list."""
+
+    linear_cache: list[torch.Tensor | None]  # type: ignore[assignment]
+
+    def seek(self, first_row: int, end_row: int, length: int) -> None:
+        """Points at rows `[first_row, end_row)` at `length`; the states start anew with every prefill."""
+        super().seek(first_row, end_row, length)
+        if length == 0:
+            self.linear_cache = [None] * len(self.layers)
+
+    def nbytes(self) -> int:
+        """Bytes of keys, values and states held by this stage."""
+        states = getattr(self, "linear_cache", [])
+        return super().nbytes() + sum(int(state.nbytes) for state in states if state is not None)
+
+    def _entry(self, template: Any, is_own: bool) -> Any:
+        # As in transformers, where such a layer counts no positions, and masks are made by the first layer's count.
+        return DynamicLayer() if isinstance(template, LinearAttentionLayer) else super()._entry(template, is_own)  # type: ignore[no-untyped-call]
+
+
+class XlstmSlotCache(SlotCache, xLSTMCache):
+    """No keys and values; a tuple of states for each own layer."""
+
+    rnn_state: dict[int, tuple[torch.Tensor, ...]]  # type: ignore[assignment]
+
+    def seek(self, first_row: int, end_row: int, length: int) -> None:
+        """Points at rows `[first_row, end_row)` at `length`; the states start anew with every prefill."""
+        super().seek(first_row, end_row, length)
+        if length == 0:
+            xLSTMCache.__init__(self, self._config, end_row - first_row, dtype=self._dtype, device=str(self._device))
+            self.rnn_state = {index: state if index in self._own else () for index, state in self.rnn_state.items()}
+
+    def nbytes(self) -> int:
+        """Bytes of states held by this stage."""
+        return sum(int(tensor.nbytes) for states in getattr(self, "rnn_state", {}).values() for tensor in states)
+
+
+SLOT_CACHES: dict[str, type[SlotCache]] = {"minimax": MiniMaxSlotCache, "xlstm": XlstmSlotCache}
+"""Slots for families that insist on cache classes of their own, and are both, by `model_type`."""

@@ -1,7 +1,12 @@
-"""Parts of a model: built with some layers real and placeholders for the rest, and moved between such models."""
+"""Parts of a model: built with some layers real and placeholders for the rest, and moved between such models.
+
+A placeholder has its part's place and kind of return value, and no weights.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,16 +19,98 @@ from pipetune.bench.models.dummy import init_dummy_weights
 from pipetune.bench.models.layers import find_layers
 from pipetune.bench.models.resolve import ResolvedModel
 from pipetune.bench.runtime import allocator
-from pipetune.bench.runtime.stage.placeholders import PlaceholderEmbedding, PlaceholderHead, PlaceholderLayer
+
+_PLAIN = str | int | float | bool | None
+_OF_EVERY_MODULE = frozenset(vars(nn.Module)) | {"training"}
+
+
+class Placeholder(nn.Module):
+    """What is left of a module without its weights: plain attributes, and the same of every part of it.
+
+    Models read attributes of layers, and initialise tables inside of them, that may be another stage's. Such tables
+    stay until `empty` is called.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for holder in (*(vars(kind) for kind in reversed(type(module).__mro__)), vars(module)):
+            for name, value in holder.items():
+                if not name.startswith("_") and name not in _OF_EVERY_MODULE and isinstance(value, _PLAIN):
+                    setattr(self, name, value)
+        for name, table in module.named_buffers(recurse=False):
+            if name in module._non_persistent_buffers_set:
+                self.register_buffer(name, table, persistent=False)
+        for name, part in module.named_children():
+            self.add_module(name, _placeholder(part))
+
+    def empty(self) -> None:
+        """Lets go of every tensor."""
+        for module in self.modules():
+            module._buffers.clear()
+
+
+def _placeholder(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.ModuleDict):
+        return nn.ModuleDict({name: _placeholder(part) for name, part in module.items()})
+    return Placeholder(module)
+
+
+class PlaceholderLayer(Placeholder):
+    """Stands in for a layer of another stage: same plain attributes, same kind of return value, no weights.
+
+    `returns_tuple_of` is the length of the tuple that the layer returns, 0 if it returns a tensor. Parts that are
+    `shared`, by name, have weights tied to those of own layers, and must be there until the weights are loaded.
+    """
+
+    def __init__(self, layer: nn.Module, returns_tuple_of: int, shared: Iterable[str] = ()) -> None:
+        super().__init__(layer)
+        self._returns_tuple_of = returns_tuple_of
+        self._hands_on_state = list(inspect.signature(layer.forward).parameters)[1:2] == ["state"]
+        for name in shared:
+            self.add_module(name, layer.get_submodule(name))
+
+    def empty(self) -> None:
+        """Lets go of every tensor, and of shared parts."""
+        for name, part in self.named_children():
+            self.add_module(name, _placeholder(part))
+        super().empty()
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What it was given; a state behind the hidden states is handed on, too."""
+        if self._returns_tuple_of == 0:
+            return hidden_states
+        state = args[0] if args and self._hands_on_state else None
+        return (hidden_states, state) + (None,) * (self._returns_tuple_of - 2)
+
+
+class PlaceholderEmbedding(nn.Module):
+    """Stands in for the embedding of another stage: zeros of the right shape, since the result is replaced."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._hidden_size = hidden_size
+        # Some models read the dtype of this weight.
+        self.weight: torch.Tensor
+        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Zeros `[..., hidden_size]`."""
+        return self.weight.new_zeros((*input_ids.shape, self._hidden_size))
+
+
+class PlaceholderHead(nn.Module):
+    """Stands in for the head of another stage: never called, but some families initialise its weight by name."""
+
+    bias = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight: torch.Tensor
+        self.register_buffer("weight", torch.empty(0), persistent=False)
 
 
 class Parts:
-    """What can be taken from one model, for one device.
-
-    Args:
-        skeleton: the whole model on the meta device.
-        returns_tuple_of: length of the tuple that a layer returns; 0 if it returns a tensor.
-    """
+    """What can be taken from one model, of which `skeleton` is the whole on the meta device, for one device."""
 
     def __init__(self, resolved: ResolvedModel, skeleton: Any, device: torch.device, *, returns_tuple_of: int) -> None:
         self._resolved = resolved
@@ -48,15 +135,15 @@ class Parts:
         Raises:
             ModelError: the checkpoint lacks some of them.
         """
-        keep = set(own)
-
-        def prune(model: Any) -> None:
-            self._prune(model, keep, embedding=embedding, head=head)
-
+        # An embedding that is stored as the head needs it beside it, too.
+        with_head = head or (embedding and self._resolved.embedding_in_head)
+        prune = functools.partial(self._prune, keep=set(own), embedding=embedding, head=with_head)
         model = self._build_dummy(prune) if self._resolved.spec.load_format == "dummy" else self._read(prune)
         for layer in find_layers(model)[1]:
             if isinstance(layer, PlaceholderLayer):
                 layer.empty()
+        if with_head and not head:
+            self._set_head(model, PlaceholderHead())
         return model
 
     def graft(self, model: Any, donor: Any, layers: Iterable[int], *, embedding: bool, head: bool) -> None:
@@ -82,7 +169,7 @@ class Parts:
         if head:
             self._set_head(model, PlaceholderHead())
 
-    def _prune(self, model: Any, keep: set[int], *, embedding: bool, head: bool) -> None:
+    def _prune(self, model: Any, *, keep: set[int], embedding: bool, head: bool) -> None:
         _, layers = find_layers(model)
         shared = self._shared_with(keep)
         for index, layer in enumerate(layers):

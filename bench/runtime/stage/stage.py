@@ -10,6 +10,7 @@ Shapes: B rows, S new tokens, M values of a message, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -17,16 +18,15 @@ import torch
 
 from pipetune.bench.cuts import embeds_in_layers
 from pipetune.bench.models.describe import build_on_meta
-from pipetune.bench.models.layers import cache_name, find_layers, is_recurrent
+from pipetune.bench.models.layers import cache_name, find_layers
 from pipetune.bench.models.resolve import ResolvedModel
 from pipetune.bench.runtime.device import TORCH_DTYPES
 from pipetune.bench.runtime.packed_linear import PackedLinear, pack_linears, packed_bytes
+from pipetune.bench.runtime.stage.attention import attention_on
 from pipetune.bench.runtime.stage.boundary import Boundary, StageDone, probe
-from pipetune.bench.runtime.stage.family_caches import SLOT_CACHES
-from pipetune.bench.runtime.stage.kv_cache import SlotCache
-from pipetune.bench.runtime.stage.parts import Parts
-from pipetune.bench.runtime.stage.placeholders import PlaceholderEmbedding
-from pipetune.bench.runtime.stage.precision import computing
+from pipetune.bench.runtime.stage.kv_cache import SLOT_CACHES, SlotCache
+from pipetune.bench.runtime.stage.parts import Parts, PlaceholderEmbedding
+from pipetune.bench.spec import ModelSpec
 
 
 class Stage:
@@ -38,30 +38,22 @@ class Stage:
         self.dtype = TORCH_DTYPES[resolved.spec.dtype]
         skeleton = build_on_meta(resolved)
         self.config: Any = skeleton.config
-        self._format = probe(skeleton)
-        self._parts = Parts(resolved, skeleton, device, returns_tuple_of=self._format.returns_tuple_of)
-        self._boundary = Boundary(self._format)
-        self._recurrent = is_recurrent(skeleton)
+        message = probe(skeleton)
+        self.message_values = message.values
+        """Values per token that cross to the next stage."""
+        self.message_dtype = message.dtype
+        """Dtype of what crosses to the next stage: some families keep hidden states in fp32 under halved weights."""
+        self.needs_mask = message.needs_mask
+        """Whether the model would look for padding itself where there is no mask."""
+        self._parts = Parts(resolved, skeleton, device, returns_tuple_of=message.returns_tuple_of)
+        self._boundary = Boundary(message)
         self._embeds_always = embeds_in_layers(self.config)
         self._cache_name = cache_name(skeleton) or "past_key_values"
         self._accepts = frozenset(inspect.signature(type(skeleton).forward).parameters)
-        self.own_layers = range(0)
-        self.is_first = False
-        self.is_last = False
-        self.loaded_layers: tuple[int, ...] = ()
+        self.own_layers, self.is_first, self.is_last = range(0), False, False
         self._model: Any = None
         self._head_hook: Any = None
         self._without_logits = False
-
-    @property
-    def message_values(self) -> int:
-        """Values per token that cross to the next stage."""
-        return self._format.values
-
-    @property
-    def message_dtype(self) -> torch.dtype:
-        """Dtype of what crosses to the next stage: some families keep hidden states in fp32 under halved weights."""
-        return self._format.dtype
 
     @property
     def model(self) -> Any:
@@ -70,10 +62,7 @@ class Stage:
         return self._model
 
     def assign(self, first_layer: int, end_layer: int, *, is_first: bool, is_last: bool) -> tuple[int, ...]:
-        """Makes this stage hold layers `[first_layer, end_layer)`; loads only what it does not hold yet.
-
-        Returns:
-            The layers that were loaded.
+        """Makes this stage hold layers `[first_layer, end_layer)`; loads, and returns, only what it does not hold yet.
 
         Raises:
             ModelError: the checkpoint lacks weights, or the model cannot be cut this way.
@@ -105,7 +94,6 @@ class Stage:
                 self._parts.graft(self._model, donor, missing, embedding=with_embedding, head=load_head)
         self.own_layers, self.is_first, self.is_last = wanted, is_first, is_last
         self._attach()
-        self.loaded_layers = missing
         return missing
 
     def pack(self) -> None:
@@ -142,7 +130,6 @@ class Stage:
             max_len=max_len,
             own_layers=self.own_layers,
             num_layers=len(find_layers(self.model)[1]),
-            recurrent=self._recurrent,
             dtype=self.dtype,
             device=self.device,
         )
@@ -151,7 +138,7 @@ class Stage:
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         cache: SlotCache,
         hidden_states: torch.Tensor | None = None,
@@ -163,7 +150,7 @@ class Stage:
 
         Args:
             input_ids: `[B, S]`, the real ids on every stage.
-            attention_mask: `[B, past + S]`, 0 where a row is padded on the left.
+            attention_mask: `[B, past + S]`, 0 where a row is padded on the left; None where none is.
             position_ids: `[B, S]`.
             cache: sought to the rows and to `past`.
             hidden_states: `[B, S, M]` from the stage before, M being `message_values`; None on the first.
@@ -176,7 +163,8 @@ class Stage:
         """
         kwargs: dict[str, Any] = {"input_ids": input_ids, self._cache_name: cache, "use_cache": True}
         # What has states alone takes the mask of the new tokens, and none once the padding lies behind.
-        if self._cache_name == "past_key_values" or attention_mask.shape == input_ids.shape:
+        is_whole = attention_mask is not None and attention_mask.shape == input_ids.shape
+        if self._cache_name == "past_key_values" or is_whole:
             kwargs["attention_mask"] = attention_mask
         if "position_ids" in self._accepts:
             kwargs["position_ids"] = position_ids
@@ -185,7 +173,7 @@ class Stage:
         self._boundary.received = hidden_states
         self._without_logits = without_logits
         try:
-            with computing(self.resolved.spec, self.device):
+            with computing(self.resolved.spec, self.device), attention_on(self.device):
                 logits: torch.Tensor = self.model(**kwargs).logits
         except StageDone as done:
             return done.message
@@ -210,3 +198,20 @@ class Stage:
     def _leave_before_head(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if self._without_logits:
             raise StageDone(args[0])
+
+
+def is_mixed(spec: ModelSpec) -> bool:
+    """Whether weights are kept in another dtype than the model computes in."""
+    return spec.kept_dtype != spec.dtype
+
+
+def computing(spec: ModelSpec, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Around a forward pass: computes in the dtype of the spec, whatever weights are kept in.
+
+    Over wider weights it is torch's autocast: matrix products and attention run in the half dtype; norms, sums and the
+    hidden states between layers stay in float32.
+    """
+    if not is_mixed(spec):
+        return contextlib.nullcontext()
+    # Each weight is used once a pass: to keep the halved ones as well would only take memory.
+    return torch.autocast(device.type, dtype=TORCH_DTYPES[spec.dtype], cache_enabled=False)

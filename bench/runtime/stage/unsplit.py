@@ -1,7 +1,8 @@
-"""The whole model as transformers itself builds it: for the unsplit reference, and for the baseline."""
+"""The whole model as transformers itself builds it: the truth that plans are compared with, and the baseline."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +15,12 @@ from pipetune.bench.models.describe import build_on_meta
 from pipetune.bench.models.dummy import init_dummy_weights
 from pipetune.bench.models.resolve import ResolvedModel
 from pipetune.bench.runtime.device import TORCH_DTYPES
-from pipetune.bench.runtime.stage.precision import compute_mixed
-from pipetune.bench.spec import device_index, device_kind
+from pipetune.bench.runtime.stage.stage import computing, is_mixed
+from pipetune.bench.spec import ModelSpec, device_index, device_kind
 
 
 def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
-    """The whole model as transformers itself builds it: the truth that every plan is compared with.
-
-    Args:
-        devices: one device, or several GPUs over which the layers are spread as `device_map="auto"` does.
+    """The whole model on one device, or with its layers spread over GPUs as `device_map="auto"` does.
 
     Raises:
         MemoryError: it does not fit on these GPUs.
@@ -37,19 +35,18 @@ def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
             whole = skeleton.to(torch.device(devices[0]) if kind == "cuda" else torch.device("cpu"))
         else:
             whole = dispatch_model(skeleton, spread, skip_keys=skeleton._skip_keys_device_placement)
-        compute_mixed(whole, spec, torch.device(kind))
-        return whole.eval()
-    placement: Any = spread or ({"": devices[0]} if kind == "cuda" else None)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        resolved.folder,
-        dtype=TORCH_DTYPES[spec.kept_dtype],
-        attn_implementation=spec.attn_implementation,
-        use_safetensors=True,
-        trust_remote_code=spec.trust_remote_code,
-        device_map=placement,
-    )
-    compute_mixed(loaded, spec, torch.device(kind))
-    return loaded.eval()
+    else:
+        placement: Any = spread or ({"": devices[0]} if kind == "cuda" else None)
+        whole = AutoModelForCausalLM.from_pretrained(
+            resolved.folder,
+            dtype=TORCH_DTYPES[spec.kept_dtype],
+            attn_implementation=spec.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            device_map=placement,
+        )
+    _compute_mixed(whole, spec, torch.device(kind))
+    return whole.eval()
 
 
 def spread_over(model: Any, gpus: Sequence[str]) -> dict[str, int]:
@@ -66,3 +63,17 @@ def spread_over(model: Any, gpus: Sequence[str]) -> dict[str, int]:
         free = sum(limits.values()) / 2**30
         raise MemoryError(f"not enough memory: the unsplit model does not fit into {free:.1f} GiB of {', '.join(gpus)}")
     return device_map
+
+
+def _compute_mixed(model: Any, spec: ModelSpec, device: torch.device) -> None:
+    """Makes a whole model compute so in each of its forward passes, those of `generate` included."""
+    if not is_mixed(spec):
+        return
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        with computing(spec, device):
+            return forward(*args, **kwargs)
+
+    model.forward = mixed

@@ -13,29 +13,26 @@ import torch
 from pipetune.bench.profile import LinkProfile
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.loop import Edges
-from pipetune.bench.runtime.wiring import Links
-from pipetune.bench.worker.channel import ControlGroup
+from pipetune.bench.worker.stage_host import StageHost
 
 ROUND_TRIPS = {4 * 2**10: 40, 256 * 2**10: 24, 4 * 2**20: 8}
 """Round trips that are timed, by the message's size in bytes."""
 _WARM_UP = 3
 
 
-def time_links(
-    links: Links, control: ControlGroup, devices: Sequence[str], device: DeviceContext, dtype: torch.dtype
-) -> tuple[LinkProfile, ...]:
+def time_links(host: StageHost) -> tuple[LinkProfile, ...]:
     """Times every pair of workers, one pair at a time; every rank calls it, and gets all of them.
 
     A message is taken for half of a round trip, so both directions of a pair are told alike. Workers that share a GPU
     have one name and no link to themselves, unless there is no other pair.
     """
     found: dict[tuple[str, str], LinkProfile] = {}
-    for one, other in itertools.combinations(range(len(devices)), 2):
-        pair = devices[one], devices[other]
+    for one, other in itertools.combinations(range(len(host.devices)), 2):
+        pair = host.devices[one], host.devices[other]
         if pair in found:
             continue
-        seconds = _round_trips(links, control, (one, other), device, dtype)
-        latency_s, bytes_per_s = fit(control.gather(seconds)[one])
+        seconds = _round_trips(host, (one, other))
+        latency_s, bytes_per_s = fit(host.control.gather(seconds)[one])
         for source, target in dict.fromkeys((pair, pair[::-1])):
             found[source, target] = LinkProfile(
                 source=source, target=target, latency_s=latency_s, bytes_per_s=bytes_per_s
@@ -65,32 +62,34 @@ def fit(seconds: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[flo
     return round(float(latency_s), 9), round(1 / max(float(per_byte_s), floor_s), 3)
 
 
-def _round_trips(
-    links: Links, control: ControlGroup, ranks: tuple[int, int], device: DeviceContext, dtype: torch.dtype
-) -> list[tuple[int, float]]:
+def _round_trips(host: StageHost, ranks: tuple[int, int]) -> list[tuple[int, float]]:
     """Size in bytes and seconds of one way, on the first of two ranks; empty on all others."""
+    dtype = host.stage.message_dtype
     largest = max(ROUND_TRIPS) // dtype.itemsize
     # Every rank takes part in opening both, as NCCL wants it.
     there, back = (
-        links.edges(pair, hidden_numel=largest, hidden_dtype=dtype, tokens_numel=1, tokens_depth=1)
+        host.links.edges(pair, hidden_numel=largest, hidden_dtype=dtype, tokens_numel=1, tokens_depth=1)
         for pair in (ranks, ranks[::-1])
     )
-    control.barrier()
+    host.control.barrier()
     measured = []
-    for size, count in ROUND_TRIPS.items():
-        numel = size // dtype.itemsize
-        if control.rank == ranks[0]:
-            assert there is not None
-            assert back is not None
-            times = [_call(there, back, numel, device, dtype) for _ in range(_WARM_UP + count)]
-            measured.append((size, statistics.median(times[_WARM_UP:]) / 2))
-        elif control.rank == ranks[1]:
-            assert there is not None
-            assert back is not None
+    if there is not None and back is not None:
+        # So that the driver sees it if a message never comes.
+        host.status.activity = "receive"
+        for size, count in ROUND_TRIPS.items():
+            times = []
             for _ in range(_WARM_UP + count):
-                _answer(there, back, numel)
-            device.synchronize()
-    control.barrier()
+                numel = size // dtype.itemsize
+                if host.rank == ranks[0]:
+                    times.append(_call(there, back, numel, host.device, dtype))
+                else:
+                    _answer(there, back, numel)
+                host.status.tasks_done += 1
+            if times:
+                measured.append((size, statistics.median(times[_WARM_UP:]) / 2))
+        host.device.synchronize()
+        host.status.activity = "idle"
+    host.control.barrier()
     return measured
 
 
@@ -98,8 +97,9 @@ def _call(there: Edges, back: Edges, numel: int, device: DeviceContext, dtype: t
     assert there.hidden_out is not None
     assert back.hidden_in is not None
     message = torch.zeros((1, 1, numel), dtype=dtype, device=device.torch_device)
-    back.hidden_in.post((1, 1, numel))
+    # Not once the receive is posted: that ends only when its message comes, which is the answer to what is sent here.
     device.synchronize()
+    back.hidden_in.post((1, 1, numel))
     began = time.perf_counter()
     there.hidden_out.send(message)
     back.hidden_in.take()

@@ -17,7 +17,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from pipetune.bench.cuts import idle_layers
@@ -30,9 +30,8 @@ from pipetune.bench.runtime.device import undisturbed
 from pipetune.bench.runtime.loop import StageLoop
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.worker.profiling.link_times import time_links
-from pipetune.bench.worker.profiling.part_times import PartShares, PartStamps
-from pipetune.bench.worker.profiling.repeats import repeat
-from pipetune.bench.worker.profiling.scope import MEMORY_FRACTION, Scope, scope_of
+from pipetune.bench.worker.profiling.part_times import Part, PartStamps
+from pipetune.bench.worker.profiling.scope import MEMORY_FRACTION, Scope, repeat, scope_of
 from pipetune.bench.worker.stage_host import StageHost
 
 ENOUGH_S = 0.6
@@ -55,7 +54,7 @@ class _Seen:
     """What was timed of one kind of task in one window."""
 
     whole_s: list[float] = dataclasses.field(default_factory=list)
-    shares: list[PartShares] = dataclasses.field(default_factory=list)
+    shares: list[dict[Part, float]] = dataclasses.field(default_factory=list)
     wanted: int = MIN_SAMPLES
     slowest_s: float = 0.0
     """Seconds of one task on the slowest device."""
@@ -68,10 +67,7 @@ class _Times:
     samples: int
     spread: float
     """Distance between the quartiles of whole tasks, as a share of their median."""
-    overhead_s: float
-    embedding_s: float
-    head_s: float
-    layers_s: dict[int, float]
+    parts_s: dict[Part, float]
 
 
 class Profiler:
@@ -88,8 +84,7 @@ class Profiler:
         """Seconds of tasks on all devices together, and on this one alone, by kind of task."""
 
     def run(self) -> dict[str, Any]:
-        """`devices`, `contention`, `links`, `notes`, `disturbances` and `took_s`, or a `failure`, as JSON; of use on
-        rank 0 alone."""
+        """`devices`, `contention`, `links`, `notes`, `disturbances` and `took_s`, or a `failure`; for rank 0 alone."""
         host, began = self.host, time.perf_counter()
         sensors = sensors_for([host.device.name])
         before = sensors.state()
@@ -105,9 +100,9 @@ class Profiler:
             packed_weights=self.packed_weights,
         )
         if isinstance(scope, Failure):
-            return {"failure": scope.model_dump(mode="json")}
+            return {"failure": scope}
         sensors.start()
-        links = time_links(host.links, host.control, host.devices, host.device, host.stage.message_dtype)
+        links = time_links(host)
         notes: dict[str, None] = dict.fromkeys(scope.notes)
         windows: list[dict[TaskKind, _Times]] = []
         for number, window in enumerate(scope.windows):
@@ -119,23 +114,16 @@ class Profiler:
         disturbances = read_telemetry(sensors, before).disturbances
         host.free()
         own = _device_profile(host.device.name, scope.kinds, windows, alike)
-        contention = {
-            "prefill": self._contention(is_decode=False),
-            "decode": self._contention(is_decode=True),
-        }
-        rows = host.control.gather(
-            {"device": own.model_dump(mode="json"), "notes": list(notes), "disturbances": list(disturbances)}
-        )
+        contention = {"prefill": self._contention(is_decode=False), "decode": self._contention(is_decode=True)}
+        rows = host.control.gather({"device": own, "notes": list(notes), "disturbances": disturbances})
         # Workers that share a GPU saw the same; one of them speaks for it.
         devices = {row["device"]["device"]: row["device"] for row in reversed(rows)}
         return {
             "devices": [devices[name] for name in dict.fromkeys(host.devices)],
             "contention": contention,
-            "links": [link.model_dump(mode="json") for link in links],
-            **{
-                name: list(dict.fromkeys(text for row in rows for text in row[name]))
-                for name in ("notes", "disturbances")
-            },
+            "links": links,
+            "notes": list(dict.fromkeys(text for row in rows for text in row["notes"])),
+            "disturbances": list(dict.fromkeys(text for row in rows for text in row["disturbances"])),
             "took_s": round(time.perf_counter() - began, 3),
         }
 
@@ -146,7 +134,7 @@ class Profiler:
             window,
             packed_weights=self.packed_weights,
             cuda_graphs=self.cuda_graphs,
-            memory_fraction=MEMORY_FRACTION,
+            cap_bytes=int(MEMORY_FRACTION * host.device_bytes),
         )
         host.status.phase = "profile"
         self._filled = None
@@ -167,7 +155,7 @@ class Profiler:
             if done == 0 and len(host.devices) > 1:
                 for kind in _contending(seen):
                     self._contend(loop, kind, max(3, round(BURST_S / seen[kind].slowest_s)))
-        return {kind: _times_of(one, window) for kind, one in seen.items()}
+        return {kind: _times_of(one) for kind, one in seen.items()}
 
     def _contend(self, loop: StageLoop, kind: TaskKind, burst: int) -> None:
         """Times a burst of tasks on all devices together, and then on one after the other alone."""
@@ -224,7 +212,7 @@ class Profiler:
     ) -> list[tuple[float, float]]:
         """Begin and end of so many tasks, in monotonic seconds; all devices begin together, or only this one does."""
         job = repeat(kind, count, self.grid, self.host.shape, pad_token_id=self.pad_token_id)
-        loop.prepare(job.with_room(max(1, self.grid.max_tokens // kind.rows)))
+        loop.prepare(job)
         if kind.past_tokens > 0 and not self.host.shape.recurrent and loop.slots[0] is not self._filled:
             loop.run(repeat(kind, 1, self.grid, self.host.shape, pad_token_id=self.pad_token_id))
             # Pages of a new slot that nobody ever wrote are all one, which never leaves the processor's cache.
@@ -269,20 +257,13 @@ def _lower_quartile(seconds: Sequence[float]) -> float:
     return statistics.quantiles(seconds, n=4, method="inclusive")[0]
 
 
-def _times_of(seen: _Seen, window: range) -> _Times:
+def _times_of(seen: _Seen) -> _Times:
     whole_s = statistics.median(seen.whole_s)
     quarters = statistics.quantiles(seen.whole_s, n=4, method="inclusive")
-
-    def part_s(shares: Iterable[float]) -> float:
-        return whole_s * statistics.fmean(shares)
-
     return _Times(
         samples=len(seen.whole_s),
         spread=(quarters[2] - quarters[0]) / whole_s,
-        overhead_s=part_s(shares.overhead for shares in seen.shares),
-        embedding_s=part_s(shares.embedding for shares in seen.shares),
-        head_s=part_s(shares.head for shares in seen.shares),
-        layers_s={layer: part_s(shares.layers[layer] for shares in seen.shares) for layer in window},
+        parts_s={part: whole_s * statistics.fmean(shares[part] for shares in seen.shares) for part in seen.shares[0]},
     )
 
 
@@ -291,10 +272,11 @@ def _device_profile(
 ) -> DeviceProfile:
     """Puts windows together: what several of them hold is the mean over them, and like layers are one."""
 
-    def times(values: Callable[[_Times], Sequence[float]]) -> tuple[TaskTime, ...]:
+    def times(*parts: Part) -> tuple[TaskTime, ...]:
         rows = []
         for kind in kinds:
-            found = [(time_s, window[kind]) for window in windows for time_s in values(window[kind])]
+            timed = [window[kind] for window in windows]
+            found = [(one.parts_s[part], one) for one in timed for part in parts if part in one.parts_s]
             seconds = statistics.fmean(time_s for time_s, _ in found)
             rows.append(
                 TaskTime(
@@ -311,18 +293,10 @@ def _device_profile(
     groups: dict[int, list[int]] = defaultdict(list)
     for layer, number in enumerate(alike):
         groups[number].append(layer)
-
-    def layer_times(layers: Sequence[int]) -> LayerTimes:
-        own = frozenset(layers)
-        return LayerTimes(
-            layers=tuple(layers),
-            times=times(lambda one: [time_s for layer, time_s in one.layers_s.items() if layer in own]),
-        )
-
     return DeviceProfile(
         device=device,
-        layers=tuple(layer_times(layers) for layers in groups.values()),
-        overhead=times(lambda one: [one.overhead_s]),
-        embedding=times(lambda one: [one.embedding_s]),
-        head=times(lambda one: [one.head_s]),
+        layers=tuple(LayerTimes(layers=tuple(layers), times=times(*layers)) for layers in groups.values()),
+        overhead=times("overhead"),
+        embedding=times("embedding"),
+        head=times("head"),
     )

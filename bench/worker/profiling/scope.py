@@ -1,5 +1,7 @@
 """What a profile times: kinds of tasks, and windows of layers; chosen alike on every worker, from shapes alone.
 
+A kind is timed in passes of nothing but tasks of it, one behind the other, for the loop that plans run in.
+
 A layer is timed among others, as in a stage: alone it would stay in the cache, and its weights would cost nothing to
 read. A window is a run of layers, as long as a stage of the model on so many devices; together the windows hold a
 layer of every kind.
@@ -9,11 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Hashable, Sequence
 
 from pipetune.bench.memory import ModelShape, stage_bytes
 from pipetune.bench.profile import ProfileGrid, TaskKind
 from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.runtime.job import Job
+from pipetune.bench.schedule import Task
 from pipetune.bench.spec import Plan
 
 MEMORY_FRACTION = 0.9
@@ -45,7 +50,6 @@ def scope_of(
 
     Args:
         alike: of each layer; layers with equal ones cost the same.
-        devices: of the fleet.
         device_bytes: memory of the device that has the least.
 
     Returns:
@@ -145,3 +149,56 @@ def _bytes(
         output_len=0 if grid.scores else DECODE_STEPS if kind.is_decode else 1,
     )
     return need.total(1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Repeats(Job):
+    """Tasks given one by one, instead of those of a schedule."""
+
+    repeated: tuple[Task, ...]
+
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks given."""
+        return self.repeated
+
+
+def repeat(kind: TaskKind, count: int, grid: ProfileGrid, shape: ModelShape, *, pad_token_id: int) -> Repeats:
+    """So many tasks of a kind. What keeps states is given the past first, by one task more, and goes on from there.
+
+    Tokens that decode steps work on are part of the prompts, and unlike from row to row as in a real batch: rows that
+    were all alike would meet in the same experts.
+    """
+    rows, new, past, _ = kind
+    length = past if kind.is_decode else past + new
+    recurs = kind.is_decode and shape.recurrent
+    if kind.is_decode:
+        steps = range(count) if recurs else [0] * count
+        tasks = [_task(rows, step + 1, past + step, past + step + 1) for step in steps]
+    else:
+        tasks = [_task(rows, 0, past, past + new)] * count
+    source = random.Random(0)
+    ahead = DECODE_STEPS if kind.is_decode else 0
+    lengths = [length + ahead] + [max(1, length - grid.padded) + ahead] * (rows - 1)
+    return Repeats(
+        prompts=tuple(tuple(source.randrange(shape.vocab_size) for _ in range(own)) for own in lengths),
+        output_len=0 if grid.scores else DECODE_STEPS if kind.is_decode else 1,
+        micro_batch_size=rows,
+        prefill_size=rows,
+        in_flight=1,
+        pad_token_id=pad_token_id,
+        sampling=grid.sampling,
+        repeated=((_task(rows, 0, 0, past), *tasks) if recurs else tuple(tasks)),
+    )
+
+
+def _task(rows: int, step: int, first_token: int, end_token: int) -> Task:
+    return Task(
+        micro_batch=0,
+        step=step,
+        slot=0,
+        first_row=0,
+        end_row=rows,
+        first_token=first_token,
+        end_token=end_token,
+        samples=True,
+    )

@@ -15,13 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipetune.bench.errors import ConfigError, ModelError, PlanError
+from pipetune.bench.errors import ConfigError, ModelError, PlanError, StudyError
 from pipetune.bench.fleet.fleet import Fleet, Progress
 from pipetune.bench.fleet.supervisor import Supervisor
 from pipetune.bench.record import Failure, FailureKind, Measurement
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
 from tests.hooks import break_workers
 from tests.tiny_models import save_tiny_model
+from tests.workers import worker_pids
 
 DEVICES = ("cpu:0", "cpu:1")
 WORKLOAD = Workload(num_prompts=6, input_len=12, output_len=5, random_range_ratio=0.5)
@@ -114,7 +115,7 @@ def test_a_plan_without_instrumentation_still_has_its_throughput(fleet: Fleet) -
 def during_measurement(fleet: Fleet, act: Callable[[int], None]) -> Measurement | Failure:
     """Runs a long plan and does something to the pid of rank 1 once it is being measured."""
     begun = threading.Event()
-    pids = fleet.worker_pids
+    pids = worker_pids(fleet)
     fleet._supervisor.on_progress = lambda progress: begun.set() if progress.phase == "measure" else None
 
     def strike() -> None:
@@ -150,6 +151,24 @@ def test_a_stopped_worker_is_found_by_its_silence(folder: Path, fleet: Fleet) ->
     assert (outcome.stage, outcome.device) == (1, "cpu:1")
 
 
+def test_a_driver_that_was_stopped_itself_takes_nobody_for_hung(fleet: Fleet) -> None:
+    script = f"kill -STOP {os.getpid()}; sleep 3.5; kill -CONT {os.getpid()}"
+    stopper: list[subprocess.Popen[bytes]] = []
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "measure" and not stopper:
+            stopper.append(subprocess.Popen(["sh", "-c", f"sleep 0.2; {script}"], start_new_session=True))
+
+    fleet._supervisor.on_progress = stop
+    fleet._supervisor.hang_timeout_s = 2.5
+    try:
+        outcome = run(fleet, (3, 3), 1, num_iters=50)
+        stopper[0].wait()
+    finally:
+        fleet._supervisor.hang_timeout_s = 10.0
+    assert isinstance(outcome, Measurement), outcome
+
+
 def test_a_run_past_its_time_is_a_timeout(fleet: Fleet) -> None:
     outcome = run(fleet, (3, 3), 1, num_iters=2000, timeout_s=1.0)
     assert isinstance(outcome, Failure)
@@ -160,13 +179,13 @@ def test_a_lost_message_is_a_communication_timeout(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = """
-    send = module.DirectSender.send
+    send = module.Sender.send
     def lossy(self, tensor):
         if tensor.dtype.is_floating_point:
             send(self, tensor)
-    module.DirectSender.send = lossy
+    module.Sender.send = lossy
 """
-    break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.runtime.links.transport", body=body)
+    break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.runtime.links", body=body)
     monkeypatch.setattr("pipetune.bench.fleet.supervisor.STUCK_AFTER_S", 2.0)
     with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as broken:
         outcome = run(broken, (3, 3), 2)
@@ -185,11 +204,59 @@ def test_a_plan_can_be_the_reference_where_the_model_does_not_fit(fleet: Fleet, 
         assert failure is None
         outcome = run(fleet, (5, 1), 4)
     finally:
-        fleet.use_reference(unsplit)
+        fleet.use_reference(*unsplit)
     assert isinstance(outcome, Measurement)
     assert outcome.check is not None
     assert outcome.check.reference == "plan"
     assert outcome.check.tokens_equal is True
+
+
+@pytest.mark.parametrize("damage", [b"", b"no reference", None])
+def test_a_reference_that_is_damaged_or_lost_is_no_plans_fault(
+    fleet: Fleet, tmp_path: Path, damage: bytes | None
+) -> None:
+    good = fleet._reference
+    assert good is not None
+    copy = tmp_path / "reference"
+    copy.write_bytes(good[0].read_bytes())
+    pids = worker_pids(fleet)
+    try:
+        fleet.use_reference(copy, WORKLOAD)
+        if damage is None:
+            copy.unlink()
+        else:
+            copy.write_bytes(damage)
+        with pytest.raises(StudyError, match="--resume makes it anew"):
+            run(fleet, (3, 3), 2)
+        with pytest.raises(StudyError, match="not a reference"):
+            fleet.use_reference(copy, WORKLOAD)
+        with pytest.raises(StudyError, match="another model or workload"):
+            fleet.use_reference(good[0], WORKLOAD.model_copy(update={"num_prompts": 5}))
+    finally:
+        fleet.use_reference(*good)
+    assert worker_pids(fleet) == pids, "nobody had to be started anew"
+    assert isinstance(run(fleet, (3, 3), 2), Measurement)
+
+
+def test_a_reference_that_one_worker_alone_cannot_read_holds_up_nobody(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+    import sys
+    from pipetune.bench.errors import StudyError
+    load = module.Reference.load
+    def one_sided(path, digest):
+        if sys.argv[sys.argv.index("--rank") + 1] == "1":
+            raise StudyError("only here")
+        return load(path, digest)
+    module.Reference.load = one_sided
+"""
+    break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.worker.reference", body=body)
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as broken:
+        assert broken.make_reference(tmp_path / "reference", WORKLOAD, PROTOCOL) is None
+        with pytest.raises(StudyError, match="only here"):
+            run(broken, (3, 3), 2)
+        assert broken.prompts(WORKLOAD), "the workers still answer"
 
 
 def test_out_of_memory_names_stage_and_bytes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,8 +301,9 @@ def test_nothing_outlives_a_killed_driver(folder: Path, tmp_path: Path) -> None:
         "import sys, time\n"
         "from pipetune.bench.fleet.fleet import Fleet\n"
         "from pipetune.bench.spec import ModelSpec\n"
+        "from tests.workers import worker_pids\n"
         f"fleet = Fleet.start(ModelSpec(name={str(folder)!r}), {DEVICES!r})\n"
-        "print(*fleet.worker_pids, flush=True)\n"
+        "print(*worker_pids(fleet), flush=True)\n"
         "time.sleep(600)\n"
     )
     root = str(Path(__file__).parents[3])
@@ -276,7 +344,7 @@ def test_an_interrupted_start_leaves_nothing(folder: Path, monkeypatch: pytest.M
 
     def interrupt(self: Supervisor, *args: object) -> None:
         started.append(self)
-        pids.extend(self.pids)
+        pids.extend(worker.process.pid for worker in self._workers)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Supervisor, "_await", interrupt)

@@ -47,3 +47,12 @@ def test_a_runtime_folder_that_others_may_write_is_refused(tmp_path: Path) -> No
     (tmp_path / "pipetune").chmod(0o777)
     with pytest.raises(StudyError, match="writable by others"), locks.hold_gpus(("cuda:0",), GPUS):
         pass
+
+
+def test_a_holder_that_is_a_link_overwrites_nothing(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("mine", encoding="utf-8")
+    (tmp_path / ".lock.holder").symlink_to(own)
+    with locks.hold(tmp_path / ".lock", "it", remedy=""):
+        pass
+    assert own.read_text(encoding="utf-8") == "mine"

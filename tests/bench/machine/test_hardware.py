@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,97 @@ def test_affinity_limits_the_cores() -> None:
         assert hardware.cpu_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def cores_said(
+    devices: tuple[str, ...], cores: int, affinity: int, quota: float | None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, ...]:
+    """What is said of a fleet on a machine of so many cores, its process's affinity and its cgroup's quota."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
+    monkeypatch.setattr(hardware, "_cgroup_cores", lambda membership, root: quota)
+    hardware.warn_of_cores.cache_clear()
+    return hardware.warn_of_cores(devices)
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "affinity", "quota", "said"),
+    [
+        (2, 2, 2, None, None),
+        (2, 8, 8, None, None),
+        (2, 8, 8, 8.0, None),
+        (2, 8, 8, 9.5, None),
+        (3, 2, 2, None, "3 workers may use 2 of the machine's 2 and wait for each other; take fewer devices"),
+        (2, 8, 4, None, "2 workers may use 4 of the machine's 8 (affinity)"),
+        (2, 8, 8, 3.5, "2 workers may use 3.5 of the machine's 8 (a cgroup's quota)"),
+        (1, 8, 4, 2.5, "1 worker may use 2.5 of the machine's 8 (affinity and a cgroup's quota)"),
+        (
+            2,
+            2,
+            2,
+            1.5,
+            "2 workers may use 1.5 of the machine's 2 (a cgroup's quota) and wait for each other; take fewer devices",
+        ),
+    ],
+)
+def test_cores_that_workers_lack_are_said(
+    workers: int,
+    cores: int,
+    affinity: int,
+    quota: float | None,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    devices = tuple(f"cpu:{index}" for index in range(workers))
+    expected = () if said is None else (f"cores: {said}",)
+    assert cores_said(devices, cores, affinity, quota, monkeypatch) == expected
+    assert hardware.warn_of_cores(devices) == expected
+    assert caplog.messages == [f"pipetune: {text}" for text in expected]
+
+
+def test_gpus_lack_cores_only_where_their_workers_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cores_said(("cuda:0", "cuda:1"), 8, 4, 2.0, monkeypatch) == ()
+    (said,) = cores_said(("cuda:0", "cuda:1"), 8, 8, 1.0, monkeypatch)
+    assert said.startswith("cores: 2 workers may use 1 of the machine's 8 and wait")
+
+
+def test_a_real_quota_of_a_cgroup_limits_the_cores_and_is_said() -> None:
+    program = (
+        "from pipetune.bench.machine import hardware\n"
+        "print(hardware.cpu_cores(), *hardware.warn_of_cores(('cpu:0', 'cpu:1')))"
+    )
+    with cpu_quota(150_000) as join:
+        done = subprocess.run([sys.executable, "-c", program], preexec_fn=join, text=True, capture_output=True)
+    note = f"cores: 2 workers may use 1.5 of the machine's {os.cpu_count()} (a cgroup's quota) and wait for each other"
+    assert done.stdout == f"1 {note}; take fewer devices\n"
+    assert done.stderr == f"pipetune: {note}; take fewer devices\n"
+
+
+@contextmanager
+def cpu_quota(microseconds: int) -> Iterator[Callable[[], None]]:
+    """What a process calls to be in a cgroup of its own, with a quota of each 100 ms; skips where none can be made."""
+    folder, quota, text = Path("/sys/fs/cgroup/cpu"), "cpu.cfs_quota_us", f"{microseconds}"
+    if not folder.is_dir():
+        folder, quota, text = Path("/sys/fs/cgroup"), "cpu.max", f"{microseconds} 100000"
+    own = folder / f"pipetune-test-{os.getpid()}"
+
+    def join() -> None:
+        (own / "cgroup.procs").write_text(str(os.getpid()))
+
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("a single core is below the quota")
+    try:
+        own.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    try:
+        (own / quota).write_text(text)
+        yield join
+    except OSError as error:
+        pytest.skip(f"no quota can be set here: {error}")
+    finally:
+        own.rmdir()
 
 
 def write(path: Path, text: str) -> None:

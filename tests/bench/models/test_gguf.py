@@ -153,7 +153,7 @@ def test_large_files_are_told_apart_without_reading_them(tmp_path: Path, monkeyp
 
 def test_dummy_weights_need_the_config_alone(tmp_path: Path) -> None:
     resolved = resolve(write_gguf(tmp_path / "tiny.gguf", make_model(), leave_out="blk.2.ffn_up.weight"), "dummy")
-    assert resolved.config_only
+    assert resolved.checkpoint_bytes is None
     assert not list(resolved.folder.glob("*.safetensors"))
     assert (resolved.folder / "tokenizer.json").is_file()
     assert describe_model(resolved).num_layers == 4

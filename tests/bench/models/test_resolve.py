@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -67,7 +68,6 @@ def test_folder_is_found_with_its_architecture_and_a_content_hash(folder: Path) 
     assert resolved.spec.revision is not None
     assert resolved.spec.revision.startswith("sha256:")
     assert resolved.checkpoint_bytes == (folder / "model.safetensors").stat().st_size
-    assert not resolved.config_only
 
 
 def test_resolving_again_with_the_revision_changes_nothing(folder: Path) -> None:
@@ -117,7 +117,6 @@ def test_large_checkpoints_are_hashed_quickly_and_a_change_is_still_seen(
 def test_config_alone_is_enough_for_dummy_weights(tmp_path: Path) -> None:
     model_config("llama").save_pretrained(tmp_path)
     resolved = resolve(tmp_path, "dummy")
-    assert resolved.config_only
     assert resolved.checkpoint_bytes is None
     with pytest.raises(ModelError, match="--load-format dummy"):
         resolve(tmp_path, "auto")
@@ -139,14 +138,29 @@ def test_missing_shard_is_named(sharded: Path) -> None:
 def test_weights_cut_short_are_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 10)
-    with pytest.raises(ModelError, match=r"should have \d+; download it again"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: is no whole .*not fully covered.*; .*Fetch it again"):
+        resolve(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": None}, {"dtype": "INT3"}, {"shape": [-1]}, {"shape": "long"}, {"data_offsets": [0]}], ids=str
+)
+def test_a_header_that_does_not_describe_its_weights_is_refused(folder: Path, change: dict[str, Any]) -> None:
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["lm_head.weight"] |= change
+    damaged = json.dumps(header).encode()
+    weights.write_bytes(len(damaged).to_bytes(8, "little") + damaged + content[8 + length :])
+    with pytest.raises(ModelError, match=r"model\.safetensors: is no whole safetensors file"):
         resolve(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"\0" * 64])
 def test_what_is_no_safetensors_file_is_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match="is no safetensors file"):
+    with pytest.raises(ModelError, match="is no whole safetensors file"):
         resolve(folder)
 
 
@@ -221,11 +235,54 @@ def test_foreign_code_needs_trust(tmp_path: Path) -> None:
     assert resolve_model(trusted).architecture == "TheirsForCausalLM"
 
 
-def test_quantized_checkpoints_are_refused(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(ModelError, match=r"is quantized \(awq\)"):
+@pytest.mark.parametrize(
+    ("file", "values", "method"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ("config.json", {"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+        ("config.json", {"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "by an unknown method"),
+        ("quantize_config.json", {"bits": 4, "quant_method": "gptq"}, "gptq"),
+        ("quant_config.json", {"w_bit": 4, "version": "GEMM"}, "GEMM"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, "NVFP4"),
+        ("params.json", {"quantization": {"qformat_weight": "fp8_e4m3"}}, "fp8_e4m3"),
+    ],
+)
+def test_quantized_checkpoints_are_refused_wherever_the_method_is_written(
+    folder: Path, file: str, values: dict[str, object], method: str
+) -> None:
+    path = folder / file
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+    with pytest.raises(ModelError, match=rf"is quantized \({method}\)"):
         resolve(folder)
+    told: list[str] = []
+    resolve_model(ModelSpec(name=str(folder), load_format="dummy"), on_progress=told.append)
+    assert told == [f"{folder} is quantized ({method}); sizes and times are those of unquantized float32 weights"]
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": None, "torch_dtype": "float16"}, "float16"),
+        ({"dtype": None, "text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"dtype": "float64"}, "float32"),
+        ({"dtype": None}, "float32"),
+    ],
+)
+def test_auto_is_the_checkpoints_own_dtype_and_twice_its_memory_is_said(
+    folder: Path, config: dict[str, object], dtype: str
+) -> None:
+    path, told = folder / "config.json", list[str]()
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    found = resolve_model(ModelSpec(name=str(folder), dtype="auto"), on_progress=told.append)
+    assert (found.spec.dtype, told) == (dtype, [f"{folder} is computed in {dtype}, as its checkpoint is kept"])
+    told.clear()
+    assert resolve_model(ModelSpec(name=str(folder)), on_progress=told.append).spec.dtype == "float32"
+    assert len(told) == (dtype != "float32")
+    assert all("takes twice the memory" in one for one in told)
+    resolve_model(ModelSpec(name=str(folder), dtype="float32"), on_progress=told.append)
+    assert len(told) == (dtype != "float32"), "who asked for it knows"
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
@@ -251,3 +308,91 @@ def test_snapshot_without_weights_does_not_count_as_the_model(hub_cache: Path) -
     assert resolve("someone/tiny", "dummy").folder == hub_cache
     with pytest.raises(ModelError, match=r"holds no model\.safetensors"):
         resolve("someone/tiny")
+
+
+FOREIGN = {
+    "Mistral's own format": ("params.json", "consolidated.safetensors", "tekken.json"),
+    "Meta's own format": ("params.json", "consolidated.00.pth"),
+    "shards of a training run": ("pytorch_model_fsdp_0/__0_0.distcp",),
+    "shards of DeepSpeed": ("zero_to_fp32.py", "global_step24/mp_rank_00_model_states.pt"),
+    "an adapter": ("checkpoint-24/adapter_config.json", "checkpoint-24/adapter_model.safetensors"),
+    "a cache of the hub": ("models--someone--tiny/refs/main",),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_other_tools_write_is_called_by_its_name(tmp_path: Path, what: str) -> None:
+    for name in FOREIGN[what]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelError, match=rf"holds no config\.json, but .*{what}.*give") as caught:
+        resolve(tmp_path)
+    assert FOREIGN[what][0].partition("/")[0] in str(caught.value) or "params.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [True, False], ids=["with a config", "without"])
+def test_of_a_trainers_folder_the_last_whole_checkpoint_is_named(original: Path, tmp_path: Path, config: bool) -> None:
+    for number in (9, 24, 100):
+        shutil.copytree(original, tmp_path / f"checkpoint-{number}")
+    (tmp_path / "checkpoint-100" / "model.safetensors").unlink()
+    if config:
+        shutil.copy(original / "config.json", tmp_path)
+        (tmp_path / "training_args.bin").touch()
+    with pytest.raises(ModelError, match=r"give .*/checkpoint-24, the last whole one of 3"):
+        resolve(tmp_path)
+
+
+def test_a_folder_inside_a_checkpoint_leads_to_it(folder: Path) -> None:
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").touch()
+    with pytest.raises(ModelError, match=r"give .*/model, which is a checkpoint"):
+        resolve(folder / "original")
+
+
+@pytest.mark.parametrize("stray", ["model-00001-of-00002.safetensors", "weights.safetensors"])
+def test_weights_that_nothing_would_read_are_named(folder: Path, stray: str) -> None:
+    (folder / "model.safetensors").rename(folder / stray)
+    (folder / "optimizer.pt").touch()
+    with pytest.raises(ModelError, match=rf"holds no model\.safetensors, but {stray}: .*give the model as"):
+        resolve(folder)
+
+
+def test_files_beside_the_weights_change_nothing_but_a_second_layout_is_said(folder: Path, sharded: Path) -> None:
+    alone = resolve(folder)
+    (folder / "consolidated.safetensors").write_bytes(b"of another tool")
+    (folder / "params.json").touch()
+    for file in sharded.glob("model*"):
+        shutil.copy(file, folder)
+    said: list[str] = []
+    assert resolve_model(ModelSpec(name=str(folder)), on_progress=said.append) == alone
+    assert said == [
+        f"{folder}: model.safetensors is read, as transformers does; {checkpoint.INDEX} and its shards are not"
+    ]
+
+
+@pytest.mark.parametrize("by_folder", [True, False], ids=["folder", "id"])
+def test_cache_without_refs_gives_its_newest_whole_snapshot(hub_cache: Path, by_folder: bool) -> None:
+    repository, name = hub_cache.parents[1], "someone/tiny"
+    shutil.rmtree(repository / "refs")
+    for number, commit in enumerate(("a" * 40, "b" * 40)):
+        shutil.copytree(hub_cache, hub_cache.with_name(commit))
+        os.utime(hub_cache.with_name(commit), (2e9 + number, 2e9 + number))
+    (hub_cache.with_name("b" * 40) / "model.safetensors").unlink()
+    said: list[str] = []
+    spec = ModelSpec(name=str(repository) if by_folder else name)
+    assert resolve_model(spec, on_progress=said.append).spec.revision == "a" * 40
+    assert f"{'a' * 40}, the newest whole one, is taken" in said[-1]
+
+
+def test_cache_folder_gives_what_main_is_or_says_what_is_whole(hub_cache: Path) -> None:
+    repository, other = hub_cache.parents[1], hub_cache.with_name("a" * 40)
+    shutil.copytree(hub_cache, other)
+    resolved = resolve(repository)
+    assert (resolved.folder, resolved.spec.revision) == (hub_cache, COMMIT)
+    assert resolve(repository, revision=other.name).folder == other
+    (hub_cache / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=f"of {COMMIT}; get it by `hf download someone/tiny`, or say --revision aaaa"):
+        resolve(repository)
+    for name in (str(hub_cache), "someone/tiny"):
+        with pytest.raises(ModelError, match=r"get the rest by `hf download someone/tiny`"):
+            resolve(name)

@@ -58,29 +58,24 @@ def test_every_plan_gives_the_unsplit_models_tokens(family: str, tmp_path: Path)
 # The edges that only GPUs use, over what a CPU has: the order of groups and messages is theirs.
 NCCL_BY_GLOO = """
     import types
-    real = module.dist
+    from unittest import mock
+    group = module.dist.new_group
+    def new_group(ranks, backend, timeout, pg_options):
+        return group(ranks, backend="gloo", timeout=timeout)
     module.dist = types.SimpleNamespace(
-        isend=real.isend,
-        irecv=real.irecv,
-        ProcessGroup=real.ProcessGroup,
-        new_group=lambda ranks, backend, timeout: real.new_group(ranks, backend="gloo", timeout=timeout),
+        **{**vars(module.dist), "ProcessGroupNCCL": mock.MagicMock(), "new_group": new_group}
     )
     module.Links.transport = lambda self, source, destination: "nccl"
     module.torch.cuda.synchronize = lambda device: None
 """
 STAGED_BY_GLOO = """
     from unittest import mock
-    from pipetune.bench.runtime.links import transport
+    from pipetune.bench.runtime import links
     module.torch.cuda.Event = mock.Mock
-    init = transport._Ring.__init__
-    transport._Ring.__init__ = lambda self, *args, pin=False: init(self, *args)
-    def receiver(self, source, messages):
-        return transport.StagedReceiver(source, messages.tag, depth=messages.depth, numel=messages.numel,
-                                        dtype=messages.dtype, device=self._device)
-    def sender(self, destination, messages):
-        return transport.StagedSender(destination, messages.tag, depth=messages.depth, numel=messages.numel,
-                                      dtype=messages.dtype)
-    module.Links._receiver, module.Links._sender = receiver, sender
+    init = links._Ring.__init__
+    links._Ring.__init__ = lambda self, *args, pin=False: init(self, *args)
+    module.Links._receiver = lambda self, source, messages: links.StagedReceiver(source, messages, self._device)
+    module.Links._sender = lambda self, destination, messages: links.StagedSender(destination, messages)
 """
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from pipetune.bench.runtime.wiring import Links
+from pipetune.bench.runtime.wiring import COMMUNICATOR_BYTES, MAX_CTAS, Links, communicators_bytes
 
 DEVICES = ("cpu:0", "cpu:1", "cuda:0", "cuda:1", "cuda:0")
 
@@ -25,3 +29,39 @@ DEVICES = ("cpu:0", "cpu:1", "cuda:0", "cuda:1", "cuda:0")
 )
 def test_devices_decide_the_transport(ranks: tuple[int, ...], kind: str) -> None:
     assert Links(DEVICES, 0, torch.device("cpu")).kind(ranks) == kind
+
+
+def test_memory_is_left_for_communicators_with_other_gpus_alone() -> None:
+    left = [communicators_bytes(DEVICES, name) // COMMUNICATOR_BYTES for name in DEVICES]
+    assert left == [0, 0, 2, 4, 2]
+    assert communicators_bytes(("cuda:0", "cuda:0", "cpu:0"), "cuda:0") == 0
+
+
+def test_communicators_are_few_and_those_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[int, int]] = []
+    closed: list[tuple[int, int]] = []
+
+    def options(is_high_priority_stream: bool) -> Any:
+        assert is_high_priority_stream
+        return SimpleNamespace(config=SimpleNamespace(max_ctas=0))
+
+    def new_group(ranks: list[int], *, backend: str, timeout: object, pg_options: Any) -> tuple[int, int]:
+        assert (backend, pg_options.config.max_ctas) == ("nccl", MAX_CTAS)
+        opened.append((ranks[0], ranks[1]))
+        return opened[-1]
+
+    kind = SimpleNamespace(Options=options)
+    monkeypatch.setattr("torch.distributed.ProcessGroupNCCL", kind, raising=False)
+    monkeypatch.setattr("torch.distributed.new_group", new_group)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", closed.append)
+    devices = (*(f"cuda:{number}" for number in range(4)), "cpu:0")
+    # A rank without a stage takes part in opening and closing alone.
+    links = Links(devices, 4, torch.device("cpu"))
+    sizes: dict[str, Any] = {"hidden_numel": 1, "hidden_dtype": torch.float32, "tokens_numel": 1, "tokens_depth": 1}
+    for ranks in itertools.permutations(range(4)):
+        links.edges(ranks, **sizes)
+        there = set(links._groups)
+        assert {*itertools.pairwise(ranks), *((ranks[-1], rank) for rank in ranks[:-1])} <= there
+        assert len(there) <= 2 * len(devices)
+    assert closed
+    assert len(opened) - len(closed) == len(links._groups)

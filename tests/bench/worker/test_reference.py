@@ -34,8 +34,10 @@ def test_passes_that_agree_bit_for_bit_leave_some_units_in_the_last_place() -> N
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_model_that_overflows_is_refused_by_its_dtype(value: float) -> None:
     logits = torch.tensor([[1.0, value]])
-    with pytest.raises(ModelError, match=r"float16.*not finite"):
-        spread_of(logits, [logits], torch.float16)
+    remedies = {torch.float16: "bfloat16 or float32", torch.bfloat16: "choose float32", torch.float32: "are damaged"}
+    for dtype, remedy in remedies.items():
+        with pytest.raises(ModelError, match=rf"{dtype}.*not finite.*{remedy}".replace("torch.", "")):
+            spread_of(logits, [logits], dtype)
 
 
 @pytest.mark.parametrize("kind", ["generate", "score"])

@@ -24,7 +24,7 @@ from scipy.stats import mannwhitneyu
 from pipetune.tuner.config.gate import Tolerance
 from pipetune.tuner.gate.rule import look_at
 from pipetune.tuner.gate.values import VERDICTS, Verdict
-from pipetune.tuner.stats.looks import looks_for
+from pipetune.tuner.stats.signed_rank import looks_for
 
 Floats = npt.NDArray[np.float64]
 

@@ -42,9 +42,10 @@ class Context:
         self._write()
 
     def aim(self, text: str, is_met: bool, seen: str, *, proves_correctness: bool = False) -> None:
-        """Says whether something was reached."""
+        """Says whether something was reached; what was said of it before no longer counts."""
         aim = Aim(text=text, is_met=is_met, seen=seen, proves_correctness=proves_correctness)
-        self._section = self._section.model_copy(update={"aims": (*self._section.aims, aim)})
+        others = (one for one in self._section.aims if one.text != text)
+        self._section = self._section.model_copy(update={"aims": (*others, aim)})
         self._write()
 
     def note(self, text: str) -> None:

@@ -8,6 +8,7 @@ from pipetune.bench.record import Failure, FailureKind, Measurement
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, Workload
 from tests.evaluation.gpu.context import Context
 from tests.evaluation.gpu.models import SMALL, save_config
+from tests.workers import worker_pids
 
 DEVICES = ("cuda:0",)
 SPARE_BYTES = 96 * 2**20
@@ -23,7 +24,7 @@ def run(context: Context) -> None:
     layers = (SMALL["num_hidden_layers"],)
     with Experiment.start(model, DEVICES, exclusive=False, log_dir=context.work / "logs") as experiment:
         fleet = experiment.fleet
-        first_pids = fleet.worker_pids
+        first_pids = worker_pids(fleet)
         plan = Plan.from_layer_counts(layers, DEVICES, BIG.num_prompts)
         need = stage_bytes(fleet.shape, plan, 0, prompt_len=BIG.input_len, output_len=BIG.output_len)
         share = (need.weights + SPARE_BYTES) / fleet.device_bytes[DEVICES[0]]
@@ -39,7 +40,7 @@ def run(context: Context) -> None:
         plan = Plan.from_layer_counts(layers, DEVICES, NORMAL.num_prompts)
         again = experiment.measure(plan, NORMAL, PROTOCOL, resolved=EffectivePlan(plan=plan, in_flight=1)).result
         failure = _add_row(context, "default cap", again)
-        context.note(f"workers before: {first_pids}; behind the failure: {fleet.worker_pids}")
+        context.note(f"workers before: {first_pids}; behind the failure: {worker_pids(fleet)}")
         context.aim(
             "the same fleet then runs a normal plan",
             failure is None,

@@ -10,7 +10,7 @@ from tests.evaluation.gpu.values import Aim, Cell, Report, Section
 def render(report: Report) -> str:
     """The whole report."""
     hardware, software = report.machine.hardware, report.machine.software
-    gpus = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in hardware.gpus) or "no GPU"
+    gpus = ", ".join(f"{gpu.name} ({(gpu.memory_bytes or 0) / 2**30:.0f} GiB)" for gpu in hardware.gpus) or "no GPU"
     versions = [f"{name} {software.packages[name]}" for name in ("torch", "transformers") if name in software.packages]
     versions += [
         f"{name} {version}"

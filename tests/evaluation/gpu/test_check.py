@@ -21,6 +21,9 @@ from tests.evaluation.gpu.context import Context, read_section
 from tests.evaluation.gpu.models import SMALL, TINY, save_random_checkpoint
 from tests.evaluation.gpu.section import SECTIONS
 from tests.evaluation.gpu.values import Report
+from tests.evaluation.harness import ROOT
+
+LOOPBACK = {"NCCL_MNNVL_ENABLE": "0", "NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -57,6 +60,8 @@ def test_a_machines_folder_and_its_share_of_work() -> None:
     assert check.parallel_sections(16, 139.0) == 4
     assert check.parallel_sections(16, 24.0) == 1
     assert check.parallel_sections(2, 139.0) == 1
+    # On an H100 all four sections of equality have the group's whole time.
+    assert check.parallel_sections(16, 79.6) == 4
 
 
 @pytest.mark.e2e
@@ -69,11 +74,11 @@ def test_a_section_that_breaks_is_reported_and_spoils_no_other(tmp_path: Path) -
     assert {section.status for section in report.sections} == {"failed"}
     assert all(section.error and "cuda" in section.error.lower() for section in report.sections)
     assert "## timing" in (tmp_path / "gpu" / "report.md").read_text()
-    assert not (tmp_path / "gpu" / "work").exists()
+    assert (tmp_path / "gpu" / "work" / "timing.log").exists()
 
 
 def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
-    assert check._Check(tmp_path, read_machine(), 1.0, ("machine", "timing")).run() == 0
+    assert check._Check(tmp_path, read_machine(), 1.0, ("machine", "timing")).run() == 1
     report = Report.model_validate_json((tmp_path / "report.json").read_text())
     assert {section.status for section in report.sections} == {"out of time"}
 
@@ -104,17 +109,37 @@ def test_the_random_checkpoint_loads(tmp_path: Path) -> None:
     assert all(0.01 < parameter.float().std().item() < 0.03 for parameter in weights)
 
 
+def test_an_old_nccl_takes_workers_on_one_gpu_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_HOSTID"):
+        monkeypatch.delenv(name, raising=False)
+    # Restored behind the test, whatever is written meanwhile.
+    for name, value in (("PYTHONPATH", str(ROOT)), *equality.nccl_environment().items(), *LOOPBACK.items()):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    assert equality._devices("nccl", tmp_path / "hooks") == ("cuda:0", "cuda:0")
+    say = (
+        "import os, pipetune.bench.runtime.wiring as wiring; print(os.environ['NCCL_HOSTID'], wiring.NCCL_SHARES_GPUS)"
+    )
+    said = {
+        subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, check=True).stdout for _ in "ab"
+    }
+    assert len(said) == 2
+    assert all(line.startswith("worker-") and line.endswith(" True\n") for line in said)
+
+
 @pytest.mark.e2e
 def test_families_are_compared_over_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equality, "TINY", {"llama": TINY["llama"]})
-    monkeypatch.setattr(equality, "_devices", lambda transport: ("cpu:0", "cpu:1"))
+    monkeypatch.setattr(equality, "_devices", lambda transport, hooks: ("cpu:0", "cpu:1"))
     context = Context("equality-staged-fp32", tmp_path, 200.0)
     equality.run(context, "float32", "host staging")
     context.end()
     section = read_section(tmp_path, "equality-staged-fp32")
     assert section is not None
     assert [(row["stages"], row["verdict"]) for row in section.rows] == [(1, "equal"), (2, "equal")]
-    assert [aim.is_met for aim in section.aims] == [True]
+    # A CPU captures nothing, and that is seen.
+    assert [aim.is_met for aim in section.aims] == [True, False]
 
 
 @pytest.mark.e2e

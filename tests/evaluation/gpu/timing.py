@@ -15,7 +15,7 @@ from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.kernels.graphs import DecodeGraphs
-from pipetune.bench.runtime.loop import Edges, PassResult, StageLoop, Status
+from pipetune.bench.runtime.loop import PassResult, StageLoop, Status
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.spec import ModelSpec, Workload
 from pipetune.bench.worker.prompts import random_prompts
@@ -45,7 +45,7 @@ def run(context: Context) -> None:
     )
     for how in ("eager", "graphs"):
         graphs = DecodeGraphs(stage, device) if how == "graphs" else None
-        loop = StageLoop(stage, device, Edges(), Status(), graphs=graphs)
+        loop = StageLoop(stage, device, Status(), graphs=graphs)
         loop.prepare(job)
         loop.run(job)
         plain = statistics.median(wall_s(loop.run(job)) for _ in range(REPEATS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.machine.hardware import cpu_cores, read_machine
 from pipetune.bench.record import Machine
-from tests.evaluation.harness import ROOT, exit_code_of, put_between_marks, say
+from tests.evaluation.harness import ROOT, around_marks, exit_code_of, put_between_marks, say
 from tests.evaluation.peers import store
 from tests.evaluation.peers.budget import START_S, Budget, OutOfTimeError
 from tests.evaluation.peers.cells import CellRun
@@ -59,14 +60,21 @@ def _compare(args: argparse.Namespace) -> int:
     machine = read_machine()
     questions = read_questions(args, machine)
     docs = args.docs or (None if args.quick else ROOT / "docs" / "performance.md")
+    if docs is not None:
+        around_marks(docs, COMMAND)
     if not args.table_only:
         budget = Budget(60.0 * (args.max_minutes or (8.0 if args.quick else 60.0)))
         _announce(questions, machine, budget)
         # What a cell did not get done in its share of the time goes on when all have had theirs.
         for is_last in (False, True):
             _sweep(questions, machine, args, budget, is_last=is_last)
-    found = [store.read(question.path) for question in questions]
-    table = render([cell for cell in found if cell is not None])
+    kept = [path for path in sorted(args.output.glob("*/*.json")) if path.stem.endswith("-quick") == args.quick]
+    paths = dict.fromkeys([*(question.path for question in questions), *kept])
+    quoted = args.output / "quoted.json"
+    table = render(
+        [cell for cell in map(store.read, paths) if cell is not None],
+        json.loads(quoted.read_text(encoding="utf-8")) if quoted.exists() and not args.quick else [],
+    )
     sys.stdout.write(table)
     if docs is not None:
         put_between_marks(docs, COMMAND, table)
@@ -134,7 +142,7 @@ def _fill(question: Question, rig: Rig, machine: Machine, args: argparse.Namespa
 
 
 def _losses(args: argparse.Namespace) -> int:
-    sys.stdout.write(losses_table(store.read(path) for path in sorted(args.output.glob("*.json"))))
+    sys.stdout.write(losses_table(store.read(path) for path in sorted(args.output.glob("*/*.json"))))
     return 0
 
 

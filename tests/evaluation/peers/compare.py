@@ -108,6 +108,13 @@ def efficiency(cell: Cell) -> tuple[Spread, Spread] | None:
     return (steady, ratio) if steady and ratio else None
 
 
+def bound(cell: Cell, comparison: Comparison, ratio: float) -> float | None:
+    """The ratio if the same tasks took as long and no stage ever waited: what their kernels' own times allow."""
+    if comparison.ours != "pipeline" or comparison.contest != "generate" or (found := efficiency(cell)) is None:
+        return None
+    return ratio / (1 - found[1].median)
+
+
 def verdict(value: float, aim: float | None, *, at_least: bool = True) -> str:
     """`met`, by how much it is missed, or that there is no aim."""
     if aim is None:

@@ -97,7 +97,7 @@ def read_questions(args: argparse.Namespace, machine: Machine) -> list[Question]
                     workload=workload,
                     extent=Extent(pairs=pairs, extras=(name, workload_name) == extras, only=only),
                     identity=identity,
-                    path=store.path_of(args.output, model, workload_name, quick=args.quick),
+                    path=store.path_of(store.folder_of(args.output, machine), model, workload_name, quick=args.quick),
                 )
             )
     return questions

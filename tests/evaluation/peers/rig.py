@@ -17,6 +17,7 @@ from pipetune.bench.fleet.fleet import Progress
 from pipetune.bench.machine.hardware import cores_of, cpu_cores
 from pipetune.bench.spec import ModelSpec
 from tests.evaluation.peers.group import Kind, PeerGroup
+from tests.workers import worker_pids
 
 DEVICES = ("cpu:0", "cpu:1")
 """Two CPU workers: every side has them, or their cores, and nothing else."""
@@ -95,7 +96,7 @@ class Rig:
 
     def cpu_s(self) -> dict[int, float]:
         """CPU time so far of every process here, by its id."""
-        pids = [pid for experiment in self._experiments.values() for pid in experiment.fleet.worker_pids]
+        pids = [pid for experiment in self._experiments.values() for pid in worker_pids(experiment.fleet)]
         pids += [pid for group in self._groups.values() for pid in group.pids]
         taken = {}
         for pid in pids:

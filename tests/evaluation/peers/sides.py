@@ -14,6 +14,7 @@ from pipetune.bench.spec import EffectivePlan, Plan, Protocol, Workload
 from tests.evaluation.peers.group import Kind, PeerError, PeerGroup
 from tests.evaluation.peers.rig import DEVICES, Rig
 from tests.evaluation.peers.values import Contest, Setting
+from tests.workers import worker_pids
 
 PASS_TIMEOUT_S = 600.0
 TRUTH_TEXTS = 8
@@ -116,7 +117,7 @@ class OurSide:
             raise SideError(f"{outcome.kind.value}: {outcome.message}")
         return Pass(
             duration_s=outcome.iterations[0].duration_s,
-            pids=self.fleet.worker_pids,
+            pids=worker_pids(self.fleet),
             measurement=outcome if self._instrument else None,
         )
 

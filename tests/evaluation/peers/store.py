@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def identity_of(
 def path_of(folder: Path, model: ModelSpec, workload_name: str, *, quick: bool) -> Path:
     """`<model>-<workload>.json`, and `…-quick.json` for the short version: they never mix."""
     return folder / f"{short_name(model.name)}-{workload_name}{'-quick' if quick else ''}.json"
+
+
+def folder_of(folder: Path, machine: Machine) -> Path:
+    """`amd-epyc-2-cores` in the folder: what one processor measured stays beside what another did."""
+    hardware = machine.hardware
+    return folder / re.sub(r"[^a-z0-9]+", "-", f"{hardware.cpu_model} {hardware.cpu_cores} cores".lower()).strip("-")
 
 
 def load(path: Path, *, identity: str, machine: Machine) -> Cell | None:

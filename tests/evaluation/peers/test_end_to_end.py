@@ -34,13 +34,14 @@ def test_rounds_are_measured_kept_and_taken_up_again(folder: Path, tmp_path: Pat
     arguments = ["--quick", "--models", str(folder), "--workload", "4x16x4", "--sides", "hf_one,hf_two,pipeline"]
     arguments += ["-o", str(tmp_path / "out"), "--docs", str(document)]
     assert main([*arguments, "--pairs", "1"]) == 0
-    first = read(tmp_path / "out" / "llama-custom-quick.json")
+    (path,) = (tmp_path / "out").glob("*/llama-custom-quick.json")
+    first = read(path)
     assert first is not None
     assert first.absent == {}
     assert set(first.frozen) == {"hf_one", "hf_two", "pipeline"}
     assert [one.contest for one in first.rounds] == ["generate"]
     assert main([*arguments, "--pairs", "2"]) == 0
-    second = read(tmp_path / "out" / "llama-custom-quick.json")
+    second = read(path)
     assert second is not None
     assert second.rounds[:1] == first.rounds
     assert {side: one.tried for side, one in second.frozen.items()} == {

@@ -18,7 +18,7 @@ from pipetune.bench.errors import StudyError
 from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import Machine, Measurement, Record
-from pipetune.bench.spec import SCHEMA_VERSION, Device, ModelSpec, Plan, Protocol, Value, Workload
+from pipetune.bench.spec import Device, ModelSpec, Plan, Protocol, SchemaVersion, Value, Workload
 from pipetune.tuner.planning.partition.splits import Partition, allowed_cuts
 
 
@@ -73,7 +73,7 @@ class LandscapeSpec(Value):
 class Landscape(Value):
     """What was asked, and of what machine; the runs stand beside it."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     spec: LandscapeSpec
     shape: ModelShape
     machine: Machine

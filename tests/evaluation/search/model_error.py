@@ -166,7 +166,7 @@ def _search(
     pairs = [(one.plan, one.in_flight) for one in plans]
     for learnt in range(min(max(LEARNT), len(plans) - 3) + 1):
         observations = [seen for index in ran if (seen := observed[index]) is not None]
-        predicted = Predictor.fit(model, observations, metrics=(METRIC,)).predict(pairs).mean[METRIC]
+        predicted = Predictor(model, observations, metrics=(METRIC,)).predict(pairs).mean[METRIC]
         rest = [index for index in range(len(plans)) if index not in ran]
         if learnt in LEARNT:
             found.append((learnt, rest, predicted))

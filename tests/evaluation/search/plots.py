@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipetune.tuner.report.render.canvas import (
+from pipetune.tuner.report.render.plot import (
     BLUE,
     GREEN,
     GREY,

@@ -25,8 +25,8 @@ from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.nominal import RATES, NominalCosts, Rates
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.space.build import build_space
-from pipetune.tuner.search.space.candidates import candidates
 from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import candidates
 from tests.evaluation.search.world import bounds_of
 from tests.ideal_schedule import simulate
 

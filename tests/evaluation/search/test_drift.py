@@ -10,14 +10,14 @@ from tests.evaluation.search.drift import Run, fit, judge
 
 def runs_of(worths: list[float], *, repeats: int, drift: float, noise: float, seed: int) -> list[Run]:
     """Each repeat in an order of its own, a run every 3 s, under drifts that last for 40 s."""
-    lots = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     runs: list[Run] = []
     state = 0.0
     for _ in range(repeats):
-        for plan in lots.permutation(len(worths)):
+        for plan in rng.permutation(len(worths)):
             kept = float(np.exp(-3 / 40))
-            state = kept * state + float(lots.normal(0, drift * np.sqrt(1 - kept**2)))
-            log = worths[plan] + state + float(lots.normal(0, noise))
+            state = kept * state + float(rng.normal(0, drift * np.sqrt(1 - kept**2)))
+            log = worths[plan] + state + float(rng.normal(0, noise))
             runs.append(Run(plan=int(plan), at_s=3.0 * len(runs), log=log))
     return runs
 

@@ -16,8 +16,9 @@ import typer
 from pydantic import BaseModel
 
 from pipetune.tuner.cli.app import app
-from pipetune.tuner.cli.options import groups_of
+from pipetune.tuner.cli.options import examples_of, groups_of
 from pipetune.tuner.config import sources
+from pipetune.tuner.config.schema import GPU_DEFAULTS
 from pipetune.tuner.config.settings import KeyPath, section_of
 
 WIDTH = 100
@@ -49,7 +50,7 @@ def _commands() -> Iterator[str]:
         chosen = {setting.name for group in groups_of(command.callback) for setting in group.settings()}
         context = typer.Context(command, info_name=name)
         parameters = command.get_params(context)
-        yield from ("", f"## pipetune {name}", *_prose(command.help), "")
+        yield from ("", f"## pipetune {name}", *_prose(command.help), "", "```", *examples_of(name), "```", "")
         for one in parameters:
             if one.name not in chosen and "--help" not in one.opts:
                 default = "" if getattr(one, "is_flag", True) else _default(one.default)
@@ -65,10 +66,13 @@ def _settings() -> Iterator[str]:
         yield from ("", f"### {panel}", "")
         for one in known:
             if one.flag.panel == panel:
-                flag, short = one.flag.name.replace("/", "`, `"), f"`{one.flag.short}`, " if one.flag.short else ""
+                flag, short = one.declaration.replace("/", "`, `"), f"`{one.flag.short}`, " if one.flag.short else ""
                 value = "" if one.kind is bool else f" {one.flag.metavar or one.kind.__name__.upper()}"
                 key = ".".join(one.path)
-                names = f"`{flag}{value}`, {short}`{one.variable}`, `{key}`{_default(one.default)}"
+                default = _default(one.default)
+                if one.path in GPU_DEFAULTS:
+                    default = default.replace(")", f"; on GPUs `{GPU_DEFAULTS[one.path]}`)")
+                names = f"`{flag}{value}`, {short}`{one.variable}`, `{key}`{default}"
                 yield from _item(names, one.flag.help)
 
 

@@ -105,9 +105,9 @@ class TestEnvironments:
 
     def test_our_own_comes_before_what_a_user_puts_on_the_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PYTHONPATH", "/theirs")
-        path = python_env.own({"PYTHONPATH": "/hook"}).environment["PYTHONPATH"]
+        path = python_env.Interpreter(env={"PYTHONPATH": "/hook"}).environment["PYTHONPATH"]
         assert path == f"{python_env.ROOT}:/hook"
-        assert python_env.own({}).environment["PYTHONPATH"] == f"{python_env.ROOT}:/theirs"
+        assert python_env.Interpreter().environment["PYTHONPATH"] == f"{python_env.ROOT}:/theirs"
 
     def test_ours_does_not_hide_that_of_another_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PYTHONPATH", str(python_env.ROOT))
@@ -118,7 +118,7 @@ class TestEnvironments:
     ) -> None:
         monkeypatch.setenv("PIPETUNE_NUM_ITERS", "9")
         monkeypatch.setenv("PIPETUNE_CACHE", "/cache")
-        environment = python_env.own({}).environment
+        environment = python_env.Interpreter().environment
         assert "PIPETUNE_NUM_ITERS" not in environment
         assert environment["PIPETUNE_CACHE"] == "/cache"
 

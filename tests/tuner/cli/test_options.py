@@ -21,13 +21,13 @@ PAGE = Path("docs/cli.md")
 class Cooling(Value):
     """A section that only the toy has."""
 
-    pause_s: Annotated[float | None, Flag("--pause", "Workload", "Rest between runs.", metavar="SECONDS")] = None
+    pause_s: Annotated[float | None, Flag("Workload", "Rest between runs.", name="pause", metavar="SECONDS")] = None
 
 
 class Toy(TuneConfig):
     """The config with a setting, and a section with another, that no other place knows of."""
 
-    tries: Annotated[int, Flag("--tries", "Search", "How often a plan is tried.")] = Field(default=2, ge=1)
+    tries: Annotated[int, Flag("Search", "How often a plan is tried.")] = Field(default=2, ge=1)
     cooling: Cooling = Cooling()
 
 
@@ -92,8 +92,8 @@ def test_groups_are_panels_single_settings_and_sections() -> None:
 
 def test_a_setting_has_the_type_of_its_field() -> None:
     settings = settings_of(TuneConfig)
-    kinds = {name: settings[name].kind for name in ("n_trials", "max_stages", "timeout", "profile", "compile")}
-    assert kinds == {"n_trials": int, "max_stages": int, "timeout": float, "profile": bool, "compile": str}
+    kinds = {name: settings[name].kind for name in ("n_trials", "max_stages", "temperature", "timeout", "profile")}
+    assert kinds == {"n_trials": int, "max_stages": int, "temperature": float, "timeout": str, "profile": bool}
     assert settings["seed"].paths == (("seed",), ("workload", "seed"), ("model", "seed"))
     assert (settings["check"].option, settings["check"].variable) == ("--check", "PIPETUNE_CHECK")
 

@@ -94,10 +94,13 @@ def test_the_table_fits_80_columns_and_says_that_nothing_was_run(
 
 def test_nominal_rates_say_how_to_get_better_ones(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--model", model, "--load-format", "dummy", "--devices", "cpu:0-1", "--no-profile", "--top", "1")
-    assert plan(*args, "--json", "--workload-kind", "score") == 0
+    assert plan(*args, "--dtype", "bf16", "--attention", "eager", "--json", "--workload-kind", "score") == 0
     document = printed(capsys)
     assert document["predicted_from"]["kind"] == "nominal"
-    assert document["predicted_from"]["way_out"].startswith(f"`pipetune profile --model {model} --devices cpu:0,cpu:1")
+    assert document["predicted_from"]["way_out"].startswith(
+        f"`pipetune profile --model {model} --devices cpu:0,cpu:1 --dtype bfloat16 --load-format dummy "
+        "--attention eager`"
+    )
     assert document["objective"] == "total_token_throughput"
 
 

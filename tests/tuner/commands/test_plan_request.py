@@ -17,10 +17,7 @@ DEVICES = ("cpu:0", "cpu:1")
 
 
 def request(**values: Any) -> PlanRequest:
-    nothing = dict.fromkeys(
-        ("plan", "device_map", "layers", "micro_batch_size", "prefill_micro_batch_size", "memory_fraction")
-    )
-    return PlanRequest.of(**{**nothing, **values})
+    return PlanRequest.of(values)
 
 
 def plan_file(folder: Path, **fields: Any) -> Path:
@@ -67,13 +64,25 @@ def test_a_device_map_brings_its_devices(tmp_path: Path) -> None:
     assert asked.complete(make_shape(), DEVICES, 32).layer_counts == (10, 20)
 
 
+def test_a_map_of_other_devices_is_read_by_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.write_text('{"model.layers.0-9": 0, "model.layers.10-29": "1"}')
+    asked = request(device_map=path)
+    with pytest.raises(
+        PlanError, match=r"cuda:0 is not among the devices cpu:0, cpu:1; .*--device-names cuda:0,cuda:1"
+    ):
+        asked.complete(make_shape(), ("cpu:0", "cpu:1"), 32)
+    plan = asked.complete(make_shape(), ("cpu:0", "cpu:1"), 32, ("cuda:0", "cuda:1"))
+    assert (plan.layer_counts, plan.devices) == ((10, 20), ("cpu:0", "cpu:1"))
+
+
 def test_every_part_of_a_plan_has_a_flag(tmp_path: Path) -> None:
-    switches = {"compile": True, "cuda_graphs": None, "packed_weights": False}
-    given = request(layers="30", replicas=2, prefill_chunk_size=16, switches=switches)
+    switches = {"plan_compile": True, "plan_cuda_graphs": None, "plan_packed_weights": False}
+    given = request(layers="30", plan_replicas=2, prefill_chunk_size=16, **switches)
     plan = given.complete(make_shape(), DEVICES, 33)
     assert (plan.replicas, plan.devices, plan.micro_batch_size) == (2, DEVICES, 17)
     assert (plan.prefill_chunk_size, plan.compile, plan.packed_weights, plan.cuda_graphs) == (16, True, False, True)
-    changed = request(plan=plan_file(tmp_path), prefill_chunk_size=16, switches=switches, micro_batch_size=4)
+    changed = request(plan=plan_file(tmp_path), prefill_chunk_size=16, micro_batch_size=4, **switches)
     assert changed.complete(make_shape(), DEVICES, 32).describe() == (
         "17+13 · micro-batch 4 (chunk 16) · compiled, unpacked"
     )
@@ -81,16 +90,16 @@ def test_every_part_of_a_plan_has_a_flag(tmp_path: Path) -> None:
 
 def test_further_replicas_take_the_devices_that_are_left(tmp_path: Path) -> None:
     four = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
-    plan = request(plan=plan_file(tmp_path), replicas=2).complete(
+    plan = request(plan=plan_file(tmp_path), plan_replicas=2).complete(
         make_shape(), ("cpu:3", "cpu:2", "cpu:1", "cpu:0"), 32
     )
     assert plan.devices == ("cpu:0", "cpu:1", "cpu:3", "cpu:2")
     path = tmp_path / "map.json"
     path.write_text('{"model.layers.0-9": "cpu:1", "model.layers.10-29": "cpu:2"}', encoding="utf-8")
-    mapped = request(device_map=path, replicas=2).complete(make_shape(), four, 32)
+    mapped = request(device_map=path, plan_replicas=2).complete(make_shape(), four, 32)
     assert mapped.devices == ("cpu:1", "cpu:2", "cpu:0", "cpu:3")
     with pytest.raises(PlanError, match=r"--replicas 2: so many pipelines of 2 stages need 4 devices; given are 2"):
-        request(layers="17,13", replicas=2).complete(make_shape(), DEVICES, 32)
+        request(layers="17,13", plan_replicas=2).complete(make_shape(), DEVICES, 32)
 
 
 def test_a_plan_file_brings_the_devices_of_all_replicas_and_how_it_samples(tmp_path: Path) -> None:
@@ -109,8 +118,19 @@ def test_one_way_to_name_a_plan_is_wanted(tmp_path: Path) -> None:
         request()
     with pytest.raises(ConfigError, match="not --plan and --layers"):
         request(plan=tmp_path, layers="1")
-    with pytest.raises(ConfigError, match="above 0 and up to 1"):
-        request(layers="1", memory_fraction=1.5)
+
+
+def test_caps_are_given_for_every_stage() -> None:
+    plan = request(layers="17,13", memory_fraction=0.5, max_memory_bytes="600MiB").complete(make_shape(), DEVICES, 32)
+    assert plan.describe().endswith("· cap 0.5 · cap 600 MiB")
+    assert [stage.cap_bytes(2 * 2**30) for stage in plan.stages] == [600 * 2**20] * 2
+    assert [stage.cap_bytes(2**30) for stage in plan.stages] == [2**29] * 2
+    for field, value, why in (
+        ("memory_fraction", 1.5, "less than or equal to 1"),
+        ("max_memory_bytes", "much", "600MiB"),
+    ):
+        with pytest.raises(PlanError, match=f"--layers: stages.0.{field}: .*{why}"):
+            request(layers="30", **{field: value}).complete(make_shape(), DEVICES, 32)
 
 
 def test_more_stages_than_devices_are_refused() -> None:

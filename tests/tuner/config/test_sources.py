@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipetune.bench.errors import ConfigError
+from pipetune.bench.spec import Workload
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.config.settings import KeyPath
@@ -45,6 +48,35 @@ def test_defaults_are_those_of_the_model() -> None:
 def test_a_seed_seeds_everything_that_has_one() -> None:
     config = sources.resolve(flags={"model": "m", "seed": 7}, environ={}).config
     assert (config.seed, config.workload.seed, config.model.seed) == (7, 7, 7)
+
+
+def test_gpus_have_defaults_of_their_own_below_all_that_is_given(tmp_path: Path) -> None:
+    def resolved(devices: str, **given: object) -> sources.Resolved:
+        params = {"model": "m", "devices": devices, "prompts": None, **given}
+        return sources.resolve_settings(params, recorded=recorded if given.pop("again", False) else None, warn=print)
+
+    recorded = write(tmp_path, "model: {name: m, dtype: float16}\nworkload: {num_prompts: 3}\n")
+    config = resolved("cuda:0-1").config
+    workload = config.workload
+    assert (config.model.dtype, workload.num_prompts, workload.input_len, workload.output_len) == ("auto", 64, 512, 128)
+    assert resolved("cuda:0-1").source("model", "dtype") == "default on GPUs"
+    given = resolved("cuda:0", dtype="float32", num_prompts=5, again=True).config
+    assert (given.model.dtype, given.workload.num_prompts, given.workload.output_len) == ("float32", 5, 128)
+    for devices in ("cpu:0-1", "cpu:0,cuda:0"):
+        config = resolved(devices).config
+        assert (config.model.dtype, config.workload) == ("float32", TuneConfig(model=config.model).workload)
+
+
+def test_a_dtype_that_nobody_gave_stays_so_that_workers_can_say_it() -> None:
+    config = sources.resolve_settings({"model": "m", "devices": "auto"}, warn=print).config
+    assert "dtype" not in config.model.model_fields_set
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("1.5min", 90), ("2h", 7200)])
+def test_a_timeout_has_a_unit(given: str, seconds: float) -> None:
+    assert sources.resolve(flags={"model": "m", "timeout": given}, environ={}).config.timeout_s == seconds
+    with pytest.raises(ConfigError, match="--timeout: '5 days' is no time; write 90s, 5m or 2h"):
+        sources.resolve(flags={"model": "m", "timeout": "5 days"}, environ={})
 
 
 def test_lists_may_come_from_the_environment() -> None:
@@ -115,7 +147,7 @@ def test_sampling_may_be_given_in_parts_and_over_nothing(tmp_path: Path) -> None
     assert resolved.source("workload", "sampling", "temperature") == f"{file}:4"
     assert resolved.source("workload", "sampling", "top_k") == "--top-k"
     nothing: dict[KeyPath, object] = {("workload", "sampling"): None}
-    over = sources.resolve(flags={"model": "m", "sampling_seed": 4}, environ={}, below=nothing, below_name="plan.json")
+    over = sources.resolve(flags={"model": "m", "sampling_seed": 4}, environ={}, below=(nothing, "plan.json"))
     assert over.config.workload.sampling is not None
     assert over.config.workload.sampling.seed == 4
 
@@ -180,8 +212,52 @@ def test_values_of_a_plan_file_lie_below_and_go_with_its_model_only() -> None:
         ("model", "revision"): "abc",
         ("workload", "num_prompts"): 5,
     }
-    kept = sources.resolve(environ={}, below=below, below_name="best.json")
+    kept = sources.resolve(environ={}, below=(below, "best.json"))
     assert (kept.config.model.revision, kept.source("model", "name")) == ("abc", "best.json")
-    other = sources.resolve(environ={}, flags={"model": "b"}, below=below, below_name="best.json")
+    other = sources.resolve(environ={}, flags={"model": "b"}, below=(below, "best.json"))
     assert other.config.model.revision is None
     assert other.config.workload.num_prompts == 5
+
+
+def workload(prompts: Path, **params: object) -> Workload:
+    given = {"model": "m", "devices": "cpu:0", "prompts": str(prompts), **params}
+    return sources.resolve_settings(given, warn=pytest.fail).config.workload
+
+
+def test_few_prompts_are_all_used(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a\xe2\x80\xa8b"}\r\n\r\n{"prompt": ["c", "d"]}\r\n')
+    assert (workload(path).num_prompts, workload(path).prompts_file) == (3, str(path))
+    assert workload(path, num_prompts=2).num_prompts == 2
+
+
+def test_prompts_of_a_pipe_are_named_by_their_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPETUNE_CACHE", str(tmp_path / "cache"))
+    os.mkfifo(pipe := tmp_path / "pipe")
+    writer = threading.Thread(target=pipe.write_text, args=('{"prompt": "a"}\n',))
+    writer.start()
+    found = workload(pipe)
+    writer.join()
+    assert found.num_prompts == 1
+    assert Path(found.prompts_file or "").parent == tmp_path / "cache/prompts"
+
+
+def test_what_is_wrong_with_prompts_is_said_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "max_tokens": 4}\n')
+    with pytest.raises(ConfigError, match=r"p.jsonl:1: max_tokens=4: lengths .*--output-len"):
+        workload(path, num_prompts=1)
+    assert workload(path, num_prompts=1, output_len=4).output_len == 4
+
+
+def test_a_folder_is_named_by_its_full_path_and_an_id_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("model", "smollm2-135m", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "latest").symlink_to("model")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    asked = {"../model": "model", "..": "", "../latest": "latest"}
+    for name, found in asked.items():
+        assert sources.resolve(flags={"model": name}, environ={}).config.model.name == str(tmp_path / found)
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2-135m", "someone/model", str(tmp_path / "x" / ".." / "model")):
+        assert sources.resolve(flags={"model": name}, environ={}).config.model.name == name

@@ -38,12 +38,10 @@ class FakeRunner:
     def __exit__(self, *exit_info: object) -> None:
         self.open = False
 
-    def prepare(self, deadline: float) -> None:
+    def prepare(self, deadline: float) -> dict[SideName, Machine | None]:
         if deadline < time.monotonic() + self.getting_ready_s:
             raise OutOfTime
-
-    def machine(self, name: SideName) -> Machine | None:
-        return self.machines[name]
+        return self.machines
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
         assert self.open

@@ -7,7 +7,7 @@ import numpy as np
 from pipetune.tuner.config.gate import Tolerance
 from pipetune.tuner.gate.rule import judge
 from pipetune.tuner.gate.values import EXIT_CODES, GateResult, Reason, verdict_of
-from pipetune.tuner.stats.looks import looks_for
+from pipetune.tuner.stats.signed_rank import looks_for
 from tests.record_factory import make_machine
 from tests.tuner.gate.factory import make_case, make_pairs
 

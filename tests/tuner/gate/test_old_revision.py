@@ -10,8 +10,8 @@ import pytest
 
 from pipetune.bench.errors import ConfigError
 from pipetune.tuner.gate import python_env
-from pipetune.tuner.gate.fresh_process import run_fresh
-from tests.tuner.gate.test_fresh_process import make_case, model  # noqa: F401 (a fixture)
+from pipetune.tuner.gate.runners import run_fresh
+from tests.tuner.gate.test_runners import make_case, model  # noqa: F401 (a fixture)
 
 OLD = "35b534615e097b85cf0ac830b1e2060d8e3cd3a8"
 """The last commit whose packages were `bench` and `tuner`."""
@@ -42,7 +42,7 @@ def test_it_runs_its_own_code_under_its_old_name(
     machine = old.machine()
     assert machine is not None
     case = make_case(model)  # type: ignore[arg-type]
-    sample = run_fresh(case, "baseline", old, hardware_id=machine.hardware_id, check=False)
+    sample = run_fresh(case, "baseline", old, check=False)
     assert sample.failure is None, sample.failure
     assert sample.not_comparable is None
     assert sample.metrics["output_throughput"] > 0

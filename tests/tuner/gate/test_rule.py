@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipetune.tuner.config.gate import Tolerance
 from pipetune.tuner.gate.rule import judge
 from pipetune.tuner.gate.values import Finding, Pair, Reason, Sample, Verdict, verdict_of
-from pipetune.tuner.stats.looks import looks_for
+from pipetune.tuner.stats.signed_rank import looks_for
 from tests.tuner.gate.factory import make_case, make_pairs, make_sample
 
 METRIC = "mean_ttft_ms"

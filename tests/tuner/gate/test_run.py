@@ -207,3 +207,20 @@ def test_before_it_goes_on_it_says_how_long_it_may_take() -> None:
     text = console.file.getvalue()
     assert "8 to 24 pairs of about 24 s: 3 to 10 minutes from here, and no more than 30 in all" in text
     assert text.index("rehearsal") < text.index("8 to 24 pairs") < text.index("pair 1 ·")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "told"),
+    [
+        (2, "the time is too short to decide: 5 of the 8 pairs fit that it takes at least; --max-minutes 4 has room"),
+        (30, "the time is enough for 24 pairs; 8 may decide"),
+    ],
+)
+def test_after_the_first_pair_it_says_whether_its_time_can_decide(minutes: float, told: str) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    Gate(cases=ONE, runner=FakeRunner(equal), seed=1, max_minutes=minutes).run(PlainReporter(console))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert text.index("pair 1 ·") < text.index(told) < text.index("pair 2 ·")
+    assert "  1 of at most 24 pairs\n" in text
+    assert "  2 of at most 24 pairs · about 0 s left\n" in text

@@ -111,6 +111,12 @@ def test_weights_of_the_stages_are_the_models_and_a_second_embedding() -> None:
     assert total == layers + 2 * SHAPE.embedding_bytes + 2 * SHAPE.other_bytes
 
 
+def test_a_model_of_one_layer_can_be_cut_nowhere() -> None:
+    shape = SHAPE.model_copy(update={"layers": SHAPE.layers[:1]})
+    (line,) = (line for line in printed(fit_model(shape, wanted(devices=1))) if line.startswith("cuts"))
+    assert line.split(maxsplit=1)[1].strip() == "nowhere: it runs on one device"
+
+
 def test_micro_batches_shrink_until_they_fit_unless_they_were_asked_for() -> None:
     job: dict[str, Any] = {"memory": GIB, "workload": {"input_len": 1024, "num_prompts": 64}}
     fit = fit_model(SHAPE, wanted(**job)).fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
-from pipetune.tuner.ranking.elimination import Cells, decide, nominal_level, ordered
+from pipetune.tuner.ranking.elimination import Cells, Fit, decide, nominal_level
 from pipetune.tuner.stats.signed_rank import hodges_lehmann
 from tests.evaluation.search.finals_power import power
 
@@ -106,12 +107,48 @@ def test_names_and_their_order_decide_nothing(gaps: list[float], shuffle: list[i
 
 
 def test_one_astray_round_of_many_does_not_turn_the_order() -> None:
-    table = {name: {at: x or 0.0 for at, x in row.items()} for name, row in cells(0.0, 0.03).items()}
-    table["a"][2] += 0.7
-    assert ordered(table, ["b", "a"]) == ["a", "b"]
+    table = cells(0.0, 0.03)
+    table["a"][2] = 0.7
+    assert Fit.of(table).ordered(["b", "a"]) == ["a", "b"]
     assert hodges_lehmann([1.0, 2.0, 3.0, 100.0]) < 4
 
 
+def test_differences_are_those_of_the_levels_and_told_apart_where_the_interval_leaves_one_out() -> None:
+    table = cells(0.0, 0.02, 0.2)
+    table["c"] = {at: table["c"][at] for at in range(3)}
+    state = decide(table, min_rounds=3, max_rounds=8)
+    for one, other in itertools.permutations(table, 2):
+        ratio, gap = state.ratio(one, other), state.fit.gap(other, one, state.pool)
+        assert ratio is not None
+        assert gap is not None
+        assert ratio.value == pytest.approx(math.exp(state.fit.levels[other] - state.fit.levels[one]))
+        assert gap.is_behind(state.level) == (ratio.is_told and ratio.value > 1)
+    few = decide(cells(0.0, 0.5, rounds=2), min_rounds=1, max_rounds=2).ratio("a", "b")
+    assert few is not None
+    assert (few.low, few.rounds) == (None, 2)
+
+
+def test_the_error_of_a_difference_is_that_of_least_squares() -> None:
+    """Of two plans alone, rounds that one of them missed say nothing of their difference."""
+    table = cells(0.0, 0.02)
+    table["b"] = {at: table["b"][at] for at in range(3)}
+    fit = Fit.of(table)
+    gap = fit.gap("b", "a")
+    assert gap is not None
+    assert gap.error == pytest.approx(fit.sd * math.sqrt(2 / 3))
+    assert (gap.rounds, gap.freedom) == (3, 2)
+
+
+def test_a_control_moves_levels_and_lends_no_noise() -> None:
+    table = cells(0.0, 0.02)
+    alone = decide(table, min_rounds=3, max_rounds=8)
+    table["base"] = {at: 9.0 + at % 2 for at in range(8)}
+    beside = decide(table, min_rounds=3, max_rounds=8, controls=["base"])
+    assert alone.pool.sd == beside.pool.sd < beside.fit.sd
+    assert "base" in beside.fit.levels
+
+
+@pytest.mark.slow
 def test_equal_plans_are_seldom_told_apart_and_different_ones_mostly() -> None:
     equal, apart = power(0.0, 0.02, finals=120), power(0.05, 0.02, finals=120)
     assert equal.wrong <= 0.10

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from pipetune.bench.record import Record
 from pipetune.bench.spec import EffectivePlan, Plan, Protocol
-from pipetune.tuner.config.schema import Constraint
+from pipetune.tuner.config.schema import Constraint, SpaceConfig
 from pipetune.tuner.ranking import finals
-from pipetune.tuner.ranking.finals import BASELINE, Due, Finalists, FinalsResult, choose, next_step
+from pipetune.tuner.ranking.finals import Due, Finalists, FinalsResult, choose, next_step
 from pipetune.tuner.ranking.rank import rank
+from pipetune.tuner.ranking.runs import BASELINE
 from pipetune.tuner.ranking.values import Objective
 from tests.record_factory import (
     make_baseline_measurement,
@@ -26,6 +27,7 @@ from tests.record_factory import (
 )
 
 THROUGHPUT, TTFT = Objective(metric="output_throughput"), Objective(metric="mean_ttft_ms")
+BOUND = SpaceConfig(min_stages=2)
 FAST, GOOD, SLOW = make_plan((17, 13), 16), make_plan((16, 14), 16), make_plan((10, 20), 16)
 
 
@@ -122,6 +124,7 @@ def test_rounds_go_on_for_those_that_are_close_and_who_is_behind_leaves() -> Non
     assert all(row.confirmed for row in ranking.rows)
 
 
+@pytest.mark.slow
 @given(stop=st.integers(1, 20))
 def test_a_stop_anywhere_changes_nothing(stop: int) -> None:
     drifts = {FAST: 0.5, GOOD: 0.52, SLOW: 0.9}
@@ -247,8 +250,8 @@ def test_a_round_is_one_repetition_without_a_check() -> None:
     assert (protocol.num_iters, protocol.check_outputs) == (1, False)
 
 
-def chosen(records: Sequence[Record], count: int, min_stages: int = 1) -> list[Plan]:
-    taking_part: tuple[EffectivePlan, ...] = choose(records, [THROUGHPUT], [], count=count, min_stages=min_stages).plans
+def chosen(records: Sequence[Record], count: int) -> list[Plan]:
+    taking_part: tuple[EffectivePlan, ...] = choose(records, [THROUGHPUT], [], count=count).plans
     return [effective.plan for effective in taking_part]
 
 
@@ -268,11 +271,76 @@ def test_the_last_of_three_places_goes_to_the_other_way_of_using_the_devices() -
     assert len(chosen(records[:3], 3)) == 3
 
 
-def test_the_single_stage_is_no_finalist_where_the_search_is_bound_to_more() -> None:
+def test_the_single_stage_takes_part_beside_the_finalists_and_competes_where_it_may_be_best() -> None:
+    single, split, slow = make_plan((30,)), make_plan(), make_plan((10, 20))
+    records = [
+        make_record(0, "single_stage", single, make_measurement(single, drift=0.1)),
+        make_record(1, "trial", split, make_measurement(split), trial_number=0),
+        make_record(2, "trial", slow, make_measurement(slow), trial_number=1),
+    ]
+    assert chosen(records, 1) == [split, single]
+    assert chosen(records, 2) == [split, slow, single]
+    assert chosen(records, 0) == []
+    bound = choose(records, [THROUGHPUT], [], count=2, space=BOUND)
+    assert [effective.plan for effective in bound.plans] == [split, slow]
+    assert bound.single_stage is not None
+    assert bound.plan(bound.single_stage.key).plan == single
+
+
+def test_the_single_stage_of_a_bounded_search_runs_in_every_round_and_is_a_reference() -> None:
     single, split = make_plan((30,)), make_plan()
     records = [
         make_record(0, "single_stage", single, make_measurement(single, drift=0.1)),
         make_record(1, "trial", split, make_measurement(split), trial_number=0),
     ]
-    assert [len(plan.stages) for plan in chosen(records, 2)] == [1, 2]
-    assert [len(plan.stages) for plan in chosen(records, 2, min_stages=2)] == [2]
+    step: Due | FinalsResult | None = None
+    for number in range(2, 99):
+        taking_part = choose(records, [THROUGHPUT], [], count=3, space=BOUND)
+        step = next_step(records, taking_part, objectives=[THROUGHPUT], space=BOUND, min_rounds=3, max_rounds=8, seed=7)
+        if isinstance(step, FinalsResult):
+            break
+        plan = taking_part.plan(step.name).plan
+        result = make_measurement(plan, num_iters=1, seed=step.round, drift=0.1 if plan == single else 1.0)
+        records.append(make_record(number, "finalist", plan, result, round_=step.round))
+    assert isinstance(step, FinalsResult)
+    assert (step.kind, step.incumbent) == ("alone", key(split))
+    assert set(runs_of(records).values()) == {3}
+    ranking = rank(records, space=BOUND)
+    assert ranking.best is not None
+    assert (ranking.best.plan, ranking.best.in_finals) == (split, True)
+    assert ranking.single_stage is not None
+    assert (ranking.single_stage.rank, ranking.single_stage.is_reference) == (None, True)
+    gain = ranking.best.speedup_over_single_stage
+    assert gain is not None
+    assert gain.rounds == 3
+    assert gain.value < 1
+    assert rank(records).best == rank(records).single_stage
+
+
+def test_the_single_stage_without_the_cap_of_the_search_is_a_reference() -> None:
+    single, split = make_plan((30,)), Plan.from_layer_counts((17, 13), ("cpu:0", "cpu:1"), 16, max_memory_bytes=2**30)
+    records = [
+        make_record(0, "single_stage", single, make_measurement(single, drift=0.1)),
+        make_record(1, "trial", split, make_measurement(split), trial_number=0),
+    ]
+    capped = SpaceConfig(max_memory_per_device=2**30)
+    taking_part = choose(records, [THROUGHPUT], [], count=2, space=capped)
+    assert [effective.plan for effective in taking_part.plans] == [split]
+    assert taking_part.single_stage is not None
+    ranking = rank(records, space=capped)
+    assert ranking.best is not None
+    assert ranking.best.plan == split
+    assert ranking.single_stage is not None
+    assert ranking.single_stage.unranked_because == "it was measured without the search's cap"
+
+
+def test_finals_from_before_the_single_stage_took_part_go_on_without_it() -> None:
+    drifts = {FAST: 0.5, GOOD: 0.52}
+    records = searched(drifts)
+    play(records, drifts, most=4)
+    single = make_plan((30,))
+    late = make_record(99, "single_stage", single, make_measurement(single)).model_copy(update={"number": 0})
+    records[0] = late
+    assert single not in [effective.plan for effective in choose(records, [THROUGHPUT], [], count=3).plans]
+    begun = [record for record in records if record.round in (None, 0)]
+    assert single in [effective.plan for effective in choose(begun, [THROUGHPUT], [], count=3).plans]

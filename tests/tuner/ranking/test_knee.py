@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipetune.tuner.ranking.knee import bulges
+from pipetune.tuner.ranking.order import bulges
 
 
 def knee(costs: Sequence[Sequence[float]]) -> int | None:

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from pipetune.bench.errors import StudyError
 from pipetune.bench.record import Failure, FailureKind, Measurement, Record
 from pipetune.bench.spec import ModelSpec, Sampling
 from pipetune.tuner.commands.conclude import conclude
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.files import write_report
-from pipetune.tuner.report.ranking import ranking_table, screen_of
+from pipetune.tuner.report.ranking import ranking_tables, screen_of
 from pipetune.tuner.report.render.rich import render_rich
 from pipetune.tuner.report.wording import metric_text, model_text, rival_text, workload_text
 from pipetune.tuner.study.files import load_study
@@ -105,7 +106,7 @@ def test_partial_studies_are_reported_honestly(tmp_path: Path, name: str) -> Non
         "only_baseline": "No plan was measured.",
         "no_baseline": "none was measured, so there is no ×",
         "no_finals": "were not measured side by side",
-        "no_instrumentation": "1✓",
+        "no_instrumentation": "side by side, in 5 interleaved rounds",
         "single_stage_alone": "pipelining gains nothing",
         "one_slow_plan": "The un-pipelined model is faster here",
     }[name]
@@ -164,6 +165,7 @@ def evil_study(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_foreign_text_is_text_in_every_form(tmp_path: Path) -> None:
     folder = evil_study(tmp_path / "study")
     write_report(Report.of(load_study(folder)))
@@ -185,6 +187,25 @@ def test_foreign_text_is_text_in_every_form(tmp_path: Path) -> None:
     assert "[red]x[/red]" in screen
     assert "=<u>model[/]|" in screen
     assert "\x1b[31m" not in screen
+
+
+def test_a_report_takes_away_no_picture_but_its_own(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", PARTIAL["nothing"])
+    (folder / "plots").mkdir()
+    for name in ("timeline.png", "mine.png"):
+        (folder / "plots" / name).write_bytes(b"png")
+    write_report(Report.of(load_study(folder)))
+    assert {path.name for path in (folder / "plots").iterdir()} == {"mine.png"}
+
+
+def test_a_report_writes_into_no_folder_that_plots_leads_to(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", PARTIAL["nothing"])
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/timeline.png").write_bytes(b"mine")
+    (folder / "plots").symlink_to(tmp_path / "own")
+    with pytest.raises(StudyError, match="plots: is a link to"):
+        write_report(Report.of(load_study(folder)))
+    assert (tmp_path / "own/timeline.png").read_bytes() == b"mine"
 
 
 def test_the_csv_holds_full_precision_and_no_formula(tmp_path: Path) -> None:
@@ -210,7 +231,7 @@ def test_the_csv_has_a_line_for_every_plan_baseline_and_failure(tmp_path: Path) 
     ranking = Report.of(load_study(folder)).ranking
     counts = {name: sum(row["entry"] == name for row in rows) for name in ("plan", "baseline", "failure")}
     assert counts == {"plan": len(ranking.rows), "baseline": 3 + 1, "failure": 2}
-    assert [row["confirmed"] for row in rows if row["entry"] == "baseline"] == ["false", "false", "false", "true"]
+    assert [row["measured_in"] for row in rows if row["entry"] == "baseline"] == ["search"] * 3 + ["finals"]
     assert rows[0]["layers"] == "16+14"
     assert rows[0]["devices"] == "cpu:0 cpu:1"
     assert float(rows[0]["speedup_over_baseline_low"]) <= float(rows[0]["speedup_over_baseline"])
@@ -220,7 +241,7 @@ def test_the_table_fits_80_columns_and_shows_best_and_baseline(tmp_path: Path) -
     folder = write_study(tmp_path / "study", constraints=["p90_ttft_ms<=4700"])
     lines = terminal(folder).splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 80
-    best = next(line for line in lines if line.startswith("1✓"))
+    best = next(line for line in lines if line.lstrip().startswith("1"))
     shown = Report.of(load_study(folder)).ranking.rows[0].metrics["p90_ttft_ms"]
     assert "16+14" in best
     assert "×" in best
@@ -228,13 +249,36 @@ def test_the_table_fits_80_columns_and_shows_best_and_baseline(tmp_path: Path) -
     assert any(metric_text("p90_ttft_ms", shown) in line for line in lines), "the constrained metric is shown"
 
 
+def test_a_narrow_screen_breaks_cells_and_cuts_no_number(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", constraints=["p90_ttft_ms<=4700"])
+    lines = terminal(folder, width=60).splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 60
+    shown = "".join("".join(lines).split())
+    assert "…" not in shown
+    for row in Report.of(load_study(folder)).ranking.rows:
+        assert metric_text("p90_ttft_ms", row.metrics["p90_ttft_ms"]).split()[0] in shown
+
+
+def test_notes_of_a_kind_are_one_bullet(tmp_path: Path) -> None:
+    plan = make_plan()
+    texts = [f"other processes took {number / 10:.1f} CPU cores: python (pid {number})" for number in range(20, 70)]
+    records = [
+        make_record(at, "trial", plan, make_measurement(plan, seed=at, disturbances=(text,)), trial_number=at)
+        for at, text in enumerate(texts)
+    ]
+    folder = write_study(tmp_path / "study", records)
+    write_report(Report.of(load_study(folder)))
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("other processes took") == 1
+    assert "and 49 notes more of the kind (records 0000, 0001" in page
+
+
 def test_several_objectives_mark_the_front(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", objectives=["output_throughput", "mean_ttft_ms"])
     write_report(Report.of(load_study(folder)))
     front = [row for row in Report.of(load_study(folder)).ranking.rows if row.on_front]
-    table = ranking_table(Report.of(load_study(folder)))
-    assert table is not None
-    assert sum("◆" in str(row.cells[0]) for row in table.rows) == len(front) > 1
+    tables = ranking_tables(Report.of(load_study(folder)))
+    assert sum("◆" in str(row.cells[0]) for table in tables for row in table.rows) == len(front) > 1
 
 
 COPIES = make_plan((30,), 16, replicas=2)
@@ -257,7 +301,7 @@ def copies_and_one_pipeline(folder: Path, *, drift: float = 1.0) -> Path:
 
 def test_two_copies_that_beat_one_pipeline_are_said_to(tmp_path: Path) -> None:
     folder = copies_and_one_pipeline(tmp_path / "study", drift=0.5)
-    conclude(folder)
+    conclude(folder, lambda report: 0)
     lines = terminal(folder).splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 80
     assert any(line.startswith("1✓  2×30") for line in lines)
@@ -276,13 +320,13 @@ def test_two_copies_that_beat_one_pipeline_are_said_to(tmp_path: Path) -> None:
 def test_one_pipeline_that_beats_copies_and_a_draw_are_said_too(tmp_path: Path) -> None:
     won = " ".join(terminal(copies_and_one_pipeline(tmp_path / "won", drift=3.0)).split())
     assert "One pipeline of 2 stages beats two copies of the model (2 × 30 · micro-batch 16)" in won
-    assert "17+13 8 4·32" in won.replace("1✓ ", "")
+    assert "1✓ 17+13 compiled 8 4·32" in won
     ranking = Report.of(load_study(tmp_path / "won")).ranking
     assert ranking.rival is not None
     gain = ranking.rival.gain
     assert gain is not None
-    tied = tuple(row.key for row in ranking.rows if row.confirmed)
-    draw = ranking.model_copy(update={"separation": ranking.separation.model_copy(update={"tied": tied})})
+    wide = ranking.rival.model_copy(update={"gain": gain.model_copy(update={"low": 0.9})})
+    draw = ranking.model_copy(update={"rival": wide})
     assert "is not told apart from two copies of the model" in (rival_text(draw) or "")
     unpaired = gain.model_copy(update={"low": None, "high": None, "rounds": 0})
     apart = ranking.model_copy(update={"rival": ranking.rival.model_copy(update={"gain": unpaired})})

@@ -112,6 +112,7 @@ def test_every_metric_is_defined_and_no_other() -> None:
     assert defined == set(metric_names(1000, 1000, gpu=True))
 
 
+@pytest.mark.slow
 def test_every_file_and_column_of_a_report_is_defined(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study", log=make_log(), profile=make_profile())
     write_report(Report.of(load_study(folder)))

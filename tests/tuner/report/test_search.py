@@ -15,15 +15,15 @@ from pipetune.bench.record import FailureKind, Measurement, Record
 from pipetune.tuner.commands.conclude import document
 from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.report.chart import Dots, Line
-from pipetune.tuner.report.costs import costs_of
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.document import Facts, Table
 from pipetune.tuner.report.files import write_report
-from pipetune.tuner.report.ranking import screen_of
+from pipetune.tuner.report.profile import costs_of
+from pipetune.tuner.report.ranking import remarks_of, screen_of
 from pipetune.tuner.report.render.rich import render_rich
 from pipetune.tuner.report.search import summarize, trials_of
 from pipetune.tuner.report.study_charts import prediction_chart, search_chart
-from pipetune.tuner.study.files import SEARCH_FILE, load_study
+from pipetune.tuner.study.files import StudyFile, load_study
 from pipetune.tuner.study.search_log import SearchLog, Stop
 from tests.record_factory import make_failure, make_measurement, make_plan, make_record, make_study_records
 from tests.study_factory import make_log, make_profile, write_study
@@ -157,11 +157,13 @@ def test_a_trial_that_breaks_a_constraint_is_never_the_best_so_far(tmp_path: Pat
     assert set(best.ys) <= set(dots.ys)
 
 
-def test_a_search_log_that_is_cut_off_is_named(tmp_path: Path) -> None:
+def test_a_search_log_that_is_cut_off_is_named_and_left_out(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", log=SearchLog(stop=Stop(kind="budget", text="all 3 trials have run")))
-    (folder / SEARCH_FILE).write_text("{", encoding="utf-8")
-    with pytest.raises(Exception, match=r"search\.json"):
-        write_report(report_of(folder))
+    (folder / StudyFile.SEARCH).write_text("{", encoding="utf-8")
+    report = report_of(folder)
+    assert report.log is None
+    assert report.ranking.best is not None
+    assert "search.json" in remarks_of(report)[0]
 
 
 def test_a_profile_is_shown_by_device_part_and_kind() -> None:
@@ -172,3 +174,16 @@ def test_a_profile_is_shown_by_device_part_and_kind() -> None:
     assert texts(table)[0][1:3] == ("a layer of 0-29", "7.00")
     assert isinstance(links, Facts)
     assert links.items[0] == ("cpu:0 → cpu:1", "150 µs, 1.20 GB/s")
+
+
+def test_a_trial_that_was_stopped_is_told_until_its_plan_has_run(tmp_path: Path) -> None:
+    stopped = make_record(0, "trial", make_plan(), make_failure(FailureKind.INTERRUPTED), trial_number=0)
+    again = make_record(1, "trial", make_plan(), make_measurement(make_plan()), trial_number=1)
+    before, after = (
+        report_of(write_study(tmp_path / str(len(records)), records)) for records in ([stopped], [stopped, again])
+    )
+    assert [row.record for row in before.ranking.failures] == [0]
+    assert not after.ranking.failures
+    search = summarize(after)
+    assert search is not None
+    assert [row[0] for row in texts(search.table)] == ["1"]

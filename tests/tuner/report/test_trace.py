@@ -25,15 +25,15 @@ EVENTS = trace_events(MEASUREMENT, 0, PLAN)
 
 
 def spans(stage: int, track: int) -> list[dict[str, Any]]:
-    return [event for event in EVENTS if event["ph"] == "X" and (event["pid"], event["tid"]) == (stage, track)]
+    return [event for event in EVENTS if event["ph"] == "X" and (event["pid"], event["tid"]) == (stage + 1, track)]
 
 
 def test_every_stage_is_a_named_process_with_named_tracks() -> None:
     names = {event["pid"]: event["args"]["name"] for event in EVENTS if event["name"] == "process_name"}
     assert names == {
-        0: "stage 0 · cpu:0 · layers 0–7",
-        1: "stage 1 · cpu:1 · layers 8–19",
-        2: "stage 2 · cpu:2 · layers 20–29",
+        1: "stage 0 · cpu:0 · layers 0-7",
+        2: "stage 1 · cpu:1 · layers 8-19",
+        3: "stage 2 · cpu:2 · layers 20-29",
     }
     tracks = [event["args"]["name"] for event in EVENTS if event["name"] == "thread_name" and event["pid"] == 1]
     assert tracks == ["compute", "receive wait", "send wait"]
@@ -73,7 +73,7 @@ def test_arrows_run_forward_in_time_between_spans_that_exist() -> None:
     for number, start in starts.items():
         assert start["ts"] < ends[number]["ts"]
         for end in (start, ends[number]):
-            around = [e for e in spans(end["pid"], end["tid"]) if e["ts"] <= end["ts"] <= e["ts"] + e["dur"]]
+            around = [e for e in spans(end["pid"] - 1, end["tid"]) if e["ts"] <= end["ts"] <= e["ts"] + e["dur"]]
             assert around
 
 
@@ -83,23 +83,23 @@ def test_replicas_are_processes_of_their_own_and_chunks_are_named() -> None:
     events = trace_events(measurement, 0, plan)
     names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
     assert names == [
-        "replica 0 stage 0 · cpu:0 · layers 0–15",
-        "replica 0 stage 1 · cpu:1 · layers 16–29",
-        "replica 1 stage 0 · cpu:2 · layers 0–15",
-        "replica 1 stage 1 · cpu:3 · layers 16–29",
+        "replica 0 stage 0 · cpu:0 · layers 0-15",
+        "replica 0 stage 1 · cpu:1 · layers 16-29",
+        "replica 1 stage 0 · cpu:2 · layers 0-15",
+        "replica 1 stage 1 · cpu:3 · layers 16-29",
     ]
     assert measurement.replica_tasks is not None
     compute = [event for event in events if event["ph"] == "X" and event["tid"] == 1]
-    assert [sum(event["pid"] == pid for event in compute) for pid in range(4)] == [
+    assert [sum(event["pid"] == pid for event in compute) for pid in range(1, 5)] == [
         count for count in measurement.replica_tasks for _ in range(2)
     ]
-    batches = [{event["args"]["micro_batch"] for event in compute if event["pid"] == pid} for pid in range(4)]
+    batches = [{event["args"]["micro_batch"] for event in compute if event["pid"] == pid} for pid in range(1, 5)]
     assert batches[0] == batches[1] == {0, 1}
     assert batches[2] == batches[3] == {2, 3}
     assert "prefill m2 rows 4–7 tokens 32–63" in {event["name"] for event in compute}
     flows = [event for event in events if event["ph"] in "sf"]
     assert len({event["id"] for event in flows}) == len(flows) // 2
-    pairs = {(event["id"], event["pid"] // 2) for event in flows}
+    pairs = {(event["id"], (event["pid"] - 1) // 2) for event in flows}
     assert len(pairs) == len(flows) // 2, "no arrow crosses from replica to replica"
 
 

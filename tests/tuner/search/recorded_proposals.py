@@ -47,6 +47,7 @@ Lines = list[str]
 def study_proposals(folder: str, **asked: Any) -> Lines:
     """After each of a study's records, what would run next."""
     study = load_study(ROOT / folder)
+    assert study.shape is not None
     config = study.config.model_copy(update=asked)
     lens = next(record.result.prompt_lens for record in study.records if isinstance(record.result, Measurement))
     profile = ROOT / folder / "profile.json"

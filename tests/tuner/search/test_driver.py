@@ -16,7 +16,7 @@ from pipetune.bench import metrics
 from pipetune.bench.errors import FleetError, ModelError, NothingFeasibleError, StudyError
 from pipetune.bench.profile import Profile
 from pipetune.bench.record import Failure, FailureKind, Measurement, Record
-from pipetune.bench.spec import RunSpec
+from pipetune.bench.spec import Plan, RunSpec
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.model import CostModel
@@ -27,9 +27,9 @@ from pipetune.tuner.search.policy.strategy import Strategy
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
-from pipetune.tuner.study.files import read
+from pipetune.tuner.study.files import load_records, read, was_interrupted
 from pipetune.tuner.study.search_log import Proposal, SearchLog
-from pipetune.tuner.study.store import StudyStore, load_records, was_interrupted
+from pipetune.tuner.study.store import StudyStore
 from tests.tuner.fake_fleet import Lab, failure
 
 MIB = 2**20
@@ -60,7 +60,7 @@ def test_a_study_runs_in_its_order(tmp_path: Path) -> None:
     assert finished
     order = list(dict.fromkeys(record.role for record in records))
     assert order == ["baseline", "single_stage", "trial", "finalist"]
-    assert roles(records) == {"baseline": 3, "single_stage": 1, "trial": 5, "finalist": 6}
+    assert roles(records) == {"baseline": 3, "single_stage": 1, "trial": 5, "finalist": 8}
     assert [record.params["batch_size"] for record in records[:3] if record.params] == [32, 16, 8]
     assert lab.calls[:2] == ["profile", "reference"]
     assert lab.calls.count("profile") == lab.calls.count("reference") == 1
@@ -85,6 +85,19 @@ def test_a_study_is_profiled_once_and_keeps_its_profile(tmp_path: Path, monkeypa
     study(tmp_path / "s", lab, config(n_trials=3, finalists=0), resume=True)
     assert lab.calls.count("profile") == 1
     assert (tmp_path / "other/profile.json").read_bytes() == (tmp_path / "s/profile.json").read_bytes()
+
+
+def test_a_damaged_reference_is_made_anew_and_burns_no_trial(tmp_path: Path) -> None:
+    lab = Lab()
+    study(tmp_path / "s", lab, config(n_trials=1, finalists=0))
+    (tmp_path / "s/reference.safetensors").write_bytes(b"refer")
+    _, records = study(tmp_path / "s", lab, config(n_trials=3, finalists=0), resume=True)
+    assert lab.calls.count("reference") == 2
+    assert [type(record.result) for record in records if record.role == "trial"] == [Measurement] * 3
+    (tmp_path / "s/reference.safetensors").unlink()
+    (tmp_path / "s/reference.safetensors").mkdir()
+    with pytest.raises(StudyError):
+        study(tmp_path / "s", lab, config(n_trials=4, finalists=0), resume=True)
 
 
 def test_a_profile_makes_the_first_prediction_good(tmp_path: Path) -> None:
@@ -196,6 +209,32 @@ def test_a_lost_space_is_no_reason_to_guess_what_points_meant(tmp_path: Path) ->
         study(tmp_path / "s", Lab(), config(n_trials=4, finalists=0), resume=True)
 
 
+def test_a_resume_names_a_damaged_file_and_goes_on_once_it_is_put_back(tmp_path: Path) -> None:
+    lab, folder = Lab(), tmp_path / "s"
+    _, before = study(folder, lab, config(n_trials=1, finalists=0))
+    for name, damaged in {
+        "space.json": b'{"partitions": [[30], [1, 2]]}',
+        "profile.json": b"{",
+        "search.json": b"\x00\xff",
+        "machine.json": b"[]",
+        "records/0000.json": b"",
+    }.items():
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(StudyError, match=f"{name} is cut off or no .*; move it away to go on without it"):
+            study(folder, lab, config(n_trials=2, finalists=0), resume=True)
+        assert (folder / name).read_bytes() == damaged
+        (folder / name).write_bytes(whole)
+    # The database holds nothing that the records do not.
+    database = (folder / "study.db").read_bytes()
+    database = database[:4096] + b"\xff" * 4096 + database[8192:]
+    (folder / "study.db").write_bytes(database)
+    _, records = study(folder, lab, config(n_trials=2, finalists=0), resume=True)
+    assert (folder / "study.db.broken").read_bytes() == database
+    assert records[: len(before)] == before
+    assert [record.trial_number for record in records if record.role == "trial"] == [0, 1]
+
+
 def test_the_single_stage_takes_the_best_batch_of_the_baseline(tmp_path: Path) -> None:
     lab = Lab()
     _, records = study(tmp_path / "s", lab, config())
@@ -210,13 +249,14 @@ def test_the_single_stage_takes_the_best_batch_of_the_baseline(tmp_path: Path) -
     assert single.spec.plan.micro_batch_size == best.params["batch_size"]
 
 
-def test_finals_are_rounds_of_the_best_and_the_baseline(tmp_path: Path) -> None:
+def test_finals_are_rounds_of_the_best_the_single_stage_and_the_baseline(tmp_path: Path) -> None:
     _, records = study(tmp_path / "s", Lab(), config())
     finals = [record for record in records if record.role == "finalist"]
     by_round = {number: [record for record in finals if record.round == number] for number in (0, 1)}
     for rows in by_round.values():
-        assert len(rows) == 3
+        assert len(rows) == 4
         assert sum(record.spec is None for record in rows) == 1
+        assert sum(len(record.spec.plan.devices) == 1 for record in rows if record.spec) == 1
         assert all(isinstance(record.result, Measurement) and len(record.result.iterations) == 1 for record in rows)
         assert all(record.replicate_of is not None for record in rows if record.spec)
 
@@ -254,6 +294,53 @@ def test_a_plan_that_lost_its_worker_gets_a_second_chance(tmp_path: Path) -> Non
     assert trials[lost + 1].replicate_of == trials[lost].number
     # The loss costs a retry, not a trial.
     assert sum(isinstance(record.result, Measurement) for record in trials) == 5
+
+
+def test_a_baseline_and_a_single_stage_that_lost_their_worker_are_run_again(tmp_path: Path) -> None:
+    lab, left = Lab(), {"baseline": 1, "single": 1}
+
+    def lose(name: str) -> Failure | None:
+        left[name] -= 1
+        return failure(FailureKind.WORKER_DIED) if left[name] >= 0 else None
+
+    lab.baseline_fault = lambda batch_size: lose("baseline") if batch_size == 32 else None
+    lab.fault = lambda spec, number: lose("single") if len(spec.plan.stages) == 1 else None
+    _, records = study(tmp_path / "s", lab, config(n_trials=1))
+    for role, size in (("baseline", 32), ("single_stage", None)):
+        runs = [one for one in records if one.role == role and (one.params or {}).get("batch_size") == size]
+        assert [type(one.result) for one in runs] == [Failure, Measurement]
+
+
+def test_a_loss_that_the_driver_did_not_outlive_is_made_good_by_a_resume(tmp_path: Path) -> None:
+    whole = study(tmp_path / "s", Lab(), config(n_trials=1))[1]
+    for record in whole:
+        if record.role in ("baseline", "single_stage"):
+            lost = record.model_copy(update={"result": failure(FailureKind.WORKER_HUNG)})
+            (tmp_path / "s" / "records" / f"{record.number:04}.json").write_text(lost.model_dump_json())
+    _, again = study(tmp_path / "s", Lab(), config(n_trials=1), resume=True)
+    added = [record for record in again[len(whole) :] if record.role in ("baseline", "single_stage")]
+    assert len(added) == sum(record.role in ("baseline", "single_stage") for record in whole)
+    assert all(isinstance(record.result, Measurement) for record in added)
+    assert study(tmp_path / "s", Lab(), config(n_trials=1), resume=True)[1] == again
+
+
+def test_a_round_of_the_finals_that_lost_its_worker_is_run_again(tmp_path: Path) -> None:
+    lab, lost = Lab(), list[Plan]()
+
+    def fault(spec: Any, number: int) -> Failure | None:
+        if spec.protocol.check_outputs or lost:
+            return None
+        lost.append(spec.plan)
+        return failure(FailureKind.WORKER_DIED)
+
+    lab.fault = fault
+    _, records = study(tmp_path / "s", lab, config(finalists=2, finalist_rounds=2))
+    (place,) = [
+        index for index, one in enumerate(records) if one.role == "finalist" and isinstance(one.result, Failure)
+    ]
+    again = records[place + 1]
+    assert (again.round, again.spec and again.spec.plan) == (records[place].round, lost[0])
+    assert isinstance(again.result, Measurement)
 
 
 def test_a_plan_that_always_kills_its_worker_gets_no_third_chance(tmp_path: Path) -> None:
@@ -387,7 +474,7 @@ def test_a_killed_driver_goes_on_with_what_it_had(tmp_path: Path, after: int) ->
     assert records[: len(before)] == before
     interrupted = [record for record in records if was_interrupted(record)]
     measured = [record for record in records if isinstance(record.result, Measurement)]
-    assert roles(measured) == {"baseline": 3, "single_stage": 1, "trial": 8, "finalist": 6}
+    assert roles(measured) == {"baseline": 3, "single_stage": 1, "trial": 8, "finalist": 8}
     assert len(interrupted) == (1 if 1 <= after <= 8 else 0)
     trials = [record for record in records if record.role == "trial"]
     assert sorted(record.trial_number or 0 for record in trials) == list(range(len(trials)))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -14,10 +17,13 @@ from optuna.trial import TrialState
 from pipetune.bench.errors import StudyError
 from pipetune.bench.record import FailureKind, Outcome, Record
 from pipetune.tuner.config.schema import Constraint
+from pipetune.tuner.config.storage_url import sqlite_path, sqlite_url
+from pipetune.tuner.search.database import naming_losses
 from pipetune.tuner.search.optuna_study import OptunaStudy
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.space import Point, SearchSpace
-from tests.record_factory import make_failure, make_measurement, make_record
+from tests.disks import fill, small_disk
+from tests.record_factory import make_failure, make_measurement, make_plan, make_record
 from tests.tuner.search.space_factory import build
 
 SPACE = build()[0]
@@ -33,7 +39,7 @@ def url(tmp_path: Path) -> str:
 
 
 def open_(url: str, space: SearchSpace = SPACE, objectives: tuple[str, ...] = ("output_throughput",)) -> OptunaStudy:
-    return OptunaStudy.open(url, space, objectives=objectives, constraints=LIMITS, set_aside=said.append)
+    return OptunaStudy.open(url, space, objectives=objectives, constraints=LIMITS, say=said.append, is_own=True)
 
 
 @pytest.fixture
@@ -96,6 +102,30 @@ def test_infeasible_is_pruned_with_an_amount_and_broken_is_failed(
     assert trial.constraints == (amounts if state == TrialState.PRUNED else {})
 
 
+def test_a_study_can_be_read_by_others(url: str) -> None:
+    with contextlib.closing(
+        OptunaStudy.open(url, SPACE, objectives=("output_throughput",), constraints=(), name="night")
+    ) as study:
+        number = study.ask(next(SPACE.points()))
+        assert number == 0
+        study.note_best(make_record(0, "trial", make_plan(), make_measurement(make_plan()), trial_number=0))
+    (name,) = optuna.get_all_study_names(url)
+    assert name == f"night-{SPACE.study_id}"
+    theirs = optuna.load_study(study_name=name, storage=url)
+    assert theirs.metric_names == ["output_throughput"]
+    assert theirs.user_attrs == {"best_trial": 0, "best_plan": make_plan().describe()}
+    plan = SPACE.plan(next(SPACE.points()))
+    told = theirs.trials[0].user_attrs
+    assert (told["plan"], told["layer_counts"], told["replicas"]) == (
+        plan.describe(),
+        [*plan.layer_counts],
+        plan.replicas,
+    )
+    # Under another name, as after its folder was renamed, it is the same study.
+    OptunaStudy.open(url, SPACE, objectives=("output_throughput",), constraints=(), name="day").close()
+    assert optuna.get_all_study_names(url) == [name]
+
+
 def test_what_was_not_told_is_told_and_what_has_no_record_is_returned(study: OptunaStudy, url: str) -> None:
     for point in POINTS[:3]:
         study.ask(point)
@@ -154,7 +184,10 @@ def test_a_database_that_is_not_the_studys_own_stays_as_it_is(tmp_path: Path, co
 
 
 @pytest.mark.parametrize("state", ["tables", "busy"])
-def test_a_database_of_ours_is_only_set_aside_when_it_is_damaged(url: str, state: str) -> None:
+def test_a_database_of_ours_is_only_set_aside_when_it_is_damaged(
+    url: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipetune.tuner.search.database.LOCKED_S", 0.5)
     path = Path(url.removeprefix("sqlite:///"))
     holder = sqlite3.connect(path)
     if state == "tables":
@@ -166,10 +199,10 @@ def test_a_database_of_ours_is_only_set_aside_when_it_is_damaged(url: str, state
     before = path.read_bytes()
     said.clear()
     with pytest.raises(StudyError, match=r"study\.db"):
-        open_(f"{url}?timeout=0.1")
+        open_(url)
     holder.close()
     assert path.read_bytes() == before
-    assert not said
+    assert [text for text in said if "broken" in text] == []
     assert not path.with_name("study.db.broken").exists()
 
 
@@ -234,12 +267,16 @@ def test_a_foreign_database_that_fails_is_named_without_its_password() -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
-    (tmp_path / "a {b} c").mkdir()
-    opened = open_(f"sqlite:///{tmp_path / 'a {b} c/study.db'}")
+@pytest.mark.parametrize("name", ["a {b} c", "run?1", "run#1", "a%20b", "a@b:c", "file:x?mode=memory"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name / "study.db"
+    path.parent.mkdir()
+    opened = open_(sqlite_url(path))
     assert opened.ask(POINTS[0]) == 0
     opened.close()
-    assert (tmp_path / "a {b} c/study.db").exists()
+    assert path.exists()
+    assert sqlite_path(sqlite_url(path)) == path
+    assert [one.name for one in tmp_path.iterdir()] == [name]
 
 
 def test_the_database_is_whole_after_every_step(study: OptunaStudy, url: str) -> None:
@@ -247,3 +284,75 @@ def test_the_database_is_whole_after_every_step(study: OptunaStudy, url: str) ->
     with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
         assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
     connection.close()
+
+
+HOLDER = """
+import sqlite3, sys
+holder = sqlite3.connect(sys.argv[1], isolation_level=None)
+holder.execute(sys.argv[2])
+holder.execute("SELECT count(*) FROM trials").fetchone()
+print("held", flush=True)
+input()
+"""
+
+
+@contextlib.contextmanager
+def held(url: str, how: str) -> Iterator[subprocess.Popen[str]]:
+    """Another program that holds the database until it is told something."""
+    command = [sys.executable, "-c", HOLDER, url.removeprefix("sqlite:///"), how]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        yield holder
+        holder.kill()
+
+
+@pytest.mark.parametrize("how", ["BEGIN EXCLUSIVE", "BEGIN IMMEDIATE", "BEGIN"])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "user's"])
+def test_a_database_that_another_program_holds_is_waited_for(url: str, how: str, own: bool) -> None:
+    open_(url).close()
+    said.clear()
+    with held(url, how) as holder, ThreadPoolExecutor() as pool:
+        assert holder.stdin is not None
+
+        def release(text: str) -> None:
+            said.append(text)
+            pool.submit(holder.communicate, "go\n")
+
+        study = OptunaStudy.open(url, SPACE, objectives=("output_throughput",), constraints=(), say=release, is_own=own)
+        for index, point in enumerate(POINTS[:2]):
+            assert study.ask(point) == index
+            study.tell(record(index, point))
+        study.close()
+    assert said == [f"{url.removeprefix('sqlite:///')}: another program holds it; it is waited for, up to 600 s"]
+    assert [trial.state for trial in trials(url)] == [TrialState.COMPLETE] * 2
+
+
+def test_a_database_that_stays_held_is_named_and_loses_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipetune.tuner.search.database.LOCKED_S", 0.5)
+    study = open_(url)
+    number = study.ask(POINTS[0])
+    with held(url, "BEGIN EXCLUSIVE"):
+        with pytest.raises(OSError, match="database is locked") as caught, naming_losses(url):
+            study.tell(record(number, POINTS[0]))
+        assert caught.value.filename == url.removeprefix("sqlite:///")
+        with pytest.raises(StudyError, match="database is locked"):
+            open_(url)
+    study.tell(record(number, POINTS[0]))
+    study.close()
+    assert [trial.state for trial in trials(url)] == [TrialState.COMPLETE]
+
+
+def test_a_database_on_a_full_disk_is_named_and_goes_on_with_room(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        url = f"sqlite:///{disk / 'study.db'}"
+        study = open_(url)
+        number = study.ask(POINTS[0])
+        filler = fill(disk)
+        with pytest.raises(OSError, match="disk") as caught, naming_losses(url):
+            study.tell(record(number, POINTS[0]))
+        assert caught.value.filename == str(disk / "study.db")
+        filler.unlink()
+        study.tell(record(number, POINTS[0]))
+        study.close()
+        assert [trial.state for trial in trials(url)] == [TrialState.COMPLETE]

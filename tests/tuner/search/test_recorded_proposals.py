@@ -19,6 +19,7 @@ def test_every_case_is_recorded() -> None:
     assert list(CASES_RECORDED) == list(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_proposals_are_those_recorded(name: str) -> None:
     assert CASES[name]() == CASES_RECORDED[name]

@@ -14,8 +14,8 @@ from pipetune.tuner.stats.change_points import LEAST_NIGHTS, change_points, depe
 
 
 def nights(*levels: float, each: int = 12, sd: float = 0.02, seed: int = 0) -> list[float]:
-    lots = np.random.default_rng(seed)
-    return [float(level * np.exp(lots.normal(0, sd))) for level in levels for _ in range(each)]
+    rng = np.random.default_rng(seed)
+    return [float(level * np.exp(rng.normal(0, sd))) for level in levels for _ in range(each)]
 
 
 def test_a_level_that_falls_and_comes_back_gives_two_changes() -> None:
@@ -68,11 +68,11 @@ def test_levels_of_zero_and_below_are_levels() -> None:
 
 
 def test_nights_that_hang_together_are_told_of() -> None:
-    lots = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     value, values = 0.0, []
     for _ in range(120):
-        value = 0.7 * value + lots.normal()
+        value = 0.7 * value + rng.normal()
         values.append(value)
     assert dependence(values, ()) == pytest.approx(0.7, abs=0.15)
-    assert dependence(lots.normal(size=120).tolist(), ()) is None
+    assert dependence(rng.normal(size=120).tolist(), ()) is None
     assert dependence(values[:9], ()) is None

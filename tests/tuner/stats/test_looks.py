@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipetune.tuner.stats.looks import FALSE_ALARM, MISSED, PAIRS, looks_for
-from pipetune.tuner.stats.signed_rank import least_p
+from pipetune.tuner.stats.signed_rank import FALSE_ALARM, MISSED, PAIRS, least_p, looks_for
 
 
 @given(st.integers(1, 200))

@@ -18,12 +18,12 @@ def simulated(
     count: int, old_runs: int, new_runs: int, *, nights_sd: float, runs_sd: float, told: float | None = None
 ) -> list[NewLevel]:
     """Predictions of a session that differs from the stored ones by its night alone."""
-    lots = np.random.default_rng(count * 100 + old_runs)
+    rng = np.random.default_rng(count * 100 + old_runs)
     found = []
     for _ in range(REPETITIONS):
-        levels = lots.normal(0.0, nights_sd, count + 1)
-        stored = [lots.normal(level, runs_sd, old_runs).tolist() for level in levels[:-1]]
-        found.append(predict(stored, lots.normal(levels[-1], runs_sd, new_runs).tolist(), told_spread=told))
+        levels = rng.normal(0.0, nights_sd, count + 1)
+        stored = [rng.normal(level, runs_sd, old_runs).tolist() for level in levels[:-1]]
+        found.append(predict(stored, rng.normal(levels[-1], runs_sd, new_runs).tolist(), told_spread=told))
     return found
 
 
@@ -75,10 +75,9 @@ def test_a_candidate_that_scatters_is_not_told_apart_as_if_it_did_not() -> None:
 
 @pytest.mark.parametrize("shift", [0.03, 0.08])
 def test_power_is_what_a_simulation_finds(shift: float) -> None:
-    lots = np.random.default_rng(3)
+    rng = np.random.default_rng(3)
     found = [
-        predict(lots.normal(0, 0.03, (8, 1)).tolist(), [lots.normal(shift, 0.03)], told_spread=None)
-        for _ in range(4000)
+        predict(rng.normal(0, 0.03, (8, 1)).tolist(), [rng.normal(shift, 0.03)], told_spread=None) for _ in range(4000)
     ]
     share = np.mean([one.above() <= 0.05 for one in found])
     right = predict([[x] for x in _with_sd(8, 0.03)], [0.0], told_spread=None)

@@ -19,8 +19,8 @@ TIED = st.lists(st.integers(-3, 3), min_size=1, max_size=9)
 
 
 @given(DISTINCT, st.randoms())
-def test_without_ties_it_is_scipys_exact_test(sizes: list[int], lots: random.Random) -> None:
-    values = [size * lots.choice((-1, 1)) for size in sizes]
+def test_without_ties_it_is_scipys_exact_test(sizes: list[int], rng: random.Random) -> None:
+    values = [size * rng.choice((-1, 1)) for size in sizes]
     assert above(values) == pytest.approx(wilcoxon(values, alternative="greater", method="exact").pvalue)
 
 
@@ -70,9 +70,9 @@ def test_too_few_values_give_the_whole_line() -> None:
 
 
 def test_the_noise_floor_is_what_the_shift_of_equal_sides_reaches() -> None:
-    lots = np.random.default_rng(0)
-    shifts = np.sort([abs(hodges_lehmann(lots.normal(0, 0.024, 24).tolist())) for _ in range(2000)])
-    floors = [noise_floor(lots.normal(0, 0.024, 24).tolist(), 24) for _ in range(200)]
+    rng = np.random.default_rng(0)
+    shifts = np.sort([abs(hodges_lehmann(rng.normal(0, 0.024, 24).tolist())) for _ in range(2000)])
+    floors = [noise_floor(rng.normal(0, 0.024, 24).tolist(), 24) for _ in range(200)]
     # Two sides, each with one chance in a hundred.
     assert float(np.median(floors)) == pytest.approx(shifts[int(0.98 * len(shifts))], rel=0.15)
     assert noise_floor([0.0] * 8, 24) == 0.0

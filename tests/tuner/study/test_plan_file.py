@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipetune.bench.errors import PlanError
 from pipetune.bench.spec import Plan
-from pipetune.tuner.study.plan_file import FORMATS, PlanFile, read_plan, render, write_best
+from pipetune.tuner.study.plan_file import FORMATS, MAPS, PlanFile, read_plan, render, write_best
 from tests.record_factory import MODEL, WORKLOAD, make_plan, make_shape
 
 FILE = PlanFile(plan=make_plan(prefill=8), model=MODEL, workload=WORKLOAD, in_flight=2, metrics={"duration_s": 1.0})
@@ -37,6 +39,23 @@ def test_engines_get_counts_and_the_number_of_stages() -> None:
     assert render(FILE, make_shape(), "vllm").splitlines()[-1] == "VLLM_PP_LAYER_PARTITION=17,13"
     assert "--pipeline-parallel-size 2" in render(FILE, make_shape(), "vllm")
     assert render(FILE, make_shape(), "sglang").splitlines()[-1] == "SGLANG_PP_LAYER_PARTITION=17,13"
+    options = yaml.safe_load(render(FILE, make_shape(), "trtllm"))
+    assert options == {"pipeline_parallel_size": 2, "pp_partition": [17, 13]}
+
+
+@pytest.mark.parametrize("counts", [(17, 13), (1, 29), (29, 1), (10, 7, 13), (30,)])
+def test_llama_cpp_gives_each_device_its_layers(counts: tuple[int, ...]) -> None:
+    plan = Plan.from_layer_counts(counts, ("cpu:0", "cpu:1", "cpu:2"), 1)
+    line = render(PlanFile(plan=plan), make_shape(), "llama.cpp").splitlines()[-1]
+    shares = [float(part) for part in line.removeprefix("--tensor-split ").split(",")]
+    splits = [sum(shares[: place + 1]) / sum(shares) for place in range(len(shares))]
+    # Its rule: of all layers and the output layer, each lies on the first device whose share ends behind it.
+    positions = sum(counts) + 1
+    held = [
+        sum(bisect.bisect_right(splits, at / positions) == place for at in range(positions))
+        for place in range(len(shares))
+    ]
+    assert held == [*counts[:-1], counts[-1] + 1]
 
 
 def test_replicas_are_said_where_a_form_cannot_hold_them(tmp_path: Path) -> None:
@@ -44,7 +63,7 @@ def test_replicas_are_said_where_a_form_cannot_hold_them(tmp_path: Path) -> None
     write_best(tmp_path, file, make_shape())
     assert read_plan(tmp_path / "best_plan.json") == file
     first = FILE.model_copy(update={"plan": make_plan((17, 13), 8)})
-    for form in ("hf", "seed"):
+    for form in MAPS:
         assert render(file, make_shape(), form) == render(first, make_shape(), form)
     lines = render(file, make_shape(), "vllm").splitlines()
     assert lines[1] == "# The plan runs 2 replicas side by side: --data-parallel-size 2, not measured either."
@@ -62,7 +81,7 @@ def _without_a_layer() -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "the plan is not JSON"),
+        ("{", "no plan of this version: Expecting"),
         ("[]", "plan.json"),
         ('{"plan": {"stages": [], "micro_batch_size": 1}}', r"plan\.stages: "),
         ('{"plan": {}, "colour": 1}', "plan"),

@@ -1,4 +1,4 @@
-"""The search's diary: whole after every step, and times that go where they belong."""
+"""The log of a search: whole after every step, and times that go where they belong."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_time_is_counted_though_something_fails_and_nothing_is_left_where_nothin
     with pytest.raises(ZeroDivisionError), log.spend("profile"):
         raise ZeroDivisionError
     assert "profile" in log.log.seconds
-    log.save_if_there()
+    log.save()
     assert not (tmp_path / "search.json").exists()
 
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipetune.bench.errors import StudyError
+from pipetune.bench.errors import ConfigError, StudyError
 from pipetune.bench.record import FailureKind, Record
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.study.store import StudyStore, load_records, load_study, study_folder
-from tests.record_factory import make_effective, make_failure, make_machine, make_measurement, make_plan, make_shape
+from pipetune.tuner.config.storage_url import sqlite_path
+from pipetune.tuner.study.files import LOGS_FOLDER, load_records, load_study
+from pipetune.tuner.study.store import StudyStore, study_folder
+from tests.disks import fill, small_disk
+from tests.record_factory import (
+    make_effective,
+    make_failure,
+    make_machine,
+    make_measurement,
+    make_plan,
+    make_record,
+    make_shape,
+)
 
 
 def config(**values: Any) -> TuneConfig:
@@ -50,7 +64,7 @@ def test_a_further_record_of_a_plan_is_a_replicate(tmp_path: Path) -> None:
     other = make_plan((16, 14))
     with StudyStore.create(tmp_path / "s", config()) as store:
         for chosen in (plan, other, plan):
-            add(store, effective=make_effective(chosen), result=make_measurement(chosen))
+            store.add(make_record(0, "bench", chosen, make_measurement(chosen)))
     with StudyStore.resume(tmp_path / "s", config()) as store:
         add(store, effective=make_effective(other))
         assert [record.replicate_of for record in store.records] == [None, None, 0, 1]
@@ -89,8 +103,28 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(StudyError, match="cannot write a study there"):
+    with pytest.raises(FileExistsError) as caught:
         StudyStore.create(tmp_path / "file", config())
+    assert caught.value.filename == str(tmp_path / "file")
+
+
+def test_a_study_that_a_full_disk_cannot_take_leaves_its_place_free(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n', encoding="utf-8")
+    given = config(workload={"prompts_file": str(prompts), "num_prompts": 1})
+    with small_disk(tmp_path / "disk") as disk:
+        filler = fill(disk)
+        with pytest.raises(OSError, match=r"No space|Read-only") as caught:
+            StudyStore.create(disk / "s", given)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(disk / "s/.lock.holder"))
+        # Room for the lock's holder and the prompts.
+        os.truncate(filler, filler.stat().st_size - 2 * 4096)
+        with pytest.raises(OSError, match=r"No space|Read-only") as caught:
+            StudyStore.create(disk / "s", given)
+        assert caught.value.filename == str(disk / "s/study.yaml")
+        assert not (disk / "s").exists()
+        filler.unlink()
+        StudyStore.create(disk / "s", given).close()
 
 
 @pytest.mark.parametrize(
@@ -157,6 +191,35 @@ def test_the_checkpoint_is_pinned(tmp_path: Path) -> None:
     assert load_config(tmp_path).model.revision == "commit1"
 
 
+def test_a_model_that_moved_is_known_by_its_content(tmp_path: Path) -> None:
+    with StudyStore.create(tmp_path / "s", config(model={"name": "model"})) as store:
+        store.set_revision("sha256:0123")
+    moved = config(model={"name": str(tmp_path / "elsewhere")})
+    with StudyStore.resume(tmp_path / "s", moved) as store:
+        store.set_revision("sha256:0123")
+        assert store.config.model.name == moved.model.name
+    with pytest.raises(StudyError, match=r"model\.dtype"):
+        StudyStore.resume(tmp_path / "s", config(model={"name": moved.model.name, "dtype": "bfloat16"}))
+    with pytest.raises(StudyError, match=r"model\.name: .* → someone/tiny"):
+        StudyStore.resume(tmp_path / "s", config(model={"name": "someone/tiny"}))
+
+
+def test_a_studys_database_lies_in_its_folder_whatever_its_name(tmp_path: Path) -> None:
+    with StudyStore.create(tmp_path / "run?1#%20", config()) as store:
+        assert sqlite_path(store.storage_url) == tmp_path / "run?1#%20" / "study.db"
+
+
+def test_a_dtype_that_was_left_open_is_recorded_as_it_was_found(tmp_path: Path) -> None:
+    with StudyStore.create(tmp_path, config(model={"name": "m", "dtype": "auto"})) as store:
+        store.set_revision("commit1", "bfloat16")
+    assert load_config(tmp_path).model.dtype == "bfloat16"
+    for same in ("auto", "bf16"):
+        with StudyStore.resume(tmp_path, config(model={"name": "m", "dtype": same})) as store:
+            assert store.config.model.dtype == "bfloat16"
+    with pytest.raises(StudyError, match="dtype: bfloat16 → float16"):
+        StudyStore.resume(tmp_path, config(model={"name": "m", "dtype": "half"}))
+
+
 def test_prompts_are_copied_and_compared_by_content(tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a"}\n', encoding="utf-8")
@@ -173,8 +236,17 @@ def test_prompts_are_copied_and_compared_by_content(tmp_path: Path) -> None:
         StudyStore.resume(moved, wanted)
 
 
+def test_prompts_may_change_their_line_ends(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_bytes(b'{"prompt": "a"}\r\n')
+    with StudyStore.create(tmp_path / "s", config(workload={"prompts_file": str(prompts), "num_prompts": 1})) as store:
+        assert store.config.workload.prompts_sha256 == hashlib.sha256(b'{"prompt": "a"}\n').hexdigest()
+    (tmp_path / "s/prompts.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n')
+    StudyStore.resume(tmp_path / "s", load_config(tmp_path / "s")).close()
+
+
 def test_missing_prompts_leave_no_study_behind(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="cannot read the prompts"):
+    with pytest.raises(ConfigError, match="cannot read the prompts"):
         StudyStore.create(tmp_path / "s", config(workload={"prompts_file": "none.jsonl"}))
     assert not (tmp_path / "s/study.yaml").exists()
     StudyStore.create(tmp_path / "s", config()).close()
@@ -182,7 +254,7 @@ def test_missing_prompts_leave_no_study_behind(tmp_path: Path) -> None:
 
 def test_a_study_that_recorded_nothing_makes_room(tmp_path: Path) -> None:
     with StudyStore.create(tmp_path / "s", config()) as store:
-        (store.log_dir / "rank-0.log").write_text("", encoding="utf-8")
+        (store.folder / LOGS_FOLDER / "rank-0.log").write_text("", encoding="utf-8")
         store.discard_if_empty()
     assert not (tmp_path / "s").exists()
     with StudyStore.create(tmp_path / "t", config()) as store:
@@ -213,6 +285,50 @@ def test_a_damaged_record_is_named(tmp_path: Path, damage: str) -> None:
         StudyStore.resume(tmp_path, config())
 
 
+@pytest.mark.parametrize("damage", ["cut", "pipe", "folder"])
+def test_readers_name_a_damaged_record_and_go_on(tmp_path: Path, damage: str) -> None:
+    with StudyStore.create(tmp_path, config()) as store:
+        store.set_machine(make_machine(), make_shape())
+        sound = [add(store), add(store)]
+    path = tmp_path / "records/0002.json"
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "folder":
+        path.mkdir()
+    else:
+        path.write_text('{"number": 2', encoding="utf-8")
+    found = load_study(tmp_path)
+    assert found.records == tuple(sound)
+    assert len(found.unread) == 1
+    assert "records/0002.json" in found.unread[0]
+
+
+@pytest.mark.parametrize("name", [".lock", "records", "logs", "logs/rank-0.log", "study.db", "study.db-journal"])
+def test_a_strangers_study_leads_to_no_file_of_the_users(tmp_path: Path, name: str) -> None:
+    own, folder = tmp_path / "own", tmp_path / "s"
+    with StudyStore.create(folder, config()):
+        pass
+    place = folder / name
+    if place.is_dir():
+        place.rmdir()
+        own.mkdir()
+    else:
+        place.unlink(missing_ok=True)
+        own.write_text("mine", encoding="utf-8")
+    place.symlink_to(own)
+    with pytest.raises(StudyError, match=f"{name}: is a link to {own}"):
+        StudyStore.resume(folder, config())
+    assert own.is_dir() or own.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_pipe_for_a_file_is_refused_at_a_resume(tmp_path: Path) -> None:
+    with StudyStore.create(tmp_path, config()):
+        pass
+    os.mkfifo(tmp_path / "reference.safetensors")
+    with pytest.raises(StudyError, match=r"reference\.safetensors: is no regular file"):
+        StudyStore.resume(tmp_path, config())
+
+
 def test_a_renamed_record_is_named(tmp_path: Path) -> None:
     with StudyStore.create(tmp_path, config()) as store:
         add(store)
@@ -221,12 +337,17 @@ def test_a_renamed_record_is_named(tmp_path: Path) -> None:
         load_records(tmp_path)
 
 
-@pytest.mark.parametrize("missing", ["study.yaml", "machine.json", "shape.json"])
+@pytest.mark.parametrize("missing", ["machine.json", "shape.json"])
 def test_what_is_missing_is_named(tmp_path: Path, missing: str) -> None:
     with StudyStore.create(tmp_path, config()) as store:
         store.set_machine(make_machine(), make_shape())
+        sound = add(store)
     (tmp_path / missing).unlink()
-    with pytest.raises(StudyError, match=missing):
+    found = load_study(tmp_path)
+    assert found.records == (sound,)
+    assert [text for text in found.unread if missing in text] == list(found.unread) != []
+    (tmp_path / "study.yaml").unlink()
+    with pytest.raises(StudyError, match=r"study\.yaml"):
         load_study(tmp_path)
 
 
@@ -261,7 +382,7 @@ def test_where_a_study_lands() -> None:
 
 
 def test_failures_that_somebody_caused_are_told_apart(tmp_path: Path) -> None:
-    from pipetune.tuner.study.store import was_interrupted
+    from pipetune.tuner.study.files import was_interrupted
 
     with StudyStore.create(tmp_path, config()) as store:
         assert was_interrupted(add(store, result=make_failure(FailureKind.INTERRUPTED)))

@@ -13,9 +13,8 @@ from pipetune.tuner.gate.outputs.wording import markdown_of
 from pipetune.tuner.gate.values import GateResult
 from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.report.render.plot import render_png
-from pipetune.tuner.study.files import refuse_existing
+from pipetune.tuner.study.files import refuse_existing, refuse_unwritable
 
-RESULT_FILE, JUNIT_FILE, MARKDOWN_FILE, PLOT_FILE = "gate.json", "junit.xml", "gate.md", "differences.png"
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
 
@@ -23,10 +22,12 @@ def refuse_places(folder: Path | None, junit: Path | None) -> None:
     """Refuses to overwrite what is there, before anything is measured.
 
     Raises:
-        ConfigError: the folder holds something, or the file is there.
+        ConfigError: the folder holds something, or the file is there, or one cannot be written.
     """
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not an empty folder; name a new one for this gate")
+    if folder is not None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists and is not an empty folder; name a new one for this gate")
+        refuse_unwritable(folder)
     refuse_existing(junit)
 
 
@@ -34,24 +35,22 @@ def write(result: GateResult, folder: Path | None, junit: Path | None) -> None:
     """Writes what was asked for.
 
     Raises:
-        ConfigError: it cannot be written.
+        OSError: it cannot be written.
     """
-    summary = os.environ.get(SUMMARY_VARIABLE)
-    try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_durably(folder / RESULT_FILE, result.model_dump_json(indent=1) + "\n")
-            write_durably(folder / JUNIT_FILE, render_junit(result))
-            write_durably(folder / MARKDOWN_FILE, render_markdown(markdown_of(result), level=2))
-            chart = differences_chart(result)
-            if chart is not None:
-                (folder / PLOT_FILE).write_bytes(render_png(chart))
-        if junit is not None:
-            write_durably(junit, render_junit(result))
-        if summary:
+    tests, markdown = render_junit(result), render_markdown(markdown_of(result), level=2)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / "gate.json", result.model_dump_json(indent=1) + "\n")
+        write_durably(folder / "junit.xml", tests)
+        write_durably(folder / "gate.md", markdown)
+        if chart := differences_chart(result):
+            write_durably(folder / "differences.png", render_png(chart))
+    if junit is not None:
+        write_durably(junit, tests)
+    if summary := os.environ.get(SUMMARY_VARIABLE):
+        try:
             with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(render_markdown(markdown_of(result), level=2))
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename or folder or junit}: cannot be written: {error.strerror or error}"
-        ) from None
+                file.write(markdown)
+        except OSError as error:
+            error.filename = summary
+            raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.tuner.gate.outputs.wording import signed
-from pipetune.tuner.gate.values import Finding, GateResult, Verdict
+from pipetune.tuner.gate.values import Finding, GateResult, Verdict, change_of
 from pipetune.tuner.report.chart import Bars, Chart, Colour, Dots, Line, Mark, Rule
 
 _COLOURS: dict[Verdict, Colour] = {Verdict.OK: "green", Verdict.FAIL: "vermilion", Verdict.INCONCLUSIVE: "orange"}
@@ -19,17 +20,16 @@ def differences_chart(result: GateResult) -> Chart | None:
 
     None where nothing was compared.
     """
-    shown = [finding for finding in result.findings if finding.differences]
-    if not shown:
+    if not (shown := [finding for finding in result.findings if finding.differences]):
         return None
     several = len({finding.case for finding in result.findings}) > 1
     unit = "run" if result.method == "stored" else "pair"
     marks = [mark for row, finding in enumerate(shown) for mark in _row(row, finding, unit)]
     return Chart(
         title=f"pipetune gate: {result.verdict.value}",
-        x_label="candidate worse by, %  (left of 0 it is better)",
+        x_label="candidate worse by, % of the metric  (left of 0 it is better)",
         marks=(Rule(at=0.0, is_upright=True), *marks),
-        rows=tuple(_label(finding, several) for finding in shown),
+        rows=tuple(_label(finding, several=several) for finding in shown),
         size=(8.0, 1.8 + (0.62 if several else 0.55) * len(shown)),
     )
 
@@ -39,7 +39,7 @@ def _row(row: int, finding: Finding, unit: str) -> Iterator[Mark]:
     count = len(finding.differences)
     looked = finding.pairs or count
     heights = tuple(row + _JITTER * (2 * index / max(count - 1, 1) - 1) for index in range(count))
-    shares = tuple(100 * math.expm1(one) for one in finding.differences)
+    shares = tuple(_worse(finding, math.expm1(one)) for one in finding.differences)
     if finding.floor is not None:
         span = (row, -100 * finding.floor, 100 * finding.floor, "")
         yield Bars(spans=(span,), colour="faint", height=2 * _HALF, label="noise floor")
@@ -48,23 +48,24 @@ def _row(row: int, finding: Finding, unit: str) -> Iterator[Mark]:
         xs, ys = shares[looked:], heights[looked:]
         yield Dots(xs=xs, ys=ys, colour=colour, size=4, is_hollow=True, label="after the verdict")
     if finding.interval is not None:
-        low, high = finding.interval
-        yield Line(xs=(100 * low, 100 * high), ys=(row, row), colour="ink", width=2)
+        ends = tuple(_worse(finding, end) for end in finding.interval)
+        yield Line(xs=ends, ys=(row, row), colour="ink", width=2)
     if finding.estimate is not None:
-        at = (100 * finding.estimate,)
+        at = (_worse(finding, finding.estimate),)
         yield Dots(xs=at, ys=(row,), colour="ink", marker="D", label="shift, 95 % interval")
-    margin = (100 * finding.margin,) * 2
-    ends = (row - _HALF, row + _HALF)
-    yield Line(xs=margin, ys=ends, colour="vermilion", width=1.4, is_dashed=True, label="margin")
+    margin = (_worse(finding, finding.margin),) * 2
+    yield Line(xs=margin, ys=(row - _HALF, row + _HALF), colour="vermilion", width=1.4, is_dashed=True, label="margin")
 
 
-def _label(finding: Finding, several: bool) -> str:
-    lines = [_shortened(finding.case)] if several else []
-    estimate = "" if finding.estimate is None else f" {signed(finding.estimate)}"
+def _worse(finding: Finding, cost: float) -> float:
+    """By how many percent of itself a metric is worse whose cost grows by a share."""
+    change = 100 * change_of(finding.metric, cost)
+    return -change if finding.metric in HIGHER_IS_BETTER else change
+
+
+def _label(finding: Finding, *, several: bool) -> str:
+    """The case by the two ends of a long name: what tells configs apart may stand at either."""
+    name, half = finding.case, _LONGEST // 2
+    lines = [name if len(name) <= _LONGEST else f"{name[:half]}…{name[1 - half :]}"] if several else []
+    estimate = "" if finding.change is None else f" {signed(finding.change)}"
     return "\n".join([*lines, finding.metric, f"{finding.verdict.value}{estimate}"])
-
-
-def _shortened(name: str) -> str:
-    """A long name by its two ends: what tells configs apart may stand at either."""
-    half = _LONGEST // 2
-    return name if len(name) <= _LONGEST else f"{name[:half]}…{name[1 - half :]}"

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 from pipetune.bench.record import Machine
-from pipetune.tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict
-from pipetune.tuner.report.document import (
-    GAP,
-    Bullets,
-    Cell,
-    Column,
-    Document,
-    Facts,
-    Part,
-    Section,
-    Style,
-    Table,
-    Text,
-    Wrap,
-    left,
-    rows_of,
-)
+from pipetune.tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict, change_of
+from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.wording import MISSING, bytes_text, clean, ms_text, number_text
 
-LEGEND = "Worse by: how much more time (of a rate, time per token) or memory the candidate takes; negative is better."
-TEXT_COLUMNS = frozenset({"case", "metric", "verdict"})
+_LEGEND = "Change: of the metric itself. A rate that falls is worse, as are a time and memory that grow."
 _METHODS = {
     "fresh_processes": "pairs of fresh processes, in randomised order",
     "running_fleet": "pairs of runs in one running fleet, in randomised order",
@@ -36,55 +20,69 @@ _METHODS = {
 }
 _NAMED = 2
 """Failures named in the headline; the others are counted."""
-
-
-_STYLES: dict[Verdict, Style] = {Verdict.OK: "good", Verdict.FAIL: "bad", Verdict.INCONCLUSIVE: "warning"}
+_STYLES: dict[Verdict, doc.Style] = {Verdict.OK: "good", Verdict.FAIL: "bad", Verdict.INCONCLUSIVE: "warning"}
 _MARKS = {Verdict.OK: "✅", Verdict.FAIL: "❌", Verdict.INCONCLUSIVE: "⚠️"}
-_ON_SCREEN = ("metric", "verdict", "worse by", "95 % interval", "baseline", "candidate")
+_ON_SCREEN = ("metric", "verdict", "change", "95 % interval", "baseline", "candidate")
+_OF_PAIRS = ("noise floor", "pairs")
+"""Columns that stored runs have nothing for."""
 
 
-def screen_of(result: GateResult) -> Document:
+def screen_of(result: GateResult) -> doc.Document:
     """A table for each case, what is to be said of it, and the verdict last, where the eye is."""
-    parts: list[Part] = []
+    parts: list[doc.Part] = []
     cases = list(dict.fromkeys(finding.case for finding in result.findings))
     for case in cases:
-        parts += [Text(clean(case), "strong")] if len(cases) > 1 else []
-        findings = [finding for finding in result.findings if finding.case == case]
-        parts += [_table(result, findings, marked=False).only(_ON_SCREEN), GAP]
-    parts += [Text(LEGEND)] if result.findings else []
-    parts += [Text(clean(f"{label}: {text}")) for label, text in _facts(result)]
-    headline = Text(_verdict_text(result), _STYLES[result.verdict])
-    return Document(parts=(*parts, Bullets(_remarks(result)), GAP, headline))
+        parts += [doc.Text(clean(case), "strong")] if len(cases) > 1 else []
+        findings = (finding for finding in result.findings if finding.case == case)
+        parts += [_table(findings, marked=False).only(_ON_SCREEN), doc.GAP]
+    parts += [doc.Text(_LEGEND)] if result.findings else []
+    parts += [doc.Text(clean(f"{label}: {text}")) for label, text in _facts(result)]
+    headline = doc.Text(_headline(result), _STYLES[result.verdict])
+    return doc.Document(parts=(*parts, doc.Bullets(_remarks(result)), doc.GAP, headline))
 
 
-def markdown_of(result: GateResult) -> Document:
+def markdown_of(result: GateResult) -> doc.Document:
     """For a pull request's comment and a job's summary: how it was measured is folded away."""
-    table = replace(_table(result, result.findings, marked=True), legend=LEGEND)
-    facts = Facts(tuple((clean(label), clean(text)) for label, text in _facts(result)))
-    how = Section("How it was measured", (facts,), is_folded=True)
-    return Document(
-        title=f"{_MARKS[result.verdict]} pipetune gate · {_verdict_text(result)}",
-        parts=(*((table,) if result.findings else ()), Bullets(_remarks(result)), how),
+    table = _table(result.findings, marked=True, legend=_LEGEND)
+    if result.method == "stored":
+        table = table.only(column.title for column in table.columns if column.title not in _OF_PAIRS)
+    facts = doc.Facts(tuple((clean(label), clean(text)) for label, text in _facts(result)))
+    how = doc.Section("How it was measured", (facts,), is_folded=True)
+    return doc.Document(
+        title=f"{_MARKS[result.verdict]} pipetune gate · {_headline(result)}",
+        parts=(*((table,) if result.findings else ()), doc.Bullets(_remarks(result)), how),
     )
 
 
-def _table(result: GateResult, findings: Sequence[Finding], *, marked: bool) -> Table:
+def _table(findings: Iterable[Finding], *, marked: bool, legend: str = "") -> doc.Table:
     """A row for each finding; all text on single lines, whatever a name or an error holds."""
-    columns = _columns(result)
-    rows = []
-    for finding in findings:
-        cells: dict[str, Cell] = {name: clean(cell(finding)) for name, cell in columns.items()}
-        verdict = finding.verdict.value
-        cells["verdict"] = f"{_MARKS[finding.verdict]} {verdict}" if marked else Text(verdict, _STYLES[finding.verdict])
-        rows.append(tuple(cells.values()))
-    wraps: Mapping[str, Wrap] = {"metric": "prose"}
-    titles = (left(name, wraps.get(name, "no")) if name in TEXT_COLUMNS else Column(name) for name in columns)
-    return Table(columns=tuple(titles), rows=rows_of(rows), gap=1)
+    numbers = map(doc.Column, ("change", "95 % interval", "baseline", "candidate", "margin", *_OF_PAIRS))
+    return doc.Table(
+        columns=(doc.left("case"), doc.left("metric", "prose"), doc.left("verdict"), *numbers),
+        rows=doc.rows_of(_cells(finding, marked=marked) for finding in findings),
+        legend=legend,
+        gap=1,
+    )
 
 
-def _verdict_text(result: GateResult) -> str:
-    several = len({finding.case for finding in result.findings}) > 1
-    return clean(f"{result.verdict.value}: {_headline(result, several)}")
+def _cells(finding: Finding, *, marked: bool) -> tuple[doc.Cell, ...]:
+    verdict, value = finding.verdict.value, partial(value_text, finding.metric)
+    return (
+        clean(finding.case),
+        clean(finding.metric),
+        f"{_MARKS[finding.verdict]} {verdict}" if marked else doc.Text(verdict, _STYLES[finding.verdict]),
+        MISSING if finding.change is None else signed(finding.change),
+        interval_text(finding.change_interval),
+        value(finding.baseline),
+        value(finding.candidate),
+        margin_text(finding),
+        MISSING if finding.floor is None else f"{100 * finding.floor:.1f} %",
+        str(finding.pairs),
+    )
+
+
+def _headline(result: GateResult) -> str:
+    return clean(f"{result.verdict.value}: {_judgement(result)}")
 
 
 def _remarks(result: GateResult) -> tuple[str, ...]:
@@ -98,39 +96,24 @@ def signed(share: float) -> str:
     return f"{_percent(share)} %"
 
 
+def margin_text(finding: Finding) -> str:
+    """The change that is too much: `+5 %` of a time, `-4.8 %` of a rate."""
+    return f"{100 * change_of(finding.metric, finding.margin):+.2g} %"
+
+
 def value_text(metric: str, value: float | None) -> str:
     """In the metric's unit, with the digits that a margin of some percent needs."""
     if value is None or not math.isfinite(value):
         return MISSING if value is None else str(value)
-    for end, unit in (
-        ("token_throughput", " tok/s"),
-        ("output_throughput", " tok/s"),
-        ("request_throughput", " req/s"),
-    ):
-        if metric.endswith(end):
-            return number_text(value, 4) + unit
+    if metric.endswith(("token_throughput", "output_throughput")):
+        return f"{number_text(value, 4)} tok/s"
+    if metric.endswith("request_throughput"):
+        return f"{number_text(value, 4)} req/s"
     if metric.endswith("_ms"):
-        return f"{number_text(value, 4)} ms" if value < 1000 else f"{number_text(value / 1000, 4)} s"
+        return ms_text(value, 4)
     if metric.endswith("_s"):
         return ms_text(1000 * value)
     return bytes_text(value) if metric.endswith("_bytes") else number_text(value, 4)
-
-
-def _columns(result: GateResult) -> dict[str, Callable[[Finding], str]]:
-    columns: dict[str, Callable[[Finding], str]] = {
-        "case": lambda finding: finding.case,
-        "metric": lambda finding: finding.metric,
-        "verdict": lambda finding: finding.verdict.value,
-        "worse by": lambda finding: MISSING if finding.estimate is None else signed(finding.estimate),
-        "95 % interval": lambda finding: interval_text(finding.interval),
-        "baseline": lambda finding: value_text(finding.metric, finding.baseline),
-        "candidate": lambda finding: value_text(finding.metric, finding.candidate),
-        "margin": lambda finding: f"{100 * finding.margin:g} %",
-        "noise floor": lambda finding: MISSING if finding.floor is None else f"{100 * finding.floor:.1f} %",
-        "pairs": lambda finding: str(finding.pairs),
-    }
-    absent = {"noise floor", "pairs"} if result.method == "stored" else set()
-    return {name: cell for name, cell in columns.items() if name not in absent}
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
@@ -143,8 +126,8 @@ def _percent(share: float) -> str:
     return f"{tenths:+.1f}" if (tenths := round(100 * share, 1)) else "0.0"
 
 
-def _headline(result: GateResult, several: bool) -> str:
-    of = len(result.findings)
+def _judgement(result: GateResult) -> str:
+    of, several = len(result.findings), len({finding.case for finding in result.findings}) > 1
     if not of:
         return "nothing was compared"
     if result.verdict is Verdict.OK:
@@ -184,19 +167,17 @@ def _names(of: Mapping[str, list[str]], every: Mapping[str, list[str]]) -> str:
 
 
 def _failed(finding: Finding, several: bool) -> str:
-    if finding.reason is Reason.WORSE and finding.estimate is not None:
-        return f"{_name(finding, several)} is {100 * finding.estimate:.1f} % worse"
+    if finding.reason is Reason.WORSE and finding.change is not None:
+        name = f"{finding.case} · {finding.metric}" if several else finding.metric
+        return f"{name} is {100 * abs(finding.change):.1f} % worse"
     return f"the candidate did not run{f' in {finding.case}' if several else ''}"
-
-
-def _name(finding: Finding, several: bool) -> str:
-    return f"{finding.case} · {finding.metric}" if several else finding.metric
 
 
 def _facts(result: GateResult) -> list[tuple[str, str]]:
     counts = sorted({finding.pairs for finding in result.findings if finding.pairs})
     pairs = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " " if counts else ""
-    facts = [("how", f"{pairs}{_METHODS[result.method]}; {_took(result.took_s)}")]
+    took = f"{result.took_s:.0f} s" if result.took_s < 120 else f"{result.took_s / 60:.0f} min"
+    facts = [("how", f"{pairs}{_METHODS[result.method]}; {took}")]
     sides = {case.name: _sides(case) for case in result.cases}
     if len(set(map(tuple, sides.values()))) == 1:
         facts += next(iter(sides.values()))
@@ -210,18 +191,13 @@ def _facts(result: GateResult) -> list[tuple[str, str]]:
 
 
 def _sides(case: Case) -> list[tuple[str, str]]:
-    texts = {name: case.side(name).describe() for name in SIDES}
-    if len(set(texts.values())) == 1:
-        return [("both sides", texts["baseline"])]
-    return list(texts.items())
+    baseline, candidate = (case.side(name).describe() for name in SIDES)
+    if baseline == candidate:
+        return [("both sides", baseline)]
+    return [("baseline", baseline), ("candidate", candidate)]
 
 
 def _machine(machine: Machine) -> str:
     hardware = machine.hardware
-    gpus = list(dict.fromkeys(gpu.name for gpu in hardware.gpus))
-    parts = [f"{sum(gpu.name == name for gpu in hardware.gpus)} × {name}" for name in gpus]
-    return " · ".join((machine.hostname, *parts, f"{hardware.cpu_model}, {hardware.cpu_cores} cores"))
-
-
-def _took(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    gpus = (f"{count} × {name}" for name, count in Counter(gpu.name for gpu in hardware.gpus).items())
+    return " · ".join((machine.hostname, *gpus, f"{hardware.cpu_model}, {hardware.cpu_cores} cores"))

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipetune.bench.errors import ConfigError, StudyError, explain
-from pipetune.bench.record import Machine, Measurement, Record
+from pipetune.bench.prompts.file import read_text, sha256_of
+from pipetune.bench.record import Machine, Measurement
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Workload
-from pipetune.tuner.gate.fresh_process import sample_of
+from pipetune.tuner.config.sources import differences
+from pipetune.tuner.gate.runners import sample_of
 from pipetune.tuner.gate.values import Case, Sample, Session
 from pipetune.tuner.report.data import Report
-from pipetune.tuner.study.diff import differences
-from pipetune.tuner.study.files import load_study
+from pipetune.tuner.study.files import load_study, written_by
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A session and the work that it did."""
+class Stored(Session):
+    """A session and the work that it did; of a result, only what is a session's is written."""
 
-    session: Session
-    """Empty where the plan has no run."""
     model: ModelSpec
     workload: Workload
     plan: Plan | None = None
@@ -38,10 +33,7 @@ class Stored:
 
 
 def read_stored(places: Sequence[Path], case: Case, *, other_dtype: bool = False) -> tuple[Stored, ...]:
-    """Stored sessions of a case; of studies, all of the plan that is best in the first.
-
-    Args:
-        other_dtype: whether another dtype is what is compared.
+    """Stored sessions of a case, of another dtype where that is compared; of studies, all of the first one's best plan.
 
     Raises:
         StudyError: a place that holds no session that can be read.
@@ -71,38 +63,41 @@ def read_stored(places: Sequence[Path], case: Case, *, other_dtype: bool = False
                 f"--stored {place}: other work was measured there than is asked for now ({other}); give the same by "
                 "flags, or by a --config; another dtype is compared by --candidate-dtype"
             )
-        found.append(dataclasses.replace(one, session=one.session.model_copy(update={"case": case.name})))
+        found.append(one.model_copy(update={"case": case.name}))
     if other := other_plans(found):
         raise ConfigError(f"--stored: the sessions are of different plans ({other}); give those of one plan")
     return tuple(found)
 
 
 def read_study(folder: Path, *, key: str | None = None) -> Stored:
-    """A stored study's session.
+    """A stored study's session of the plan of that key, by default of its best one.
 
     A plan's finals are taken where it has any: luck helped to choose it by its other runs, and they flatter it.
 
-    Args:
-        key: of the plan; None takes the study's best one.
-
     Raises:
-        StudyError: the folder holds no study, or a file of it is cut off.
+        StudyError: the folder holds no study, or a file of it is cut off: a gate passes over no run.
     """
     study = load_study(folder)
+    if study.unread:
+        raise StudyError(study.unread[0])
     if key is None:
         best = Report.of(study).ranking.best
         key = best.key if best is not None else None
-    runs = [record for record in study.records if _is_run_of(record, key)]
-    runs = [record for record in runs if record.role == "finalist"] or runs
-    samples = tuple(sample_of(record) for record in runs)
+    tried = [record for record in study.records if record.effective is not None and record.effective.key == key]
+    measured = [record for record in tried if isinstance(record.result, Measurement)]
+    runs = [record for record in measured if record.role == "finalist"] or measured
+    why = f"every run of {key} failed there ({len(tried)})" if tried else f"it has no run of {key}"
     return Stored(
-        session=Session(place=str(folder), case="", samples=samples, machine=study.machine),
+        place=str(folder),
+        case="",
+        samples=tuple(map(sample_of, runs)),
+        machine=study.machine,
         model=study.config.model,
         workload=study.config.workload,
         plan=runs[0].spec.plan if runs and runs[0].spec is not None else None,
         key=key,
         of_study=True,
-        empty_because=None if samples else _empty_because(study.records, key),
+        empty_because=None if runs else why if key is not None else "no plan of it has a rank",
     )
 
 
@@ -110,23 +105,22 @@ def read_benchmarks(path: Path) -> dict[str, Stored]:
     """Sessions of a file that `pytest pipetune/bench/suite --benchmark-json` wrote, by the benchmark's name.
 
     Raises:
-        StudyError: the file cannot be read, is cut off, was written by another suite, or has two benchmarks of one
-            name.
+        StudyError: the file cannot be read, is cut off, or has two benchmarks of one name.
+        ConfigError: it is another tool's.
     """
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
-        found = [_stored(path, entry) for entry in document["benchmarks"]]
-    except json.JSONDecodeError as error:
-        raise StudyError(f"{path}: is cut off, or no JSON: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise StudyError(
-            f"{path}: is no file of `pytest pipetune/bench/suite --benchmark-json` of this version: {_what(error)}"
-        ) from None
-    names = [one.session.case for one in found]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
+        found = [_stored(path, entry) for entry in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        if tool := written_by(path):
+            raise ConfigError(
+                f"{path}{tool}: a gate reads files of `pytest pipetune/bench/suite --benchmark-json`, or --stored STUDY"
+            ) from None
+        what = f"there is no {error}" if isinstance(error, KeyError) else explain(error)
+        raise StudyError(f"{path}: is cut off, or of another `pytest pipetune/bench/suite`: {what}") from None
+    names = [one.case for one in found]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise StudyError(f"{path}: two benchmarks are called {doubled[0]}; give each plan a name of its own")
     return dict(zip(names, found, strict=True))
 
@@ -158,7 +152,7 @@ def other_plans(stored: Sequence[Stored]) -> str:
         if plan != its_plan and not (of_study and _uncapped(plan) == _uncapped(its_plan)):
             texts = [its_plan.describe(), plan.describe()]
             what = " → ".join(texts) if texts[0] != texts[1] else "; ".join(differences(its_plan, plan))
-            return f"{first.session.place} and {one.session.place}: {what}"
+            return f"{first.place} and {one.place}: {what}"
     return ""
 
 
@@ -166,40 +160,37 @@ def _uncapped(plan: Plan) -> str:
     return EffectivePlan(plan=plan, in_flight=1).key
 
 
+def _called(model: ModelSpec) -> str:
+    """Its id, or of a folder the last part of its path: a copy of it elsewhere is the model, or its next version."""
+    return Path(model.name).name if Path(model.name).is_absolute() else model.name
+
+
 def _model_lines(stored: ModelSpec, now: ModelSpec) -> list[str]:
-    """A revision that is not known is none that differs."""
-    known = stored.revision is not None and now.revision is not None
-    return [line for line in differences(stored, now) if known or not line.startswith("revision:")]
+    """A revision or a dtype that is not known yet is none that differs."""
+    unknown = {"revision": None in (stored.revision, now.revision), "dtype": "auto" in (stored.dtype, now.dtype)}
+    stored, now = (one.model_copy(update={"name": _called(one)}) for one in (stored, now))
+    return [line for line in differences(stored, now) if not unknown.get(line.partition(":")[0])]
 
 
 def _by_content(workload: Workload) -> Workload:
     path, sha256 = workload.prompts_file, workload.prompts_sha256
     if path is not None and sha256 is None and Path(path).is_file():
-        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        sha256 = sha256_of(read_text(path))
     return workload.model_copy(update={"prompts_file": None, "prompts_sha256": sha256})
 
 
 def notes_of(stored: Sequence[Stored], new: Session, model: ModelSpec | None) -> list[str]:
-    """Notes on one case: which stored sessions hold nothing, and what differs and is no reason not to compare.
-
-    Args:
-        model: the candidate's; None where it has none.
-    """
-    lines = [f"{one.session.place} is left out: {one.empty_because}" for one in stored if one.empty_because is not None]
-    used = [one for one in stored if one.session.samples]
+    """Notes on one case: which stored sessions hold nothing, and what differs and is no reason not to compare."""
+    lines = [f"{one.place} is left out: {one.empty_because}" for one in stored if one.empty_because is not None]
+    used = [one for one in stored if one.samples]
     for one in used:
         if model is not None:
             lines += [f"model differs: {line}" for line in _model_lines(one.model, model)]
-        then, now = one.session.machine, new.machine
+        then, now = one.machine, new.machine
         if then is not None and now is not None:
             lines += [f"software differs: {line}" for line in differences(then.software, now.software)]
-    of_sides: dict[str, Sequence[Sample]] = {
-        "stored": [run for one in used for run in one.session.samples],
-        "new": new.samples,
-    }
-    for side, runs in of_sides.items():
-        disturbed = [run.disturbances[0] for run in runs if run.disturbances]
-        if disturbed:
+    for side, runs in (("stored", tuple(run for one in used for run in one.samples)), ("new", new.samples)):
+        if disturbed := [run.disturbances[0] for run in runs if run.disturbances]:
             lines.append(f"{len(disturbed)} of {len(runs)} {side} runs were disturbed, the first by {disturbed[0]}")
     return list(dict.fromkeys(lines))
 
@@ -210,24 +201,12 @@ def _stored(path: Path, entry: dict[str, Any]) -> Stored:
     hardware_id = machine.hardware.hardware_id
     samples = tuple(Sample.model_validate({**run, "hardware_id": hardware_id}) for run in extra["runs"])
     return Stored(
-        session=Session(place=str(path), case=str(entry["name"]), samples=samples, machine=machine),
+        place=str(path),
+        case=str(entry["name"]),
+        samples=samples,
+        machine=machine,
         model=ModelSpec.model_validate(extra["model"]),
         workload=Workload.model_validate(extra["workload"]),
         plan=Plan.model_validate(extra["plan"]),
         empty_because=None if samples else "there is no run in it",
     )
-
-
-def _what(error: Exception) -> str:
-    return f"there is no {error}" if isinstance(error, KeyError) else explain(error)
-
-
-def _empty_because(records: Sequence[Record], key: str | None) -> str:
-    if key is None:
-        return "no plan of it has a rank"
-    tried = sum(record.effective is not None and record.effective.key == key for record in records)
-    return f"every run of {key} failed there ({tried})" if tried else f"it has no run of {key}"
-
-
-def _is_run_of(record: Record, key: str | None) -> bool:
-    return record.effective is not None and record.effective.key == key and isinstance(record.result, Measurement)

@@ -11,10 +11,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from pipetune.tuner.config.gate import GateConfig, Tolerance
-from pipetune.tuner.gate.faults import Fault, fault_of, unsteady_of
-from pipetune.tuner.gate.values import Finding, Reason, Session, SideName, finding_of, from_log_cost, log_cost
-from pipetune.tuner.stats.looks import FALSE_ALARM, MISSED
+from pipetune.tuner.gate.rule import Fault, fault_of, unsteady_of
+from pipetune.tuner.gate.values import (
+    Finding,
+    Reason,
+    Session,
+    SideName,
+    change_of,
+    finding_of,
+    from_log_cost,
+    log_cost,
+)
 from pipetune.tuner.stats.sessions import NewLevel, predict
+from pipetune.tuner.stats.signed_rank import FALSE_ALARM, MISSED
 
 SESSION_RUNS = 5
 """Fresh processes of the candidate: more would not help, since the session is the unit."""
@@ -29,22 +38,38 @@ def judge_case(
     *,
     hypotheses: int | None = None,
 ) -> tuple[Finding, ...]:
-    """A finding for every metric of a case.
-
-    Args:
-        hypotheses: of the whole gate; by default the case's own.
-    """
+    """A finding for every metric of a case; `hypotheses` are those of the whole gate, by default the case's own."""
     alpha = FALSE_ALARM / (hypotheses or len(metrics))
-    return tuple(_judge(case, metric, tolerance, stored, new, gate, alpha) for metric, tolerance in metrics.items())
+    findings = []
+    for metric, tolerance in metrics.items():
+        fault = _stored_fault(metric, stored) or _candidate_fault(metric, stored, new)
+        if fault is not None:
+            findings.append(finding_of(case, metric, tolerance, *fault))
+            continue
+        old_levels, (new_levels,) = _levels(stored, metric), _levels((new,), metric)
+        found = predict(old_levels, new_levels, told_spread=gate.session_noise)
+        old = [one for session in old_levels for one in session]
+        if min(len(old), len(new_levels)) > 1 and len({*old, *new_levels}) == 1:
+            reason, text = Reason.WITHIN_MARGIN, "every run of both sides gave exactly the same"
+        else:
+            reason, text = _decide(metric, found, tolerance, gate, alpha)
+        level = statistics.fmean(statistics.median(session) for session in old_levels)
+        ends = found.interval(0.95)
+        values = {
+            "estimate": math.expm1(found.difference),
+            "interval": None if ends is None else (math.expm1(ends[0]), math.expm1(ends[1])),
+            "differences": tuple(one - level for one in new_levels),
+            "baseline": from_log_cost(metric, level),
+            "candidate": statistics.median(run.metrics[metric] for run in new.samples),
+        }
+        findings.append(finding_of(case, metric, tolerance, reason, text, **values))
+    return tuple(findings)
 
 
 def out_of_time(findings: Sequence[Finding], runs: int) -> tuple[Finding, ...]:
-    """Findings of a candidate's session that was cut short by the time that a gate was given.
+    """Findings of a candidate's session that was cut short after so many runs by the time that a gate was given.
 
     What its runs decided all the same stays decided, and what more of them would not help is still the reason.
-
-    Args:
-        runs: that the session has.
     """
     why = f"the time was up after {runs} of {SESSION_RUNS} runs; give more --max-minutes"
 
@@ -61,7 +86,7 @@ def foreseen(metrics: Mapping[str, Tolerance], stored: Sequence[Session], gate: 
     """What can be seen of each metric, before anything is measured."""
     lines = []
     for metric, tolerance in metrics.items():
-        if stored_fault(metric, stored) is None:
+        if _stored_fault(metric, stored) is None:
             levels = _levels(stored, metric)
             typical = statistics.median(one for session in levels for one in session)
             found = predict(levels, [typical] * SESSION_RUNS, told_spread=gate.session_noise)
@@ -69,7 +94,7 @@ def foreseen(metrics: Mapping[str, Tolerance], stored: Sequence[Session], gate: 
     return lines
 
 
-def stored_fault(metric: str, stored: Sequence[Session]) -> Fault | None:
+def _stored_fault(metric: str, stored: Sequence[Session]) -> Fault | None:
     """Why nothing can be compared with what is stored, whatever the candidate does."""
     if any(session.samples for session in stored):
         return _fault(metric, "baseline", stored)
@@ -77,46 +102,11 @@ def stored_fault(metric: str, stored: Sequence[Session]) -> Fault | None:
     return Reason.MISSING_BASELINE, f"there is no stored run of it{f' in {places}' if places else ''}"
 
 
-def _judge(
-    case: str,
-    metric: str,
-    tolerance: Tolerance,
-    stored: Sequence[Session],
-    new: Session,
-    gate: GateConfig,
-    alpha: float,
-) -> Finding:
-    fault = stored_fault(metric, stored) or _candidate_fault(metric, stored, new)
-    if fault is not None:
-        return finding_of(case, metric, tolerance, *fault)
-    old_levels, (new_levels,) = _levels(stored, metric), _levels((new,), metric)
-    found = predict(old_levels, new_levels, told_spread=gate.session_noise)
-    old = [one for session in old_levels for one in session]
-    if min(len(old), len(new_levels)) > 1 and len({*old, *new_levels}) == 1:
-        reason, text = Reason.WITHIN_MARGIN, "every run of both sides gave exactly the same"
-    else:
-        reason, text = _decide(found, tolerance, gate, alpha)
-    level = statistics.fmean(statistics.median(session) for session in old_levels)
-    ends = found.interval(0.95)
-    return finding_of(
-        case,
-        metric,
-        tolerance,
-        reason,
-        text,
-        estimate=math.expm1(found.difference),
-        interval=None if ends is None else (math.expm1(ends[0]), math.expm1(ends[1])),
-        differences=tuple(one - level for one in new_levels),
-        baseline=from_log_cost(metric, level),
-        candidate=statistics.median(run.metrics[metric] for run in new.samples),
-    )
-
-
-def _decide(found: NewLevel, tolerance: Tolerance, gate: GateConfig, alpha: float) -> Fault:
+def _decide(metric: str, found: NewLevel, tolerance: Tolerance, gate: GateConfig, alpha: float) -> Fault:
     estimate, margin = math.expm1(found.difference), math.log1p(tolerance.margin)
     seen = _seen(found, tolerance, alpha)
     if found.above() <= alpha and estimate >= max(tolerance.least_effect, gate.noise_floor):
-        return Reason.WORSE, f"{estimate:.1%} worse; p {found.above():.2g}; {seen}"
+        return Reason.WORSE, f"{abs(change_of(metric, estimate)):.1%} worse; p {found.above():.2g}; {seen}"
     if gate.noise_floor > tolerance.margin:
         return Reason.UNFIT_MACHINE, (
             f"equal sides may differ by {gate.noise_floor:.1%} here (gate.noise_floor), more than the margin of "
@@ -168,8 +158,7 @@ def _candidate_fault(metric: str, stored: Sequence[Session], new: Session) -> Fa
 def _fault(metric: str, side: SideName, sessions: Sequence[Session]) -> Fault | None:
     for session in sessions:
         for run in session.samples:
-            fault = fault_of(metric, side, run)
-            if fault is not None:
+            if (fault := fault_of(metric, side, run)) is not None:
                 return fault[0], f"{side} ({session.place}): {fault[1]}"
     return unsteady_of(side, [run for session in sessions for run in session.samples])
 

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from pipetune.bench.profile import TaskKind
+from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.costs.base import Costs
 
-Floats = npt.NDArray[np.float64]
 Term: TypeAlias = tuple[str | int | bool, ...]
 """What a term is of: its level, then device, phase, size … as far as they matter."""
 Weighted: TypeAlias = tuple[tuple[Term, float], ...]
@@ -49,11 +48,7 @@ def speed_terms(device: str, kind: TaskKind) -> Weighted:
 
 
 def layer_terms(device: str, kind: TaskKind, middle: int) -> Weighted:
-    """The terms of A.
-
-    Args:
-        middle: of the sizes seen, in doublings.
-    """
+    """The terms of A; `middle` is that of the sizes seen, in doublings."""
     decode, octaves = kind.is_decode, octaves_of(kind)
     # A random walk from the middle, a step each doubling: beyond the sizes seen it goes on level.
     low, high, sign = (middle, octaves, 1.0) if octaves > middle else (octaves, middle, -1.0)
@@ -62,22 +57,13 @@ def layer_terms(device: str, kind: TaskKind, middle: int) -> Weighted:
     return (*curve, (("cell", device, decode, kind.rows, round(2 * octaves)), 1.0))
 
 
-def ends_terms(kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
-    """The terms of B."""
-    return _by_place("ends", kind, is_first, is_last)
-
-
-def extra_terms(kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
-    """The terms of c."""
-    return _by_place("extra", kind, is_first, is_last)
-
-
 def group_term(group: int, kind: TaskKind) -> Term:
     """h of one group of layers."""
     return ("group", group, kind.is_decode)
 
 
-def _by_place(level: str, kind: TaskKind, is_first: bool, is_last: bool) -> Weighted:
+def place_terms(level: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> Weighted:
+    """The terms of B, level `ends`, or of c, level `extra`."""
     decode = kind.is_decode
     places = ["any"] + ["first"] * is_first + ["last"] * is_last
     return tuple(((level, decode, place), 1.0) for place in places)
@@ -93,31 +79,23 @@ class RefittedCosts:
     """Number of the group that each layer belongs to."""
     middles: tuple[int, int] = (0, 0)
     """Middle of the sizes seen in prefill and in decode, in doublings."""
-    hop_log: float = 0.0
-    """Messages take exp(this) times as long …"""
-    hop_slope: float = 0.0
-    """… and exp(this) times more for each doubling above `hop_bytes`."""
-    hop_bytes: float = 1.0
-    _layers: dict[tuple[str, TaskKind], Floats] = field(default_factory=dict, compare=False, repr=False)
+    hop: tuple[float, float, float] = (0.0, 0.0, 1.0)
+    """Messages take exp(the first) times as long, and exp(the second) times more for each doubling above the third."""
 
+    @remembered
     def layers_s(self, device: str, kind: TaskKind) -> Floats:
         """Seconds of each layer, the base costs times the correction of this device, phase and size."""
-        known = self._layers.get((device, kind))
-        if known is None:
-            terms = (*speed_terms(device, kind), *layer_terms(device, kind, self.middles[kind.is_decode]))
-            factor = math.exp(self._sum(terms))
-            count = max(self.groups) + 1
-            by_group = np.exp([self.terms.get(group_term(group, kind), 0.0) for group in range(count)])
-            known = self.base.layers_s(device, kind) * factor * by_group[list(self.groups)]
-            self._layers[device, kind] = known
-        return known
+        terms = (*speed_terms(device, kind), *layer_terms(device, kind, self.middles[kind.is_decode]))
+        factor = math.exp(self._sum(terms))
+        by_group = np.exp([self.terms.get(group_term(group, kind), 0.0) for group in range(max(self.groups) + 1)])
+        seconds: Floats = self.base.layers_s(device, kind) * factor * by_group[list(self.groups)]
+        return seconds
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
         """Seconds of a task beside its layers, corrected by phase and place in the pipeline."""
         place = {"is_first": is_first, "is_last": is_last}
-        seconds = math.exp(self._sum(ends_terms(kind, **place))) * self.base.ends_s(device, kind, **place)
-        extra = self._sum(extra_terms(kind, **place))
-        if extra:
+        seconds = math.exp(self._sum(place_terms("ends", kind, **place))) * self.base.ends_s(device, kind, **place)
+        if extra := self._sum(place_terms("extra", kind, **place)):
             seconds += extra * float(self.base.layers_s(device, SMALLEST).mean())
         seconds *= math.exp(self._sum(speed_terms(device, kind)))
         # What is taken off must leave a stage of a single layer something to do.
@@ -125,8 +103,9 @@ class RefittedCosts:
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
         """Seconds of a message, corrected by a factor and a slope over doublings of its size."""
-        doublings = math.log2(max(num_bytes, 1) / self.hop_bytes)
-        return self.base.hop_s(source, target, num_bytes) * math.exp(self.hop_log + self.hop_slope * doublings)
+        log, slope, middle_bytes = self.hop
+        doublings = math.log2(max(num_bytes, 1) / middle_bytes)
+        return self.base.hop_s(source, target, num_bytes) * math.exp(log + slope * doublings)
 
     def _sum(self, terms: Iterable[tuple[Term, float]]) -> float:
         return sum(weight * self.terms.get(term, 0.0) for term, weight in terms)

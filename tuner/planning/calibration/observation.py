@@ -5,16 +5,59 @@ Small enough to be shared through a database: some numbers a stage, however long
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+from collections.abc import Sequence
 
+import numpy as np
 from pydantic import Field
 
 from pipetune.bench.metrics import derive
 from pipetune.bench.profile import TaskKind
-from pipetune.bench.record import SHARED_DEVICE_NOTE, Measurement, Record
+from pipetune.bench.record import SHARED_DEVICE_NOTE, Iteration, Measurement, Record, StageTrace
 from pipetune.bench.spec import EffectivePlan, Value
-from pipetune.tuner.planning.calibration.spans import HandOver, StageSpans, TaskSpan, together
+from pipetune.tuner.planning.arrays import Floats
+from pipetune.tuner.planning.simulation.schedule import RING_DEPTH
+
+_BUCKETS_AN_OCTAVE = 2
+"""Lengths are told apart so finely: times within a bucket differ by less than a fifth from their middle."""
+
+
+class TaskSpan(Value):
+    """Tasks of one kind on one stage, over all iterations."""
+
+    stage: int = Field(ge=0)
+    """Index of the stage, counted over all replicas one after the other."""
+    rows: int
+    new_tokens: int
+    """New tokens of each row; the mean over the tasks, as similar lengths are taken together."""
+    past_tokens: int
+    samples: bool = True
+    others: float = 0.0
+    """Mean number of the plan's other devices that computed meanwhile; tasks with few and with many stand apart."""
+    seconds: float
+    """Seconds of compute: mean over the tasks, without the slowest and the fastest twentieth."""
+    count: int = Field(ge=1)
+
+    @property
+    def kind(self) -> TaskKind:
+        """Kind of task that the cost model is asked for."""
+        return TaskKind(self.rows, self.new_tokens, self.past_tokens, self.samples)
+
+
+class HandOver(Value):
+    """How long messages took to a stage that waited for them: end of compute there to begin of compute here."""
+
+    source: int
+    target: int
+    """Stages, of all replicas one after the other."""
+    rows: int
+    new_tokens: int
+    """Positions of each row whose hidden states were sent; 0 for tokens on their way back to the first stage."""
+    seconds: float
+    """Median."""
+    count: int = Field(ge=1)
 
 
 class Observation(Value):
@@ -56,39 +99,27 @@ def observe(record: Record) -> Observation | None:
     for run in measurement.iterations:
         if [len(trace.compute_start_s) for trace in run.stages] != lengths:
             return None
-    tasks: list[TaskSpan] = []
-    hand_overs: list[HandOver] = []
-    gaps: list[float | None] = []
-    stalls: list[float | None] = []
-    kinds = task_kinds(measurement)
-    others = together(measurement.iterations)
-    first_task = 0
-    for replica, count in enumerate(counts):
-        own = range(first_task, first_task + count)
-        spans = StageSpans(measurement, kinds, own, range(replica * num_stages, (replica + 1) * num_stages), others)
-        tasks += spans.tasks()
-        hand_overs += spans.hand_overs()
-        gaps += spans.gaps_s()
-        stalls += spans.stalls_s()
-        first_task += count
+    kinds, others = _task_kinds(measurement), _together(measurement.iterations)
+    spans = [
+        _StageSpans(measurement, kinds, others, slice(*tasks), range(replica * num_stages, (replica + 1) * num_stages))
+        for replica, tasks in enumerate(itertools.pairwise(itertools.accumulate(counts, initial=0)))
+    ]
     durations = [run.duration_s for run in measurement.iterations]
-    spread = None
-    if len(durations) > 1:
-        spread = round(statistics.stdev(math.log(duration) for duration in durations), 6)
+    is_repeated = len(durations) > 1
     return Observation(
         effective=record.effective,
-        tasks=tuple(tasks),
-        gap_s=tuple(gaps),
-        stall_s=tuple(stalls),
-        hand_overs=tuple(hand_overs),
+        tasks=tuple(task for each in spans for task in each.tasks()),
+        gap_s=tuple(gap for each in spans for gap in each.gaps_s()),
+        stall_s=tuple(stall for each in spans for stall in each.stalls_s()),
+        hand_overs=tuple(hand_over for each in spans for hand_over in each.hand_overs()),
         metrics=derive(measurement),
-        spread=spread,
+        spread=round(statistics.stdev(map(math.log, durations)), 6) if is_repeated else None,
         iterations=len(durations),
-        disturbed=bool(measurement.telemetry.disturbances) or (len(durations) > 1 and not measurement.steady),
+        disturbed=bool(measurement.telemetry.disturbances) or (is_repeated and not measurement.steady),
     )
 
 
-def task_kinds(measurement: Measurement) -> tuple[TaskKind, ...]:
+def _task_kinds(measurement: Measurement) -> tuple[TaskKind, ...]:
     """The kind of each of `measurement.tasks`; prompts are padded to the longest of their micro-batch."""
     lengths, row = [], 0
     for size in measurement.micro_batch_sizes:
@@ -104,3 +135,159 @@ def task_kinds(measurement: Measurement) -> tuple[TaskKind, ...]:
         end = length if task.end_token is None else task.end_token
         kinds.append(TaskKind(rows, end - first, first, end == length or measurement.output_len == 0))
     return tuple(kinds)
+
+
+class _StageSpans:
+    """The spans of one replica's stages over all iterations."""
+
+    def __init__(
+        self,
+        measurement: Measurement,
+        kinds: Sequence[TaskKind],
+        others: Sequence[Sequence[Floats]],
+        tasks: slice,
+        stages: range,
+    ) -> None:
+        """`others` is `[iteration][stage]`: along tasks, how many others computed meanwhile."""
+        self.shapes = measurement.tasks[tasks]
+        self.kinds = kinds[tasks]
+        self.stages = stages
+        self.decodes = np.array([shape.step > 0 for shape in self.shapes], dtype=bool)
+        runs = [[run.stages[stage] for stage in stages] for run in measurement.iterations]
+        # `[iteration, stage, task]`
+        self.starts = np.array([[trace.compute_start_s for trace in run] for run in runs], dtype=float)
+        self.ends = np.array([[trace.compute_end_s for trace in run] for run in runs], dtype=float)
+        self.others = np.array([[run[stage] for stage in stages] for run in others])
+        self.most_others = max(1, len(measurement.iterations[0].stages) - 1)
+
+    def tasks(self) -> list[TaskSpan]:
+        """Mean times by stage and kind of task, similar lengths taken together."""
+        groups: dict[tuple[bool, int, int, int, bool], list[int]] = {}
+        for index, (kind, is_decode) in enumerate(zip(self.kinds, self.decodes.tolist(), strict=True)):
+            key = (is_decode, kind.rows, _bucket(kind.new_tokens), _bucket(kind.past_tokens), kind.samples)
+            groups.setdefault(key, []).append(index)
+        spans = []
+        for place, stage in enumerate(self.stages):
+            took, others = self.ends[:, place] - self.starts[:, place], self.others[:, place]
+            for (_, rows, _, _, samples), members in groups.items():
+                many = others[:, members] >= 0.5 * self.most_others
+                for seen in (~many, many):
+                    if not seen.any():
+                        continue
+                    seconds = np.sort(took[:, members][seen])
+                    cut = len(seconds) // 20
+                    spans.append(
+                        TaskSpan(
+                            stage=stage,
+                            rows=rows,
+                            new_tokens=round(statistics.fmean(self.kinds[index].new_tokens for index in members)),
+                            past_tokens=round(statistics.fmean(self.kinds[index].past_tokens for index in members)),
+                            samples=samples,
+                            others=round(float(others[:, members][seen].mean()), 3),
+                            seconds=round(float(seconds[cut : len(seconds) - cut].mean()), 7),
+                            count=len(seconds),
+                        )
+                    )
+        return spans
+
+    def gaps_s(self) -> list[float | None]:
+        """Per stage: the lower quartile of the gaps behind tasks whose successor's input was there.
+
+        The lower one, since some stall. And those are left out whose output may have waited for the next stage's
+        buffers, which is that stage's time and not this one's: it had work left from before.
+        """
+        gaps: list[float | None] = []
+        for place in range(len(self.stages)):
+            before, after = self.ends[:, place, :-1], self.starts[:, place, 1:]
+            free = self._ready(place)[:, 1:] <= before
+            if place + 1 < len(self.stages):
+                free[:, 2:] &= self.ends[:, place + 1, :-3] <= before[:, 2:]
+            seconds = (after - before)[free]
+            gaps.append(round(max(0.0, float(np.quantile(seconds, 0.25))), 7) if seconds.size else None)
+        return gaps
+
+    def stalls_s(self) -> list[float | None]:
+        """Per stage: least squares of what was waited beyond the gap over the square of the sender's share of time."""
+        stalls: list[float | None] = []
+        took = self.ends - self.starts
+        for place, gap in enumerate(self.gaps_s()):
+            if place == 0 or gap is None or took.shape[2] <= RING_DEPTH:
+                stalls.append(None)
+                continue
+            own, sent = self.ends[:, place], self.ends[:, place - 1, RING_DEPTH:]
+            late = (own[:, :-RING_DEPTH] > sent) & (sent <= own[:, RING_DEPTH - 1 : -1])
+            shares = np.minimum(1.0, took[:, place - 1] / np.maximum(took[:, place], 1e-9))[:, RING_DEPTH:][late] ** 2
+            waited = (self.starts[:, place, RING_DEPTH:] - own[:, RING_DEPTH - 1 : -1])[late] - gap
+            known = float((shares**2).sum())
+            stalls.append(round(max(0.0, float(shares @ waited) / known), 7) if known > 1.0 else None)
+        return stalls
+
+    def hand_overs(self) -> list[HandOver]:
+        """Messages that a stage waited for longer than it takes to go on by itself."""
+        found: list[HandOver] = []
+        if len(self.stages) == 1:
+            return found
+        for place, stage in enumerate(self.stages):
+            ready = self._ready(place)
+            free = np.concatenate([np.full((len(ready), 1), -np.inf), self.ends[:, place, :-1]], axis=1)
+            waited = (ready > free + 1e-3 * (self.ends - self.starts)[:, place]) & (ready > 0)
+            groups: dict[tuple[int, int], list[int]] = {}
+            for index, kind in enumerate(self.kinds):
+                if place > 0 or self.decodes[index]:
+                    groups.setdefault((kind.rows, kind.new_tokens if place > 0 else 0), []).append(index)
+            for (rows, new_tokens), members in groups.items():
+                seconds = (self.starts[:, place] - ready)[:, members][waited[:, members]]
+                if seconds.size:
+                    found.append(
+                        HandOver(
+                            source=self.stages[place - 1],
+                            target=stage,
+                            rows=rows,
+                            new_tokens=new_tokens,
+                            seconds=round(max(0.0, float(np.median(seconds))), 7),
+                            count=int(seconds.size),
+                        )
+                    )
+        return found
+
+    def _ready(self, place: int) -> Floats:
+        """`[iteration, task]`: when the stage before was done with it; on the first one, when its tokens were known."""
+        if place > 0:
+            return self.ends[:, place - 1]
+        ready = np.zeros_like(self.ends[:, 0])
+        sampled: dict[int, int] = {}
+        for index, shape in enumerate(self.shapes):
+            if shape.step > 0:
+                ready[:, index] = self.ends[:, -1, sampled[shape.micro_batch]]
+            sampled[shape.micro_batch] = index
+        return ready
+
+
+def _together(iterations: Sequence[Iteration]) -> list[list[Floats]]:
+    """`[iteration][stage]`: for each task of a stage, how many other stages computed meanwhile, on average."""
+    found = []
+    for run in iterations:
+        busy = [_busy_until(trace) for trace in run.stages]
+        own = []
+        for stage, trace in enumerate(run.stages):
+            starts, ends = np.array(trace.compute_start_s), np.array(trace.compute_end_s)
+            meanwhile = np.zeros(len(starts))
+            for other, (times, seconds) in enumerate(busy):
+                if other != stage and len(times):
+                    meanwhile += np.interp(ends, times, seconds) - np.interp(starts, times, seconds)
+            own.append(meanwhile / np.maximum(ends - starts, 1e-9))
+        found.append(own)
+    return found
+
+
+def _busy_until(trace: StageTrace) -> tuple[Floats, Floats]:
+    """Moments, and how long the stage had computed by then."""
+    starts, ends = np.array(trace.compute_start_s), np.array(trace.compute_end_s)
+    done = np.cumsum(ends - starts)
+    before = np.concatenate([[0.0], done[:-1]]) if len(done) else done
+    return np.stack([starts, ends], axis=1).ravel(), np.stack([before, done], axis=1).ravel()
+
+
+def _bucket(length: int) -> int:
+    """Lengths alike have the same number."""
+    return round(_BUCKETS_AN_OCTAVE * math.log2(length)) if length > 0 else -1

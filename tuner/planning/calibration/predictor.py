@@ -1,26 +1,36 @@
-"""What plans will give: the refitted cost model times what it is seen to miss, with how sure one can be of it."""
+"""What plans will give: the refitted cost model times what it is seen to miss, with how sure one can be of it.
+
+A model is refitted by the times of tasks (`regression`), and in what lies between these by what records show of each:
+messages, gaps, stalls and contention.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan
+from pipetune.tuner.planning.arrays import Floats
+from pipetune.tuner.planning.calibration.corrected_costs import RefittedCosts
 from pipetune.tuner.planning.calibration.observation import Observation
-from pipetune.tuner.planning.calibration.refit import refit
+from pipetune.tuner.planning.calibration.regression import Rows
 from pipetune.tuner.planning.calibration.residual_gp import PRIOR_SD, Features, Process
-from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.planning.simulation.model import TOKEN_BYTES, CostModel, of_device
 from pipetune.tuner.planning.simulation.prediction import Prediction
-
-Floats = npt.NDArray[np.float64]
 
 NOISE_SD, NOISE_WEIGHT, LEAST_NOISE = 0.02, 3.0, 0.003
 """Relative standard deviation of repeated runs before any are seen, what that counts in repeats, and its floor."""
+_NOT_COSTS = ("drift", "switches", "contention")
+_HOP_SD = 0.3
+"""Standard deviation of the logarithm of a hand-over's median."""
+_HOP_WIDTHS = (1.0, 0.1)
+"""Standard deviations before anything is seen: of the log factor on messages, and of its slope over doublings."""
 _HUBER = 2.0
 """Runs of one plan further from their median than so many times the noise count for less."""
 _DISTURBED = 0.25
@@ -59,29 +69,23 @@ class PredictedMetrics:
 class Predictor:
     """A refitted cost model and what it is seen to miss, metric by metric."""
 
-    def __init__(self, model: CostModel, noise: float, metrics: Sequence[str]) -> None:
-        self.model = model
-        """Over refitted costs."""
-        self.noise = noise
-        """Relative standard deviation of a repeated run."""
-        self.metrics = tuple(metrics)
-        self._processes: dict[str, Process] = {}
-
-    @classmethod
-    def fit(cls, model: CostModel, observations: Sequence[Observation], *, metrics: Sequence[str]) -> Predictor:
+    def __init__(self, model: CostModel, observations: Sequence[Observation], *, metrics: Sequence[str]) -> None:
         """Learns from what was observed; from nothing, it predicts what the model says.
 
         Args:
             model: over uncorrected costs.
-            metrics: names of metrics that the model predicts.
+            metrics: names of some that it predicts.
         """
-        predictor = cls(refit(model, observations), noise_of(observations), metrics)
+        self.model = refit(model, observations)
+        self.noise = noise_of(observations)
+        """Relative standard deviation of a repeated run."""
+        self.metrics = tuple(metrics)
+        self._processes: dict[str, Process] = {}
         groups: dict[str, list[Observation]] = defaultdict(list)
         for observation in observations:
             groups[observation.effective.key].append(observation)
         if groups:
-            predictor._learn(list(groups.values()))
-        return predictor
+            self._learn(list(groups.values()))
 
     def _learn(self, groups: Sequence[Sequence[Observation]]) -> None:
         plans = [(group[0].effective.plan, group[0].effective.in_flight) for group in groups]
@@ -101,10 +105,7 @@ class Predictor:
                 self._processes[metric] = Process(features.take(rows), np.array(errors), np.array(variances))
 
     def predict(self, plans: Sequence[tuple[Plan, int]]) -> PredictedMetrics:
-        """What plans will give.
-
-        Args:
-            plans: each with its micro-batches in flight.
+        """What plans will give, each with its micro-batches in flight.
 
         Raises:
             KeyError: the model does not predict a metric that was asked for.
@@ -153,12 +154,9 @@ def _is_share(metric: str) -> bool:
     return metric.startswith("bubble_")
 
 
-def _logs(predictions: Sequence[Prediction], metric: str) -> Floats:
-    return np.log(np.maximum([_positive(one.metrics[metric], metric) for one in predictions], 1e-12))
-
-
-def _positive(value: float, metric: str) -> float:
-    return 1.0 - value if _is_share(metric) else value
+def _logs(runs: Sequence[Prediction | Observation], metric: str) -> Floats:
+    values = np.array([one.metrics[metric] for one in runs])
+    return np.log(np.maximum(1.0 - values if _is_share(metric) else values, 1e-12))
 
 
 def _back(logs: Floats, sd: Floats, metric: str) -> tuple[Floats, Floats]:
@@ -172,7 +170,69 @@ def _back(logs: Floats, sd: Floats, metric: str) -> tuple[Floats, Floats]:
 
 def _mean(runs: Sequence[Observation], metric: str, noise: float) -> tuple[float, float]:
     """Mean of the logs of a plan's runs and what it weighs in runs; odd and disturbed ones count for less."""
-    logs = np.log(np.maximum([_positive(one.metrics[metric], metric) for one in runs], 1e-12))
+    logs = _logs(runs, metric)
     far = np.abs(logs - np.median(logs)) / (_HUBER * noise)
     weights = np.where([one.disturbed for one in runs], _DISTURBED, 1.0) / np.maximum(far, 1.0)
     return float(weights @ logs / weights.sum()), float(weights.sum())
+
+
+def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
+    """A model over uncorrected costs, with these corrected by what was observed; itself if that teaches nothing."""
+    if not any(observation.tasks for observation in observations):
+        return model
+    groups = layer_groups(model.shape)
+    rows = Rows(model.costs, groups, observations, model.contention)
+    terms = rows.fit()
+    costs = RefittedCosts(
+        base=model.costs,
+        terms={term: value for term, value in terms.items() if term[0] not in _NOT_COSTS},
+        groups=groups,
+        middles=rows.middles,
+        hop=_fit_hops(model, observations),
+    )
+    return dataclasses.replace(
+        model,
+        costs=costs,
+        gaps_s=_by_device(model.gaps_s, observations, "gap_s"),
+        stalls_s=_by_device(model.stalls_s, observations, "stall_s"),
+        contention=rows.contention(terms),
+    )
+
+
+def layer_groups(shape: ModelShape) -> tuple[int, ...]:
+    """Number of each layer's group: layers of equal shape share one."""
+    numbers: dict[object, int] = {}
+    return tuple(numbers.setdefault(layer, len(numbers)) for layer in shape.layers)
+
+
+def _fit_hops(model: CostModel, observations: Sequence[Observation]) -> tuple[float, float, float]:
+    """Log factor on messages, its slope over doublings of the bytes, and the bytes where the factor holds."""
+    position_bytes = model.shape.crossing_bytes
+    rows = []
+    for observation in observations:
+        devices = observation.effective.plan.devices
+        for hand_over in observation.hand_overs:
+            positions = hand_over.rows * hand_over.new_tokens
+            num_bytes = positions * position_bytes or hand_over.rows * TOKEN_BYTES
+            base = model.costs.hop_s(devices[hand_over.source], devices[hand_over.target], num_bytes)
+            if base > 0 and hand_over.seconds > 0:
+                rows.append((math.log(hand_over.seconds / base), math.log2(max(num_bytes, 1)), hand_over.count))
+    if not rows:
+        return 0.0, 0.0, 1.0
+    ratio, doublings, count = np.array(rows).T
+    centre = float(doublings.mean())
+    design = np.stack([np.ones_like(doublings), doublings - centre], axis=1)
+    weights = 1.0 / (_HOP_SD**2 * (1.0 + 1.0 / count))
+    normal = design.T @ (weights[:, None] * design) + np.diag(1.0 / np.square(_HOP_WIDTHS))
+    values = np.linalg.solve(normal, design.T @ (weights * ratio))
+    return float(values[0]), float(values[1]), 2.0**centre
+
+
+def _by_device(known: Mapping[str, float], observations: Sequence[Observation], name: str) -> dict[str, float]:
+    """What is known, and by device the median over records and one that saw what was known before."""
+    seen: dict[str, list[float]] = {}
+    for observation in observations:
+        for device, seconds in zip(observation.effective.plan.devices, getattr(observation, name), strict=False):
+            if seconds is not None and len(observation.effective.plan.stages) > 1:
+                seen.setdefault(device, [of_device(known, device)]).append(seconds)
+    return {**known, **{device: float(np.median(found)) for device, found in seen.items()}}

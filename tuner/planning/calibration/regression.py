@@ -1,40 +1,40 @@
-"""The regression behind `refit`: measured times of tasks on the terms of `refitted`, under a prior.
+"""The regression behind `refit`: measured times of tasks on the terms of `RefittedCosts`, under a prior.
 
-All terms have normal priors about zero (`priors`). The fit is the mode of their posterior given the logs of the times
+All terms have normal priors about zero. The fit is the mode of their posterior given the logs of the times
 measured, found by Gauss–Newton steps with Huber's weights (P. J. Huber, Robust Statistics, 1981, ch. 7), so that
 single odd times count for little. Each record has a term of its own for the machine's drift while it ran, with a tail
 that lets a disturbed run be slow as a whole; each set of execution switches has one against the common one. At zero
 the prior costs nothing, and no step is taken that raises the objective: so no mode explains what was seen worse than
-the uncorrected costs do. How wide a prior should be depends on where these are from: several are tried, and their
-modes averaged by the evidence for each, in Laplace's approximation (D. J. C. MacKay, Neural Computation 4, 1992).
+the uncorrected costs do. How wide a prior should be depends on where these are from: several are tried (`PRIORS`), and
+their modes averaged by the evidence for each, in Laplace's approximation (D. J. C. MacKay, Neural Computation 4, 1992).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import huber
 
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import StagePlan
+from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.calibration.corrected_costs import (
     SMALLEST,
-    Floats,
     Term,
     Weighted,
-    ends_terms,
-    extra_terms,
     group_term,
     layer_terms,
     octaves_of,
+    place_terms,
     speed_terms,
 )
-from pipetune.tuner.planning.calibration.observation import Observation
-from pipetune.tuner.planning.calibration.priors import PRIORS, Widths
-from pipetune.tuner.planning.calibration.spans import TaskSpan
+from pipetune.tuner.planning.calibration.observation import Observation, TaskSpan
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.contention import Contention
 
@@ -46,26 +46,63 @@ _MOST_STEPS, _MOST_HALVINGS = 12, 8
 _SMALL_STEP = 1e-4
 
 
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Standard deviations of the terms before anything is seen; logs (0.1 is a tenth), but for `extra`."""
+
+    all: float
+    phase: float
+    device: float
+    device_phase: float
+    size: float
+    """SD of the step of the curve over sizes, each doubling."""
+    cell: float
+    """SD of the correction of one size on one device."""
+    group: float
+    """SD of layers of one shape against the others, in each phase."""
+    ends: float
+    """SD of a stage's ends against its layers, by phase and place in the pipeline."""
+    extra: float
+    """SD of extra time a task, in times of the smallest task of one layer, by phase and place in the pipeline."""
+    contention: float = 0.1
+    """SD of what other devices cost a task while all compute, by phase."""
+    switches: float = 0.5
+    """SD of one set of execution switches against the common one, in each phase."""
+    drift: float = 0.04
+    """SD of one record against the others: the drift of the machine."""
+    task: float = 0.02
+    """SD of the time of one kind of task on one stage, however many of them ran."""
+    single_task: float = 0.10
+    """SD of the time of a single task."""
+    log_odds: float = 0.0
+    """Logarithm of the odds of this prior against the others."""
+
+
+MEASURED = Widths(
+    all=0.05, phase=0.04, device=0.04, device_phase=0.02, size=0.02, cell=0.02, group=0.04, ends=0.1, extra=0.3
+)
+"""For costs that were measured part by part: a whole pipeline differs from its parts by some hundredths."""
+SCALED = dataclasses.replace(MEASURED, all=1.0, log_odds=-0.5)
+"""The same, but the machine was slower or faster as a whole while they were measured."""
+NOMINAL = Widths(
+    all=1.0, phase=0.3, device=0.05, device_phase=0.03, size=0.1, cell=0.02, group=0.2, ends=0.3, extra=1.0, log_odds=-1
+)
+"""For nominal rates, which may be far off, and in other ways for small and for large tasks; devices are alike."""
+UNLIKE = dataclasses.replace(NOMINAL, device=0.5, device_phase=0.2, log_odds=-1.5)
+"""The same for devices that are not."""
+PRIORS = (MEASURED, SCALED, NOMINAL, UNLIKE)
+
+
 class Rows:
     """The regression's rows: the time of a kind of task on a stage of a record each."""
 
     def __init__(
-        self,
-        base: Costs,
-        groups: Sequence[int],
-        observations: Sequence[Observation],
-        measured: Contention | None = None,
+        self, base: Costs, groups: Sequence[int], observations: Sequence[Observation], measured: Contention | None
     ) -> None:
-        """
-        Args:
-            measured: what devices lose to each other, as far as it is known: what is fitted comes on top.
-        """
+        """`measured` is what devices lose to each other, as far as it is known: what is fitted comes on top."""
         self.base = base
-        self.measured = measured or Contention(
-            prefill=0.0,
-            decode=0.0,
-            devices=max(len(observation.effective.plan.devices) for observation in observations),
-        )
+        most = max(len(observation.effective.plan.devices) for observation in observations)
+        self.measured = measured or Contention(prefill=0.0, decode=0.0, devices=most)
         self.devices = self.measured.devices
         """In the largest plan seen, or those measured."""
         self.middles = _middles(observations)
@@ -79,8 +116,6 @@ class Rows:
         self.entries: dict[str, list[tuple[int, int, float]]] = {"layers": [], "ends": [], "extra": [], "whole": []}
         self.group_columns: list[list[int]] = []
         self.wide_drifts: set[int] = set()
-        self._known: dict[tuple[str, TaskKind], tuple[Floats, Weighted]] = {}
-
         common = Counter(observation.effective.plan.switches for observation in observations).most_common(1)[0][0]
         for number, observation in enumerate(observations):
             self._add(number, observation, common)
@@ -92,11 +127,8 @@ class Rows:
         if observation.disturbed:
             self.wide_drifts.add(drift)
         for span in observation.tasks:
-            index = span.stage % len(plan.stages)
-            stage = plan.stages[index]
-            device = plan.devices[span.stage]
-            row = len(self.log_s)
-            self._add_row(device, stage, span, index == 0, index == len(plan.stages) - 1)
+            stage, row = span.stage % len(plan.stages), len(self.log_s)
+            self._add_row(plan.devices[span.stage], plan.stages[stage], span, stage == 0, stage == len(plan.stages) - 1)
             self.disturbed.append(observation.disturbed)
             self.entries["whole"].append((row, drift, 1.0))
             if plan.switches != common_switches:
@@ -104,36 +136,36 @@ class Rows:
                 self.entries["whole"].append((row, self._column(term), 1.0))
 
     def _add_row(self, device: str, stage: StagePlan, span: TaskSpan, is_first: bool, is_last: bool) -> None:
-        kind, row = span.kind, len(self.log_s)
+        kind, log_s = span.kind, math.log(max(span.seconds, 1e-9))
         sums, terms = self._of_kind(device, kind)
         self.layers_s.append(sums[stage.end_layer] - sums[stage.first_layer])
-        self.ends_s.append(self.base.ends_s(device, kind, is_first=is_first, is_last=is_last))
-        log_s = math.log(max(span.seconds, 1e-9))
+        place = {"is_first": is_first, "is_last": is_last}
+        self.ends_s.append(self.base.ends_s(device, kind, **place))
         self.counts.append(span.count)
-        ends = ends_terms(kind, is_first=is_first, is_last=is_last)
-        extra = extra_terms(kind, is_first=is_first, is_last=is_last)
-        unit = float(self.base.layers_s(device, SMALLEST).mean())
         if self.devices > 1:
             # Costs are what tasks take while all devices compute.
             share = min(span.others / (self.devices - 1), 1.0) - 1.0
             log_s -= share * self.measured.of(decode=kind.is_decode)
-            self.entries["whole"].append((row, self._column(("contention", kind.is_decode)), share))
+            self._enter("whole", [(("contention", kind.is_decode), share)])
+        self._enter("whole", speed_terms(device, kind))
+        self._enter("layers", terms)
+        self._enter("ends", place_terms("ends", kind, **place))
+        unit = float(self.base.layers_s(device, SMALLEST).mean())
+        self._enter("extra", place_terms("extra", kind, **place), unit)
+        self.group_columns.append([self._column(group_term(group, kind)) for group in range(self.groups.shape[1])])
         self.log_s.append(log_s)
-        self.entries["whole"] += [(row, self._column(term), weight) for term, weight in speed_terms(device, kind)]
-        self.entries["layers"] += [(row, self._column(term), weight) for term, weight in terms]
-        self.entries["ends"] += [(row, self._column(term), weight) for term, weight in ends]
-        self.entries["extra"] += [(row, self._column(term), weight * unit) for term, weight in extra]
-        count = self.groups.shape[1]
-        self.group_columns.append([self._column(group_term(group, kind)) for group in range(count)])
 
+    def _enter(self, part: str, terms: Iterable[tuple[Term, float]], unit: float = 1.0) -> None:
+        """Puts terms into the row to come."""
+        row = len(self.log_s)
+        self.entries[part] += [(row, self._column(term), weight * unit) for term, weight in terms]
+
+    @remembered
     def _of_kind(self, device: str, kind: TaskKind) -> tuple[Floats, Weighted]:
         """Sums of the layers before each layer, `[layers + 1, groups]`, and the terms."""
-        known = self._known.get((device, kind))
-        if known is None:
-            each = self.base.layers_s(device, kind)[:, None] * self.groups
-            sums = np.concatenate([np.zeros((1, each.shape[1])), np.cumsum(each, axis=0)])
-            known = self._known[device, kind] = (sums, layer_terms(device, kind, self.middles[kind.is_decode]))
-        return known
+        each = self.base.layers_s(device, kind)[:, None] * self.groups
+        sums = np.concatenate([np.zeros((1, each.shape[1])), np.cumsum(each, axis=0)])
+        return sums, layer_terms(device, kind, self.middles[kind.is_decode])
 
     def _column(self, term: Term) -> int:
         return self.columns.setdefault(term, len(self.columns))
@@ -148,12 +180,10 @@ class Rows:
         )
         return Contention(prefill=prefill, decode=decode, devices=self.devices)
 
-    def fit(self, priors: Sequence[Widths] = PRIORS) -> dict[Term, float]:
+    def fit(self) -> dict[Term, float]:
         """The mode of the posterior under each prior, averaged by how likely the times are under each."""
-        fits = [self._mode(_Problem(self, widths)) for widths in priors]
-        logs = np.array(
-            [log_evidence + widths.log_odds for (log_evidence, _), widths in zip(fits, priors, strict=True)]
-        )
+        fits = [self._mode(_Problem(self, widths)) for widths in PRIORS]
+        logs = np.array([evidence + widths.log_odds for (evidence, _), widths in zip(fits, PRIORS, strict=True)])
         shares = np.exp(logs - logs.max())
         values = sum(share * values for share, (_, values) in zip(shares / shares.sum(), fits, strict=True))
         return dict(zip(self.columns, np.asarray(values).tolist(), strict=True))
@@ -223,8 +253,8 @@ class _Problem:
         """Huber's loss of times and of drifts, squares of all other terms."""
         scaled = values / self.prior_sd
         return float(
-            _huber(self.residuals(values)).sum()
-            + _huber(scaled[self.is_drift]).sum()
+            huber(HUBER, self.residuals(values)).sum()
+            + huber(HUBER, scaled[self.is_drift]).sum()
             + 0.5 * (scaled[~self.is_drift] ** 2).sum()
         )
 
@@ -256,11 +286,6 @@ class _Problem:
         weights: Floats = _huber_weight(self.residuals(values)) / self.sd**2
         precision: Floats = np.where(self.is_drift, _huber_weight(values / self.prior_sd), 1.0) / self.prior_sd**2
         return jacobian, weights, precision
-
-
-def _huber(scaled: Floats) -> Floats:
-    size = np.abs(scaled)
-    return np.asarray(np.where(size <= HUBER, 0.5 * size**2, HUBER * (size - 0.5 * HUBER)), dtype=np.float64)
 
 
 def _huber_weight(scaled: Floats) -> Floats:

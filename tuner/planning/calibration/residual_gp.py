@@ -12,6 +12,7 @@ likeliest of a few, under a prior: everything is deterministic.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -21,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.spec import Plan
-
-Floats = npt.NDArray[np.float64]
+from pipetune.tuner.planning.arrays import Floats
 
 CUT_LENGTH = 0.25
 """Length scale of cuts, in times of a mean stage."""
@@ -63,52 +63,39 @@ class Features:
             shares: of each plan, what each stage of a replica is busy.
             longest: prompt, tokens: what a chunk is when there is none.
         """
-        orders, switches = (np.empty(len(plans), dtype=np.intp) for _ in range(2))
         widest = max((len(plan.stages) for plan, _ in plans), default=1)
         places = np.zeros((len(plans), widest - 1 + len(LENGTHS)))
-        layouts = np.empty(len(plans), dtype=np.intp)
         for row, ((plan, in_flight), busy) in enumerate(zip(plans, shares, strict=True)):
-            count = len(plan.stages)
-            layouts[row] = 4096 * plan.replicas + count
-            orders[row] = _number(plan.devices)
-            switches[row] = _number(plan.switches) if plan.switches else 0
-            done = np.cumsum(busy)
+            count, done = len(plan.stages), np.cumsum(busy)
             places[row, : count - 1] = done[:-1] / done[-1] * count / CUT_LENGTH
             chunk = min(plan.prefill_chunk_size or longest, longest)
             sizes = (plan.micro_batch_size, plan.prefill_size, chunk, in_flight)
             places[row, widest - 1 :] = [
                 math.log2(size) / length for size, length in zip(sizes, LENGTHS.values(), strict=True)
             ]
-        return cls(layouts=layouts, orders=orders, switches=switches, places=places)
+        return cls(
+            layouts=np.array([4096 * plan.replicas + len(plan.stages) for plan, _ in plans], dtype=np.intp),
+            orders=np.array([_number(plan.devices) for plan, _ in plans], dtype=np.intp),
+            switches=np.array([_number(plan.switches) if plan.switches else 0 for plan, _ in plans], dtype=np.intp),
+            places=places,
+        )
 
     def take(self, rows: Sequence[int]) -> Features:
         """Some of the plans."""
         index = list(rows)
-        return Features(
-            layouts=self.layouts[index],
-            orders=self.orders[index],
-            switches=self.switches[index],
-            places=self.places[index],
-        )
+        return Features(self.layouts[index], self.orders[index], self.switches[index], self.places[index])
 
 
 def _number(words: Sequence[str]) -> int:
     """Equal for equal words in one process and in any other."""
-    number = 1
-    for letter in " ".join(words).encode():
-        number = (number * 131 + letter) % (2**61 - 1)
-    return number
+    return int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:7])
 
 
 class Process:
     """A Gaussian process that has seen some plans' errors."""
 
     def __init__(self, features: Features, errors: Floats, variances: Floats) -> None:
-        """
-        Args:
-            errors: log of measured over modelled, of each plan.
-            variances: of the errors, from noise.
-        """
+        """`errors` are logs of measured over modelled, a plan each, and `variances` theirs, from noise."""
         self._features = features
         best = -math.inf
         for local, noise in itertools.product(LOCAL_SDS, NOISES):
@@ -131,7 +118,8 @@ class Process:
 
 def _covariance(a: Features, b: Features, local: float) -> Floats:
     width = max(a.places.shape[1], b.places.shape[1])
-    left, right = _padded(a.places, width), _padded(b.places, width)
+    # With room for as many cuts in front as the other side has; plans of unequal ones are told apart by layout.
+    left, right = (np.pad(one.places, ((0, 0), (width - one.places.shape[1], 0))) for one in (a, b))
     squares = (left**2).sum(1)[:, None] + (right**2).sum(1)[None, :] - 2.0 * left @ right.T
     same_layout = a.layouts[:, None] == b.layouts[None, :]
     order = np.where(a.orders[:, None] == b.orders[None, :], 1.0, _OTHER_ORDER)
@@ -139,9 +127,3 @@ def _covariance(a: Features, b: Features, local: float) -> Floats:
     switched = (a.switches[:, None] == b.switches[None, :]) & (a.switches[:, None] != 0)
     covariance: Floats = COMMON_SD**2 + same_layout * (LAYOUT_SD**2 + near) + SWITCHES_SD**2 * switched
     return covariance
-
-
-def _padded(places: Floats, width: int) -> Floats:
-    """With room for as many cuts in front as the other side has; plans of unequal ones are told apart by layout."""
-    missing = width - places.shape[1]
-    return np.concatenate([np.zeros((len(places), missing)), places], axis=1) if missing else places

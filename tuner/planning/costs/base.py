@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from pipetune.bench.profile import TaskKind
+from pipetune.tuner.planning.arrays import Floats
 
 
 class Costs(Protocol):
     """Seconds that tasks take; pure, and the same for equal arguments."""
 
-    def layers_s(self, device: str, kind: TaskKind) -> npt.NDArray[np.float64]:
+    def layers_s(self, device: str, kind: TaskKind) -> Floats:
         """`[num_layers]`, of each layer if it lay on the device."""
         ...
 

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.profile import TaskKind
-
-Floats = npt.NDArray[np.float64]
+from pipetune.tuner.planning.arrays import Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +34,14 @@ class Contention:
         return self.decode if decode else self.prefill
 
     def factors(
-        self,
-        kinds: Sequence[TaskKind],
-        counts: npt.NDArray[np.intp],
-        busy_s: Floats,
-        *,
-        slots: int,
-        replicas: int,
+        self, kinds: Sequence[TaskKind], counts: npt.NDArray[np.intp], busy_s: Floats, *, slots: int, replicas: int
     ) -> Floats:
-        """Factors on the times of tasks, where all devices computing at once is 1.
+        """Factors `[kind, stage, plan]` on the times of tasks, where all devices computing at once is 1.
 
         Args:
             counts: `[kind]`, tasks of each kind.
             busy_s: `[kind, stage, plan]`, of a task while all devices compute.
             slots: micro-batches in flight.
-
-        Returns:
-            `[kind, stage, plan]`.
         """
         decodes = np.array([kind.is_decode for kind in kinds])
         factors = np.ones_like(busy_s)
@@ -67,12 +57,7 @@ class Contention:
 
 
 def _others(total_s: Floats, *, tasks: int, slots: int | None, replicas: int) -> Floats:
-    """`[stage, plan]`: how many others compute while a stage does.
-
-    Args:
-        total_s: `[stage, plan]`, of each stage over the phase.
-        slots: micro-batches in flight, in decode.
-    """
+    """`[stage, plan]`: how many others compute while a stage does that takes `total_s`; slots are those of decode."""
     num_stages = len(total_s)
     slowest, together = total_s.max(axis=0), total_s.sum(axis=0)
     if slots is None:

@@ -8,6 +8,9 @@
       - {between: [cuda:0-1], gb_per_s: 300, latency_us: 8}
       - {between: any, gb_per_s: 25, latency_us: 15}
 
+`card: H100`, instead of these rates, takes them from `cards.yaml`; `2xH100,2xA10` in place of a file describes such
+cards, over NVLink where neighbours of one name have it, else over PCIe 4.0.
+
 Rates are those of one device in the model's dtype. `like` takes over what a device named earlier in the file, or one
 of a measured profile, has; `speed` makes everything on it so many times as fast. Of the links that cover a pair, the
 first one counts; two devices of one profile have the link that was measured there, unless the file says otherwise.
@@ -17,22 +20,23 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.profile import Profile, TaskKind
+from pipetune.bench.profile import LinkProfile, Profile, TaskKind
 from pipetune.bench.spec import Device, Value, device_kind, parse_devices
+from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.nominal import RATES, NominalCosts, Rates
+from pipetune.tuner.planning.costs.profile_cache import read_profile
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 
 _GIB, _GB, _TERA, _MICRO = 2**30, 1e9, 1e12, 1e-6
@@ -51,15 +55,17 @@ class DeviceEntry(Value):
 
     name: str
     """`cuda:0`, or `cuda:0-3` for four of them."""
-    memory_gib: float | None = Field(default=None, gt=0)
-    tflops: float | None = Field(default=None, gt=0)
+    card: str | None = None
+    """Name in `cards.yaml`, for what is not said here."""
+    memory_gib: float | None = Field(default=None, gt=0, le=1e9)
+    tflops: float | None = Field(default=None, gt=0, le=1e9)
     """10¹² floating-point operations a second, in the model's dtype."""
-    memory_gb_per_s: float | None = Field(default=None, gt=0)
+    memory_gb_per_s: float | None = Field(default=None, gt=0, le=1e9)
     """10⁹ bytes of weights and KV cache read a second."""
-    layer_overhead_us: float | None = Field(default=None, ge=0)
+    layer_overhead_us: float | None = Field(default=None, ge=0, le=1e9)
     """What a layer takes however little it has to do; None: as is usual for its kind of device."""
     like: Device | LikeProfiled | None = None
-    speed: float = Field(default=1.0, gt=0)
+    speed: float = Field(default=1.0, gt=0, le=1e9)
 
 
 class LinkEntry(Value):
@@ -67,9 +73,9 @@ class LinkEntry(Value):
 
     between: Literal["any"] | tuple[str, ...]
     """Devices or ranges: of one entry, all pairs within it; of several, all pairs across them."""
-    gb_per_s: float = Field(gt=0)
+    gb_per_s: float = Field(gt=0, le=1e9)
     """10⁹ bytes a second, in one direction."""
-    latency_us: float = Field(ge=0)
+    latency_us: float = Field(ge=0, le=1e9)
 
     @field_validator("between")
     @classmethod
@@ -99,16 +105,8 @@ class DescribedDevice:
     rates: Rates | None
     """None where a profile says it."""
     profile: Profile | None = None
-    profiled_as: str | None = None
+    profiled_as: str = ""
     """Which of the profile's devices it is like."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """`latency_s + bytes / bytes_per_s`."""
-
-    latency_s: float
-    bytes_per_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +116,7 @@ class DescribedDevices:
     place: str
     about: str | None
     devices: tuple[DescribedDevice, ...]
-    links: Mapping[tuple[str, str], Link]
+    links: Mapping[tuple[str, str], LinkProfile]
     """Every ordered pair."""
 
     @property
@@ -147,57 +145,52 @@ class DescribedDevices:
         Raises:
             ConfigError: a device is like one of another model's profile.
         """
+        nominal = NominalCosts(shape, {one.name: one.rates for one in self.devices if one.rates is not None}, scores)
+        sources: dict[str, tuple[Costs, str, float]] = {}
         for device in self.devices:
-            if device.profile is not None and device.profile.shape != shape:
+            if device.profile is None:
+                sources[device.name] = (nominal, device.name, device.speed)
+                continue
+            if device.profile.shape != shape:
                 raise ConfigError(
                     f"{self.place}: {device.name} is like {device.profiled_as} of a profile of "
                     f"{device.profile.model.name} in {device.profile.model.dtype}, and another model is planned for; "
                     "give its own profile (pipetune profile), or tflops and memory_gb_per_s"
                 )
-        return DescribedCosts(self, shape, scores=scores)
+            sources[device.name] = (ProfiledCosts(device.profile), device.profiled_as, device.speed)
+        return DescribedCosts(sources, self.links)
 
 
+@dataclass(frozen=True)
 class DescribedCosts:
-    """Costs on described devices: each device's own source, at its speed, and the file's links."""
+    """Costs on described devices: each device's own costs, its name there and its speed, and the file's links."""
 
-    def __init__(self, described: DescribedDevices, shape: ModelShape, *, scores: bool) -> None:
-        rates = {device.name: device.rates for device in described.devices if device.rates is not None}
-        nominal = NominalCosts(shape, rates, scores)
-        self._links = described.links
-        self._sources: dict[str, tuple[Costs, str, float]] = {}
-        for device in described.devices:
-            if device.profile is None:
-                self._sources[device.name] = (nominal, device.name, device.speed)
-            else:
-                assert device.profiled_as is not None
-                self._sources[device.name] = (ProfiledCosts(device.profile), device.profiled_as, device.speed)
+    sources: Mapping[str, tuple[Costs, str, float]]
+    links: Mapping[tuple[str, str], LinkProfile]
 
-    def layers_s(self, device: str, kind: TaskKind) -> npt.NDArray[np.float64]:
+    def layers_s(self, device: str, kind: TaskKind) -> Floats:
         """See `Costs`."""
-        costs, known_as, speed = self._sources[device]
+        costs, known_as, speed = self.sources[device]
         return costs.layers_s(known_as, kind) / speed
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
         """See `Costs`."""
-        costs, known_as, speed = self._sources[device]
+        costs, known_as, speed = self.sources[device]
         return costs.ends_s(known_as, kind, is_first=is_first, is_last=is_last) / speed
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
         """See `Costs`."""
-        if source == target:
-            return 0.0
-        link = self._links[source, target]
-        return link.latency_s + num_bytes / link.bytes_per_s
+        return 0.0 if source == target else self.links[source, target].seconds(num_bytes)
 
 
 def read_devices(path: Path) -> DescribedDevices:
-    """Reads a file of devices.
+    """Reads a file of devices, or its stead: `2xH100,2xA10`.
 
     Raises:
         ConfigError: the file cannot be read, has an unknown key, a value out of range, a device that is described by
             halves or twice, or lacks a link; names file, key and way out.
     """
-    entry = _parse(path)
+    entry = _parse(path) if path.exists() or not _CARDS.fullmatch(str(path)) else _of_cards(str(path))
     devices: dict[str, DescribedDevice] = {}
     profiles: dict[Path, Profile] = {}
     for index, one in enumerate(entry.devices):
@@ -207,11 +200,33 @@ def read_devices(path: Path) -> DescribedDevices:
                 raise ConfigError(f"{place}.name: {name} is described twice; keep one")
             devices[name] = _device(name, one, devices, profiles, place, path.parent)
     return DescribedDevices(
-        place=str(path),
-        about=entry.about,
-        devices=tuple(devices.values()),
-        links=_links(entry.links, devices, path),
+        place=str(path), about=entry.about, devices=tuple(devices.values()), links=_links(entry.links, devices, path)
     )
+
+
+_CARDS = re.compile(r"\d+x[^,/]+(,\d+x[^,/]+)*")
+_PCIE = {"gb_per_s": 31.5, "latency_us": 20}
+
+
+def _card(name: str, place: str) -> dict[str, float]:
+    """What is kept of a card, by its name."""
+    known = yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text(encoding="utf-8"))
+    if name not in known:
+        raise ConfigError(f"{place}: {name!r} is no card that is known here; there are {', '.join(known)}")
+    return dict(known[name])
+
+
+def _of_cards(text: str) -> DevicesEntry:
+    """Cards by name, `2xH100,2xA10`: over NVLink within a name that has it, else over PCIe 4.0 x16."""
+    devices, links, first = [], [], 0
+    for count, card in (part.split("x", 1) for part in text.split(",")):
+        end = first + int(count)
+        devices.append({"name": f"cuda:{first}-{end - 1}", "card": card})
+        if (rate := _card(card, text).get("nvlink_gb_per_s")) and end - first > 1:
+            links.append({"between": [f"cuda:{first}-{end - 1}"], "gb_per_s": rate, "latency_us": 10})
+        first = end
+    links.append({"between": "any", **_PCIE})
+    return DevicesEntry.model_validate({"about": "nominal peaks of datasheets", "devices": devices, "links": links})
 
 
 def _device(
@@ -222,6 +237,14 @@ def _device(
     place: str,
     folder: Path,
 ) -> DescribedDevice:
+    if entry.card is not None:
+        entry = entry.model_copy(
+            update={
+                key: value
+                for key, value in _card(entry.card, f"{place}.card").items()
+                if key in DeviceEntry.model_fields and getattr(entry, key) is None
+            }
+        )
     if isinstance(entry.like, LikeProfiled):
         base = _like_profiled(name, entry.like, profiles, place, folder)
     elif entry.like is not None:
@@ -230,8 +253,7 @@ def _device(
             raise ConfigError(f"{place}.like: {entry.like} is not described above; {above}")
         base = replace(known[entry.like], name=name)
     else:
-        lacking = [key for key in ("memory_gib", "tflops", "memory_gb_per_s") if getattr(entry, key) is None]
-        if lacking:
+        if lacking := [key for key in ("memory_gib", "tflops", "memory_gb_per_s") if getattr(entry, key) is None]:
             raise ConfigError(f"{place}: {name} has no {' and no '.join(lacking)}; give it, or like: another device")
         usual = RATES[device_kind(name)]
         base = DescribedDevice(name=name, memory_bytes=0, speed=1.0, rates=usual)
@@ -254,12 +276,9 @@ def _like_profiled(
     path = folder / like.profile
     if path not in profiles:
         try:
-            profiles[path] = Profile.model_validate_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is no profile"
-            raise ConfigError(
-                f"{place}.like.profile: cannot read {path}: {why}; pipetune profile -o FILE writes one"
-            ) from None
+            profiles[path] = read_profile(path)
+        except ConfigError as error:
+            raise ConfigError(f"{place}.like.profile: {error}") from None
     profile = profiles[path]
     there = [one.device for one in profile.devices]
     if like.device not in there:
@@ -288,15 +307,20 @@ def _changed(rates: Rates, entry: DeviceEntry) -> Rates:
 
 def _links(
     entries: Sequence[LinkEntry], devices: Mapping[str, DescribedDevice], path: Path
-) -> dict[tuple[str, str], Link]:
-    links: dict[tuple[str, str], Link] = {}
+) -> dict[tuple[str, str], LinkProfile]:
+    links: dict[tuple[str, str], LinkProfile] = {}
     for index, entry in enumerate(entries):
-        link = Link(latency_s=entry.latency_us * _MICRO, bytes_per_s=entry.gb_per_s * _GB)
-        for pair in _pairs(entry, devices, f"{path}: links[{index}].between"):
-            links.setdefault(pair, link)
+        rates = {"latency_s": entry.latency_us * _MICRO, "bytes_per_s": entry.gb_per_s * _GB}
+        for source, target in _pairs(entry, devices, f"{path}: links[{index}].between"):
+            links.setdefault((source, target), LinkProfile(source=source, target=target, **rates))
     for source, target in itertools.permutations(devices, 2):
-        if (source, target) not in links:
-            links[source, target] = _measured(devices[source], devices[target]) or _lacking(source, target, path)
+        link = links.get((source, target)) or _measured(devices[source], devices[target])
+        if link is None:
+            raise ConfigError(
+                f"{path}: links: nothing says what lies between {source} and {target}; add "
+                f"{{between: [{source}, {target}], gb_per_s: …, latency_us: …}}, or one with between: any"
+            )
+        links[source, target] = link
     return links
 
 
@@ -315,21 +339,12 @@ def _pairs(entry: LinkEntry, devices: Mapping[str, DescribedDevice], place: str)
         yield from ((a, b) for a in one for b in other if a != b)
 
 
-def _measured(source: DescribedDevice, target: DescribedDevice) -> Link | None:
+def _measured(source: DescribedDevice, target: DescribedDevice) -> LinkProfile | None:
     """The link that a profile of both devices has."""
     if source.profile is None or source.profile is not target.profile:
         return None
-    for link in source.profile.links:
-        if (link.source, link.target) == (source.profiled_as, target.profiled_as):
-            return Link(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)
-    return None
-
-
-def _lacking(source: str, target: str, path: Path) -> Link:
-    raise ConfigError(
-        f"{path}: links: nothing says what lies between {source} and {target}; add "
-        f"{{between: [{source}, {target}], gb_per_s: …, latency_us: …}}, or one with between: any"
-    )
+    ends = (source.profiled_as, target.profiled_as)
+    return next((link for link in source.profile.links if (link.source, link.target) == ends), None)
 
 
 def _names(text: str, place: str) -> tuple[str, ...]:
@@ -337,8 +352,7 @@ def _names(text: str, place: str) -> tuple[str, ...]:
         names = parse_devices(text)
     except ValueError as error:
         raise ConfigError(f"{place}: {str(error).removeprefix('devices: ')}") from None
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{place}: {doubled[0]} is named twice")
     return names
 
@@ -349,7 +363,7 @@ def _parse(path: Path) -> DevicesEntry:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"{path}: cannot read the devices: {why}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         raise ConfigError(f"{place}: malformed YAML: {getattr(error, 'problem', None) or error}") from None
@@ -364,29 +378,24 @@ def _parse(path: Path) -> DevicesEntry:
 
 def _problem(problem: Mapping[str, Any]) -> str:
     """`devices[1].tflops: Input should be greater than 0 (given: -3)`."""
-    key = ""
-    fields: type[BaseModel] | None = DevicesEntry
-    keys: list[str] = []
-    for part in problem["loc"]:
-        if isinstance(part, int):
-            key += f"[{part}]"
-        elif part in _BRANCHES:
-            # A branch of a union, which is no key.
-            fields = LikeProfiled if part == "LikeProfiled" else fields
-        else:
-            keys = list(fields.model_fields) if fields is not None else []
-            key += f".{part}" if key else str(part)
-            fields = _SECTIONS.get(str(part), fields)
-    if problem["type"] == "extra_forbidden":
-        last = str(problem["loc"][-1])
-        near = difflib.get_close_matches(last, keys, n=1, cutoff=0.5)
-        return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}")
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    # A branch of a union is no key.
+    parts = [part for part in problem["loc"] if part not in _BRANCHES]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     if problem["type"] == "missing":
         return f"{key}: it is missing"
-    given = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        section = "like" if "LikeProfiled" in problem["loc"] else str(parts[0]) if len(parts) > 1 else ""
+        keys = list(_SECTIONS[section].model_fields)
+        near = difflib.get_close_matches(str(parts[-1]), keys, n=1, cutoff=0.5)
+        return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}")
+    message, given = str(problem["msg"]).removeprefix("Value error, "), problem["input"]
     return f"{key}: {message}" + (f" (given: {given})" if isinstance(given, str | int | float) else "")
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"devices": DeviceEntry, "links": LinkEntry}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": DevicesEntry,
+    "devices": DeviceEntry,
+    "links": LinkEntry,
+    "like": LikeProfiled,
+}
 _BRANCHES = {"LikeProfiled", "tuple[str, ...]", *(f"literal['{word}']" for word in get_args(Literal["any"]))}

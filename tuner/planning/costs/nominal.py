@@ -20,11 +20,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import device_kind
+from pipetune.tuner.planning.arrays import Floats, remembered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +66,13 @@ RATES: Mapping[str, Rates] = {
 
 @dataclass(frozen=True)
 class NominalCosts:
-    """Costs by rates; see `tuner.planning.costs.base.Costs`.
-
-    Args:
-        rates_by_device: of each device by its name, or of all of a kind by the kind: `cpu`, `cuda`.
-        scores: whether texts are scored, which takes the head on every position.
-    """
+    """Costs by rates; see `tuner.planning.costs.base.Costs`."""
 
     shape: ModelShape
     rates_by_device: Mapping[str, Rates] = field(default_factory=lambda: RATES)
+    """Rates by a device's name, or for all of a kind by the kind: `cpu`, `cuda`."""
     scores: bool = False
-    _layers: dict[tuple[Rates, TaskKind], npt.NDArray[np.float64]] = field(
-        init=False, default_factory=dict, compare=False, repr=False
-    )
+    """Whether texts are scored, which takes the head on every position."""
 
     def rates(self, device: str) -> Rates:
         """Rates of one device.
@@ -86,21 +80,15 @@ class NominalCosts:
         Raises:
             KeyError: neither the device nor its kind has rates.
         """
-        own = self.rates_by_device.get(device)
-        return self.rates_by_device[device_kind(device)] if own is None else own
+        return self.rates_by_device.get(device) or self.rates_by_device[device_kind(device)]
 
-    def layers_s(self, device: str, kind: TaskKind) -> npt.NDArray[np.float64]:
+    def layers_s(self, device: str, kind: TaskKind) -> Floats:
         """`[num_layers]`, of each layer if it lay on the device."""
-        rates = self.rates(device)
         # The head is no layer's affair.
-        key = (rates, kind._replace(samples=True))
-        known = self._layers.get(key)
-        if known is None:
-            known = self._layers[key] = self._of_layers(rates, kind)
-            known.setflags(write=False)
-        return known
+        return self._of_layers(self.rates(device), kind._replace(samples=True))
 
-    def _of_layers(self, rates: Rates, kind: TaskKind) -> npt.NDArray[np.float64]:
+    @remembered
+    def _of_layers(self, rates: Rates, kind: TaskKind) -> Floats:
         layers = self.shape.layers
         tokens = kind.rows * kind.new_tokens
         # Over the new positions of a row, the mean of what is attended to is what was there and half of them.
@@ -112,7 +100,8 @@ class NominalCosts:
         # Of routed experts no more is read than the tokens choose.
         read = np.minimum(weights, tokens * active * self.shape.kept_bytes) + kind.rows * attended * kv
         flops = tokens * (2 * active + attends * 4 * self.shape.hidden_size * attended)
-        seconds: npt.NDArray[np.float64] = rates.layer_overhead_s + read / rates.bytes_per_s + flops / rates.flops_per_s
+        seconds: Floats = rates.layer_overhead_s + read / rates.bytes_per_s + flops / rates.flops_per_s
+        seconds.setflags(write=False)
         return seconds
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from pipetune.bench.errors import ConfigError, explain
-from pipetune.bench.files import write_durably
+from pipetune.bench.files import CACHE_VARIABLE, cache_root, read_text, write_durably
 from pipetune.bench.profile import PROFILE_METHOD, Profile, ProfileGrid
-from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Value, Workload, device_kind
+from pipetune.bench.spec import ModelSpec, SchemaVersion, Value, Workload, device_kind
 
 if TYPE_CHECKING:
     from pipetune.bench.fleet.fleet import Fleet
@@ -28,7 +29,7 @@ MAX_TOKENS = {"cpu": 1024, "cuda": 16384}
 class ProfileKey(Value):
     """What a profile depends on: only one with an equal key may stand for a new one."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     method: int = PROFILE_METHOD
     hardware_id: str
     devices: tuple[str, ...]
@@ -50,26 +51,17 @@ class KeptProfile(Value):
 
 
 def profile_for(
-    fleet: Fleet,
-    grid: ProfileGrid,
-    *,
-    packed_weights: bool = True,
-    cuda_graphs: bool = True,
-    refresh: bool = False,
+    fleet: Fleet, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True, refresh: bool = False
 ) -> Profile:
-    """The profile of a fleet's model on its devices: from the cache, or measured now and kept.
+    """The profile of a fleet's model on its devices: from the cache but to refresh it, or measured now and kept.
 
     One that something disturbed is not kept, so that the next command measures anew.
-
-    Args:
-        refresh: measure in any case.
 
     Raises:
         FleetError: it has to be measured, and the workers failed.
     """
     key = profile_key(fleet, grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
-    kept = None if refresh else read_kept(key)
-    if kept is not None:
+    if not refresh and (kept := read_kept(key)) is not None:
         return kept
     profile = fleet.profile(grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
     if profile.disturbances:
@@ -99,8 +91,6 @@ def profile_key(fleet: Fleet, grid: ProfileGrid, *, packed_weights: bool, cuda_g
 
 def kept_folder() -> Path:
     """Where profiles are kept: in the user's cache for pipetune."""
-    from pipetune.bench.fleet.fleet import cache_root
-
     return cache_root() / "profiles"
 
 
@@ -119,11 +109,8 @@ def read_kept(key: ProfileKey) -> Profile | None:
 def find_profile(
     *, hardware_id: str, devices: Sequence[str], model: ModelSpec, packed_weights: bool, cuda_graphs: bool, scores: bool
 ) -> Profile | None:
-    """The newest profile kept of a model on these devices, whatever its grid and versions; None where there is none.
-
-    Args:
-        model: with its revision; dummy weights may be any.
-    """
+    """The newest profile kept of a model (of this revision; dummy weights may be any) on these devices, whatever its
+    grid and versions; None where there is none."""
     found = []
     for path in kept_folder().glob("*.json"):
         kept = _read(path)
@@ -143,16 +130,12 @@ def read_profile(path: Path) -> Profile:
         ConfigError: the file cannot be read, or holds no profile.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"{path}: cannot read the profile: {why}") from None
-    kept = _read(path)
-    if kept is not None:
-        return kept.profile
-    try:
-        return Profile.model_validate_json(text)
-    except ValidationError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        is_kept = isinstance(values, dict) and "profile" in values
+        return Profile.model_validate(values["profile"] if is_kept else values)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the profile: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path}: no profile of this version ({explain(error)}); `pipetune profile --json` writes one"
         ) from None
@@ -165,8 +148,6 @@ def keep(key: ProfileKey, profile: Profile) -> Profile:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, KeptProfile(key=key, profile=profile).model_dump_json(indent=1) + "\n")
     except OSError as error:
-        from pipetune.bench.fleet.fleet import CACHE_VARIABLE
-
         reason = os.strerror(error.errno) if error.errno is not None else str(error)
         note = f"not kept: {path.parent}: {reason}; {CACHE_VARIABLE} names another folder"
         with contextlib.suppress(OSError):
@@ -184,12 +165,10 @@ def grid_for(
     *,
     devices: Sequence[str] = (),
 ) -> ProfileGrid:
-    """What predictions of a workload's plans need, and no more.
+    """What predictions need of a workload's plans, which may have these sizes, and no more.
 
     Args:
         prompt_lens: of all prompts, tokens.
-        micro_batch_sizes: that plans may have.
-        prefill_sizes: rows that may be prefilled together.
         chunk_sizes: tokens of a prompt that may be prefilled together; None for whole prompts.
         devices: of the fleet, which decide how large a task may be.
     """
@@ -230,7 +209,7 @@ def _timed(model: ModelSpec) -> ModelSpec:
 
 def _read(path: Path) -> KeptProfile | None:
     try:
-        return KeptProfile.model_validate_json(path.read_text(encoding="utf-8"))
+        return KeptProfile.model_validate_json(read_text(path))
     except (OSError, UnicodeDecodeError, ValidationError):
         return None
 

@@ -21,18 +21,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import nnls
 
-from pipetune.bench.profile import DeviceProfile, Profile, TaskKind, TaskTime
+from pipetune.bench.profile import Profile, TaskKind, TaskTime
+from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.costs.contention import Contention
 
-Floats = npt.NDArray[np.float64]
 Point = tuple[int, int]
+Point3 = tuple[int, int, int]
+"""Rows, new and past tokens."""
+Seconds = Callable[[int, int, int], float]
 
 
 class ProfiledCosts:
     """Costs by a profile of the machine; see `tuner.planning.costs.base.Costs`.
+
+    A device or a link that was not profiled is a `KeyError`.
 
     Raises:
         ValueError: the profile has no times of prefill from an empty cache.
@@ -40,96 +44,67 @@ class ProfiledCosts:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self._devices = {one.device: _Device(one, profile.shape.num_layers, profile.scores) for one in profile.devices}
+        self._layers = {
+            one.device: [(list(group.layers), _Part(group.times)) for group in one.layers] for one in profile.devices
+        }
+        self._overhead = {one.device: _Part(one.overhead) for one in profile.devices}
+        self._embedding = {one.device: _Part(one.embedding) for one in profile.devices}
+        self._head = {one.device: _Part(one.head, by_rows=not profile.scores) for one in profile.devices}
         self._links = {(link.source, link.target): link for link in profile.links}
 
     @property
     def contention(self) -> Contention | None:
         """What the devices lose to each other; None where that was not measured."""
         prefill, decode = self.profile.contention.prefill, self.profile.contention.decode
-        if len(self._devices) < 2 or (prefill is None and decode is None):
+        if len(self._layers) < 2 or (prefill is None and decode is None):
             return None
-        return Contention(prefill=prefill or 0.0, decode=decode or 0.0, devices=len(self._devices))
+        return Contention(prefill=prefill or 0.0, decode=decode or 0.0, devices=len(self._layers))
 
     def layers_s(self, device: str, kind: TaskKind) -> Floats:
-        """`[num_layers]`, of each layer if it lay on the device.
+        """`[num_layers]`, of each layer if it lay on the device."""
+        return self._layers_s(device, kind._replace(samples=True))
 
-        Raises:
-            KeyError: the device was not profiled.
-        """
-        return self._devices[device].layers_s(kind)
+    @remembered
+    def _layers_s(self, device: str, kind: TaskKind) -> Floats:
+        seconds = np.zeros(self.profile.shape.num_layers)
+        for layers, part in self._layers[device]:
+            seconds[layers] = part.seconds(kind)
+        seconds.setflags(write=False)
+        return seconds
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
-        """Seconds of a task beside its layers: overhead, the embedding on the first stage, the head on the last.
-
-        Raises:
-            KeyError: the device was not profiled.
-        """
-        own = self._devices[device]
-        seconds = own.overhead.seconds(kind)
+        """Seconds of a task beside its layers: overhead, the embedding on the first stage, the head on the last."""
+        seconds = self._overhead[device].seconds(kind)
         if is_first:
-            seconds += own.embedding.seconds(kind)
+            seconds += self._embedding[device].seconds(kind)
         if is_last and kind.samples:
-            seconds += own.head.seconds(kind)
+            seconds += self._head[device].seconds(kind)
         return seconds
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
-        """Seconds of a message; 0 where both stages share a device.
-
-        Raises:
-            KeyError: the link was not profiled.
-        """
-        if source == target:
-            return 0.0
-        link = self._links[source, target]
-        return link.latency_s + num_bytes / link.bytes_per_s
-
-
-class _Device:
-    """The parts of the model on one device."""
-
-    def __init__(self, profile: DeviceProfile, num_layers: int, scores: bool) -> None:
-        self._groups = [(list(group.layers), _Part(group.times)) for group in profile.layers]
-        self._num_layers = num_layers
-        self._known: dict[TaskKind, Floats] = {}
-        self.overhead = _Part(profile.overhead)
-        self.embedding = _Part(profile.embedding)
-        self.head = _Part(profile.head, by_rows=not scores)
-
-    def layers_s(self, kind: TaskKind) -> Floats:
-        kind = kind._replace(samples=True)
-        known = self._known.get(kind)
-        if known is None:
-            known = self._known[kind] = np.zeros(self._num_layers)
-            for layers, part in self._groups:
-                known[layers] = part.seconds(kind)
-            known.setflags(write=False)
-        return known
+        """Seconds of a message; 0 where both stages share a device."""
+        return 0.0 if source == target else self._links[source, target].seconds(num_bytes)
 
 
 class _Part:
     """Times of one part of the model over all kinds of tasks."""
 
     def __init__(self, times: Sequence[TaskTime], *, by_rows: bool = False) -> None:
-        """
-        Args:
-            by_rows: whether the part works on one position a row, however many tokens there are.
-        """
+        """`by_rows` where the part works on one position a row, however many tokens there are."""
         points = {(one.rows, one.new_tokens, one.past_tokens): one.seconds for one in times}
         decode = {point: seconds for point, seconds in points.items() if point[1] == 1 and point[2] > 0}
         prefill = {point: seconds for point, seconds in points.items() if point not in decode}
         whole = {(rows, new): seconds for (rows, new, past), seconds in prefill.items() if past == 0}
         if not whole:
             raise ValueError("the profile has no times of prefill from an empty cache: profile the model anew")
-        fit = _Fit(prefill, _row_terms if by_rows else _prefill_terms)
-        self._prefill = _Grid(whole, lambda rows, new: fit.seconds(rows, new, 0))
-        self._fit = fit
+        self._fit = fit = _fit(prefill, _row_terms if by_rows else _prefill_terms)
+        self._prefill = _Grid(whole, lambda rows, new: fit(rows, new, 0))
         self._decode: _Grid | None = None
         if decode:
-            steps = _Fit(decode, _row_terms if by_rows else _decode_terms)
+            steps = _fit(decode, _row_terms if by_rows else _decode_terms)
             self._decode = _Grid(
                 {(rows, past): seconds for (rows, _, past), seconds in decode.items()},
-                lambda rows, past: steps.seconds(rows, 1, past),
+                lambda rows, past: steps(rows, 1, past),
             )
         self._chunks = {
             point: math.log(seconds / expected)
@@ -147,8 +122,8 @@ class _Part:
 
     def _expected_s(self, rows: int, new: int, past: int) -> float:
         """Seconds of a chunk, by what is known of whole prefills."""
-        without = self._fit.seconds(rows, new, 0)
-        more = self._fit.seconds(rows, new, past) / without if without > 0 else 1.0
+        without = self._fit(rows, new, 0)
+        more = self._fit(rows, new, past) / without if without > 0 else 1.0
         return self._prefill.seconds(rows, new) * more
 
 
@@ -169,8 +144,8 @@ class _Grid:
         """Bilinear within the grid; outside, scaled from its edge as the fit grows."""
         wanted = (one, other)
         (one, other) = edge = self._clipped(one, 0), self._clipped(other, 1)
-        (low, high), (left, right) = (_around(axis, value) for axis, value in zip(self._axes, edge, strict=True))
-        down, across = _share(low, high, one), _share(left, right, other)
+        low, high, down = _around(self._axes[0], one)
+        left, right, across = _around(self._axes[1], other)
         seconds = (1 - down) * ((1 - across) * self._seconds[low, left] + across * self._seconds[low, right])
         seconds += down * ((1 - across) * self._seconds[high, left] + across * self._seconds[high, right])
         return seconds if wanted == edge else seconds * self._scale(wanted, edge)
@@ -183,31 +158,23 @@ class _Grid:
         return self._fit_s(*wanted) / there if there > 0 else 1.0
 
 
-class _Fit:
+def _fit(points: Mapping[Point3, float], terms: Callable[[int, int, int], tuple[float, ...]]) -> Seconds:
     """Non-negative least squares of relative errors (C. L. Lawson and R. J. Hanson, Solving Least Squares Problems,
     1974, ch. 23)."""
-
-    def __init__(
-        self, points: Mapping[tuple[int, int, int], float], terms: Callable[[int, int, int], tuple[float, ...]]
-    ) -> None:
-        self._terms = terms
-        rows = np.array([terms(*point) for point in points], dtype=float)
-        seconds = np.array(list(points.values()))
-        # A term that only repeats an earlier one, as where all lengths are equal, would share its part at random.
-        kept: list[int] = []
-        for column in range(rows.shape[1]):
-            if np.linalg.matrix_rank(rows[:, [*kept, column]] / rows[:, [*kept, column]].max(axis=0)) > len(kept):
-                kept.append(column)
-        self._factors = np.zeros(rows.shape[1])
-        weights = 1.0 / np.maximum(seconds, 1e-3 * max(seconds.max(), 1e-12))
-        scales = (rows * weights[:, None]).max(axis=0)
-        solution, _ = nnls(rows[:, kept] * weights[:, None] / scales[kept], seconds * weights)
-        self._factors[kept] = solution / scales[kept]
-
-    def seconds(self, rows: int, new: int, past: int) -> float:
-        return sum(
-            factor * term for factor, term in zip(self._factors.tolist(), self._terms(rows, new, past), strict=True)
-        )
+    rows = np.array([terms(*point) for point in points], dtype=float)
+    seconds = np.array(list(points.values()))
+    # A term that only repeats an earlier one, as where all lengths are equal, would share its part at random.
+    kept: list[int] = []
+    for column in range(rows.shape[1]):
+        if np.linalg.matrix_rank(rows[:, [*kept, column]] / rows[:, [*kept, column]].max(axis=0)) > len(kept):
+            kept.append(column)
+    weights = 1.0 / np.maximum(seconds, 1e-3 * max(seconds.max(), 1e-12))
+    scales = (rows * weights[:, None]).max(axis=0)
+    solution, _ = nnls(rows[:, kept] * weights[:, None] / scales[kept], seconds * weights)
+    found = np.zeros(rows.shape[1])
+    found[kept] = solution / scales[kept]
+    factors = found.tolist()
+    return lambda *point: sum(factor * term for factor, term in zip(factors, terms(*point), strict=True))
 
 
 def _prefill_terms(rows: int, new: int, past: int) -> tuple[float, ...]:
@@ -223,7 +190,7 @@ def _row_terms(rows: int, new: int, past: int) -> tuple[float, ...]:
     return (1.0, rows)
 
 
-def _nearby(logs: Mapping[tuple[int, int, int], float], point: tuple[int, int, int]) -> float:
+def _nearby(logs: Mapping[Point3, float], point: Point3) -> float:
     """Mean of the logs by inverse distance, in doublings, to the fourth (D. Shepard, ACM National Conference 1968)."""
     if point in logs:
         return logs[point]
@@ -236,11 +203,8 @@ def _far(one: Point, other: Point) -> tuple[float, float]:
     return abs(math.log2(one[0] * one[1] / (other[0] * other[1]))), abs(math.log2(one[0] / other[0]))
 
 
-def _around(axis: Sequence[int], value: int) -> tuple[int, int]:
-    """The values of the axis at and above one that it covers."""
+def _around(axis: Sequence[int], value: int) -> tuple[int, int, float]:
+    """The values of the axis at and above one that it covers, and how far that is from the first to the second."""
     place = bisect.bisect_right(axis, value) - 1
-    return axis[place], axis[min(place + 1, len(axis) - 1)]
-
-
-def _share(low: int, high: int, value: int) -> float:
-    return (value - low) / (high - low) if high > low else 0.0
+    low, high = axis[place], axis[min(place + 1, len(axis) - 1)]
+    return low, high, (value - low) / (high - low) if high > low else 0.0

@@ -11,7 +11,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipetune.bench.spec import Plan, StagePlan
 DeviceMap = dict[str, str]
 
 _LAYER = re.compile(r"(?P<prefix>.+)\.(?P<first>\d+)(?:-(?P<last>\d+))?")
-_DEVICE = re.compile(r"(cpu|cuda)(?::(\d+))?")
+_DEVICE = re.compile(r"(cpu|cuda)(?::([0-9]+))?|([0-9]+)")
 
 
 def stage_names(plan: Plan, device_names: Sequence[str] = ()) -> tuple[str, ...]:
@@ -49,32 +49,28 @@ def hf_map(shape: ModelShape, plan: Plan, device_names: Sequence[str] = ()) -> D
     would meet its input on the wrong device.
     """
     names = ["cpu" if name.startswith("cpu") else name for name in stage_names(plan, device_names)]
-    heads = head_modules(shape) if shape.tied else ()
     device_map = dict.fromkeys(shape.first_modules, names[0])
     for name, stage in zip(names, plan.stages, strict=True):
         for layer in range(stage.first_layer, stage.end_layer):
             device_map[f"{shape.layers_prefix}.{layer}"] = name
-    return device_map | {module: names[0] if module in heads else names[-1] for module in shape.last_modules}
+    return device_map | {
+        module: names[0] if module in _tied_heads(shape) else names[-1] for module in shape.last_modules
+    }
 
 
-def seed_map(shape: ModelShape, plan: Plan, device_names: Sequence[str] = ()) -> DeviceMap:
+def ranges_map(shape: ModelShape, plan: Plan, device_names: Sequence[str] = ()) -> DeviceMap:
     """The map with ranges; devices keep their names, so that it reads back as the same stages."""
     names = stage_names(plan, device_names)
     device_map = dict.fromkeys(shape.first_modules, names[0])
     for name, stage in zip(names, plan.stages, strict=True):
-        device_map[layer_range(shape.layers_prefix, stage.first_layer, stage.end_layer)] = name
+        device_map[f"{shape.layers_prefix}.{ranges_of(range(stage.first_layer, stage.end_layer))}"] = name
     return device_map | dict.fromkeys(shape.last_modules, names[-1])
 
 
-def layer_range(prefix: str, first_layer: int, end_layer: int) -> str:
-    """`model.layers.0-15`, or `model.layers.0` for one layer."""
-    return f"{prefix}.{first_layer}" if end_layer - first_layer == 1 else f"{prefix}.{first_layer}-{end_layer - 1}"
-
-
-def head_modules(shape: ModelShape) -> tuple[str, ...]:
-    """Modules beside the decoder, which hold the output embedding: `lm_head`."""
+def _tied_heads(shape: ModelShape) -> tuple[str, ...]:
+    """Modules beside the decoder that share the embedding's weights: `lm_head`, where it does."""
     root = shape.layers_prefix.partition(".")[0]
-    return tuple(name for name in shape.last_modules if name.partition(".")[0] != root)
+    return tuple(name for name in shape.last_modules if shape.tied and name.partition(".")[0] != root)
 
 
 def read_device_map(path: Path) -> dict[str, Any]:
@@ -86,8 +82,7 @@ def read_device_map(path: Path) -> dict[str, Any]:
 
     def refuse_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        doubled = sorted({key for key in keys if keys.count(key) > 1})
-        if doubled:
+        if doubled := sorted({key for key in keys if keys.count(key) > 1}):
             raise PlanError(f"{path}: {', '.join(doubled)} is given twice; keep one")
         return dict(pairs)
 
@@ -95,7 +90,7 @@ def read_device_map(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_doubled)
     except OSError as error:
         raise PlanError(f"{path}: cannot read the device map: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: the device map is not JSON: {error}") from None
     if not isinstance(value, dict) or not value:
         raise PlanError(
@@ -116,22 +111,20 @@ def plan_from_map(
     """The plan that a map describes, in either form.
 
     The longest name that covers a module decides, as in transformers. Every layer must be covered, in stages of
-    neighbouring layers; embedding, norm and head may be left out, and go with the first and the last layer.
-
-    Args:
-        place: where the map comes from, for messages.
+    neighbouring layers; embedding, norm and head may be left out, and go with the first and the last layer. Messages
+    begin with `place`.
 
     Raises:
         PlanError: layers missing or doubled, unknown names or devices, or a placement that is no pipeline.
     """
     devices = {name: device_of(value, name, place) for name, value in device_map.items()}
+    devices = _by_own_names(devices, shape, place)
     exact, covering = _expand(devices, shape, place)
     layers = [f"{shape.layers_prefix}.{index}" for index in range(shape.num_layers)]
     placed = {name: _lookup(name, exact, covering) for name in (*shape.first_modules, *layers, *shape.last_modules)}
-    missing = [index for index, name in enumerate(layers) if placed[name] is None]
-    if missing:
+    if missing := [index for index, name in enumerate(layers) if placed[name] is None]:
         raise PlanError(
-            f"{place}: layer {_ranges(missing)} is missing ({shape.layers_prefix} has 0-{shape.num_layers - 1})"
+            f"{place}: layer {ranges_of(missing)} is missing ({shape.layers_prefix} has 0-{shape.num_layers - 1})"
         )
     stages: list[StagePlan] = []
     for device, group in itertools.groupby(range(shape.num_layers), key=lambda index: placed[layers[index]]):
@@ -139,7 +132,7 @@ def plan_from_map(
         assert device is not None
         if any(stage.device == device for stage in stages):
             raise PlanError(
-                f"{place}: {device} holds layers that are not neighbours: {_ranges(own)} come back to it; "
+                f"{place}: {device} holds layers that are not neighbours: {ranges_of(own)} come back to it; "
                 "a stage is one run of layers"
             )
         stages.append(
@@ -148,12 +141,32 @@ def plan_from_map(
     _check_ends(placed, shape, stages, place)
     try:
         return Plan(
-            stages=tuple(stages),
-            micro_batch_size=micro_batch_size,
-            prefill_micro_batch_size=prefill_micro_batch_size,
+            stages=tuple(stages), micro_batch_size=micro_batch_size, prefill_micro_batch_size=prefill_micro_batch_size
         )
     except ValueError as error:
         raise PlanError(f"{place}: {error}") from None
+
+
+def _by_own_names(devices: dict[str, str], shape: ModelShape, place: str) -> dict[str, str]:
+    """The map by the model's own names: older transformers and wrappers put others before them, and end them alike."""
+    layers, ending = shape.layers_prefix, re.compile(r"[^.]*$")
+    prefixes = dict.fromkeys(match["prefix"] for name in devices if (match := _LAYER.fullmatch(name)))
+    if not prefixes or layers in prefixes:
+        return devices
+    alike = [prefix for prefix in prefixes if ending.findall(prefix)[0] == ending.findall(layers)[0]]
+    if len(alike) != 1:
+        theirs = ", ".join(f"{prefix}.N" for prefix in [*prefixes][:3])
+        raise PlanError(
+            f"{place}: its layers are {theirs}, unknown to {shape.architecture}; did you mean {layers}.N, or is it "
+            "another model's map?"
+        )
+    own = {ending.findall(module)[0]: module for module in (*shape.first_modules, *shape.last_modules)}
+    return {
+        f"{layers}{name.removeprefix(alike[0])}"
+        if name.startswith(f"{alike[0]}.")
+        else own.get(ending.findall(name)[0], name): device
+        for name, device in devices.items()
+    }
 
 
 def _expand(devices: Mapping[str, str], shape: ModelShape, place: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -187,9 +200,10 @@ def _expand(devices: Mapping[str, str], shape: ModelShape, place: str) -> tuple[
             unknown.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
     problems = []
     if doubled:
-        problems.append(f"layer {_ranges(doubled)} is given twice")
+        problems.append(f"layer {ranges_of(doubled)} is given twice")
     if unknown:
-        problems.append(f"unknown to {shape.architecture}: {', '.join(unknown)}")
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        problems.append(f"unknown to {shape.architecture}: {', '.join(unknown[:3])}{more}")
     if problems:
         raise PlanError(f"{place}: {'; '.join(problems)}")
     return exact, covering
@@ -205,13 +219,12 @@ def _lookup(name: str, exact: Mapping[str, str], covering: Mapping[str, str]) ->
 def _check_ends(placed: Mapping[str, str | None], shape: ModelShape, stages: Sequence[StagePlan], place: str) -> None:
     """The embedding lies with the first layer, norm and head with the last; a tied head may lie with the embedding."""
     first, last = stages[0].device, stages[-1].device
-    heads = head_modules(shape) if shape.tied else ()
     for module in shape.first_modules:
         # Rotary tables hold no weights, and every stage has its own.
         if placed[module] not in (None, first) and "rotary" not in module:
             raise PlanError(f"{place}: {module} is on {placed[module]}, and must be where layer 0 is, on {first}")
     for module in shape.last_modules:
-        allowed = (None, last, first) if module in heads else (None, last)
+        allowed = (None, last, first) if module in _tied_heads(shape) else (None, last)
         if placed[module] not in allowed and "rotary" not in module:
             raise PlanError(
                 f"{place}: {module} is on {placed[module]}, and must be where layer {shape.num_layers - 1} is, "
@@ -220,26 +233,23 @@ def _check_ends(placed: Mapping[str, str | None], shape: ModelShape, stages: Seq
 
 
 def device_of(value: Any, name: str, place: str) -> str:
-    """A map's value as a device: `0`, `"cuda"` and `"cuda:0"` are one.
+    """A map's value as a device: `0`, `"0"`, `"cuda"` and `"cuda:0"` are one.
 
     Raises:
         PlanError: no device that a stage can run on.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return f"cuda:{value}"
-    match = _DEVICE.fullmatch(value) if isinstance(value, str) else None
+    match = None if isinstance(value, bool) else _DEVICE.fullmatch(str(value))
     if not match:
         raise PlanError(
             f"{place}: {name!r} is on {value!r}; a stage runs on cpu:N or cuda:N, weights are not left elsewhere"
         )
-    return f"{match[1]}:{match[2] or 0}"
+    return f"{match[1] or 'cuda'}:{int(match[2] or match[3] or 0)}"
 
 
-def _ranges(indices: Sequence[int]) -> str:
+def ranges_of(indices: Iterable[int]) -> str:
     """`0-3, 7`."""
     parts = []
-    ordered = sorted(set(indices))
-    for _, group in itertools.groupby(enumerate(ordered), key=lambda entry: entry[1] - entry[0]):
+    for _, group in itertools.groupby(enumerate(sorted(set(indices))), key=lambda entry: entry[1] - entry[0]):
         run = [index for _, index in group]
-        parts.append(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}")
+        parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
     return ", ".join(parts)

@@ -22,19 +22,18 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+from pipetune.tuner.planning.arrays import Floats
 
 Partition = tuple[int, ...]
-Table = npt.NDArray[np.float64]
+Table = Floats
 """`[class, first, end]`, seconds of a stage; infinity where there can be none."""
-Row = npt.NDArray[np.float64]
 _State = tuple[int, ...]
 
 TICKS = 2**20
@@ -77,7 +76,6 @@ def best_splits(
 
     Args:
         cost: `[class, first, end]`, see `Table`; what it holds for `end <= first` is not looked at.
-        classes: class of each device.
         min_stages: so many devices hold a stage at least; as many as there are devices leaves none idle.
         max_stages: so many at most; None means all.
         any_order: whether devices may hold stages in any order, and any of them be idle; else stage i lies on the
@@ -140,11 +138,7 @@ class _Node(NamedTuple):
 def best_partitions(
     table: Table, forbidden_cuts: Sequence[int], *, tolerance: float = 0.0, limit: int = 1
 ) -> tuple[Partition, ...]:
-    """The partitions of the best splits over devices in the order given, all of them used.
-
-    Args:
-        table: `[device, first, end]`; for the other arguments see `best_splits`.
-    """
+    """The partitions of the `best_splits` by a table `[device, first, end]`, over all devices in their order."""
     splits = best_splits(
         table,
         range(len(table)),
@@ -188,7 +182,7 @@ class _Moves:
         """Devices of each class, in order."""
         return {
             kind: tuple(index for index, other in enumerate(self.classes) if other == kind)
-            for kind in sorted(Counter(self.classes))
+            for kind in sorted(set(self.classes))
         }
 
     @property
@@ -209,9 +203,9 @@ class _Moves:
             if count < len(members):
                 yield kind, members[count], (*taken[:place], count + 1, *taken[place + 1 :])
 
-    def ahead(self, cost: Table, join: np.ufunc) -> dict[_State, Row]:
+    def ahead(self, cost: Table, join: np.ufunc) -> dict[_State, Floats]:
         """What is taken → from each layer on, the least that the stages to come can cost, joined to one number."""
-        ahead: dict[_State, Row] = {}
+        ahead: dict[_State, Floats] = {}
         for taken in self._states():
             best = np.full(cost.shape[1], np.inf)
             if self.min_stages <= sum(taken):
@@ -227,3 +221,70 @@ class _Moves:
             return [(stages,) for stages in range(self.max_stages, -1, -1)]
         counts = itertools.product(*(range(len(members) + 1) for members in self._members.values()))
         return sorted((taken for taken in counts if sum(taken) <= self.max_stages), key=lambda taken: -sum(taken))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns for so many replicas of so many stages, or of more where some may stay idle.
+
+    A column is the devices that hold one stage in all replicas. These are cut alike, so that a stage is as slow as the
+    slowest device of its column. Unlike devices are sorted by speed and taken in columns of neighbours: the k-th
+    fastest column is then as fast as any choice could make it.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    """Devices of each column, by replica."""
+    classes: tuple[tuple[int, ...], ...]
+    """Classes of the devices of each column."""
+    may_move: bool
+    """Whether columns may hold the stages in any order."""
+
+    @classmethod
+    def of(
+        cls, classes: Sequence[int], by_speed: Sequence[int], *, replicas: int, stages: int, any_order: bool
+    ) -> Columns:
+        """Columns of these devices.
+
+        Args:
+            classes: of each device; equal ones are of one class.
+            by_speed: the devices, the fastest first.
+            any_order: whether unlike devices may hold the stages in any order; else they are taken as they come,
+                replica by replica and stage by stage.
+        """
+        may_move = any_order and len(set(classes)) > 1
+        if may_move:
+            starts = range(0, len(by_speed) - replicas + 1, replicas)
+            members = sorted(tuple(sorted(by_speed[start : start + replicas])) for start in starts)
+        else:
+            members = [tuple(range(stage, stages * replicas, stages)) for stage in range(stages)]
+        kinds = tuple(tuple(sorted({classes[device] for device in column})) for column in members)
+        return cls(tuple(members), kinds, may_move)
+
+    @property
+    def _distinct(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(dict.fromkeys(self.classes))
+
+    def slowest(self, tables: Table) -> Table:
+        """`[class of device, …]` to `[class of column, …]`: the most that any device of the column takes."""
+        return np.array([tables[list(kinds)].max(axis=0) for kinds in self._distinct])
+
+    def splits(
+        self, table: Table, stages: int, *, forbidden_cuts: Sequence[int], tolerance: float = 0.0, limit: int = 1
+    ) -> tuple[Split, ...]:
+        """The best splits into so many stages, by a table of the columns; their orders are of columns."""
+        distinct = self._distinct
+        return best_splits(
+            table,
+            [distinct.index(kinds) for kinds in self.classes],
+            min_stages=stages,
+            max_stages=stages,
+            any_order=self.may_move,
+            forbidden_cuts=forbidden_cuts,
+            tolerance=tolerance,
+            limit=limit,
+        )
+
+    def devices_of(self, order: Sequence[int]) -> tuple[int, ...]:
+        """The devices of columns in this order, replica by replica and stage by stage."""
+        replicas = len(self.members[0])
+        return tuple(self.members[column][replica] for replica in range(replicas) for column in order)

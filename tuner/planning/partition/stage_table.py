@@ -11,26 +11,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from pipetune.bench.memory import ModelShape, stage_bytes
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Plan, StagePlan
+from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.costs.base import Costs
+from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions
+from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.schedule import grid_points_of
 
-Matrix = npt.NDArray[np.float64]
+Matrix = Floats
 
 ALIKE = 0.02
 """Devices whose times and memory differ by no more than this share are taken for equal."""
+_NEAR, _LOOKED_AT = 0.1, 50
+"""Splits whose slowest stage is so near to the best one are worth a comparison by their whole duration."""
 
 
 def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> Matrix:
-    """Seconds that a stage on the device computes over a run of these tasks.
-
-    Args:
-        kinds: how many tasks of each kind there are.
-    """
+    """Seconds that a stage on the device computes over a run of so many tasks of each kind."""
     grid_points, weights = grid_points_of(tuple(kinds))
     counts = np.array(list(kinds.values()), dtype=float) @ weights
     layers = np.sum(
@@ -74,26 +74,39 @@ def stage_needs(shape: ModelShape, plan: Plan, device: str, *, prompt_len: int, 
     return needs
 
 
-def alike_classes(values: npt.NDArray[np.float64], tolerance: float = ALIKE) -> tuple[int, ...]:
+def alike_classes(values: Floats, tolerance: float = ALIKE) -> tuple[int, ...]:
     """Class of each device, counted from 0 in order; a device is of the first class whose first member is like it.
 
     Args:
         values: `[device, quantity]`, positive: times, bytes.
         tolerance: share of the larger value by which any two may differ.
     """
-    firsts: list[npt.NDArray[np.float64]] = []
+    firsts: list[Floats] = []
     classes = []
     for row in values:
-        for kind, other in enumerate(firsts):
-            if np.all(np.abs(row - other) <= tolerance * np.maximum(row, other)):
-                classes.append(kind)
-                break
-        else:
-            classes.append(len(firsts))
+        near = (np.all(np.abs(row - other) <= tolerance * np.maximum(row, other)) for other in firsts)
+        kind = next((kind for kind, is_near in enumerate(near) if is_near), len(firsts))
+        if kind == len(firsts):
             firsts.append(row)
+        classes.append(kind)
     return tuple(classes)
 
 
 def count_states(classes: Sequence[int]) -> int:
     """How many ways there are to have taken some of the devices, equal ones apart."""
     return int(np.prod([count + 1 for count in Counter(classes).values()], dtype=object))
+
+
+def near_best(
+    cost: CostModel, kinds: Mapping[TaskKind, int], devices: Sequence[str], fill: Table
+) -> tuple[Partition, ...]:
+    """Partitions over all devices, in the order given, that fit and whose slowest stage is near to the fastest; the
+    best first, none where nothing fits.
+
+    Args:
+        kinds: how many tasks of each kind the stages run.
+        fill: `[device, first, end]`, share of its memory that a stage would take; up to 1 fits.
+    """
+    seconds = np.array([stage_seconds(cost.costs, device, kinds) for device in devices])
+    table = np.where(fill <= 1.0, seconds, np.inf)
+    return best_partitions(table, cost.shape.forbidden_cuts, tolerance=_NEAR, limit=_LOOKED_AT)

@@ -7,6 +7,7 @@ ones or CUDA graphs from launches: they predict these alike, unless they were me
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +19,13 @@ import numpy.typing as npt
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Plan, Workload, device_kind
+from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.contention import Contention
 from pipetune.tuner.planning.costs.nominal import NominalCosts
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.prediction import Prediction, SimulatedRun, predictions_of
 from pipetune.tuner.planning.simulation.schedule import TaskSequence, simulate_plans, task_sequence_of
-
-Floats = npt.NDArray[np.float64]
 
 GAPS_S: Mapping[str, float] = {"cpu": 3e-4, "cuda": 0.0}
 """By kind of device: from the end of a task's compute until its stage can begin another, while it hands the output on.
@@ -35,6 +35,11 @@ STALLS_S: Mapping[str, float] = {"cpu": 2e-3, "cuda": 0.0}
 TOKEN_BYTES = 8
 
 
+def of_device(known: Mapping[str, float], device: str) -> float:
+    """What is known of a device by its name, or else by its kind; 0 where nothing is."""
+    return known.get(device, known.get(device_kind(device), 0.0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
     """Predicts runs of one workload on one model.
@@ -42,10 +47,9 @@ class CostModel:
     Args:
         prompt_lens: of all prompts, tokens, in any order.
         output_len: tokens generated for each prompt; 0 where texts are scored.
-        costs: what tasks cost.
         gaps_s: of each device by its name or its kind, as in `GAPS_S`.
         stalls_s: of each receiving device, as in `STALLS_S`.
-        contention: what devices that compute at once lose to each other; None where the costs hold as they are.
+        contention: None where the costs hold as they are.
     """
 
     shape: ModelShape
@@ -55,14 +59,6 @@ class CostModel:
     gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
     stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
     contention: Contention | None = None
-    _before: dict[tuple[str, TaskKind], Floats] = field(init=False, default_factory=dict, compare=False, repr=False)
-    _layers: dict[tuple[TaskSequence, str], Floats] = field(init=False, default_factory=dict, compare=False, repr=False)
-    _ends: dict[tuple[TaskSequence, str, bool, bool], Floats] = field(
-        init=False, default_factory=dict, compare=False, repr=False
-    )
-    _messages: dict[tuple[TaskSequence, str, str, bool], Floats] = field(
-        init=False, default_factory=dict, compare=False, repr=False
-    )
 
     @classmethod
     def of_workload(
@@ -89,8 +85,7 @@ class CostModel:
     def kinds(self, plan: Plan, in_flight: int | None = None) -> Counter[TaskKind]:
         """How many tasks of each kind every stage runs, in the replica that has most prompts.
 
-        Args:
-            in_flight: micro-batches resident at once in each replica; None means all.
+        Here as below, `in_flight` counts the micro-batches resident at once in each replica; None means all.
         """
         sequence = self._sequence(plan, in_flight, 0)
         return Counter(dict(zip(sequence.kinds, sequence.counts.tolist(), strict=True)))
@@ -100,11 +95,7 @@ class CostModel:
         return self.predict(plan, in_flight).duration_s
 
     def predict(self, plan: Plan, in_flight: int | None = None) -> Prediction:
-        """What a run of the plan is thought to give.
-
-        Args:
-            in_flight: micro-batches resident at once in each replica; None means all.
-        """
+        """What a run of the plan is thought to give."""
         return self._predict_alike([plan], in_flight)[0]
 
     def predict_many(self, plans: Sequence[tuple[Plan, int | None]]) -> tuple[Prediction, ...]:
@@ -165,16 +156,15 @@ class CostModel:
             busy_s *= self.contention.factors(
                 sequence.kinds, sequence.counts, busy_s, slots=sequence.slots, replicas=replicas
             )
+        links = [tuple(itertools.pairwise(row)) for row in devices]
         hops_s = np.empty((len(sequence.kinds), num_stages - 1, num_plans))
         for stage in range(num_stages - 1):
-            hops_s[:, stage] = self._hops(sequence, [(row[stage], row[stage + 1]) for row in devices])
-        returns_s = np.zeros((len(sequence.kinds), num_plans))
-        if num_stages > 1:
-            returns_s = self._hops(sequence, [(row[-1], row[0]) for row in devices], tokens=True)
-        gaps, stalls = (
-            np.array([known.get(name, known.get(device_kind(name), 0.0)) for name in names])
-            for known in (self.gaps_s, self.stalls_s)
-        )
+            hops_s[:, stage] = self._hops(sequence, [row[stage] for row in links])
+        # What a message of no bytes takes is latency, which others may share.
+        empty_s = {link: self.costs.hop_s(*link, 0) for link in {link for row in links for link in row}}
+        latency_s = np.array([[empty_s[link] for link in row] for row in links]).T.reshape(num_stages - 1, num_plans)
+        returns_s = self._hops(sequence, [(row[-1], row[0]) for row in devices], tokens=True)
+        gaps, stalls = (np.array([of_device(known, name) for name in names]) for known in (self.gaps_s, self.stalls_s))
         timeline = simulate_plans(
             sequence,
             busy_s,
@@ -183,54 +173,42 @@ class CostModel:
             # A stage alone hands nothing on.
             gap_s=gaps[device.T] if num_stages > 1 else 0.0,
             stall_s=stalls[device.T[1:]],
+            wires_s=np.maximum(hops_s - latency_s, 0.0),
         )
         return SimulatedRun(
             sequence=sequence, timeline=timeline, busy_s=np.einsum("k,ksp->sp", sequence.counts.astype(float), busy_s)
         )
 
+    @remembered
     def _layers_before(self, device: str, kind: TaskKind) -> Floats:
         """`[num_layers + 1]`: of all layers before each one."""
-        known = self._before.get((device, kind))
-        if known is None:
-            known = np.concatenate([[0.0], np.cumsum(self.costs.layers_s(device, kind))])
-            self._before[device, kind] = known
-        return known
+        return np.concatenate([[0.0], np.cumsum(self.costs.layers_s(device, kind))])
 
+    @remembered
     def _layers_of(self, sequence: TaskSequence, device: str) -> Floats:
         """`[kind, num_layers + 1]`: of all layers before each one."""
-        known = self._layers.get((sequence, device))
-        if known is None:
-            known = sequence.weights @ np.stack([self._layers_before(device, kind) for kind in sequence.grid_points])
-            self._layers[sequence, device] = known
-        return known
+        seconds: Floats = sequence.weights @ np.stack(
+            [self._layers_before(device, kind) for kind in sequence.grid_points]
+        )
+        return seconds
 
+    @remembered
     def _ends_of(self, sequence: TaskSequence, device: str, is_first: bool, is_last: bool) -> Floats:
         """`[kind]`."""
-        key = (sequence, device, is_first, is_last)
-        known = self._ends.get(key)
-        if known is None:
-            known = sequence.weights @ np.array(
-                [self.costs.ends_s(device, kind, is_first=is_first, is_last=is_last) for kind in sequence.grid_points]
-            )
-            self._ends[key] = known
-        return known
+        seconds: Floats = sequence.weights @ np.array(
+            [self.costs.ends_s(device, kind, is_first=is_first, is_last=is_last) for kind in sequence.grid_points]
+        )
+        return seconds
 
     def _hops(self, sequence: TaskSequence, links: Sequence[tuple[str, str]], *, tokens: bool = False) -> Floats:
         """`[kind, plan]`: messages from one device to another, of hidden states or of tokens."""
-        pairs = list(dict.fromkeys(links))
-        place = {pair: index for index, pair in enumerate(pairs)}
-        each = np.stack([self._message_s(sequence, source, target, tokens) for source, target in pairs])
-        return each[[place[pair] for pair in links]].T
+        place = {link: index for index, link in enumerate(dict.fromkeys(links))}
+        each = np.stack([self._message_s(sequence, source, target, tokens) for source, target in place])
+        return each[[place[link] for link in links]].T
 
+    @remembered
     def _message_s(self, sequence: TaskSequence, source: str, target: str, tokens: bool) -> Floats:
         """`[kind]`."""
-        key = (sequence, source, target, tokens)
-        known = self._messages.get(key)
-        if known is None:
-            position_bytes = self.shape.crossing_bytes
-            sizes = [
-                kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * position_bytes) for kind in sequence.kinds
-            ]
-            seconds = {size: self.costs.hop_s(source, target, size) for size in dict.fromkeys(sizes)}
-            known = self._messages[key] = np.array([seconds[size] for size in sizes])
-        return known
+        crossing_bytes = self.shape.crossing_bytes
+        sizes = [kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * crossing_bytes) for kind in sequence.kinds]
+        return np.array([self.costs.hop_s(source, target, size) for size in sizes])

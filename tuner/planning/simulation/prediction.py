@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, samples_needed
+from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.simulation.schedule import TaskSequence, Timeline
 
-Floats = npt.NDArray[np.float64]
 Limit = Literal["compute", "imbalance", "fill and drain", "waits"]
 
 _NOTICEABLE = 0.01
@@ -58,7 +57,7 @@ class SimulatedRun:
 def predictions_of(
     runs: Sequence[SimulatedRun], *, prompt_lens: Sequence[int], output_len: int, num_stages: int
 ) -> list[Prediction]:
-    """One prediction of each plan.
+    """One prediction of each plan, derived from simulated times as `bench.metrics.derive` does from measured ones.
 
     Args:
         runs: of the replicas that have prompts.
@@ -66,100 +65,85 @@ def predictions_of(
         output_len: tokens generated for each; 0 where texts are scored.
         num_stages: of all replicas.
     """
-    return _Outcome(runs, prompt_lens, output_len, num_stages).predictions()
+    duration_s: Floats = np.max([run.timeline.last_ends_s[-1] for run in runs], axis=0)
+    busy_s = _of_stages([run.busy_s for run in runs], num_stages)
+    ended_s = _of_stages([run.timeline.ended_s for run in runs], num_stages)
+    active_s = ended_s - _of_stages([run.timeline.began_s for run in runs], num_stages)
+    num_prompts, output_tokens = len(prompt_lens), len(prompt_lens) * output_len
+    metrics = {"output_throughput": output_tokens / duration_s} if output_tokens else {}
+    metrics |= {
+        "total_token_throughput": (sum(prompt_lens) + output_tokens) / duration_s,
+        "request_throughput": num_prompts / duration_s,
+        "duration_s": duration_s,
+        **_latencies(runs, num_prompts, output_len),
+        **_bubble(duration_s, busy_s, active_s),
+        "comm_ms": (ended_s - busy_s).sum(axis=0) * 1e3,
+    }
+    rows = np.stack(list(metrics.values())).T.tolist()
+    limiting = busy_s.argmax(axis=0)
+    bound, ideal = busy_s.max(axis=0), busy_s.mean(axis=0)
+    fill_drain = duration_s - active_s[limiting, np.arange(len(bound))]
+    losses = np.stack([bound - ideal, fill_drain, duration_s - bound - fill_drain])
+    limits: tuple[Limit, ...] = ("imbalance", "fill and drain", "waits")
+    worst = losses.argmax(axis=0)
+    heavy = losses.max(axis=0) > _NOTICEABLE * duration_s
+    return [
+        Prediction(
+            duration_s=float(duration_s[plan]),
+            metrics=dict(zip(metrics, rows[plan], strict=True)),
+            stage_busy_s=tuple(busy),
+            limiting_stage=int(limiting[plan]),
+            limited_by=limits[worst[plan]] if heavy[plan] else "compute",
+            bound_s=float(bound[plan]),
+            ideal_s=float(ideal[plan]),
+        )
+        for plan, busy in enumerate(busy_s.T.tolist())
+    ]
 
 
-class _Outcome:
-    """What all replicas of many plans give together."""
+def _of_stages(parts: Sequence[Floats], num_stages: int) -> Floats:
+    """`[stage, plan]` over all replicas; zeros for those without prompts."""
+    together = np.concatenate(parts)
+    idle = np.zeros((num_stages - len(together), together.shape[1]))
+    return np.concatenate([together, idle]) if len(idle) else together
 
-    def __init__(
-        self, runs: Sequence[SimulatedRun], prompt_lens: Sequence[int], output_len: int, num_stages: int
-    ) -> None:
-        self.runs, self.prompt_lens, self.output_len, self.num_stages = runs, prompt_lens, output_len, num_stages
-        self.duration_s: Floats = np.max([run.timeline.last_ends_s[-1] for run in runs], axis=0)
-        self.busy_s = self._of_stages([run.busy_s for run in runs])
-        self.began_s = self._of_stages([run.timeline.began_s for run in runs])
-        self.ended_s = self._of_stages([run.timeline.ended_s for run in runs])
 
-    def predictions(self) -> list[Prediction]:
-        """One of each plan."""
-        metrics = self._metrics()
-        names, rows = list(metrics), np.stack(list(metrics.values())).T.tolist()
-        limiting = self.busy_s.argmax(axis=0)
-        bound = self.busy_s.max(axis=0)
-        ideal = self.busy_s.mean(axis=0)
-        plans = np.arange(len(bound))
-        fill_drain = self.duration_s - (self.ended_s - self.began_s)[limiting, plans]
-        losses = np.stack([bound - ideal, fill_drain, self.duration_s - bound - fill_drain])
-        limits: tuple[Limit, ...] = ("imbalance", "fill and drain", "waits")
-        worst = losses.argmax(axis=0)
-        heavy = losses.max(axis=0) > _NOTICEABLE * self.duration_s
-        busy = self.busy_s.T.tolist()
-        return [
-            Prediction(
-                duration_s=float(self.duration_s[plan]),
-                metrics=dict(zip(names, rows[plan], strict=True)),
-                stage_busy_s=tuple(busy[plan]),
-                limiting_stage=int(limiting[plan]),
-                limited_by=limits[worst[plan]] if heavy[plan] else "compute",
-                bound_s=float(bound[plan]),
-                ideal_s=float(ideal[plan]),
-            )
-            for plan in range(len(bound))
-        ]
+def _latencies(runs: Sequence[SimulatedRun], num_prompts: int, output_len: int) -> dict[str, Floats]:
+    """`[plan]` by metric."""
 
-    def _of_stages(self, parts: Sequence[Floats]) -> Floats:
-        """`[stage, plan]` over all replicas; zeros for those without prompts."""
-        together = np.concatenate(parts)
-        idle = np.zeros((self.num_stages - len(together), together.shape[1]))
-        return np.concatenate([together, idle]) if len(idle) else together
+    def known(seconds: str, tasks: str) -> Floats:
+        """`[prompt, plan]`, in an order of their own."""
+        return np.concatenate([getattr(run.timeline, seconds)[getattr(run.sequence, tasks)] for run in runs])
 
-    def _metrics(self) -> dict[str, Floats]:
-        """`[plan]` by metric, derived from simulated times as `bench.metrics.derive` does from measured ones."""
-        num_prompts = len(self.prompt_lens)
-        output_tokens = num_prompts * self.output_len
-        values = {"output_throughput": output_tokens / self.duration_s} if output_tokens else {}
-        values |= {
-            "total_token_throughput": (sum(self.prompt_lens) + output_tokens) / self.duration_s,
-            "request_throughput": num_prompts / self.duration_s,
-            "duration_s": self.duration_s,
-        }
-        for name, samples in self._latencies().items():
-            ordered = np.sort(samples, axis=0)
-            values[f"mean_{name}_ms"] = ordered.mean(axis=0) * 1e3
-            values[f"median_{name}_ms"] = _quantile(ordered, 0.5) * 1e3
-            for label, quantile in PERCENTILES.items():
-                if num_prompts >= samples_needed(quantile):
-                    values[f"{label}_{name}_ms"] = _quantile(ordered, quantile) * 1e3
-        area = self.num_stages * self.duration_s
-        busy, active = self.busy_s.sum(axis=0), (self.ended_s - self.began_s).sum(axis=0)
-        ratio = 1.0 - busy / area
-        fill_drain = 1.0 - active / area
-        uneven = (self.busy_s.max(axis=0) - self.busy_s).sum(axis=0) / area
-        imbalance = np.minimum(uneven, np.maximum(ratio - fill_drain, 0.0))
-        return values | {
-            "bubble_ratio": ratio,
-            "bubble_fill_drain": fill_drain,
-            "bubble_imbalance": imbalance,
-            "bubble_wait": ratio - fill_drain - imbalance,
-            "steady_utilization": busy / active,
-            "comm_ms": (self.ended_s - self.busy_s).sum(axis=0) * 1e3,
-        }
+    last, first = known("last_ends_s", "last_tokens"), known("last_ends_s", "first_tokens")
+    found = {"queue": known("first_starts_s", "begins"), "e2el": last}
+    if output_len > 0:
+        found["ttft"] = first
+    if output_len > 1:
+        found["tpot"] = (last - first) / (output_len - 1)
+    values = {}
+    labels = {"median": 0.5} | {label: q for label, q in PERCENTILES.items() if num_prompts >= samples_needed(q)}
+    for name in (name for name in LATENCIES if name in found):
+        ordered = np.sort(found[name], axis=0)
+        values[f"mean_{name}_ms"] = ordered.mean(axis=0) * 1e3
+        values |= {f"{label}_{name}_ms": _quantile(ordered, q) * 1e3 for label, q in labels.items()}
+    return values
 
-    def _latencies(self) -> dict[str, Floats]:
-        """`[prompt, plan]`, seconds, in an order of their own."""
 
-        def known(seconds: str, tasks: str) -> Floats:
-            return np.concatenate([getattr(run.timeline, seconds)[getattr(run.sequence, tasks)] for run in self.runs])
-
-        last = known("last_ends_s", "last_tokens")
-        first = known("last_ends_s", "first_tokens")
-        found = {"queue": known("first_starts_s", "begins"), "e2el": last}
-        if self.output_len > 0:
-            found["ttft"] = first
-        if self.output_len > 1:
-            found["tpot"] = (last - first) / (self.output_len - 1)
-        return {name: found[name] for name in LATENCIES if name in found}
+def _bubble(duration_s: Floats, busy_s: Floats, active_s: Floats) -> dict[str, Floats]:
+    """`[plan]` by metric; of the arguments the last two are `[stage, plan]`."""
+    area = len(busy_s) * duration_s
+    busy, active = busy_s.sum(axis=0), active_s.sum(axis=0)
+    ratio, fill_drain = 1.0 - busy / area, 1.0 - active / area
+    uneven = (busy_s.max(axis=0) - busy_s).sum(axis=0) / area
+    imbalance = np.minimum(uneven, np.maximum(ratio - fill_drain, 0.0))
+    return {
+        "bubble_ratio": ratio,
+        "bubble_fill_drain": fill_drain,
+        "bubble_imbalance": imbalance,
+        "bubble_wait": ratio - fill_drain - imbalance,
+        "steady_utilization": busy / active,
+    }
 
 
 def _quantile(ordered: Floats, quantile: float) -> Floats:

@@ -1,10 +1,11 @@
 """Runs the schedule with predicted times instead of tensors: many plans at once that differ in their stages alone.
 
 The rules are those of the runtime. Every stage works through the same tasks in the same order. A task begins when its
-stage is free and its input is there: hidden states from the stage before, one hop after that was done with it; on
-the first stage, for a decode step, the tokens of the step before, one hop after the last stage sampled them. A stage
-is free again `gap_s` after its compute, in which it hands the output on. And a stage runs ahead of the next one no
-further than the rings between them hold: `depth` sends may be under way, and as many receives are posted.
+stage is free and its input is there: hidden states from the stage before, one hop after that was done with it and the
+link with the messages before, which have it for themselves for `wires_s` each; on the first stage, for a decode step,
+the tokens of the step before, one hop after the last stage sampled them. A stage is free again `gap_s` after its
+compute, in which it hands the output on. And a stage runs ahead of the next one no further than the rings between them
+hold: `depth` sends may be under way, and as many receives are posted.
 
 A message that is sent before its receive is posted does not travel at once, but by threads of the transport's own,
 as soon as they get a core. Where both stages compute all the while, on all cores, that takes until the scheduler's
@@ -24,8 +25,8 @@ import numpy.typing as npt
 
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.schedule import Task, build_schedule, micro_batch_sizes
+from pipetune.tuner.planning.arrays import Floats
 
-Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
 RING_DEPTH = 2
@@ -53,11 +54,9 @@ class TaskSequence:
     weights: Floats
     """`[kind, grid point]`, shares of which the cost of each kind is made."""
     begins: Indices
-    """`[prompt]`, longest first: the task that first works on it."""
     first_tokens: Indices
-    """`[prompt]`, longest first: the task that gives its first token."""
     last_tokens: Indices
-    """`[prompt]`, longest first: the task that gives its last token."""
+    """`[prompt]`, longest first: tasks that first work on it, that give its first and that give its last token."""
 
     @classmethod
     def of(cls, tasks: Sequence[Task], sizes: Sequence[int], *, scores: bool) -> TaskSequence:
@@ -152,13 +151,11 @@ class Timeline:
     """When things happened, in seconds from when the prompts were given; the last axis runs over plans."""
 
     first_starts_s: Floats
-    """`[task, plan]` on the first stage."""
     last_ends_s: Floats
-    """`[task, plan]` on the last stage, where tokens are known."""
+    """`[task, plan]` on the first stage, and on the last one, where tokens are known."""
     began_s: Floats
-    """`[stage, plan]` of each stage's first task."""
     ended_s: Floats
-    """`[stage, plan]` of each stage's last task."""
+    """`[stage, plan]` of each stage's first and last task."""
 
 
 def simulate_plans(
@@ -169,6 +166,7 @@ def simulate_plans(
     *,
     gap_s: Floats | float = 0.0,
     stall_s: Floats | float = 0.0,
+    wires_s: Floats | float = 0.0,
     depth: int | None = RING_DEPTH,
 ) -> Timeline:
     """Runs the sequence on many plans of equally many stages.
@@ -180,6 +178,7 @@ def simulate_plans(
         gap_s: `[stage, plan]`, from the end of a task's compute until its stage can begin another.
         stall_s: `[stage - 1, plan]`, how long a stage waits that asks for a message which was sent before its receive
             was posted, where the sender computes all the while; less, as the square of the share of time that it does.
+        wires_s: `[kind, stage - 1, plan]`, how long a message to the next stage has the link for itself.
         depth: of the rings between stages; None for rings without end.
     """
     num_stages, num_plans = busy_s.shape[1:]
@@ -190,7 +189,9 @@ def simulate_plans(
     # A sender that waits for room in the ring is idle for the rest of the next stage's task.
     stalls_s = stall_s * np.minimum(1.0, busy_s[:, :-1] / np.maximum(busy_s[:, 1:], 1e-12)) ** 2
     stalls = [list(of_kind) for of_kind in stalls_s] if depth is not None and np.any(stalls_s) else []
+    wires = [list(of_kind) for of_kind in np.broadcast_to(wires_s, hops_s.shape)]
     zero = np.zeros(num_plans)
+    link_free = [zero] * (num_stages - 1)
     free: list[list[Floats]] = [[] for _ in range(num_stages)]
     """When each stage was free again, task by task."""
     tokens_at: dict[int, Floats] = {}
@@ -218,7 +219,9 @@ def simulate_plans(
             if index == len(sequence.kind_of) - 1:
                 ended_s[stage] = end
             if stage + 1 < num_stages:
-                ready = end + hops[kind][stage]
+                sent = np.maximum(end, link_free[stage])
+                link_free[stage] = sent + wires[kind][stage]
+                ready = sent + hops[kind][stage]
         last_ends_s[index] = end
         tokens_at[micro_batch] = end + returns_s[kind] if num_stages > 1 else end
     return Timeline(first_starts_s=first_starts_s, last_ends_s=last_ends_s, began_s=began_s, ended_s=ended_s)

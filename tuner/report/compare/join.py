@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,23 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pipetune.bench import metrics
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.record import Hardware, Measurement
-from pipetune.bench.spec import ModelSpec, Plan, Workload, device_kind
+from pipetune.bench.spec import Plan, device_kind
+from pipetune.tuner.config.sources import differences
 from pipetune.tuner.ranking.values import Row
-from pipetune.tuner.report.compare.values import Change, Contestant, PlanResult, SharedPlan, StudyComparison, StudyRatio
+from pipetune.tuner.report.compare.values import Change, Contestant, PlanResult, SharedPlan, StudyComparison
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.wording import bytes_text
-from pipetune.tuner.stats.ratios import ratio_of
-from pipetune.tuner.study.diff import differences
+from pipetune.tuner.stats.ratios import Ratio, ratio_of, welch
 
 
 def compare_studies(
     reports: Sequence[Report], names: Sequence[str], prices: Mapping[str, float] | None = None
 ) -> StudyComparison:
-    """Compares studies with the first one.
+    """Compares studies, of unique names, with the first one.
 
-    Args:
-        names: of the studies, unique.
-        prices: of one device and hour, by kind or name; those of each study's own config where it is None.
+    Prices are of one device and hour, by kind or name; without them each study's own config has them.
 
     Raises:
         ConfigError: a price of a device that no study has.
@@ -47,8 +46,7 @@ def compare_studies(
 def plan_key(plan: Plan, devices: Sequence[str]) -> str:
     """What a plan is on any machine: without the devices' names and without what its caps resolve to.
 
-    Args:
-        devices: of its study, in order: which of them holds a stage matters where they are unlike.
+    Which of its study's devices, in order, hold its stages matters where they are unlike.
     """
     counts = "+".join(map(str, plan.layer_counts))
     parts = [f"{plan.replicas}x{counts}", f"mb={plan.micro_batch_size}", f"prefill={plan.prefill_size}"]
@@ -60,13 +58,14 @@ def plan_key(plan: Plan, devices: Sequence[str]) -> str:
 
 
 def _contestant(report: Report, name: str, prices: Mapping[str, float] | None) -> Contestant:
-    best = report.ranking.best
-    baseline = report.ranking.baseline
+    best, baseline = report.ranking.best, report.ranking.baseline
     config, machine = report.config, report.machine
     return Contestant(
         name=name,
         place=str(report.folder),
-        hardware_id=machine.hardware_id if machine is not None else report.records[0].hardware_id,
+        hardware_id=machine.hardware_id
+        if machine is not None
+        else next((one.hardware_id for one in report.records), ""),
         machine=machine,
         model=config.model,
         workload=config.workload,
@@ -75,6 +74,7 @@ def _contestant(report: Report, name: str, prices: Mapping[str, float] | None) -
         devices=config.concrete_devices,
         price_per_hour=_price(config.concrete_devices, config.prices if prices is None else prices),
         baseline=baseline.throughput.median if baseline is not None else None,
+        over_baseline=best.speedup_over_baseline if best is not None else None,
         best=_figures_of(report, best) if best is not None else None,
         best_key=plan_key(best.plan, config.concrete_devices) if best is not None else None,
     )
@@ -88,12 +88,11 @@ def _price(devices: Sequence[str], prices: Mapping[str, float]) -> float | None:
 
 def _figures(report: Report) -> dict[str, PlanResult]:
     """Results of every plan that may be ranked, by key; of two that differ in their caps alone, the better."""
-    found: dict[str, PlanResult] = {}
+    devices = report.config.concrete_devices
+    better: dict[str, Row] = {}
     for row in report.ranking.rows:
-        key = plan_key(row.plan, report.config.concrete_devices)
-        if key not in found:
-            found[key] = _figures_of(report, row)
-    return found
+        better.setdefault(plan_key(row.plan, devices), row)
+    return {key: _figures_of(report, row) for key, row in better.items()}
 
 
 def _figures_of(report: Report, row: Row) -> PlanResult:
@@ -115,12 +114,11 @@ def _figures_of(report: Report, row: Row) -> PlanResult:
 
 def _tokens_per_joule(runs: Sequence[Measurement]) -> float | None:
     """Median over the runs that have their energy; of tokens generated, or of all where texts are scored."""
-    found = [
-        sum(speed * one.duration_s for speed, one in zip(metrics.throughputs(run), run.iterations, strict=True))
-        / energy
-        for run in runs
-        if (energy := run.telemetry.energy_j)
-    ]
+    found = []
+    for run in runs:
+        if energy := run.telemetry.energy_j:
+            pairs = zip(metrics.throughputs(run), run.iterations, strict=True)
+            found.append(sum(speed * one.duration_s for speed, one in pairs) / energy)
     return statistics.median(found) if found else None
 
 
@@ -133,32 +131,23 @@ def _shared(figures: Mapping[str, Mapping[str, PlanResult]]) -> tuple[SharedPlan
         if len(own) < 2:
             continue
         first, *later = own
-        found.append(
-            SharedPlan(
-                key=key,
-                text=next(iter(own.values())).plan.describe(),
-                figures=own,
-                ratios={name: _ratio(own[name], own[base]) for name in later} if first == base else {},
-                notes=tuple(
-                    _unlike(name, own[name], first, own[first]) for name in later if _is_unlike(own[name], own[first])
-                ),
-            )
-        )
+        notes = filter(None, (_unlike(name, own[name], first, own[first]) for name in later))
+        ratios = {name: _ratio(own[name], own[base]) for name in later if first == base}
+        text = own[first].plan.describe()
+        found.append(SharedPlan(key=key, text=text, figures=own, ratios=ratios, notes=tuple(notes)))
     return tuple(sorted(found, key=lambda plan: -next(iter(plan.figures.values())).throughput))
 
 
-def _ratio(ours: PlanResult, theirs: PlanResult) -> StudyRatio:
-    found = ratio_of(ours.throughputs, theirs.throughputs)
-    return StudyRatio(value=found.value, low=found.low, high=found.high)
-
-
-def _is_unlike(one: PlanResult, other: PlanResult) -> bool:
-    """Machines of one kind report a little more or less memory from boot to boot: that is no other cap."""
-    pairs = zip(one.cap_bytes, other.cap_bytes, strict=False)
-    return one.in_flight != other.in_flight or any(abs(ours - theirs) > 0.01 * theirs for ours, theirs in pairs)
+def _ratio(ours: PlanResult, theirs: PlanResult) -> Ratio:
+    return ratio_of(math.log(ours.throughput / theirs.throughput), *welch(ours.throughputs, theirs.throughputs))
 
 
 def _unlike(name: str, one: PlanResult, first: str, other: PlanResult) -> str:
+    """How caps differ; empty where they do not: machines of one kind report a little more or less memory each boot."""
+    pairs = zip(one.cap_bytes, other.cap_bytes, strict=False)
+    if one.in_flight == other.in_flight and all(abs(ours - theirs) <= 0.01 * theirs for ours, theirs in pairs):
+        return ""
+
     def caps(figures: PlanResult) -> str:
         return ", ".join(bytes_text(count) for count in figures.cap_bytes)
 
@@ -169,42 +158,36 @@ def _unlike(name: str, one: PlanResult, first: str, other: PlanResult) -> str:
 
 
 def _work(one: Contestant, other: Contestant) -> tuple[str, ...]:
-    return tuple(
-        line
-        for before, now in ((one.model, other.model), (one.workload, other.workload))
-        for line in _lines(before, now)
-    )
-
-
-def _lines(before: ModelSpec | Workload, now: ModelSpec | Workload) -> list[str]:
     # A copy of the prompts is named by its hash; where it lies says nothing.
-    ignored = ("prompts_file:",)
-    return [line for line in differences(before, now) if not line.startswith(ignored)]
+    lines = (*differences(one.model.by_content, other.model.by_content), *differences(one.workload, other.workload))
+    return tuple(line for line in lines if not line.startswith("prompts_file:"))
 
 
 def _change(first: Contestant, other: Contestant, plans: Sequence[SharedPlan]) -> Change:
     work = _work(first, other)
     shared = next((plan for plan in plans if plan.key == first.best_key), None)
     same_plan = shared.ratios.get(other.name) if shared is not None and first.name in shared.figures else None
-    own_best = _ratio(other.best, first.best) if other.best and first.best and not work else None
-    moved = None
-    if first.best is not None and other.best is not None and first.best_key != other.best_key and not work:
-        moved = f"{first.best.plan.describe()} → {other.best.plan.describe()}"
-    software = (first.machine.software, other.machine.software) if first.machine and other.machine else None
+    own_best = moved = None
+    if first.best is not None and other.best is not None and not work:
+        own_best = _ratio(other.best, first.best)
+        if first.best_key != other.best_key:
+            moved = f"{first.best.plan.describe()} → {other.best.plan.describe()}"
+    software = differences(first.machine.software, other.machine.software) if first.machine and other.machine else ()
     protocol = [f"protocol.{line}" for line in differences(first.protocol, other.protocol)]
     if first.goals != other.goals:
         protocol.append(f"best plan chosen by: {', '.join(first.goals)} → {', '.join(other.goals)}")
-    return Change(
+    change = Change(
         name=other.name,
         hardware=tuple(_hardware(first, other)),
         protocol=tuple(protocol),
-        software=tuple(differences(*software)) if software else (),
+        software=tuple(software),
         work=work,
         same_plan=same_plan,
         own_best=own_best,
         moved=moved,
-        text=_text(first, other, work, same_plan, own_best, moved),
+        text="",
     )
+    return change.model_copy(update={"text": _text(first, other, change)})
 
 
 def _hardware(first: Contestant, other: Contestant) -> Iterator[str]:
@@ -234,29 +217,23 @@ def _gpus(hardware: Hardware) -> str:
     return " and ".join(f"{count} × {text}" for text, count in counts.items()) or "none"
 
 
-def _text(
-    first: Contestant,
-    other: Contestant,
-    work: Sequence[str],
-    same_plan: StudyRatio | None,
-    own_best: StudyRatio | None,
-    moved: str | None,
-) -> str:
-    if work:
-        return f"{other.name} was asked something else than {first.name}, and does not compare: {'; '.join(work)}"
-    if same_plan is not None:
-        same = f"the best plan of {first.name} is {_said(same_plan)} in {other.name}"
+def _text(first: Contestant, other: Contestant, change: Change) -> str:
+    if change.work:
+        work = "; ".join(change.work)
+        return f"{other.name} was asked something else than {first.name}, and does not compare: {work}"
+    if change.same_plan is not None:
+        same = f"the best plan of {first.name} is {_said(change.same_plan)} in {other.name}"
     elif first.best is not None:
         same = f"{other.name} did not measure the best plan of {first.name}, so machine and plan cannot be told apart"
     else:
         same = f"{first.name} has no best plan"
-    if own_best is None:
+    if change.own_best is None:
         return same if other.best is not None else f"{same}; {other.name} has no best plan"
-    best = f"each at its own best, {other.name} is {_said(own_best)}"
-    return f"{same}; {best}" + (f", and another plan is best: {moved}" if moved else ", with the same plan")
+    which = f"and another plan is best: {change.moved}" if change.moved else "with the same plan"
+    return f"{same}; each at its own best, {other.name} is {_said(change.own_best)}, {which}"
 
 
-def _said(ratio: StudyRatio) -> str:
+def _said(ratio: Ratio) -> str:
     """`8.1 % slower (95 %: 5.2 to 10.9 %)`."""
     change = 100 * (ratio.value - 1)
     said = f"{abs(change):.1f} % {'faster' if change > 0 else 'slower'}" if abs(change) >= 0.05 else "as fast"

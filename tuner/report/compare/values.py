@@ -3,21 +3,8 @@
 from __future__ import annotations
 
 from pipetune.bench.record import Machine
-from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Protocol, Value, Workload
-
-
-class StudyRatio(Value):
-    """How many times better one thing is than another; above 1 is better."""
-
-    value: float
-    low: float | None = None
-    """95 % confidence, by the runs of both studies; None where one of them has a single run."""
-    high: float | None = None
-
-    @property
-    def is_told(self) -> bool:
-        """Whether the interval leaves 1 out."""
-        return self.low is not None and self.high is not None and not self.low <= 1.0 <= self.high
+from pipetune.bench.spec import ModelSpec, Plan, Protocol, SchemaVersion, Value, Workload
+from pipetune.tuner.stats.ratios import Ratio
 
 
 class PlanResult(Value):
@@ -29,11 +16,11 @@ class PlanResult(Value):
     cap_bytes: tuple[int, ...]
     """What each stage might take."""
     peak_bytes: tuple[int, ...]
-    """What it took."""
+    """The peak of its process, on GPUs of its allocator: more than what a cap counts, which the model takes."""
     throughputs: tuple[float, ...]
     """Tokens per second of each run."""
     metrics: dict[str, float]
-    """Medians over the runs."""
+    """By name, as the study ranks by them."""
     tokens_per_joule: float | None = None
     """Tokens per joule, the same tokens; None where no energy was measured."""
     disturbed_runs: int = 0
@@ -63,6 +50,8 @@ class Contestant(Value):
     """Price of an hour of all its devices together; None where a device has no price."""
     baseline: float | None
     """Tokens per second of the un-pipelined model."""
+    over_baseline: Ratio | None = None
+    """How many times better its best plan is, as that study says."""
     best: PlanResult | None
     """Its own best plan; None where no plan has a rank."""
     best_key: str | None = None
@@ -94,7 +83,7 @@ class SharedPlan(Value):
     text: str
     figures: dict[str, PlanResult]
     """Results by the study's name."""
-    ratios: dict[str, StudyRatio]
+    ratios: dict[str, Ratio]
     """Throughput of each later study that has it over the first study's; empty where that did not run it."""
     notes: tuple[str, ...] = ()
     """Caps or numbers in flight that differ."""
@@ -111,9 +100,9 @@ class Change(Value):
     software: tuple[str, ...]
     work: tuple[str, ...]
     """What differs in model and workload: then nothing else compares."""
-    same_plan: StudyRatio | None
+    same_plan: Ratio | None
     """The first study's best plan in both; None where this one did not run it."""
-    own_best: StudyRatio | None
+    own_best: Ratio | None
     """Each at its own best."""
     moved: str | None
     """Where the best plan moved; None where it is the same."""
@@ -124,7 +113,7 @@ class Change(Value):
 class StudyComparison(Value):
     """Studies side by side, the first being what the others are compared with."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     contestants: tuple[Contestant, ...]
     plans: tuple[SharedPlan, ...]
     """Fastest first, by the first study that has each."""

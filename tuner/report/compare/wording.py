@@ -1,22 +1,28 @@
-"""A comparison of studies in words and cells, which the screen, Markdown, CSV and HTML draw each in their way."""
+"""A comparison of studies in words, cells and charts: documents of the screen, Markdown and the page, and its CSV."""
 
 from __future__ import annotations
 
 import string
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from pipetune.tuner.report import document as doc
-from pipetune.tuner.report.compare.charts import comparison_figures
-from pipetune.tuner.report.compare.values import Contestant, PlanResult, SharedPlan, StudyComparison, StudyRatio
+from pipetune.tuner.report.chart import SERIES, Bars, Chart, Dots, Line, Mark, Rule, Words
+from pipetune.tuner.report.compare.values import Contestant, StudyComparison
 from pipetune.tuner.report.render.csv import Cell as CsvCell
-from pipetune.tuner.report.wording import MISSING, bytes_text
+from pipetune.tuner.report.wording import MISSING, bytes_text, percent_text, ratio_text
+from pipetune.tuner.stats.ratios import Ratio
 
-STUDY_COLUMNS = (
-    "study", "best plan", "in flight", "tok/s", "× device_map", "tok/s/device", "tok/J", "tok per price", "peak / cap",
-)  # fmt: skip
-
+_STUDY_COLUMNS = (
+    doc.left("study"),
+    doc.left("best plan"),
+    *map(
+        doc.Column,
+        ("in flight", "tok/s", "× device_map", "tok/s/device", "tok/J", "tok per price", "peak memory", "of its cap"),
+    ),
+)
 _MOST_PLANS = 12
-"""What a screen has room for."""
+"""What a screen, or a chart, has room for."""
 CSV_COLUMNS = (
     "plan", "study", "is_best", "tokens_per_s", "runs", "ratio", "ratio_low", "ratio_high", "in_flight", "cap_bytes",
     "peak_bytes", "tokens_per_joule", "devices", "price_per_hour",
@@ -31,14 +37,15 @@ def screen_of(comparison: StudyComparison) -> doc.Document:
     """For a terminal of 80 columns: each study at its own best, the same plans, then what is to be said."""
     # A study has more figures than a line has room for: they stand below each other. Names are long, and ratios must
     # not be torn: letters stand for them.
-    letters = [_letter(place) for place in range(len(comparison.contestants))]
+    places = range(len(comparison.contestants))
+    letters = [string.ascii_uppercase[place] if place < 26 else str(place + 1) for place in places]
     names = (f"{letter}: {one.name}" for letter, one in zip(letters, comparison.contestants, strict=True))
-    studies = studies_table(comparison)
+    studies = _studies(comparison)
     turned = zip(*(row.cells for row in studies.rows), strict=True)
     lines = [(column.title, *cells) for column, cells in zip(studies.columns, turned, strict=True)][1:]
     columns = (doc.Column("", "left", "narrow"), *(doc.Column(name, wrap="narrow") for name in names))
     parts: list[doc.Part] = [doc.Table(columns=columns, rows=doc.rows_of(lines)), doc.GAP]
-    if plans := plans_table(comparison):
+    if plans := _plans(comparison):
         shown = [_below(row.cells, len(letters)) for row in plans.rows[:_MOST_PLANS]]
         titles = (*letters, *(f"{letter} / first" for letter in letters[1:]))
         parts.append(doc.Table(columns=(doc.left("plan", "narrow"), *map(doc.Column, titles)), rows=doc.rows_of(shown)))
@@ -51,11 +58,11 @@ def screen_of(comparison: StudyComparison) -> doc.Document:
 def whole_of(comparison: StudyComparison) -> doc.Document:
     """All of the comparison: what `compare.md` holds."""
     first, *others = (one.name for one in comparison.contestants)
-    plans = plans_table(comparison)
+    plans = _plans(comparison)
     same = [doc.Section("The same plans", (plans,))] if plans else []
     return doc.Document(
         title=f"{first} against {', '.join(others)}",
-        parts=(studies_table(comparison), *same, doc.Bullets(remarks_of(comparison))),
+        parts=(_studies(comparison), *same, doc.Bullets(remarks_of(comparison))),
     )
 
 
@@ -77,21 +84,21 @@ def sections_of(comparison: StudyComparison) -> tuple[doc.Section, ...]:
         return doc.Figures((figures[name],) if name in figures else ())
 
     names = ", ".join(one.name for one in comparison.contestants)
-    own = (doc.Bullets(remarks_of(comparison)), studies_table(comparison), figure("own_best"))
-    plans = plans_table(comparison)
+    own = (doc.Bullets(remarks_of(comparison)), _studies(comparison), figure("own_best"))
+    plans = _plans(comparison)
     same = (doc.Section("The same plans", (plans, figure("same_plans"))),) if plans else ()
     return (doc.Section(f"Compared: {names}", own), *same)
 
 
-def studies_table(comparison: StudyComparison) -> doc.Table:
+def _studies(comparison: StudyComparison) -> doc.Table:
     """Each study at its own best, in the columns that any study has something for."""
     rows = [_study(one) for one in comparison.contestants]
-    kept = [name for place, name in enumerate(STUDY_COLUMNS) if any(row[place] != MISSING for row in rows)]
-    columns = tuple(doc.left(name) if name in ("study", "best plan") else doc.Column(name) for name in STUDY_COLUMNS)
-    return doc.Table(columns=columns, rows=doc.rows_of(rows)).only(kept)
+    cells = zip(_STUDY_COLUMNS, zip(*rows, strict=True), strict=True)
+    kept = [column.title for column, of in cells if any(cell != MISSING for cell in of)]
+    return doc.Table(columns=_STUDY_COLUMNS, rows=doc.rows_of(rows)).only(kept)
 
 
-def plans_table(comparison: StudyComparison) -> doc.Table | None:
+def _plans(comparison: StudyComparison) -> doc.Table | None:
     """The plans that several studies ran; None where there is none."""
     if not comparison.plans:
         return None
@@ -99,7 +106,14 @@ def plans_table(comparison: StudyComparison) -> doc.Table | None:
     titles = (*names, *(f"{name} / first" for name in names[1:]))
     return doc.Table(
         columns=(doc.left("plan"), *map(doc.Column, titles)),
-        rows=doc.rows_of(_plan(plan, names) for plan in comparison.plans),
+        rows=doc.rows_of(
+            (
+                plan.text,
+                *(f"{plan.figures[name].throughput:.1f}" if name in plan.figures else MISSING for name in names),
+                *(_ratio(plan.ratios.get(name)) for name in names[1:]),
+            )
+            for plan in comparison.plans
+        ),
     )
 
 
@@ -126,71 +140,119 @@ def entries_of(comparison: StudyComparison) -> Iterator[dict[str, CsvCell]]:
             shared.setdefault(one.best_key, (one.best.plan.describe(), {one.name: one.best}, {}))
     for key, (text, figures, ratios) in shared.items():
         for one in comparison.contestants:
-            if one.name in figures:
-                cells = _csv_line(text, one, key, figures[one.name], ratios.get(one.name))
-                yield dict(zip(CSV_COLUMNS, cells, strict=True))
+            if one.name not in figures:
+                continue
+            own, ratio = figures[one.name], ratios.get(one.name)
+            yield {
+                "plan": text,
+                "study": one.name,
+                "is_best": one.best_key == key,
+                "tokens_per_s": own.throughput,
+                "runs": len(own.throughputs),
+                **({"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high} if ratio else {}),
+                "in_flight": own.in_flight,
+                "cap_bytes": " ".join(map(str, own.cap_bytes)),
+                "peak_bytes": " ".join(map(str, own.peak_bytes)),
+                "tokens_per_joule": own.tokens_per_joule,
+                "devices": " ".join(one.devices),
+                "price_per_hour": one.price_per_hour,
+            }
 
 
-def _csv_line(
-    text: str, one: Contestant, key: str, figures: PlanResult, ratio: StudyRatio | None
-) -> tuple[CsvCell, ...]:
-    return (
-        text,
-        one.name,
-        one.best_key == key,
-        figures.throughput,
-        len(figures.throughputs),
-        *((ratio.value, ratio.low, ratio.high) if ratio else (None, None, None)),
-        figures.in_flight,
-        " ".join(map(str, figures.cap_bytes)),
-        " ".join(map(str, figures.peak_bytes)),
-        figures.tokens_per_joule,
-        " ".join(one.devices),
-        one.price_per_hour,
-    )
-
-
-def ratio_cell(ratio: StudyRatio | None) -> str:
+def _ratio(ratio: Ratio | None) -> str:
     """`0.92 (0.89–0.95)`."""
     if ratio is None:
         return MISSING
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.3f}"
-    return f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})"
+    interval = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.3f}–{ratio.high:.3f})"
+    return f"{ratio.value:.3f}{interval}"
 
 
 def _study(one: Contestant) -> tuple[str, ...]:
     best = one.best
     if best is None:
-        return (one.name, "none has a rank", *[MISSING] * (len(STUDY_COLUMNS) - 2))
-    fullest = max(zip(best.peak_bytes, best.cap_bytes, strict=True), key=lambda pair: pair[0] / pair[1], default=None)
+        return (one.name, "none has a rank", *[MISSING] * (len(_STUDY_COLUMNS) - 2))
     return (
         one.name,
         best.plan.describe(),
         str(best.in_flight),
         f"{best.throughput:.1f}",
-        f"{best.throughput / one.baseline:.2f}" if one.baseline else MISSING,
+        ratio_text(one.over_baseline),
         _number(one.tokens_per_device, 1),
         _number(one.tokens_per_joule, 2),
         _number(one.tokens_per_price, 0),
-        f"{bytes_text(fullest[0])} / {bytes_text(fullest[1])}" if fullest else MISSING,
+        bytes_text(best.metrics.get("peak_memory_bytes")),
+        percent_text(best.metrics.get("peak_memory_fraction")),
     )
-
-
-def _plan(plan: SharedPlan, names: list[str]) -> tuple[str, ...]:
-    speeds = [f"{plan.figures[name].throughput:.1f}" if name in plan.figures else MISSING for name in names]
-    return (plan.text, *speeds, *(ratio_cell(plan.ratios.get(name)) for name in names[1:]))
 
 
 def _number(value: float | None, digits: int) -> str:
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
-def _letter(place: int) -> str:
-    return string.ascii_uppercase[place] if place < len(string.ascii_uppercase) else str(place + 1)
-
-
 def _below(cells: Sequence[doc.Cell], speeds: int) -> tuple[doc.Cell, ...]:
     """Ratios with their intervals in a second line: side by side, two of them fill a screen."""
-    ratios = (cell.replace(" ", "\n", 1) if isinstance(cell, str) else cell for cell in cells[1 + speeds :])
+    ratios = (doc.Text(cell.replace(" ", "\n", 1)) if isinstance(cell, str) else cell for cell in cells[1 + speeds :])
     return (*cells[: 1 + speeds], *ratios)
+
+
+def comparison_figures(comparison: StudyComparison) -> dict[str, doc.Figure]:
+    """Figures by file name without ending; what there is no data for is left out."""
+    figures = {}
+    if any(one.best for one in comparison.contestants):
+        figures["own_best"] = doc.Figure("Each study at its own best", _best_chart(comparison), wide=True)
+    if any(plan.ratios for plan in comparison.plans):
+        alt = "The same plans, as ratios over the first study"
+        figures["same_plans"] = doc.Figure(alt, _ratios_chart(comparison), wide=True)
+    return figures
+
+
+def _best_chart(comparison: StudyComparison) -> Chart:
+    """Tokens per second of each study's best plan."""
+    shown = [(one.name, one.best) for one in comparison.contestants if one.best is not None]
+    rows = range(len(shown))
+    bars = [
+        Bars(spans=((row + 0.14, 0.0, best.throughput, ""),), colour=SERIES[row % len(SERIES)], height=0.36)
+        for row, (_, best) in enumerate(shown)
+    ]
+    # Above its bar, where a long plan has room whatever the bar's length and colour.
+    words = Words(
+        xs=(0.0,) * len(shown),
+        ys=tuple(row - 0.1 for row in rows),
+        texts=tuple(f"{best.throughput:.1f} · {best.plan.describe()}" for _, best in shown),
+    )
+    return Chart(
+        title="Each study at its own best",
+        x_label="tokens / s",
+        marks=(*bars, words),
+        rows=tuple(_folded(name) for name, _ in shown),
+        size=(8.4, 1.2 + 0.7 * len(shown)),
+        x_range=(0.0, 1.06 * max(best.throughput for _, best in shown)),
+    )
+
+
+def _ratios_chart(comparison: StudyComparison) -> Chart:
+    """The fastest shared plans, each later study's throughput over the first one's."""
+    plans = [plan for plan in comparison.plans if plan.ratios][:_MOST_PLANS]
+    later = [one.name for one in comparison.contestants[1:]]
+    marks: list[Mark] = [Rule(at=1.0, is_upright=True)]
+    for index, name in enumerate(later):
+        colour = SERIES[(index + 1) % len(SERIES)]
+        shift = 0.22 * (index - (len(later) - 1) / 2)
+        found = [(row + shift, plan.ratios[name]) for row, plan in enumerate(plans) if name in plan.ratios]
+        for row, ratio in found:
+            if ratio.low is not None and ratio.high is not None:
+                marks.append(Line(xs=(ratio.low, ratio.high), ys=(row, row), colour=colour))
+        if found:
+            xs, ys = tuple(ratio.value for _, ratio in found), tuple(row for row, _ in found)
+            marks.append(Dots(xs=xs, ys=ys, colour=colour, label=name))
+    return Chart(
+        title=f"The same plans, over {comparison.contestants[0].name}",
+        x_label="throughput ratio, with 95 % intervals by runs",
+        marks=tuple(marks),
+        rows=tuple(_folded(plan.text, 40) for plan in plans),
+        size=(8.4, 1.6 + 0.42 * len(plans) * max(1, len(later))),
+    )
+
+
+def _folded(text: str, width: int = 24) -> str:
+    return "\n".join(textwrap.wrap(text, width))

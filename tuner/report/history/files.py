@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from pipetune.bench.errors import ConfigError, PipetuneError
 from pipetune.bench.metrics import metric_names
 from pipetune.tuner.report.data import Report
-from pipetune.tuner.report.files import write_folder
-from pipetune.tuner.report.history.charts import history_figures
+from pipetune.tuner.report.files import write_documents
 from pipetune.tuner.report.history.series import StudyNight, history_of
 from pipetune.tuner.report.history.values import History
-from pipetune.tuner.report.history.wording import page_of, whole_of
-from pipetune.tuner.report.render.markdown import render_markdown
-from pipetune.tuner.study.files import CONFIG_FILE, load_study
+from pipetune.tuner.report.history.wording import history_figures, page_of, whole_of
+from pipetune.tuner.study.files import StudyFile, load_study, written_by
+
+_MANY = 40
+"""Studies that are read in less time by several processes."""
 
 
 def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History:
-    """The history of the studies at some places.
+    """The history of the studies at some places: studies, or folders of studies.
 
-    A study that cannot be read, such as one that still runs, is named in the history and does not end it.
-
-    Args:
-        places: studies, or folders of studies.
-        metrics: by default those that most people watch.
+    A study that cannot be read, such as one that still runs, is named in the history and does not end it. Metrics are
+    by default those that most people watch.
 
     Raises:
         ConfigError: a metric that there is not, or a place that is no folder.
@@ -33,56 +35,63 @@ def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History
     unknown = [name for name in metrics if name not in known]
     if unknown:
         raise ConfigError(f"--metric {unknown[0]}: there are {', '.join(known)}")
-    nights, skipped = [], []
-    for folder in _studies(places):
-        try:
-            report = Report.of(load_study(folder))
-            night = StudyNight.of(report)
-        except PipetuneError as error:
-            skipped.append(str(error) if str(folder) in str(error) else f"{folder}: {error}")
-            continue
-        if night is None:
-            skipped.append(f"{folder}: nothing was measured")
-        elif report.log is not None and report.log.stop is None:
-            skipped.append(f"{folder}: its search has not ended, so that its best plan is not known; --resume ends it")
-        else:
-            nights.append(night)
-    return history_of(nights, tuple(metrics), skipped)
+    found = list(_read_all(_studies(places)))
+    return history_of(
+        [night for night, _ in found if night is not None],
+        tuple(metrics),
+        [text for _, texts in found for text in texts],
+    )
+
+
+def _read_all(folders: Sequence[Path]) -> Iterable[tuple[StudyNight | None, list[str]]]:
+    """What `_read` gives of each, by all cores where there are many."""
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2 or len(folders) < _MANY:
+        return map(_read, folders)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    # What a study leaves behind is freed by reference counts.
+    with ProcessPoolExecutor(min(cores, 8), mp_context=processes, initializer=gc.disable) as pool:
+        return list(pool.map(_read, folders, chunksize=4))
+
+
+def _read(folder: Path) -> tuple[StudyNight | None, list[str]]:
+    """A study's night, if it can be shown; and what of it cannot be read, and why."""
+    try:
+        report = Report.of(load_study(folder))
+        night = StudyNight.of(report)
+    except PipetuneError as error:
+        return None, [str(error) if str(folder) in str(error) else f"{folder}: {error}"]
+    texts = list(report.unread)
+    if night is None:
+        texts += [f"{folder}: nothing was measured"] if report.machine is not None else []
+    elif report.log is not None and report.log.stop is None:
+        texts.append(f"{folder}: its search has not ended, so that its best plan is not known; --resume ends it")
+        night = None
+    return night, texts
 
 
 def write_history(history: History, folder: Path) -> None:
     """Writes a history into a folder; an earlier one there is replaced.
 
     Raises:
-        ConfigError: it cannot be written.
+        OSError: it cannot be written.
     """
-    # matplotlib takes half a second to import: who only looks at the screen need not wait for it.
-    from pipetune.tuner.report.render.html import render_html
-    from pipetune.tuner.report.render.plot import render_png
-
-    figures = [history_figures(question) for question in history.questions]
-    texts = {
-        "history.json": history.model_dump_json(indent=1) + "\n",
-        "history.md": render_markdown(whole_of(history)),
-        "history.html": render_html(page_of(history, figures)),
+    figures = {
+        f"{number}-{metric}": figure
+        for number, question in enumerate(history.questions, start=1)
+        for metric, figure in history_figures(question).items()
     }
-    pictures = {
-        f"{number}-{metric}.png": render_png(figure.chart)
-        for number, own in enumerate(figures, start=1)
-        for metric, figure in own.items()
-    }
-    write_folder(folder, texts, pictures)
+    write_documents(folder, "history", history, whole=whole_of(history), page=page_of(history), figures=figures)
 
 
 def _studies(places: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if not place.is_dir():
-            raise ConfigError(f"{place}: is no folder; name studies, or a folder of studies")
-        inner = (
-            [place]
-            if (place / CONFIG_FILE).exists()
-            else sorted(path.parent for path in place.glob(f"*/{CONFIG_FILE}"))
-        )
-        found += [folder for folder in inner if folder.resolve() not in {one.resolve() for one in found}]
+            raise ConfigError(f"{place}{written_by(place)}: is no folder; name studies, or a folder of studies")
+        own = place / StudyFile.CONFIG
+        configs = [own] if own.exists() else sorted(place.glob(f"*/{StudyFile.CONFIG}"))
+        known = {one.resolve() for one in found}
+        found += [path.parent for path in configs if path.parent.resolve() not in known]
     return found

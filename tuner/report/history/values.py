@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipetune.bench.spec import SCHEMA_VERSION, Value
+from pipetune.bench.spec import SchemaVersion, Value
 
 
 class Night(Value):
@@ -73,7 +73,7 @@ class Question(Value):
 class History(Value):
     """All of it."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     questions: tuple[Question, ...]
     skipped: tuple[str, ...] = ()
     """Folders that hold no study that can be read, and why."""

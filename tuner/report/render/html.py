@@ -7,10 +7,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipetune.tuner.report.chart import Chart
-from pipetune.tuner.report.document import Document, Part
-from pipetune.tuner.report.render.canvas import DARK, LIGHT
-from pipetune.tuner.report.render.plot import render_png
+from pipetune.bench.errors import harmless
+from pipetune.tuner.report.document import Document
+from pipetune.tuner.report.render.plot import DARK, render_png
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -20,26 +19,18 @@ def render_html(document: Document) -> str:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
+        finalize=lambda value: harmless(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"kind": _kind, "light": _light, "dark": _dark}
+    environment.filters |= {
+        "kind": lambda part: type(part).__name__,
+        "light": lambda chart: _data_uri(render_png(chart)),
+        "dark": lambda chart: _data_uri(render_png(chart, DARK)),
+    }
     return environment.get_template("page.html.j2").render(document=document)
-
-
-def _kind(part: Part) -> str:
-    """Which macro draws a part."""
-    return type(part).__name__
-
-
-def _light(chart: Chart) -> str:
-    return _data_uri(render_png(chart, LIGHT))
-
-
-def _dark(chart: Chart) -> str:
-    return _data_uri(render_png(chart, DARK))
 
 
 def _data_uri(png: bytes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from pipetune.bench.errors import harmless
 from pipetune.tuner.report import document as doc
 
 _MARKUP = re.compile(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)|~(?=~)|(?<=~)~")
@@ -12,16 +13,13 @@ _BOLD: frozenset[doc.Style] = frozenset({"strong", "good"})
 
 
 def escaped(text: str) -> str:
-    """Text in which Markdown finds no markup, table cells included; underscores within words are none."""
+    """Text on one line in which Markdown finds no markup, table cells included; underscores within words are none."""
+    text = harmless(text).replace("\n", " ")
     return _MARKUP.sub(r"\\\g<0>", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def render_markdown(document: doc.Document, *, level: int = 1) -> str:
-    """The whole text, last newline included.
-
-    Args:
-        level: of the title's heading.
-    """
+    """The whole text, last newline included; its title is a heading of this level."""
     blocks = [f"{'#' * level} {escaped(document.title)}"] if document.title else []
     blocks += [_facts(document.facts)] if document.facts else []
     return "\n\n".join((*blocks, *_blocks(document.parts, level + 1))) + "\n"
@@ -40,6 +38,8 @@ def _blocks(parts: Iterable[doc.Part], level: int) -> Iterator[str]:
             case doc.Bullets() if part.items:
                 yield "\n".join(line for item in part.items for line in _bullet(item))
             case doc.Table():
+                if part.caption:
+                    yield f"**{escaped(part.caption)}**"
                 yield _table(part)
                 if part.legend:
                     yield escaped(part.legend)
@@ -54,11 +54,11 @@ def _blocks(parts: Iterable[doc.Part], level: int) -> Iterator[str]:
                 pieces = ", ".join(f"{segment.label} {segment.text}" for segment in part.segments)
                 yield escaped(" ".join(text for text in (part.label, part.text, pieces) if text))
             case doc.Cards():
-                yield _facts((card.label, f"{card.number} {card.remark}") for card in part.cards)
+                yield _facts((label, f"{number} {remark}") for label, number, remark in part.cards)
             case doc.Split():
                 yield escaped(" · ".join(f"{device}: {layers}" for device, layers, _ in part.stages))
             case doc.Code():
-                yield f"```\n{part.text}\n```"
+                yield f"```\n{harmless(part.text)}\n```"
             case doc.Text() | doc.Bullets() | doc.Figures():
                 pass
 

@@ -1,12 +1,18 @@
-"""Charts as PNG; nothing in their text is read as mathematics."""
+"""Charts as PNG; nothing in their text is read as mathematics.
+
+Colours are those of Okabe and Ito, which people tell apart whatever their colour vision; marks differ in shape as well.
+"""
 
 from __future__ import annotations
 
+import io
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -14,7 +20,24 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pipetune.tuner.report.chart import Band, Bars, Chart, Colour, Dots, Line, Mark, Rule, Words
-from pipetune.tuner.report.render.canvas import LIGHT, PALETTE, Theme, new_figure, to_png
+
+_DPI = 160
+BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#8C8C8C"
+_PALETTE = {"blue": BLUE, "orange": ORANGE, "green": GREEN, "vermilion": VERMILION, "sky": SKY, "grey": GREY}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Theme:
+    """Colours of paper and ink."""
+
+    paper: str
+    ink: str
+    faint: str
+    plan: str
+
+
+LIGHT = Theme(paper="#ffffff", ink="#1f2328", faint="#d0d7de", plan=BLUE)
+DARK = Theme(paper="#161b22", ink="#e6edf3", faint="#3d444d", plan=SKY)
 
 
 @lru_cache(maxsize=64)
@@ -32,9 +55,8 @@ def draw(chart: Chart, theme: Theme = LIGHT) -> Figure:
     handles: dict[str, Artist] = {}
     for order, mark in enumerate(chart.marks, start=2):
         _draw(mark, axes, theme, order)
-        label = "" if isinstance(mark, Words) else mark.label
-        if label and label not in handles and not isinstance(mark, Words):
-            handles[label] = _handle(mark, theme)
+        if not isinstance(mark, Words) and mark.label and mark.label not in handles:
+            handles[mark.label] = _handle(mark, theme)
     if chart.rows:
         axes.set_yticks(range(len(chart.rows)), chart.rows, fontsize=8, parse_math=False)
         axes.set_ylim(len(chart.rows) - 0.45, -0.55)
@@ -60,6 +82,32 @@ def draw(chart: Chart, theme: Theme = LIGHT) -> Figure:
         for text in legend.get_texts():
             text.set_parse_math(False)
     return figure
+
+
+def new_figure(title: str, theme: Theme, *, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes; its size in inches, wide and high."""
+    figure = Figure(figsize=size, dpi=_DPI, facecolor=theme.paper, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor(theme.paper)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.ink, parse_math=False)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(theme.faint)
+    axes.tick_params(colors=theme.ink, labelsize=9)
+    axes.xaxis.label.set_color(theme.ink)
+    axes.yaxis.label.set_color(theme.ink)
+    axes.grid(visible=True, color=theme.faint, linewidth=0.6, alpha=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def to_png(figure: Figure) -> bytes:
+    """The bytes of a file; equal figures give equal bytes."""
+    out = io.BytesIO()
+    # `savefig` would lay it out and draw it twice.
+    FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})  # type: ignore[no-untyped-call]
+    return out.getvalue()
 
 
 def _draw(mark: Mark, axes: Axes, theme: Theme, order: int) -> None:
@@ -122,7 +170,7 @@ def _line(mark: Line | Rule, theme: Theme, width: float) -> dict[str, Any]:
 
 def _colour(name: Colour, theme: Theme) -> str:
     of_theme = {"plan": theme.plan, "ink": theme.ink, "faint": theme.faint}
-    return of_theme[name] if name in of_theme else PALETTE[name]
+    return of_theme[name] if name in of_theme else _PALETTE[name]
 
 
 def _label_bars(figure: Figure, axes: Axes, mark: Bars) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from rich import box
 from rich import table as rich
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.text import Text as RichText
 
+from pipetune.bench.errors import harmless
 from pipetune.tuner.report import document as doc
+from pipetune.tuner.report.chart import Bars, Chart
 
 _STYLES: dict[doc.Style, str] = {
     "": "",
@@ -22,12 +26,13 @@ _STYLES: dict[doc.Style, str] = {
     "faint": "dim",
     "other": "cyan",
 }
+_BAR_CELLS, _BAR_STYLES = 56, ("bold magenta", "cyan")
 
 
 def render_rich(document: doc.Document) -> RenderableType:
     """A document as rich prints it."""
-    parts: list[RenderableType] = [RichText(document.title, style="bold")] if document.title else []
-    parts += [_facts(doc.Facts(document.facts))] if document.facts else []
+    parts: list[RenderableType] = [_line(document.title, style="bold")] if document.title else []
+    parts += [_facts(document.facts)] if document.facts else []
     return Group(*parts, *_drawn(document.parts))
 
 
@@ -37,47 +42,101 @@ def _drawn(parts: tuple[doc.Part, ...]) -> Iterator[RenderableType]:
             case doc.Text():
                 yield _text(replace(part, text=f"{part.text} {part.link}") if part.link else part)
             case doc.Facts():
-                yield _facts(part)
+                yield _facts(part.items)
             case doc.Table():
-                yield _table(part)
+                if part.caption:
+                    yield _line(part.caption, style="bold")
+                yield _Grid(part)
                 if part.legend:
-                    yield RichText(part.legend, style="dim")
+                    yield _line(part.legend, style="dim")
             case doc.Bullets():
                 for item in part.items:
                     bullet = item if isinstance(item, doc.Bullet) else doc.Bullet(item)
-                    yield RichText(f"· {bullet.text}", style=_STYLES[bullet.style])
-                    yield from (Padding(RichText(text), (0, 0, 0, 2)) for text in bullet.below)
+                    yield _line(f"· {bullet.text}", style=_STYLES[bullet.style])
+                    yield from (Padding(_line(text), (0, 0, 0, 2)) for text in bullet.below)
             case doc.Section():
                 if part.heading:
-                    yield RichText(part.heading, style="bold")
+                    yield _line(part.heading, style="bold")
                 yield from _drawn(part.parts)
             case doc.Bar():
                 pieces = ", ".join(f"{segment.label} {segment.text}" for segment in part.segments)
-                yield RichText(" ".join(text for text in (part.label, part.text, pieces) if text))
+                yield _line(" ".join(text for text in (part.label, part.text, pieces) if text))
             case doc.Cards():
-                yield _facts(doc.Facts(tuple((card.label, f"{card.number} {card.remark}") for card in part.cards)))
+                yield _facts((label, f"{number} {remark}") for label, number, remark in part.cards)
             case doc.Split():
                 yield RichText(" | ".join(f"{device}: {layers}" for device, layers, _ in part.stages))
             case doc.Code():
-                yield RichText(part.text)
+                yield RichText(harmless(part.text))
             case doc.Figures():
-                pass
+                for figure in part.figures:
+                    yield from _bars(figure.chart)
+
+
+def _bars(chart: Chart) -> Iterator[RenderableType]:
+    """A chart's bars as a line of cells for each row, which bear the bars' last letters; nothing of other charts."""
+    marks = [mark for mark in chart.marks if isinstance(mark, Bars)]
+    if not marks or chart.x_range is None:
+        return
+    low, high = chart.x_range
+    rows = [[("·", "dim")] * _BAR_CELLS for _ in chart.rows]
+    for mark, style in zip(marks, itertools.cycle(_BAR_STYLES), strict=False):
+        for row, start, end, text in mark.spans:
+            first, last = (round((at - low) / (high - low) * _BAR_CELLS) for at in (start, end))
+            for cell in range(first, min(max(last, first + 1), _BAR_CELLS)):
+                rows[int(row)][cell] = (text[-1:], style)
+    names = [" ".join(name.splitlines()[:2]) for name in chart.rows]
+    yield _line(chart.title, style="bold")
+    for name, cells in zip(names, rows, strict=True):
+        yield RichText.assemble(f"{harmless(name):<{max(map(len, names))}}  ", *cells)
+    labels = ((f"{mark.label} ", style) for mark, style in zip(marks, itertools.cycle(_BAR_STYLES), strict=False))
+    yield RichText.assemble(*labels, (f"by micro-batch, over {high - low:.3g} {chart.x_label}; ·: waits", "dim"))
 
 
 def _text(cell: doc.Cell) -> RichText:
-    return RichText(cell) if isinstance(cell, str) else RichText(cell.text, style=_STYLES[cell.style])
+    return _line(cell) if isinstance(cell, str) else RichText(harmless(cell.text), style=_STYLES[cell.style])
 
 
-def _facts(facts: doc.Facts) -> rich.Table:
+def _line(text: str, style: str = "") -> RichText:
+    return RichText(harmless(text).replace("\n", " "), style=style)
+
+
+def _facts(items: Iterable[tuple[str, str]]) -> rich.Table:
     grid = rich.Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for label, text in facts.items:
-        grid.add_row(RichText(label), RichText(text))
+    for label, text in items:
+        grid.add_row(_line(label), _line(text))
     return grid
 
 
-def _table(table: doc.Table) -> rich.Table:
+class _Grid:
+    """A table that leaves out columns where a screen is too narrow, then breaks cells; it cuts none."""
+
+    def __init__(self, table: doc.Table) -> None:
+        self._table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._table
+        for spare in sorted((column for column in table.columns if column.spare), key=lambda column: -column.spare):
+            if _width(table) > options.max_width:
+                table = table.only(column.title for column in table.columns if column is not spare)
+        yield _table(table, is_narrow=_width(table) > options.max_width)
+
+
+def _width(table: doc.Table) -> int:
+    """Characters that it takes where only those cells break that may."""
+    gap = table.gap + table.ruled
+    width = -gap
+    for place, column in enumerate(table.columns):
+        cells = [cell if isinstance(cell, str) else cell.text for cell in (row.cells[place] for row in table.rows)]
+        # A column of numbers whose title may break keeps its cells whole.
+        whole = cells if column.wrap == "narrow" and column.align == "right" else [column.title, *cells]
+        fixed = 0 if column.wrap != "no" and column.align == "left" else max(map(cell_len, whole), default=0)
+        width += max(fixed, column.min_width) + gap
+    return width
+
+
+def _table(table: doc.Table, *, is_narrow: bool) -> rich.Table:
     grid = rich.Table(
         box=box.SIMPLE_HEAD if table.ruled else None,
         padding=(0, table.gap, 0, 0),
@@ -87,9 +146,9 @@ def _table(table: doc.Table) -> rich.Table:
     )
     for column in table.columns:
         grid.add_column(
-            RichText(column.title),
+            _line(column.title),
             justify=column.align,
-            no_wrap=column.wrap == "no",
+            no_wrap=column.wrap == "no" and not is_narrow,
             overflow="fold",
             min_width=column.min_width or None,
         )

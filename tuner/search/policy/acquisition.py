@@ -77,12 +77,8 @@ def even_weights(count: int) -> Floats | None:
 def tchebycheff(costs: Floats, sds: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """One cost of several: `max(w · c) + 0.05 · Σ (w · c)`, and its standard deviation to first order.
 
+    `costs` and `sds` are `[plan, objective]`, scaled to a like range; `weights` are `[objective]`, summing to one.
     J. Knowles, ParEGO: a hybrid algorithm with on-line landscape approximation, 2006, eq. 2.
-
-    Args:
-        costs: `[plan, objective]`, scaled to a like range.
-        sds: of the same shape.
-        weights: `[objective]`, summing to one.
     """
     weighted = costs * weights
     mean: Floats = weighted.max(axis=1) + AUGMENTATION * weighted.sum(axis=1)
@@ -92,11 +88,8 @@ def tchebycheff(costs: Floats, sds: Floats, weights: Floats) -> tuple[Floats, Fl
 
 
 def ranges(costs: Floats) -> tuple[Floats, Floats]:
-    """Least cost of each objective, and how far it rises over the plans that are best in one objective each.
-
-    Args:
-        costs: `[plan, objective]`.
-    """
+    """The least of each objective in costs `[plan, objective]`, and how far it rises over the plans that are best in
+    one objective each."""
     least = costs.min(axis=0)
     corners = costs[costs.argmin(axis=0)]
     spans = corners.max(axis=0) - least

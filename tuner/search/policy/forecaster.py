@@ -10,22 +10,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.predictor import PredictedMetrics, Predictor
 from pipetune.tuner.planning.simulation.model import CostModel
-from pipetune.tuner.search.policy.acquisition import Floats, chance_kept, log_cost
-from pipetune.tuner.search.policy.forecast import Forecast
+from pipetune.tuner.search.policy.acquisition import Floats, chance_kept, log_cost, ranges, tchebycheff
 from pipetune.tuner.search.policy.history import History, PlanHistory, kinds_of
 from pipetune.tuner.search.policy.refine import Refiner
-from pipetune.tuner.search.space.candidates import Candidate, candidates
 from pipetune.tuner.search.space.resolver import Resolver
-from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.search.space.space import Candidate, Point, SearchSpace, candidates
+
+Bools = npt.NDArray[np.bool_]
 
 SHORTLIST, OF_EACH_KIND = 300, 12
 REFINED_CLASSES, REFINEMENTS = 2, 24
@@ -39,6 +41,56 @@ _RATES = ("output_throughput", "total_token_throughput")
 """Predicted in any case, to be shown."""
 _HOPELESS = 0.02
 """Plans that keep the constraints with less probability come last."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Forecast:
+    """What the refitted model makes of plans: the candidates looked at, then what ran and is none of them."""
+
+    effective: tuple[EffectivePlan, ...]
+    points: tuple[Point | None, ...]
+    """None for what ran and is no candidate."""
+    is_open: Bools
+    """Whether a candidate may be proposed: it is new, and nothing that happened to plans like it rules it out."""
+    was_measured: Bools
+    costs: Floats
+    """`[plan, objective]`, logs, less is better."""
+    sds: Floats
+    """`[plan, objective]`, standard deviations of the costs."""
+    kept: Floats
+    """Probability that every constraint is kept; 1 or 0 for what ran."""
+    works: Floats
+    """Probability that a run ends in a measurement; of use for comparing plans."""
+    metrics: PredictedMetrics
+    noise: float
+    """Relative standard deviation of a repeated run."""
+
+    @cached_property
+    def _ranges(self) -> tuple[Floats, Floats]:
+        return ranges(self.costs)
+
+    @cached_property
+    def _scaled(self) -> tuple[Floats, Floats]:
+        least, spans = self._ranges
+        return (self.costs - least) / spans, self.sds / spans
+
+    def margin(self, weights: Floats | None) -> float:
+        """The noise of a run, in the cost that `scalar` makes."""
+        return self.noise if weights is None else self.noise * float(np.linalg.norm(weights / self._ranges[1]))
+
+    def scalar(self, weights: Floats | None) -> tuple[Floats, Floats]:
+        """One cost of each plan and its deviation; the log itself, and no weights, for a single objective."""
+        return (self.costs[:, 0], self.sds[:, 0]) if weights is None else tchebycheff(*self._scaled, weights)
+
+    def worth(self, cost: Floats) -> Floats:
+        """What a run of each plan promises, doubt left aside: less where it may fail or break a constraint."""
+        value: Floats = np.exp(np.min(cost) - cost) * self.kept * self.works
+        return value
+
+    def incumbent(self, cost: Floats) -> int | None:
+        """Place of the best plan that was measured and keeps the constraints, its luck smoothed out by the model."""
+        among = self.was_measured & (self.kept > 0.5)
+        return int(np.argmin(np.where(among, cost, np.inf))) if among.any() else None
 
 
 class Forecaster:
@@ -67,8 +119,7 @@ class Forecaster:
         """Whether nothing predicts one of the objectives."""
         self._predicted = tuple(name for name in wanted if name in known)
         self._accounted = tuple(name for name in wanted if name in MEMORY_METRICS)
-        self._needed: dict[str, dict[str, int]] = {}
-        self._orders: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._orders: dict[int, list[list[int]]] = {}
         """Candidates from the best on for each objective, by the number of observations, a power of two."""
         self._last: tuple[int, Predictor] | None = None
 
@@ -77,49 +128,58 @@ class Forecaster:
         """How many plans a search may choose among, further partitions apart."""
         return len(self._candidates)
 
-    def needed(self, effective: EffectivePlan) -> dict[str, int]:
-        """Accounted bytes by device."""
-        key = effective.key
-        if key not in self._needed:
-            self._needed[key] = self._resolve.needed_bytes(effective)
-        return self._needed[key]
-
     def works(self, effective: EffectivePlan, history: History) -> float:
         """Probability that a run ends in a measurement; of use for comparing plans."""
-        fits = history.chance_to_fit(self.needed(effective)) if history.out_of_memory else 1.0
+        fits = history.chance_to_fit(self._resolve.needed_bytes(effective)) if history.out_of_memory else 1.0
         return fits * history.chance_to_work(effective.plan) if fits else 0.0
 
     def predict(self, history: History, effective: EffectivePlan) -> tuple[dict[str, float], dict[str, float]]:
         """Metrics of one plan after these records, and their relative deviations."""
         return self._predictor(history).predict([_pair(effective)]).of(0)
 
-    def forget(self) -> None:
-        """Forgets what was made of other records."""
-        self._orders.clear()
-        self._last = None
-
     def look(self, history: History) -> Forecast:
-        """What is to be thought of plans after these records."""
+        """What is to be thought of plans after these records, with what was measured of them beside it."""
         predictor = self._predictor(history)
-        count = len(history.observations)
-        doubled = 1 << (count.bit_length() - 1) if count else 0
-        if doubled not in self._orders:
-            then = predictor if doubled == count else self._fit(history.observations[:doubled])
-            self._orders[doubled] = self._order(then)
-        chosen = [self._candidates[index] for index in self._shortlist(self._orders[doubled], history)]
-        metrics = self._predict(predictor, [one.effective for one in chosen])
-        if count:
-            further = self._refine(predictor.model, chosen, metrics, history)
-            metrics = metrics.joined(self._predict(predictor, [one.effective for one in further]))
-            chosen += further
+        chosen, metrics = self._choose(predictor, history)
         keys = {one.effective.key for one in chosen}
         others = [
             known.effective
             for key, known in history.plans.items()
             if known.runs and known.effective is not None and key not in keys
         ]
-        metrics = metrics.joined(self._predict(predictor, others))
-        return self._forecast(predictor, history, chosen, others, metrics)
+        effective = [*(one.effective for one in chosen), *others]
+        runs = [history.plans.get(one.key) or PlanHistory(effective=one) for one in effective]
+        metrics = self._scaled_memory(metrics.joined(self._predict(predictor, others)), runs)
+        costs, sds = self._costs(metrics, runs, predictor.noise)
+        return Forecast(
+            effective=tuple(effective),
+            points=(*(one.point for one in chosen), *([None] * len(others))),
+            is_open=np.array([*(self._is_open(one, history) for one in chosen), *([False] * len(others))], dtype=bool),
+            was_measured=np.array(
+                [all(known.value(name) is not None for name in self._objectives) for known in runs], dtype=bool
+            ),
+            costs=costs,
+            sds=sds,
+            kept=self._kept(metrics, runs),
+            works=np.array([self.works(one, history) for one in effective]),
+            metrics=metrics,
+            noise=predictor.noise,
+        )
+
+    def _choose(self, predictor: Predictor, history: History) -> tuple[list[Candidate], PredictedMetrics]:
+        """Candidates to look at, and what is predicted of them."""
+        count = len(history.observations)
+        doubled = 1 << (count.bit_length() - 1) if count else 0
+        if doubled not in self._orders:
+            then = predictor if doubled == count else self._fit(history.observations[:doubled])
+            self._orders[doubled] = self._best_first(self._predict(then, [one.effective for one in self._candidates]))
+        chosen = [self._candidates[index] for index in self._shortlist(self._orders[doubled], history)]
+        metrics = self._predict(predictor, [one.effective for one in chosen])
+        if count:
+            further = self._refine(predictor.model, chosen, metrics, history)
+            metrics = metrics.joined(self._predict(predictor, [one.effective for one in further]))
+            chosen += further
+        return chosen, metrics
 
     def _predictor(self, history: History) -> Predictor:
         count = len(history.observations)
@@ -128,7 +188,7 @@ class Forecaster:
         return self._last[1]
 
     def _fit(self, observations: Sequence[Observation]) -> Predictor:
-        return Predictor.fit(self._model, [*self._prior, *observations], metrics=self._predicted)
+        return Predictor(self._model, [*self._prior, *observations], metrics=self._predicted)
 
     def _predict(self, predictor: Predictor, effective: Sequence[EffectivePlan]) -> PredictedMetrics:
         """What is predicted and accounted of plans, whatever ran."""
@@ -139,12 +199,10 @@ class Forecaster:
             sd[name] = np.full(len(effective), _MEMORY_SD)
         return replace(found, mean=mean, relative_sd=sd)
 
-    def _order(self, predictor: Predictor) -> tuple[tuple[int, ...], ...]:
-        """For each objective, all candidates from the best on, those last that hardly keep the constraints."""
-        metrics = self._predict(predictor, [one.effective for one in self._candidates])
+    def _best_first(self, metrics: PredictedMetrics) -> list[list[int]]:
+        """For each objective, places from the best on, those last that hardly keep the constraints."""
         hopeless = self._chance_kept(metrics) < _HOPELESS
-        costs = [self._cost(name, metrics)[0] for name in self._objectives]
-        return tuple(tuple(np.lexsort((cost, hopeless)).tolist()) for cost in costs)
+        return [np.lexsort((self._cost(name, metrics)[0], hopeless)).tolist() for name in self._objectives]
 
     def _shortlist(self, orders: Sequence[Sequence[int]], history: History) -> list[int]:
         """Candidates that ran, and the most promising open ones: of all, and of each kind."""
@@ -165,55 +223,19 @@ class Forecaster:
     ) -> list[Candidate]:
         """Partitions that the space does not list, for the devices and sizes of the most promising candidates."""
         further: dict[str, Candidate] = {}
-        kept = self._chance_kept(metrics)
-        for name in self._objectives:
-            cost = self._cost(name, metrics)[0]
-            classes: set[object] = set()
-            for place in np.lexsort((cost, kept < _HOPELESS)).tolist():
-                kind = self._refiner.class_of(chosen[place])
-                if kind in classes:
-                    continue
-                classes.add(kind)
-                if len(classes) > max(1, REFINED_CLASSES // len(self._objectives)):
-                    break
-                if self._refiner.is_whole(chosen[place]):
-                    continue
-                for candidate in self._refiner.best(chosen[place], model, limit=REFINEMENTS):
+        for order in self._best_first(metrics):
+            firsts: dict[object, Candidate] = {}
+            for place in order:
+                firsts.setdefault(self._refiner.class_of(chosen[place]), chosen[place])
+            for first in list(firsts.values())[: max(1, REFINED_CLASSES // len(self._objectives))]:
+                found = () if self._refiner.is_whole(first) else self._refiner.best(first, model, limit=REFINEMENTS)
+                for candidate in found:
                     further.setdefault(candidate.effective.key, candidate)
         known = set(self._keys)
         return [one for key, one in further.items() if key not in known and self._is_open(one, history)]
 
     def _is_open(self, candidate: Candidate, history: History) -> bool:
         return history.is_open(candidate.effective.key) and self.works(candidate.effective, history) > 0
-
-    def _forecast(
-        self,
-        predictor: Predictor,
-        history: History,
-        chosen: Sequence[Candidate],
-        others: Sequence[EffectivePlan],
-        metrics: PredictedMetrics,
-    ) -> Forecast:
-        """Puts what was measured beside what is predicted."""
-        effective = [*(one.effective for one in chosen), *others]
-        runs = [history.plans.get(one.key) for one in effective]
-        metrics = self._scaled_memory(metrics, runs)
-        costs, sds = self._costs(metrics, runs, predictor.noise)
-        return Forecast(
-            effective=tuple(effective),
-            points=(*(one.point for one in chosen), *([None] * len(others))),
-            is_open=np.array([*(self._is_open(one, history) for one in chosen), *([False] * len(others))], dtype=bool),
-            was_measured=np.array([self._is_measured(known) for known in runs], dtype=bool),
-            costs=costs,
-            sds=sds,
-            kept=self._kept(metrics, runs),
-            works=np.array([self.works(one, history) for one in effective]),
-            metrics=metrics,
-            predictor=predictor,
-        )
-
-    def _is_measured(self, known: PlanHistory | None) -> bool:
-        return known is not None and all(known.value(name) is not None for name in self._objectives)
 
     def _cost(self, name: str, metrics: PredictedMetrics) -> tuple[Floats, Floats]:
         """Cost of one objective, as predicted, with its deviation."""
@@ -222,18 +244,15 @@ class Forecaster:
             return log_cost(_PROXY, proxy), np.full_like(proxy, _PROXY_SD)
         return log_cost(name, metrics.mean[name]), metrics.relative_sd[name].copy()
 
-    def _costs(
-        self, metrics: PredictedMetrics, runs: Sequence[PlanHistory | None], noise: float
-    ) -> tuple[Floats, Floats]:
+    def _costs(self, metrics: PredictedMetrics, runs: Sequence[PlanHistory], noise: float) -> tuple[Floats, Floats]:
         """What is predicted; of plans that ran without teaching the model anything, what was measured."""
         costs, sds = [], []
         for name in self._objectives:
             cost, sd = self._cost(name, metrics)
             for place, known in enumerate(runs):
-                value = known.value(name) if known is not None else None
-                if known is None or value is None or name not in metrics.mean:
-                    continue
-                if not known.observed or name in self._accounted:
+                value = known.value(name)
+                is_seen = known.observed and name not in self._accounted
+                if value is not None and name in metrics.mean and not is_seen:
                     cost[place] = float(log_cost(name, np.array(value)))
                     sd[place] = noise / math.sqrt(len(known.runs))
             costs.append(cost)
@@ -247,41 +266,36 @@ class Forecaster:
                 kept *= chance_kept(limit, metrics.mean[limit.metric], metrics.relative_sd[limit.metric])
         return kept
 
-    def _kept(self, metrics: PredictedMetrics, runs: Sequence[PlanHistory | None]) -> Floats:
+    def _kept(self, metrics: PredictedMetrics, runs: Sequence[PlanHistory]) -> Floats:
         kept = self._chance_kept(metrics)
         for place, known in enumerate(runs):
-            if known is not None and known.runs:
+            if known.runs:
                 values = [(limit, known.value(limit.metric)) for limit in self._constraints]
                 kept[place] = float(all(value is not None and limit.excess(value) <= 0 for limit, value in values))
         return kept
 
-    def _scaled_memory(self, metrics: PredictedMetrics, runs: Sequence[PlanHistory | None]) -> PredictedMetrics:
+    def _scaled_memory(self, metrics: PredictedMetrics, runs: Sequence[PlanHistory]) -> PredictedMetrics:
         """Memory by the accounting, times what the measured plans needed of it."""
         mean = dict(metrics.mean)
         for name in self._accounted:
             ratios = []
             for place, known in enumerate(runs):
-                value = known.value(name) if known is not None else None
+                value = known.value(name)
                 if value and mean[name][place] > 0:
                     ratios.append(value / mean[name][place])
             mean[name] = mean[name] * (float(np.median(ratios)) if ratios else 1.0)
         return replace(metrics, mean=mean)
 
     def _account(self, name: str, effective: EffectivePlan) -> float:
-        needed = self.needed(effective)
+        needed, plan = self._resolve.needed_bytes(effective), effective.plan
         if name == "peak_memory_bytes":
             return float(max(needed.values()))
-        fractions = _fractions(effective.plan)
-        return max(need / (fractions[device] * self._resolve.device_bytes[device]) for device, need in needed.items())
-
-
-def _fractions(plan: Plan) -> dict[str, float]:
-    """Share of each device's memory that its stage may take."""
-    return {
-        device: stage.memory_fraction
-        for replica in range(plan.replicas)
-        for device, stage in zip(plan.replica(replica).devices, plan.stages, strict=True)
-    }
+        caps = {
+            device: stage.cap_bytes(self._resolve.device_bytes[device])
+            for replica in range(plan.replicas)
+            for device, stage in zip(plan.replica(replica).devices, plan.stages, strict=True)
+        }
+        return max(need / caps[device] for device, need in needed.items())
 
 
 def _pair(effective: EffectivePlan) -> tuple[Plan, int]:

@@ -6,28 +6,24 @@ Plans that would run the same way are one, whatever points proposed them. It gro
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipetune.bench import metrics
-from pipetune.bench.record import Failure, FailureKind, Measurement, Record
+from pipetune.bench.record import TRANSIENT, Failure, FailureKind, Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.planning.calibration.observation import Observation, observe
 from pipetune.tuner.search.space.resolver import Resolver, identity
 from pipetune.tuner.search.space.space import Point, SearchSpace
 from pipetune.tuner.study.files import was_interrupted
 
-TRANSIENT = frozenset({FailureKind.WORKER_DIED, FailureKind.WORKER_HUNG, FailureKind.COMMUNICATION_TIMEOUT})
-"""Failures that may not come again."""
-MEMORY = frozenset({FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY})
+OVER_MEMORY = frozenset({FailureKind.OVER_MEMORY_CAP, FailureKind.OUT_OF_MEMORY})
 
 ENOUGH_BROKE = 2
 """Failures that condemn a trait of plans, where no plan with it has worked."""
-
-Lessons = dict[int, tuple[Record, Observation | None]]
-"""What records teach, by their `id`; the record is held, so that the `id` stays its own."""
 
 
 @dataclass(kw_only=True)
@@ -45,7 +41,8 @@ class PlanHistory:
     @property
     def point(self) -> Point | None:
         """The first that the search proposed for it."""
-        return next((point_of(record) for record in self.records if record.role == "trial" and record.params), None)
+        params = next((record.params for record in self.records if record.role == "trial" and record.params), None)
+        return {name: int(value) for name, value in params.items()} if params else None
 
     @property
     def finished(self) -> list[Record]:
@@ -54,9 +51,8 @@ class PlanHistory:
 
     @property
     def is_due(self) -> bool:
-        """Whether it was only ever stopped, or lost its workers once: a second chance, no third."""
-        finished = self.finished
-        return not finished or (len(finished) == 1 and is_lost(finished[0]))
+        """Whether it has a chance left."""
+        return is_due(self.records)
 
     def value(self, metric: str) -> float | None:
         """Median over the runs."""
@@ -75,13 +71,14 @@ class History:
         self.plans: dict[str, PlanHistory] = {}
         """Plans by identity, in the order of their first records."""
         self.observations: list[Observation] = []
-        self.counted = 0
-        """Trials that count against the budget: neither stopped ones, nor refusals, nor a first loss of workers."""
+        self._lessons: list[Observation | None] = []
+        """What each record teaches."""
         self.refused = 0
         self.replicates = 0
         """Runs of plans that were measured already."""
         self.marks: list[int] = []
-        """How many records there were once each counted trial had its own."""
+        """How many records there were once each trial that counts against the budget had its own: neither stopped ones
+        count, nor refusals, nor a first loss of workers."""
         self.out_of_memory: dict[str, int] = {}
         """Least accounted bytes of a plan that ran out of memory, by device."""
         self.fitted: Counter[str] = Counter()
@@ -91,28 +88,25 @@ class History:
         self.broke: Counter[tuple[str, object]] = Counter()
         """Runs that failed for another reason than memory, by traits of plans."""
 
+    @property
+    def counted(self) -> int:
+        """How many trials count against the budget."""
+        return len(self.marks)
+
     def is_extended_by(self, records: Sequence[Record]) -> bool:
         """Whether these are the records known, and perhaps more."""
-        return len(records) >= len(self.records) and all(
-            known is record for known, record in zip(self.records, records, strict=False)
-        )
+        return len(records) >= len(self.records) and all(map(operator.is_, self.records, records))
 
-    def extend(self, records: Sequence[Record], lessons: Lessons) -> None:
-        """Reads the records beyond those known.
-
-        Args:
-            lessons: what is known already of what records teach; filled.
-        """
+    def extend(self, records: Sequence[Record]) -> None:
+        """Reads the records beyond those known."""
         for record in records[len(self.records) :]:
-            self.records.append(record)
-            if record.spec is None or record.role == "bench":
-                continue
-            self._note(record, _lesson(record, lessons))
+            self._read(record, observe(record))
 
-    def until(self, count: int, lessons: Lessons) -> History:
+    def until(self, count: int) -> History:
         """The history as it was when there were so many records."""
         before = History(self._space, self._resolve)
-        before.extend(self.records[:count], lessons)
+        for record, lesson in zip(self.records[:count], self._lessons[:count], strict=True):
+            before._read(record, lesson)
         return before
 
     def take(self, points: Collection[Point]) -> None:
@@ -125,39 +119,24 @@ class History:
         known = self.plans.get(key)
         return key not in self.taken and (known is None or known.is_due)
 
-    def of(self, plan: Plan) -> PlanHistory | None:
-        """The plan's runs; None where it never ran."""
-        return self.plans.get(identity(plan, self._resolve(plan)))
-
     def is_new(self, point: Point, *, most_refused: int) -> bool:
         """Whether the point's plan is worth a run: it never ended, lost its workers once, or was never tried.
 
-        Args:
-            most_refused: refusals cost no time, but shall not go on for ever.
+        Refusals cost no time, but shall not go on for ever: there may be `most_refused`.
         """
         plan = self._space.plan(point)
         resolved = self._resolve(plan)
-        key = identity(plan, resolved)
-        known = self.plans.get(key)
-        if known is not None and known.finished:
-            return self.is_open(key)
-        if key in self.taken:
-            return False
-        return isinstance(resolved, EffectivePlan) or self.refused < most_refused
+        may_run = isinstance(resolved, EffectivePlan) or self.refused < most_refused
+        return may_run and self.is_open(identity(plan, resolved))
 
-    def due_again(self) -> Point | None:
-        """The first point whose run was stopped or lost its workers, and that has a chance left."""
-        for key, known in self.plans.items():
-            if known.is_due and known.point is not None and key not in self.taken:
-                return known.point
-        return None
+    def due_again(self) -> PlanHistory | None:
+        """The first plan of the search's whose run was stopped or lost its workers, and that has a chance left."""
+        return next((known for key, known in self.plans.items() if known.point and self.is_open(key)), None)
 
     def chance_to_work(self, plan: Plan) -> float:
         """A guess from plans that share traits, of use for comparing plans.
 
-        Returns:
-            The product of `(worked + 1) / (worked + broke + 1)` over the traits; 0 where all that share one broke and
-            others worked.
+        The product of `(worked + 1) / (worked + broke + 1)` over them; 0 where all that share one broke, others not.
         """
         if not self.broke:
             return 1.0
@@ -172,12 +151,8 @@ class History:
         return self.broke[trait] >= ENOUGH_BROKE and not self.worked[trait] and others
 
     def chance_to_fit(self, needed: Mapping[str, int]) -> float:
-        """How likely a plan has memory enough: on each device the limit may lie anywhere between what was enough and
-        what was too much.
-
-        Args:
-            needed: accounted bytes by device.
-        """
+        """How likely a plan that needs so many accounted bytes by device has memory enough: the limit of each may lie
+        anywhere between what was enough and what was too much."""
         chance = 1.0
         for device, too_much in self.out_of_memory.items():
             enough, wanted = self.fitted[device], needed.get(device, 0)
@@ -185,54 +160,45 @@ class History:
                 chance *= max(0.0, (too_much - wanted) / (too_much - enough)) if too_much > enough else 0.0
         return chance
 
-    def _note(self, record: Record, observation: Observation | None) -> None:
-        assert record.spec is not None
-        plan = record.spec.plan
+    def _read(self, record: Record, lesson: Observation | None) -> None:
+        self.records.append(record)
+        self._lessons.append(lesson)
+        if record.spec is None or record.role == "bench":
+            return
+        plan, result = record.spec.plan, record.result
         resolved = record.effective or self._resolve(plan)
         effective = resolved if isinstance(resolved, EffectivePlan) else None
         known = self.plans.setdefault(identity(plan, resolved), PlanHistory(effective=effective))
-        first_loss = is_lost(record) and not known.finished
-        if record.role == "trial" and known.runs:
+        is_trial = record.role == "trial"
+        comes_again = was_interrupted(record) or (is_lost(record) and not known.finished)
+        if is_trial and known.runs:
             self.replicates += 1
         known.records.append(record)
-        result = record.result
         if isinstance(result, Measurement):
             known.runs.append(metrics.derive(result))
             self.worked.update(traits(plan))
-            self._note_fit(effective)
-        elif not was_interrupted(record) and not first_loss:
-            self._note_failure(record, plan, result)
-        if observation is not None:
-            self.observations.append(observation)
+            for device, wanted in (self._resolve.needed_bytes(effective) if effective else {}).items():
+                self.fitted[device] = max(self.fitted[device], wanted)
+        elif not comes_again:
+            self._note_failure(record.effective, plan, result)
+        if lesson is not None:
+            self.observations.append(lesson)
             known.observed = True
-        if record.role != "trial":
-            return
-        if is_refusal(record):
+        over_cap = isinstance(result, Failure) and result.kind == FailureKind.OVER_MEMORY_CAP
+        if is_trial and over_cap and record.effective is None:
             self.refused += 1
-        elif not was_interrupted(record) and not first_loss:
-            self.counted += 1
+        elif is_trial and not comes_again:
             self.marks.append(len(self.records))
 
-    def _note_fit(self, effective: EffectivePlan | None) -> None:
-        needed = {} if effective is None else self._resolve.needed_bytes(effective)
-        for device, wanted in needed.items():
-            self.fitted[device] = max(self.fitted[device], wanted)
-
-    def _note_failure(self, record: Record, plan: Plan, failure: Failure) -> None:
-        if failure.kind not in MEMORY:
+    def _note_failure(self, effective: EffectivePlan | None, plan: Plan, failure: Failure) -> None:
+        if failure.kind not in OVER_MEMORY:
             self.broke.update(traits(plan))
-        elif record.effective is not None:
-            needed = self._resolve.needed_bytes(record.effective)
+        elif effective is not None:
+            needed = self._resolve.needed_bytes(effective)
             device = failure.device
             if device not in needed:
                 device = max(needed, key=lambda name: needed[name])
             self.out_of_memory[device] = min(needed[device], self.out_of_memory.get(device, needed[device]))
-
-
-def _lesson(record: Record, lessons: Lessons) -> Observation | None:
-    if id(record) not in lessons:
-        lessons[id(record)] = (record, observe(record))
-    return lessons[id(record)][1]
 
 
 def kinds_of(plan: Plan, num_devices: int) -> tuple[tuple[str, int], ...]:
@@ -258,17 +224,12 @@ def traits(plan: Plan) -> tuple[tuple[str, object], ...]:
     )
 
 
-def point_of(record: Record) -> Point:
-    """What the search proposed."""
-    return {name: int(value) for name, value in (record.params or {}).items()}
-
-
 def is_lost(record: Record) -> bool:
     """Whether the run lost its workers, which may have been chance."""
     return isinstance(record.result, Failure) and record.result.kind in TRANSIENT
 
 
-def is_refusal(record: Record) -> bool:
-    """Whether a plan was found too large before it ran."""
-    result = record.result
-    return isinstance(result, Failure) and result.kind == FailureKind.OVER_MEMORY_CAP and record.effective is None
+def is_due(records: Sequence[Record]) -> bool:
+    """Whether what these are runs of was only ever stopped, or lost its workers once: a second chance, no third."""
+    finished = [record for record in records if not was_interrupted(record)]
+    return not finished or (len(finished) == 1 and is_lost(finished[0]))

@@ -8,7 +8,7 @@ that is nearest: it means the same plan for ever, and TPE sees the neighbour.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,8 @@ from pipetune.bench.spec import EffectivePlan
 from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions, count_partitions
 from pipetune.tuner.planning.partition.stage_table import stage_seconds
 from pipetune.tuner.planning.simulation.model import CostModel
-from pipetune.tuner.search.space.candidates import Candidate
 from pipetune.tuner.search.space.resolver import Resolver
-from pipetune.tuner.search.space.space import Point, SearchSpace, cut_name
+from pipetune.tuner.search.space.space import Candidate, Point, SearchSpace, cut_name
 
 _Class = tuple[int, int, tuple[int, ...]]
 """Replicas, stages and the order of the devices."""
@@ -35,7 +34,9 @@ class Refiner:
         ranks: dict[_Class, list[int]] = {}
         for rank in range(1, len(space.partitions) + 1):
             ranks.setdefault(self._class_of({"partition_rank": rank}), []).append(rank)
-        self._listed = {kind: (own, self._cuts_of(own)) for kind, own in ranks.items()}
+        self._listed = {
+            kind: (own, np.array([_cuts(space.partitions[rank - 1]) for rank in own])) for kind, own in ranks.items()
+        }
         """Ranks, and their cuts `[partition, cut]`."""
         self._cut_names = tuple(cut_name(index) for index in range(1, max(map(len, space.partitions))))
 
@@ -55,12 +56,8 @@ class Refiner:
 
     def nearest_ranks(self, partition: Partition) -> tuple[int, ...]:
         """Ranks nearest to a partition: one for each number of replicas and order of the devices."""
-        cuts = np.cumsum(partition[:-1], dtype=int)
-        return tuple(
-            ranks[int(np.abs(listed - cuts).sum(axis=1).argmin())]
-            for (_, stages, _), (ranks, listed) in self._listed.items()
-            if stages == len(partition)
-        )
+        kinds = [kind for kind in self._listed if kind[1] == len(partition)]
+        return tuple(self._nearest(kind, _cuts(partition))[0] for kind in kinds)
 
     def best(self, candidate: Candidate, model: CostModel, *, limit: int) -> Iterator[Candidate]:
         """The best partitions for a candidate's devices and sizes that fit into memory, listed ones among them."""
@@ -83,20 +80,24 @@ class Refiner:
 
     def point(self, point: Point, partition: Partition) -> Point:
         """A point of the same devices, sizes and switches, with another partition."""
-        cuts = np.cumsum(partition[:-1], dtype=int)
-        ranks, listed = self._listed[self._class_of(point)]
-        distances = np.abs(listed - cuts).sum(axis=1)
-        nearest = int(distances.argmin())
+        cuts = _cuts(partition)
+        rank, distance = self._nearest(self._class_of(point), cuts)
         plain = {name: value for name, value in point.items() if name not in self._cut_names}
-        plain["partition_rank"] = ranks[nearest]
-        if distances[nearest] == 0:
-            return plain
-        return plain | dict(zip(self._cut_names, cuts.tolist(), strict=False))
+        own = dict(zip(self._cut_names, cuts.tolist(), strict=False)) if distance else {}
+        return plain | {"partition_rank": rank} | own
 
-    def _cuts_of(self, ranks: Sequence[int]) -> npt.NDArray[np.int_]:
-        return np.array([np.cumsum(self._space.partitions[rank - 1][:-1], dtype=int) for rank in ranks])
+    def _nearest(self, kind: _Class, cuts: npt.NDArray[np.int_]) -> tuple[int, int]:
+        """Rank of the listed partition whose cuts are nearest, and their distance in layers."""
+        ranks, listed = self._listed[kind]
+        distances = np.abs(listed - cuts).sum(axis=1)
+        place = int(distances.argmin())
+        return ranks[place], int(distances[place])
 
     def _class_of(self, point: Point) -> _Class:
         rank = point["partition_rank"]
         order = self._space.orders[rank - 1] if self._space.orders else ()
         return self._space.replicas_of(point), len(self._space.partitions[rank - 1]), order
+
+
+def _cuts(partition: Partition) -> npt.NDArray[np.int_]:
+    return np.cumsum(partition[:-1], dtype=int)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 
 import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.search.space.space import Point, SearchSpace
-from pipetune.tuner.search.trial_codec import distributions
 
 _STARTUP_TRIALS = 4
 _DRAWS = 64
 """Proposals drawn until one is new; then any new point is taken."""
+
+
+def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """The dimensions of a space, as Optuna describes them."""
+    return {name: IntDistribution(low, high, log=log) for name, (low, high, log) in space.dimensions().items()}
 
 
 class TpePolicy:
@@ -47,17 +53,10 @@ class TpePolicy:
         sampler = optuna.samplers.TPESampler(
             seed=seed, multivariate=True, constant_liar=False, n_startup_trials=_STARTUP_TRIALS
         )
-        for _ in range(_DRAWS):
-            point = self._draw(sampler, study)
-            if is_new(point):
-                return point
-        rng = random.Random(seed)
-        dimensions = self._space.dimensions()
-        for _ in range(_DRAWS):
-            point = {name: rng.randint(low, high) for name, (low, high, _) in dimensions.items()}
-            if is_new(point):
-                return point
-        return next((point for point in self._space.points() if is_new(point)), None)
+        rng, dimensions = random.Random(seed), self._space.dimensions()
+        liked = (self._draw(sampler, study) for _ in range(_DRAWS))
+        drawn = ({name: rng.randint(low, high) for name, (low, high, _) in dimensions.items()} for _ in range(_DRAWS))
+        return next(filter(is_new, itertools.chain(liked, drawn, self._space.points())), None)
 
     def _draw(self, sampler: optuna.samplers.BaseSampler, study: Study) -> Point:
         trial = create_trial(state=TrialState.RUNNING)

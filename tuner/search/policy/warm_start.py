@@ -7,13 +7,14 @@ has not measured itself.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipetune.bench.errors import StudyError
 from pipetune.bench.files import write_durably
 from pipetune.bench.record import Machine
-from pipetune.bench.spec import SCHEMA_VERSION, ModelSpec, Plan, Value, Workload
+from pipetune.bench.spec import ModelSpec, Plan, SchemaVersion, Value, Workload
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.calibration.observation import Observation, observe
 from pipetune.tuner.ranking.rank import rank
@@ -27,12 +28,16 @@ BEST_PLANS = 3
 """Taken of each earlier study."""
 MOST_OBSERVATIONS = 30
 """Taken of each: the last ones, which are most like today."""
+_RUNS_ALIKE = operator.attrgetter(
+    "layer_counts", "devices", "replicas", "micro_batch_size", "prefill_size", "prefill_chunk_size", "compile"
+)
+"""What is equal of two plans that differ in their caps and the switches that a study sets for all."""
 
 
 class WarmStart(Value):
     """What a study begins with; kept beside it as `warm_start.json`, so that a resume begins with the same."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = 1
     folders: tuple[str, ...] = ()
     prior: tuple[Observation, ...] = ()
     first: tuple[dict[str, int], ...] = ()
@@ -42,12 +47,9 @@ class WarmStart(Value):
 
 
 def warm_start(
-    path: Path, config: TuneConfig, *, model: ModelSpec, machine: Machine, space: SearchSpace, resolve: Resolver
+    path: Path, config: TuneConfig, model: ModelSpec, machine: Machine, space: SearchSpace, resolve: Resolver
 ) -> WarmStart:
     """What the earlier studies of `config.warm_start` give, as kept in `path` or read now and kept there.
-
-    Args:
-        model: as the fleet resolved it.
 
     Raises:
         StudyError: a folder holds no study, or one that cannot be read.
@@ -75,14 +77,18 @@ def read_warm_start(
             earlier = load_study(_place(folder))
         except StudyError as error:
             raise StudyError(f"warm_start: {error}") from None
+        if earlier.machine is None or earlier.shape is None:
+            raise StudyError(f"warm_start: {earlier.unread[-1]}")
         if earlier.shape != resolve.shape:
             said.append(
                 f"{folder}: measured {earlier.config.model.name}, a model of another shape than {config.model.name}; "
                 "nothing of it is used"
             )
             continue
-        why_not = _why_no_lesson(earlier, config, model, machine)
-        lessons = [] if why_not else _observations(earlier)
+        other_machine = earlier.machine.hardware_id != machine.hardware_id
+        why_not = "they are of other hardware" if other_machine else _why_no_lesson(earlier, config, model)
+        own = [] if why_not else [observe(record) for record in earlier.records if record.source is None]
+        lessons = [observation for observation in own if observation is not None][-MOST_OBSERVATIONS:]
         points, missing = _best_points(earlier, space, resolve, config)
         prior += lessons
         first += [point for point in points if point not in first]
@@ -96,13 +102,8 @@ def read_warm_start(
 
 def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Sequence[str]) -> Point | None:
     """The point that runs like a plan under the largest cap, with cuts of its own where the space does not list the
-    plan's partition; None where there is none.
-
-    Args:
-        devices: of the study that the plan is from, in order.
-    """
-    wanted = _moved(plan, devices, space.devices)
-    if wanted is None:
+    plan's partition; None where there is none. `devices` are those of the study that the plan is from, in order."""
+    if (wanted := _moved(plan, devices, space.devices)) is None:
         return None
     caps = {"memory_index": len(space.memory_fractions) - 1} if len(space.memory_fractions) > 1 else {}
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
@@ -110,7 +111,7 @@ def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Se
     for rank_ in refiner.nearest_ranks(wanted.layer_counts):
         for listed in few.points(rank_):
             point = refiner.point({**listed, **caps}, wanted.layer_counts)
-            if _runs_alike(space.plan(point), wanted):
+            if _RUNS_ALIKE(space.plan(point)) == _RUNS_ALIKE(wanted):
                 return point
     return None
 
@@ -121,10 +122,8 @@ def _place(folder: str) -> Path:
     return named if not path.exists() and named.exists() else path
 
 
-def _why_no_lesson(earlier: StudyContents, config: TuneConfig, model: ModelSpec, machine: Machine) -> str | None:
+def _why_no_lesson(earlier: StudyContents, config: TuneConfig, model: ModelSpec) -> str | None:
     """Why the times of an earlier study say nothing of this one's; None where they do."""
-    if earlier.machine.hardware_id != machine.hardware_id:
-        return "they are of other hardware"
     if earlier.config.concrete_devices != config.concrete_devices:
         return f"they are of {', '.join(earlier.config.concrete_devices)}"
     for name in ("dtype", "storage_dtype", "attention"):
@@ -150,19 +149,14 @@ def _timed_settings(workload: Workload) -> dict[str, object]:
     return values
 
 
-def _observations(earlier: StudyContents) -> list[Observation]:
-    found = (observe(record) for record in earlier.records if record.source is None)
-    return [observation for observation in found if observation is not None][-MOST_OBSERVATIONS:]
-
-
 def _best_points(
     earlier: StudyContents, space: SearchSpace, resolve: Resolver, config: TuneConfig
 ) -> tuple[list[Point], int]:
     """Points of the earlier study's best plans by what is asked now, and how many of them have none."""
     objectives = [Objective(metric=name) for name in config.objectives]
-    rows = [row for row in rank(earlier.records, objectives, config.constraints).rows if len(row.plan.devices) > 1]
-    if not any(len(devices) > 1 for devices in (space.devices, earlier.config.concrete_devices)):
-        rows = list(rank(earlier.records, objectives, config.constraints).rows)
+    rows = rank(earlier.records, objectives, config.constraints).rows
+    if max(len(space.devices), len(earlier.config.concrete_devices)) > 1:
+        rows = tuple(row for row in rows if len(row.plan.devices) > 1)
     best = [row.plan for row in rows if row.feasible][:BEST_PLANS] or [row.plan for row in rows][:BEST_PLANS]
     points = [point_of_plan(space, resolve, plan, earlier.config.concrete_devices) for plan in best]
     found = [point for point in points if point is not None]
@@ -184,16 +178,3 @@ def _moved(plan: Plan, theirs: Sequence[str], ours: Sequence[str]) -> Plan | Non
     )
     rows = tuple(tuple(moved(row)) for row in plan.replica_devices)
     return plan.model_copy(update={"stages": stages, "replica_devices": rows})
-
-
-def _runs_alike(one: Plan, other: Plan) -> bool:
-    """Whether two plans are equal but for their caps and the switches that a study sets for all."""
-    return (
-        one.layer_counts == other.layer_counts
-        and one.devices == other.devices
-        and one.replicas == other.replicas
-        and one.micro_batch_size == other.micro_batch_size
-        and one.prefill_size == other.prefill_size
-        and one.prefill_chunk_size == other.prefill_chunk_size
-        and one.compile == other.compile
-    )

@@ -1,4 +1,4 @@
-"""Joining a shared study: the key that all agree on, the space that all search, and a name and number of one's own."""
+"""What a process brings on joining a shared study: a key that must equal the study's, and a name and number."""
 
 from __future__ import annotations
 
@@ -7,25 +7,70 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 from pipetune.bench.errors import StudyError
-from pipetune.bench.record import Machine
-from pipetune.bench.spec import Value, device_kind
-from pipetune.tuner.search.database import Database
-from pipetune.tuner.search.shared.study_key import StudyKey
-from pipetune.tuner.search.space.space import SearchSpace
-from pipetune.tuner.study.files import read
+from pipetune.bench.record import Hardware, Machine
+from pipetune.bench.spec import ModelSpec, Protocol, Value, Workload, device_index, device_kind
+from pipetune.tuner.config.schema import Constraint, SpaceConfig, TuneConfig
+from pipetune.tuner.config.sources import differences
+from pipetune.tuner.study.files import StudyFile, read
 from pipetune.tuner.study.store import StudyStore
 
-STUDY_KEY, SPACE = "question", "space"
-MEMBER, SEEN, STATE = "member:", "seen:", "state:"
-"""Prefixes of a process's name: who it is, when it last gave a sign of life, and what it does."""
-SEARCHES, SEARCHED, LEFT = "searches", "searched", "left"
-_T = TypeVar("_T", bound=Value)
+
+class StudyKey(Value):
+    """Whatever must be equal between processes whose measurements are to compare.
+
+    A study's settings without those that each process may choose; devices by their places, without their names.
+    """
+
+    schema_version: int = 1
+    model: ModelSpec
+    workload: Workload
+    protocol: Protocol
+    objectives: tuple[str, ...]
+    constraints: tuple[Constraint, ...]
+    space: SpaceConfig
+    devices: tuple[str, ...]
+    """Kind of each place's device, and the first place that the same device has."""
+    links: tuple[str, ...]
+    """`0-1:NV18`: what lies between two places."""
+    hardware: Hardware
+    """Hardware of the whole machine, without UUIDs."""
+
+    @classmethod
+    def of(cls, config: TuneConfig, machine: Machine) -> Self:
+        """The key of a process whose devices and checkpoint's revision are resolved."""
+        devices, hardware = config.concrete_devices, machine.hardware
+        gpus = tuple(gpu.model_copy(update={"uuid": ""}) for gpu in hardware.gpus)
+        return cls(
+            model=config.model.by_content,
+            workload=config.workload,
+            protocol=config.protocol,
+            objectives=config.objectives,
+            constraints=config.constraints,
+            space=config.space,
+            devices=tuple(f"{_kind(device, hardware)} ({devices.index(device)})" for device in devices),
+            links=tuple(_links(devices, hardware)),
+            hardware=hardware.model_copy(update={"gpus": gpus}),
+        )
+
+    def require(self, wanted: StudyKey, *, study: str) -> None:
+        """Raises a StudyError that says what differs, where a process asks something else."""
+        if self.digest() == wanted.digest():
+            return
+        lines = differences(self, wanted)
+        if self.hardware != wanted.hardware:
+            lines = [line for line in lines if line.startswith("hardware.")]
+            why, remedy = "runs on other hardware", "give a --shared-study of its own to this kind of machine"
+        else:
+            why, remedy = "asks something else", "give the same settings, or another name with --shared-study"
+        raise StudyError(
+            f"shared study {study} {why}, and its measurements would not compare:\n  "
+            + "\n  ".join(lines)
+            + f"\n{remedy}"
+        )
 
 
 class Membership(Value):
@@ -41,132 +86,70 @@ class Membership(Value):
     """Seed of this process's own stream of random numbers, from the study's seed and its number."""
 
 
-class Joining:
-    """A process on its way into the study."""
+def describe_self(store: StudyStore) -> dict[str, Any]:
+    """What others may want to know of this process."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "folder": str(store.folder.resolve()),
+        "devices": list(store.config.concrete_devices),
+        "cores": sorted(os.sched_getaffinity(0)),
+    }
 
-    def __init__(self, store: StudyStore, database: Database, say: Callable[[str], None]) -> None:
-        assert store.config.shared_study is not None
-        self._study = store.config.shared_study
-        self._store = store
-        self._database = database
-        self._say = say
-        self._membership: Membership | None = None
 
-    def check(self, machine: Machine) -> None:
-        """Compares keys; the first to come sets the study's, which is made where it is not there yet.
+def membership_of(
+    store: StudyStore, study: str, me: Mapping[str, Any], members: Mapping[str, Any], gone: Collection[str]
+) -> Membership:
+    """Who this folder is in the study: who it was, if it took part before, else a new process.
 
-        Raises:
-            StudyError: the study asks something else, or was measured on other hardware.
-        """
-        config = self._store.config
-        key = StudyKey.of(config, machine)
-        with self._database.alone():
-            self._database.open(config.objectives)
-            attributes = self._database.attributes()
-            if STUDY_KEY in attributes:
-                self._read(StudyKey, attributes[STUDY_KEY]).require(key, study=self._study)
-            else:
-                self._database.set(STUDY_KEY, key.model_dump(mode="json"))
+    Args:
+        members: all that ever joined, by name.
+        gone: names of those that are no more.
 
-    def agree(self, space: SearchSpace, gone: Callable[[], Collection[str]]) -> tuple[Membership, SearchSpace]:
-        """Takes the study's space, and enters among those who search it; may be done twice.
-
-        Args:
-            space: that is the study's if nobody was here before.
-            gone: tells the names of processes that are no more.
-
-        Returns:
-            Who this process is, and the study's space in its own devices.
-
-        Raises:
-            StudyError: the points in this folder's records are of another space.
-        """
-        with self._database.alone():
-            attributes = self._database.attributes()
-            if SPACE in attributes:
-                space = self._adopt(space, self._read(SearchSpace, attributes[SPACE]))
-            else:
-                self._database.set(SPACE, space.model_dump(mode="json"))
-            return self._enter(attributes, gone()), space
-
-    def _read(self, kind: type[_T], values: Any) -> _T:
-        try:
-            return kind.model_validate(values)
-        except ValidationError:
-            raise StudyError(
-                f"shared study {self._study} was made by another version of pipetune; take another name with "
-                "--shared-study"
-            ) from None
-
-    def _adopt(self, own: SearchSpace, shared: SearchSpace) -> SearchSpace:
-        """The study's space; a point in a record of this folder must go on to mean the same plan."""
-        shared = shared.model_copy(update={"devices": own.devices})
-        points = sum(record.role == "trial" for record in self._store.records)
-        if points and shared != own:
-            raise StudyError(
-                f"shared study {self._study} searches another space than {self._store.folder}, whose {points} trials "
-                "refer to its own; take a new folder, or another name with --shared-study"
-            )
-        return shared
-
-    def _enter(self, attributes: Mapping[str, Any], gone: Collection[str]) -> Membership:
-        """Enters this process among the members; a folder that was one stays who it was."""
-        members = {key.removeprefix(MEMBER): value for key, value in attributes.items() if key.startswith(MEMBER)}
-        me = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "folder": str(self._store.folder.resolve()),
-            "devices": list(self._store.config.concrete_devices),
-            "cores": sorted(os.sched_getaffinity(0)),
-        }
-        known = self._known(members, gone, str(me["folder"]))
-        # Entered once already, when the database was lost before it could say so.
-        membership = self._membership or known or self._new(members, str(me["host"]))
-        self._membership = membership
-        self._warn_of_neighbours(me, [value for name, value in members.items() if name not in gone])
-        self._database.set(MEMBER + membership.name, {"process": membership.process, **me})
-        self._database.set(SEEN + membership.name, self._database.now_s())
-        self._database.set(STATE + membership.name, SEARCHES)
-        return membership
-
-    def _known(self, members: Mapping[str, Any], gone: Collection[str], folder: str) -> Membership | None:
-        """Who this folder was when it took part before."""
-        path = self._store.sharing_path
-        known = read(path, Membership) if path.exists() else None
-        if known is None or known.study != self._study:
-            return None
-        before = members.get(known.name, {})
-        if known.name not in gone and before.get("folder", folder) != folder:
-            raise StudyError(
-                f"{self._store.folder} takes part in shared study {known.study} as {known.name}, which works in "
-                f"{before['folder']} on {before['host']} right now; a copy cannot join, take a new folder"
-            )
-        return known
-
-    def _new(self, members: Mapping[str, Any], host: str) -> Membership:
+    Raises:
+        StudyError: the folder is a copy of one in use.
+    """
+    path = store.folder / StudyFile.SHARING
+    known = read(path, Membership) if path.exists() else None
+    if known is None or known.study != study:
         process = 1 + max((int(member["process"]) for member in members.values()), default=0)
-        named = re.sub(r"[^A-Za-z0-9.-]", "-", host)[:40]
-        return Membership(
-            study=self._study,
-            process=process,
-            name=f"{named}-{process}-{secrets.token_hex(3)}",
-            seed=stream_seed(self._store.config.seed, process),
+        host = re.sub(r"[^A-Za-z0-9.-]", "-", me["host"])[:40]
+        name = f"{host}-{process}-{secrets.token_hex(3)}"
+        # No two processes draw the same numbers; the seeds are far enough apart to be counted up from.
+        digest = hashlib.sha256(f"{store.config.seed} process {process}".encode()).digest()
+        return Membership(study=study, process=process, name=name, seed=int.from_bytes(digest[:4]) >> 1)
+    before = members.get(known.name, me)
+    if known.name not in gone and before["folder"] != me["folder"]:
+        raise StudyError(
+            f"{store.folder} takes part in shared study {study} as {known.name}, which works in {before['folder']} on "
+            f"{before['host']} right now; a copy cannot join, take a new folder"
         )
-
-    def _warn_of_neighbours(self, me: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
-        """CPU workers of two processes on the same cores take time from each other, and neither would know."""
-        if all(device_kind(device) != "cpu" for device in me["devices"]):
-            return
-        for other in others:
-            is_neighbour = other["host"] == me["host"] and other["folder"] != me["folder"]
-            works_on_cpu = any(device_kind(device) == "cpu" for device in other["devices"])
-            if is_neighbour and works_on_cpu and set(me["cores"]) & set(other["cores"]):
-                self._say(
-                    f"process {other['process']} of this study uses the same cores and will disturb what is measured; "
-                    "start each under a taskset of its own"
-                )
+    return known
 
 
-def stream_seed(seed: int, process: int) -> int:
-    """A seed for each process, so that they do not draw the same numbers; far enough apart to be counted up from."""
-    return int.from_bytes(hashlib.sha256(f"{seed} process {process}".encode()).digest()[:4]) >> 1
+def disturbing_neighbours(me: Mapping[str, Any], others: Collection[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Those on the same cores: CPU workers of two processes take time from each other, and neither would know."""
+    for other in others:
+        is_neighbour = other["host"] == me["host"] and other["folder"] != me["folder"]
+        on_cpu = all(any(device_kind(device) == "cpu" for device in each["devices"]) for each in (me, other))
+        if is_neighbour and on_cpu and set(me["cores"]) & set(other["cores"]):
+            yield other
+
+
+def _kind(device: str, hardware: Hardware) -> str:
+    if device_kind(device) == "cpu" or device_index(device) >= len(hardware.gpus):
+        return device_kind(device)
+    return hardware.gpus[device_index(device)].name
+
+
+def _links(devices: Sequence[str], hardware: Hardware) -> list[str]:
+    """Links between the GPUs in use, by the places of these."""
+    places = {device_index(name): place for place, name in enumerate(devices) if device_kind(name) == "cuda"}
+    found = []
+    for link in hardware.links:
+        pair, _, kind = link.partition(":")
+        ends = [places.get(int(end)) for end in pair.split("-") if end.isdecimal()]
+        if len(ends) == 2 and None not in ends:
+            low, high = sorted(end for end in ends if end is not None)
+            found.append(f"{low}-{high}:{kind}")
+    return sorted(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from pipetune.bench.errors import ConfigError, NothingFeasibleError
@@ -12,10 +12,9 @@ from pipetune.bench.spec import EffectivePlan
 from pipetune.tuner.config.schema import SpaceConfig
 from pipetune.tuner.planning.partition.splits import count_partitions
 from pipetune.tuner.planning.simulation.model import CostModel
-from pipetune.tuner.search.space.candidates import best_ranks
-from pipetune.tuner.search.space.layouts import Layouts
+from pipetune.tuner.search.space.layouts import Layouts, LayoutSearch
 from pipetune.tuner.search.space.resolver import Resolver, overrun
-from pipetune.tuner.search.space.space import Point, SearchSpace
+from pipetune.tuner.search.space.space import Point, SearchSpace, best_ranks
 
 _T = TypeVar("_T")
 
@@ -51,27 +50,24 @@ def build_space(
     if shape.recurrent:
         prefill_sizes = (max(sizes),)
     fractions = tuple(sorted(set(config.memory_fractions)))
-    widths = tuple(_widths(config, len(devices), cuts + 1, cost.num_prompts))
-    if not widths:
+    if not (widths := tuple(_widths(config, len(devices), cuts + 1, cost.num_prompts))):
         raise ConfigError(
-            f"space.replicas={_joined(config.replicas or ())}: {cost.num_prompts} prompts over {len(devices)} devices "
-            f"give no replica work for {config.min_stages} stages or more; allow 1"
+            f"space.replicas={', '.join(map(str, config.replicas or ()))}: {cost.num_prompts} prompts over "
+            f"{len(devices)} devices give no replica work for {config.min_stages} stages or more; allow 1"
         )
     layouts = Layouts(
+        config=config,
         devices=tuple(devices),
         shape=shape,
         cost=cost,
         resolve=resolve,
         sizes=sizes,
         prefill_sizes=prefill_sizes,
-        memory_fraction=fractions[-1],
-        packed_weights=config.packed_weights,
-        any_order=config.device_order == "auto",
     )
-    kinds = [(replicas, count) for replicas, stages in widths for count in stages]
-    found = [layouts.fitting(*kind) for kind in kinds]
+    searches = [LayoutSearch(layouts, replicas, count) for replicas, stages in widths for count in stages]
+    found = [search.fitting() for search in searches]
     if not any(found):
-        nearest = min((layouts.nearest(*kind) for kind in kinds), key=overrun)
+        nearest = min((search.nearest() for search in searches), key=overrun)
         raise NothingFeasibleError(f"no plan fits into memory; the nearest one: {nearest.message}")
     first = sorted(layout for own in found for layout in own[:_LEAST_OF_EACH])
     others = sorted(layout for own in found for layout in own[_LEAST_OF_EACH:])
@@ -85,6 +81,7 @@ def build_space(
         prefill_sizes=prefill_sizes,
         chunk_sizes=_chunk_sizes(config, shape, resolve, len(devices)),
         memory_fractions=fractions,
+        max_memory_bytes=config.max_memory_per_device,
         compile=(False, True) if config.compile == "search" else (config.compile,),
         cuda_graphs=config.cuda_graphs,
         packed_weights=config.packed_weights,
@@ -197,7 +194,3 @@ def count_raw_partitions(config: SpaceConfig, shape: ModelShape, num_devices: in
         )
         for _, stages in _widths(config, num_devices, cuts + 1, num_prompts)
     )
-
-
-def _joined(counts: Iterable[int]) -> str:
-    return ", ".join(map(str, counts))

@@ -11,20 +11,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipetune.bench.memory import ModelShape, stage_bytes
+from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, StagePlan, device_kind
-from pipetune.tuner.planning.partition.columns import Columns
-from pipetune.tuner.planning.partition.splits import Partition, Split, Table
-from pipetune.tuner.planning.partition.stage_table import (
-    ALIKE,
-    Matrix,
-    alike_classes,
-    count_states,
-    stage_needs,
-    stage_seconds,
-)
+from pipetune.tuner.config.schema import SpaceConfig
+from pipetune.tuner.planning.partition import stage_table
+from pipetune.tuner.planning.partition.splits import Columns, Partition, Split, Table
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.space.resolver import Resolver
 
@@ -61,26 +54,15 @@ class Layout(NamedTuple):
 class Layouts:
     """Finds layouts of one model on one set of devices."""
 
+    config: SpaceConfig
     devices: tuple[str, ...]
     shape: ModelShape
     cost: CostModel
     resolve: Resolver
     sizes: tuple[int, ...]
     prefill_sizes: tuple[int, ...]
-    memory_fraction: float
-    packed_weights: bool
-    any_order: bool
-    """Whether unlike devices may hold the stages in any order."""
-    _needs: dict[tuple[str, Sizes], Matrix] = field(default_factory=dict, compare=False)
+    _needs: dict[tuple[str, Sizes], stage_table.Matrix] = field(default_factory=dict, compare=False)
     _seconds: dict[tuple[Sizes, int, _Phase], Table] = field(default_factory=dict, compare=False)
-
-    def fitting(self, replicas: int, stages: int) -> list[Layout]:
-        """Layouts that fit into memory, best first."""
-        return _Search(self, replicas, stages).fitting()
-
-    def nearest(self, replicas: int, stages: int) -> Failure:
-        """What the layout that comes nearest to fitting lacks; none fits."""
-        return _Search(self, replicas, stages).nearest()
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
@@ -91,7 +73,7 @@ class Layouts:
         values = np.array(
             [
                 [
-                    *(stage_seconds(self.cost.costs, device, each)[0, -1] for each in tasks),
+                    *(stage_table.stage_seconds(self.cost.costs, device, each)[0, -1] for each in tasks),
                     self.resolve.device_bytes[device],
                     # Memory is accounted for by the kind of device.
                     10.0 ** kinds.index(device_kind(device)),
@@ -99,8 +81,8 @@ class Layouts:
                 for device in self.devices
             ]
         )
-        tolerance = ALIKE
-        while count_states(classes := alike_classes(values, tolerance)) > _MAX_STATES:
+        tolerance = stage_table.ALIKE
+        while stage_table.count_states(classes := stage_table.alike_classes(values, tolerance)) > _MAX_STATES:
             tolerance *= 2
         return classes
 
@@ -108,12 +90,8 @@ class Layouts:
     def by_speed(self) -> tuple[int, ...]:
         """Places of the devices, the fastest first, those of a class together."""
         whole_s = self.seconds(self.every_size(1)[-1], 1)[:, 0, -1]
-        return tuple(
-            sorted(
-                range(len(self.devices)),
-                key=lambda place: (whole_s[self.classes[place]], self.classes[place], place),
-            )
-        )
+        of_class = [(whole_s[kind], kind) for kind in self.classes]
+        return tuple(sorted(range(len(self.devices)), key=lambda place: (of_class[place], place)))
 
     def every_size(self, replicas: int) -> tuple[Sizes, ...]:
         """Sizes that make a difference for replicas that share the prompts out, the smallest first."""
@@ -138,7 +116,7 @@ class Layouts:
         key = (sizes, replicas, phase)
         if key not in self._seconds:
             kinds = self.kinds(sizes, replicas, phase)
-            tables = np.array([stage_seconds(self.cost.costs, device, kinds) for device in self.devices])
+            tables = np.array([stage_table.stage_seconds(self.cost.costs, device, kinds) for device in self.devices])
             own = np.array(self.classes)
             self._seconds[key] = np.array([tables[own == kind].mean(axis=0) for kind in range(max(own) + 1)])
         return self._seconds[key]
@@ -146,74 +124,70 @@ class Layouts:
     def fill(self, sizes: Sizes, replicas: int) -> Table:
         """`[class of device, first, end]`, share of the least cap that a stage takes with one micro-batch in flight;
         zeros on a device with room in plenty."""
-        fills = []
+        fills, whole = [], self._whole(sizes, replicas)
+        lens = {"prompt_len": self.resolve.prompt_len, "output_len": self.resolve.output_len}
         for kind in range(max(self.classes) + 1):
             own = [device for device, other in zip(self.devices, self.classes, strict=True) if other == kind]
-            cap, device = min((int(self.memory_fraction * self.resolve.device_bytes[name]), name) for name in own)
+            cap, device = min((whole.stages[0].cap_bytes(self.resolve.device_bytes[name]), name) for name in own)
             cap = max(cap, 1)
-            is_roomy = self._most_bytes(device, sizes, replicas) <= cap
-            fills.append(self._needs_on(device, sizes, replicas) / cap if not is_roomy else self._nothing)
+            if self._most_bytes(whole, device) <= cap:
+                fills.append(np.zeros((self.shape.num_layers + 1,) * 2))
+                continue
+            key = (device_kind(device), sizes)
+            if key not in self._needs:
+                self._needs[key] = stage_table.stage_needs(self.shape, whole, device, **lens)
+            fills.append(self._needs[key] / cap)
         return np.array(fills)
+
+    def plan(self, partition: Partition, devices: tuple[str, ...], sizes: Sizes, replicas: int) -> Plan:
+        """A plan of these sizes under the largest cap."""
+        plan = Plan.from_layer_counts(
+            partition,
+            devices,
+            sizes.rows,
+            prefill_micro_batch_size=sizes.prefill if sizes.prefill < sizes.rows else None,
+            replicas=replicas,
+            memory_fraction=max(self.config.memory_fractions),
+            max_memory_bytes=self.config.max_memory_per_device,
+        )
+        return plan.model_copy(update={"packed_weights": self.config.packed_weights})
+
+    def _whole(self, sizes: Sizes, replicas: int) -> Plan:
+        """A plan of these sizes, whatever its stages."""
+        return self.plan((self.shape.num_layers,), self.devices, sizes, replicas)
 
     def _share(self, replicas: int) -> int:
         """Prompts of the replica that has most."""
         return math.ceil(self.resolve.num_prompts / replicas)
 
-    def _whole(self, sizes: Sizes, replicas: int) -> Plan:
-        """A plan of these sizes, whatever its stages."""
-        plan = Plan.from_layer_counts(
-            (self.shape.num_layers,),
-            self.devices,
-            sizes.rows,
-            prefill_micro_batch_size=sizes.prefill,
-            replicas=replicas,
-        )
-        return plan.model_copy(update={"packed_weights": self.packed_weights})
-
-    @property
-    def _nothing(self) -> Matrix:
-        return np.zeros((self.shape.num_layers + 1,) * 2)
-
-    def _most_bytes(self, device: str, sizes: Sizes, replicas: int) -> int:
+    def _most_bytes(self, whole: Plan, device: str) -> int:
         """More than any stage takes: what two stages do that hold the model, or its only layer."""
         cuts = (0, 1, self.shape.num_layers) if self.shape.num_layers > 1 else (0, 1)
         stages = tuple(
             StagePlan(device=device, first_layer=first, end_layer=end) for first, end in itertools.pairwise(cuts)
         )
-        plan = self._whole(sizes, replicas).model_copy(update={"stages": stages})
-        lens = {"prompt_len": self.resolve.prompt_len, "output_len": self.resolve.output_len}
-        return sum(stage_bytes(self.shape, plan, index, **lens).total(1) for index in range(len(stages)))
-
-    def _needs_on(self, device: str, sizes: Sizes, replicas: int) -> Matrix:
-        key = (device_kind(device), sizes)
-        if key not in self._needs:
-            self._needs[key] = stage_needs(
-                self.shape,
-                self._whole(sizes, replicas),
-                device,
-                prompt_len=self.resolve.prompt_len,
-                output_len=self.resolve.output_len,
-            )
-        return self._needs[key]
+        plan = whole.model_copy(update={"stages": stages})
+        return sum(self.resolve.stage_bytes(plan, index).total(1) for index in range(len(stages)))
 
 
-class _Search:
+class LayoutSearch:
     """Finds the layouts of one number of replicas and of stages."""
 
     def __init__(self, layouts: Layouts, replicas: int, stages: int) -> None:
-        self._all = layouts
-        self._replicas = replicas
-        self._stages = stages
+        self._all, self._replicas, self._stages = layouts, replicas, stages
         self._every_size = layouts.every_size(replicas)
         self._columns = Columns.of(
-            layouts.classes, layouts.by_speed, replicas=replicas, stages=stages, any_order=layouts.any_order
+            layouts.classes,
+            layouts.by_speed,
+            replicas=replicas,
+            stages=stages,
+            any_order=layouts.config.device_order == "auto",
         )
 
     def fitting(self) -> list[Layout]:
         """Layouts that fit into memory, best first."""
         smallest = self._every_size[0]
-        first = self._splits(self._table(smallest))
-        if not first:
+        if not (first := self._splits(self._table(smallest))):
             return []
         best = self._best_sizes(first[0])
         near = itertools.chain.from_iterable((self._of_phases(best[0]), *map(self._near_best, best)))
@@ -281,15 +255,8 @@ class _Search:
         return [next(predictions).duration_s if isinstance(each, EffectivePlan) else math.inf for each in resolved]
 
     def _plan(self, partition: Partition, order: tuple[int, ...], sizes: Sizes) -> Plan:
-        plan = Plan.from_layer_counts(
-            partition,
-            tuple(self._all.devices[place] for place in self._columns.devices_of(order)),
-            sizes.rows,
-            prefill_micro_batch_size=sizes.prefill if sizes.prefill < sizes.rows else None,
-            replicas=self._replicas,
-            memory_fraction=self._all.memory_fraction,
-        )
-        return plan.model_copy(update={"packed_weights": self._all.packed_weights})
+        devices = tuple(self._all.devices[place] for place in self._columns.devices_of(order))
+        return self._all.plan(partition, devices, sizes, self._replicas)
 
     def _order(self, order: tuple[int, ...]) -> tuple[int, ...]:
         """Places of the devices; empty where they are the first ones in order."""

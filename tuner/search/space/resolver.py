@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipetune.bench import memory
-from pipetune.bench.memory import ModelShape
+from pipetune.bench.memory import ModelShape, StageBytes
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, Workload
 
@@ -23,6 +23,7 @@ class Resolver:
     """Tokens generated for each prompt; 0 where texts are scored."""
     device_bytes: dict[str, int]
     _known: dict[Plan, EffectivePlan | Failure] = field(default_factory=dict, compare=False)
+    _needed: dict[str, dict[str, int]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_workload(
@@ -50,21 +51,21 @@ class Resolver:
             )
         return self._known[plan]
 
-    def identity(self, plan: Plan) -> str:
-        """A text that is equal for plans that would run the same way."""
-        return identity(plan, self(plan))
-
     def needed_bytes(self, effective: EffectivePlan) -> dict[str, int]:
-        """What the plan is accounted to need on each of its devices."""
-        needed: dict[str, int] = {}
+        """What the plan is accounted to need on each of its devices; each plan is accounted once."""
+        if effective.key in self._needed:
+            return self._needed[effective.key]
+        needed = self._needed[effective.key] = {}
         for replica in range(effective.plan.replicas):
             plan = effective.plan.replica(replica)
             for index, stage in enumerate(plan.stages):
-                need = memory.stage_bytes(
-                    self.shape, plan, index, prompt_len=self.prompt_len, output_len=self.output_len
-                )
-                needed[stage.device] = needed.get(stage.device, 0) + need.total(effective.in_flight)
+                need = self.stage_bytes(plan, index).total(effective.in_flight)
+                needed[stage.device] = needed.get(stage.device, 0) + need
         return needed
+
+    def stage_bytes(self, plan: Plan, index: int) -> StageBytes:
+        """What one stage of a single pipeline is accounted to need."""
+        return memory.stage_bytes(self.shape, plan, index, prompt_len=self.prompt_len, output_len=self.output_len)
 
 
 def identity(plan: Plan, resolved: EffectivePlan | Failure) -> str:

@@ -19,13 +19,17 @@ import itertools
 import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import Field
 
-from pipetune.bench.spec import Plan, Value
+from pipetune.bench.spec import EffectivePlan, Plan, Value
 from pipetune.tuner.planning.partition.splits import Partition
+from pipetune.tuner.search.space.resolver import Resolver
 
+MAX_CANDIDATES = 4000
+"""In a space with more plans, those of the worse partitions are left out."""
 Point = dict[str, int]
 _T = TypeVar("_T")
 
@@ -39,20 +43,22 @@ class SearchSpace(Value):
     study_id: str = Field(default_factory=lambda: uuid.uuid4().hex[:12])
     """Names the study in a database that holds several."""
     devices: tuple[str, ...]
-    partitions: tuple[Partition, ...]
+    partitions: tuple[Partition, ...] = Field(min_length=1)
     """Best first by the cost model at the time; rank 1 is the first."""
     replicas: tuple[int, ...] = ()
     """Pipelines of each partition that stand side by side; empty for one of each."""
     orders: tuple[tuple[int, ...], ...] = ()
     """Devices that hold each partition's stages, replica by replica and stage by stage; empty, for one or
     for all, takes the first ones in order."""
-    micro_batch_sizes: tuple[int, ...]
-    prefill_sizes: tuple[int, ...]
-    chunk_sizes: tuple[int | None, ...] = (None,)
+    micro_batch_sizes: tuple[int, ...] = Field(min_length=1)
+    prefill_sizes: tuple[int, ...] = Field(min_length=1)
+    chunk_sizes: tuple[int | None, ...] = Field(default=(None,), min_length=1)
     """Tokens of a prompt prefilled at once, ascending; None, which is last, for whole prompts."""
-    memory_fractions: tuple[float, ...]
+    memory_fractions: tuple[float, ...] = Field(min_length=1)
     """One alone when caps make no difference."""
-    compile: tuple[bool, ...] = (False,)
+    max_memory_bytes: int | None = None
+    """Most that any device may give, whatever share that is."""
+    compile: tuple[bool, ...] = Field(default=(False,), min_length=1)
     cuda_graphs: bool = True
     packed_weights: bool = True
     num_prompts: int | None = None
@@ -62,36 +68,29 @@ class SearchSpace(Value):
         """How many pipelines side by side the point stands for."""
         return self.replicas[point["partition_rank"] - 1] if self.replicas else 1
 
-    def partition_of(self, point: Mapping[str, int]) -> Partition:
-        """The layers of each stage: those of its rank, unless the point carries cuts of its own."""
-        partition = self.partitions[point["partition_rank"] - 1]
-        if cut_name(1) not in point:
-            return partition
-        cuts = (point[cut_name(index)] for index in range(1, len(partition)))
-        return tuple(end - first for first, end in itertools.pairwise((0, *cuts, sum(partition))))
-
-    def devices_of(self, point: Mapping[str, int]) -> tuple[str, ...]:
-        """The devices that hold the stages, replica by replica and stage by stage; perhaps more at the end."""
-        order = self.orders[point["partition_rank"] - 1] if self.orders else ()
-        return tuple(self.devices[place] for place in order) or self.devices
-
     def plan(self, point: Mapping[str, int]) -> Plan:
         """The plan that a point stands for."""
-        replicas = self.replicas_of(point)
+        index, replicas = point["partition_rank"] - 1, self.replicas_of(point)
+        partition = self.partitions[index]
+        if cut_name(1) in point:
+            cuts = (point[cut_name(stage)] for stage in range(1, len(partition)))
+            partition = tuple(end - first for first, end in itertools.pairwise((0, *cuts, sum(partition))))
+        order = self.orders[index] if self.orders else ()
         micro_batch_size = self.micro_batch_sizes[point["micro_batch_index"]]
         if replicas > 1 and self.num_prompts is not None:
             micro_batch_size = min(micro_batch_size, math.ceil(self.num_prompts / replicas))
         prefill = _pick(self.prefill_sizes, point, "prefill_index")
         return self.switch(
             Plan.from_layer_counts(
-                self.partition_of(point),
-                self.devices_of(point),
+                partition,
+                tuple(self.devices[place] for place in order) or self.devices,
                 micro_batch_size,
                 prefill_micro_batch_size=prefill if prefill < micro_batch_size else None,
                 prefill_chunk_size=_pick(self.chunk_sizes, point, "chunk_index"),
                 replicas=replicas,
                 compile=self.compile[point.get("compile_index", 0)],
                 memory_fraction=_pick(self.memory_fractions, point, "memory_index"),
+                max_memory_bytes=self.max_memory_bytes,
             )
         )
 
@@ -127,6 +126,52 @@ class SearchSpace(Value):
             ranges["partition_rank"] = range(partition_rank, partition_rank + 1)
         for values in itertools.product(*ranges.values()):
             yield dict(zip(ranges, values, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A point, and what its plan comes to."""
+
+    point: Point
+    effective: EffectivePlan
+
+
+def candidates(space: SearchSpace, resolve: Resolver, *, limit: int = MAX_CANDIDATES) -> tuple[Candidate, ...]:
+    """One of every plan that runs differently, those of the best partitions first.
+
+    Points under the largest cap come before all others, and stand for those whose cap makes no difference; smaller
+    caps follow as far as there is room: about `limit`. Each number of replicas and of stages has its best partition
+    among them.
+    """
+    found: dict[str, Candidate] = {}
+    for point in _points(space, limit):
+        if len(found) >= limit and point.get("memory_index", 0) < len(space.memory_fractions) - 1:
+            break
+        resolved = resolve(space.plan(point))
+        if isinstance(resolved, EffectivePlan):
+            found.setdefault(resolved.key, Candidate(point=point, effective=resolved))
+    return tuple(found.values())
+
+
+def best_ranks(space: SearchSpace, count: int) -> tuple[int, ...]:
+    """Ranks of the best partitions, and of the best one of each number of replicas and of stages: these at least."""
+    firsts: dict[tuple[int, int], int] = {}
+    for rank, partition in enumerate(space.partitions, start=1):
+        firsts.setdefault((space.replicas_of({"partition_rank": rank}), len(partition)), rank)
+    others = [rank for rank in range(1, len(space.partitions) + 1) if rank not in firsts.values()]
+    return tuple(sorted([*firsts.values(), *others[: max(0, count - len(firsts))]]))
+
+
+def _points(space: SearchSpace, limit: int) -> Iterator[Point]:
+    """Points of the best partitions, cap by cap from the largest on."""
+    few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
+    sizes = {(rows, min(prefill, rows)) for rows in space.micro_batch_sizes for prefill in space.prefill_sizes}
+    ranks = best_ranks(space, limit // (len(sizes) * len(space.chunk_sizes) * len(space.compile)))
+    many_caps = len(space.memory_fractions) > 1
+    for cap in reversed(range(len(space.memory_fractions))):
+        for rank in ranks:
+            for point in few.points(rank):
+                yield {**point, "memory_index": cap} if many_caps else point
 
 
 def cut_name(index: int) -> str:

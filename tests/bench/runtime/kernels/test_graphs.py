@@ -16,8 +16,8 @@ from transformers import Gemma3TextConfig
 from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import Job, MicroBatchInputs
-from pipetune.bench.runtime.kernels.graphs import DecodeGraphs, kv_length, steps_of
-from pipetune.bench.runtime.kernels.static_step import StepKey, disagreement
+from pipetune.bench.runtime.kernels.graphs import DecodeGraphs, kv_length, outside_bytes, steps_of
+from pipetune.bench.runtime.kernels.static_step import StaticStep, StepKey, disagreement
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.schedule import build_schedule
 from pipetune.bench.spec import ModelSpec
@@ -175,6 +175,42 @@ def test_a_model_that_fails_on_static_shapes_is_left_to_eager_steps(
     assert graphs.report.graphs == 0
 
 
+def test_a_near_tie_in_a_few_rows_does_not_refuse_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = DeviceContext("cpu:0", num_threads=1)
+    (stage,) = stages_of(save_tiny_model(tmp_path / "mixtral", "mixtral"), (0, 6), cpu)
+    forward, tied = Stage.forward, list[bool]()
+
+    def tying(self: Stage, ids: torch.Tensor, mask: torch.Tensor, *args: Any) -> torch.Tensor:
+        output = forward(self, ids, mask, *args)
+        if mask.shape[1] == 30 and ids.shape[0] == 3 and not tied:
+            # Two of three rows chose another expert, this once.
+            tied.append(True)
+            output = output * torch.tensor([[2.0], [2.0], [1.0]])
+        return output
+
+    monkeypatch.setattr(Stage, "forward", tying)
+    graphs = DecodeGraphs(stage, cpu, capture=False)
+    graphs.prepare([stage.new_cache(rows=3, max_len=30) for _ in range(2)], job_of().tasks())
+    assert tied
+    assert graphs.notes == ()
+
+
+def test_nothing_is_prefilled_to_compare_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = DeviceContext("cpu:0", num_threads=1)
+    (stage,) = stages_of(save_tiny_model(tmp_path / "llama", "llama"), (0, 6), cpu)
+    forward, lengths = Stage.forward, set[int]()
+
+    def counting(self: Stage, ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        lengths.add(ids.shape[1])
+        return forward(self, ids, *args)
+
+    monkeypatch.setattr(Stage, "forward", counting)
+    graphs = DecodeGraphs(stage, cpu, capture=False)
+    graphs.prepare([stage.new_cache(rows=3, max_len=30) for _ in range(2)], job_of().tasks())
+    assert graphs.report.graphs == 3
+    assert lengths == {1}
+
+
 def test_steps_are_kept_while_the_slots_are_the_same(tmp_path: Path) -> None:
     cpu = DeviceContext("cpu:0", num_threads=1)
     (stage,) = stages_of(save_tiny_model(tmp_path / "llama", "llama"), (0, 6), cpu)
@@ -264,6 +300,23 @@ def test_a_step_that_asks_the_host_is_refused_before_it_is_captured(
     assert graphs.report.graphs == 3
 
 
+@pytest.mark.gpu
+def test_a_graph_that_does_not_repeat_its_step_to_the_bit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = DeviceContext("cuda:0", num_threads=1)
+    (stage,) = stages_of(save_tiny_model(tmp_path / "llama", "llama"), (0, 6), gpu)
+    run = StaticStep.run
+    monkeypatch.setattr(StaticStep, "run", lambda step: run(step) * (1 + 1e-6))
+    graphs = DecodeGraphs(stage, gpu)
+    graphs.prepare([stage.new_cache(rows=3, max_len=30) for _ in range(2)], job_of().tasks())
+    assert graphs.notes == ("cuda_graphs: eager on this stage: a captured step differs from the same step as it is",)
+
+
 def test_tiny_windows_are_exceeded() -> None:
     longest = max(len(prompt) for prompt in job_of().prompts)
     assert (getattr(tiny_config("gemma2"), "sliding_window", None) or 0) < longest
+
+
+def test_on_a_cpu_nothing_grows() -> None:
+    assert outside_bytes(DeviceContext("cpu:0", num_threads=1)) == 0

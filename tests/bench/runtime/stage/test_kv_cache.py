@@ -10,7 +10,7 @@ import torch
 from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import Job
-from pipetune.bench.runtime.loop import Edges, StageLoop, Status
+from pipetune.bench.runtime.loop import StageLoop, Status
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.spec import ModelSpec
 
@@ -37,7 +37,7 @@ def test_recurrent_states_start_anew_with_every_prefill(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(HYBRID), encoding="utf-8")
     stage = Stage(resolve_model(ModelSpec(name=str(tmp_path), load_format="dummy")), torch.device("cpu"))
     stage.assign(0, 4, is_first=True, is_last=True)
-    loop = StageLoop(stage, DeviceContext("cpu:0", num_threads=1), Edges(), Status())
+    loop = StageLoop(stage, DeviceContext("cpu:0", num_threads=1), Status())
     # Two micro-batches of the same prompts, one after the other through one slot; and all of it twice.
     prompts = ((5, 6, 7), (8, 9, 10)) * 2
     job = Job(

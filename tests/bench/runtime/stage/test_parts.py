@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, modeling
 from pipetune.bench.errors import ModelError
 from pipetune.bench.models.checkpoint import INDEX, SINGLE, weight_files
 from pipetune.bench.models.resolve import resolve_model
+from pipetune.bench.models.weights import check_weights
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.spec import ModelSpec
 from tests.bench.models.model_configs import FAMILIES
@@ -145,15 +146,27 @@ def test_moving_a_boundary_reads_the_moved_layer_alone(tmp_path: Path, monkeypat
     assert_equal_parts(stage, model.state_dict())
 
 
-def test_a_head_beside_a_tied_embedding_is_used_as_the_unsplit_model_uses_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", ["apart", "as the head"])
+def test_ends_that_move_have_the_weights_of_the_unsplit_model_however_a_tied_checkpoint_stores_them(
+    stored: str, tmp_path: Path
+) -> None:
     model = make_model("tied")
     model.save_pretrained(tmp_path)
     values = load_file(tmp_path / SINGLE)
-    values["lm_head.weight"] = torch.randn_like(values["model.embed_tokens.weight"])
+    embedding = values.pop("model.embed_tokens.weight")
+    values["lm_head.weight"] = torch.randn_like(embedding) if stored == "apart" else embedding
+    if stored == "apart":
+        values["model.embed_tokens.weight"] = embedding
     save_file(values, tmp_path / SINGLE, metadata={"format": "pt"})
     whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert_equal_parts(load(tmp_path, 3, 4), dict(whole.state_dict()))
-    assert_equal_parts(load(tmp_path, 0, 3), dict(whole.state_dict()))
+    stage = Stage(check_weights(resolve_model(ModelSpec(name=str(tmp_path)))), torch.device("cpu"))
+    for first, end in ((0, 3), (2, 4), (0, 4), (1, 3), (3, 4), (0, 1)):
+        stage.assign(first, end, is_first=first == 0, is_last=end == 4)
+        assert_equal_parts(stage, dict(whole.state_dict()))
+        ends = {"embed_tokens": first == 0 or (end == 4 and stored != "apart"), "lm_head": end == 4}
+        held = {name for name, parameter in stage.model.named_parameters(remove_duplicate=False) if parameter.numel()}
+        for name, holds in ends.items():
+            assert any(name in one for one in held) == holds, (first, end)
 
 
 def test_weights_that_the_checkpoint_lacks_are_named_by_the_stage_that_needs_them(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipetune.bench.runtime.stage.placeholders import PlaceholderEmbedding, PlaceholderHead, PlaceholderLayer
+from pipetune.bench.runtime.stage.parts import PlaceholderEmbedding, PlaceholderHead, PlaceholderLayer
 
 
 class Layer(nn.Module):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.runtime.job import MicroBatchInputs
-from pipetune.bench.runtime.stage.placeholders import PlaceholderLayer
+from pipetune.bench.runtime.stage.parts import PlaceholderLayer
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.runtime.stage.unsplit import load_unsplit
 from pipetune.bench.spec import LoadFormat, ModelSpec

@@ -16,6 +16,7 @@ from pipetune.bench.record import FailureKind, Measurement
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, Workload
 from tests.hooks import break_workers
 from tests.tiny_models import save_tiny_model
+from tests.workers import worker_pids
 
 DEVICES = ("cpu:0", "cpu:1")
 GRID = ProfileGrid(rows=(1, 3), lengths=(5, 12), pasts=(9,), chunks=((4, 8),))
@@ -72,9 +73,11 @@ def test_the_parts_of_a_task_are_the_task(folder: Path, tmp_path: Path, monkeypa
     body = f"""
     import json
     times_of = module._times_of
-    def spy(seen, window):
-        found = times_of(seen, window)
-        row = [sorted(seen.whole_s), found.overhead_s, found.embedding_s, found.head_s, list(found.layers_s.values())]
+    def spy(seen):
+        found = times_of(seen)
+        parts = dict(found.parts_s)
+        row = [sorted(seen.whole_s), *(parts.pop(name) for name in ("overhead", "embedding", "head"))]
+        row.append(list(parts.values()))
         with open({str(tmp_path / "seen")!r} + str(module.os.getpid()), "a") as file:
             file.write(json.dumps(row) + "\\n")
         return found
@@ -219,7 +222,7 @@ def test_memory_that_holds_not_even_a_layer_is_a_failure(
         with pytest.raises(FleetError, match="a single layer between embedding and head needs") as caught:
             small.profile(GRID)
         assert caught.value.failure.kind is FailureKind.OVER_MEMORY_CAP
-        assert small.worker_pids, "nothing broke: the workers are still there"
+        assert worker_pids(small), "nothing broke: the workers are still there"
 
 
 def test_an_allocation_that_fails_names_the_device(
@@ -238,3 +241,19 @@ def test_an_allocation_that_fails_names_the_device(
     assert failure.kind is FailureKind.OUT_OF_MEMORY
     assert failure.phase == "profile"
     assert failure.device in DEVICES
+
+
+def test_a_message_lost_while_links_are_timed_is_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+    send = module.Sender.send
+    module.Sender.send = lambda self, tensor: send(self, tensor) if tensor.numel() < 1 << 20 else None
+"""
+    break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.runtime.links", body=body)
+    monkeypatch.setattr("pipetune.bench.fleet.supervisor.STUCK_AFTER_S", 2.0)
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as broken, pytest.raises(FleetError) as caught:
+        broken.profile(GRID)
+    failure = caught.value.failure
+    assert (failure.kind, failure.phase) == (FailureKind.COMMUNICATION_TIMEOUT, "profile")
+    assert "worker on cpu:0 receives, worker on cpu:1 receives" in failure.message

@@ -1,14 +1,18 @@
-"""What is timed: windows hold every kind of layer and are never cut where they must not be; tasks fit into memory."""
+"""What is timed: windows hold every kind of layer and respect cuts; tasks fit into memory, and rows are unlike."""
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench.memory import LayerShape, ModelShape
 from pipetune.bench.profile import ProfileGrid, TaskKind
 from pipetune.bench.record import Failure, FailureKind
-from pipetune.bench.worker.profiling.scope import Scope, scope_of, windows_of
+from pipetune.bench.runtime.job import MicroBatchInputs
+from pipetune.bench.worker.profiling.scope import DECODE_STEPS, Scope, repeat, scope_of, windows_of
+from tests.record_factory import make_shape
 
 LAYER = LayerShape(weight_bytes=200_000_000, active_params=250, kv_bytes_per_token=10)
 
@@ -125,3 +129,21 @@ def test_where_not_even_a_layer_fits_the_bytes_are_named() -> None:
     assert found.bytes_wanted is not None
     assert found.bytes_had == 900
     assert found.bytes_wanted > found.bytes_had
+
+
+@pytest.mark.parametrize("kind", [TaskKind(16, 1, 24), TaskKind(16, 24, 0), TaskKind(16, 8, 16)])
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_no_two_rows_need_work_on_the_same_tokens(kind: TaskKind, recurrent: bool) -> None:
+    if recurrent and kind.past_tokens and not kind.is_decode:
+        pytest.skip("what keeps states is prefilled whole")
+    shape = make_shape().model_copy(update={"recurrent": recurrent})
+    grid = ProfileGrid.model_construct(padded=0, scores=False, sampling=None)
+    job = repeat(kind, 1, grid, shape, pad_token_id=0)
+    inputs = MicroBatchInputs.build(job.prompts, output_len=job.output_len, pad_token_id=0, device=torch.device("cpu"))
+    task = job.tasks()[-1]
+    ids = inputs.ids[:, task.first_token : task.end_token]
+    assert ids.shape == (16, kind.new_tokens)
+    assert len({tuple(row) for row in ids.tolist()}) > 12
+    # What a step gives is written behind the prompts, where there is room for it.
+    assert inputs.prompt_len + task.step < inputs.ids.shape[1]
+    assert inputs.prompt_len >= task.end_token + (DECODE_STEPS - 1 if kind.is_decode else 0)

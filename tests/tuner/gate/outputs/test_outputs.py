@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_markdown_is_a_heading_a_table_and_what_is_to_be_said() -> None:
     (heading,) = body.iter("h2")
     assert heading.text == "❌ pipetune gate · FAIL: decode · mean_ttft_ms is 10.4 % worse"
     head, *rows = cells_of(body)
-    assert head[:4] == ["case", "metric", "verdict", "worse by"]
+    assert head[:4] == ["case", "metric", "verdict", "change"]
     assert [row[:3] for row in rows] == [
         ["prefill", METRIC, "✅ OK"],
         ["decode", METRIC, "❌ FAIL"],
@@ -247,7 +248,32 @@ def test_the_screen_fits_into_80_columns(result: GateResult) -> None:
         # Where there is but one, its row goes without a name.
         assert (finding.case in out.getvalue().replace("\n", "")) == (len(result.findings) > 1)
         assert finding.verdict.value in out.getvalue()
-    assert "negative is better" in " ".join(out.getvalue().split())
+    assert "A rate that falls is worse" in " ".join(out.getvalue().split())
+
+
+def test_a_rate_that_falls_is_said_to_fall_in_every_form() -> None:
+    """A candidate that takes half as much time again for a token puts a third less of them out."""
+    result = make_result({"decode": -math.log(1.5)}, metric="output_throughput")
+    (finding,) = result.findings
+    assert finding.change is not None
+    assert finding.change == pytest.approx(-1 / 3, abs=0.01)
+    assert finding.change_interval is not None
+    assert finding.change_interval[0] < finding.change < finding.change_interval[1] < 0
+    lost = f"{-100 * finding.change:.1f} %"
+    assert headline_of(result) == f"FAIL: output_throughput is {lost} worse"
+    assert finding.text.startswith(f"{lost.replace(' ', '')} worse")
+    assert f"change: -{lost} (margin -4.8 %)" in render_junit(result)
+    assert f"| -{lost} |" in render_markdown(result)
+    chart = differences_chart(result)
+    assert chart is not None
+    assert f"FAIL -{lost}" in chart.rows[0]
+    (shift,) = (mark.xs[0] for mark in chart.marks if isinstance(mark, Dots) and mark.marker == "D")
+    assert shift == pytest.approx(-100 * finding.change)
+
+
+def test_junit_says_memory_in_its_unit() -> None:
+    text = render_junit(make_result({"a": 0.1}, metric="peak_memory_bytes"))
+    assert re.search(r"baseline: [\d.]+ MiB", text)
 
 
 def test_the_plot_has_a_dot_for_every_pair_in_the_unit_of_its_axis() -> None:

@@ -26,7 +26,7 @@ from pipetune.tuner.gate.cases import SideRequest, case_of
 from pipetune.tuner.gate.stored.read import read_stored, read_study
 from pipetune.tuner.gate.stored.rule import SESSION_RUNS, foreseen, judge_case, out_of_time
 from pipetune.tuner.gate.stored.run import StoredGate
-from pipetune.tuner.gate.values import Case, Finding, GateResult, Reason, Sample, Session, SideName, Verdict
+from pipetune.tuner.gate.values import Case, Finding, GateResult, Reason, Sample, Session, Side, SideName, Verdict
 from pipetune.tuner.progress import PlainReporter, Reporter
 from tests.record_factory import MODEL, WORKLOAD, make_failure, make_machine, make_plan, make_study_records
 from tests.study_factory import write_study
@@ -364,7 +364,7 @@ def test_a_study_of_other_hardware_is_inconclusive_before_anything_runs(
 
 def here(**hardware: object) -> Machine:
     """This machine, but for what is said of its hardware."""
-    machine = python_env.own({}).machine()
+    machine = python_env.Interpreter().machine()
     assert machine is not None
     changed = machine.hardware.model_copy(update=hardware)
     return machine.model_copy(update={"hardware": changed, "hardware_id": changed.hardware_id})
@@ -440,7 +440,7 @@ def test_another_dtype_is_compared_where_it_is_asked_for(tmp_path: Path, capsys:
 def test_finals_are_the_session_of_a_study_and_runs_that_chose_the_plan_are_not(tmp_path: Path) -> None:
     stored = read_study(write_study(tmp_path / "study"))
     assert stored.plan is not None
-    assert len(stored.session.samples) == 5
+    assert len(stored.samples) == 5
 
 
 def asked(model: ModelSpec, workload: Workload, plan: Plan) -> SideRequest:
@@ -450,7 +450,7 @@ def asked(model: ModelSpec, workload: Workload, plan: Plan) -> SideRequest:
         devices=plan.devices,
         gate=GateConfig(metrics={METRIC: Tolerance()}),
     )
-    return SideRequest(config=config, plan=plan)
+    return SideRequest(Side(name="candidate", model=model, plan=plan, devices=plan.devices), config)
 
 
 OF_STUDIES = asked(MODEL, WORKLOAD, make_plan((15, 15), 16))

@@ -34,7 +34,7 @@ def asked(*plans: Plan) -> list[tuple[Plan, int]]:
 
 def test_without_observations_it_says_what_the_model_says() -> None:
     model, plans = make_model(), asked(make_plan((16, 14), 16), make_plan((10, 20), 8))
-    predicted = Predictor.fit(model, [], metrics=METRICS).predict(plans)
+    predicted = Predictor(model, [], metrics=METRICS).predict(plans)
     for metric in METRICS:
         expected = [one.metrics[metric] for one in model.predict_many(plans)]
         assert predicted.mean[metric] == pytest.approx(expected)
@@ -45,7 +45,7 @@ def test_without_observations_it_says_what_the_model_says() -> None:
 def test_a_plan_run_often_gives_what_it_gave_and_is_known_best() -> None:
     plan, other = make_plan((16, 14), 16), make_plan((10, 20), 4)
     observations = [learn(plan, seed) for seed in range(6)]
-    predictor = Predictor.fit(make_model(FactoryCosts(prefill=1.2)), observations, metrics=METRICS)
+    predictor = Predictor(make_model(FactoryCosts(prefill=1.2)), observations, metrics=METRICS)
     predicted = predictor.predict(asked(plan, other))
     for metric in METRICS:
         measured = np.mean([one.metrics[metric] for one in observations])
@@ -57,7 +57,7 @@ def test_a_plan_run_often_gives_what_it_gave_and_is_known_best() -> None:
 def test_it_is_deterministic() -> None:
     observations = [learn(make_plan((first, 30 - first), 16), first) for first in (14, 16, 18)]
     plans = asked(*(make_plan((first, 30 - first), 8) for first in range(2, 29, 3)))
-    one, again = (Predictor.fit(make_model(), observations, metrics=METRICS).predict(plans) for _ in range(2))
+    one, again = (Predictor(make_model(), observations, metrics=METRICS).predict(plans) for _ in range(2))
     for metric in METRICS:
         assert one.mean[metric].tolist() == again.mean[metric].tolist()
 
@@ -65,7 +65,7 @@ def test_it_is_deterministic() -> None:
 def test_layouts_and_switches_are_told_apart() -> None:
     observations = [learn(make_plan((16, 14), 16), seed) for seed in range(3)]
     observations += [learn(make_plan((16, 14), 16, compile=True), drift=0.7)]
-    predictor = Predictor.fit(make_model(), observations, metrics=METRICS[:1])
+    predictor = Predictor(make_model(), observations, metrics=METRICS[:1])
     eager, compiled, replicas = (
         float(predictor.predict(asked(plan)).mean[METRICS[0]][0])
         for plan in (
@@ -82,7 +82,7 @@ def test_layouts_and_switches_are_told_apart() -> None:
 def test_metrics_that_were_not_measured_are_left_to_the_model() -> None:
     observation = learn(make_plan((16, 14), 16))
     bare = observation.model_copy(update={"metrics": {"duration_s": observation.metrics["duration_s"]}})
-    predicted = Predictor.fit(make_model(), [bare], metrics=METRICS).predict(asked(make_plan((16, 14), 16)))
+    predicted = Predictor(make_model(), [bare], metrics=METRICS).predict(asked(make_plan((16, 14), 16)))
     assert predicted.relative_sd["p90_ttft_ms"][0] == pytest.approx(PRIOR_SD)
 
 

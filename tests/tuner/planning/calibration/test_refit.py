@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Plan
-from pipetune.tuner.planning.calibration.corrected_costs import SMALLEST
-from pipetune.tuner.planning.calibration.refit import Observation, RefittedCosts, observe, refit
-from pipetune.tuner.planning.calibration.spans import TaskSpan
+from pipetune.tuner.planning.calibration.corrected_costs import SMALLEST, RefittedCosts
+from pipetune.tuner.planning.calibration.observation import Observation, TaskSpan, observe
+from pipetune.tuner.planning.calibration.predictor import refit
 from pipetune.tuner.planning.simulation.model import CostModel
 from tests.record_factory import make_measurement, make_plan, make_record, make_shape
 from tests.tuner.planning.factory_costs import FactoryCosts, make_model

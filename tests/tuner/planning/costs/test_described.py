@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.memory import LayerShape, ModelShape
@@ -108,7 +109,10 @@ def test_a_profiled_device_lends_times_memory_and_links(tmp_path: Path) -> None:
         ("devices: [{name: cuda:0, memory_gib: 1}]", "cuda:0 has no tflops and no memory_gb_per_s; give it, or like"),
         (f"devices: [{PLAIN}, {PLAIN}]", r"devices\[1\].name: cuda:0 is described twice"),
         ("devices: [{name: cuda:0, like: cuda:1}]", r"devices\[0\].like: cuda:1 is not described above; it is the fir"),
-        ("devices: [{name: cuda:0, like: {profile: p.json, device: cpu:0}}]", "like.profile: cannot read .*p.json"),
+        (
+            "devices: [{name: cuda:0, like: {profile: p.json, device: cpu:0}}]",
+            "like.profile: .*p.json: cannot read",
+        ),
         (f"devices: [{PLAIN}]", r"links: nothing says what lies between cuda:0 and cuda:1; add \{between"),
         (f"devices: [{PLAIN}]\nlinks: [{{between: [cuda:0-2], gb_per_s: 1, latency_us: 0}}]", "cuda:2 is not among"),
         (f"devices: [{PLAIN}]\nlinks: [{{between: [], gb_per_s: 1, latency_us: 0}}]", "between: names no device"),
@@ -128,3 +132,31 @@ def test_devices_that_are_not_described_are_refused(tmp_path: Path) -> None:
         described.device_bytes(("cpu:0",))
     with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot read the devices: No such file"):
         read_devices(tmp_path / "nowhere.yaml")
+
+
+def test_cards_have_rates_of_their_own_and_nvlink_within_a_name() -> None:
+    described = read_devices(Path("2xA100-80GB,2xT4"))
+    assert described.names == ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
+    assert [device.memory_bytes // 2**30 for device in described.devices] == [80, 80, 15, 15]
+    rates = [device.rates.flops_per_s for device in described.devices if device.rates]
+    assert rates == [312e12, 312e12, 65e12, 65e12]
+    links = {pair: link.bytes_per_s for pair, link in described.links.items()}
+    assert links["cuda:0", "cuda:1"] == 300e9
+    assert {links[pair] for pair in links if set(pair) != {"cuda:0", "cuda:1"}} == {31.5e9}
+
+
+def test_every_card_can_be_described(tmp_path: Path) -> None:
+    cards = yaml.safe_load(Path("tuner/planning/costs/cards.yaml").read_text(encoding="utf-8"))
+    for name, values in cards.items():
+        (device, _) = read_devices(Path(f"2x{name}")).devices
+        assert device.rates is not None
+        assert device.rates.bytes_per_s == values["memory_gb_per_s"] * 1e9
+    # What is said beside a card counts before it.
+    path = tmp_path / "devices.yaml"
+    path.write_text("devices: [{name: cuda:0, card: H100, tflops: 400}]", encoding="utf-8")
+    (device,) = read_devices(path).devices
+    assert device.rates is not None
+    assert (device.rates.flops_per_s, device.rates.bytes_per_s) == (400e12, 3350e9)
+    path.write_text("devices: [{name: cuda:0, card: H1000}]", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"devices\[0\]\.card: 'H1000' is no card that is known here"):
+        read_devices(path)

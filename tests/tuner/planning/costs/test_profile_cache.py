@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.fleet.fleet import CACHE_VARIABLE, Fleet
+from pipetune.bench.files import CACHE_VARIABLE
+from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.profile import Profile, ProfileGrid
 from pipetune.bench.spec import ModelSpec, Sampling, Workload
 from pipetune.tuner.planning.costs.profile_cache import (
@@ -29,6 +30,7 @@ from pipetune.tuner.planning.costs.profile_cache import (
 )
 from tests.quiet import hush
 from tests.tiny_models import tiny_config
+from tests.workers import worker_pids
 
 DEVICES = ("cpu:0", "cpu:1")
 GRID = ProfileGrid(rows=(1,), lengths=(4,), pasts=(4,))
@@ -62,9 +64,9 @@ def test_what_is_kept_is_read_without_a_worker(fleet: Fleet, cache: Path) -> Non
     assert KeptProfile.model_validate_json(file.read_text(encoding="utf-8")).profile == measured
     fleet.interrupt()
     assert profile_for(fleet, GRID) == measured
-    assert fleet.worker_pids == (), "nothing was started for it"
+    assert worker_pids(fleet) == (), "nothing was started for it"
     again = profile_for(fleet, GRID, refresh=True)
-    assert len(fleet.worker_pids) == len(DEVICES)
+    assert len(worker_pids(fleet)) == len(DEVICES)
     assert again != measured
     assert profile_for(fleet, GRID) == again
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipetune.tuner.planning.partition.columns import Columns
+from pipetune.tuner.planning.partition.splits import Columns
 
 
 def test_equal_devices_are_taken_as_they_come() -> None:

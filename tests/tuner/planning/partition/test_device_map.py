@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipetune.bench.errors import ConfigError, PlanError
 from pipetune.bench.spec import Plan
-from pipetune.tuner.planning.partition.device_map import hf_map, plan_from_map, read_device_map, seed_map
+from pipetune.tuner.planning.partition.device_map import hf_map, plan_from_map, ranges_map, read_device_map
 from tests.record_factory import make_shape
 
 TIED = make_shape()
@@ -31,7 +31,7 @@ def test_both_forms_read_back_as_the_same_stages(cuts: set[int]) -> None:
     counts = tuple(end - first for first, end in itertools.pairwise(bounds))
     plan = Plan.from_layer_counts(counts, CUDA, 4)
     for shape in (TIED, UNTIED):
-        for form in (hf_map, seed_map):
+        for form in (hf_map, ranges_map):
             assert plan_from_map(form(shape, plan), shape, micro_batch_size=4) == plan
 
 
@@ -52,7 +52,7 @@ def test_cpu_workers_become_cpu_unless_they_are_given_names() -> None:
     plan = Plan.from_layer_counts((17, 13), ("cpu:0", "cpu:1"), 4)
     assert set(hf_map(TIED, plan).values()) == {"cpu"}
     assert hf_map(UNTIED, plan, ("cuda:3", "cuda:5"))["lm_head"] == "cuda:5"
-    assert seed_map(UNTIED, plan, ("cuda:3", "cuda:5"))["model.layers.17-29"] == "cuda:5"
+    assert ranges_map(UNTIED, plan, ("cuda:3", "cuda:5"))["model.layers.17-29"] == "cuda:5"
     with pytest.raises(ConfigError, match="2 stages and 1 names"):
         hf_map(TIED, plan, ("cuda:0",))
 
@@ -69,9 +69,31 @@ def test_the_longest_name_decides_as_in_transformers() -> None:
     assert [stage.device for stage in plan.stages] == ["cuda:0", "cuda:1"]
 
 
+@pytest.mark.parametrize(("first", "second"), [(0, 1), ("0", "1"), ("cuda", "cuda:1"), (0, "cpu"), ("cpu:1", "0")])
+def test_devices_are_spelled_as_from_pretrained_takes_them(first: object, second: object) -> None:
+    names = {0: "cuda:0", 1: "cuda:1", "0": "cuda:0", "1": "cuda:1", "cuda": "cuda:0", "cpu": "cpu:0"}
+    plan = back({"model.layers.0-15": first, "model.layers.16-29": second, "lm_head": second})
+    assert plan.devices == (names.get(first, first), names.get(second, second))
+
+
+OLD = "language_model.model."
+
+
+@pytest.mark.parametrize("prefix", [OLD, "base_model.model.model.", ""])
+def test_what_older_transformers_and_wrappers_put_before_a_name_does_not_matter(prefix: str) -> None:
+    ends = {f"{prefix}embed_tokens": 0, f"{prefix}norm": 1, "language_model.lm_head" if prefix == OLD else "lm_head": 1}
+    assert back({f"{prefix}layers.{index}": index // 20 for index in range(30)} | ends).layer_counts == (20, 10)
+
+
 @pytest.mark.parametrize(
     ("device_map", "message"),
     [
+        (
+            {f"transformer.h.{index}": 0 for index in range(30)} | {"transformer.wte": 0},
+            r"its layers are transformer\.h\.N, unknown to LlamaForCausalLM; did you mean model\.layers\.N",
+        ),
+        ({"": 0} | {f"x{index}": 0 for index in range(9)}, "'x0', 'x1', 'x2' and 6 more"),
+        *(({"": value}, f"on {value!r}; a stage runs on") for value in ("disk", "mps", True, 0.0, None, -1, "cuda:²")),
         ({"model.layers.0-14": 0, "model.layers.16-29": 1}, r"layer 15 is missing \(model\.layers has 0-29\)"),
         ({"model.layers.0-9": 0}, "layer 10-29 is missing"),
         ({"lm_head": 0}, "layer 0-29 is missing"),
@@ -114,6 +136,6 @@ def test_a_file_that_holds_no_map_is_refused(tmp_path: Path, text: str, message:
 
 def test_a_file_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
-    written = seed_map(UNTIED, Plan.from_layer_counts((17, 13), CUDA, 4))
+    written = ranges_map(UNTIED, Plan.from_layer_counts((17, 13), CUDA, 4))
     path.write_text(json.dumps(written), encoding="utf-8")
     assert read_device_map(path) == written

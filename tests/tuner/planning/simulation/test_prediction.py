@@ -8,8 +8,9 @@ import pytest
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Iteration, Measurement, StageTrace, TaskShape
 from pipetune.bench.schedule import build_schedule, micro_batch_sizes
+from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.simulation.prediction import Prediction, SimulatedRun, predictions_of
-from pipetune.tuner.planning.simulation.schedule import Floats, TaskSequence, simulate_plans, task_sequence_of
+from pipetune.tuner.planning.simulation.schedule import TaskSequence, simulate_plans, task_sequence_of
 
 LENS = (40, 12, 33, 25, 25, 18, 7, 30, 21, 16, 11)
 GAPS_S = (0.004, 0.007)
@@ -32,9 +33,10 @@ def run_of(lens: tuple[int, ...], output_len: int, busy_s: Floats | None = None)
 def traces_of(run: SimulatedRun, busy_s: Floats) -> tuple[StageTrace, StageTrace]:
     took = busy_s[list(run.sequence.kind_of), :, 0]
     first, last = run.timeline.first_starts_s[:, 0], run.timeline.last_ends_s[:, 0]
+    waits = {"recv_wait_s": (0.0,) * len(took), "send_wait_s": (0.0,) * len(took)}
     return (
-        StageTrace(compute_start_s=tuple(first), compute_end_s=tuple(first + took[:, 0])),
-        StageTrace(compute_start_s=tuple(last - took[:, 1]), compute_end_s=tuple(last)),
+        StageTrace(compute_start_s=tuple(first), compute_end_s=tuple(first + took[:, 0]), **waits),
+        StageTrace(compute_start_s=tuple(last - took[:, 1]), compute_end_s=tuple(last), **waits),
     )
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipetune.bench.memory import EDGE_DEPTH
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.runtime.job import Job
-from pipetune.bench.runtime.wiring import HIDDEN_DEPTH
 from pipetune.bench.schedule import Task, build_schedule
 from pipetune.tuner.planning.simulation.schedule import (
     RING_DEPTH,
@@ -47,15 +47,17 @@ def sequence(schedule: dict[str, object]) -> TaskSequence:
     return TaskSequence.of(tasks_of(schedule), schedule["sizes"], scores=False)  # type: ignore[arg-type]
 
 
-def times(own: TaskSequence, num_stages: int, seed: int) -> tuple[Floats, Floats, Floats, Floats]:
-    """Compute, hops, returns and gaps."""
+def times(own: TaskSequence, num_stages: int, seed: int) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """Compute, hops, returns, gaps, and what of the hops links are occupied for."""
     rng = np.random.default_rng(seed)
     kinds = len(own.kinds)
+    hops_s = rng.uniform(0.0, 3.0, (kinds, num_stages - 1, NUM_PLANS))
     return (
         rng.uniform(0.1, 2.0, (kinds, num_stages, NUM_PLANS)),
-        rng.uniform(0.0, 0.5, (kinds, num_stages - 1, NUM_PLANS)),
+        hops_s,
         np.broadcast_to(rng.uniform(0.0, 0.5, NUM_PLANS), (kinds, NUM_PLANS)),
         rng.uniform(0.0, 0.2, (num_stages, NUM_PLANS)),
+        hops_s * rng.uniform(0.0, 1.0, hops_s.shape),
     )
 
 
@@ -65,7 +67,7 @@ def test_it_is_the_schedules_own_simulation(
     schedule: dict[str, object], num_stages: int, hop_s: float, seed: int
 ) -> None:
     own = sequence(schedule)
-    busy_s = times(own, num_stages, seed)[0]
+    busy_s, *_ = times(own, num_stages, seed)
     hops_s = np.full((len(own.kinds), num_stages - 1, NUM_PLANS), hop_s)
     returns_s = np.full((len(own.kinds), NUM_PLANS), hop_s)
     timeline = simulate_plans(own, busy_s, hops_s, returns_s, depth=None)
@@ -91,8 +93,8 @@ def test_it_is_what_buffers_between_stages_make_of_it(
     schedule: dict[str, object], num_stages: int, depth: int | None, seed: int
 ) -> None:
     own = sequence(schedule)
-    busy_s, hops_s, returns_s, gap_s = times(own, num_stages, seed)
-    timeline = simulate_plans(own, busy_s, hops_s, returns_s, gap_s=gap_s, depth=depth)
+    busy_s, hops_s, returns_s, gap_s, wires_s = times(own, num_stages, seed)
+    timeline = simulate_plans(own, busy_s, hops_s, returns_s, gap_s=gap_s, wires_s=wires_s, depth=depth)
     for plan in range(NUM_PLANS):
         starts, ends = by_buffers(
             own,
@@ -100,6 +102,7 @@ def test_it_is_what_buffers_between_stages_make_of_it(
             hops_s[:, :, plan].T[:, own.kind_of],
             returns_s[own.kind_of, plan] if num_stages > 1 else np.zeros(len(own.kind_of)),
             gap_s[:, plan],
+            wires_s[:, :, plan].T[:, own.kind_of],
             depth or len(own.kind_of),
         )
         assert timeline.first_starts_s[:, plan] == pytest.approx(starts[0], abs=1e-9)
@@ -107,30 +110,34 @@ def test_it_is_what_buffers_between_stages_make_of_it(
 
 
 def by_buffers(
-    own: TaskSequence, busy_s: Floats, hops_s: Floats, returns_s: Floats, gap_s: Floats, depth: int
+    own: TaskSequence, busy_s: Floats, hops_s: Floats, returns_s: Floats, gap_s: Floats, wires_s: Floats, depth: int
 ) -> tuple[Floats, Floats]:
     """Starts and ends, `[stage, task]`: nothing happens before what it waits for, and no later; found by repetition.
 
     A message may be received once its receive is posted, which is when the receiver is free of the task `depth` before
-    it; a send is over when its message may be received; and a stage is free of a task when it has handed the output
-    over, for which `depth` sends may be under way.
+    it; a message goes once the link has let go of the one before; a send is over when its message may be received; and
+    a stage is free of a task when it has handed the output over, for which `depth` sends may be under way.
     """
     num_stages, num_tasks = busy_s.shape
-    starts, free = np.zeros_like(busy_s), np.zeros_like(busy_s)
+    starts, free, sent = np.zeros_like(busy_s), np.zeros_like(busy_s), np.zeros_like(busy_s)
     before = {
         index: max(other for other in range(index) if own.micro_batches[other] == own.micro_batches[index])
         for index in range(num_tasks)
         if own.decodes[index]
     }
     for _ in range(num_stages * num_tasks * 4):
-        known = starts.copy(), free.copy()
+        known = starts.copy(), free.copy(), sent.copy()
         ends = starts + busy_s
         for stage, index in itertools.product(range(num_stages), range(num_tasks)):
             waits = [0.0]
             if index:
                 waits.append(free[stage, index - 1])
             if stage:
-                waits.append(ends[stage - 1, index] + hops_s[stage - 1, index])
+                sent[stage - 1, index] = ends[stage - 1, index]
+                if index:
+                    link_free = sent[stage - 1, index - 1] + wires_s[stage - 1, index - 1]
+                    sent[stage - 1, index] = max(sent[stage - 1, index], link_free)
+                waits.append(sent[stage - 1, index] + hops_s[stage - 1, index])
             elif index in before:
                 waits.append(ends[-1, before[index]] + returns_s[before[index]])
             starts[stage, index] = max(waits)
@@ -138,13 +145,13 @@ def by_buffers(
             if stage + 1 < num_stages and index >= 2 * depth:
                 over.append(free[stage + 1, index - 2 * depth])
             free[stage, index] = max(over)
-        if np.array_equal(known[0], starts) and np.array_equal(known[1], free):
+        if all(np.array_equal(*pair) for pair in zip(known, (starts, free, sent), strict=True)):
             return starts, starts + busy_s
     raise AssertionError("times go on growing: something waits for itself")
 
 
 def test_rings_are_as_deep_as_the_runtimes() -> None:
-    assert RING_DEPTH == HIDDEN_DEPTH
+    assert RING_DEPTH == EDGE_DEPTH
 
 
 def test_a_message_sent_too_early_stalls_its_receiver() -> None:
@@ -157,6 +164,18 @@ def test_a_message_sent_too_early_stalls_its_receiver() -> None:
     assert without == pytest.approx(6.5)
     # The last three are sent while the receiver has two more to take; the sender computes for half of the time.
     assert with_stalls == pytest.approx(6.5 + 3 * 0.4 * 0.5**2)
+
+
+@given(bytes_=st.integers(1, 10**9), rate=st.floats(1e3, 1e9), compute_s=st.floats(1e-4, 1.0), tasks=st.integers(1, 9))
+def test_a_slow_link_bounds_the_throughput_by_its_rate(bytes_: int, rate: float, compute_s: float, tasks: int) -> None:
+    lens = (4,) * tasks
+    own = task_sequence_of(lens, output_len=1, micro_batch_size=1, prefill_size=1, chunk_size=None, in_flight=None)
+    wires_s, latency_s = np.full((1, 1, 1), bytes_ / rate), 0.01
+    busy_s = np.full((1, 2, 1), compute_s)
+    timeline = simulate_plans(own, busy_s, wires_s + latency_s, np.zeros((1, 1)), wires_s=wires_s, depth=None)
+    beat = max(bytes_ / rate, compute_s)
+    whole = 2 * compute_s + bytes_ / rate + latency_s + (tasks - 1) * beat
+    assert timeline.last_ends_s[-1, 0] == pytest.approx(whole)
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])

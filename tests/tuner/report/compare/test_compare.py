@@ -226,6 +226,7 @@ def test_the_command_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.Ca
     assert run(["compare", str(first), str(second), "--price", "cpu=free"]) == 2
 
 
+@pytest.mark.slow
 def test_a_report_can_hold_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = write_night(tmp_path / "a"), write_night(tmp_path / "b", seed=9)
     assert run(["report", str(second), "--compare", str(first)]) == 0
@@ -251,3 +252,25 @@ def test_a_comparison_written_twice_replaces_the_first(tmp_path: Path) -> None:
     write_comparison(found, tmp_path / "out")
     write_comparison(found, tmp_path / "out")
     assert StudyComparison.model_validate_json((tmp_path / "out" / "compare.json").read_bytes()) == found
+
+
+def test_a_machine_file_drives_no_terminal_and_no_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("html", "plot"):
+        monkeypatch.setattr(f"pipetune.tuner.report.render.{module}.render_png", lambda *_: b"")
+    machine, evil = make_machine(), "\x1b[31mTorch\x9b2J\nfine: no change\u202e"
+    software = machine.software.model_copy(update={"packages": {**machine.software.packages, "torch": evil}})
+    hardware = machine.hardware.model_copy(update={"cpu_model": f"{evil}2"})
+    update = {"software": software, "hardware": hardware}
+    write_study(tmp_path / "a", machine=machine)
+    write_study(tmp_path / "b", machine=machine.model_copy(update=update))
+    for command in (["compare", str(tmp_path / "a"), str(tmp_path / "b")], ["history", str(tmp_path)]):
+        assert run([*command, "-o", str(tmp_path / command[0])]) == 0
+        out = capsys.readouterr().out
+        pages = [path.read_text(encoding="utf-8") for path in (tmp_path / command[0]).glob("*.[mhc][dts]*")]
+        assert "Torch" in out
+        assert len(pages) >= 2
+        for text in (out, *pages):
+            assert not {"\x1b", "\x9b", "\u202e"} & set(text)
+            assert not any(line.lstrip().startswith("fine:") for line in text.splitlines())

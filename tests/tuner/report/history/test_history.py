@@ -12,7 +12,7 @@ from pipetune.tuner.report.history.files import read_history
 from pipetune.tuner.report.history.series import BASELINE, BEST
 from pipetune.tuner.report.history.values import History, LevelChange, Series
 from pipetune.tuner.report.history.wording import sparkline
-from pipetune.tuner.study.files import SEARCH_FILE
+from pipetune.tuner.study.files import StudyFile
 from pipetune.tuner.study.search_log import SearchLog
 from tests.record_factory import make_machine
 from tests.tuner.report.compare.studies import EVEN, UNEVEN, write_night
@@ -57,7 +57,7 @@ def test_a_level_that_changed_is_found_with_what_else_changed(nights: Path) -> N
 def test_a_study_whose_search_has_not_ended_is_no_night(tmp_path: Path) -> None:
     write_night(tmp_path / "ended", {UNEVEN: 1.0, EVEN: 1.3})
     running = write_night(tmp_path / "running", {UNEVEN: 1.0, EVEN: 1.3}, seed=9)
-    (running / SEARCH_FILE).write_text(SearchLog().model_dump_json())
+    (running / StudyFile.SEARCH).write_text(SearchLog().model_dump_json())
     found = read_history([tmp_path])
     assert [night.study for question in found.questions for night in question.nights] == ["ended"]
     (why,) = found.skipped
@@ -132,3 +132,8 @@ def test_bars_of_any_values_can_be_drawn(values: tuple[float, ...]) -> None:
     assert len(sparkline(series)) == len(values)
     change = LevelChange(night=0, study="a", p=0.001, before=0.0, after=0.1, is_worse=True, also_changed=())
     assert change.share is None
+
+
+def test_a_place_without_studies_is_answered_with_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["history", str(tmp_path)]) == 3
+    assert "name studies, or folders of studies" in capsys.readouterr().err

@@ -13,11 +13,10 @@ from rich.console import Console
 
 from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.chart import Band, Bars, Chart, Dots, Line, Rule, Words
-from pipetune.tuner.report.render.canvas import DARK, LIGHT
 from pipetune.tuner.report.render.csv import render_csv
 from pipetune.tuner.report.render.html import render_html
 from pipetune.tuner.report.render.markdown import render_markdown
-from pipetune.tuner.report.render.plot import draw, render_png
+from pipetune.tuner.report.render.plot import DARK, LIGHT, draw, render_png
 from pipetune.tuner.report.render.rich import render_rich
 
 EVIL = "<b>[red]x[/red]</b> | `y` _z_"
@@ -51,13 +50,13 @@ DOCUMENT = doc.Document(
         doc.Text("see", link="https://example.org/"),
         doc.Facts((("busy", "time in compute"),), stacked=True),
         doc.Bullets(("plain", doc.Bullet("changed", "bad", (EVIL, "below it")))),
-        doc.Section("Hero", (doc.Cards((doc.Card(label="speed", number="3.1×", remark="over all"),)),), is_hero=True),
+        doc.Section("Hero", (doc.Cards((("speed", "3.1×", "over all"),)),), is_hero=True),
         doc.Section(
             "Inner",
             (
                 TABLE,
                 doc.Bar(label="stage 0", text="cpu:0", segments=(WEIGHTS,)),
-                doc.Split((("cpu:0", "layers 0–16", 57.0), ("cpu:1", "layers 17–29", 43.0))),
+                doc.Split((("cpu:0", "layers 0-16", 57.0), ("cpu:1", "layers 17-29", 43.0))),
                 doc.Code("pipetune bench"),
                 doc.Figures((doc.Figure("a figure", CHART),)),
             ),
@@ -66,7 +65,7 @@ DOCUMENT = doc.Document(
 )
 SAID = (
     *("17+13", "201", "64.2", "fast", "tok/s: tokens a second", "one line", "another", "https://example.org/"),
-    *("time in compute", "below it", "3.1×", "over all", "weights", "9 MiB", "layers 17–29", "pipetune bench"),
+    *("time in compute", "below it", "3.1×", "over all", "weights", "9 MiB", "layers 17-29", "pipetune bench"),
 )
 
 
@@ -118,6 +117,17 @@ def test_a_screen_keeps_to_its_width_and_leaves_a_line_between_groups() -> None:
     assert max(map(len, lines)) <= 60
     at = next(place for place, line in enumerate(lines) if line.startswith("17+13"))
     assert lines[at + 1].strip() == ""
+
+
+def test_a_screen_draws_bars_to_scale_and_no_other_marks() -> None:
+    bars = Bars(spans=((0, 0.0, 2.0, "m0"), (1, 2.0, 4.0, "m0"), (0, 2.0, 3.0, "m1")), colour="orange", label="do")
+    dots = Dots(xs=(1.0,), ys=(1.0,), colour="plan", label="dot")
+    drawn = Chart(title="all of it", x_label="seconds", marks=(bars, dots), rows=("a\nx", "b\ny"), x_range=(0, 4))
+    shown = screen(doc.Document(parts=(doc.Figures((doc.Figure("bars", drawn),)),))).splitlines()
+    assert shown[1].split() == ["a", "x", "0" * 28 + "1" * 14 + "·" * 14]
+    assert shown[2].split() == ["b", "y", "·" * 28 + "0" * 28]
+    assert "over 4 seconds" in shown[3]
+    assert "dot" not in "".join(shown)
 
 
 def test_a_table_of_fewer_columns_keeps_their_order() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.search.optuna_study import OptunaStudy
 from pipetune.tuner.search.policy.refine import Refiner
 from pipetune.tuner.search.policy.tpe import TpePolicy
-from pipetune.tuner.search.space.candidates import candidates
+from pipetune.tuner.search.space.space import candidates
 from pipetune.tuner.study.search_log import Proposal
 from tests.evaluation.search.landscape import all_partitions
 from tests.record_factory import make_measurement, make_record
@@ -78,6 +79,7 @@ def test_a_space_that_lists_all_needs_no_more() -> None:
     assert all(splitter.is_whole(one) for one in candidates(space, resolve))
 
 
+@pytest.mark.slow
 def test_a_search_leaves_the_list_when_a_device_is_slower_than_was_thought(tmp_path: Path) -> None:
     strategy = make_strategy((SPACE, COST, RESOLVE), n_trials=8)
     study = open_study(tmp_path)

@@ -13,9 +13,10 @@ from pipetune.bench.record import Machine, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, RunSpec
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.search.optuna_study import OptunaStudy
-from pipetune.tuner.search.participant import Participant, participate
+from pipetune.tuner.search.shared.participant import Member, Participant, participate
 from pipetune.tuner.search.space.resolver import Resolver, identity
 from pipetune.tuner.search.space.space import Point, SearchSpace
+from pipetune.tuner.study.files import StudyFile
 from pipetune.tuner.study.store import StudyStore
 from tests.record_factory import MODEL, NUM_LAYERS, make_machine, make_measurement, make_prompt_lens, make_shape
 
@@ -82,13 +83,13 @@ class Process:
         return identity(plan, self.resolve(plan))
 
     def sharing(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(self.store.sharing_path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads((self.store.folder / StudyFile.SHARING).read_text(encoding="utf-8"))
         return values
 
     def vanish(self) -> None:
         """Ends without a word, as by `kill -9`."""
-        assert self.member.member is not None
-        self.member.member._ended.set()
+        assert isinstance(self.member, Member)
+        self.member._ended.set()
         self.store.close()
 
 
@@ -114,8 +115,8 @@ def join(
         resolve = Resolver.of_workload(
             make_shape(), wanted.workload, make_prompt_lens(wanted.workload), dict.fromkeys(names, 4 * 2**30)
         )
-        if store.space_path.exists():
-            space = SearchSpace.model_validate_json(store.space_path.read_text(encoding="utf-8"))
+        if (store.folder / StudyFile.SPACE).exists():
+            space = SearchSpace.model_validate_json((store.folder / StudyFile.SPACE).read_text(encoding="utf-8"))
         space = member.agree(space)
         study = member.open_study(space, resolve)
         stack.callback(study.close)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipetune.bench.errors import StudyError
 from pipetune.bench.record import FailureKind
-from pipetune.tuner.search.shared.codec import pack, unpack
+from pipetune.tuner.search.shared.shared_study import pack, unpack
 from tests.record_factory import make_failure, make_measurement, make_plan, make_record
 
 PACKED = pack(make_record(0, "trial", make_plan(), make_failure()))

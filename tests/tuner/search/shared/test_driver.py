@@ -20,13 +20,16 @@ import pytest
 from pipetune.bench.errors import StorageError, StudyError
 from pipetune.bench.record import Failure, Machine, Measurement, Record
 from pipetune.bench.spec import RunSpec
+from pipetune.tuner.cli import run
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.search import database as database_module
 from pipetune.tuner.search.driver import run_study
-from pipetune.tuner.search.shared import member, shared_study
+from pipetune.tuner.search.shared import participant as member
+from pipetune.tuner.search.shared import shared_study
+from pipetune.tuner.study.files import load_records, was_interrupted
 from pipetune.tuner.study.search_log import SearchLog
-from pipetune.tuner.study.store import StudyStore, load_records, was_interrupted
+from pipetune.tuner.study.store import StudyStore
 from tests import postgres
 from tests.tiny_models import save_tiny_model
 from tests.tuner.fake_fleet import Lab
@@ -203,6 +206,30 @@ def test_a_database_lost_on_the_way_ends_the_study_with_what_was_measured(
         assert store.records[: len(before)] == before
         assert len(trials(store.records)) == 5
     assert never_twice(tmp_path / "a")
+
+
+def test_a_study_is_collected_from_its_database_alone(
+    tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, devices, n_trials in (("a", "cpu:0-1", 2), ("b", "cpu:2-3", 4)):
+        wanted = config(database, devices, n_trials=n_trials, finalists=0)
+        with StudyStore.create(tmp_path / folder, wanted) as store:
+            assert run_study(store, Reporter(), start_fleet=Lab().start)
+    out = tmp_path / "out"
+    assert run(["collect", "nightly", "--storage", database, "-o", str(out), "--json"]) == 0
+    found = trials(load_records(out))
+    assert keys(found) == keys(load_records(tmp_path / "b"))
+    assert {record.source_devices for record in found} == {("cpu:0", "cpu:1"), ("cpu:2", "cpu:3")}
+    assert {device for record in found if record.spec for device in record.spec.plan.devices} <= {"cpu:0", "cpu:1"}
+    assert json.loads(capsys.readouterr().out)["best"]["rank"] == 1
+    assert database not in (out / "study.yaml").read_text(encoding="utf-8")
+    monkeypatch.setenv("PIPETUNE_STORAGE", database)
+    for name, place, message in (
+        ("nightly", out, "holds a study already"),
+        ("weekly", tmp_path / "new", "holds no shared study weekly; there are nightly"),
+    ):
+        assert run(["collect", name, "-o", str(place)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_other_hardware_and_other_questions_are_refused_by_the_driver(tmp_path: Path, database: str) -> None:

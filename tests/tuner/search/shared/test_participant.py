@@ -16,9 +16,11 @@ from pipetune.bench.errors import ConfigError, StorageError, StudyError
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement
 from pipetune.tuner.search import database as database_module
 from pipetune.tuner.search.policy.tpe import TpePolicy
-from pipetune.tuner.search.shared import member, shared_study
+from pipetune.tuner.search.shared import participant as member
+from pipetune.tuner.search.shared import shared_study
 from pipetune.tuner.search.space.space import Point
-from pipetune.tuner.study.store import StudyStore, load_records
+from pipetune.tuner.study.files import load_records
+from pipetune.tuner.study.store import StudyStore
 from tests import postgres
 from tests.record_factory import make_failure, make_machine
 from tests.tuner.search.shared.members import POINTS, Process, config, join

@@ -9,7 +9,7 @@ import pytest
 from pipetune.bench.errors import StudyError
 from pipetune.bench.record import Machine
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.search.shared.study_key import StudyKey
+from pipetune.tuner.search.shared.joining import StudyKey
 from tests.record_factory import make_machine
 
 

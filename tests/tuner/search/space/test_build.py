@@ -11,8 +11,7 @@ from pipetune.bench.errors import ConfigError, NothingFeasibleError
 from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.config.schema import SpaceConfig
 from pipetune.tuner.search.space import build as b
-from pipetune.tuner.search.space.candidates import candidates
-from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.search.space.space import SearchSpace, candidates
 from tests.evaluation.search.landscape import all_partitions
 from tests.tuner.search.space_factory import GIB, MIB, SHAPE, build
 
@@ -93,6 +92,17 @@ def test_partitions_that_fit_nowhere_are_left_out() -> None:
     space, *_ = build(memory=int(0.75 * whole / 0.9))
     assert space.partitions
     assert all(len(counts) == 2 and max(counts) < 28 for counts in space.partitions)
+
+
+def test_a_cap_in_bytes_holds_whatever_the_devices_have() -> None:
+    for memory in (1, 4, 256):
+        space, _, resolve = build(memory=memory * GIB, max_memory_per_device="500MiB")
+        assert layouts(space) == {(1, 2)}, "the model is too large for one device, once or twice"
+        plan = space.plan(next(space.points()))
+        assert {stage.cap_bytes(memory * GIB) for stage in plan.stages} == {500 * MIB}
+        assert max(resolve.needed_bytes(EffectivePlan(plan=plan, in_flight=1)).values()) <= 500 * MIB
+    with pytest.raises(NothingFeasibleError, match=r"cap is 100 MiB.*or a larger max_memory_per_device"):
+        build(max_memory_per_device="100MiB")
 
 
 def test_nothing_fits_is_said_with_the_nearest_plan() -> None:

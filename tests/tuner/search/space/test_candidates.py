@@ -8,9 +8,8 @@ import pytest
 
 from pipetune.bench.memory import stage_bytes
 from pipetune.bench.spec import EffectivePlan
-from pipetune.tuner.search.space.candidates import best_ranks, candidates
 from pipetune.tuner.search.space.resolver import Resolver
-from pipetune.tuner.search.space.space import SearchSpace
+from pipetune.tuner.search.space.space import SearchSpace, best_ranks, candidates
 from tests.tuner.search.space_factory import MIB, build
 
 

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench.memory import check_plan
 from pipetune.bench.record import Record
 from pipetune.bench.spec import EffectivePlan
-from pipetune.tuner.search.space.space import SearchSpace
-from tests.tuner.search.space_factory import SHAPE, build
+from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.search.space.resolver import Resolver
+from pipetune.tuner.search.space.space import SearchSpace, candidates
+from tests.tuner.search.space_factory import MIB, SHAPE, build
 
 ROOT = Path(__file__).parents[4]
-SPACES = [
-    build(1, num_prompts=1),
-    build(2, num_prompts=7),
-    build(3, num_prompts=32, max_stages=2),
-    build(4, num_prompts=9, input_len=300, min_stages=2, max_stages=2, compile="search"),
-    build(4, num_prompts=70, replicas=(2, 4), min_stages=1),
-    build(3, num_prompts=9, speeds=(1.0, 0.5, 1.0)),
-    build(4, num_prompts=32, speeds=(1.0, 1.0, 0.5, 0.4), replicas=(1, 2)),
-]
+
+
+@cache
+def spaces() -> list[tuple[SearchSpace, CostModel, Resolver]]:
+    return [
+        build(1, num_prompts=1),
+        build(2, num_prompts=7),
+        build(3, num_prompts=32, max_stages=2),
+        build(4, num_prompts=9, input_len=300, min_stages=2, max_stages=2, compile="search"),
+        build(4, num_prompts=70, replicas=(2, 4), min_stages=1),
+        build(3, num_prompts=9, speeds=(1.0, 0.5, 1.0)),
+        build(4, num_prompts=32, speeds=(1.0, 1.0, 0.5, 0.4), replicas=(1, 2)),
+    ]
 
 
 @given(data=st.data())
 def test_every_point_is_a_plan_of_the_model(data: st.DataObject) -> None:
-    space, cost, resolve = data.draw(st.sampled_from(SPACES))
+    space, cost, resolve = data.draw(st.sampled_from(spaces()))
     point = {name: data.draw(st.integers(low, high), label=name) for name, (low, high, _) in space.dimensions().items()}
     plan = space.plan(point)
     check_plan(SHAPE, plan)
@@ -42,12 +51,12 @@ def test_every_point_is_a_plan_of_the_model(data: st.DataObject) -> None:
 
 
 def test_a_space_reads_back_as_it_was() -> None:
-    for space, *_ in SPACES:
+    for space, *_ in spaces():
         assert SearchSpace.model_validate_json(space.model_dump_json()) == space
 
 
 def test_points_of_one_partition_are_some_of_all() -> None:
-    space = SPACES[1][0]
+    space = spaces()[1][0]
     own = [point for point in space.points() if point["partition_rank"] == 3]
     assert own
     assert list(space.points(3)) == own
@@ -69,3 +78,21 @@ def test_a_space_of_before_replicas_means_the_plans_that_its_records_hold() -> N
             assert plan == record.spec.plan
             seen += 1
     assert seen == 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_devices": 4, "replicas": (1, 2, 4), "micro_batch_sizes": "4,8"},
+        {"num_devices": 3, "speeds": (1.0, 0.5, 2.0), "micro_batch_sizes": "4,8"},
+        {"memory": 700 * MIB, "micro_batch_sizes": "4,8"},
+        {"compile": "search", "prefill_chunk_sizes": "16,whole", "memory": 800 * MIB, "micro_batch_sizes": "4,8"},
+    ],
+)
+def test_no_two_plans_of_a_space_are_described_by_one_line(changes: dict[str, Any]) -> None:
+    space, _, resolve = build(**changes)
+    lines: dict[str, str] = {}
+    for candidate in candidates(space, resolve):
+        key = candidate.effective.key
+        assert lines.setdefault(candidate.effective.plan.describe(), key) == key
+    assert len(lines) > 20

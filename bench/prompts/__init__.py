@@ -1,0 +1,1 @@
+"""Prompts as people give them, and the token ids that they become; without torch."""

@@ -1,0 +1,111 @@
+"""The file that prompts are given in: its text, whatever wrote it; and a copy that stands in for a pipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.files import cache_root, write_durably
+from pipetune.bench.prompts.forms import Prompt, prompts_of
+
+_PIPE = "-"
+
+
+def read_text(path: str | Path) -> str:
+    """The text, with plain newlines and without a byte order mark, which editors and systems change as they like.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no text.
+    """
+    try:
+        with open(0 if path == _PIPE else path, "rb", closefd=path != _PIPE) as file:
+            data = file.read()
+        text = data.decode(json.detect_encoding(data))
+    except UnicodeError as error:
+        raise _unreadable(
+            path, f"no UTF-8 text ({error}); is it compressed? Then unpack it: --prompts <(zcat FILE)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def sha256_of(text: str) -> str:
+    """What tells one file's text from another's."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def rereadable(given: str) -> str:
+    """A path that each process can read as often as it likes: the given one, or a copy of what a pipe gives once.
+
+    Args:
+        given: `-` is what comes in.
+
+    Raises:
+        ConfigError: it cannot be read, or not be kept.
+    """
+    path = Path(given)
+    try:
+        mode = path.stat().st_mode if given != _PIPE else stat.S_IFIFO
+    except (OSError, ValueError) as error:
+        raise _unreadable(given, error) from None
+    if stat.S_ISREG(mode):
+        # What a number of this process stands for is another file in others.
+        return str(path.resolve()) if given.startswith(("/dev/", "/proc/")) else given
+    if stat.S_ISCHR(mode):
+        raise _unreadable(given, "a device has no end; give a file, or - for what comes in")
+    text = read_text(given)
+    if not text.strip():
+        raise ConfigError(f"{given}: holds no prompt; did what was to write it fail?")
+    copy = cache_root() / "prompts" / f"{sha256_of(text)[:16]}.jsonl"
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(copy, text)
+    except OSError as error:
+        raise ConfigError(f"{copy}: cannot keep the prompts of {given}: {error.strerror or error}") from None
+    return str(copy)
+
+
+def _unreadable(path: str | Path, why: Exception | str) -> ConfigError:
+    return ConfigError(f"{path}: cannot read the prompts: {getattr(why, 'strerror', None) or why}")
+
+
+def read_prompts(path: str | Path, output_len: int) -> list[tuple[str, Prompt]]:
+    """Prompts and their places, from a JSON object a line, or from one JSON array of them.
+
+    Only a newline ends a line: other separators may stand within a string.
+
+    Args:
+        output_len: tokens that are generated for each.
+
+    Raises:
+        ConfigError: the file cannot be read, holds something else, or holds no prompt.
+    """
+    text = read_text(path)
+    whole = _parsed(text)
+    if isinstance(whole, list):
+        values = [(f"{path}[{index}]", value) for index, value in enumerate(whole)]
+    else:
+        lines = [(f"{path}:{number}", line.strip("\ufeff \t")) for number, line in enumerate(text.split("\n"), start=1)]
+        values = [(place, _parsed(line, place)) for place, line in lines if line.strip()]
+    found = [(place, prompt) for place, value in values for prompt in prompts_of(value, output_len, place)]
+    if not found:
+        raise ConfigError(f"{path}: holds no prompt; write one JSON object a line")
+    return found
+
+
+def _parsed(text: str, place: str | None = None) -> Any:
+    """A JSON value; None for what is none, where no place is given to complain of."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if place is None:
+            return None
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ConfigError(f'{place}: not JSON: {why}; write {{"prompt": "text"}}') from None

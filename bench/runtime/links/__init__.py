@@ -1,1 +1,0 @@
-"""Messages between stages: links, the transports below them, and CUDA streams."""

@@ -1,0 +1,95 @@
+"""Fleets of stubbed GPUs give what the unsplit model gives, over NCCL's stand-in and over staging, captured and not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipetune.bench.fleet.fleet import Fleet
+from pipetune.bench.profile import ProfileGrid
+from pipetune.bench.runtime.wiring import COMMUNICATOR_BYTES
+from tests.rehearsal.conftest import IS_WHOLE, UseMachine
+from tests.rehearsal.fleets import LAYERS, PROTOCOL, WORKLOAD, equal, run, tiny_model
+from tests.rehearsal.stub.machine import GIB, StubMachine
+from tests.workers import worker_pids
+
+FOUR = ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_over_nccl(family: str, use_machine: UseMachine, tmp_path: Path) -> None:
+    use_machine(StubMachine.alike(4))
+    with Fleet.start(tiny_model(tmp_path, family), FOUR, log_dir=tmp_path / "logs") as fleet:
+        # Communicators are opened later, and outside of what a cap covers.
+        assert all(79 * GIB - bytes_ >= 6 * COMMUNICATOR_BYTES for bytes_ in fleet.device_bytes.values())
+        assert fleet.shape.task_bytes is not None
+        assert fleet.make_reference(tmp_path / "reference", WORKLOAD, PROTOCOL) is None
+        for counts in ((LAYERS,), (3, 1), (1,) * 4):
+            outcome = equal(run(fleet, counts))
+            assert outcome.transport == ("nccl" if len(counts) > 1 else "local")
+            assert not [note for note in outcome.notes if note.startswith("cuda_graphs")]
+        outcome = equal(run(fleet, (2, 2), graphs=False, replicas=2, replica_devices=(FOUR[2:],)))
+        assert outcome.transport == "nccl"
+
+
+@pytest.mark.parametrize("devices", [("cuda:0", "cuda:0"), ("cuda:0", "cpu:0")])
+def test_over_staging(devices: tuple[str, ...], use_machine: UseMachine, tmp_path: Path) -> None:
+    use_machine(StubMachine.alike(1))
+    with Fleet.start(tiny_model(tmp_path, "llama"), devices, log_dir=tmp_path / "logs") as fleet:
+        assert module_loading(fleet) is None
+        assert fleet.make_reference(tmp_path / "reference", WORKLOAD, PROTOCOL) is None
+        outcome = equal(run(fleet, (3, 1)))
+        assert outcome.transport == "gloo+staging"
+        assert any("share a GPU" in note for note in outcome.notes) == (devices[0] == devices[1])
+
+
+def module_loading(fleet: Fleet) -> str | None:
+    """How the workers' CUDA loads kernels."""
+    (found,) = {psutil.Process(pid).environ().get("CUDA_MODULE_LOADING") for pid in worker_pids(fleet)}
+    return found
+
+
+@pytest.mark.timeout(150)
+def test_a_profile_over_nccl(use_machine: UseMachine, tmp_path: Path) -> None:
+    use_machine(StubMachine.alike(2))
+    with Fleet.start(tiny_model(tmp_path, "llama"), FOUR[:2], log_dir=tmp_path / "logs") as fleet:
+        # Else a kernel's first use would wait for a posted receive.
+        assert module_loading(fleet) == "EAGER"
+        profile = fleet.profile(ProfileGrid(rows=(1, 3), lengths=(8,), pasts=(12,)))
+    assert {(link.source, link.target) for link in profile.links} == {FOUR[:2], FOUR[1::-1]}
+    assert [device.device for device in profile.devices] == list(FOUR[:2])
+
+
+COMPILER = """
+import torch
+
+seen = set()
+
+
+def compile(function, backend):
+    def run(*given, **named):
+        kind = tuple(value.shape for value in given if isinstance(value, torch.Tensor))
+        if kind not in seen:
+            seen.add(kind)
+            backend(None, None)
+        return function(*given, **named)
+
+    return run
+
+
+torch.compile = compile
+torch._dynamo.lookup_backend = lambda name: lambda graph, inputs: torch.cuda.synchronize()
+"""
+"""Makes a graph for each shape, and waits for the device meanwhile, as a compiler does that tries kernels out."""
+
+
+@pytest.mark.parametrize("graphs", [False, True] if IS_WHOLE else [False])
+def test_nothing_is_compiled_while_a_receive_is_posted(graphs: bool, use_machine: UseMachine, tmp_path: Path) -> None:
+    use_machine(StubMachine.alike(2), {"pipetune.bench.runtime.kernels.compiled": COMPILER})
+    with Fleet.start(tiny_model(tmp_path, "llama"), FOUR[:2], log_dir=tmp_path / "logs") as fleet:
+        assert fleet.make_reference(tmp_path / "reference", WORKLOAD, PROTOCOL) is None
+        outcome = equal(run(fleet, (2, 2), graphs=graphs, compile=True))
+        assert not [note for note in outcome.notes if note.startswith(("compile", "cuda_graphs"))]
+        assert outcome.prepare_s

@@ -1,0 +1,55 @@
+"""What a smaller fleet tells of a larger one: whose times its devices get, links nobody timed, and the interval."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.profile import TaskKind
+from pipetune.tuner.planning.calibration.carried import PRIOR_SD, half_width, larger_fleet
+from tests.record_factory import make_shape
+from tests.study_factory import make_profile
+
+DECODE = TaskKind(8, 1, 64)
+SIZES = {f"cpu:{number}": 2**30 for number in range(4)}
+
+
+def test_workers_that_share_cores_are_as_much_slower_and_others_as_fast() -> None:
+    profile, shape = make_profile(), make_shape()
+    small = larger_fleet(profile, ("cpu:0", "cpu:1"), dict(list(SIZES.items())[:2]), cores=2).costs(shape)
+    # Two cores for two workers, then for four of them, then four cores each among plenty.
+    for cores, times in ((2, 2.0), (4, 2.0), (16, 2.0), (6, 3.0)):
+        large = larger_fleet(profile, ("cpu:0", "cpu:1"), SIZES, cores=cores).costs(shape)
+        ratio = large.layers_s("cpu:3", DECODE) / small.layers_s("cpu:0", DECODE)
+        said = larger_fleet(profile, ("cpu:0", "cpu:1"), SIZES, cores=cores).about or ""
+        assert f"each CPU worker {1 / times:.2g} times as fast: 4 of them share {cores} cores" in said
+        assert ratio == pytest.approx(np.full(shape.num_layers, times))
+
+
+def test_links_that_nobody_timed_are_as_slow_as_the_slowest_or_nominal() -> None:
+    profile, shape = make_profile(), make_shape()
+    costs = larger_fleet(profile, ("cpu:0", "cpu:1"), SIZES, cores=4).costs(shape)
+    slowest = max(link.seconds(1 << 20) for link in profile.links)
+    assert costs.hop_s("cpu:2", "cpu:3", 1 << 20) == slowest
+    assert costs.hop_s("cpu:0", "cpu:1", 1 << 20) == profile.links[0].seconds(1 << 20)
+    alone = larger_fleet(None, ("cpu:0",), SIZES, cores=4)
+    assert "nominal" in (alone.about or "")
+    assert alone.costs(shape).hop_s("cpu:0", "cpu:1", 0) > 0
+
+
+def test_a_kind_of_device_that_the_smaller_fleet_lacks_is_named() -> None:
+    with pytest.raises(ConfigError, match="cuda:0 is like none of the smaller fleet cpu:0"):
+        larger_fleet(None, ("cpu:0",), {"cuda:0": 2**30}, cores=4)
+
+
+def test_the_interval_narrows_by_steps_that_held_and_widens_by_those_that_did_not() -> None:
+    before = half_width([])
+    assert math.exp(before) - 1 > PRIOR_SD
+    assert half_width([[0.01, -0.01]]) < before
+    assert half_width([[0.01], [0.0], [-0.01]]) < half_width([[0.01]])
+    assert half_width([[0.8]]) > before
+    # Plans that differ among each other say as much as steps that do.
+    assert half_width([[0.3, -0.3]]) > half_width([[0.0, 0.0]])

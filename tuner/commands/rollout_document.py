@@ -1,0 +1,86 @@
+"""A rollout for people: the verdict, the chain from the smallest fleet to the largest, and the gate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from pipetune.tuner.commands.plan_document import fleet_text
+from pipetune.tuner.commands.rollout import PROMOTED_FILE, Rollout, RolloutRequest, Tried
+from pipetune.tuner.gate.outputs import wording as gate_wording
+from pipetune.tuner.report import wording as w
+from pipetune.tuner.report.document import (
+    GAP,
+    Bullets,
+    Column,
+    Document,
+    Facts,
+    Part,
+    Section,
+    Style,
+    Table,
+    Text,
+    left,
+    rows_of,
+)
+from pipetune.tuner.report.files import write_documents
+
+_LEGEND = "predicted: with the interval for 95 of 100 fleets; miss: measured over predicted, less 1; !: outside of it"
+
+
+def document_of(rollout: Rollout, *, title: str = "") -> Document:
+    """The whole of it, for every medium."""
+    style: Style = "good" if rollout.promoted else "bad" if rollout.exit_code == 1 else "warning"
+    sources = "; ".join(f"{fleet_text(fleet.devices)}: {fleet.made_from}" for fleet in rollout.fleets)
+    facts = Facts((("model", rollout.model), ("objective", rollout.objective), ("predicted from", sources)))
+    parts: list[Part] = [Text(w.clean(rollout.verdict), style), GAP, _chain(rollout), GAP, facts]
+    failed = [one for fleet in rollout.fleets for one in fleet.tried if one.failure]
+    parts.append(Bullets(tuple(w.clean(f"{one.predicted.effective.plan.describe()}: {one.failure}") for one in failed)))
+    if rollout.gate is not None:
+        parts.append(Section("Gate against what runs today", gate_wording.screen_of(rollout.gate).parts))
+    if rollout.promoted:
+        parts.append(Text(f"The plan with its evidence is in {PROMOTED_FILE}."))
+    return Document(title=title, parts=tuple(parts))
+
+
+def _chain(rollout: Rollout) -> Table:
+    numbers = map(Column, ("measured", "miss"))
+    return Table(
+        columns=(left("fleet", "narrow"), left("plan", "prose"), Column("predicted", wrap="narrow"), *numbers),
+        rows=rows_of(_rows(rollout)),
+        legend=_LEGEND,
+        gap=1,
+    )
+
+
+def _rows(rollout: Rollout) -> Iterator[tuple[str, ...]]:
+    first = w.number_text(rollout.first_value)
+    yield (fleet_text(rollout.first_devices), rollout.first_plan.describe(), "(tuned)", first, "")
+    for fleet in rollout.fleets:
+        for place, one in enumerate(fleet.tried):
+            name = fleet_text(fleet.devices) if place == 0 else ""
+            interval = f"{w.number_text(one.predicted.value)} [{w.number_text(one.low)}, {w.number_text(one.high)}]"
+            yield name, one.predicted.effective.plan.describe(), interval, w.number_text(one.level), _miss(one)
+
+
+def _miss(one: Tried) -> str:
+    if one.miss is None:
+        return "failed"
+    return f"{math.expm1(one.miss) * 100:+.1f} %" + "!" * (not one.is_within)
+
+
+def intended(request: RolloutRequest) -> Document:
+    """What would run, and what is there already."""
+    rows = [(what, place, "there" if done else "to do") for what, place, done in request.steps()]
+    columns = (left("step", "prose"), left("leaves", "narrow"), left(""))
+    return Document(parts=(Text(f"In {request.folder}:"), Table(columns=columns, rows=rows_of(rows))))
+
+
+def write(rollout: Rollout, request: RolloutRequest) -> None:
+    """Writes `rollout.json`, `.md` and `.html`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    whole = document_of(rollout, title=f"Rollout of {rollout.model}")
+    write_documents(request.folder, "rollout", rollout, whole=whole, page=whole, figures={})

@@ -1,0 +1,96 @@
+"""What a smaller fleet tells of a larger one: what its devices take, and how far predictions made so may be off."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from scipy.special import stdtrit
+
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.profile import LinkProfile, Profile
+from pipetune.bench.spec import device_kind
+from pipetune.tuner.planning.costs.described import DescribedDevice, DescribedDevices
+from pipetune.tuner.planning.costs.nominal import RATES
+
+LEVEL = 0.95
+PRIOR_SD, PRIOR_STEPS = 0.15, 3.0
+"""Log deviation of a prediction for a larger fleet before any was tried, and what that counts in steps; chosen."""
+_HIDDEN_STATES_BYTES = 1 << 20
+"""A message by which links are told slow from fast."""
+
+
+def larger_fleet(
+    profile: Profile | None, smaller: Sequence[str], larger: Mapping[str, int], *, cores: int
+) -> DescribedDevices:
+    """Devices that each are like the one of their name, or else of their kind, in a smaller fleet.
+
+    CPU workers share the machine's cores: among more of them each has less of these, and is as much slower. A link
+    that was not timed is as slow as the slowest that was; where none was, it is nominal.
+
+    Args:
+        profile: of the smaller fleet; None takes nominal rates.
+        larger: bytes of memory by name.
+        cores: of the machine.
+
+    Raises:
+        ConfigError: a kind of device is not in the smaller fleet.
+    """
+    devices = []
+    for name, size in larger.items():
+        alike = [one for one in smaller if device_kind(one) == device_kind(name)]
+        if not alike:
+            raise ConfigError(
+                f"fleet {','.join(larger)}: {name} is like none of the smaller fleet {','.join(smaller)}; begin with a "
+                "fleet that has a device of each kind"
+            )
+        on_cpu = device_kind(name) == "cpu"
+        devices.append(
+            DescribedDevice(
+                name=name,
+                memory_bytes=size,
+                speed=_cores_each(larger, cores) / _cores_each(smaller, cores) if on_cpu else 1.0,
+                rates=RATES[device_kind(name)] if profile is None else None,
+                profile=profile,
+                profiled_as=name if name in alike else alike[0],
+            )
+        )
+    timed = {(link.source, link.target): link for link in profile.links} if profile is not None else {}
+    slowest = max(timed.values(), key=lambda link: link.seconds(_HIDDEN_STATES_BYTES), default=None)
+    links = {}
+    for source, target in itertools.permutations(larger, 2):
+        rates = RATES[device_kind(target)]
+        links[source, target] = timed.get((source, target)) or LinkProfile(
+            source=source,
+            target=target,
+            latency_s=slowest.latency_s if slowest else rates.hop_latency_s,
+            bytes_per_s=slowest.bytes_per_s if slowest else rates.hop_bytes_per_s,
+        )
+    about = "nominal rates" if profile is None else f"the profile of {','.join(smaller)}, {profile.measured_at}"
+    if len(larger) > len(smaller) and (slower := min(one.speed for one in devices)) < 1:
+        about += f", each CPU worker {slower:.2g} times as fast: {len(larger)} of them share {cores} cores"
+    return DescribedDevices(place=f"what {','.join(smaller)} showed", about=about, devices=tuple(devices), links=links)
+
+
+def _cores_each(fleet: Sequence[str] | Mapping[str, int], cores: int) -> float:
+    """Cores that each of so many workers computes with while all do: a whole number, but where there are fewer."""
+    workers = len(fleet)
+    return float(cores // workers) if workers <= cores else cores / workers
+
+
+def half_width(steps: Sequence[Sequence[float]]) -> float:
+    """Half of the interval, in logarithms, that holds a measured value around its prediction in 95 of 100 fleets.
+
+    By Student's t with the variance of what was missed so far, over a scaled inverse chi-squared prior (Gelman et al.
+    2013, Bayesian Data Analysis, section 2.6).
+
+    Args:
+        steps: for each larger fleet tried, the logarithms of measured over predicted of its plans, at least one.
+    """
+    between = PRIOR_STEPS * PRIOR_SD**2 + sum(statistics.fmean(misses) ** 2 for misses in steps)
+    within = [miss - statistics.fmean(misses) for misses in steps for miss in misses]
+    freedom = PRIOR_STEPS + len(steps)
+    variance = between / freedom + (statistics.fmean(one**2 for one in within) if within else 0.0)
+    return float(stdtrit(freedom, (1 + LEVEL) / 2)) * math.sqrt(variance)
