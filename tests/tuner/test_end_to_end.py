@@ -103,7 +103,8 @@ def test_a_study_leaves_every_file_it_promises(study: tuple[Path, dict[str, Any]
     folder, document = study
     assert {path.name for path in folder.iterdir()} >= FILES
     assert document["exit_code"] == 0
-    assert document["best"]["confirmed"]
+    assert document["best"]["measured_in"] == "finals"
+    assert not document["best"]["confirmed"], "one round confirms nothing"
     contents = load_study(folder)
     assert all(isinstance(record.result, Measurement) for record in contents.records)
     trials = [record for record in contents.records if record.role == "trial"]

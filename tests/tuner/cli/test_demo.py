@@ -66,9 +66,8 @@ def test_a_demo_ends_in_a_pipeline_and_a_finished_one_is_shown_again(
 
     monkeypatch.setattr(Supervisor, "start", refuse)
     assert run(["demo"]) == 0
-    again = capsys.readouterr().out
     # What the reports took is known once they are written.
-    again, shown = (re.sub(r"\d+ % of \d+ s", "", text) for text in (capsys.readouterr().out, first.out))
+    again, shown = (re.sub(r"\d+\s%\sof\s[\d.]+\ss", "", text) for text in (capsys.readouterr().out, first.out))
     assert again == shown
 
 

@@ -99,6 +99,17 @@ def test_a_search_told_to_go_on_spends_its_budget_and_never_repeats_by_accident(
     assert len(keys) - len(set(keys)) == sum(step.kind == "replicate" for step in steps) <= MOST_REPLICATES
 
 
+@pytest.mark.parametrize("options", [{"n_trials": 50}, {"n_trials": 18, "stop_early": False}])
+def test_what_another_process_runs_is_proposed_by_no_rule(options: dict[str, Any]) -> None:
+    before = [single_stage(pipelines())]
+    records, steps, _ = play(make_strategy(pipelines(), **options), pipelines(), before=before)
+    assert {step.kind for step in steps} == {"model", "replicate"}
+    strategy = make_strategy(pipelines(), **options)
+    for count, step in enumerate(steps, start=1):
+        other = strategy.next(records[:count], taken=[step.point])
+        assert isinstance(other, Stop) or other.point != step.point
+
+
 def test_a_space_within_the_budget_is_tried_whole_the_promising_first() -> None:
     records, steps, stop = play(make_strategy(small(), n_trials=40), small())
     assert stop is not None

@@ -78,7 +78,7 @@ def drive(folder: Path, wanted: TuneConfig, run_s: float, resume: bool = False, 
 
 
 def start(*arguments: Any, **options: Any) -> BaseProcess:
-    process = SPAWN.Process(target=drive, args=arguments, kwargs=options)
+    process = SPAWN.Process(target=drive, args=arguments, kwargs=options, daemon=True)
     process.start()
     return process
 
