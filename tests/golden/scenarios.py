@@ -44,6 +44,7 @@ SUBCOMMANDS = (
 
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?\+00:00")
+_LONG = re.compile(r"\d+\.\d{12,}(?:e[-+]?\d+)?")
 _TOOK = re.compile(
     r'(?<="took_s": )0\.\d|(?<=at different times; )0 s|(?<=tests="8" failures="0" errors="8" time=")[\d.]+'
 )
@@ -118,11 +119,12 @@ def _numberless(name: str) -> str:
 
 
 def _local(text: str, folder: Path) -> str:
-    """Without what is this machine's alone: folders, interpreter, processor."""
+    """Without what is this machine's alone: folders, interpreter, processor, the last digits of its sums."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
     text = text.replace(str(folder), "FOLDER").replace(str(ROOT), "ROOT").replace(sys.executable, "PYTHON")
     text = _TOOK.sub("TOOK", text)
+    text = _LONG.sub(lambda number: f"{float(number[0]):.10g}", text)
     text = _TIME.sub(lambda time: "NOW" if datetime.fromisoformat(time[0]) >= _STARTED else time[0], text)
     # Kept studies name theirs, which may be this machine's.
     for name in (*found.groups(), _KEPT_PROCESSOR) if found else (_KEPT_PROCESSOR,):
