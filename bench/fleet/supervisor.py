@@ -13,7 +13,6 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from pydantic_core import to_jsonable_python
 
 from pipetune.bench.errors import ConfigError, FleetError
 from pipetune.bench.files import scratch_folder
+from pipetune.bench.fleet.launcher import Process, start_worker
 from pipetune.bench.record import REMEDIES, Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, Value, device_kind
 
@@ -69,7 +69,7 @@ class FleetOptions(TypedDict, total=False):
 class _Worker:
     """The driver's view of one worker process."""
 
-    def __init__(self, device: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, device: str, process: Process, log: Path) -> None:
         self.device, self.process, self.log = device, process, log
         self.connection: socket.socket | None = None
         self.ready = False
@@ -161,26 +161,21 @@ class Supervisor:
             # A kernel that is loaded at its first use waits for all that runs, and a posted NCCL receive runs until its
             # message comes: two stages that wait so for each other wait for ever. Without NCCL it only costs time.
             environment.setdefault("CUDA_MODULE_LOADING", "EAGER")
+        self.on_progress(Progress(phase="start", message=f"starting {len(self._devices)} workers"))
         for rank, device in enumerate(self._devices):
             log = log_dir / f"rank-{rank}.log"
             with log.open("ab") as output:
-                process = subprocess.Popen(
+                process = start_worker(
                     [
-                        *(sys.executable, "-P", "-m", "pipetune.bench.worker"),
                         *("--rank", str(rank), "--devices", ",".join(self._devices)),
                         *("--model", model.model_dump_json(exclude_unset=True)),
                         *("--socket", str(path), "--rendezvous", str(folder / "rendezvous")),
-                        *("--driver-pid", str(os.getpid())),
                     ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env={**environment, **self._worker_env.get(device, {})},
-                    # A Ctrl-C at the terminal is the driver's to handle.
-                    start_new_session=True,
+                    {**environment, **self._worker_env.get(device, {})},
+                    output,
+                    forked=device not in self._worker_env and not gpus,
                 )
             self._workers.append(_Worker(device, process, log))
-        self.on_progress(Progress(phase="start", message=f"starting {len(self._devices)} workers"))
         self._await(lambda: all(worker.ready for worker in self._workers), START_TIMEOUT_S, "start")
 
     def request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -76,6 +76,9 @@ def family(*, below: bool = False) -> frozenset[int]:
     me = psutil.Process()
     members = {me.pid, *(child.pid for child in me.children(recursive=True))}
     parent = None if below else me.parent()
+    if parent is not None and parent.cmdline() == me.cmdline():
+        # It forked this worker for the driver.
+        parent = parent.parent()
     if parent is not None and parent.pid != 1:
         members |= {parent.pid, *(child.pid for child in parent.children(recursive=True))}
     return frozenset(members)

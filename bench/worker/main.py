@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipetune.bench.worker.commands import Worker
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 HEARTBEAT_S = 0.5
 STARTING: dict[str, Any] = {"phase": "start", "activity": "idle", "tasks_done": 0, "stage": None}
 
@@ -32,15 +32,22 @@ def die_with_driver(driver_pid: int) -> None:
 
 def main() -> None:
     """Entry of the process: everything that goes wrong is told to the driver before it ends."""
+    arguments = sys.argv[1:]
+    if arguments[0] == "--fork-server":
+        from pipetune.bench.worker.fork_server import serve
+
+        arguments = serve(int(arguments[1]), driver_pid=int(arguments[3]))
     parser = argparse.ArgumentParser(prog="pipetune.bench.worker")
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--devices", required=True, help="of all ranks, separated by commas")
     parser.add_argument("--model", required=True, help="a ModelSpec as JSON")
     parser.add_argument("--socket", required=True)
     parser.add_argument("--rendezvous", required=True)
-    parser.add_argument("--driver-pid", type=int, required=True)
-    args = parser.parse_args()
+    parser.add_argument("--driver-pid", type=int, required=True, help="of the process that started this one")
+    args = parser.parse_args(arguments)
     die_with_driver(args.driver_pid)
+    # What `ps` and `top` show: forked workers have one command line.
+    ctypes.CDLL(None).prctl(PR_SET_NAME, f"pipetune-rank-{args.rank}".encode(), 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     from pipetune.bench.worker.channel import DriverLink
