@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from pipetune.bench.schedule import Task
-from pipetune.bench.spec import EffectivePlan, RunSpec, SchemaVersion, Value
+from pipetune.bench.spec import EffectivePlan, RunSpec, SchemaVersion, Value, digest_of
 
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Amount = Annotated[float, Field(ge=0, le=1e100)]
@@ -247,6 +247,7 @@ class Measurement(Value):
     loaded_layers: tuple[Count, ...] = ()
     check_s: Seconds | None = None
     """Time of the comparison with the reference; None where there was none."""
+    clock_error_s: Seconds | None = None
     prepare_s: Seconds | None = None
     """Time of compiling and of capturing CUDA graphs, which no iteration contains; None where there was neither."""
     notes: tuple[str, ...] = ()
@@ -296,12 +297,17 @@ class Hardware(Value):
     gpus: tuple[GpuInfo, ...] = ()
     links: tuple[str, ...] = ()
     """`0-1:NV18`: what lies between each pair of GPUs."""
+    further_hosts: tuple[Hardware, ...] = ()
+    """Host 1 and so on, where a fleet is on several."""
 
     @property
     def hardware_id(self) -> str:
         """Digest of everything here but the UUIDs."""
         anonymous = tuple(gpu.model_copy(update={"uuid": ""}) for gpu in self.gpus)
-        return self.model_copy(update={"gpus": anonymous}).digest(exclude_defaults=False)
+        alone = self.model_copy(update={"gpus": anonymous, "further_hosts": ()})
+        own = alone.digest(exclude={"further_hosts"}, exclude_defaults=False)
+        others = [host.hardware_id for host in self.further_hosts]
+        return digest_of([own, *others]) if others else own
 
 
 class Software(Value):

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal, Self
 
@@ -42,12 +43,14 @@ SMOLLM2 = "smollm2-135m"
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-_DEVICE = re.compile(r"(cpu|cuda):(0|[1-9][0-9]*)")  # one spelling a device: cuda:01 would pass for another than cuda:1
+_DEVICE = re.compile(
+    r"(host(0|[1-9][0-9]*)/)?(cpu|cuda):(0|[1-9][0-9]*)"
+)  # one spelling a device: cuda:01 would pass for another than cuda:1
 
 
 def _check_device(value: str) -> str:
     if not _DEVICE.fullmatch(value):
-        raise ValueError(f"device {value!r} is neither cpu:N nor cuda:N")
+        raise ValueError(f"device {value!r} is neither cpu:N nor cuda:N, nor one of those behind hostN/")
     return value
 
 
@@ -70,14 +73,16 @@ Bytes = Annotated[int, BeforeValidator(_count_bytes), Field(ge=1)]
 def parse_devices(text: str) -> tuple[str, ...]:
     """Expands a list of devices: `cpu:0-1` → `("cpu:0", "cpu:1")`; `cuda:0,cuda:2` stays as it is.
 
-    A GPU may be named twice, for stages that share it: that proves correctness, never speed.
+    Several hosts are named by their node ranks: `host0/cuda:0-3,host1/cuda:0-3`. A GPU may be named twice, for stages
+    that share it: that proves correctness, never speed.
 
     Raises:
-        ValueError: a part is not `cpu:N`, `cuda:N` or a range of them, or a CPU worker is named twice.
+        ValueError: a part is not `cpu:N`, `cuda:N` or a range of them, a CPU worker is named twice, or some devices
+            have a host and others none, or hosts are left out.
     """
     devices: list[str] = []
     for part in text.split(","):
-        if not (match := re.fullmatch(r"\s*(cpu|cuda):(\d+)(?:-(\d+))?\s*", part)):
+        if not (match := re.fullmatch(r"\s*((?:host\d+/)?(?:cpu|cuda)):(\d+)(?:-(\d+))?\s*", part)):
             raise ValueError(f"devices: {part.strip()!r} is not a device; write cpu:0-1, cuda:0,cuda:1 or auto")
         kind, first, last = match[1], int(match[2]), int(match[3] or match[2])
         if last < first:
@@ -85,12 +90,31 @@ def parse_devices(text: str) -> tuple[str, ...]:
         devices += [f"{kind}:{index}" for index in range(first, last + 1)]
     if doubled := sorted({device for device in devices if devices.count(device) > 1 and device_kind(device) == "cpu"}):
         raise ValueError(f"devices: {', '.join(doubled)} named twice")
+    hosts = hosts_of(devices)
+    if hosts != ("",) and sorted(hosts) != sorted(f"host{rank}" for rank in range(len(hosts))):
+        named = ", ".join(host or "none" for host in hosts)
+        raise ValueError(f"devices: hosts are {named}; name every device's host, host0 to host{len(hosts) - 1}")
     return tuple(devices)
 
 
 def device_kind(device: str) -> str:
     """`"cpu"` or `"cuda"`."""
-    return device.partition(":")[0]
+    return device.rpartition("/")[2].partition(":")[0]
+
+
+def device_host(device: str) -> str:
+    """`"host1"` of `host1/cuda:0`; empty where there is one host."""
+    return device.rpartition("/")[0]
+
+
+def hosts_of(devices: Iterable[str]) -> tuple[str, ...]:
+    """Hosts in the order in which devices name them; one empty name where there is one host."""
+    return tuple(dict.fromkeys(map(device_host, devices)))
+
+
+def on_host(devices: Sequence[str], host: str) -> tuple[str, ...]:
+    """Devices of one host, as that host itself calls them: `cuda:0`."""
+    return tuple(device.rpartition("/")[2] for device in devices if device_host(device) == host)
 
 
 def device_index(device: str) -> int:
@@ -103,14 +127,18 @@ class Value(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def digest(self, *, exclude_defaults: bool = True) -> str:
+    def digest(self, *, exclude_defaults: bool = True, exclude: set[str] | None = None) -> str:
         """sha256 of the canonical JSON, 16 hex digits: equal values have equal digests.
 
         What is at its default is left out unless told otherwise, so that a field added later changes no digest.
         """
-        values = self.model_dump(mode="json", exclude_defaults=exclude_defaults)
-        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest_of(self.model_dump(mode="json", exclude_defaults=exclude_defaults, exclude=exclude))
+
+
+def digest_of(values: object) -> str:
+    """sha256 of the canonical JSON, 16 hex digits."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,19 @@ rank cannot silence the diagnosis. No torch here.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import selectors
 import signal
 import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from pydantic_core import to_jsonable_python
-
 from pipetune.bench.errors import ConfigError, FleetError
-from pipetune.bench.files import scratch_folder
-from pipetune.bench.fleet.launcher import Process, start_worker
+from pipetune.bench.fleet.hosts import HOST_TIMEOUT_S, launcher_at
+from pipetune.bench.fleet.launcher import LOST, Channel, Launcher, LocalLauncher, Process
 from pipetune.bench.record import REMEDIES, Failure, FailureKind
-from pipetune.bench.spec import ModelSpec, Value, device_kind
+from pipetune.bench.spec import ModelSpec, Value, device_host, device_kind, hosts_of
 
 START_TIMEOUT_S = 1800.0
 """A first start may download and convert a model."""
@@ -35,10 +29,8 @@ STUCK_AFTER_S = 30.0
 """If every stage waits for another and no task ends for so long, messages were lost."""
 STOPPED_S = 2.0
 """The driver looks at its workers many times a second; if it did not for so long, it was itself stopped."""
-KILL_TIMEOUT_S = 60.0
-"""A killed worker that is not gone after so long is left to the kernel."""
-_MAX_SOCKET_PATH = 103
-"""Bytes; of the systems that pipetune runs on, the least that a socket's address holds."""
+_SEND_TIMEOUT_S = 30.0
+"""A worker that takes in nothing for so long is lost."""
 GRACE_S = 1.0
 """How long to wait, after a worker fell, for the one that fell first to say why."""
 
@@ -64,14 +56,18 @@ class FleetOptions(TypedDict, total=False):
     worker_env: Mapping[str, Mapping[str, str]] | None
     """Variables of the environment of single devices' workers, on top of this process's: `{"cpu:1":
     {"ONEDNN_MAX_CPU_ISA": "AVX2"}}` lets one CPU worker compute like an older CPU."""
+    listen: str | None
+    """Where other hosts join, `ADDRESS:PORT` of this host; needed where devices name hosts."""
+    host_timeout_s: float
+    """How long hosts may take to join, at first and after a fault; by default 600."""
 
 
 class _Worker:
     """The driver's view of one worker process."""
 
-    def __init__(self, device: str, process: Process, log: Path) -> None:
+    def __init__(self, device: str, process: Process, log: Path | None) -> None:
         self.device, self.process, self.log = device, process, log
-        self.connection: socket.socket | None = None
+        self.channel: Channel | None = None
         self.ready = False
         self.beat_at = time.monotonic()
         self.state: dict[str, Any] = {"phase": "start", "activity": "idle", "tasks_done": 0, "stage": None}
@@ -84,9 +80,11 @@ class _Worker:
 
     def failure(self, kind: FailureKind, message: str) -> Failure:
         """What befell this worker, with its place and the end of its log."""
-        detail = ""
+        detail = f"its log is on {device_host(self.device)}, in the folder that its agent names"
+        if self.log is not None:
+            detail = ""
         with contextlib.suppress(OSError):
-            detail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            detail = detail if self.log is None else self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
         return Failure(
             kind=kind,
             stage=self.state["stage"],
@@ -104,10 +102,9 @@ class Supervisor:
         self.hang_timeout_s = options.get("hang_timeout_s", 10.0)
         self.on_progress = options.get("on_progress") or (lambda progress: None)
         self._devices, self._log_dir = tuple(devices), options.get("log_dir")
-        self._worker_env = options.get("worker_env") or {}
+        self._options = options
         self._workers: list[_Worker] = []
-        self._scratch = contextlib.ExitStack()
-        self._listener: socket.socket | None = None
+        self._launcher: Launcher | None = None
         self._selector: selectors.BaseSelector | None = None
         self._next_id = 0
         self._answers: dict[int, Any] = {}
@@ -128,54 +125,16 @@ class Supervisor:
             FleetError: workers that do not start; they were killed.
         """
         self._oom_kills_before = _oom_kills()
-        folder = self._scratch.enter_context(scratch_folder())
-        log_dir = self._log_dir or folder
-        log_dir.mkdir(parents=True, exist_ok=True)
-        path = folder / "driver.sock"
-        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-            raise ConfigError(
-                f"TMPDIR: {tempfile.gettempdir()} is too long: a socket's path there would have "
-                f"{len(os.fsencode(path))} bytes of at most {_MAX_SOCKET_PATH}; give a shorter one"
-            )
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
-        path.chmod(0o600)
-        self._listener.listen(len(self._devices))
+        self._launcher = self._make_launcher()
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
-        environment = {
-            **os.environ,
-            # An empty entry is the folder that we were started in.
-            "PYTHONPATH": os.pathsep.join(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
-            # NVML counts GPUs by bus; CUDA would count the fastest first.
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_SOCKET_IFNAME": "lo",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "error"),
-            "PYTHONUNBUFFERED": "1",
-        }
-        gpus = [device for device in self._devices if device_kind(device) == "cuda"]
-        if len(set(gpus)) > 1 or (len(gpus) > 1 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"):
-            # A kernel that is loaded at its first use waits for all that runs, and a posted NCCL receive runs until its
-            # message comes: two stages that wait so for each other wait for ever. Without NCCL it only costs time.
-            environment.setdefault("CUDA_MODULE_LOADING", "EAGER")
-        self.on_progress(Progress(phase="start", message=f"starting {len(self._devices)} workers"))
-        for rank, device in enumerate(self._devices):
-            log = log_dir / f"rank-{rank}.log"
-            with log.open("ab") as output:
-                process = start_worker(
-                    [
-                        *("--rank", str(rank), "--devices", ",".join(self._devices)),
-                        *("--model", model.model_dump_json(exclude_unset=True)),
-                        *("--socket", str(path), "--rendezvous", str(folder / "rendezvous")),
-                    ],
-                    {**environment, **self._worker_env.get(device, {})},
-                    output,
-                    forked=device not in self._worker_env and not gpus,
-                )
-            self._workers.append(_Worker(device, process, log))
+        self._selector.register(self._launcher.listener, selectors.EVENT_READ, None)
+        for channel in self._launcher.connected:
+            self._selector.register(channel.socket, selectors.EVENT_READ, channel)
+        self._say(f"starting {len(self._devices)} workers")
+        started = self._launcher.start(model, self._log_dir, lambda: self._listen(0.05), self._say)
+        self._workers = [
+            _Worker(device, process, log) for device, (process, log) in zip(self._devices, started, strict=True)
+        ]
         self._await(lambda: all(worker.ready for worker in self._workers), START_TIMEOUT_S, "start")
 
     def request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -195,7 +154,10 @@ class Supervisor:
 
     def close(self) -> None:
         """Asks the workers to exit, and ends those that do not."""
-        if self._workers and all(worker.process.poll() is None and worker.ready for worker in self._workers):
+        asked = isinstance(self._launcher, LocalLauncher) and all(
+            worker.process.poll() is None and worker.ready for worker in self._workers
+        )
+        if self._workers and asked:
             with contextlib.suppress(OSError, FleetError):
                 self._send({"id": -1, "command": "exit", "args": {}})
                 deadline = time.monotonic() + 2.0
@@ -205,26 +167,21 @@ class Supervisor:
 
     def kill(self) -> None:
         """Ends the workers at once, and removes what they were started with."""
-        for worker in self._workers:
-            worker.process.kill()
-        for worker in self._workers:
-            # A process that hangs in a GPU's driver cannot even be killed.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(KILL_TIMEOUT_S)
         if self._selector is not None:
             for key in list(self._selector.get_map().values()):
-                if isinstance(key.fileobj, socket.socket):
-                    key.fileobj.close()
+                if key.data is not None and (self._launcher is None or key.data not in self._launcher.connected):
+                    key.data.socket.close()
             self._selector.close()
-        self._workers, self._selector, self._listener = [], None, None
+        if self._launcher is not None:
+            self._launcher.end()
+        self._workers, self._selector, self._launcher = [], None, None
         self._answers = {}
-        self._scratch.close()
 
     def _send(self, message: dict[str, Any]) -> None:
-        connection = self._workers[0].connection
-        assert connection is not None
+        channel = self._workers[0].channel
+        assert channel is not None
         try:
-            connection.sendall((json.dumps(message, default=to_jsonable_python) + "\n").encode())
+            channel.send(message)
         except OSError:
             self._fail(self._find_dead() or self._silent(self._workers[0]))
 
@@ -245,7 +202,7 @@ class Supervisor:
             if (dead := self._find_dead()) is not None:
                 self._fail(dead)
             for worker in self._workers:
-                if worker.connection is not None and now - worker.beat_at > self._patience_s(worker):
+                if worker.channel is not None and now - worker.beat_at > self._patience_s(worker):
                     self._fail(self._silent(worker))
             total = sum(worker.state["tasks_done"] for worker in self._workers)
             stages = [worker for worker in self._workers if worker.state["activity"] != "idle"]
@@ -266,35 +223,55 @@ class Supervisor:
                     )
                 )
 
+    def _say(self, message: str) -> None:
+        self.on_progress(Progress(phase="start", message=message))
+
+    def _make_launcher(self) -> Launcher:
+        if hosts_of(self._devices) == ("",):
+            return LocalLauncher(self._devices, self._options.get("worker_env") or {})
+        if (listen := self._options.get("listen")) is None:
+            raise ConfigError("devices: they name hosts, which have to join; give --listen ADDRESS:PORT, or --nnodes")
+        return launcher_at(listen, self._devices, patience_s=self._options.get("host_timeout_s", HOST_TIMEOUT_S))
+
     def _listen(self, timeout_s: float) -> None:
         assert self._selector is not None
-        assert self._listener is not None
+        assert self._launcher is not None
         for key, _ in self._selector.select(timeout_s):
-            if key.fileobj is self._listener:
-                connection, _ = self._listener.accept()
-                connection.setblocking(True)
-                self._selector.register(connection, selectors.EVENT_READ, [b""])
+            if key.fileobj is self._launcher.listener:
+                connection, _ = self._launcher.listener.accept()
+                connection.settimeout(_SEND_TIMEOUT_S)
+                with contextlib.suppress(OSError):
+                    channel = self._launcher.accept(connection)
+                    self._selector.register(connection, selectors.EVENT_READ, channel)
                 continue
-            connection = key.fileobj  # type: ignore[assignment]
+            channel = key.data
             try:
-                data = connection.recv(1 << 16)
-            except OSError:
-                data = b""
+                data = channel.socket.recv(1 << 16)
+                messages = channel.feed(data) if data else []
+            except (OSError, ValueError):
+                data, messages = b"", []
             if not data:
-                self._selector.unregister(connection)
-                connection.close()
-                continue
-            *lines, key.data[0] = (key.data[0] + data).split(b"\n")
-            for line in lines:
-                self._receive(json.loads(line), connection)
+                self._selector.unregister(channel.socket)
+                channel.socket.close()
+                self._launcher.lost(channel)
+            for message in messages:
+                self._receive(message, channel)
 
-    def _receive(self, message: dict[str, Any], connection: socket.socket) -> None:
-        worker = self._workers[message["rank"]]
+    def _receive(self, message: dict[str, Any], channel: Channel) -> None:
+        assert self._launcher is not None
+        if message["type"] == "hello":
+            rank = self._launcher.rank_of(message, channel)
+            if rank is None:
+                channel.socket.shutdown(socket.SHUT_RDWR)
+                return
+            self._workers[rank].channel = channel
+        worker = next((one for one in self._workers if one.channel is channel), None)
+        if worker is None:
+            self._launcher.hears(message, channel)
+            return
         worker.beat_at = time.monotonic()
         kind = message["type"]
-        if kind == "hello":
-            worker.connection = connection
-        elif kind == "ready":
+        if kind == "ready":
             worker.ready = True
         elif kind == "beat":
             worker.state.update({name: message[name] for name in worker.state})
@@ -335,7 +312,9 @@ class Supervisor:
 
     def _died(self, worker: _Worker, code: int) -> Failure:
         kind = FailureKind.WORKER_DIED
-        if code < 0:
+        if code == LOST:
+            by, hint = "lost its connection", "it was killed, or its host, the network or its agent is gone"
+        elif code < 0:
             name = signal.Signals(-code).name
             by, hint = f"was killed by {name}", "see its log"
             if name == "SIGKILL" and _oom_kills() > self._oom_kills_before:

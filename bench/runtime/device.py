@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -26,15 +26,18 @@ class Clock(Protocol):
         """Marks this moment in the order of the work issued so far."""
 
     def resolve(self, stamps: list[Stamp]) -> list[float]:
-        """Seconds of `time.monotonic` for each stamp; waits for the device."""
+        """Seconds of `DeviceContext.now` for each stamp; waits for the device."""
 
 
 class HostClock:
     """CPU: work is done when the call returns, so the host's monotonic clock tells the time."""
 
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+
     def stamp(self) -> float:
-        """Seconds of the monotonic clock, which all processes of a host share."""
-        return time.monotonic()
+        """This moment."""
+        return self._now()
 
     def resolve(self, stamps: list[Stamp]) -> list[float]:
         """Nothing to wait for."""
@@ -44,8 +47,8 @@ class HostClock:
 class CudaClock:
     """GPU: events on the compute stream, tied to the host's clock by one anchor taken while the device was idle."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, now: Callable[[], float]) -> None:
+        self._device, self._now = device, now
         self._anchor_event, self._anchor_s = self._anchor()
 
     def _anchor(self) -> tuple[torch.cuda.Event, float]:
@@ -53,10 +56,10 @@ class CudaClock:
         tries = []
         for _ in range(ANCHOR_TRIES):
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            before = time.monotonic()
+            before = self._now()
             event.record(torch.cuda.current_stream(self._device))
             event.synchronize()
-            after = time.monotonic()
+            after = self._now()
             tries.append((after - before, (before + after) / 2, event))
         # The quickest round trip leaves the least doubt about when, between its ends, the event was.
         _, middle_s, event = min(tries, key=lambda one: one[0])
@@ -82,6 +85,8 @@ class DeviceContext:
     def __init__(self, name: str, *, num_threads: int) -> None:
         """Claims the device, `cpu:N` or `cuda:N`; `num_threads` is this worker's share of the cores."""
         self.name = name
+        self.clock_ahead_s, self.clock_error_s = 0.0, 0.0
+        """Of this host's monotonic clock against that of rank 0's host, and how far off that may be."""
         self.is_cuda = device_kind(name) == "cuda"
         torch.set_num_threads(max(1, num_threads))
         if self.is_cuda:
@@ -93,7 +98,11 @@ class DeviceContext:
 
     def clock(self) -> Clock:
         """A clock that times work on this device."""
-        return CudaClock(self.torch_device) if self.is_cuda else HostClock()
+        return CudaClock(self.torch_device, self.now) if self.is_cuda else HostClock(self.now)
+
+    def now(self) -> float:
+        """Seconds of the monotonic clock of rank 0's host."""
+        return time.monotonic() - self.clock_ahead_s
 
     def synchronize(self) -> None:
         """Waits until everything issued so far is done."""

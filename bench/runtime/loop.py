@@ -83,7 +83,7 @@ class StageLoop:
     def prepare(self, job: Job, edges: Edges | None = None, *, instrument: bool = True) -> None:
         """Takes edges, and makes the KV slots that the job needs; those that fit are kept."""
         self._edges = edges or Edges()
-        self._timeline = Timeline(self._device.clock(), enabled=instrument)
+        self._timeline = Timeline(self._device.clock(), self._device.now, enabled=instrument)
         max_len = job.longest + job.output_len
         if self._device.is_cuda:
             max_len = -(-max_len // KV_ALIGNMENT) * KV_ALIGNMENT

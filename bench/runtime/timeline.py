@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipetune.bench.record import StageTrace
@@ -11,7 +12,7 @@ from pipetune.bench.runtime.device import Clock, Stamp
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedTimeline:
-    """Times in seconds of `time.monotonic`; arrays run along the tasks this stage really ran."""
+    """Times in seconds of `DeviceContext.now`; arrays run along the tasks this stage really ran."""
 
     started_s: float
     ended_s: float
@@ -39,8 +40,8 @@ class ResolvedTimeline:
 class Timeline:
     """Collects stamps while a stage works; `enabled=False` keeps only the token times."""
 
-    def __init__(self, clock: Clock, *, enabled: bool = True) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock, now: Callable[[], float] = time.monotonic, *, enabled: bool = True) -> None:
+        self._clock, self._now = clock, now
         self._enabled = enabled
         self.reset()
 
@@ -52,7 +53,7 @@ class Timeline:
         self._receives: list[Stamp] = []
         self._send_wait_s: list[float] = []
         self._tokens: list[Stamp] = []
-        self._started_s = time.monotonic()
+        self._started_s = self._now()
 
     def receive_begins(self) -> None:
         """From here to the begin of compute, the task waits for its input: the host on CPU, the stream on GPUs."""
@@ -87,7 +88,7 @@ class Timeline:
         receives, times = times[:count], times[count:]
         return ResolvedTimeline(
             started_s=self._started_s,
-            ended_s=time.monotonic(),
+            ended_s=self._now(),
             compute_start_s=times[:count],
             compute_end_s=times[count : 2 * count],
             recv_wait_s=[start - begin for begin, start in zip(receives, times[:count], strict=True)],

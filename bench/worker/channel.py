@@ -7,12 +7,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
+import psutil
 import torch
 import torch.distributed as dist
 from pydantic_core import to_jsonable_python
+
+from pipetune.bench.wire import Wire, read_token, split_address
+
+PINGS = 8
+"""Round trips by which two hosts' clocks are compared."""
 
 
 class DriverLink:
@@ -21,25 +27,52 @@ class DriverLink:
     When the driver goes away the connection ends, and the worker with it.
     """
 
-    def __init__(self, path: str, rank: int) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.connect(path)
+    def __init__(self, wire: Wire | socket.socket, rank: int, **hello: Any) -> None:
+        self._wire, self.rank = wire, rank
         self._lock = threading.Lock()
-        self._lines = self._socket.makefile("r", encoding="utf-8")
-        self._rank = rank
-        self.send("hello")
+        self._lines = wire.makefile("r", encoding="utf-8") if isinstance(wire, socket.socket) else None
+        self.send("hello", **hello)
+
+    @classmethod
+    def local(cls, path: str, rank: int) -> Self:
+        """A connection to the driver of this host, by the path of its socket."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(path)
+        return cls(connection, rank)
+
+    @classmethod
+    def remote(cls, address: str, round_number: int, node: int, local_rank: int) -> tuple[Self, dict[str, Any]]:
+        """A connection to a driver elsewhere, and what it wants this worker to be."""
+        wire = Wire.connect(*split_address(address), read_token())
+        link = cls(wire, -1, round=round_number, node=node, local_rank=local_rank, pid=os.getpid())
+        told = link.receive()
+        link.rank = told["rank"]
+        own_address = wire.socket.getsockname()[0]
+        (interface,) = (
+            name for name, found in psutil.net_if_addrs().items() if own_address in (one.address for one in found)
+        )
+        told["environment"] |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        return link, told
 
     def send(self, kind: str, **fields: Any) -> None:
         """Sends one message; ends the process if nobody listens any more."""
-        line = _encode({"type": kind, "rank": self._rank, **fields}) + b"\n"
+        message = {"type": kind, "rank": self.rank, **fields}
         try:
             with self._lock:
-                self._socket.sendall(line)
+                if isinstance(self._wire, Wire):
+                    self._wire.send(message)
+                else:
+                    self._wire.sendall(_encode(message) + b"\n")
         except OSError:
             os._exit(1)
 
     def receive(self) -> dict[str, Any]:
         """Waits for the next command; ends the process when the driver is gone."""
+        if isinstance(self._wire, Wire):
+            if (received := self._wire.receive()) is None:
+                os._exit(1)
+            return received
+        assert self._lines is not None
         line = self._lines.readline()
         if not line:
             os._exit(1)
@@ -69,14 +102,37 @@ class ControlGroup:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        payload = _encode(value) if self.rank == 0 else b""
-        size = torch.tensor([len(payload)], dtype=torch.long)
-        dist.broadcast(size, src=0, group=self._group)
-        buffer = torch.empty(int(size.item()), dtype=torch.uint8)
-        if self.rank == 0:
-            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0, group=self._group)
-        return json.loads(bytes(buffer.numpy()))
+        return json.loads(self.broadcast_bytes(_encode(value) if self.rank == 0 else b""))
+
+    def clock_ahead(self, hosts: Sequence[str]) -> tuple[float, float]:
+        """How far the monotonic clock of this rank's host is ahead of that of rank 0's, and how far off that may be.
+
+        Every rank calls it, with every rank's host; in seconds. The quickest of several round trips leaves the least
+        doubt.
+        """
+        if len(set(hosts)) == 1:
+            return 0.0, 0.0
+        found = {hosts[0]: (0.0, 0.0)}
+        clock = torch.zeros(1, dtype=torch.float64)
+        for host in dict.fromkeys(hosts[1:]):
+            other = hosts.index(host)
+            trips = []
+            for _ in range(PINGS if host != hosts[0] else 0):
+                if self.rank == 0:
+                    sent = time.monotonic()
+                    dist.send(clock, dst=other, group=self._group)
+                    dist.recv(clock, src=other, group=self._group)
+                    back = time.monotonic()
+                    trips.append(((back - sent) / 2, float(clock[0]) - (sent + back) / 2))
+                elif self.rank == other:
+                    dist.recv(clock, src=0, group=self._group)
+                    clock[0] = time.monotonic()
+                    dist.send(clock, dst=0, group=self._group)
+            if trips:
+                error, ahead = min(trips)
+                found[host] = ahead, error
+        ahead, error = self.broadcast(found)[hosts[self.rank]]
+        return ahead, error
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value in the order of ranks, on every rank."""
@@ -90,6 +146,16 @@ class ControlGroup:
         dist.all_gather(buffers, buffer, group=self._group)
         return [json.loads(bytes(other[:size].numpy())) for other, size in zip(buffers, sizes.tolist(), strict=True)]
 
+    def broadcast_bytes(self, payload: bytes) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        size = torch.tensor([len(payload)], dtype=torch.long)
+        dist.broadcast(size, src=0, group=self._group)
+        buffer = torch.empty(int(size.item()), dtype=torch.uint8)
+        if self.rank == 0 and payload:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(buffer, src=0, group=self._group)
+        return bytes(buffer.numpy())
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         dist.barrier(group=self._group)
@@ -98,3 +164,14 @@ class ControlGroup:
 def _encode(value: Any) -> bytes:
     """JSON, of pydantic values as well."""
     return json.dumps(value, allow_nan=False, default=to_jsonable_python).encode()
+
+
+def agents_store() -> Any:
+    """Where workers of several hosts meet: the elastic agents' store, with a part of its own for every round."""
+    from pipetune.bench.worker.rendezvous import ROUND_VARIABLE
+
+    torch_stores: Any = dist
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch_stores.PrefixStore(
+        f"workers-{os.environ[ROUND_VARIABLE]}", torch_stores.TCPStore(address, port, is_master=False)
+    )

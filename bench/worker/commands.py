@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import contextlib
 import dataclasses
 import datetime as dt
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch.distributed as dist
 from pydantic import validate_call
 
 from pipetune.bench.errors import ConfigError, ModelError, StudyError, disk_fault
+from pipetune.bench.files import scratch_folder, write_durably
 from pipetune.bench.machine.hardware import cores_of, device_bytes, read_machine
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.models.attention import check_attention_devices
@@ -21,16 +25,26 @@ from pipetune.bench.models.describe import describe_model
 from pipetune.bench.models.resolve import ResolvedModel, resolve_model
 from pipetune.bench.models.weights import check_weights
 from pipetune.bench.profile import ProfileGrid
-from pipetune.bench.record import Failure, Measurement
+from pipetune.bench.record import Failure, Machine, Measurement
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import Status
 from pipetune.bench.runtime.stage.activations import measure_tasks
 from pipetune.bench.runtime.stage.unsplit import load_unsplit
 from pipetune.bench.runtime.wiring import communicators_bytes
-from pipetune.bench.spec import EffectivePlan, ModelSpec, Protocol, RunSpec, Workload, device_kind
+from pipetune.bench.spec import (
+    EffectivePlan,
+    ModelSpec,
+    Protocol,
+    RunSpec,
+    Workload,
+    device_host,
+    device_kind,
+    hosts_of,
+    on_host,
+)
 from pipetune.bench.worker.baseline import measure_baseline
-from pipetune.bench.worker.channel import ControlGroup, DriverLink
+from pipetune.bench.worker.channel import ControlGroup, DriverLink, agents_store
 from pipetune.bench.worker.faults import failure_of, is_out_of_memory
 from pipetune.bench.worker.output_check import make_reference_from_plan
 from pipetune.bench.worker.plan_run import PlanRun
@@ -71,10 +85,13 @@ class Worker:
         self.devices: tuple[str, ...] = tuple(args.devices.split(","))
         self.status = Status()
         name = self.devices[self.rank]
-        device = DeviceContext(name, num_threads=cores_of(name, self.devices))
+        host = device_host(name)
+        self._local = on_host(self.devices, host)
+        own_name = name.rpartition("/")[2]
+        device = DeviceContext(name, num_threads=cores_of(own_name, self._local))
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{args.rendezvous}",
+            **({"store": agents_store()} if args.rendezvous is None else {"init_method": f"file://{args.rendezvous}"}),
             rank=self.rank,
             world_size=len(self.devices),
             timeout=CONTROL_TIMEOUT,
@@ -92,9 +109,10 @@ class Worker:
                 found["shape"] = found["shape"].model_copy(update={"task_bytes": tasks})
         found = self.control.broadcast(found)
         self.resolved = ResolvedModel.model_validate(found["resolved"])
-        nominal = device_bytes([one for one in self.devices if device_kind(one) == "cpu"])
+        self._check_same_model()
+        nominal = device_bytes([one for one in self._local if device_kind(one) == "cpu"])
         self.control.barrier()
-        available = device.available_bytes(nominal.get(name), self.devices.count(name))
+        available = device.available_bytes(nominal.get(own_name), self.devices.count(name))
         available -= communicators_bytes(self.devices, name)
         self.device_bytes: dict[str, int] = dict(zip(self.devices, self.control.gather(available), strict=True))
         self.host = StageHost(
@@ -112,10 +130,28 @@ class Worker:
         self.serving = Serving(self.host, self.tokens)
         self._unsplit: Any = None
         # Over all GPUs by `device_map`, or on one CPU worker's cores.
-        gpus = tuple(one for one in self.device_bytes if device_kind(one) == "cuda")
-        self._unsplit_devices = gpus or self.devices[:1]
+        gpus = tuple(one for one in self._local if device_kind(one) == "cuda")
+        self._unsplit_devices = tuple(dict.fromkeys(gpus)) or self._local[:1]
         device.touch_libraries(self.host.stage.dtype)
         self.host.note_idle_bytes()
+
+    def _check_same_model(self) -> None:
+        """
+        Raises:
+            ModelError: another host has another model in its place, or none.
+        """
+        if len(hosts_of(self.devices)) == 1:
+            return
+        digest = hashlib.sha256()
+        for name in ("config.json", "model.safetensors.index.json"):
+            if (path := self.resolved.folder / name).exists():
+                digest.update(path.read_bytes())
+        seen = self.control.gather(digest.hexdigest())
+        if other := [device_host(one) for one, there in zip(self.devices, seen, strict=True) if there != seen[0]]:
+            raise ModelError(
+                f"model.name: {self.resolved.folder} on {other[0]} is not what it is on host0; all hosts need the same "
+                "model at the same path, or the same revision in their caches"
+            )
 
     def serve(self) -> None:
         """Carries out commands until told to exit."""
@@ -137,14 +173,27 @@ class Worker:
 
     def do_describe(self) -> dict[str, Any]:
         """Model, shape, machine and memory."""
+        machine = self._machine()
         if self.rank != 0:
             return {}
         return {
             "model": self.resolved.spec,
             "shape": self.host.shape,
-            "machine": read_machine(),
+            "machine": machine,
             "device_bytes": self.device_bytes,
         }
+
+    def _machine(self) -> Machine:
+        """The machine, of all hosts; on rank 0."""
+        hosts = [device_host(one) for one in self.devices]
+        is_first = hosts.index(hosts[self.rank]) == self.rank
+        mine = read_machine() if is_first else None
+        if len(set(hosts)) == 1:
+            return mine or read_machine()
+        machine, *others = [Machine.model_validate(row) for row in self.control.gather(mine) if row is not None]
+        hardware = machine.hardware.model_copy(update={"further_hosts": tuple(one.hardware for one in others)})
+        names = ", ".join(one.hostname for one in (machine, *others))
+        return machine.model_copy(update={"hostname": names, "hardware": hardware, "hardware_id": hardware.hardware_id})
 
     @validate_call
     def do_prompts(self, workload: Workload, as_text: bool) -> dict[str, Any]:
@@ -175,7 +224,8 @@ class Worker:
         job = self._job(spec, effective)
         self._drop_unsplit()
         digest = reference_digest(spec.model, spec.workload)
-        make_reference_from_plan(self.host, job, spec.plan, path, digest, spec.protocol)
+        with self._kept_by_rank_0(path) as own:
+            make_reference_from_plan(self.host, job, spec.plan, own, digest, spec.protocol)
         self.reference_path = path
         return {}
 
@@ -186,11 +236,40 @@ class Worker:
         self.reference_path = path
         return {}
 
+    @contextlib.contextmanager
+    def _on_every_host(self, path: Path) -> Iterator[Path]:
+        """A file of rank 0's host, by a name that it has here."""
+        if len(hosts_of(self.devices)) == 1:
+            yield path
+            return
+        there = path.read_bytes() if self.rank == 0 and path.exists() else b""
+        held = self.control.broadcast_bytes(there)
+        with scratch_folder() as folder:
+            copy = folder / path.name
+            if held:
+                copy.write_bytes(held)
+            yield copy
+
+    @contextlib.contextmanager
+    def _kept_by_rank_0(self, path: Path) -> Iterator[Path]:
+        """Where one rank may write a file that shall be on rank 0's host."""
+        if len(hosts_of(self.devices)) == 1:
+            yield path
+            return
+        with scratch_folder() as folder:
+            own = folder / path.name
+            yield own
+            rows = self.control.gather(base64.b64encode(own.read_bytes()).decode() if own.exists() else None)
+        if self.rank == 0:
+            written = next(row for row in rows if row is not None)
+            write_durably(path, base64.b64decode(written))
+
     def _load_reference(self, path: Path, digest: str) -> Reference:
         """The reference, where every rank can read it; else StudyError on all of them, none left behind."""
         reference, error = None, None
         try:
-            reference = Reference.load(path, digest)
+            with self._on_every_host(path) as own:
+                reference = Reference.load(own, digest)
         except StudyError as refused:
             error = str(refused)
         errors = [one for one in self.control.gather(error) if one is not None]
@@ -210,7 +289,7 @@ class Worker:
             batch_size=batch_size,
             pad_token_id=self.tokens.pad_token_id,
             devices=self._unsplit_devices,
-            device_bytes=self.device_bytes,
+            device_bytes={one.rpartition("/")[2]: size for one, size in self.device_bytes.items()},
             report=self._progress,
         )
         outcome = self._with_unsplit("baseline", work)

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import json
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipetune.bench.worker.channel import DriverLink
     from pipetune.bench.worker.commands import Worker
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
@@ -33,11 +35,14 @@ def die_with_driver(driver_pid: int) -> None:
 def main() -> None:
     """Entry of the process: everything that goes wrong is told to the driver before it ends."""
     arguments = sys.argv[1:]
-    if arguments[0] == "--fork-server":
+    if arguments[:1] == ["--fork-server"]:
         from pipetune.bench.worker.fork_server import serve
 
         arguments = serve(int(arguments[1]), driver_pid=int(arguments[3]))
     parser = argparse.ArgumentParser(prog="pipetune.bench.worker")
+    if not arguments:
+        serve_remote_driver()
+        return
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--devices", required=True, help="of all ranks, separated by commas")
     parser.add_argument("--model", required=True, help="a ModelSpec as JSON")
@@ -52,7 +57,31 @@ def main() -> None:
 
     from pipetune.bench.worker.channel import DriverLink
 
-    link = DriverLink(args.socket, args.rank)
+    work(args, DriverLink.local(args.socket, args.rank))
+
+
+def serve_remote_driver() -> None:
+    """Entry of a worker that an elastic agent started: the driver says what it is to be."""
+    die_with_driver(os.getppid())
+    from pipetune.bench.worker.channel import DriverLink
+    from pipetune.bench.worker.rendezvous import DRIVER_VARIABLE, ROUND_VARIABLE
+
+    told_by_agent = os.environ
+    link, told = DriverLink.remote(
+        told_by_agent[DRIVER_VARIABLE],
+        int(told_by_agent[ROUND_VARIABLE]),
+        int(told_by_agent["GROUP_RANK"]),
+        int(told_by_agent["LOCAL_RANK"]),
+    )
+    os.environ.update(told["environment"])
+    args = argparse.Namespace(
+        rank=told["rank"], devices=",".join(told["devices"]), model=json.dumps(told["model"]), rendezvous=None
+    )
+    work(args, link)
+
+
+def work(args: argparse.Namespace, link: DriverLink) -> None:
+    """Serves the driver until it says that it is over; everything that goes wrong is told to it."""
     if args.rank != 0:
         link.end_with_driver()
     worker: Worker | None = None

@@ -150,6 +150,7 @@ class PlanRun:
             "telemetry": telemetry,
             "compared": timed_check.seen(),
             "peak_was_reset": peak_was_reset,
+            "clock_error_s": host.device.clock_error_s,
             "notes": notes,
             "prepare_s": (host.compiled.compile_s if self.plan.compile else 0.0)
             + (host.loop.graphs.report.capture_s if host.loop and host.loop.graphs else 0.0),
@@ -175,6 +176,7 @@ class PlanRun:
             iterations=tuple(iterations),
             memory=memory,
             check=check,
+            clock_error_s=max(rows[rank]["clock_error_s"] for rank in ranks) or None,
             prepare_s=max(rows[rank]["prepare_s"] for rank in ranks) or None,
             notes=(
                 *(() if all(rows[rank]["peak_was_reset"] for rank in ranks) else (PEAK_NOT_RESET_NOTE,)),

@@ -24,7 +24,7 @@ from pipetune.bench.runtime.kernels.graphs import DecodeGraphs
 from pipetune.bench.runtime.loop import Edges, PassResult, StageLoop, Status
 from pipetune.bench.runtime.stage.stage import Stage, is_mixed
 from pipetune.bench.runtime.wiring import Links
-from pipetune.bench.spec import Plan
+from pipetune.bench.spec import Plan, device_host
 from pipetune.bench.worker.channel import ControlGroup
 
 
@@ -80,6 +80,7 @@ class StageHost:
         self.rank = control.rank
         self.device = device
         self.devices = tuple(devices)
+        self._hosts = tuple(map(device_host, devices))
         self.control = control
         self.status = status
         self.report = report
@@ -231,6 +232,7 @@ class StageHost:
 
     def run(self, jobs: Sequence[Job | None]) -> PassResult | None:
         """One pass over the jobs; None on ranks without work."""
+        self.device.clock_ahead_s, self.device.clock_error_s = self.control.clock_ahead(self._hosts)
         job = self.own_job(jobs)
         if self.loop is None or job is None:
             self.control.barrier()

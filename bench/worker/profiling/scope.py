@@ -19,7 +19,7 @@ from pipetune.bench.profile import ProfileGrid, TaskKind
 from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.schedule import Task
-from pipetune.bench.spec import Plan
+from pipetune.bench.spec import Plan, device_kind
 
 MEMORY_FRACTION = 0.9
 """Share of a device's memory that a window, its KV cache and its activations may take."""
@@ -58,7 +58,7 @@ def scope_of(
     kinds, notes = _possible(grid, shape)
     cap = int(MEMORY_FRACTION * device_bytes)
     # What a GPU rounds up and a CPU packs is more than what others take: the kind of device that takes most decides.
-    used = {name.partition(":")[0]: name for name in devices}.values()
+    used = {device_kind(name): name for name in devices}.values()
 
     def bytes_of(window: range, kind: TaskKind) -> int:
         return max(_bytes(shape, window, kind, name, grid, packed_weights=packed_weights) for name in used)

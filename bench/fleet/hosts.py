@@ -1,0 +1,279 @@
+"""Workers on several hosts: an elastic agent a host starts them, and the driver is their rendezvous. No torch here.
+
+pipetune tune --listen 10.0.0.1:29400 ─┬─ its own agent, host0 ── workers
+                                       └─ pipetune join, host1 ── workers
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.metadata
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipetune.bench.errors import ConfigError, FleetError
+from pipetune.bench.fleet.launcher import LOST, Channel, Process, worker_environment
+from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.spec import ModelSpec, device_host, on_host
+from pipetune.bench.wire import HANDSHAKE_S, Wire, read_token, split_address
+
+HOST_TIMEOUT_S = 600.0
+MOST_STRANGERS = 32
+"""Connections that have not shown the token yet; the oldest goes for a newer one."""
+_SAY_EVERY_S = 10.0
+
+
+class _Remote:
+    """A worker on a host that its agent alone sees: it lives as long as its connection."""
+
+    def __init__(self) -> None:
+        self.pid, self.code = 0, None  # type: int, int | None
+
+    def poll(self) -> int | None:
+        """`LOST` once its connection has ended."""
+        return self.code
+
+    def wait(self, timeout: float) -> int:
+        """The same, at once: nobody says when."""
+        return LOST if self.code is None else self.code
+
+    def kill(self) -> None:
+        """Takes it for lost; its agent ends it."""
+        self.code = self.code or LOST
+
+
+class _Agent:
+    """A host that has joined."""
+
+    def __init__(self, channel: Wire, hostname: str) -> None:
+        self.channel, self.hostname = channel, hostname
+        self.store: list[Any] | None = None
+        """Where it would have the workers' store; None while its workers run."""
+
+
+class HostsLauncher:
+    """Listens for agents and workers, at one address for as long as this process lives."""
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        """
+        Raises:
+            ConfigError: nothing can listen there.
+        """
+        self.address, self._secret = address, secret
+        host, port = split_address(address)
+        if host in ("", "0.0.0.0", "::"):  # noqa: S104
+            raise ConfigError(f"listen: {address} is every interface; give the one address that the other hosts reach")
+        try:
+            self.listener = socket.create_server((host, port), backlog=64)
+        except OSError as error:
+            raise ConfigError(
+                f"listen: {address}: {error.strerror}; give an address of this host and a free port"
+            ) from None
+        self.devices: tuple[str, ...] = ()
+        self.patience_s = HOST_TIMEOUT_S
+        self._hosts: tuple[str, ...] = ()
+        self._agents: dict[str, _Agent] = {}
+        self._own: subprocess.Popen[bytes] | None = None
+        self._log_dir = tempfile.TemporaryDirectory(prefix="pipetune-host0-")
+        self._strangers: dict[Wire, float] = {}
+        self._round = 0
+        self._told: dict[str, Any] = {}
+        self._workers: dict[Wire, _Remote] = {}
+        self._processes: list[_Remote] = []
+        self._pids: dict[str, list[int]] = {}
+        self._refused = ""
+
+    @property
+    def connected(self) -> Sequence[Channel]:
+        """The agents'."""
+        return [agent.channel for agent in self._agents.values()]
+
+    def accept(self, connection: socket.socket) -> Channel:
+        """A stranger, until it has shown the token."""
+        now = time.monotonic()
+        self._strangers = {wire: since for wire, since in self._strangers.items() if not wire.is_trusted}
+        for wire, since in list(self._strangers.items()):
+            if now - since > HANDSHAKE_S or len(self._strangers) >= MOST_STRANGERS:
+                del self._strangers[wire]
+                with contextlib.suppress(OSError):
+                    wire.socket.shutdown(socket.SHUT_RDWR)
+        wire = Wire(connection, self._secret, is_driver=True)
+        self._strangers[wire] = now
+        return wire
+
+    def rank_of(self, hello: dict[str, Any], channel: Channel) -> int | None:
+        """By host and place there; tells the worker what it is."""
+        assert isinstance(channel, Wire)
+        host = f"host{hello['node']}"
+        if hello["round"] != self._round or host not in self._hosts:
+            return None
+        ranks = [rank for rank, device in enumerate(self.devices) if device_host(device) == host]
+        if hello["local_rank"] >= len(ranks):
+            return None
+        rank: int = ranks[hello["local_rank"]]
+        self._processes[rank].pid = hello["pid"]
+        self._workers[channel] = self._processes[rank]
+        self._pids.setdefault(host, []).append(hello["pid"])
+        channel.send({"type": "assignment", "rank": rank, **self._told})
+        return rank
+
+    def hears(self, message: dict[str, Any], channel: Channel) -> None:
+        """An agent that joins, or whose workers have ended."""
+        assert isinstance(channel, Wire)
+        if message["type"] == "agent":
+            host = f"host{message['node']}"
+            ours = {name: importlib.metadata.version(name) for name in message["versions"]}
+            other = [
+                f"{name} {there} ({ours[name]} here)"
+                for name, there in message["versions"].items()
+                if there != ours[name]
+            ]
+            if other or host not in self._hosts:
+                why = (
+                    f"has {', '.join(other)}: install the same versions"
+                    if other
+                    else f"is none of {', '.join(self._hosts)}"
+                )
+                self._refused = f"{host} ({message['hostname']}) {why}"
+                channel.send({"type": "close"})
+                return
+            self._agents[host] = _Agent(channel, message["hostname"])
+        for host, agent in self._agents.items():
+            if agent.channel is channel and message["type"] == "join":
+                agent.store = message["store"]
+                # It comes for the next round: its workers of this one have ended.
+                for device, worker in zip(self.devices, self._processes, strict=False):
+                    if device_host(device) == host:
+                        worker.kill()
+
+    def lost(self, channel: Channel) -> None:
+        """A worker that is gone, or an agent, whose workers go with it."""
+        assert isinstance(channel, Wire)
+        self._strangers.pop(channel, None)
+        if (worker := self._workers.pop(channel, None)) is not None:
+            worker.kill()
+        self._agents = {host: agent for host, agent in self._agents.items() if agent.channel is not channel}
+
+    def start(
+        self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]
+    ) -> Sequence[tuple[Process, Path | None]]:
+        """Waits for every host, then has all agents start their workers.
+
+        Raises:
+            FleetError: a host that does not join in time, or has other versions.
+        """
+        self._start_own(log_dir)
+        deadline, said, self._refused = time.monotonic() + self.patience_s, -_SAY_EVERY_S, ""
+        while missing := [host for host in self._hosts if host not in self._agents or not self._agents[host].store]:
+            if self._refused or time.monotonic() > deadline:
+                why = self._refused or f"did not join {self.address} within {self.patience_s:.0f} s"
+                text = why if self._refused else f"{', '.join(missing)} {why}"
+                raise FleetError(Failure(kind=FailureKind.WORKER_DIED, phase="start", message=text))
+            others = [host for host in missing if host != self._hosts[0]]
+            if others and time.monotonic() - said > _SAY_EVERY_S:
+                said = time.monotonic()
+                ranks = " and ".join(host.removeprefix("host") for host in others)
+                say(f"waiting for {', '.join(others)}: pipetune join {self.address} --node-rank {ranks}")
+            listen()
+        self._round += 1
+        self._told = {
+            "devices": self.devices,
+            "model": model,
+            "environment": worker_environment(self.devices, ""),
+        }
+        self._pids, self._workers = {}, {}
+        self._processes = [_Remote() for _ in self.devices]
+        store = self._agents["host0"].store
+        for host, agent in self._agents.items():
+            agent.store = None
+            node = int(host.removeprefix("host"))
+            agent.channel.send(
+                {"type": "round", "round": self._round, "node": node, "nodes": len(self._hosts), "store": store}
+            )
+        return [(process, None) for process in self._processes]
+
+    def end(self) -> None:
+        """Has the agents end their workers, stopped ones too; they are ready for the next fleet then."""
+        for process in self._processes:
+            process.kill()
+        for wire in self._workers:
+            wire.socket.close()
+        for host, agent in self._agents.items():
+            if agent.store is None:
+                with contextlib.suppress(OSError):
+                    agent.channel.send({"type": "end", "pids": self._pids.get(host, [])})
+        self._workers, self._processes = {}, []
+
+    def close(self) -> None:
+        """Sends the agents home."""
+        self.end()
+        for agent in self._agents.values():
+            with contextlib.suppress(OSError):
+                agent.channel.send({"type": "close"})
+                agent.channel.socket.close()
+        self.listener.close()
+        if self._own is not None:
+            try:
+                self._own.wait(5.0)
+            except subprocess.TimeoutExpired:
+                self._own.kill()
+                self._own.wait()
+        self._log_dir.cleanup()
+
+    def use(self, devices: Sequence[str]) -> None:
+        """Takes the devices of the next fleet."""
+        self.devices = tuple(devices)
+        self._hosts = tuple(sorted({device_host(device) for device in devices}, key=lambda host: int(host[4:])))
+
+    def _start_own(self, log_dir: Path | None) -> None:
+        if self._own is not None and self._own.poll() is None:
+            return
+        folder = (log_dir or Path(self._log_dir.name)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        count = len(on_host(self.devices, "host0"))
+        with (folder / "host0.log").open("ab") as output:
+            self._own = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "pipetune.bench.worker.join", self.address),
+                    *("--node-rank", "0", "--nproc-per-node", str(count), "--timeout", "30"),
+                    *("--log-dir", str(folder / "host0"), "--driver-pid", str(os.getpid())),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+
+_launchers: dict[tuple[int, str], HostsLauncher] = {}
+"""Of each process, by address: hosts join once for all of its fleets."""
+
+
+def launcher_at(address: str, devices: Sequence[str], *, patience_s: float) -> HostsLauncher:
+    """The one that listens at an address, for a fleet of these devices.
+
+    Raises:
+        ConfigError: no token, or nothing can listen there.
+    """
+    key = os.getpid(), address
+    if key not in _launchers:
+        _launchers[key] = HostsLauncher(address, read_token())
+    _launchers[key].use(devices)
+    _launchers[key].patience_s = patience_s
+    return _launchers[key]
+
+
+@atexit.register
+def _close_launchers() -> None:
+    for key, launcher in list(_launchers.items()):
+        if key[0] == os.getpid():
+            launcher.close()
+            del _launchers[key]

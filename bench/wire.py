@@ -1,0 +1,203 @@
+"""Messages between the driver and other hosts: signed JSON lines over TCP, after both sides have shown their token.
+
+No line is parsed before its signature is checked, and nothing is pickled. Lines are signed, not encrypted: hidden
+states travel in the clear beside them, so the network has to be one's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import socket
+from typing import Any, Self
+
+from pydantic_core import to_jsonable_python
+
+from pipetune.bench.errors import ConfigError
+
+TOKEN_VARIABLE = "PIPETUNE_TOKEN"  # noqa: S105
+LEAST_TOKEN = 16
+"""Characters."""
+DEFAULT_PORT = 29400
+"""That of torchrun's rendezvous."""
+HANDSHAKE_S = 5.0
+MAX_LINE = 64 * 2**20
+"""Bytes."""
+_NONCE, _MAC = 32, 32
+"""Bytes."""
+
+
+class WireError(ConnectionError):
+    """The other side is gone, or is not who it should be."""
+
+
+def read_token() -> bytes:
+    """The secret that all hosts share, from the environment: a command line would show it to everybody.
+
+    Raises:
+        ConfigError: there is none, or it is short.
+    """
+    found = os.environ.get(TOKEN_VARIABLE, "")
+    if len(found) < LEAST_TOKEN:
+        raise ConfigError(
+            f"{TOKEN_VARIABLE}: must hold the same secret on all hosts, of {LEAST_TOKEN} characters or more; make one "
+            "by `openssl rand -hex 32`"
+        )
+    return found.encode()
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host and port of `host:port`, `[::1]:port` or `host`.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or text.endswith("]"):
+        host, port = text, str(DEFAULT_PORT)
+    if not host.strip("[]") or not port.isdecimal() or not 0 <= int(port) < 65536:
+        raise ConfigError(f"{text!r} is no address; write HOST:PORT, such as 10.0.0.1:{DEFAULT_PORT}")
+    return host.strip("[]"), int(port)
+
+
+class Wire:
+    """One connection: bytes that came go in, messages come out, once the other side has shown that it knows the token.
+
+    driver → client   nonce
+    client → driver   nonce, proof
+    driver → client   proof
+    """
+
+    def __init__(self, connection: socket.socket, secret: bytes, *, is_driver: bool) -> None:
+        """Sends the driver's nonce.
+
+        Raises:
+            OSError: the other side is gone.
+        """
+        self.socket, self.is_trusted = connection, False
+        self._secret, self._is_driver = secret, is_driver
+        self._nonce = secrets.token_bytes(_NONCE)
+        self._rest, self._key = b"", b""
+        self._sent = self._received = 0
+        notice_absence(connection)
+        if is_driver:
+            connection.sendall(self._nonce)
+
+    @classmethod
+    def connect(cls, host: str, port: int, secret: bytes, *, timeout_s: float = HANDSHAKE_S) -> Self:
+        """A client's connection, trusted.
+
+        Raises:
+            WireError: the driver does not know the token.
+            OSError: nobody listens there.
+        """
+        connection = socket.create_connection((host, port), timeout=timeout_s)
+        try:
+            wire = cls(connection, secret, is_driver=False)
+            while not wire.is_trusted:
+                try:
+                    data = connection.recv(_NONCE + _MAC)
+                except TimeoutError:
+                    data = b""
+                if not data:
+                    raise WireError(
+                        f"{host}:{port} ended the handshake: its {TOKEN_VARIABLE} is another, or it is no driver"
+                    )
+                wire.feed(data)
+            connection.settimeout(None)
+        except BaseException:
+            connection.close()
+            raise
+        return wire
+
+    def send(self, message: dict[str, Any]) -> None:
+        """
+        Raises:
+            OSError: the other side is gone.
+        """
+        payload = json.dumps(message, allow_nan=False, default=to_jsonable_python).encode()
+        self.socket.sendall(self._sign(self._is_driver, self._sent, payload) + b" " + payload + b"\n")
+        self._sent += 1
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Messages that these bytes complete.
+
+        Raises:
+            WireError: a wrong proof or signature, a replayed line, or one over `MAX_LINE`.
+            OSError: the other side is gone.
+        """
+        self._rest += data
+        if not self.is_trusted:
+            self._shake()
+        if not self.is_trusted:
+            return []
+        *lines, self._rest = self._rest.split(b"\n")
+        if max(map(len, (*lines, self._rest))) > MAX_LINE:
+            raise WireError(f"a line of more than {MAX_LINE} bytes")
+        return [self._open(line) for line in lines]
+
+    def receive(self) -> dict[str, Any] | None:
+        """Waits for one message; None once the other side is gone, or is not who it was."""
+        while b"\n" not in self._rest:
+            try:
+                data = self.socket.recv(1 << 16)
+            except OSError:
+                return None
+            if not data or len(self._rest) > MAX_LINE:
+                return None
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        try:
+            return self._open(line)
+        except WireError:
+            return None
+
+    def _shake(self) -> None:
+        if self._is_driver:
+            if len(self._rest) < _NONCE + _MAC:
+                return
+            nonces = self._nonce + self._rest[:_NONCE]
+            self._check(b"client", nonces, self._rest[_NONCE : _NONCE + _MAC])
+            self._rest = self._rest[_NONCE + _MAC :]
+            self.socket.sendall(self._proof(b"driver", nonces))
+        else:
+            if not self._key and len(self._rest) >= _NONCE:
+                self._key = self._rest[:_NONCE] + self._nonce
+                self._rest = self._rest[_NONCE:]
+                self.socket.sendall(self._nonce + self._proof(b"client", self._key))
+            if not self._key or len(self._rest) < _MAC:
+                return
+            nonces = self._key
+            self._check(b"driver", nonces, self._rest[:_MAC])
+            self._rest = self._rest[_MAC:]
+        self._key, self.is_trusted = self._proof(b"key", nonces), True
+
+    def _proof(self, side: bytes, nonces: bytes) -> bytes:
+        return hmac.digest(self._secret, side + nonces, "sha256")
+
+    def _check(self, side: bytes, nonces: bytes, proof: bytes) -> None:
+        if not hmac.compare_digest(proof, self._proof(side, nonces)):
+            raise WireError("the other side does not know the token")
+
+    def _open(self, line: bytes) -> dict[str, Any]:
+        signature, _, payload = line.partition(b" ")
+        if not hmac.compare_digest(signature, self._sign(not self._is_driver, self._received, payload)):
+            raise WireError("a line with a wrong signature")
+        self._received += 1
+        message: dict[str, Any] = json.loads(payload)
+        return message
+
+    def _sign(self, by_driver: bool, number: int, payload: bytes) -> bytes:
+        told = (b"d" if by_driver else b"c") + str(number).encode() + b":" + payload
+        return hmac.new(self._key, told, hashlib.sha256).hexdigest().encode()
+
+
+def notice_absence(connection: socket.socket) -> None:
+    """Ends a connection some 9 seconds after the other host vanished, whether there is something to send or not."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 9_000)):
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

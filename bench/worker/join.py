@@ -1,0 +1,72 @@
+"""`pipetune join` and the driver's own host: an elastic agent that starts this host's workers.
+
+`python -P -m pipetune.bench.worker.join HOST:PORT --node-rank R --nproc-per-node N`, ended by the driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Exit status: 0 once the driver has ended it, 1 where the driver is lost or knows another token."""
+    parser = argparse.ArgumentParser(prog="pipetune join")
+    parser.add_argument("address")
+    parser.add_argument("--node-rank", type=int, required=True)
+    parser.add_argument("--nproc-per-node", type=int, required=True)
+    parser.add_argument("--host-ip", default="")
+    parser.add_argument("--timeout", type=float, required=True)
+    parser.add_argument("--log-dir", default="")
+    parser.add_argument("--driver-pid", type=int, default=0, help="ends with this process, its parent")
+    args = parser.parse_args()
+    if args.driver_pid:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != args.driver_pid:
+            return 1
+
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        rendezvous_handler_registry,
+    )
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from pipetune.bench.worker.rendezvous import handler
+
+    # What the entry point does for plain torchrun, of which some versions read none.
+    rendezvous_handler_registry.register("pipetune", handler())
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1024,
+        nproc_per_node=args.nproc_per_node,
+        run_id="pipetune",
+        rdzv_backend="pipetune",
+        rdzv_endpoint=args.address,
+        rdzv_configs={"node": args.node_rank, "join_timeout": args.timeout, "host_ip": args.host_ip},
+        # A round ends when the driver says so, as often as plans break their workers.
+        max_restarts=1_000_000,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(
+            log_dir=args.log_dir or tempfile.mkdtemp(prefix="pipetune-join-"), redirects=Std.ALL
+        ),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-P", "-m", "pipetune.bench.worker")
+    except RendezvousClosedError:
+        return 0
+    except RendezvousConnectionError as error:
+        sys.stderr.write(f"pipetune join: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The driver as a rendezvous of torch.distributed.elastic: `torchrun --rdzv-backend pipetune`, and `pipetune join`.
+
+The elastic agent of each host starts the workers there, notices their ends, and ends and starts all of them together.
+When that is to be the driver alone says: it hears from every worker, and so knows of those that hang and of hosts that
+are gone, which no agent notices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import signal
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+)
+
+from pipetune.bench.wire import Wire, WireError, read_token, split_address
+
+DRIVER_VARIABLE, ROUND_VARIABLE = "PIPETUNE_DRIVER", "PIPETUNE_ROUND"
+"""Where workers that an agent starts find the driver, and for which round they are."""
+SAME_PACKAGES = ("pipetune", "torch", "transformers")
+"""Of which all hosts need the same version."""
+RETRY_S = 1.0
+_torch: Any = dist
+"""Whose stores have no types."""
+
+
+class DriverRendezvous(RendezvousHandler):
+    """One host's part in the rounds that the driver calls."""
+
+    def __init__(self, params: RendezvousParameters) -> None:
+        """Joins the driver at the endpoint, as the host of rank `node`; tries for `join_timeout` seconds.
+
+        Raises:
+            RendezvousConnectionError: nobody is there who knows the token.
+        """
+        host, port = split_address(params.endpoint)
+        self._run_id = params.run_id
+        node = int(params.get("node", os.environ.get("GROUP_RANK", "-1")))
+        self._wire = _connect(host, port, float(params.get("join_timeout") or 60.0))
+        os.environ[DRIVER_VARIABLE] = params.endpoint
+        # The address that leads to the driver is the one that leads to the other hosts, unless told otherwise: a host's
+        # own name may resolve to loopback.
+        self._address: str = params.get("host_ip") or self._wire.socket.getsockname()[0]
+        self._listener = socket.create_server((self._address, 0))
+        self._store: Any = None
+        self._news = threading.Condition()
+        self._round: dict[str, Any] | None = None
+        self._is_over = self._is_closed = self._is_lost = False
+        self._wire.send(
+            {
+                "type": "agent",
+                "node": node,
+                "hostname": socket.gethostname(),
+                "pid": os.getpid(),
+                "versions": {name: importlib.metadata.version(name) for name in SAME_PACKAGES},
+            }
+        )
+        threading.Thread(target=self._listen, name="driver", daemon=True).start()
+
+    def get_backend(self) -> str:
+        """What `--rdzv-backend` calls this."""
+        return "pipetune"
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers use the agents' store."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Waits until every host is there and the driver wants workers."""
+        with self._news:
+            self._is_over = False
+        with contextlib.suppress(OSError):
+            self._wire.send({"type": "join", "store": [self._address, self._listener_port]})
+        with self._news:
+            self._news.wait_for(lambda: self._round is not None or self._is_closed or self._is_lost)
+            if self._is_closed:
+                raise RendezvousClosedError
+            if self._round is None:
+                raise RendezvousConnectionError("the driver is gone")
+            told, self._round = self._round, None
+        address, port = told["store"]
+        is_host = told["node"] == 0
+        if self._store is None:
+            self._store = _torch.TCPStore(
+                address,
+                port,
+                is_master=is_host,
+                timeout=timedelta(seconds=60),
+                # It would listen on all interfaces otherwise.
+                master_listen_fd=self._listener.detach() if is_host else None,
+                multi_tenant=False,
+            )
+        os.environ[ROUND_VARIABLE] = str(told["round"])
+        store = _torch.PrefixStore(f"agents-{told['round']}", self._store)
+        return RendezvousInfo(store, told["node"], told["nodes"], RendezvousStoreInfo(address, port))
+
+    @property
+    def _listener_port(self) -> int:
+        if self._store is None:
+            self._port: int = self._listener.getsockname()[1]
+        return self._port
+
+    def num_nodes_waiting(self) -> int:
+        """The agent asks ten times a second; more than none ends its workers and brings it to `next_rendezvous`."""
+        if self._is_lost:
+            raise RendezvousConnectionError("the driver is gone")
+        return int(self._is_over or self._is_closed)
+
+    def is_closed(self) -> bool:
+        """Whether there will be no further round."""
+        return self._is_closed
+
+    def set_closed(self) -> None:
+        """Ends it."""
+        self._is_closed = True
+
+    def get_run_id(self) -> str:
+        """What `--rdzv-id` says."""
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        """Leaves the driver."""
+        with contextlib.suppress(OSError):
+            self._wire.socket.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def _listen(self) -> None:
+        while (message := self._wire.receive()) is not None:
+            with self._news:
+                if message["type"] == "end":
+                    # A stopped process heeds no SIGTERM, and the agent would wait for it.
+                    for pid in message["pids"]:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    self._is_over = True
+                elif message["type"] == "round":
+                    self._round, self._is_over = message, False
+                elif message["type"] == "close":
+                    self._is_closed = True
+                self._news.notify_all()
+        with self._news:
+            self._is_lost = True
+            self._news.notify_all()
+
+
+def _connect(host: str, port: int, patience_s: float) -> Wire:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return Wire.connect(host, port, read_token())
+        except WireError as error:
+            raise RendezvousConnectionError(str(error)) from None
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RendezvousConnectionError(
+                    f"{host}:{port}: no driver listens there ({error}); start it with --listen, or look at the firewall"
+                ) from None
+        time.sleep(RETRY_S)
+
+
+def handler() -> type[DriverRendezvous]:
+    """What the entry point `torchrun.handlers` names."""
+    return DriverRendezvous
