@@ -77,7 +77,7 @@ class Wire:
         Raises:
             OSError: the other side is gone.
         """
-        self.socket, self.is_trusted = connection, False
+        self.socket, self.is_trusted, self.was_cut = connection, False, False
         self._secret, self._is_driver = secret, is_driver
         self._nonce = secrets.token_bytes(_NONCE)
         self._rest, self._key = b"", b""
@@ -145,6 +145,8 @@ class Wire:
             try:
                 data = self.socket.recv(1 << 16)
             except OSError:
+                # The other process did not end: the network or its host did.
+                self.was_cut = True
                 return None
             if not data or len(self._rest) > MAX_LINE:
                 return None

@@ -29,6 +29,7 @@ HOST_TIMEOUT_S = 600.0
 MOST_STRANGERS = 32
 """Connections that have not shown the token yet; the oldest goes for a newer one."""
 _SAY_EVERY_S = 10.0
+JOIN = (sys.executable, "-P", "-m", "pipetune.bench.worker.join")
 
 
 class _Remote:
@@ -113,10 +114,13 @@ class HostsLauncher:
         """By host and place there; tells the worker what it is."""
         assert isinstance(channel, Wire)
         host = f"host{hello['node']}"
-        if hello["round"] != self._round or host not in self._hosts:
-            return None
         ranks = [rank for rank, device in enumerate(self.devices) if device_host(device) == host]
+        if hello["round"] != self._round:
+            channel.socket.shutdown(socket.SHUT_RDWR)
+            return None
         if hello["local_rank"] >= len(ranks):
+            # Its agent would end all of its workers with it: it waits until this fleet's end.
+            self._pids.setdefault(host, []).append(hello["pid"])
             return None
         rank: int = ranks[hello["local_rank"]]
         self._processes[rank].pid = hello["pid"]
@@ -128,7 +132,10 @@ class HostsLauncher:
     def hears(self, message: dict[str, Any], channel: Channel) -> None:
         """An agent that joins, or whose workers have ended."""
         assert isinstance(channel, Wire)
-        if message["type"] == "agent":
+        if message["type"] == "ask":
+            workers = len(on_host(self.devices, f"host{message['node']}"))
+            channel.send({"type": "workers", "workers": workers, "hosts": self._hosts})
+        elif message["type"] == "agent":
             host = f"host{message['node']}"
             ours = {name: importlib.metadata.version(name) for name in message["versions"]}
             other = [
@@ -238,12 +245,11 @@ class HostsLauncher:
             return
         folder = (log_dir or Path(self._log_dir.name)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        count = len(on_host(self.devices, "host0"))
         with (folder / "host0.log").open("ab") as output:
             self._own = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "pipetune.bench.worker.join", self.address),
-                    *("--node-rank", "0", "--nproc-per-node", str(count), "--timeout", "30"),
+                    *(*JOIN, self.address),
+                    *("--node-rank", "0", "--timeout", "30"),
                     *("--log-dir", str(folder / "host0"), "--driver-pid", str(os.getpid())),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -251,6 +257,22 @@ class HostsLauncher:
                 stderr=output,
                 start_new_session=True,
             )
+
+
+def join(address: str, node_rank: int, *, host_ip: str | None = None, timeout_s: float = HOST_TIMEOUT_S) -> int:
+    """Puts this host's devices at the disposal of the driver at an address, until it ends; 0 for a good end, else 4.
+
+    Args:
+        host_ip: this host's address for the others; by default the one that leads to the driver.
+
+    Raises:
+        ConfigError: no token, or no address.
+    """
+    read_token()
+    split_address(address)
+    command = [*JOIN, address, "--node-rank", str(node_rank), "--timeout", str(timeout_s), "--host-ip", host_ip or ""]
+    status = subprocess.run([*command, "--driver-pid", str(os.getpid())], check=False).returncode
+    return 0 if status == 0 else 4
 
 
 _launchers: dict[tuple[int, str], HostsLauncher] = {}

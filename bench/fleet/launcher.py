@@ -274,9 +274,11 @@ class _ForkServer:
         self._ended: dict[int, int] = {}
         self._ready = False
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The kernel would take the end of another thread for the driver's.
+        main_thread = ("--main-thread",) * (threading.current_thread() is threading.main_thread())
         with theirs:
             self._process = subprocess.Popen(
-                [*WORKER, "--fork-server", str(theirs.fileno()), "--driver-pid", str(os.getpid())],
+                [*WORKER, "--fork-server", str(theirs.fileno()), "--driver-pid", str(os.getpid()), *main_thread],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

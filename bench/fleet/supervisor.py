@@ -7,9 +7,9 @@ rank cannot silence the diagnosis. No torch here.
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +31,7 @@ STOPPED_S = 2.0
 """The driver looks at its workers many times a second; if it did not for so long, it was itself stopped."""
 _SEND_TIMEOUT_S = 30.0
 """A worker that takes in nothing for so long is lost."""
+LISTEN_VARIABLE = "PIPETUNE_LISTEN"
 GRACE_S = 1.0
 """How long to wait, after a worker fell, for the one that fell first to say why."""
 
@@ -57,7 +58,7 @@ class FleetOptions(TypedDict, total=False):
     """Variables of the environment of single devices' workers, on top of this process's: `{"cpu:1":
     {"ONEDNN_MAX_CPU_ISA": "AVX2"}}` lets one CPU worker compute like an older CPU."""
     listen: str | None
-    """Where other hosts join, `ADDRESS:PORT` of this host; needed where devices name hosts."""
+    """Where other hosts join, `ADDRESS:PORT` of this host, where devices name hosts; by default PIPETUNE_LISTEN's."""
     host_timeout_s: float
     """How long hosts may take to join, at first and after a fault; by default 600."""
 
@@ -229,7 +230,7 @@ class Supervisor:
     def _make_launcher(self) -> Launcher:
         if hosts_of(self._devices) == ("",):
             return LocalLauncher(self._devices, self._options.get("worker_env") or {})
-        if (listen := self._options.get("listen")) is None:
+        if not (listen := self._options.get("listen") or os.environ.get(LISTEN_VARIABLE)):
             raise ConfigError("devices: they name hosts, which have to join; give --listen ADDRESS:PORT, or --nnodes")
         return launcher_at(listen, self._devices, patience_s=self._options.get("host_timeout_s", HOST_TIMEOUT_S))
 
@@ -262,7 +263,6 @@ class Supervisor:
         if message["type"] == "hello":
             rank = self._launcher.rank_of(message, channel)
             if rank is None:
-                channel.socket.shutdown(socket.SHUT_RDWR)
                 return
             self._workers[rank].channel = channel
         worker = next((one for one in self._workers if one.channel is channel), None)

@@ -20,7 +20,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="pipetune join")
     parser.add_argument("address")
     parser.add_argument("--node-rank", type=int, required=True)
-    parser.add_argument("--nproc-per-node", type=int, required=True)
     parser.add_argument("--host-ip", default="")
     parser.add_argument("--timeout", type=float, required=True)
     parser.add_argument("--log-dir", default="")
@@ -35,37 +34,54 @@ def main() -> int:
     from torch.distributed.elastic.rendezvous import (
         RendezvousClosedError,
         RendezvousConnectionError,
+        RendezvousParameters,
         rendezvous_handler_registry,
     )
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from pipetune.bench.worker.rendezvous import handler
+    from pipetune.bench.wire import split_address
+    from pipetune.bench.worker.rendezvous import DriverRendezvous, connect
 
-    # What the entry point does for plain torchrun, of which some versions read none.
-    rendezvous_handler_registry.register("pipetune", handler())
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1024,
-        nproc_per_node=args.nproc_per_node,
-        run_id="pipetune",
-        rdzv_backend="pipetune",
-        rdzv_endpoint=args.address,
-        rdzv_configs={"node": args.node_rank, "join_timeout": args.timeout, "host_ip": args.host_ip},
-        # A round ends when the driver says so, as often as plans break their workers.
-        max_restarts=1_000_000,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(
-            log_dir=args.log_dir or tempfile.mkdtemp(prefix="pipetune-join-"), redirects=Std.ALL
-        ),
-    )
-    try:
-        elastic_launch(config, sys.executable)("-P", "-m", "pipetune.bench.worker")
-    except RendezvousClosedError:
-        return 0
-    except RendezvousConnectionError as error:
-        sys.stderr.write(f"pipetune join: {error}\n")
-        return 1
-    return 0
+    made: list[DriverRendezvous] = []
+
+    def make(params: RendezvousParameters) -> DriverRendezvous:
+        made.append(DriverRendezvous(params))
+        return made[-1]
+
+    rendezvous_handler_registry.register("pipetune-join", make)
+    log_dir = args.log_dir or tempfile.mkdtemp(prefix="pipetune-join-")
+    while True:
+        try:
+            asking = connect(*split_address(args.address), args.timeout)
+            asking.send({"type": "ask", "node": args.node_rank})
+            answer = asking.receive()
+            asking.socket.close()
+            if answer is None or not answer["workers"]:
+                hosts = "" if answer is None else f"; its hosts are {', '.join(answer['hosts'])}"
+                raise RendezvousConnectionError(f"{args.address} has no work for host{args.node_rank}{hosts}")
+            sys.stderr.write(f"pipetune join: {answer['workers']} workers for {args.address}; logs in {log_dir}\n")
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=len(answer["hosts"]),
+                nproc_per_node=answer["workers"],
+                run_id="pipetune",
+                rdzv_backend="pipetune-join",
+                rdzv_endpoint=args.address,
+                rdzv_configs={"node": args.node_rank, "join_timeout": args.timeout, "host_ip": args.host_ip},
+                # A round ends when the driver says so, as often as plans break their workers.
+                max_restarts=1_000_000,
+                monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=log_dir, redirects=Std.ALL),
+            )
+            elastic_launch(config, sys.executable)("-P", "-m", "pipetune.bench.worker")
+        except RendezvousClosedError:
+            return 0
+        except RendezvousConnectionError as error:
+            sys.stderr.write(f"pipetune join: {error}\n")
+            if not made or not made[-1].was_cut:
+                return 1
+        # Elastic agents say so when all workers have ended well, which ours do only at the end of the driver.
+        made.clear()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def main() -> None:
     if arguments[:1] == ["--fork-server"]:
         from pipetune.bench.worker.fork_server import serve
 
+        if arguments[4:] == ["--main-thread"]:
+            die_with_driver(int(arguments[3]))
         arguments = serve(int(arguments[1]), driver_pid=int(arguments[3]))
     parser = argparse.ArgumentParser(prog="pipetune.bench.worker")
     if not arguments:

@@ -48,9 +48,9 @@ class DriverRendezvous(RendezvousHandler):
             RendezvousConnectionError: nobody is there who knows the token.
         """
         host, port = split_address(params.endpoint)
-        self._run_id = params.run_id
+        self._run_id, self._backend = params.run_id, params.backend
         node = int(params.get("node", os.environ.get("GROUP_RANK", "-1")))
-        self._wire = _connect(host, port, float(params.get("join_timeout") or 60.0))
+        self._wire = connect(host, port, float(params.get("join_timeout") or 60.0))
         os.environ[DRIVER_VARIABLE] = params.endpoint
         # The address that leads to the driver is the one that leads to the other hosts, unless told otherwise: a host's
         # own name may resolve to loopback.
@@ -73,7 +73,7 @@ class DriverRendezvous(RendezvousHandler):
 
     def get_backend(self) -> str:
         """What `--rdzv-backend` calls this."""
-        return "pipetune"
+        return self._backend
 
     @property
     def use_agent_store(self) -> bool:
@@ -117,9 +117,16 @@ class DriverRendezvous(RendezvousHandler):
 
     def num_nodes_waiting(self) -> int:
         """The agent asks ten times a second; more than none ends its workers and brings it to `next_rendezvous`."""
+        if self._is_closed:
+            raise RendezvousClosedError
         if self._is_lost:
             raise RendezvousConnectionError("the driver is gone")
-        return int(self._is_over or self._is_closed)
+        return int(self._is_over)
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the driver may be there still, behind a network that is not."""
+        return self._wire.was_cut
 
     def is_closed(self) -> bool:
         """Whether there will be no further round."""
@@ -158,7 +165,12 @@ class DriverRendezvous(RendezvousHandler):
             self._news.notify_all()
 
 
-def _connect(host: str, port: int, patience_s: float) -> Wire:
+def connect(host: str, port: int, patience_s: float) -> Wire:
+    """A connection to the driver, once it listens.
+
+    Raises:
+        RendezvousConnectionError: it does not within so many seconds, or knows another token.
+    """
     deadline = time.monotonic() + patience_s
     while True:
         try:

@@ -14,6 +14,7 @@ from pipetune.tuner.cli.doctor import doctor
 from pipetune.tuner.cli.export import export
 from pipetune.tuner.cli.gate import gate
 from pipetune.tuner.cli.history import history
+from pipetune.tuner.cli.join import join
 from pipetune.tuner.cli.metrics import metrics
 from pipetune.tuner.cli.options import SettingsCommand
 from pipetune.tuner.cli.plan import plan
@@ -44,6 +45,7 @@ _COMMANDS = (
     export,
     doctor,
     profile,
+    join,
     metrics,
 )
 for command in _COMMANDS:

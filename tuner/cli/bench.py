@@ -13,6 +13,7 @@ from pipetune.tuner.cli import options as o
 _plan = partial(typer.Option, rich_help_panel="Plan (one of --plan, --device-map and --layers)")
 
 
+@o.on_hosts
 @o.settings("Model", "Workload", "baseline_batch_sizes", "device_names", before="compare_baseline")
 def bench(
     ctx: typer.Context,

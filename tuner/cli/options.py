@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -95,10 +96,69 @@ def groups_of(function: object) -> tuple[SettingsGroup, ...]:
     return getattr(function, "settings_groups", ())
 
 
+NODE_RANK_VARIABLES = ("SLURM_NODEID", "PET_NODE_RANK", "GROUP_RANK", "JOB_COMPLETION_INDEX")
+"""Slurm's, Kubeflow's, torchrun's, and that of Kubernetes' Indexed Jobs."""
+
+
+def on_hosts(function: Function) -> Function:
+    """A decorator that gives a command the options by which its workers are on several hosts."""
+    vars(function)["is_on_hosts"] = True
+    return function
+
+
+def _host_options(
+    listen: Annotated[str | None, typer.Option(metavar="ADDR:PORT", help="Where other hosts join this one.")] = None,
+    nnodes: Annotated[
+        int | None, typer.Option(min=1, help="Hosts that run this same command; the first leads.")
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, help="This host's number. [SLURM_NODEID and the like]")
+    ] = None,
+    master_addr: Annotated[str | None, typer.Option(metavar="ADDR", help="Address of host 0.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Port of host 0. [29400]")] = None,
+    host_ip: Annotated[str | None, typer.Option(help="This host's address for the others. [routes to host 0]")] = None,
+) -> None: ...
+
+
+def _join_instead(given: dict[str, Any]) -> int | None:
+    """Exit code of a host that serves another's command; None on the host that leads."""
+    from pipetune.bench.errors import ConfigError
+    from pipetune.bench.fleet.hosts import join
+    from pipetune.bench.fleet.supervisor import LISTEN_VARIABLE
+    from pipetune.bench.wire import DEFAULT_PORT
+
+    address = given["listen"]
+    if given["nnodes"] is None or given["nnodes"] == 1:
+        if address:
+            os.environ[LISTEN_VARIABLE] = address
+        return None
+    if given["master_addr"] is None:
+        raise ConfigError("--nnodes: give --master-addr as well, the address of host 0")
+    found = [os.environ[name] for name in NODE_RANK_VARIABLES if os.environ.get(name, "").isdecimal()]
+    rank = int(found[0]) if given["node_rank"] is None and found else given["node_rank"]
+    if rank is None or rank >= given["nnodes"]:
+        raise ConfigError(
+            f"--node-rank: {rank if rank is not None else 'not given'}; give 0 to {given['nnodes'] - 1}, or one of "
+            f"{', '.join(NODE_RANK_VARIABLES)} in the environment"
+        )
+    port = given["master_port"] or DEFAULT_PORT
+    if rank > 0:
+        return join(f"{given['master_addr']}:{port}", rank, host_ip=given["host_ip"])
+    os.environ[LISTEN_VARIABLE] = address or f"{given['master_addr']}:{port}"
+    return None
+
+
 class SettingsCommand(typer.core.TyperCommand):
     """A command that builds the options of settings when it is used, so that `pipetune --help` loads no schema."""
 
     _complete = False
+    _function: Any = None
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command, or serves that of another host."""
+        if vars(self._function).get("is_on_hosts") and (code := _join_instead(ctx.params)) is not None:
+            return code
+        return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parses the command line; `--resume` may stand alone, or before `auto`."""
@@ -112,10 +172,13 @@ class SettingsCommand(typer.core.TyperCommand):
             self._complete = True
             function, own = self.callback, [parameter.name for parameter in self.params]
             assert function is not None
+            self._function = function
             for group in groups_of(function):
                 there = [parameter.name for parameter in self.params]
                 options = [option for option in _options_of(group.settings()) if option.name not in there]
                 self.params[there.index(group.before) : there.index(group.before)] = options
+            if vars(function).get("is_on_hosts"):
+                self.params += _parameters_of(_host_options, "Several hosts" + _ADVANCED)
             self.callback = lambda **given: function(**{name: given[name] for name in own if name in given})
         return super().get_params(ctx)
 
@@ -160,9 +223,16 @@ def _options_of(chosen: Iterable[Setting]) -> list[Any]:
     ]
     vars(holder)["__signature__"] = inspect.Signature(parameters)
     holder.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return _parameters_of(holder)
+
+
+def _parameters_of(function: Callable[..., None], panel: str | None = None) -> list[Any]:
     app = typer.Typer(add_completion=False)
-    app.command()(holder)
-    return typer.main.get_command(app).params
+    app.command()(function)
+    found: list[Any] = typer.main.get_command(app).params
+    for parameter in found if panel else ():
+        parameter.rich_help_panel = panel
+    return found
 
 
 def _annotation(setting: Setting) -> Any:

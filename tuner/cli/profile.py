@@ -12,6 +12,7 @@ from pipetune.tuner.cli import options as o
 _grid = partial(typer.Option, rich_help_panel="What is timed")
 
 
+@o.on_hosts
 @o.settings("Model", "devices", "workload_kind", "packed_weights", "cuda_graphs", before="rows")
 def profile(
     ctx: typer.Context,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipetune.tuner.report.data import Report
 
 
+@o.on_hosts
 @o.settings("Model", "Workload", "Search", "output_dir", "study_name", before="resume")
 @o.settings("Study", before="show_config")
 def tune(

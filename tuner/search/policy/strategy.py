@@ -141,7 +141,11 @@ def unsure_incumbent(now: Situation) -> Proposal | None:
     history, forecast, incumbent = now.history, now.forecast, now.incumbent
     key = forecast.effective[incumbent].key
     point = forecast.points[incumbent] or history.plans[key].point
-    if point is None or key in history.taken or history.replicates >= min(MOST_REPLICATES, history.counted // REPLICATES_EVERY):
+    if (
+        point is None
+        or key in history.taken
+        or history.replicates >= min(MOST_REPLICATES, history.counted // REPLICATES_EVERY)
+    ):
         return None
     cost, sd = now.scalar
     rivals = forecast.was_measured & (forecast.kept > LEAST_CHANCE)

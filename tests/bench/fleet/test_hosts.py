@@ -1,0 +1,155 @@
+"""A fleet over two hosts: the same tokens, faults that are found and survived, and nobody let in without the token."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.hosts import Driver, Host, cut, two_hosts
+from tests.tiny_models import save_tiny_model
+
+CABLE = f"p{os.getpid()}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    with two_hosts(CABLE) as made:
+        yield made
+
+
+def soon(condition: Callable[[], object], within_s: float = 30.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def join(host: Host, driver: Driver, *more: object) -> None:
+    host.pipetune("join", driver.listen, "--node-rank", 1, *more)
+
+
+def test_two_hosts_give_the_tokens_of_the_unsplit_model_and_only_their_addresses_listen(
+    hosts: tuple[Host, Host], model: Path, tmp_path: Path
+) -> None:
+    # Their clocks are 1,000 seconds apart.
+    hosts[1].prefix = ("unshare", "-T", "--monotonic", "1000")
+    driver = Driver(hosts[0], model, tmp_path)
+    join(hosts[1], driver)
+    up = driver.hear()
+    assert up["hosts"] == 2
+    assert driver.do("reference") == {"reference": None}
+    said = driver.do("measure")
+    outcome = said["outcome"]
+    assert outcome["outcome"] == "measurement"
+    assert outcome["check"]["tokens_equal"] is True
+    assert [stage["device"] for stage in outcome["memory"]] == ["host0/cpu:0", "host1/cpu:0"]
+    assert 0 < outcome["clock_error_s"] < 0.1
+    assert all(run["duration_s"] < said["took_s"] for run in outcome["iterations"])
+    for run in outcome["iterations"]:
+        first, last = run["stages"]
+        slack = 2 * outcome["clock_error_s"]
+        ends = zip(first["compute_end_s"], last["compute_start_s"], strict=True)
+        assert all(sent <= begun + slack for sent, begun in ends)
+    for host in hosts:
+        assert host.listeners() <= {host.address}, "beyond the address given"
+    assert driver.process.stdin is not None
+    driver.process.stdin.close()
+    assert driver.process.wait(30) == 0
+    assert hosts[1].processes[-1].wait(30) == 0
+    assert soon(lambda: not hosts[0].pids() | hosts[1].pids())
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_elsewhere_is_found_named_and_replaced(
+    hosts: tuple[Host, Host], model: Path, tmp_path: Path, fault: signal.Signals
+) -> None:
+    driver = Driver(hosts[0], model, tmp_path, hang_timeout_s=4.0, output_len=2000)
+    join(hosts[1], driver)
+    driver.hear()
+    (worker,) = hosts[1].workers()
+    driver.tell("measure")
+    assert soon(lambda: worker.cpu_percent(0.2) > 50)
+    worker.send_signal(fault)
+    outcome = driver.hear()["outcome"]
+    assert outcome["kind"] == ("worker_died" if fault is signal.SIGKILL else "worker_hung")
+    assert outcome["device"] == "host1/cpu:0"
+    assert soon(lambda: not psutil.pid_exists(worker.pid), 12.0)
+    # The next measurement works, on workers that are new on both hosts.
+    driver.tell("measure")
+    assert soon(lambda: [one for one in hosts[1].workers() if one.pid != worker.pid], 60.0)
+
+
+def test_a_cut_cable_ends_the_workers_beyond_it_and_they_come_back_with_it(
+    hosts: tuple[Host, Host], model: Path, tmp_path: Path
+) -> None:
+    driver = Driver(hosts[0], model, tmp_path, hang_timeout_s=4.0)
+    join(hosts[1], driver)
+    driver.hear()
+    assert driver.do("measure")["outcome"]["outcome"] == "measurement"
+    workers = [*hosts[0].workers(), *hosts[1].workers()]
+    assert len(workers) == 2
+    cut(hosts[1], CABLE, "b")
+    assert driver.do("measure")["outcome"]["kind"] in {"worker_hung", "worker_died"}
+    assert soon(lambda: not any(psutil.pid_exists(worker.pid) for worker in workers), 15.0)
+    cut(hosts[1], CABLE, "b", back=True)
+    assert driver.do("measure")["outcome"]["outcome"] == "measurement"
+
+
+def test_a_killed_driver_leaves_nothing_on_any_host(hosts: tuple[Host, Host], model: Path, tmp_path: Path) -> None:
+    driver = Driver(hosts[0], model, tmp_path)
+    join(hosts[1], driver)
+    driver.hear()
+    driver.process.send_signal(signal.SIGKILL)
+    for pid in hosts[0].pids():
+        if "-c" in psutil.Process(pid).cmdline():
+            os.kill(pid, signal.SIGKILL)
+    assert soon(lambda: not hosts[0].workers() and not hosts[1].pids(), 12.0)
+    assert hosts[1].processes[-1].wait(5) == 4
+
+
+def test_plain_torchrun_joins_and_strangers_hold_up_nobody(
+    hosts: tuple[Host, Host], model: Path, tmp_path: Path
+) -> None:
+    driver = Driver(hosts[0], model, tmp_path)
+    script = (
+        "import socket, time\n"
+        f"silent = [socket.create_connection(({hosts[0].address!r}, 29400)) for _ in range(50)]\n"
+        "print('there', flush=True)\ntime.sleep(100)"
+    )
+    assert soon(lambda: hosts[0].address in hosts[0].listeners())
+    stranger = hosts[1].start(sys.executable, "-c", script)
+    assert stranger.stdout is not None
+    assert stranger.stdout.readline() == "there\n"
+    hosts[1].start(
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+        *("--rdzv-backend", "pipetune", "--rdzv-endpoint", driver.listen, "--rdzv-conf", "node=1"),
+        *("--max-restarts", "1000", "-m", "pipetune.bench.worker"),
+    )
+    assert driver.hear()["up"]
+    assert driver.do("measure")["outcome"]["outcome"] == "measurement"
+
+
+def test_a_host_with_another_token_or_none_is_told_so(hosts: tuple[Host, Host], model: Path, tmp_path: Path) -> None:
+    driver = Driver(hosts[0], model, tmp_path, host_timeout_s=25.0)
+    assert soon(lambda: hosts[0].address in hosts[0].listeners())
+    wrong = hosts[1].pipetune("join", driver.listen, "--node-rank", 1, PIPETUNE_TOKEN="quite another secret")
+    assert "ended the handshake: its PIPETUNE_TOKEN is another" in wrong.communicate(timeout=60)[1]
+    assert wrong.returncode == 4
+    none = hosts[1].pipetune("join", driver.listen, "--node-rank", 1, PIPETUNE_TOKEN="")
+    assert "PIPETUNE_TOKEN: must hold the same secret on all hosts" in none.communicate(timeout=60)[1]
+    assert none.returncode == 2
+    stray = hosts[1].pipetune("join", driver.listen, "--node-rank", 7)
+    assert "has no work for host7; its hosts are host0, host1" in stray.communicate(timeout=60)[1]
+    assert driver.hear()["refused"] == f"host1 did not join {driver.listen} within 25 s"
