@@ -29,7 +29,7 @@ from pipetune.bench.spec import ModelSpec, Plan, Protocol, RunSpec, Workload, pa
 given = json.loads(sys.argv[1])
 devices = parse_devices(given["devices"])
 workload = Workload(num_prompts=6, input_len=12, output_len=given["output_len"])
-protocol = Protocol(num_iters=2, num_iters_warmup=1)
+protocol = Protocol(num_iters=given["num_iters"], num_iters_warmup=1)
 
 
 def say(**told):
@@ -165,6 +165,7 @@ class Driver:
         told = {
             "devices": "host0/cpu:0,host1/cpu:0", "layers": list(layers), "model": str(model), "listen": self.listen,
             "reference": str(folder / "reference"), "hang_timeout_s": 10.0, "host_timeout_s": 60.0, "output_len": 5,
+            "num_iters": 2,
         }  # fmt: skip
         self.process = host.start(sys.executable, "-c", DRIVER, json.dumps(told | given))
 

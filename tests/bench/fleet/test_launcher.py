@@ -42,9 +42,9 @@ def idle_worker(folder: Path) -> Process:
 
 def soon(condition: Callable[[], object]) -> bool:
     deadline = time.monotonic() + 30
-    while not condition() and time.monotonic() < deadline:
+    while not (found := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return bool(condition())
+    return bool(found)
 
 
 @pytest.fixture
