@@ -86,8 +86,8 @@ class RefittedCosts:
     middles: tuple[int, int] = (0, 0)
     """Middle of the sizes seen in prefill and in decode, in doublings."""
     hops: Mapping[bool, tuple[float, float, float]] = field(default_factory=dict)
-    """Of messages within a host, and between hosts: they take exp(the first) times as long, and exp(the second) times
-    more for each doubling above the third."""
+    """By whether messages go between hosts: they take exp(the first) times as long, and exp(the second) times more for
+    each doubling above the third."""
 
     @remembered
     def layers_s(self, device: str, kind: TaskKind) -> Floats:
