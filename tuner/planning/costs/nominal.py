@@ -65,11 +65,7 @@ RATES: Mapping[str, Rates] = {
 """By kind of device; of a CPU, one core with packed weights in fp32."""
 NVLINK_BYTES_PER_S = 2e10
 """Rate of one NVLink of a pair; it and those below are as in NCCL's `src/graph/topo.h`."""
-PCI_BYTES_PER_S: Mapping[str, float] = {
-    **dict.fromkeys(("PSB", "PIX", "PXB", "PHB"), 1.2e10),
-    "NODE": 1e10,
-    "SYS": 6e9,
-}
+PCI_BYTES_PER_S: Mapping[str, float] = {**dict.fromkeys(("PSB", "PIX", "PXB", "PHB", "NODE"), 1.2e10), "SYS": 6e9}
 """By the nearest common ancestor of two GPUs, as `nvidia-smi topo -m` names it."""
 
 
