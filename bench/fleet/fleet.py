@@ -16,7 +16,7 @@ from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, FleetOptions, Progr
 from pipetune.bench.machine.hardware import available_devices, device_bytes, warn_of_cores
 from pipetune.bench.machine.telemetry import load_now
 from pipetune.bench.memory import ModelShape, resolve_prompts
-from pipetune.bench.profile import Profile, ProfileGrid
+from pipetune.bench.profile import LinkProfile, Profile, ProfileGrid
 from pipetune.bench.prompts.forms import Prompts, prompts_of_call
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Outcome, timestamp
 from pipetune.bench.spec import (
@@ -205,6 +205,14 @@ class Fleet(Closing):
             measured_at=timestamp(),
             **answer | {"notes": (*answer["notes"], *self._notes)},
         )
+
+    def time_links(self) -> tuple[LinkProfile, ...]:
+        """Times the links between the devices alone, as a profile does.
+
+        Raises:
+            FleetError: the workers failed.
+        """
+        return tuple(map(LinkProfile.model_validate, self._call("links")["links"]))
 
     def generate(
         self,

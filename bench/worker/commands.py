@@ -48,6 +48,7 @@ from pipetune.bench.worker.channel import ControlGroup, DriverLink, agents_store
 from pipetune.bench.worker.faults import failure_of, is_out_of_memory
 from pipetune.bench.worker.output_check import make_reference_from_plan
 from pipetune.bench.worker.plan_run import PlanRun
+from pipetune.bench.worker.profiling.link_times import time_links
 from pipetune.bench.worker.profiling.profiler import Profiler
 from pipetune.bench.worker.prompts import Tokens, check_text_files
 from pipetune.bench.worker.reference import Reference, reference_digest
@@ -317,6 +318,12 @@ class Worker:
             cuda_graphs=cuda_graphs,
             pad_token_id=self.tokens.pad_token_id,
         ).run()
+
+    def do_links(self) -> dict[str, Any]:
+        """Times the links between devices alone."""
+        self._drop_unsplit()
+        self.host.status.phase = "profile"
+        return {"links": time_links(self.host)}
 
     def do_generate(self, **given: Any) -> dict[str, Any]:
         """Generates for use."""

@@ -10,6 +10,7 @@ from pipetune.bench.files import write_durably
 from pipetune.bench.profile import Profile, ProfileGrid
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.costs.nominal import NominalCosts
 from pipetune.tuner.planning.costs.profile_cache import grid_for, profile_for, profile_key, read_kept
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.model import CostModel
@@ -70,7 +71,9 @@ def space_of(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
 
 def _model(fleet: Fleet, workload: Workload, lens: Sequence[int], profile: Profile | None = None) -> CostModel:
     """A cost model over what was timed, or nominal."""
-    return CostModel.of_workload(fleet.shape, workload, lens, None if profile is None else ProfiledCosts(profile))
+    links, scores = fleet.machine.hardware.links, workload.generated_len == 0
+    costs = NominalCosts(fleet.shape, scores=scores, links=links) if profile is None else ProfiledCosts(profile)
+    return CostModel.of_workload(fleet.shape, workload, lens, costs)
 
 
 def _grid(space: SearchSpace, workload: Workload, lens: Sequence[int]) -> ProfileGrid:

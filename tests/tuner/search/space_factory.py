@@ -9,6 +9,7 @@ from typing import Any
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config.schema import SpaceConfig
+from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.nominal import RATES, NominalCosts, Rates
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.space.build import build_space
@@ -30,6 +31,7 @@ def build(
     memory: int | Sequence[int] = 4 * GIB,
     shape: ModelShape = SHAPE,
     speeds: Sequence[float] | None = None,
+    costs: Costs | None = None,
     **bounds: Any,
 ) -> tuple[SearchSpace, CostModel, Resolver]:
     """A space as a study lays it out, with what it was laid out by.
@@ -37,11 +39,13 @@ def build(
     Args:
         memory: of each device.
         speeds: of each device, beside the nominal one.
+        costs: in place of nominal ones.
     """
     devices = tuple(f"cpu:{index}" for index in range(num_devices))
     workload = Workload.model_validate({"kind": kind, "num_prompts": num_prompts, "output_len": 16})
     lens = [input_len] * num_prompts
-    costs = NominalCosts(shape, rates_of(devices, speeds), scores=kind == "score") if speeds else None
+    if speeds:
+        costs = NominalCosts(shape, rates_of(devices, speeds), scores=kind == "score")
     cost = CostModel.of_workload(shape, workload, lens, costs)
     sizes = [memory] * num_devices if isinstance(memory, int) else memory
     resolve = Resolver.of_workload(shape, workload, lens, dict(zip(devices, sizes, strict=True)))

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
 from pipetune.bench.profile import TaskKind
+from pipetune.bench.spec import device_host
 from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.costs.base import Costs
 
@@ -69,6 +70,11 @@ def place_terms(level: str, kind: TaskKind, *, is_first: bool, is_last: bool) ->
     return tuple(((level, decode, place), 1.0) for place in places)
 
 
+def between_hosts(source: str, target: str) -> bool:
+    """Whether a message leaves its host."""
+    return device_host(source) != device_host(target)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RefittedCosts:
     """`Costs` over others, corrected by terms; terms that are missing are zero."""
@@ -79,8 +85,9 @@ class RefittedCosts:
     """Number of the group that each layer belongs to."""
     middles: tuple[int, int] = (0, 0)
     """Middle of the sizes seen in prefill and in decode, in doublings."""
-    hop: tuple[float, float, float] = (0.0, 0.0, 1.0)
-    """Messages take exp(the first) times as long, and exp(the second) times more for each doubling above the third."""
+    hops: Mapping[bool, tuple[float, float, float]] = field(default_factory=dict)
+    """By whether messages go between hosts: they take exp(the first) times as long, and exp(the second) times more for
+    each doubling above the third."""
 
     @remembered
     def layers_s(self, device: str, kind: TaskKind) -> Floats:
@@ -103,7 +110,7 @@ class RefittedCosts:
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
         """Seconds of a message, corrected by a factor and a slope over doublings of its size."""
-        log, slope, middle_bytes = self.hop
+        log, slope, middle_bytes = self.hops.get(between_hosts(source, target), (0.0, 0.0, 1.0))
         doublings = math.log2(max(num_bytes, 1) / middle_bytes)
         return self.base.hop_s(source, target, num_bytes) * math.exp(log + slope * doublings)
 

@@ -17,7 +17,7 @@ import numpy as np
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.arrays import Floats
-from pipetune.tuner.planning.calibration.corrected_costs import RefittedCosts
+from pipetune.tuner.planning.calibration.corrected_costs import RefittedCosts, between_hosts
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.regression import Rows
 from pipetune.tuner.planning.calibration.residual_gp import PRIOR_SD, Features, Process
@@ -188,7 +188,7 @@ def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
         terms={term: value for term, value in terms.items() if term[0] not in _NOT_COSTS},
         groups=groups,
         middles=rows.middles,
-        hop=_fit_hops(model, observations),
+        hops={between: _fit_hops(model, observations, between=between) for between in (False, True)},
     )
     return dataclasses.replace(
         model,
@@ -205,16 +205,20 @@ def layer_groups(shape: ModelShape) -> tuple[int, ...]:
     return tuple(numbers.setdefault(layer, len(numbers)) for layer in shape.layers)
 
 
-def _fit_hops(model: CostModel, observations: Sequence[Observation]) -> tuple[float, float, float]:
-    """Log factor on messages, its slope over doublings of the bytes, and the bytes where the factor holds."""
+def _fit_hops(model: CostModel, observations: Sequence[Observation], *, between: bool) -> tuple[float, float, float]:
+    """Log factor on messages between hosts or within one, its slope over doublings of the bytes, and the bytes where
+    the factor holds."""
     position_bytes = model.shape.crossing_bytes
     rows = []
     for observation in observations:
         devices = observation.effective.plan.devices
         for hand_over in observation.hand_overs:
+            ends = devices[hand_over.source], devices[hand_over.target]
+            if between_hosts(*ends) != between:
+                continue
             positions = hand_over.rows * hand_over.new_tokens
             num_bytes = positions * position_bytes or hand_over.rows * TOKEN_BYTES
-            base = model.costs.hop_s(devices[hand_over.source], devices[hand_over.target], num_bytes)
+            base = model.costs.hop_s(*ends, num_bytes)
             if base > 0 and hand_over.seconds > 0:
                 rows.append((math.log(hand_over.seconds / base), math.log2(max(num_bytes, 1)), hand_over.count))
     if not rows:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -62,6 +63,10 @@ RATES: Mapping[str, Rates] = {
     ),
 }
 """By kind of device; of a CPU, one core with packed weights in fp32."""
+NVLINK_BYTES_PER_S = 2e10
+"""Rate of one NVLink of a pair; it and those below are as in NCCL's `src/graph/topo.h`."""
+PCI_BYTES_PER_S: Mapping[str, float] = {**dict.fromkeys(("PSB", "PIX", "PXB", "PHB", "NODE"), 1.2e10), "SYS": 6e9}
+"""By the nearest common ancestor of two GPUs, as `nvidia-smi topo -m` names it."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class NominalCosts:
     """Rates by a device's name, or for all of a kind by the kind: `cpu`, `cuda`."""
     scores: bool = False
     """Whether texts are scored, which takes the head on every position."""
+    links: tuple[str, ...] = ()
+    """What lies between GPUs, as `Hardware.links` has it: `0-1:NV18`."""
 
     def rates(self, device: str) -> Rates:
         """Rates of one device.
@@ -114,7 +121,21 @@ class NominalCosts:
         return head * self.shape.kept_bytes / rates.head_bytes_per_s + 2 * head * positions / rates.flops_per_s
 
     def hop_s(self, source: str, target: str, num_bytes: int) -> float:
-        """By the slower of both ends."""
+        """By what lies between two GPUs, where it is known, else by the slower of both ends."""
         ends = (self.rates(source), self.rates(target))
-        bandwidth = min(rates.hop_bytes_per_s for rates in ends)
+        known = self._gpu_bytes_per_s.get(frozenset((source, target)))
+        bandwidth = known or min(rates.hop_bytes_per_s for rates in ends)
         return max(rates.hop_latency_s for rates in ends) + num_bytes / bandwidth
+
+    @cached_property
+    def _gpu_bytes_per_s(self) -> Mapping[frozenset[str], float]:
+        """By the names of two GPUs."""
+        found = {}
+        for pair, _, level in (link.partition(":") for link in self.links):
+            lanes = level.removeprefix("NV")
+            rate = (
+                int(lanes) * NVLINK_BYTES_PER_S if lanes.isdecimal() else PCI_BYTES_PER_S.get(level.partition("+")[0])
+            )
+            if rate:
+                found[frozenset(f"cuda:{index}" for index in pair.split("-"))] = rate
+        return found

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipetune.bench.errors import ConfigError, explain
 from pipetune.bench.files import CACHE_VARIABLE, cache_root, read_text, write_durably
 from pipetune.bench.profile import PROFILE_METHOD, Profile, ProfileGrid
-from pipetune.bench.spec import ModelSpec, SchemaVersion, Value, Workload, device_kind
+from pipetune.bench.spec import ModelSpec, SchemaVersion, Value, Workload, device_host, device_kind
 
 if TYPE_CHECKING:
     from pipetune.bench.fleet.fleet import Fleet
@@ -55,14 +55,16 @@ def profile_for(
 ) -> Profile:
     """The profile of a fleet's model on its devices: from the cache but to refresh it, or measured now and kept.
 
-    One that something disturbed is not kept, so that the next command measures anew.
+    One that something disturbed is not kept, so that the next command measures anew. With several hosts the links are
+    measured each time: a cache does not know what lies between them.
 
     Raises:
         FleetError: it has to be measured, and the workers failed.
     """
     key = profile_key(fleet, grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
     if not refresh and (kept := read_kept(key)) is not None:
-        return kept
+        has_hosts = len(set(map(device_host, fleet.devices))) > 1
+        return kept.model_copy(update={"links": fleet.time_links()}) if has_hosts else kept
     profile = fleet.profile(grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
     if profile.disturbances:
         return profile.model_copy(

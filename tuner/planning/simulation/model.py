@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import TaskKind
-from pipetune.bench.spec import Plan, Workload, device_kind
+from pipetune.bench.spec import Plan, Workload, device_host, device_kind
 from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.contention import Contention
@@ -131,16 +131,25 @@ class CostModel:
         runs = []
         # A replica without prompts has idle stages.
         for replica in range(min(plans[0].replicas, self.num_prompts)):
-            own = [names[replica * width : (replica + 1) * width] for names in devices]
-            runs.append(self._run(self._sequence(plans[0], in_flight, replica), own, bounds, plans[0].replicas))
+            part = slice(replica * width, (replica + 1) * width)
+            own = [names[part] for names in devices]
+            # The last stage's is of no link.
+            sharers = np.array([self._sharers(names, width)[part][:-1] for names in devices]).T
+            sequence = self._sequence(plans[0], in_flight, replica)
+            runs.append(self._run(sequence, own, bounds, sharers, plans[0].replicas))
         return predictions_of(
             runs, prompt_lens=self.prompt_lens, output_len=self.output_len, num_stages=width * plans[0].replicas
         )
 
     def _run(
-        self, sequence: TaskSequence, devices: Sequence[tuple[str, ...]], bounds: npt.NDArray[np.int_], replicas: int
+        self,
+        sequence: TaskSequence,
+        devices: Sequence[tuple[str, ...]],
+        bounds: npt.NDArray[np.int_],
+        sharers: npt.NDArray[np.int_],
+        replicas: int,
     ) -> SimulatedRun:
-        """One of the replicas of each plan; `bounds` is `[plan, stage, (first, end)]`."""
+        """A replica of each plan; `bounds` is `[plan, stage, (first, end)]`, and `sharers` `[stage - 1, plan]`."""
         num_plans, num_stages = bounds.shape[:2]
         names = sorted({name for row in devices for name in row})
         place = {name: index for index, name in enumerate(names)}
@@ -173,11 +182,22 @@ class CostModel:
             # A stage alone hands nothing on.
             gap_s=gaps[device.T] if num_stages > 1 else 0.0,
             stall_s=stalls[device.T[1:]],
-            wires_s=np.maximum(hops_s - latency_s, 0.0),
+            wires_s=np.maximum(hops_s - latency_s, 0.0) * sharers,
         )
         return SimulatedRun(
             sequence=sequence, timeline=timeline, busy_s=np.einsum("k,ksp->sp", sequence.counts.astype(float), busy_s)
         )
+
+    @remembered
+    def _sharers(self, devices: tuple[str, ...], width: int) -> tuple[int, ...]:
+        """By stage: how many send through the same network card as it does on its way to the next one."""
+        hosts = [device_host(device) for device in devices]
+        ways = [
+            (source, target if stage % width else source)
+            for stage, (source, target) in enumerate(zip(hosts, [*hosts[1:], ""], strict=True), start=1)
+        ]
+        leaving, coming = (Counter(way[end] for way in ways if way[0] != way[1]) for end in (0, 1))
+        return tuple(max(leaving[way[0]], coming[way[1]]) if way[0] != way[1] else 1 for way in ways)
 
     @remembered
     def _layers_before(self, device: str, kind: TaskKind) -> Floats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,9 +17,11 @@ from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, StagePlan, device_kind
 from pipetune.tuner.config.schema import SpaceConfig
+from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.partition import stage_table
+from pipetune.tuner.planning.partition.placement import Order, levels_of, place
 from pipetune.tuner.planning.partition.splits import Columns, Partition, Split, Table
-from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.planning.simulation.model import TOKEN_BYTES, CostModel
 from pipetune.tuner.search.space.resolver import Resolver
 
 _NEAR, _PHASE_NEAR = 120, 20
@@ -139,6 +142,27 @@ class Layouts:
             fills.append(self._needs[key] / cap)
         return np.array(fills)
 
+    @remembered
+    def placed(self, order: Order, replicas: int) -> Order:
+        """The order with devices of a class exchanged so that the least time is spent on links; the same where these
+        are alike, or devices are to be taken as given."""
+        if self.config.device_order == "given" or len(order) == replicas:
+            return order
+        hops_s, returns_s = (self._crossings_s(replicas, tokens) for tokens in (False, True))
+        return place(order, self.classes, hops_s, returns_s, replicas=replicas)
+
+    @remembered
+    def _crossings_s(self, replicas: int, tokens: bool) -> Floats:
+        """`[source, target]`: what hidden states, or tokens, take from one device to another over a run."""
+        counts: Counter[int] = Counter()
+        for kind, count in self.kinds(self.every_size(replicas)[-1], replicas).items():
+            counts[kind.rows * (TOKEN_BYTES if tokens else kind.new_tokens * self.shape.crossing_bytes)] += count
+        seconds = [
+            sum(count * self.cost.costs.hop_s(source, target, size) for size, count in counts.items())
+            for source, target in itertools.product(self.devices, repeat=2)
+        ]
+        return levels_of(np.array(seconds).reshape(len(self.devices), -1))
+
     def plan(self, partition: Partition, devices: tuple[str, ...], sizes: Sizes, replicas: int) -> Plan:
         """A plan of these sizes under the largest cap."""
         plan = Plan.from_layer_counts(
@@ -255,10 +279,14 @@ class LayoutSearch:
         return [next(predictions).duration_s if isinstance(each, EffectivePlan) else math.inf for each in resolved]
 
     def _plan(self, partition: Partition, order: tuple[int, ...], sizes: Sizes) -> Plan:
-        devices = tuple(self._all.devices[place] for place in self._columns.devices_of(order))
+        devices = tuple(self._all.devices[place] for place in self._places(order))
         return self._all.plan(partition, devices, sizes, self._replicas)
+
+    def _places(self, order: tuple[int, ...]) -> Order:
+        """The devices of columns in this order, on the links that suit them best."""
+        return self._all.placed(self._columns.devices_of(order), self._replicas)
 
     def _order(self, order: tuple[int, ...]) -> tuple[int, ...]:
         """Places of the devices; empty where they are the first ones in order."""
-        places = self._columns.devices_of(order)
+        places = self._places(order)
         return () if places == tuple(range(len(places))) else places

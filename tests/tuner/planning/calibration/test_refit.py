@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Plan
+from pipetune.tuner.planning.calibration import corrected_costs
 from pipetune.tuner.planning.calibration.corrected_costs import SMALLEST, RefittedCosts
 from pipetune.tuner.planning.calibration.observation import Observation, TaskSpan, observe
 from pipetune.tuner.planning.calibration.predictor import refit
 from pipetune.tuner.planning.simulation.model import CostModel
 from tests.record_factory import make_measurement, make_plan, make_record, make_shape
-from tests.tuner.planning.factory_costs import FactoryCosts, make_model
+from tests.tuner.planning.factory_costs import HOP_S, FactoryCosts, make_model
 
 WRONG = FactoryCosts(prefill=0.4, decode=2.2, head=0.5, per_row=0.8, hop=3.0)
 GRID = [make_plan((first, 30 - first), size) for first in range(4, 27, 2) for size in (4, 8, 16, 32)]
@@ -177,6 +178,24 @@ def test_messages_and_gaps_are_those_measured() -> None:
     refitted = refit(model, [learn(plan, noise=0.0) for plan in (make_plan((25, 5), 16), make_plan((22, 8), 16))])
     assert refitted.costs.hop_s("cpu:0", "cpu:1", 100_000) == pytest.approx(1.5e-3, rel=0.15)
     assert refitted.gaps_s["cpu:0"] == pytest.approx(0.0, abs=1e-5)
+
+
+class WrongLinks(FactoryCosts):
+    """Links within a host seem slower than they are, those between hosts faster."""
+
+    def hop_s(self, source: str, target: str, num_bytes: int) -> float:
+        return HOP_S * (0.25 if "cpu:2" in (source, target) else 4.0)
+
+
+def test_links_between_hosts_have_a_factor_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [make_plan((15, 8, 7), size) for size in (8, 16)]
+    observations = [learn(plan, noise=0.0) for plan in plans]
+    one = refit(make_model(WrongLinks()), observations).costs
+    monkeypatch.setattr(corrected_costs, "device_host", lambda device: "b" if device == "cpu:2" else "a")
+    two = refit(make_model(WrongLinks()), observations).costs
+    for ends in (("cpu:0", "cpu:1"), ("cpu:1", "cpu:2")):
+        assert two.hop_s(*ends, 100_000) == pytest.approx(HOP_S, rel=0.15)
+        assert one.hop_s(*ends, 100_000) != pytest.approx(HOP_S, rel=0.5)
 
 
 def test_a_stage_always_takes_some_time() -> None:

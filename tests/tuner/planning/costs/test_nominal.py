@@ -66,6 +66,20 @@ def test_devices_have_their_own_rates_or_those_of_their_kind() -> None:
     assert more == pytest.approx(10**9 / RATES["cuda"].hop_bytes_per_s)
 
 
+def test_what_lies_between_gpus_decides_where_it_is_known() -> None:
+    costs = NominalCosts(SHAPE, links=("0-1:NV18", "0-2:PIX+p2p", "0-3:NODE", "1-3:SYS", "1-2:not known"))
+
+    def gb_per_s(source: str, target: str) -> float:
+        return 1 / (costs.hop_s(source, target, 10**9) - costs.hop_s(source, target, 0))
+
+    assert gb_per_s("cuda:1", "cuda:0") == pytest.approx(18 * 20)
+    assert [gb_per_s("cuda:0", "cuda:2"), gb_per_s("cuda:3", "cuda:0")] == pytest.approx([12, 12])
+    assert gb_per_s("cuda:1", "cuda:3") == pytest.approx(6)
+    usual = pytest.approx(RATES["cuda"].hop_bytes_per_s / 1e9)
+    assert gb_per_s("cuda:1", "cuda:2") == usual
+    assert gb_per_s("cpu:0", "cpu:1") == pytest.approx(RATES["cpu"].hop_bytes_per_s / 1e9)
+
+
 def test_what_was_asked_for_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="read-only"):
         NominalCosts(SHAPE).layers_s("cpu:0", DECODE)[0] = 1.0

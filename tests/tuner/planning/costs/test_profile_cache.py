@@ -15,6 +15,7 @@ from pipetune.bench.files import CACHE_VARIABLE
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.profile import Profile, ProfileGrid
 from pipetune.bench.spec import ModelSpec, Sampling, Workload
+from pipetune.tuner.planning.costs import profile_cache
 from pipetune.tuner.planning.costs.profile_cache import (
     KeptProfile,
     find_profile,
@@ -69,6 +70,14 @@ def test_what_is_kept_is_read_without_a_worker(fleet: Fleet, cache: Path) -> Non
     assert len(worker_pids(fleet)) == len(DEVICES)
     assert again != measured
     assert profile_for(fleet, GRID) == again
+
+
+def test_links_between_hosts_are_timed_anew(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = profile_for(fleet, GRID)
+    monkeypatch.setattr(profile_cache, "device_host", lambda device: device)
+    again = profile_for(fleet, GRID)
+    assert again.links != measured.links
+    assert again.model_copy(update={"links": measured.links}) == measured
 
 
 def test_a_disturbed_profile_is_used_and_not_kept(fleet: Fleet, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from pipetune.bench.metrics import metric_names
 from pipetune.bench.spec import Plan, Workload
 from pipetune.tuner.planning.costs.nominal import RATES, NominalCosts
+from pipetune.tuner.planning.simulation import model as simulation
 from pipetune.tuner.planning.simulation.model import CostModel
 from tests.record_factory import make_shape
 
@@ -178,3 +182,36 @@ def test_hand_overs_and_stalls_cost_time_between_stages_alone(cost: CostModel) -
     # A device's own comes before that of its kind.
     slower = dataclasses.replace(cost, gaps_s={"cpu": 3e-4, "cpu:1": 0.1})
     assert seconds(slower, (15, 15), 8) > 1.1 * seconds(cost, (15, 15), 8)
+
+
+class Cards(NominalCosts):
+    """Nominal costs and slow links between hosts."""
+
+    def hop_s(self, source: str, target: str, num_bytes: int) -> float:
+        between = HOSTS[source] != HOSTS[target]
+        return 1e-3 + num_bytes / RATE if between else super().hop_s(source, target, num_bytes)
+
+
+RATE = 1e6
+HOSTS: dict[str, str] = {}
+
+
+@given(hosts=st.lists(st.sampled_from("abc"), min_size=4, max_size=4), replicas=st.sampled_from((1, 2)))
+@example(hosts=["a", "b", "a", "b"], replicas=1)
+@example(hosts=["a", "b", "a", "b"], replicas=2)
+@example(hosts=["a", "b", "a", "c"], replicas=1)
+@settings(deadline=None)
+def test_what_goes_through_a_network_card_takes_as_long_as_its_bytes(hosts: list[str], replicas: int) -> None:
+    HOSTS.update(zip(DEVICES, hosts, strict=True))
+    own = model(num_prompts=12, output_len=1, costs=Cards(SHAPE))
+    plan = Plan.from_layer_counts((8, 8, 7, 7) if replicas == 1 else (15, 15), DEVICES, 1, replicas=replicas)
+    message_s = 64 * SHAPE.crossing_bytes / RATE
+    width = 4 // replicas
+    edges = [ends for stage, ends in enumerate(itertools.pairwise(hosts), start=1) if stage % width]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "device_host", HOSTS.__getitem__)
+        duration_s = own.duration_s(plan)
+    for host, end in itertools.product("abc", (0, 1)):
+        messages = 12 // replicas * sum(ends[end] == host and ends[0] != ends[1] for ends in edges)
+        # Replicas are simulated alone, so that their last messages are thought to go at once.
+        assert duration_s >= (messages - (replicas - 1)) * message_s

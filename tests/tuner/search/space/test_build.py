@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pipetune.bench.errors import ConfigError, NothingFeasibleError
-from pipetune.bench.spec import EffectivePlan, Plan
+from pipetune.bench.spec import EffectivePlan, Plan, device_index
 from pipetune.tuner.config.schema import SpaceConfig
+from pipetune.tuner.planning.costs.nominal import NominalCosts
 from pipetune.tuner.search.space import build as b
 from pipetune.tuner.search.space.space import SearchSpace, candidates
 from tests.evaluation.search.landscape import all_partitions
@@ -257,3 +258,25 @@ def test_no_plan_is_predicted_much_better_than_the_best_of_the_space(speeds: tup
 def test_a_space_is_laid_out_alike_every_time() -> None:
     one, two = (build(3, speeds=(1.0, 0.5, 0.8))[0].model_copy(update={"study_id": ""}) for _ in range(2))
     assert one == two
+
+
+class TwoHosts(NominalCosts):
+    """Nominal costs; devices of odd numbers are on another host, behind a slow link."""
+
+    def hop_s(self, source: str, target: str, num_bytes: int) -> float:
+        far = (device_index(source) + device_index(target)) % 2
+        return super().hop_s(source, target, num_bytes) * (50.0 if far else 1.0)
+
+
+def test_stages_that_follow_each_other_stay_on_a_host() -> None:
+    space, *_ = build(4, costs=TwoHosts(SHAPE))
+    for replicas, partition, order in zip(space.replicas, space.partitions, space.orders, strict=True):
+        hosts = [place % 2 for place in order or range(len(partition) * replicas)]
+        crossings = sum(
+            one != other
+            for replica in range(replicas)
+            for one, other in itertools.pairwise(hosts[replica * len(partition) : (replica + 1) * len(partition)])
+        )
+        assert crossings == (1 if len(partition) > 2 else 0)
+    as_given, *_ = build(4, costs=TwoHosts(SHAPE), device_order="given")
+    assert as_given.orders == ()
