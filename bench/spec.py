@@ -97,11 +97,6 @@ def parse_devices(text: str) -> tuple[str, ...]:
     return tuple(devices)
 
 
-def device_host(device: str) -> str:
-    """Name of the device's host; empty where all are on one."""
-    return device.rpartition("/")[0]
-
-
 def device_kind(device: str) -> str:
     """`"cpu"` or `"cuda"`."""
     return device.rpartition("/")[2].partition(":")[0]

@@ -21,14 +21,17 @@ from typing import Any
 
 from pipetune.bench.errors import ConfigError, FleetError
 from pipetune.bench.fleet.launcher import LOST, Channel, Process, worker_environment
+from pipetune.bench.machine.wire import DEFAULT_PORT, HANDSHAKE_S, Wire, read_token, split_address
 from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, device_host, on_host
-from pipetune.bench.wire import HANDSHAKE_S, Wire, read_token, split_address
 
 HOST_TIMEOUT_S = 600.0
 MOST_STRANGERS = 32
 """Connections that have not shown the token yet; the oldest goes for a newer one."""
 _SAY_EVERY_S = 10.0
+LISTEN_VARIABLE = "PIPETUNE_LISTEN"
+NODE_RANK_VARIABLES = ("SLURM_NODEID", "PET_NODE_RANK", "GROUP_RANK", "JOB_COMPLETION_INDEX")
+"""Slurm's, Kubeflow's, torchrun's, and that of Kubernetes' Indexed Jobs."""
 JOIN = (sys.executable, "-P", "-m", "pipetune.bench.worker.join")
 
 
@@ -275,8 +278,42 @@ def join(address: str, node_rank: int, *, host_ip: str | None = None, timeout_s:
     return 0 if status == 0 else 4
 
 
+def lead_or_join(
+    *,
+    listen: str | None,
+    nnodes: int | None,
+    node_rank: int | None,
+    master_addr: str | None,
+    master_port: int | None,
+    host_ip: str | None,
+) -> int | None:
+    """Exit status of a host that serves another's command; None on the host that leads, which listens from now on.
+
+    Raises:
+        ConfigError: something is missing, or does not go together.
+    """
+    if nnodes is None or nnodes == 1:
+        if listen:
+            os.environ[LISTEN_VARIABLE] = listen
+        return None
+    if master_addr is None:
+        raise ConfigError("--nnodes: give --master-addr as well, the address of host 0")
+    found = [os.environ[name] for name in NODE_RANK_VARIABLES if os.environ.get(name, "").isdecimal()]
+    rank = int(found[0]) if node_rank is None and found else node_rank
+    if rank is None or rank >= nnodes:
+        raise ConfigError(
+            f"--node-rank: {'not given' if rank is None else rank}; give 0 to {nnodes - 1}, or one of "
+            f"{', '.join(NODE_RANK_VARIABLES)} in the environment"
+        )
+    address = f"{master_addr}:{master_port or DEFAULT_PORT}"
+    if rank > 0:
+        return join(address, rank, host_ip=host_ip)
+    os.environ[LISTEN_VARIABLE] = listen or address
+    return None
+
+
 _launchers: dict[tuple[int, str], HostsLauncher] = {}
-"""Of each process, by address: hosts join once for all of its fleets."""
+"""By process and address: hosts join once for all of a driver's fleets."""
 
 
 def launcher_at(address: str, devices: Sequence[str], *, patience_s: float) -> HostsLauncher:

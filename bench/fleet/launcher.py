@@ -317,7 +317,7 @@ class _ForkServer:
             return _Forked(self._forked[-1], self)
 
     def exit_code(self, pid: int) -> int | None:
-        """Of a worker; None while it runs. Workers end with their server, killed."""
+        """Exit status of a worker; None while it runs. Workers end with their server, killed."""
         with self._lock:
             is_there = self._read()
             if pid not in self._ended and not is_there:
@@ -385,7 +385,7 @@ class _Forked:
 
 
 _servers: dict[int, list[_ForkServer]] = {}
-"""Of each process: one that forked has none of its parent's. Ended with the process."""
+"""By process: one that forked has none of its parent's. Ended with the process."""
 
 
 def _server_for(environment: Mapping[str, str]) -> _ForkServer | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from pipetune.bench.errors import ConfigError, FleetError
-from pipetune.bench.fleet.hosts import HOST_TIMEOUT_S, launcher_at
+from pipetune.bench.fleet.hosts import HOST_TIMEOUT_S, LISTEN_VARIABLE, launcher_at
 from pipetune.bench.fleet.launcher import LOST, Channel, Launcher, LocalLauncher, Process
 from pipetune.bench.record import REMEDIES, Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, Value, device_host, device_kind, hosts_of
@@ -31,7 +31,6 @@ STOPPED_S = 2.0
 """The driver looks at its workers many times a second; if it did not for so long, it was itself stopped."""
 _SEND_TIMEOUT_S = 30.0
 """A worker that takes in nothing for so long is lost."""
-LISTEN_VARIABLE = "PIPETUNE_LISTEN"
 GRACE_S = 1.0
 """How long to wait, after a worker fell, for the one that fell first to say why."""
 

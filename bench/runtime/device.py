@@ -86,7 +86,7 @@ class DeviceContext:
         """Claims the device, `cpu:N` or `cuda:N`; `num_threads` is this worker's share of the cores."""
         self.name = name
         self.clock_ahead_s, self.clock_error_s = 0.0, 0.0
-        """Of this host's monotonic clock against that of rank 0's host, and how far off that may be."""
+        """How far this host's monotonic clock is ahead of that of rank 0's host, and how far off that may be."""
         self.is_cuda = device_kind(name) == "cuda"
         torch.set_num_threads(max(1, num_threads))
         if self.is_cuda:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from pydantic_core import to_jsonable_python
 
-from pipetune.bench.wire import Wire, read_token, split_address
+from pipetune.bench.machine.wire import Wire, read_token, split_address
 
 PINGS = 8
 """Round trips by which two hosts' clocks are compared."""

@@ -39,7 +39,7 @@ def main() -> int:
     )
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from pipetune.bench.wire import split_address
+    from pipetune.bench.machine.wire import split_address
     from pipetune.bench.worker.rendezvous import DriverRendezvous, connect
 
     made: list[DriverRendezvous] = []

@@ -27,12 +27,12 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from pipetune.bench.wire import Wire, WireError, read_token, split_address
+from pipetune.bench.machine.wire import Wire, WireError, read_token, split_address
 
 DRIVER_VARIABLE, ROUND_VARIABLE = "PIPETUNE_DRIVER", "PIPETUNE_ROUND"
 """Where workers that an agent starts find the driver, and for which round they are."""
 SAME_PACKAGES = ("pipetune", "torch", "transformers")
-"""Of which all hosts need the same version."""
+"""What all hosts need the same version of."""
 RETRY_S = 1.0
 _torch: Any = dist
 """Whose stores have no types."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -96,10 +95,6 @@ def groups_of(function: object) -> tuple[SettingsGroup, ...]:
     return getattr(function, "settings_groups", ())
 
 
-NODE_RANK_VARIABLES = ("SLURM_NODEID", "PET_NODE_RANK", "GROUP_RANK", "JOB_COMPLETION_INDEX")
-"""Slurm's, Kubeflow's, torchrun's, and that of Kubernetes' Indexed Jobs."""
-
-
 def on_hosts(function: Function) -> Function:
     """A decorator that gives a command the options by which its workers are on several hosts."""
     vars(function)["is_on_hosts"] = True
@@ -120,34 +115,6 @@ def _host_options(
 ) -> None: ...
 
 
-def _join_instead(given: dict[str, Any]) -> int | None:
-    """Exit code of a host that serves another's command; None on the host that leads."""
-    from pipetune.bench.errors import ConfigError
-    from pipetune.bench.fleet.hosts import join
-    from pipetune.bench.fleet.supervisor import LISTEN_VARIABLE
-    from pipetune.bench.wire import DEFAULT_PORT
-
-    address = given["listen"]
-    if given["nnodes"] is None or given["nnodes"] == 1:
-        if address:
-            os.environ[LISTEN_VARIABLE] = address
-        return None
-    if given["master_addr"] is None:
-        raise ConfigError("--nnodes: give --master-addr as well, the address of host 0")
-    found = [os.environ[name] for name in NODE_RANK_VARIABLES if os.environ.get(name, "").isdecimal()]
-    rank = int(found[0]) if given["node_rank"] is None and found else given["node_rank"]
-    if rank is None or rank >= given["nnodes"]:
-        raise ConfigError(
-            f"--node-rank: {rank if rank is not None else 'not given'}; give 0 to {given['nnodes'] - 1}, or one of "
-            f"{', '.join(NODE_RANK_VARIABLES)} in the environment"
-        )
-    port = given["master_port"] or DEFAULT_PORT
-    if rank > 0:
-        return join(f"{given['master_addr']}:{port}", rank, host_ip=given["host_ip"])
-    os.environ[LISTEN_VARIABLE] = address or f"{given['master_addr']}:{port}"
-    return None
-
-
 class SettingsCommand(typer.core.TyperCommand):
     """A command that builds the options of settings when it is used, so that `pipetune --help` loads no schema."""
 
@@ -156,8 +123,12 @@ class SettingsCommand(typer.core.TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command, or serves that of another host."""
-        if vars(self._function).get("is_on_hosts") and (code := _join_instead(ctx.params)) is not None:
-            return code
+        if vars(self._function).get("is_on_hosts"):
+            from pipetune.bench.fleet.hosts import lead_or_join
+
+            names = inspect.signature(_host_options).parameters
+            if (code := lead_or_join(**{name: ctx.params[name] for name in names})) is not None:
+                return code
         return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipetune.bench import wire as module
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.wire import Wire, WireError, read_token, split_address
+from pipetune.bench.machine import wire as module
+from pipetune.bench.machine.wire import Wire, WireError, read_token, split_address
 
 SECRET = b"a secret of the tests"
 
