@@ -33,7 +33,8 @@ def test_three_workers_become_two_where_one_dies_at_work(tmp_path: Path, monkeyp
     break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.runtime.stage.stage", body=DIES)
     # All plans of the space, the one on three devices among them.
     space = ("--micro-batch-sizes", 4, "--replicas", 1, "--memory-fractions", 0.9, "--no-stop-early", "--no-profile")
-    args = ("tune", "--model", model, "--devices", "cpu:0-2", *SIZE, *SHORT, *space)
+    rounds = ("--max-finalist-rounds", 2)
+    args = ("tune", "--model", model, "--devices", "cpu:0-2", *SIZE, *SHORT, *space, *rounds)
 
     stopped = pipetune(*args, "--n-trials", 4, "-o", tmp_path / "stopped", "--on-device-loss", "stop")
     assert stopped.returncode == 4, stopped.stderr
@@ -64,7 +65,9 @@ def test_three_workers_become_two_where_one_dies_at_work(tmp_path: Path, monkeyp
     assert document["best"]["speedup_over_baseline"] is not None
     ranking = (folder / "ranking.md").read_text(encoding="utf-8")
     assert "cpu:2 was lost twice: the study is degraded" in ranking
-    again = pipetune(*args, "--n-trials", 4, "--finalist-rounds", 2, "-o", folder, "--resume", "--json")
+    again = pipetune(
+        *args, "--n-trials", 4, "--finalist-rounds", 3, "--max-finalist-rounds", 3, "-o", folder, "--resume", "--json"
+    )
     assert again.returncode == 0, again.stderr
     assert "cpu:2 was lost twice: the study is degraded" in again.stderr
     longer = load_study(folder)

@@ -71,7 +71,7 @@ class StudyContents(Value):
     shape: ModelShape | None
     """Machine and shape are None where their files cannot be read."""
     records: tuple[Record, ...]
-    """Of the devices that are left, as the settings are."""
+    """Those of the devices that are left, whose settings these are."""
     unread: tuple[str, ...] = ()
     """What there is beside these and cannot be read: each file, and why."""
     losses: Losses = Losses()
