@@ -9,7 +9,6 @@ PipetuneError
 ├── NothingFeasibleError exit 3: the work was done and no plan ran
 ├── StorageError         exit 4: the server that keeps a study's database was lost on the way
 └── FleetError           exit 4: workers that die, hang or answer nonsense; carries a Failure
-    └── DeviceLostError  the same device, twice in a row: says the way out
 """
 
 from __future__ import annotations
@@ -65,14 +64,6 @@ class FleetError(PipetuneError):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
         self.failure = failure
-
-
-class DeviceLostError(FleetError):
-    """A device was lost twice in a row, and the work cannot go on, or shall not, without it."""
-
-    def __init__(self, failure: Failure, way_out: str) -> None:
-        super().__init__(failure)
-        self.args = (f"{failure.device} was lost twice: {failure.message}; {way_out}",)
 
 
 def explain(error: Exception) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pipetune.bench.memory import ModelShape
@@ -43,9 +44,16 @@ class Report:
         config, unread, losses = study.config, list(study.unread), study.losses
         log, profile = study.folder / StudyFile.SEARCH, losses.path(study.folder, StudyFile.PROFILE)
         records = still_told((*study.earlier, *study.records))
-        ranking = _ranking(config, losses.current(records))
+        ranked = partial(
+            rank,
+            objectives=[Objective(metric=name) for name in config.objectives],
+            constraints=config.constraints,
+            rounds=(config.finalist_rounds, config.max_finalist_rounds),
+            space=config.space,
+        )
+        ranking = ranked(losses.current(records))
         for loss, own in losses.earlier(records):
-            ranking = _beside(ranking, loss, _ranking(config, own))
+            ranking = _beside(ranking, loss, ranked(own))
         return cls(
             folder=study.folder,
             config=config,
@@ -128,16 +136,6 @@ class Report:
         results = [record.result for record in self.records if record.number in row.records]
         checks = [result.check for result in results if isinstance(result, Measurement) and result.check]
         return tuple(sorted(checks, key=lambda check: -check.compared_logits))
-
-
-def _ranking(config: TuneConfig, records: Sequence[Record]) -> Ranking:
-    return rank(
-        records,
-        [Objective(metric=name) for name in config.objectives],
-        config.constraints,
-        rounds=(config.finalist_rounds, config.max_finalist_rounds),
-        space=config.space,
-    )
 
 
 def _beside(ranking: Ranking, loss: Loss, earlier: Ranking) -> Ranking:

@@ -50,8 +50,7 @@ def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..
     Raises:
         UserError: a model, prompts or bounds that cannot be used, or a resume that does not fit.
         NothingFeasibleError: no plan fits into memory.
-        FleetError: the workers do not start, or are lost again and again.
-        DeviceLostError: one of them was lost twice, and the study shall stop then or cannot go on without it.
+        FleetError: the workers do not start, or are lost again and again, and the study cannot or shall not go on.
     """
     return _to_the_end(Runs(store, start_fleet, reporter), _run)
 

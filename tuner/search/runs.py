@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pipetune.bench.errors import DeviceLostError, FleetError, StudyError
+from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.fleet.experiment import Attempt, Experiment, Labels
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec
@@ -225,8 +225,8 @@ class Runs:
         """Lets the work begin anew after a loss: on the same devices, and without one that was lost twice in a row.
 
         Raises:
-            FleetError: the same, where it is no device's, or the machine's.
-            DeviceLostError: the work shall stop, or what is left does not suffice.
+            FleetError: the same, where it is no device's, or the machine's; or with the way out, where the work shall
+                stop, or what is left does not suffice.
         """
         failure, config = error.failure, self.store.config
         device, twice = failure.lost_device, self._lost[-1:] == [failure.lost_device]
@@ -250,7 +250,8 @@ class Runs:
         else:
             self._lost.clear()
             return self.reporter.say(f"{error}; {self.store.go_on_without(device, failure)}")
-        raise DeviceLostError(failure, way_out)
+        told = f"{device} was lost twice: {failure.message}; {way_out}"
+        raise FleetError(failure.model_copy(update={"message": told})) from error
 
     def _attempt(self, is_trial: bool, run: Callable[[], Outcome]) -> Outcome:
         try:

@@ -101,11 +101,7 @@ def load_study(folder: Path) -> StudyContents:
 
 
 def read_losses(folder: Path) -> Losses:
-    """The devices that a study lost.
-
-    Raises:
-        StudyError: the file that names them cannot be read.
-    """
+    """The devices that a study lost; raises as `read`."""
     path = folder / StudyFile.LOSSES
     return read(path, Losses) if path.exists() else Losses()
 

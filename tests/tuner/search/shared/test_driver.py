@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pipetune.bench.errors import DeviceLostError, StorageError, StudyError
+from pipetune.bench.errors import FleetError, StorageError, StudyError
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Record
 from pipetune.bench.spec import RunSpec
 from pipetune.tuner.cli import run
@@ -215,7 +215,7 @@ def test_a_process_that_loses_a_device_twice_leaves_the_study_to_the_others(tmp_
     )
     with (
         StudyStore.create(tmp_path / "a", wanted) as store,
-        pytest.raises(DeviceLostError, match=r"cpu:1 was lost twice: .*the others of the shared study go on"),
+        pytest.raises(FleetError, match=r"cpu:1 was lost twice: .*the others of the shared study go on"),
     ):
         run_study(store, Reporter(), start_fleet=lab.start)
     assert not (tmp_path / "a/losses.json").exists()
