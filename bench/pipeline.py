@@ -13,7 +13,7 @@ from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import Closing, Fleet, GenerationResult, Progress, ScoreResult
 from pipetune.bench.memory import check_plan
 from pipetune.bench.prompts.forms import Prompts
-from pipetune.bench.record import TRANSIENT, FailureKind
+from pipetune.bench.record import TRANSIENT
 from pipetune.bench.spec import ModelSpec, Plan, Sampling, device_kind
 
 _T = TypeVar("_T")
@@ -120,11 +120,9 @@ class Pipeline(Closing):
             try:
                 return work()
             except FleetError as error:
-                kind = error.failure.kind
-                if kind not in TRANSIENT:
+                if error.failure.kind not in TRANSIENT:
                     raise
-                # Of a lost message nobody knows whose fault it is.
-                device = None if kind is FailureKind.COMMUNICATION_TIMEOUT else error.failure.device
+                device = error.failure.lost_device
                 lost[device] += 1
                 if lost[device] == 1:
                     warnings.warn(f"{error}; the prompts are run again", RuntimeWarning, stacklevel=3)

@@ -78,6 +78,12 @@ class Failure(Value):
     detail: str | None = None
     """Traceback or the end of the worker's log."""
 
+    @property
+    def lost_device(self) -> str | None:
+        """The device whose worker died, hung or could not start; of a lost message nobody knows whose fault it is."""
+        unopened = self.kind is FailureKind.WORKER_ERROR and self.phase == "start"
+        return self.device if unopened or self.kind in (FailureKind.WORKER_DIED, FailureKind.WORKER_HUNG) else None
+
 
 class TaskShape(Value):
     """One task of the schedule, as it was run; see `bench.schedule.Task`."""

@@ -55,6 +55,7 @@ _SLOW = (
     "tests/tuner/search/policy/test_tpe.py",
     "tests/tuner/search/shared/test_driver.py",
     "tests/tuner/search/test_driver.py",
+    "tests/tuner/search/test_runs.py",
 )
 """Where tests start fleets or processes, load real models, go through many families, or search whole spaces."""
 

@@ -112,6 +112,8 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
         "interrupted": interrupted,
         "objectives": [str(objective) for objective in ranking.objectives],
         "constraints": [str(constraint) for constraint in ranking.constraints],
+        "devices": list(report.config.concrete_devices),
+        "losses": [loss.model_dump(mode="json") for loss in report.losses.losses],
         "best": _row(ranking.best),
         "baseline": ranking.baseline
         and {

@@ -160,7 +160,7 @@ class RolloutRequest:
 
     def of(self, devices: Sequence[str]) -> TuneConfig:
         """Settings on a fleet."""
-        return self.config.model_copy(update={"devices": tuple(devices)})
+        return self.config.model_copy(update={"devices": tuple(devices), "on_device_loss": "stop"})
 
     def steps(self) -> list[tuple[str, str, bool]]:
         """What each step is, what it leaves, and whether that is there."""

@@ -237,6 +237,10 @@ class TuneConfig(Value):
     """Least rounds of the finals; more follow until the best is told from the next."""
     max_finalist_rounds: Annotated[Positive, Flag("Search", "Most rounds of the finals.")] = 8
     """Most rounds of the finals; plans that cannot be told apart by then are tied."""
+    on_device_loss: Annotated[Literal["degrade", "stop"], Flag("Study", "A device lost twice: degrade or stop.")] = (
+        "degrade"
+    )
+    """What `tune` does once a device was lost twice in a row: `degrade` searches anew over those that are left."""
     storage: Annotated[str | None, Flag("Study", "Optuna database. [SQLite in the folder]", metavar="URL")] = None
     """Optuna storage URL; None is SQLite in the study's folder."""
     shared_study: Annotated[

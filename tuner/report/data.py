@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pipetune.bench.memory import ModelShape
@@ -15,6 +16,7 @@ from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, Tu
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective, Ranking, Row
 from pipetune.tuner.study.files import StudyContents, StudyFile, read_sound, still_told
+from pipetune.tuner.study.losses import Loss, Losses
 from pipetune.tuner.study.search_log import SearchLog
 
 
@@ -34,28 +36,35 @@ class Report:
     """What predictions were made from; None where nominal rates were."""
     unread: tuple[str, ...] = ()
     """Files that are damaged and left out, and why."""
+    losses: Losses = field(default_factory=Losses)
 
     @classmethod
     def of(cls, study: StudyContents) -> Report:
         """Ranks a study by its own objectives and constraints; what of it is damaged is left out, and named."""
-        config, unread, records = study.config, list(study.unread), still_told(study.records)
-        log, profile = study.folder / StudyFile.SEARCH, study.folder / StudyFile.PROFILE
+        config, unread, losses = study.config, list(study.unread), study.losses
+        log, profile = study.folder / StudyFile.SEARCH, losses.path(study.folder, StudyFile.PROFILE)
+        records = still_told((*study.earlier, *study.records))
+        ranked = partial(
+            rank,
+            objectives=[Objective(metric=name) for name in config.objectives],
+            constraints=config.constraints,
+            rounds=(config.finalist_rounds, config.max_finalist_rounds),
+            space=config.space,
+        )
+        ranking = ranked(losses.current(records))
+        for loss, own in losses.earlier(records):
+            ranking = _beside(ranking, loss, ranked(own))
         return cls(
             folder=study.folder,
             config=config,
             machine=study.machine,
             shape=study.shape,
             records=records,
-            ranking=rank(
-                records,
-                [Objective(metric=name) for name in config.objectives],
-                config.constraints,
-                rounds=(config.finalist_rounds, config.max_finalist_rounds),
-                space=config.space,
-            ),
+            ranking=ranking,
             log=read_sound(log, SearchLog, unread) if log.exists() else None,
             profile=read_sound(profile, Profile, unread) if profile.exists() else None,
             unread=tuple(unread),
+            losses=losses,
         )
 
     @property
@@ -127,6 +136,16 @@ class Report:
         results = [record.result for record in self.records if record.number in row.records]
         checks = [result.check for result in results if isinstance(result, Measurement) and result.check]
         return tuple(sorted(checks, key=lambda check: -check.compared_logits))
+
+
+def _beside(ranking: Ranking, loss: Loss, earlier: Ranking) -> Ranking:
+    """A ranking with the plans, without a rank, and the failures from before a loss."""
+    why = f"ran on {', '.join(loss.devices)}, before {loss.device} was lost"
+    bare = {"rank": None, "tied": False, "on_front": False, "in_finals": False, "confirmed": False}
+    bare |= {"is_reference": False, "speedup_over_baseline": None, "speedup_over_single_stage": None}
+    rows = (row.model_copy(update={**bare, "unranked_because": why}) for row in (*earlier.rows, *earlier.unranked))
+    failures = sorted((*ranking.failures, *earlier.failures), key=lambda row: row.record)
+    return ranking.model_copy(update={"unranked": (*ranking.unranked, *rows), "failures": tuple(failures)})
 
 
 def typical_iteration(measurement: Measurement) -> int:

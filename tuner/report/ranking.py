@@ -135,7 +135,7 @@ def failures_of(report: Report) -> tuple[doc.Section, ...]:
 
 
 def remarks_of(report: Report) -> tuple[str, ...]:
-    """What could not be read, why rows have no rank, and whether runs were disturbed."""
+    """What devices were lost, what could not be read, why rows have no rank, and whether runs were disturbed."""
     ranking = report.ranking
     remarks = [f"{w.row_text(row)}: {'; '.join(row.broken_constraints)}" for row in ranking.rows if not row.feasible]
     for row in ranking.unranked:
@@ -143,7 +143,8 @@ def remarks_of(report: Report) -> tuple[str, ...]:
         remarks.append(f"{w.row_text(row)}: {kind}, {w.clean(row.unranked_because or '')}")
     if disturbed := sum(row.disturbed_runs for row in ranking.rows):
         remarks.append(f"{disturbed} of the runs used were disturbed; see the notes in report.html")
-    return (*(f"not read: {w.clean(text)}" for text in report.unread), *remarks)
+    lost = (w.clean(str(loss)) for loss in report.losses.losses)
+    return (*lost, *(f"not read: {w.clean(text)}" for text in report.unread), *remarks)
 
 
 def _style(row: Row) -> doc.Style:

@@ -93,6 +93,7 @@ def trials_of(report: Report) -> tuple[Trial, ...]:
         values = derive(record.result) if isinstance(record.result, Measurement) else {}
         value, limits = values.get(metric), report.ranking.constraints
         keeps = all(limit.metric in values and limit.excess(values[limit.metric]) <= 0 for limit in limits)
+        keeps = keeps and record.number >= report.losses.first_record
         cost = report.objective.cost(value) if value is not None and keeps else None
         leads = cost is not None and (best is None or cost < best)
         best = cost if leads else best

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from pipetune.bench.errors import StudyError
+from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.files import write_durably
 from pipetune.bench.record import Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan
@@ -50,7 +50,7 @@ def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..
     Raises:
         UserError: a model, prompts or bounds that cannot be used, or a resume that does not fit.
         NothingFeasibleError: no plan fits into memory.
-        FleetError: the workers do not start, or are lost again and again.
+        FleetError: the workers do not start, or are lost again and again, and the study cannot or shall not go on.
     """
     return _to_the_end(Runs(store, start_fleet, reporter), _run)
 
@@ -88,12 +88,19 @@ def run_plans(
 
 
 def _to_the_end(runs: Runs, work: Callable[[Runs, contextlib.ExitStack], None]) -> bool:
-    """Whether the work ended without an interrupt."""
+    """Whether the work ended without an interrupt; it begins anew after a loss, and without what was lost twice."""
+    for loss in runs.store.losses.losses:
+        runs.reporter.say(str(loss))
     with runs.stop.listening():
         try:
-            with contextlib.ExitStack() as stack:
-                stack.callback(runs.log.save)
-                work(runs, stack)
+            while True:
+                try:
+                    with contextlib.ExitStack() as stack:
+                        stack.callback(runs.log.save)
+                        work(runs, stack)
+                    break
+                except FleetError as error:
+                    runs.survive(error)
         except Interrupted:
             if runs.store.records:
                 runs.reporter.say("stopped; what was measured is kept, and --resume goes on with it")
@@ -104,10 +111,10 @@ def _to_the_end(runs: Runs, work: Callable[[Runs, contextlib.ExitStack], None]) 
 
 
 def rank_study(store: StudyStore) -> Ranking:
-    """What the records say so far."""
+    """What the records of the devices that are left say so far."""
     config = store.config
     rounds = (config.finalist_rounds, max(config.finalist_rounds, config.max_finalist_rounds))
-    return rank(store.records, _objectives(store), config.constraints, rounds, space=config.space)
+    return rank(store.current, _objectives(store), config.constraints, rounds, space=config.space)
 
 
 def _objectives(store: StudyStore) -> list[Objective]:
@@ -136,16 +143,16 @@ def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
         cost = study_costs(runs, lens, resolve)
     with log.spend("search"):
         space = participant.agree(_space(runs, cost, resolve))
-        warm = warm_start(store.folder / StudyFile.WARM_START, store.config, fleet.model, fleet.machine, space, resolve)
+        warm = warm_start(store.path(StudyFile.WARM_START), store.config, fleet.model, fleet.machine, space, resolve)
         for line in warm.said:
             runs.reporter.say(f"warm start: {line}")
-    if not store.records:
+    if not store.current:
         # A model that comes out wrong when it is cut is found out before anything else is measured.
         runs.ensure_reference()
     config = store.config
     finals_runs = max(config.finalist_rounds, config.max_finalist_rounds) * (config.finalists + 2)
     before = len(baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts)) + 1 + config.n_trials
-    runs.expect(before + finals_runs * bool(config.finalists) - len(store.records))
+    runs.expect(before + finals_runs * bool(config.finalists) - len(store.current))
     with log.spend("baseline"):
         _measure_baseline(runs)
     with log.spend("single_stage"):
@@ -154,7 +161,7 @@ def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
     with log.spend("finals"):
         _run_finals(runs, participant, preferred)
     best = rank_study(store).best
-    trials = [record for record in store.records if best and record.role == "trial" and record.number in best.records]
+    trials = [record for record in store.current if best and record.role == "trial" and record.number in best.records]
     # The database is a copy for others: a study does not end without its reports for want of it.
     with contextlib.suppress(Exception), contextlib.closing(participant.open_study(space, resolve)) as study:
         study.note_best(trials[0] if trials else None)
@@ -162,8 +169,8 @@ def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
 
 def _space(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
     """The recorded space, or a new one: a point in a record must mean the same plan for ever."""
-    path = runs.store.folder / StudyFile.SPACE
-    points = {record.number: record.params or {} for record in runs.store.records if record.role == "trial"}
+    path = runs.store.path(StudyFile.SPACE)
+    points = {record.number: record.params or {} for record in runs.store.current if record.role == "trial"}
     if points and not path.exists():
         raise StudyError(
             f"{path} is missing, and the points of {len(points)} records refer to it; put it back, or take another "
@@ -186,7 +193,7 @@ def _measure_baseline(runs: Runs) -> None:
     """The un-pipelined model over a few batch sizes; if it runs at none of them, over smaller ones."""
     config = runs.store.config
     by_size: dict[object, list[Record]] = defaultdict(list)
-    for record in runs.store.records:
+    for record in runs.store.current:
         if record.role == "baseline" and record.params:
             by_size[record.params.get("batch_size")].append(record)
     measured = any(isinstance(record.result, Measurement) for records in by_size.values() for record in records)
@@ -205,7 +212,7 @@ def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> 
 
     Where it does not fit below `max_memory_per_device`, it is measured without that cap, to compare with.
     """
-    if not is_due([record for record in runs.store.records if record.role == "single_stage"]):
+    if not is_due([record for record in runs.store.current if record.role == "single_stage"]):
         return
     baseline = rank_study(runs.store).baseline
     plan = space.switch(
@@ -232,7 +239,7 @@ def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) 
         runs.reporter.say(other)
         return
     finalists = finals.choose(
-        store.records,
+        store.current,
         objectives,
         config.constraints,
         count=config.finalists,
@@ -246,7 +253,7 @@ def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) 
     ran = False
     while True:
         step = finals.next_step(
-            store.records,
+            store.current,
             finalists,
             objectives=objectives,
             constraints=config.constraints,

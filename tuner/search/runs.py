@@ -75,7 +75,9 @@ class Runs:
         self.stop, self.log = StopSignal(), SearchLogWriter(store.folder / StudyFile.SEARCH)
         self.experiment: Experiment
         self._start_fleet = start_fleet
-        self._lost_in_a_row = self._done = self._left = 0
+        self._done = self._left = 0
+        self._lost: list[str | None] = []
+        """Devices that were lost in a row, where they are known."""
         self._fleet_has_reference = False
         self._plan_must_be_reference = False
 
@@ -212,10 +214,44 @@ class Runs:
         self.reporter.end(describe(record.result, self.store.config.objectives))
         self._done += 1
         self.expect(self._left - 1)
-        self._lost_in_a_row = self._lost_in_a_row + 1 if is_lost(record) else 0
-        if isinstance(record.result, Failure) and self._lost_in_a_row >= _HOPELESS:
+        device = record.result.lost_device if isinstance(record.result, Failure) else None
+        twice = device is not None and self._lost[-1:] == [device]
+        if isinstance(record.result, Failure) and (twice or (is_lost(record) and len(self._lost) + 1 >= _HOPELESS)):
             raise FleetError(record.result)
+        self._lost = [*self._lost, device] if device or is_lost(record) else []
         return record
+
+    def survive(self, error: FleetError) -> None:
+        """Lets the work begin anew after a loss: on the same devices, and without one that was lost twice in a row.
+
+        Raises:
+            FleetError: the same, where it is no device's, or the machine's; or with the way out, where the work shall
+                stop, or what is left does not suffice.
+        """
+        failure, config = error.failure, self.store.config
+        device, twice = failure.lost_device, self._lost[-1:] == [failure.lost_device]
+        if device is None or (not twice and len(self._lost) + 1 >= _HOPELESS):
+            raise error
+        if not twice:
+            self._lost.append(device)
+            return self.reporter.say(f"{error}; the workers are started again")
+        left, way_out = len({*config.concrete_devices} - {device}), "--resume goes on once it is mended"
+        needed = min(config.space.replicas or (1,)) * config.space.min_stages
+        if config.shared_study is not None:
+            way_out = f"the others of the shared study go on without this process, and {way_out}"
+        elif config.on_device_loss == "stop":
+            way_out = f"what was measured is kept: {way_out}, `tune --resume --on-device-loss degrade` without it"
+        elif left < needed:
+            if not self.store.records:
+                # Where none ever worked, none of them is at fault.
+                (self.store.folder / StudyFile.LOSSES).unlink(missing_ok=True)
+            few = f"{left} of the {needed} devices that `space` needs are left" if left else "no device is left"
+            way_out = f"{few}: what was measured is kept, and {way_out}"
+        else:
+            self._lost.clear()
+            return self.reporter.say(f"{error}; {self.store.go_on_without(device, failure)}")
+        told = f"{device} was lost twice: {failure.message}; {way_out}"
+        raise FleetError(failure.model_copy(update={"message": told})) from error
 
     def _attempt(self, is_trial: bool, run: Callable[[], Outcome]) -> Outcome:
         try:

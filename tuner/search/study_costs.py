@@ -33,7 +33,7 @@ def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel
         Interrupted: somebody asked to stop.
     """
     store, fleet = runs.store, runs.fleet
-    path = store.folder / StudyFile.PROFILE
+    path = store.path(StudyFile.PROFILE)
     profile = read(path, Profile) if path.exists() else None
     if profile is not None and profile.disturbances:
         runs.reporter.say(f"the study's profile is doubtful: {'; '.join(profile.disturbances)}")
@@ -63,7 +63,7 @@ def kept_costs(fleet: Fleet, config: TuneConfig, lens: Sequence[int], resolve: R
 
 def space_of(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
     """The study's space, or a new one; raises as `build_space`."""
-    path = runs.store.folder / StudyFile.SPACE
+    path = runs.store.path(StudyFile.SPACE)
     if path.exists():
         return read(path, SearchSpace)
     return build_space(runs.store.config.space, runs.fleet.devices, runs.fleet.shape, cost, resolve)
@@ -94,7 +94,7 @@ def _measured(runs: Runs, grid: ProfileGrid) -> Profile | None:
     except FleetError as error:
         runs.reporter.end(f"failed, nominal costs serve instead: {error}")
         return None
-    write_durably(runs.store.folder / StudyFile.PROFILE, profile.model_dump_json(indent=1) + "\n")
+    write_durably(runs.store.path(StudyFile.PROFILE), profile.model_dump_json(indent=1) + "\n")
     when = f"measured at {profile.measured_at} in {profile.took_s:.0f} s"
     runs.reporter.end("; ".join((f"{len(profile.devices)} devices, {when}", *profile.notes)))
     return profile

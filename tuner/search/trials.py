@@ -42,7 +42,7 @@ class Search:
     def __post_init__(self) -> None:
         self._store, self._config, self._log = self.runs.store, self.runs.store.config, self.runs.log
         self._best_cost = math.inf
-        for record in self._store.records:
+        for record in self._store.current:
             self._show_best(record)
 
     def run(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Search:
                 strategy = self._strategy(study)
             stop = self._search(strategy, study)
         with self._log.spend("search"):
-            preferred = strategy.preferred(before_finals(self._store.records))
+            preferred = strategy.preferred(before_finals(self._store.current))
         self._log.end(stop)
         self.runs.reporter.say(f"the search ends: {stop.text}")
         return preferred
@@ -88,7 +88,7 @@ class Search:
                 for record in study.pull(self._store):
                     self._show_best(record)
                 # What finals measure must not reopen the search that they follow.
-                step = strategy.next(before_finals(self._store.records), taken=study.taken)
+                step = strategy.next(before_finals(self._store.current), taken=study.taken)
                 if time.monotonic() >= deadline and not (isinstance(step, Stop) and step.kind == "budget"):
                     return Stop(kind="time", text=f"{self._config.timeout_s:g} s are over, as many as were asked for")
                 if isinstance(step, Stop) and not study.taken:
@@ -137,7 +137,10 @@ class Search:
     def _restore(self, study: OptunaStudy) -> None:
         """Makes database and records agree; a trial whose driver died gets its record now."""
         with fitting(f"storage {shown(self._store.storage_url)}"):
-            found = study.restore(self._store.records)
+            # Trials on devices that are lost only keep the count: their points mean nothing here.
+            current, everything = self._store.current, self._store.records
+            earlier = everything[: len(everything) - len(current)]
+            found = study.restore([*(one.model_copy(update={"params": None}) for one in earlier), *current])
         for trial in found:
             point = point_of_trial(trial)
             plan = self.space.plan(point) if point else None

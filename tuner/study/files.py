@@ -19,6 +19,7 @@ from pipetune.bench.record import FailureKind, Machine, Record
 from pipetune.bench.spec import Value
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.study.losses import Losses
 
 RECORDS_FOLDER = "records"
 LOGS_FOLDER = "logs"
@@ -57,6 +58,8 @@ class StudyFile(StrEnum):
     REFERENCE = "reference.safetensors"
     """Tokens and logits of the unsplit model."""
     DATABASE = "study.db"
+    LOSSES = "losses.json"
+    """Devices that were lost, if any were."""
 
 
 class StudyContents(Value):
@@ -68,27 +71,39 @@ class StudyContents(Value):
     shape: ModelShape | None
     """Machine and shape are None where their files cannot be read."""
     records: tuple[Record, ...]
+    """Those of the devices that are left, whose settings these are."""
     unread: tuple[str, ...] = ()
     """What there is beside these and cannot be read: each file, and why."""
+    losses: Losses = Losses()
+    earlier: tuple[Record, ...] = ()
+    """Records from before the last loss."""
 
 
 def load_study(folder: Path) -> StudyContents:
     """Reads a study; what beside its settings cannot be read is named, and passed over.
 
     Raises:
-        StudyError: the folder holds no study.
+        StudyError: the folder holds no study, or its `losses.json` is damaged.
         ConfigError: its `study.yaml` is damaged.
     """
     unread: list[str] = []
-    records = load_records(folder, unread)
+    records, losses = load_records(folder, unread), read_losses(folder)
     return StudyContents(
         folder=folder,
-        config=read_config(folder),
-        machine=read_sound(folder / StudyFile.MACHINE, Machine, unread),
+        config=losses.narrowed(read_config(folder)),
+        machine=read_sound(losses.path(folder, StudyFile.MACHINE), Machine, unread),
         shape=read_sound(folder / StudyFile.SHAPE, ModelShape, unread),
-        records=records,
+        records=losses.current(records),
         unread=tuple(unread),
+        losses=losses,
+        earlier=tuple(record for record in records if record.number < losses.first_record),
     )
+
+
+def read_losses(folder: Path) -> Losses:
+    """The devices that a study lost; raises as `read`."""
+    path = folder / StudyFile.LOSSES
+    return read(path, Losses) if path.exists() else Losses()
 
 
 def load_records(folder: Path, unread: list[str] | None = None) -> tuple[Record, ...]:

@@ -15,7 +15,7 @@ from pipetune.bench.fleet import locks
 from pipetune.bench.fleet.fleet import Closing
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.prompts.file import read_text, sha256_of
-from pipetune.bench.record import Machine, Record
+from pipetune.bench.record import Failure, Machine, Record
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import STUDY_NAME, TuneConfig
@@ -28,15 +28,18 @@ from pipetune.tuner.study.files import (
     load_records,
     read,
     read_config,
+    read_losses,
     refuse_links,
 )
+from pipetune.tuner.study.losses import Loss
 
 _LOCK_FILE = ".lock"
 _FOLDERS = (RECORDS_FOLDER, LOGS_FOLDER)
 
 MAY_CHANGE = {
-    *("name", "output_dir", "profile", "warm_start", "n_trials", "timeout_s", "stop_early", "finalists"),
-    *("finalist_rounds", "max_finalist_rounds", "storage", "shared_study", "device_names", "gate", "prices"),
+    *("name", "output_dir", "profile", "warm_start", "n_trials", "timeout_s", "stop_early", "on_device_loss"),
+    *("finalists", "finalist_rounds", "max_finalist_rounds", "storage", "shared_study", "device_names"),
+    *("gate", "prices"),
 }
 """Settings that a resume may change: they say how long to search, from which predictions, with whom, and where
 results go, not what is searched."""
@@ -60,7 +63,8 @@ class StudyStore(Closing):
 
     def __init__(self, folder: Path, config: TuneConfig, records: Sequence[Record], lock: contextlib.ExitStack) -> None:
         self.folder = folder
-        self.config = config
+        self.losses = read_losses(folder)
+        self._config = config
         self._records = list(records)
         self._fresh = False
         self._recorded_revision: str | None = None
@@ -172,9 +176,31 @@ class StudyStore(Closing):
             self.folder.rmdir()
 
     @property
+    def config(self) -> TuneConfig:
+        """The settings, over the devices that are left."""
+        return self.losses.narrowed(self._config)
+
+    @property
     def records(self) -> tuple[Record, ...]:
         """All records of the study, in the order of their numbers."""
         return tuple(self._records)
+
+    @property
+    def current(self) -> tuple[Record, ...]:
+        """Those of the devices that are left, which alone compare."""
+        return self.losses.current(self._records)
+
+    def path(self, name: StudyFile) -> Path:
+        """A file of which every set of devices has its own."""
+        return self.losses.path(self.folder, name)
+
+    def go_on_without(self, device: str, failure: Failure) -> Loss:
+        """Strikes a device off for the rest of the study, durably."""
+        number = self._records[-1].number + 1 if self._records else 0
+        loss = Loss(device=device, devices=self.config.concrete_devices, first_record=number, failure=failure)
+        self.losses = self.losses.model_copy(update={"losses": (*self.losses.losses, loss)})
+        write_durably(self.folder / StudyFile.LOSSES, self.losses.model_dump_json(indent=1) + "\n")
+        return loss
 
     @property
     def workload(self) -> Workload:
@@ -198,11 +224,12 @@ class StudyStore(Closing):
         Raises:
             StudyError: other hardware, or a model of another shape.
         """
-        if not (self.folder / StudyFile.MACHINE).exists():
+        path = self.path(StudyFile.MACHINE)
+        if not path.exists():
             write_durably(self.folder / StudyFile.SHAPE, shape.model_dump_json(indent=1))
-            write_durably(self.folder / StudyFile.MACHINE, machine.model_dump_json(indent=1))
+            write_durably(path, machine.model_dump_json(indent=1))
             return ()
-        before = read(self.folder / StudyFile.MACHINE, Machine)
+        before = read(path, Machine)
         if before.hardware_id != machine.hardware_id:
             raise StudyError(
                 f"{self.folder} was measured on other hardware, and its records would not compare:\n  "
@@ -225,8 +252,8 @@ class StudyStore(Closing):
                 f"{self.folder} was measured with revision {recorded} of {self.config.model.name}, "
                 f"and it is now {revision}; take another folder"
             )
-        self.config = _with_revision(self.config, revision, dtype)
-        write_durably(self.folder / StudyFile.CONFIG, sources.dump(self.config))
+        self._config = _with_revision(self._config, revision, dtype)
+        write_durably(self.folder / StudyFile.CONFIG, sources.dump(self._config))
 
     def add(self, record: Record) -> Record:
         """Writes a record under the next number; it is durable when this returns."""

@@ -136,7 +136,7 @@ class Member(Participant):
             else:
                 self.database.study.set_user_attr(_SPACE, space.model_dump(mode="json"))
             self._enter(_by_name(attributes, _MEMBER))
-        path = self._store.folder / StudyFile.SPACE
+        path = self._store.path(StudyFile.SPACE)
         if agreed != space or not path.exists():
             write_durably(path, agreed.model_dump_json() + "\n")
         write_durably(self._store.folder / StudyFile.SHARING, self.membership.model_dump_json() + "\n")

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from pipetune.bench.errors import StorageError, StudyError
-from pipetune.bench.record import Failure, Machine, Measurement, Record
+from pipetune.bench.errors import FleetError, StorageError, StudyError
+from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Record
 from pipetune.bench.spec import RunSpec
 from pipetune.tuner.cli import run
 from pipetune.tuner.config.schema import TuneConfig
@@ -32,7 +32,7 @@ from pipetune.tuner.study.search_log import SearchLog
 from pipetune.tuner.study.store import StudyStore
 from tests import postgres
 from tests.tiny_models import save_tiny_model
-from tests.tuner.fake_fleet import Lab
+from tests.tuner.fake_fleet import Lab, failure
 
 SPAWN = multiprocessing.get_context("spawn")
 LEASE_S = 2.0
@@ -206,6 +206,23 @@ def test_a_database_lost_on_the_way_ends_the_study_with_what_was_measured(
         assert store.records[: len(before)] == before
         assert len(trials(store.records)) == 5
     assert never_twice(tmp_path / "a")
+
+
+def test_a_process_that_loses_a_device_twice_leaves_the_study_to_the_others(tmp_path: Path, database: str) -> None:
+    lab, wanted = Lab(), config(database, "cpu:0-1", finalists=0)
+    lab.fault = lambda spec, number: (
+        failure(FailureKind.WORKER_DIED, device="cpu:1") if "cpu:1" in spec.plan.devices else None
+    )
+    with (
+        StudyStore.create(tmp_path / "a", wanted) as store,
+        pytest.raises(FleetError, match=r"cpu:1 was lost twice: .*the others of the shared study go on"),
+    ):
+        run_study(store, Reporter(), start_fleet=lab.start)
+    assert not (tmp_path / "a/losses.json").exists()
+    with StudyStore.create(tmp_path / "b", config(database, "cpu:2-3", finalists=0)) as store:
+        assert run_study(store, Reporter(), start_fleet=Lab().start)
+        ours = [record for record in trials(store.records) if record.source is None]
+        assert any("cpu:3" in record.spec.plan.devices for record in ours if record.spec)
 
 
 def test_a_study_is_collected_from_its_database_alone(
