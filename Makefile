@@ -96,6 +96,10 @@ test-families: $(VENV)/.installed-test
 gpu-rehearsal: $(VENV)/.installed-test
 	PIPETUNE_REHEARSAL=all $(PYTEST) tests/rehearsal
 
+# Network namespaces as hosts, made as root; make test runs these as well.
+test-hosts: $(VENV)/.installed-test
+	CI=1 $(PYTEST) tests/bench/fleet/test_hosts.py tests/bench/machine/test_wire.py
+
 models-table: $(VENV)/.installed-test
 	$(BIN)/python -m tests.families.survey --write docs/models.md
 

@@ -27,6 +27,7 @@ LONGEST = "real"
 STARTS_FLEETS = (LONGEST, "workers")
 SUBCOMMANDS = (
     "demo",
+    "join",
     "metrics",
     "doctor",
     "profile",
