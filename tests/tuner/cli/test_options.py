@@ -82,7 +82,7 @@ def test_groups_are_panels_single_settings_and_sections() -> None:
         group = options.SettingsGroup(names=wanted, without=without, before="json")
         return [setting.name for setting in group.settings()]
 
-    assert names("Study") == ["output_dir", "study_name", "storage", "shared_study", "device_names"]
+    assert names("Study") == ["output_dir", "study_name", "on_device_loss", "storage", "shared_study", "device_names"]
     assert names("seed", "protocol") == ["seed", "num_iters", "num_iters_warmup", "check"]
     assert names("Workload", without=("workload", "seed")) == ["num_iters", "num_iters_warmup", "check", "devices"]
     assert names("device_order", "space").count("device_order") == 1
