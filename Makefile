@@ -25,7 +25,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check gpu-rehearsal test-fast test test-families models-table check lint format hooks clean
+.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check gpu-rehearsal test-fast test test-families test-hosts models-table check lint format hooks clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 10
