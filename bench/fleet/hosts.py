@@ -76,6 +76,9 @@ class HostsLauncher:
         if host in ("", "0.0.0.0", "::"):  # noqa: S104
             raise ConfigError(f"listen: {address} is every interface; give the one address that the other hosts reach")
         try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+            if str(found).startswith("127.") and found != host:
+                raise ConfigError(f"listen: {host} is loopback here, {found}; give this host's address for the others")
             self.listener = socket.create_server((host, port), backlog=64)
         except OSError as error:
             raise ConfigError(
@@ -116,7 +119,9 @@ class HostsLauncher:
     def rank_of(self, hello: dict[str, Any], channel: Channel) -> int | None:
         """By host and place there; tells the worker what it is."""
         assert isinstance(channel, Wire)
-        host = f"host{hello['node']}"
+        if hello["node"] >= len(self._hosts):
+            return None
+        host = self._hosts[hello["node"]]
         ranks = [rank for rank, device in enumerate(self.devices) if device_host(device) == host]
         if hello["round"] != self._round:
             channel.socket.shutdown(socket.SHUT_RDWR)
@@ -201,10 +206,10 @@ class HostsLauncher:
         }
         self._pids, self._workers = {}, {}
         self._processes = [_Remote() for _ in self.devices]
-        store = self._agents["host0"].store
-        for host, agent in self._agents.items():
+        agents = [self._agents[host] for host in self._hosts]
+        store = agents[0].store
+        for node, agent in enumerate(agents):
             agent.store = None
-            node = int(host.removeprefix("host"))
             agent.channel.send(
                 {"type": "round", "round": self._round, "node": node, "nodes": len(self._hosts), "store": store}
             )
@@ -244,7 +249,7 @@ class HostsLauncher:
         self._hosts = tuple(sorted({device_host(device) for device in devices}, key=lambda host: int(host[4:])))
 
     def _start_own(self, log_dir: Path | None) -> None:
-        if self._own is not None and self._own.poll() is None:
+        if "host0" not in self._hosts or (self._own is not None and self._own.poll() is None):
             return
         folder = (log_dir or Path(self._log_dir.name)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +279,9 @@ def join(address: str, node_rank: int, *, host_ip: str | None = None, timeout_s:
     read_token()
     split_address(address)
     command = [*JOIN, address, "--node-rank", str(node_rank), "--timeout", str(timeout_s), "--host-ip", host_ip or ""]
-    status = subprocess.run([*command, "--driver-pid", str(os.getpid())], check=False).returncode
+    # A Ctrl-C at the terminal ends it by ours.
+    whole = [*command, "--driver-pid", str(os.getpid())]
+    status = subprocess.run(whole, check=False, start_new_session=True).returncode
     return 0 if status == 0 else 4
 
 

@@ -227,9 +227,15 @@ class Supervisor:
         self.on_progress(Progress(phase="start", message=message))
 
     def _make_launcher(self) -> Launcher:
+        listen = self._options.get("listen") or os.environ.get(LISTEN_VARIABLE)
         if hosts_of(self._devices) == ("",):
+            if listen:
+                named = ", ".join(self._devices)
+                raise ConfigError(
+                    f"devices: {named} name no host, and other hosts are to join; write host0/cuda:0-3,host1/cuda:0-3"
+                )
             return LocalLauncher(self._devices, self._options.get("worker_env") or {})
-        if not (listen := self._options.get("listen") or os.environ.get(LISTEN_VARIABLE)):
+        if not listen:
             raise ConfigError("devices: they name hosts, which have to join; give --listen ADDRESS:PORT, or --nnodes")
         return launcher_at(listen, self._devices, patience_s=self._options.get("host_timeout_s", HOST_TIMEOUT_S))
 
