@@ -91,7 +91,8 @@ def _rate(num_hosts: int, model: Path, folder: Path) -> float:
         else:
             driver = _up(hosts, model, folder, **given)
         outcome = driver.do("measure")["outcome"]
-        return 1 / statistics.median(run["duration_s"] for run in outcome["iterations"])
+        durations: list[float] = [run["duration_s"] for run in outcome["iterations"]]
+        return 1 / statistics.median(durations)
 
 
 def _up(hosts: tuple[Host, Host], model: Path, folder: Path, **given: Any) -> Driver:
