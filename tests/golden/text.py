@@ -32,6 +32,7 @@ _VOLATILE = re.compile(
     r"""(?:[·;]\ |note:\ |pipetune:\ )?(?:
         this\ machine\ is\ busy:\ (?=other|the\ hypervisor)
       | \.\ What\ is\ measured\ now\ is\ doubtful:\ end\ them(?:,\ or\ wait\ by\ --wait-for-quiet\ MINUTES)?
+      | the\ study's\ profile\ is\ doubtful:
       | load\ ok\ others\ take\ little | load\ warning\ (?=other|the\ hypervisor)
       | ,\ with\ warnings:\ load(?=\ )
       | \#\ of\ at\ most\ \#\ (?:runs|pairs)(?:\ ·\ about\ \#\ TIME\ left)?
