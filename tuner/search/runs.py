@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -77,8 +76,8 @@ class Runs:
         self.experiment: Experiment
         self._start_fleet = start_fleet
         self._done = self._left = 0
-        self._lost: list[tuple[str | None, str]] = []
-        """Losses in a row: the device, where it is known, and what ran."""
+        self._lost: list[str | None] = []
+        """Devices that were lost in a row, where they are known."""
         self._fleet_has_reference = False
         self._plan_must_be_reference = False
 
@@ -216,17 +215,11 @@ class Runs:
         self._done += 1
         self.expect(self._left - 1)
         device = record.result.lost_device if isinstance(record.result, Failure) else None
-        what = record.spec.plan.digest() if record.spec else record.role
-        gone = self._is_gone(device, what)
-        if isinstance(record.result, Failure) and (gone or (is_lost(record) and len(self._lost) + 1 >= _HOPELESS)):
+        twice = device is not None and self._lost[-1:] == [device]
+        if isinstance(record.result, Failure) and (twice or (is_lost(record) and len(self._lost) + 1 >= _HOPELESS)):
             raise FleetError(record.result)
-        self._lost = [*self._lost, (device, what)] if device or is_lost(record) else []
+        self._lost = [*self._lost, device] if device or is_lost(record) else []
         return record
-
-    def _is_gone(self, device: str | None, what: str) -> bool:
-        """Whether a device was lost before, in a row and under something else: a plan may kill its worker itself."""
-        row = itertools.takewhile(lambda loss: loss[0] == device, reversed(self._lost))
-        return device is not None and any(other != what for _, other in row)
 
     def survive(self, error: FleetError) -> None:
         """Lets the work begin anew after a loss: on the same devices, and without one that was lost twice in a row.
@@ -236,12 +229,11 @@ class Runs:
                 stop, or what is left does not suffice.
         """
         failure, config = error.failure, self.store.config
-        device, what = failure.lost_device, f"start {len(self._lost)}"
-        twice = self._is_gone(device, what)
+        device, twice = failure.lost_device, self._lost[-1:] == [failure.lost_device]
         if device is None or (not twice and len(self._lost) + 1 >= _HOPELESS):
             raise error
         if not twice:
-            self._lost.append((device, what))
+            self._lost.append(device)
             return self.reporter.say(f"{error}; the workers are started again")
         left, way_out = len({*config.concrete_devices} - {device}), "--resume goes on once it is mended"
         needed = min(config.space.replicas or (1,)) * config.space.min_stages
