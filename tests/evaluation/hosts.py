@@ -38,6 +38,8 @@ def main() -> None:
         print(f"load {os.getloadavg()[0]:.2f}; hang_timeout_s {HANG_TIMEOUT_S:g}")
         for what in ("kill -9", "SIGSTOP", "cable cut"):
             found = [_fault(what, model, folder) for _ in range(args.faults)]
+            if not found:
+                break
             noticed, left = zip(*found, strict=True)
             print(f"{what:10} found after {_spread(noticed)} s; no process of the fleet {_spread(left)} s after it")
         random.seed(0)
@@ -85,6 +87,9 @@ def _rate(num_hosts: int, model: Path, folder: Path) -> float:
     """Passes a second of one plan, in the median."""
     with two_hosts(CABLE) as hosts:
         given: dict[str, Any] = {"num_iters": 60, "output_len": 16}
+        for core, host in enumerate(hosts):
+            # Workers take all cores of their host.
+            host.prefix = () if num_hosts == 1 else ("taskset", "-c", str(core))
         if num_hosts == 1:
             driver = Driver(hosts[0], model, folder, devices="cpu:0,cpu:1", listen=None, **given)
             driver.hear()
