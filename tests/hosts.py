@@ -125,7 +125,7 @@ def two_hosts(name: str) -> Iterator[tuple[Host, Host]]:
         for host in hosts:
             _ip("netns", "add", host.name)
     except (OSError, subprocess.CalledProcessError) as error:
-        if os.environ.get("CI") or os.geteuid() == 0:
+        if os.environ.get("CI"):
             raise
         pytest.skip(f"no network namespaces here: {error}")
     try:
