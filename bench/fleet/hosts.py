@@ -158,7 +158,7 @@ class HostsLauncher:
                     else f"is none of {', '.join(self._hosts)}"
                 )
                 self._refused = f"{host} ({message['hostname']}) {why}"
-                channel.send({"type": "close"})
+                channel.send({"type": "close", "why": self._refused})
                 return
             self._agents[host] = _Agent(channel, message["hostname"])
         for host, agent in self._agents.items():

@@ -131,10 +131,12 @@ class PlanRun:
         iterations: list[Iteration] = []
         timed_check = TimedCheck(host, self.plan, self.job, self.reference)
         compiled_before = host.compiled.graphs
+        clock_error_s = 0.0
         for number in range(self.protocol.num_iters):
             host.report("measure", number, self.protocol.num_iters)
             result = host.run(jobs)
             zero_s, duration_s = host.window(result)
+            clock_error_s = max(clock_error_s, host.device.clock_error_s)
             timed_check.add(result)
             rows = host.control.gather(_seen(result, zero_s))
             if host.rank == 0:
@@ -150,7 +152,7 @@ class PlanRun:
             "telemetry": telemetry,
             "compared": timed_check.seen(),
             "peak_was_reset": peak_was_reset,
-            "clock_error_s": host.device.clock_error_s,
+            "clock_error_s": clock_error_s,
             "notes": notes,
             "prepare_s": (host.compiled.compile_s if self.plan.compile else 0.0)
             + (host.loop.graphs.report.capture_s if host.loop and host.loop.graphs else 0.0),

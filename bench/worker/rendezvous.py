@@ -60,6 +60,8 @@ class DriverRendezvous(RendezvousHandler):
         self._news = threading.Condition()
         self._round: dict[str, Any] | None = None
         self._is_over = self._is_closed = self._is_lost = False
+        self._why: str | None = None
+        """The driver's reason where it refuses this host."""
         self._wire.send(
             {
                 "type": "agent",
@@ -89,7 +91,7 @@ class DriverRendezvous(RendezvousHandler):
         with self._news:
             self._news.wait_for(lambda: self._round is not None or self._is_closed or self._is_lost)
             if self._is_closed:
-                raise RendezvousClosedError
+                raise self._end()
             if self._round is None:
                 raise RendezvousConnectionError("the driver is gone")
             told, self._round = self._round, None
@@ -118,10 +120,13 @@ class DriverRendezvous(RendezvousHandler):
     def num_nodes_waiting(self) -> int:
         """The agent asks ten times a second; more than none ends its workers and brings it to `next_rendezvous`."""
         if self._is_closed:
-            raise RendezvousClosedError
+            raise self._end()
         if self._is_lost:
             raise RendezvousConnectionError("the driver is gone")
         return int(self._is_over)
+
+    def _end(self) -> Exception:
+        return RendezvousConnectionError(self._why) if self._why else RendezvousClosedError()
 
     @property
     def was_cut(self) -> bool:
@@ -158,7 +163,7 @@ class DriverRendezvous(RendezvousHandler):
                 elif message["type"] == "round":
                     self._round, self._is_over = message, False
                 elif message["type"] == "close":
-                    self._is_closed = True
+                    self._is_closed, self._why = True, message.get("why")
                 self._news.notify_all()
         with self._news:
             self._is_lost = True

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.hosts import Driver, Host, cut, two_hosts
+from tests.hosts import ROOT, Driver, Host, cut, two_hosts
 from tests.tiny_models import save_tiny_model
 
 CABLE = f"p{os.getpid()}"
@@ -139,6 +141,18 @@ def test_plain_torchrun_joins_and_strangers_hold_up_nobody(
     )
     assert driver.hear()["up"]
     assert driver.do("measure")["outcome"]["outcome"] == "measurement"
+
+
+def test_a_host_with_other_versions_is_refused_by_name(hosts: tuple[Host, Host], model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "transformers-4.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0\n", encoding="utf-8")
+    driver = Driver(hosts[0], model, tmp_path)
+    refused = hosts[1].pipetune("join", driver.listen, "--node-rank", 1, PYTHONPATH=f"{other.parent}:{ROOT}")
+    told = rf"host1 \(\S+\) has transformers 4\.0 \({version('transformers')} here\): install the same versions"
+    assert re.fullmatch(told, driver.hear()["refused"])
+    assert re.search(told, refused.communicate(timeout=60)[1])
+    assert refused.returncode == 4
 
 
 def test_a_host_with_another_token_or_none_is_told_so(hosts: tuple[Host, Host], model: Path, tmp_path: Path) -> None:
