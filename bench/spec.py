@@ -91,15 +91,20 @@ def parse_devices(text: str) -> tuple[str, ...]:
     if doubled := sorted({device for device in devices if devices.count(device) > 1 and device_kind(device) == "cpu"}):
         raise ValueError(f"devices: {', '.join(doubled)} named twice")
     hosts = hosts_of(devices)
-    if hosts != ("",) and sorted(hosts) != sorted(f"host{rank}" for rank in range(len(hosts))):
+    if hosts != ("",) and hosts != tuple(f"host{rank}" for rank in range(len(hosts))):
         named = ", ".join(host or "none" for host in hosts)
-        raise ValueError(f"devices: hosts are {named}; name every device's host, host0 to host{len(hosts) - 1}")
+        raise ValueError(f"devices: hosts are {named}; name every device's host, from host0 on in order")
     return tuple(devices)
 
 
 def device_kind(device: str) -> str:
     """`"cpu"` or `"cuda"`."""
-    return device.rpartition("/")[2].partition(":")[0]
+    return local_name(device).partition(":")[0]
+
+
+def local_name(device: str) -> str:
+    """What a device's own host calls it: `cuda:0` of `host1/cuda:0`."""
+    return device.rpartition("/")[2]
 
 
 def device_host(device: str) -> str:
@@ -114,7 +119,7 @@ def hosts_of(devices: Iterable[str]) -> tuple[str, ...]:
 
 def on_host(devices: Sequence[str], host: str) -> tuple[str, ...]:
     """Devices of one host, as that host itself calls them: `cuda:0`."""
-    return tuple(device.rpartition("/")[2] for device in devices if device_host(device) == host)
+    return tuple(local_name(device) for device in devices if device_host(device) == host)
 
 
 def device_index(device: str) -> int:

@@ -29,7 +29,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 _SLOW = (
     "tests/bench/fleet/test_fleet.py",
     "tests/bench/fleet/test_hosts.py",
-    "tests/bench/fleet/test_launcher.py",
+    "tests/bench/fleet/test_processes.py",
     "tests/bench/models/test_attention.py",
     "tests/bench/models/test_smollm2",
     "tests/bench/runtime/kernels/",

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from pipetune.bench.errors import ConfigError, FleetError
-from pipetune.bench.fleet.launcher import LOST, Channel, Process, worker_environment
+from pipetune.bench.fleet.launcher import LOST, Channel, worker_environment
+from pipetune.bench.fleet.processes import Process
 from pipetune.bench.machine.wire import DEFAULT_PORT, HANDSHAKE_S, Wire, read_token, split_address
 from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, device_host, on_host
@@ -39,7 +40,8 @@ class _Remote:
     """A worker on a host that its agent alone sees: it lives as long as its connection."""
 
     def __init__(self) -> None:
-        self.pid, self.code = 0, None  # type: int, int | None
+        self.pid = 0
+        self.code: int | None = None
 
     def poll(self) -> int | None:
         """`LOST` once its connection has ended."""

@@ -17,7 +17,8 @@ from typing import Any, TypedDict, Unpack
 
 from pipetune.bench.errors import ConfigError, FleetError
 from pipetune.bench.fleet.hosts import HOST_TIMEOUT_S, LISTEN_VARIABLE, launcher_at
-from pipetune.bench.fleet.launcher import LOST, Channel, Launcher, LocalLauncher, Process
+from pipetune.bench.fleet.launcher import LOST, Channel, Launcher, LocalLauncher
+from pipetune.bench.fleet.processes import Process
 from pipetune.bench.record import REMEDIES, Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, Value, device_host, device_kind, hosts_of
 

@@ -41,6 +41,7 @@ from pipetune.bench.spec import (
     device_host,
     device_kind,
     hosts_of,
+    local_name,
     on_host,
 )
 from pipetune.bench.worker.baseline import measure_baseline
@@ -88,7 +89,7 @@ class Worker:
         name = self.devices[self.rank]
         host = device_host(name)
         self._local = on_host(self.devices, host)
-        own_name = name.rpartition("/")[2]
+        own_name = local_name(name)
         device = DeviceContext(name, num_threads=cores_of(own_name, self._local))
         dist.init_process_group(
             "gloo",
@@ -185,13 +186,11 @@ class Worker:
         }
 
     def _machine(self) -> Machine:
-        """The machine, of all hosts; on rank 0."""
+        """The machine, of all hosts; every rank calls it."""
         hosts = [device_host(one) for one in self.devices]
         is_first = hosts.index(hosts[self.rank]) == self.rank
-        mine = read_machine() if is_first else None
-        if len(set(hosts)) == 1:
-            return mine or read_machine()
-        machine, *others = [Machine.model_validate(row) for row in self.control.gather(mine) if row is not None]
+        found = self.control.gather(read_machine() if is_first else None)
+        machine, *others = [Machine.model_validate(row) for row in found if row is not None]
         hardware = machine.hardware.model_copy(update={"further_hosts": tuple(one.hardware for one in others)})
         names = ", ".join(one.hostname for one in (machine, *others))
         return machine.model_copy(update={"hostname": names, "hardware": hardware, "hardware_id": hardware.hardware_id})
@@ -282,6 +281,7 @@ class Worker:
     def do_baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> dict[str, Any]:
         """Measures the baseline on rank 0."""
         prompts = self.tokens.of_workload(workload)
+        host = device_host(self.devices[0])
         work = partial(
             measure_baseline,
             prompts=prompts,
@@ -290,7 +290,7 @@ class Worker:
             batch_size=batch_size,
             pad_token_id=self.tokens.pad_token_id,
             devices=self._unsplit_devices,
-            device_bytes={one.rpartition("/")[2]: size for one, size in self.device_bytes.items()},
+            device_bytes={one: self.device_bytes[f"{host}/{one}" if host else one] for one in self._unsplit_devices},
             report=self._progress,
         )
         outcome = self._with_unsplit("baseline", work)

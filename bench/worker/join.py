@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
-import signal
 import sys
 import tempfile
 
-PR_SET_PDEATHSIG = 1
+from pipetune.bench.worker.main import die_with_driver
 
 
 def main() -> int:
@@ -26,9 +23,7 @@ def main() -> int:
     parser.add_argument("--driver-pid", type=int, default=0, help="ends with this process, its parent")
     args = parser.parse_args()
     if args.driver_pid:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != args.driver_pid:
-            return 1
+        die_with_driver(args.driver_pid)
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.rendezvous import (

@@ -41,10 +41,10 @@ def main() -> None:
         if arguments[4:] == ["--main-thread"]:
             die_with_driver(int(arguments[3]))
         arguments = serve(int(arguments[1]), driver_pid=int(arguments[3]))
-    parser = argparse.ArgumentParser(prog="pipetune.bench.worker")
     if not arguments:
         serve_remote_driver()
         return
+    parser = argparse.ArgumentParser(prog="pipetune.bench.worker")
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--devices", required=True, help="of all ranks, separated by commas")
     parser.add_argument("--model", required=True, help="a ModelSpec as JSON")
@@ -53,8 +53,6 @@ def main() -> None:
     parser.add_argument("--driver-pid", type=int, required=True, help="of the process that started this one")
     args = parser.parse_args(arguments)
     die_with_driver(args.driver_pid)
-    # What `ps` and `top` show: forked workers have one command line.
-    ctypes.CDLL(None).prctl(PR_SET_NAME, f"pipetune-rank-{args.rank}".encode(), 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     from pipetune.bench.worker.channel import DriverLink
@@ -68,13 +66,8 @@ def serve_remote_driver() -> None:
     from pipetune.bench.worker.channel import DriverLink
     from pipetune.bench.worker.rendezvous import DRIVER_VARIABLE, ROUND_VARIABLE
 
-    told_by_agent = os.environ
-    link, told = DriverLink.remote(
-        told_by_agent[DRIVER_VARIABLE],
-        int(told_by_agent[ROUND_VARIABLE]),
-        int(told_by_agent["GROUP_RANK"]),
-        int(told_by_agent["LOCAL_RANK"]),
-    )
+    place = (int(os.environ[name]) for name in (ROUND_VARIABLE, "GROUP_RANK", "LOCAL_RANK"))
+    link, told = DriverLink.remote(os.environ[DRIVER_VARIABLE], *place)
     os.environ.update(told["environment"])
     args = argparse.Namespace(
         rank=told["rank"], devices=",".join(told["devices"]), model=json.dumps(told["model"]), rendezvous=None
@@ -84,6 +77,8 @@ def serve_remote_driver() -> None:
 
 def work(args: argparse.Namespace, link: DriverLink) -> None:
     """Serves the driver until it says that it is over; everything that goes wrong is told to it."""
+    # What `ps` and `top` show: forked workers have one command line.
+    ctypes.CDLL(None).prctl(PR_SET_NAME, f"pipetune-rank-{args.rank}".encode(), 0, 0, 0)
     if args.rank != 0:
         link.end_with_driver()
     worker: Worker | None = None

@@ -13,19 +13,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipetune.bench.fleet import launcher
-from pipetune.bench.fleet.launcher import Process, start_worker
+from pipetune.bench.fleet import processes
+from pipetune.bench.fleet.processes import Process, start_worker
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
 
 
 @pytest.fixture
-def servers() -> list[launcher._ForkServer]:
+def servers() -> list[processes._ForkServer]:
     """Those of this process, that of `ENVIRONMENT` alone at first."""
-    for server in launcher._servers.get(os.getpid(), []):
+    for server in processes._servers.get(os.getpid(), []):
         assert server.is_idle
-    assert launcher._server_for(ENVIRONMENT) is not None
-    return launcher._servers[os.getpid()]
+    assert processes._server_for(ENVIRONMENT) is not None
+    return processes._servers[os.getpid()]
 
 
 def start(log: Path, *arguments: str, environment: Mapping[str, str] = ENVIRONMENT, forked: bool = True) -> Process:
@@ -83,7 +83,7 @@ def test_forked_workers_have_sessions_and_names_of_their_own_and_the_driver_as_g
 
 @pytest.mark.usefixtures("listener")
 def test_workers_end_with_the_server_that_forked_them_and_the_next_have_another(
-    tmp_path: Path, servers: list[launcher._ForkServer]
+    tmp_path: Path, servers: list[processes._ForkServer]
 ) -> None:
     process = idle_worker(tmp_path)
     (server,) = servers
@@ -99,7 +99,7 @@ def test_workers_end_with_the_server_that_forked_them_and_the_next_have_another(
 
 @pytest.mark.usefixtures("listener")
 def test_another_environment_has_another_server_and_one_without_workers_goes(
-    tmp_path: Path, servers: list[launcher._ForkServer]
+    tmp_path: Path, servers: list[processes._ForkServer]
 ) -> None:
     first = idle_worker(tmp_path)
     (server,) = servers
