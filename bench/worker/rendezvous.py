@@ -71,7 +71,8 @@ class DriverRendezvous(RendezvousHandler):
                 "versions": {name: importlib.metadata.version(name) for name in SAME_PACKAGES},
             }
         )
-        threading.Thread(target=self._listen, name="driver", daemon=True).start()
+        self._listening = threading.Thread(target=self._listen, name="driver", daemon=True)
+        self._listening.start()
 
     def get_backend(self) -> str:
         """What `--rdzv-backend` calls this."""
@@ -131,7 +132,7 @@ class DriverRendezvous(RendezvousHandler):
     @property
     def was_cut(self) -> bool:
         """Whether the driver may be there still, behind a network that is not."""
-        return self._wire.was_cut
+        return self._wire.was_cut and not self._is_closed
 
     def is_closed(self) -> bool:
         """Whether there will be no further round."""
@@ -149,6 +150,9 @@ class DriverRendezvous(RendezvousHandler):
         """Leaves the driver."""
         with contextlib.suppress(OSError):
             self._wire.socket.shutdown(socket.SHUT_RDWR)
+        self._listening.join()
+        self._wire.socket.close()
+        self._listener.close()
         return True
 
     def _listen(self) -> None:
