@@ -75,7 +75,7 @@ def percentile(samples: Sequence[float], quantile: float) -> float:
 
 
 def request_times_s(measurement: Measurement) -> tuple[dict[str, tuple[float, ...]], ...]:
-    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (absent for one token) and `e2el`, in seconds."""
+    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (0 for one token) and `e2el`, in seconds."""
     order, tasks = measurement.order, measurement.tasks
     first_rows = list(itertools.accumulate(measurement.micro_batch_sizes, initial=0))
     # Prompts whose rows are worked on together share their times.
@@ -101,11 +101,15 @@ def _times_s(
 ) -> dict[str, tuple[float, ...]]:
     count, known_s = len(measurement.order), run.token_times_s
     first, last = [0.0] * count, [0.0] * count
+    lens, tasks = measurement.generated_lens, measurement.tasks
     for prompts, prefills, own in groups:
         # Of several chunks the last one gives the token, and the first one ends the wait.
         gave = max((known_s[index] for index in prefills), default=0.0)
         ended = max(known_s[index] for index in own)
         for prompt in prompts:
+            if measurement.output_lens is not None:
+                # Others of its micro-batch may go on.
+                ended = max((known_s[index] for index in own if tasks[index].step < lens[prompt]), default=0.0)
             first[prompt], last[prompt] = max(first[prompt], gave), max(last[prompt], ended)
     # When each task began on its replica's first stage; empty without instrumentation.
     width = len(run.stages) // len(measurement.replica_tasks or (0,))
@@ -117,7 +121,7 @@ def _times_s(
         times["queue"] = tuple(starts[begun[prompt]] if prompt in begun else 0.0 for prompt in range(count))
     if measurement.output_len > 1:
         times["tpot"] = tuple(
-            (end - begin) / (measurement.output_len - 1) for begin, end in zip(first, last, strict=True)
+            (end - begin) / max(length - 1, 1) for begin, end, length in zip(first, last, lens, strict=True)
         )
     return times
 
@@ -182,7 +186,7 @@ def derive(measurement: Measurement) -> dict[str, float]:
     over stages, `peak_memory_bytes` and `peak_memory_fraction` (of the cap, without what the process took before any
     model was loaded) the largest over stages.
     """
-    output_tokens = len(measurement.prompt_lens) * measurement.output_len
+    output_tokens = sum(measurement.generated_lens)
     total_tokens = sum(measurement.prompt_lens) + output_tokens
     durations = [run.duration_s for run in measurement.iterations]
     duration = statistics.median(durations)
@@ -195,7 +199,8 @@ def derive(measurement: Measurement) -> dict[str, float]:
     pooled: dict[str, list[float]] = {}
     for times in request_times_s(measurement):
         for name, own in times.items():
-            pooled.setdefault(name, []).extend(own)
+            counts = (length > 1 or name != "tpot" for length in measurement.generated_lens)
+            pooled.setdefault(name, []).extend(itertools.compress(own, counts))
     enough = {label: q for label, q in PERCENTILES.items() if len(measurement.prompt_lens) >= samples_needed(q)}
     for name in (name for name in LATENCIES if name in pooled):
         samples = sorted(pooled[name])
@@ -222,5 +227,5 @@ def derive(measurement: Measurement) -> dict[str, float]:
 
 def throughputs(measurement: Measurement) -> tuple[float, ...]:
     """Tokens per second in each iteration: those generated, or all where texts are scored."""
-    tokens = len(measurement.prompt_lens) * measurement.output_len or sum(measurement.prompt_lens)
+    tokens = sum(measurement.generated_lens) or sum(measurement.prompt_lens)
     return tuple(tokens / run.duration_s for run in measurement.iterations)

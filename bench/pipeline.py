@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -74,7 +74,7 @@ class Pipeline(Closing):
         self,
         prompts: Prompts,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
     ) -> tuple[GenerationResult, ...]:
@@ -83,7 +83,7 @@ class Pipeline(Closing):
         Args:
             prompts: one or several, each as text (where the model has a tokenizer) or as a list of token ids; arrays
                 and tensors of ids that are not padded will do.
-            max_new_tokens: the most tokens to generate for a prompt.
+            max_new_tokens: the most tokens to generate for a prompt, for all or for each.
             ignore_eos: go on after an end-of-sequence token, as measurements do.
             sampling: how tokens are drawn, the same for every plan: draws depend on the seed and on the prompt's place
                 among the prompts. None takes the likeliest token.

@@ -235,7 +235,9 @@ class Measurement(Value):
     """`order[i]` is the given index of the prompt in row i; rows fill micro-batches in order. Each replica's are sorted
     by length."""
     output_len: Count
-    """Tokens generated for each prompt; 0 where texts were scored."""
+    """Most tokens generated for a prompt; 0 where texts were scored."""
+    output_lens: tuple[Size, ...] | None = None
+    """Tokens generated for each prompt, in the order given, where that differs."""
     micro_batch_sizes: tuple[Size, ...]
     """Rows of each micro-batch, one replica after the other."""
     tasks: tuple[TaskShape, ...]
@@ -261,6 +263,11 @@ class Measurement(Value):
     transport: str | None = None
     """`local`, `gloo`, `gloo+staging` or `nccl`."""
 
+    @property
+    def generated_lens(self) -> tuple[int, ...]:
+        """Tokens generated for each prompt, in the order given."""
+        return self.output_lens or (self.output_len,) * len(self.prompt_lens)
+
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
         sizes, counts = self.micro_batch_sizes, self.replica_tasks or (len(self.tasks),)
@@ -271,6 +278,8 @@ class Measurement(Value):
         lens = {(len(run.token_times_s), len(run.host_gap_s) or stages) for run in self.iterations}
         traced = ([len(trace.compute_start_s) for trace in run.stages] for run in self.iterations)
         fits = {
+            "output_lens": len(self.generated_lens) == len(self.prompt_lens)
+            and max(self.generated_lens) == self.output_len,
             "order": sorted(self.order) == list(range(len(self.prompt_lens))) and sum(sizes) == len(self.order),
             "tasks": sum(counts) == len(self.tasks) and not any(first_steps.values()) and all(in_rows),
             "iterations": lens == {(len(self.tasks), stages)} and all(one in (spans, [0] * stages) for one in traced),

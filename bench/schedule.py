@@ -68,7 +68,7 @@ def build_schedule(
     sizes: Sequence[int],
     *,
     prompt_lens: Sequence[int],
-    output_len: int,
+    output_len: int | Sequence[int],
     in_flight: int,
     prefill_size: int | None = None,
     chunk_size: int | None = None,
@@ -78,22 +78,24 @@ def build_schedule(
     Args:
         sizes: rows of each micro-batch.
         prompt_lens: tokens of each micro-batch's padded prompts.
-        output_len: tokens to generate for each row, at least 1; the first comes from prefill.
+        output_len: most tokens to generate for a row, of all micro-batches or of each, at least 1; the first comes
+            from prefill.
         in_flight: micro-batches resident at once, which is the number of KV slots.
         prefill_size: rows prefilled together; None prefills a micro-batch at once.
         chunk_size: tokens of a prompt prefilled at once; None prefills whole prompts.
 
     Returns:
         Tasks in order; each micro-batch has its prefill first, one prefill micro-batch after the other and in each
-        chunk by chunk, then steps 1 … output_len - 1.
+        chunk by chunk, then a step for each further token.
 
     Raises:
         ValueError: a size, a length or the number in flight is below 1.
     """
-    if output_len < 1 or in_flight < 1 or any(size < 1 for size in (*sizes, *prompt_lens)):
+    steps = (output_len,) * len(sizes) if isinstance(output_len, int) else output_len
+    if in_flight < 1 or any(size < 1 for size in (*sizes, *prompt_lens, *steps)):
         raise ValueError(
-            f"sizes={tuple(sizes)}, prompt_lens={tuple(prompt_lens)}, output_len={output_len}, in_flight={in_flight}: "
-            "all must be ≥ 1"
+            f"sizes={tuple(sizes)}, prompt_lens={tuple(prompt_lens)}, output_len={output_len}, "
+            f"in_flight={in_flight}: all must be ≥ 1"
         )
     if (prefill_size is not None and prefill_size < 1) or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"prefill_size={prefill_size}, chunk_size={chunk_size}: both must be ≥ 1")
@@ -112,7 +114,7 @@ def build_schedule(
                 tasks += _tasks(*entry, slot, rows, prefill_size or rows, range(0, length, chunk_size or length))
             else:
                 tasks += _tasks(*entry, slot, rows, rows, range(length + step - 1, length + step))
-            slots[slot] = (micro_batch, step + 1) if step + 1 < output_len else None
+            slots[slot] = (micro_batch, step + 1) if step + 1 < steps[micro_batch] else None
     return tuple(tasks)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -248,9 +249,17 @@ class Workload(Value):
     sampling: Sampling | None = None
     """How tokens are drawn; None takes the likeliest."""
     random_range_ratio: Annotated[
-        float, Flag("Workload", "Spread of random lengths, 0 to 1.", before="temperature")
+        float,
+        Flag(
+            "Workload",
+            "Spread of random lengths, of outputs as well, 0 to 1.",
+            before="temperature",
+            also=("workload.random_output_range_ratio",),
+        ),
     ] = Field(default=0.0, ge=0.0, lt=1.0)
-    """Random prompt lengths are uniform in `input_len · (1 ± ratio)`."""
+    """Random prompt lengths are uniform in `input_len · (1 ± ratio)`; on the command line output lengths as well."""
+    random_output_range_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Output lengths are uniform in `output_len · (1 ± ratio)`, where no file says what they are."""
     seed: int = 0
     """Seed of random prompts."""
     prompts_file: Annotated[
@@ -265,6 +274,8 @@ class Workload(Value):
     ] = None
     """JSONL with `{"prompt": …}`, `{"prompt_token_ids": […]}` or `{"messages": […]}` a line, or conversations of
     ShareGPT; the first `num_prompts` are used."""
+    output_lens: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Tokens generated for each prompt, where its line in the file says so; filled in when that is read."""
     prompts_sha256: str | None = None
     """SHA-256 of the prompts' text with plain newlines, part of the workload's identity; filled in when it is read."""
 
@@ -272,12 +283,34 @@ class Workload(Value):
     def _scores_are_not_sampled(self) -> Self:
         if self.kind == "score" and self.sampling is not None:
             raise ValueError("workload.sampling: nothing is sampled where texts are scored; leave it out")
+        if self.output_lens is not None and len(self.output_lens) != self.num_prompts:
+            raise ValueError(f"workload.output_lens: {len(self.output_lens)} of {self.num_prompts} prompts")
         return self
 
     @property
     def generated_len(self) -> int:
-        """Tokens generated for each prompt: none where texts are scored."""
-        return 0 if self.kind == "score" else self.output_len
+        """Most tokens generated for a prompt: none where texts are scored."""
+        return max(self.generated_lens)
+
+    @property
+    def unlike_lens(self) -> tuple[int, ...] | None:
+        """Tokens generated for each prompt, where that differs; else None."""
+        return self.generated_lens if len(set(self.generated_lens)) > 1 else None
+
+    @property
+    def generated_lens(self) -> tuple[int, ...]:
+        """Tokens generated for each prompt."""
+        if self.kind == "score":
+            return (0,) * self.num_prompts
+        if self.output_lens is not None:
+            return self.output_lens
+        if not self.random_output_range_ratio:
+            return (self.output_len,) * self.num_prompts
+        source = random.Random(f"{self.seed}/output")
+        spread = round(self.output_len * self.random_output_range_ratio)
+        return tuple(
+            max(1, source.randint(self.output_len - spread, self.output_len + spread)) for _ in range(self.num_prompts)
+        )
 
 
 class StagePlan(Value):

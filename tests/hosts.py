@@ -28,7 +28,7 @@ from pipetune.bench.spec import ModelSpec, Plan, Protocol, RunSpec, Workload, pa
 
 given = json.loads(sys.argv[1])
 devices = parse_devices(given["devices"])
-workload = Workload(num_prompts=6, input_len=12, output_len=given["output_len"])
+workload = Workload(**given["workload"])
 protocol = Protocol(num_iters=given["num_iters"], num_iters_warmup=1)
 
 
@@ -38,14 +38,12 @@ def say(**told):
 
 options = {name: given[name] for name in ("listen", "hang_timeout_s", "host_timeout_s")}
 try:
-    fleet = Fleet.start(ModelSpec(name=given["model"]), devices, **options)
+    fleet = Fleet.start(ModelSpec(name=given["model"], load_format=given["load_format"]), devices, **options)
 except FleetError as error:
     say(refused=str(error))
     sys.exit(4)
 with fleet:
     say(up=True, hostname=fleet.machine.hostname, hosts=1 + len(fleet.machine.hardware.further_hosts))
-    plan = Plan.from_layer_counts(given["layers"], devices, 2)
-    spec = RunSpec(model=fleet.model, workload=workload, plan=plan, protocol=protocol)
     for line in sys.stdin:
         if line.strip() == "reference":
             say(reference=fleet.make_reference(Path(given["reference"]), workload, protocol))
@@ -53,6 +51,9 @@ with fleet:
         if line.strip() == "pids":
             say(pids=[worker.process.pid for worker in fleet._supervisor._workers])
             continue
+        word, _, wanted = line.strip().partition(" ")
+        plan = Plan.model_validate_json(wanted) if wanted else Plan.from_layer_counts(given["layers"], devices, 2)
+        spec = RunSpec(model=fleet.model, workload=workload, plan=plan, protocol=protocol)
         began = time.monotonic()
         try:
             outcome = fleet.measure(spec, fleet.resolve(plan, workload))
@@ -115,10 +116,11 @@ class Host:
 
 
 @contextlib.contextmanager
-def two_hosts(name: str) -> Iterator[tuple[Host, Host]]:
+def two_hosts(name: str, *, rate: float | None = None, delay_s: float = 0.0) -> Iterator[tuple[Host, Host]]:
     """Two hosts with a cable between them; what runs there is killed at the end.
 
-    Where namespaces cannot be made the test is skipped; it fails where CI is set.
+    A rate in bits a second makes it a slow one, with a delay. Where namespaces cannot be made the test is skipped; it
+    fails where CI is set.
     """
     hosts = Host(f"{name}-0", "10.77.0.1"), Host(f"{name}-1", "10.77.0.2")
     try:
@@ -129,12 +131,16 @@ def two_hosts(name: str) -> Iterator[tuple[Host, Host]]:
             raise
         pytest.skip(f"no network namespaces here: {error}")
     try:
-        _ip("link", "add", "name", f"{name}a", "netns", hosts[0].name, "type", "veth", "peer", "name", f"{name}b",
-            "netns", hosts[1].name)  # fmt: skip
-        for host, end in zip(hosts, "ab", strict=True):
-            _ip("-n", host.name, "link", "set", "lo", "up")
-            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", f"{name}{end}")
-            _ip("-n", host.name, "link", "set", f"{name}{end}", "up")
+        if rate is None:
+            _lay_cable(hosts, name)
+        else:
+            ends = [f"{host.name}={host.address}" for host in hosts]
+            command = [sys.executable, "-m", "tests.slow_wire", "--rate", str(rate), "--delay", str(delay_s), *ends]
+            # It ends with this process, which holds its input.
+            wire = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            hosts[0].processes.append(wire)
+            assert wire.stdout is not None
+            assert wire.stdout.readline() == "up\n"
         yield hosts
     finally:
         for host in hosts:
@@ -146,6 +152,15 @@ def two_hosts(name: str) -> Iterator[tuple[Host, Host]]:
                 with process:
                     pass
             _ip("netns", "del", host.name)
+
+
+def _lay_cable(hosts: tuple[Host, Host], name: str) -> None:
+    _ip("link", "add", "name", f"{name}a", "netns", hosts[0].name, "type", "veth", "peer", "name", f"{name}b",
+        "netns", hosts[1].name)  # fmt: skip
+    for host, end in zip(hosts, "ab", strict=True):
+        _ip("-n", host.name, "link", "set", "lo", "up")
+        _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", f"{name}{end}")
+        _ip("-n", host.name, "link", "set", f"{name}{end}", "up")
 
 
 def cut(host: Host, name: str, end: str, *, back: bool = False) -> None:
@@ -164,8 +179,9 @@ class Driver:
         self.listen = f"{host.address}:29400"
         told = {
             "devices": "host0/cpu:0,host1/cpu:0", "layers": list(layers), "model": str(model), "listen": self.listen,
-            "reference": str(folder / "reference"), "hang_timeout_s": 10.0, "host_timeout_s": 60.0, "output_len": 5,
-            "num_iters": 2,
+            "reference": str(folder / "reference"), "hang_timeout_s": 10.0, "host_timeout_s": 60.0,
+            "workload": {"num_prompts": 6, "input_len": 12, "output_len": 5}, "num_iters": 2,
+            "load_format": "auto",
         }  # fmt: skip
         self.process = host.start(sys.executable, "-c", DRIVER, json.dumps(told | given))
 

@@ -219,7 +219,7 @@ class Fleet(Closing):
         plan: Plan,
         prompts: Prompts,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         in_flight: int | None = None,
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
@@ -236,11 +236,15 @@ class Fleet(Closing):
                 fits under its memory caps.
             FleetError: the workers failed.
         """
-        if max_new_tokens < 1:
+        lens = [max_new_tokens] if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if min(lens, default=0) < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        use = self._use(plan, prompts, max(lens), in_flight)
+        if not isinstance(max_new_tokens, int) and len(lens) != len(use["prompts"]):
+            raise ConfigError(f"max_new_tokens: {len(lens)} numbers for {len(use['prompts'])} prompts")
         answer = self._call(
             "generate",
-            **self._use(plan, prompts, max_new_tokens, in_flight),
+            **use,
             max_new_tokens=max_new_tokens,
             ignore_eos=ignore_eos,
             sampling=sampling,

@@ -11,7 +11,8 @@ from typing import Any
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import cache_root, write_durably
-from pipetune.bench.prompts.forms import Prompt, prompts_of
+from pipetune.bench.prompts.forms import Request, requests_of
+from pipetune.bench.spec import Workload
 
 _PIPE = "-"
 
@@ -76,13 +77,10 @@ def _unreadable(path: str | Path, why: Exception | str) -> ConfigError:
     return ConfigError(f"{path}: cannot read the prompts: {getattr(why, 'strerror', None) or why}")
 
 
-def read_prompts(path: str | Path, output_len: int) -> list[tuple[str, Prompt]]:
-    """Prompts and their places, from a JSON object a line, or from one JSON array of them.
+def read_requests(path: str | Path) -> list[tuple[str, Request]]:
+    """Requests and their places, from a JSON object a line, or from one JSON array of them.
 
     Only a newline ends a line: other separators may stand within a string.
-
-    Args:
-        output_len: tokens that are generated for each.
 
     Raises:
         ConfigError: the file cannot be read, holds something else, or holds no prompt.
@@ -94,10 +92,25 @@ def read_prompts(path: str | Path, output_len: int) -> list[tuple[str, Prompt]]:
     else:
         lines = [(f"{path}:{number}", line.strip("\ufeff \t")) for number, line in enumerate(text.split("\n"), start=1)]
         values = [(place, _parsed(line, place)) for place, line in lines if line.strip()]
-    found = [(place, prompt) for place, value in values for prompt in prompts_of(value, output_len, place)]
+    found = [(place, request) for place, value in values for request in requests_of(value, place)]
     if not found:
         raise ConfigError(f"{path}: holds no prompt; write one JSON object a line")
     return found
+
+
+def output_lens(workload: Workload, requests: list[tuple[str, Request]]) -> tuple[int, ...] | None:
+    """Tokens to generate for each prompt of a workload; None where the file says nothing else than the workload.
+
+    Raises:
+        ConfigError: the file says it for texts that are scored.
+    """
+    used = requests[: workload.num_prompts]
+    if workload.kind == "score":
+        if place := next((place for place, request in used if request.output_len is not None), None):
+            raise ConfigError(f"{place}: nothing is generated where texts are scored; take the output's length out")
+        return None
+    lens = tuple(request.output_len or workload.output_len for _, request in used)
+    return lens if set(lens) != {workload.output_len} else None
 
 
 def _parsed(text: str, place: str | None = None) -> Any:

@@ -13,7 +13,7 @@ Prompts = str | Sequence[int] | Sequence[str | Sequence[int]]
 
 _FORMS = '{"prompt": "text"}, {"prompt_token_ids": [1, 2]}, {"messages": […]} or {"conversations": […]}'
 _LENGTH = re.compile(r"(?i:lens?|lengths?|tokens|toks|predict|output|\b[io]sl)(?![a-z]|_penalty)")
-_OUTPUT_LENGTH = re.compile(r"max(_new|_completion|_output)?_tokens|output_(len|tokens)|nu?m?_predict")
+_OUTPUT_LENGTH = re.compile(r"max(_new|_completion|_output)?_tokens|output_(len|length|tokens)|nu?m?_predict")
 
 
 class Chat(NamedTuple):
@@ -27,18 +27,30 @@ Prompt = str | list[int] | Chat
 """One prompt before it is tokenized."""
 
 
-def prompts_of(value: Any, output_len: int, place: str) -> list[Prompt]:
-    """Prompts of one JSON value: none for a conversation in which no human speaks, as vLLM leaves it out.
+class Request(NamedTuple):
+    """A prompt, and how many tokens its line wants generated; None where it does not say."""
+
+    prompt: Prompt
+    output_len: int | None
+
+
+def requests_of(value: Any, place: str) -> list[Request]:
+    """Requests of one JSON value: none for a conversation in which no human speaks, as vLLM leaves it out.
 
     Raises:
-        ConfigError: another form, a length that is not that of all, or half a character.
+        ConfigError: another form, a length that is none of an output, or half a character.
     """
     if not isinstance(value, dict):
         raise ConfigError(f"{place}: a {type(value).__name__} is no prompt; write {_FORMS}")
+    output_len = None
     for key, length in _lengths(value):
-        if not (_OUTPUT_LENGTH.fullmatch(key) and str(length) == str(output_len)):
-            remedy = "take it out, and give --output-len (or --input-len) for all"
-            raise ConfigError(f"{place}: {key}={length}: lengths of single prompts are not supported; {remedy}")
+        if not _OUTPUT_LENGTH.fullmatch(key):
+            raise ConfigError(f"{place}: {key}={length}: no length of an output; take it out, or name it output_tokens")
+        if not re.fullmatch(r"[1-9]\d{0,8}", str(length)):
+            raise ConfigError(f"{place}: {key}={length}: must be a whole number of tokens, at least 1")
+        if output_len not in (None, int(length)):
+            raise ConfigError(f"{place}: {key}={length}, and another key says {output_len}; leave one of them")
+        output_len = int(length)
     # A line of OpenAI's batches holds the request as its body.
     body = value["body"] if isinstance(value.get("body"), dict) else value
     given: Any = next((body[key] for key in ("prompt", "prompt_token_ids", "messages") if body.get(key)), None)
@@ -47,7 +59,7 @@ def prompts_of(value: Any, output_len: int, place: str) -> list[Prompt]:
         human = [turn for turn in turns if turn.get("from", turn.get("role")) in ("human", "user")]
         given = [text for turn in human if (text := turn.get("value", turn.get("content")))][:1]
     several = isinstance(given, list) and all(isinstance(one, (str, list)) for one in given)
-    return [_prompt(one, body, place) for one in (given if several else [given])]
+    return [Request(_prompt(one, body, place), output_len) for one in (given if several else [given])]
 
 
 def _prompt(given: Any, body: Mapping[str, Any], place: str) -> Prompt:

@@ -21,7 +21,7 @@ class Job:
     prompts: tuple[tuple[int, ...], ...]
     """Token ids, in the order given."""
     output_len: int
-    """Tokens to generate for each; 0 scores the prompts instead."""
+    """Tokens to generate for each, at most; 0 scores the prompts instead."""
     micro_batch_size: int
     prefill_size: int
     in_flight: int
@@ -32,8 +32,10 @@ class Job:
     """None takes the likeliest token."""
     numbers: tuple[int, ...] | None = None
     """Each prompt's number, on which draws depend; None counts them from 0."""
+    output_lens: tuple[int, ...] | None = None
+    """Tokens to generate for each prompt, at most `output_len`; None generates as many for all."""
     eos_token_ids: frozenset[int] | None = None
-    """None generates exactly `output_len` tokens for every prompt."""
+    """None generates all of its tokens for every prompt."""
     forced: tuple[tuple[int, ...], ...] | None = None
     """Tokens to feed instead of the sampled ones, per prompt; the logits are then kept."""
     keep_margins: bool = False
@@ -64,12 +66,20 @@ class Job:
         """Tokens of each micro-batch's padded prompts."""
         return tuple(len(self.prompts[self.order[row]]) for row in self.first_rows)
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Most tokens to generate for a row of each micro-batch."""
+        if self.output_lens is None:
+            return (self.output_len,) * len(self.sizes)
+        lens = [self.output_lens[index] for index in self.order]
+        return tuple(max(lens[first : first + size]) for first, size in zip(self.first_rows, self.sizes, strict=True))
+
     def tasks(self) -> tuple[Task, ...]:
         """The schedule."""
         return build_schedule(
             self.sizes,
             prompt_lens=self.prompt_lens,
-            output_len=max(1, self.output_len),
+            output_len=[max(1, steps) for steps in self.steps],
             in_flight=self.in_flight,
             prefill_size=self.prefill_size,
             chunk_size=self.chunk_size,
@@ -96,6 +106,7 @@ class Job:
         return dataclasses.replace(
             self,
             prompts=tuple(self.prompts[index] for index in share),
+            output_lens=None if self.output_lens is None else tuple(self.output_lens[index] for index in share),
             numbers=tuple(numbers[index] for index in share),
             forced=None if self.forced is None else tuple(self.forced[index] for index in share),
         )

@@ -137,7 +137,7 @@ class _Pass:
         self.timeline, self.slots, self.job, self.status = loop._timeline, loop.slots, job, loop._status
         self.tasks = job.tasks()
         rows = [job.prompts[index] for index in job.order]
-        self.first_rows = job.first_rows
+        self.first_rows, self.steps = job.first_rows, job.steps
         self.inputs = [
             MicroBatchInputs.build(
                 rows[first : first + size],
@@ -226,7 +226,7 @@ class _Pass:
         sending = time.monotonic()
         if edges.hidden_out is not None:
             edges.hidden_out.send(output)
-        if task.samples and task.step + 1 < self.job.output_len:
+        if task.samples and task.step + 1 < self.steps[task.micro_batch]:
             if tokens is not None:
                 for sender in edges.tokens_out:
                     sender.send(tokens)
@@ -321,15 +321,16 @@ class _Pass:
             self.outstanding += 1
 
     def collect_tokens(self) -> dict[int, list[int]]:
-        """Tokens of each prompt by given index, up to and with its end-of-sequence token where there is one."""
-        eos = self.job.eos_token_ids or frozenset()
+        """Tokens of each prompt by given index: all that were asked for, or up to its end-of-sequence token."""
+        eos, lens = self.job.eos_token_ids or frozenset(), self.job.output_lens
         order = iter(self.job.order)
         tokens: dict[int, list[int]] = {}
         for micro_batch, inputs in enumerate(self.inputs):
             count = self.known_step[micro_batch] + 1
             for row in inputs.ids[:, inputs.prompt_len : inputs.prompt_len + count].tolist():
                 stop = next((place for place, token in enumerate(row) if token in eos), len(row) - 1)
-                tokens[next(order)] = row[: stop + 1]
+                index = next(order)
+                tokens[index] = row[: stop + 1 if lens is None else min(stop + 1, lens[index])]
         return tokens
 
     def collect_scores(self) -> dict[int, torch.Tensor]:

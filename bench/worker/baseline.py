@@ -64,31 +64,33 @@ def generate_once(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    output_len: int,
+    output_lens: Sequence[int],
     batch_size: int,
     pad_token_id: int,
     sampling: Sampling | None = None,
     processor: Processor | None = None,
 ) -> BaselinePass:
-    """Runs `generate` over the prompts, longest first, `batch_size` at a time, with a fixed output length.
+    """Runs `generate` over the prompts, longest first, `batch_size` at a time.
 
     Args:
+        output_lens: tokens to generate for each; a batch goes on until its last prompt has them.
         sampling: transformers' own sampling with these settings; its draws are not ours, their cost is.
         processor: made for each batch.
     """
     how: dict[str, Any] = {"do_sample": sampling is not None}
     if sampling is not None:
         how |= sampling.model_dump(include={"temperature", "top_k", "top_p"})
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=output_len, eos_token_id=None, pad_token_id=pad_token_id, use_cache=True, **how
-    )
-    # `generate` fills what the given config leaves open from the model's own.
-    model.generation_config = config
     batches = list(batches_of(model, prompts, batch_size, pad_token_id))
     tokens: dict[int, list[int]] = {}
     clock = _TokenClock()
     began = time.monotonic()
     for chosen, inputs in batches:
+        steps = max(output_lens[index] for index in chosen)
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=steps, eos_token_id=None, pad_token_id=pad_token_id, use_cache=True, **how
+        )
+        # `generate` fills what the given config leaves open from the model's own.
+        model.generation_config = config
         processors = LogitsProcessorList([processor(chosen, inputs.prompt_len)] if processor is not None else [])
         with torch.inference_mode():
             output = model.generate(
@@ -99,8 +101,8 @@ def generate_once(
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
         for index, row in zip(chosen, output[:, inputs.prompt_len :].tolist(), strict=True):
-            assert len(row) == output_len, f"generate gave {len(row)} tokens, not {output_len}"
-            tokens[index] = row
+            assert len(row) == steps, f"generate gave {len(row)} tokens, not {steps}"
+            tokens[index] = row[: output_lens[index]]
     return BaselinePass(
         duration_s=time.monotonic() - began,
         token_times_s=tuple(round(moment - began, 6) for moment in clock.times_s),
@@ -165,7 +167,7 @@ def measure_baseline(
             return generate_once(
                 model,
                 prompts,
-                output_len=workload.output_len,
+                output_lens=workload.generated_lens,
                 batch_size=batch_size,
                 pad_token_id=pad_token_id,
                 sampling=workload.sampling,
@@ -203,18 +205,21 @@ def measure_baseline(
     )
     sizes = micro_batch_sizes(len(prompts), batch_size)
     durations = [one.duration_s for one in passes]
+    order, lens = sort_by_length(prompts), workload.generated_lens
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     steady = is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, protocol.steady_tolerance)
     return Measurement(
         method="hf_forward" if workload.kind == "score" else "hf_generate",
         batch_size=batch_size,
         prompt_lens=tuple(len(prompt) for prompt in prompts),
-        order=sort_by_length(prompts),
+        order=order,
         output_len=workload.generated_len,
+        output_lens=workload.unlike_lens,
         micro_batch_sizes=sizes,
         tasks=tuple(
             TaskShape(micro_batch=batch, step=step, first_row=0, end_row=size)
-            for batch, size in enumerate(sizes)
-            for step in range(max(1, workload.generated_len))
+            for batch, (size, chosen) in enumerate(zip(sizes, batches, strict=True))
+            for step in range(max(1, *(lens[index] for index in chosen)))
         ),
         iterations=tuple(
             Iteration(duration_s=round(one.duration_s, 6), token_times_s=one.token_times_s, stages=()) for one in passes

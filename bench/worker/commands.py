@@ -341,6 +341,7 @@ class Worker:
             spec.plan,
             self.tokens.of_workload(spec.workload),
             output_len=spec.workload.generated_len,
+            output_lens=spec.workload.unlike_lens,
             in_flight=effective.in_flight,
             pad_token_id=self.tokens.pad_token_id,
             sampling=spec.workload.sampling,

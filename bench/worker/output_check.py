@@ -140,7 +140,7 @@ def make_reference_from_plan(
     plan, dtype = plan.replica(0), host.stage.dtype
     host.apply(plan)
     host.status.phase = "reference"
-    jobs = (dataclasses.replace(job, keep_margins=not job.scores),)
+    jobs = (dataclasses.replace(job, keep_margins=not job.scores, output_lens=None),)
     host.open(jobs)
     result = host.run(jobs)
     checked = choose_checked(job.prompts, protocol.check_prompts)

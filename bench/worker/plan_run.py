@@ -175,6 +175,7 @@ class PlanRun:
             **self._shapes(jobs),
             prompt_lens=tuple(len(prompt) for prompt in self.job.prompts),
             output_len=self.job.output_len,
+            output_lens=self.job.output_lens,
             iterations=tuple(iterations),
             memory=memory,
             check=check,

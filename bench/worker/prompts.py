@@ -20,7 +20,7 @@ from pipetune.bench.files import read_text
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.models.checkpoint import HASHED
 from pipetune.bench.models.resolve import ResolvedModel
-from pipetune.bench.prompts.file import read_prompts
+from pipetune.bench.prompts.file import output_lens, read_requests
 from pipetune.bench.prompts.forms import Chat, Prompt
 from pipetune.bench.spec import Workload
 from pipetune.bench.worker.channel import ControlGroup
@@ -156,13 +156,16 @@ def load_prompts(
         prompts = random_prompts(workload, vocab_size)
     else:
         path = workload.prompts_file
-        entries = read_prompts(path, workload.generated_len)
+        entries = read_requests(path)
         if len(entries) < workload.num_prompts:
             raise ConfigError(
                 f"workload.num_prompts={workload.num_prompts}, but {path} holds {len(entries)} prompts; "
                 "lower --num-prompts or add prompts"
             )
-        prompts = tuple(encode(entry, tokenizer, vocab_size, place) for place, entry in entries[: workload.num_prompts])
+        if output_lens(workload, entries) not in (None, workload.output_lens):
+            raise ConfigError(f"{path}: its lines have output lengths of their own; give them as workload.output_lens")
+        used = entries[: workload.num_prompts]
+        prompts = tuple(encode(request.prompt, tokenizer, vocab_size, place) for place, request in used)
     longest = max(len(prompt) for prompt in prompts)
     if workload.kind == "score" and longest < 2:
         raise ConfigError(

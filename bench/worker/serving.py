@@ -27,7 +27,7 @@ class Serving:
         plan: Plan,
         in_flight: int,
         prompts: list[Any],
-        max_new_tokens: int,
+        max_new_tokens: int | tuple[int, ...],
         ignore_eos: bool,
         sampling: Sampling | None,
     ) -> dict[str, Any]:
@@ -59,13 +59,15 @@ class Serving:
         mine = {index: {"logprobs": values.clamp(min=least).tolist()} for index, values in found.items()}
         return {"results": self._gathered(job, own, mine)}
 
-    def _job(self, plan: Plan, in_flight: int, prompts: list[Any], max_new_tokens: int) -> Job:
+    def _job(self, plan: Plan, in_flight: int, prompts: list[Any], max_new_tokens: int | tuple[int, ...]) -> Job:
         """Moves to the plan; the pass over prompts as they were given."""
-        rows = self._tokens.encode(prompts, max_new_tokens)
+        lens = None if isinstance(max_new_tokens, int) else max_new_tokens
+        longest = max_new_tokens if isinstance(max_new_tokens, int) else max(max_new_tokens)
+        rows = self._tokens.encode(prompts, longest)
         if plan != self._host.plan:
             self._host.apply(plan)
         pad_token_id = self._tokens.pad_token_id
-        return job_of(plan, rows, output_len=max_new_tokens, in_flight=in_flight, pad_token_id=pad_token_id)
+        return job_of(plan, rows, output_len=longest, output_lens=lens, in_flight=in_flight, pad_token_id=pad_token_id)
 
     def _run(self, job: Job, phase: str) -> tuple[Job | None, PassResult | None]:
         """What this rank's replica works on of the job, and what this rank knows after it."""

@@ -35,13 +35,13 @@ def make_reference(
     if workload.kind == "score":
         return _scored(model, prompts, protocol, dtype, pad_token_id, workload_digest)
     checked = choose_checked(prompts, protocol.check_prompts)
-    output_len, sampling = workload.output_len, workload.sampling
+    output_len, sampling = workload.generated_len, workload.sampling
     u = None if sampling is None else uniforms(sampling, range(len(prompts)), output_len)
     own = _at_a_size_that_fits(
         lambda size: generate_once(
             model,
             prompts,
-            output_len=output_len,
+            output_lens=(output_len,) * len(prompts),
             batch_size=size,
             pad_token_id=pad_token_id,
             processor=None

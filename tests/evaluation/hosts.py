@@ -86,7 +86,10 @@ def _fault(what: str, model: Path, folder: Path) -> tuple[float, float]:
 def _rate(num_hosts: int, model: Path, folder: Path) -> float:
     """Passes a second of one plan, in the median."""
     with two_hosts(CABLE) as hosts:
-        given: dict[str, Any] = {"num_iters": 60, "output_len": 16}
+        given: dict[str, Any] = {
+            "num_iters": 60,
+            "workload": {"num_prompts": 6, "input_len": 12, "output_len": 16},
+        }
         for core, host in enumerate(hosts):
             # Workers take all cores of their host.
             host.prefix = () if num_hosts == 1 else ("taskset", "-c", str(core))

@@ -12,7 +12,7 @@ from typing import Any
 from pipetune.bench import metrics
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.fleet.experiment import Experiment, Labels
-from pipetune.bench.prompts.file import read_prompts
+from pipetune.bench.prompts.file import read_requests
 from pipetune.bench.record import Failure, Measurement, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, Value
 from pipetune.tuner.commands.plan_request import PlanRequest
@@ -250,7 +250,7 @@ class _Work:
         prompts = self.experiment.fleet.prompts(workload)
         texts: Sequence[object] = prompts
         if workload.prompts_file is not None:
-            texts = [prompt for _, prompt in read_prompts(workload.prompts_file, workload.generated_len)]
+            texts = [request.prompt for _, request in read_requests(workload.prompts_file)]
         rows: list[dict[str, Any]]
         if workload.kind == "score":
             self.reporter.begin(f"scoring {len(prompts)} texts")
@@ -261,7 +261,7 @@ class _Work:
             results = self.experiment.fleet.generate(
                 effective.plan,
                 prompts,
-                max_new_tokens=workload.output_len,
+                max_new_tokens=workload.generated_lens,
                 in_flight=effective.in_flight,
                 ignore_eos=self.job.ignore_eos,
                 sampling=workload.sampling,

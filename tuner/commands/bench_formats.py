@@ -29,6 +29,7 @@ def _row(result: BenchResult, outcome: Measurement) -> dict[str, Any]:
         "num_prompts": len(outcome.prompt_lens),
         "input_tokens": sum(outcome.prompt_lens),
         "output_len": outcome.output_len,
+        "output_tokens": sum(outcome.generated_lens),
         "iterations": len(rates),
         "throughput_sd": statistics.stdev(rates) if len(rates) > 1 else None,
         **metrics.derive(outcome),
@@ -44,7 +45,7 @@ def _vllm(row: Mapping[str, Any]) -> str:
         "completed": row["num_prompts"],
         "duration": row["duration_s"],
         "total_input_tokens": row["input_tokens"],
-        "total_output_tokens": row["num_prompts"] * row["output_len"],
+        "total_output_tokens": row["output_tokens"],
         "max_concurrency": None,
     }
     return json.dumps(values | {name: row[name] for name in row if name.endswith(("_throughput", "_ms"))}) + "\n"

@@ -359,8 +359,10 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
                 f"{metric} needs at least {needed} prompts and this workload has {workload.num_prompts}; "
                 f"give --num-prompts {needed} or more, or use a lower percentile"
             )
-    if "_tpot_" in metric and workload.output_len < 2:
-        return f"{metric} needs an output of at least 2 tokens, not {workload.output_len}; give --output-len 2 or more"
+    if "_tpot_" in metric and workload.generated_len < 2:
+        return (
+            f"{metric} needs an output of at least 2 tokens, not {workload.generated_len}; give --output-len 2 or more"
+        )
     if metric in names(workload.generated_len):
         return f"{metric} needs protocol.instrument: true"
     if not gpu and metric in names(workload.generated_len, gpu=True):

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipetune.bench.errors import ConfigError, explain
-from pipetune.bench.prompts.file import read_prompts, rereadable
+from pipetune.bench.prompts.file import output_lens, read_requests, rereadable
 from pipetune.bench.spec import SMOLLM2, ModelSpec, device_kind
 from pipetune.tuner.config.schema import GPU_DEFAULTS, TuneConfig, check_metrics, in_task
 from pipetune.tuner.config.settings import ENVIRONMENT_PREFIX, KeyPath, Setting, leaves_of, section_of, settings_of
@@ -189,10 +189,13 @@ def _with_prompts(resolved: Resolved, place: str) -> Resolved:
         return resolved
     path = rereadable(workload.prompts_file)
     resolved = _with(resolved, ("workload", "prompts_file"), path, place)
-    count = len(read_prompts(path, workload.generated_len))
-    if count >= workload.num_prompts or ("workload", "num_prompts") in resolved.sources:
-        return resolved
-    return _with(resolved, ("workload", "num_prompts"), count, f"{path}: all its prompts")
+    requests = read_requests(path)
+    if len(requests) < workload.num_prompts and ("workload", "num_prompts") not in resolved.sources:
+        resolved = _with(resolved, ("workload", "num_prompts"), len(requests), f"{path}: all its prompts")
+    workload = resolved.config.workload
+    if len(requests) >= workload.num_prompts and (lens := output_lens(workload, requests)) is not None:
+        resolved = _with(resolved, ("workload", "output_lens"), lens, path)
+    return resolved
 
 
 def _with(resolved: Resolved, path: KeyPath, value: object, source: str) -> Resolved:

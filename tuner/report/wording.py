@@ -155,7 +155,9 @@ def workload_text(workload: Workload, prompt_lens: Sequence[int] = ()) -> str:
     given += f" × {length} tokens" if prompt_lens or not workload.prompts_file else ""
     if workload.kind == "score":
         return f"{given}, scored"
-    return f"{given} → {workload.output_len} new each, {sampling_text(workload.sampling)}"
+    least, most = min(workload.generated_lens), workload.generated_len
+    new = f"{most}" if least == most else f"{least}–{most}"
+    return f"{given} → {new} new each, {sampling_text(workload.sampling)}"
 
 
 def sampling_text(sampling: Sampling | None) -> str:

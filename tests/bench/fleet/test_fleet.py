@@ -18,6 +18,7 @@ import pytest
 from pipetune.bench.errors import ConfigError, ModelError, PlanError, StudyError
 from pipetune.bench.fleet.fleet import Fleet, Progress
 from pipetune.bench.fleet.supervisor import Supervisor
+from pipetune.bench.metrics import derive
 from pipetune.bench.record import Failure, FailureKind, Measurement
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
 from tests.hooks import break_workers
@@ -371,3 +372,39 @@ def test_a_plan_with_more_stages_on_a_device_than_workers_is_refused(fleet: Flee
     plan = Plan.from_layer_counts((3, 3), ("cuda:0", "cuda:0"), 2)
     with pytest.raises(PlanError, match="cuda:0 holds 2 stages"):
         fleet.generate(plan, [[3, 4]], max_new_tokens=2)
+
+
+def test_prompts_may_want_unlike_numbers_of_tokens(fleet: Fleet, tmp_path: Path) -> None:
+    workload = WORKLOAD.model_copy(update={"output_lens": (7, 1, 3, 5, 2, 4)})
+    assert fleet.make_reference(tmp_path / "reference", workload, PROTOCOL) is None
+    single = Plan.from_layer_counts((4, 2), DEVICES, 2)
+    twice = single.model_copy(
+        update={
+            "stages": Plan.from_layer_counts((6,), DEVICES[:1], 2).stages,
+            "replicas": 2,
+            "replica_devices": (("cpu:1",),),
+        }
+    )
+    for plan in (single, twice):
+        spec = RunSpec(model=fleet.model, workload=workload, plan=plan, protocol=PROTOCOL)
+        effective = fleet.resolve(plan, workload)
+        assert isinstance(effective, EffectivePlan)
+        outcome = fleet.measure(spec, effective)
+        assert isinstance(outcome, Measurement), outcome
+        assert outcome.check is not None
+        assert outcome.check.tokens_equal is True
+        rows = list(outcome.order)
+        pairs = [max(workload.generated_lens[index] for index in rows[first : first + 2]) for first in (0, 2, 4)]
+        if plan is single:
+            assert len(outcome.tasks) == sum(pairs)
+        assert derive(outcome)["output_throughput"] == pytest.approx(22 / derive(outcome)["duration_s"])
+    baseline = fleet.baseline(workload, PROTOCOL, batch_size=4)
+    assert isinstance(baseline, Measurement)
+    assert baseline.output_lens == workload.output_lens
+    prompts = fleet.prompts(workload)
+    given = fleet.generate(single, prompts, max_new_tokens=workload.generated_lens, ignore_eos=True)
+    whole = fleet.generate(single, prompts, max_new_tokens=7, ignore_eos=True)
+    lens = zip(given, whole, workload.generated_lens, strict=True)
+    assert all(few.token_ids == many.token_ids[:length] for few, many, length in lens)
+    with pytest.raises(ConfigError, match="max_new_tokens: 2 numbers for 6 prompts"):
+        fleet.generate(single, prompts, max_new_tokens=(1, 2))

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.prompts.file import read_prompts, read_text, rereadable, sha256_of
+from pipetune.bench.prompts.file import output_lens, read_requests, read_text, rereadable, sha256_of
+from pipetune.bench.prompts.forms import Request
+from pipetune.bench.spec import Workload
 
 LINES = '{"prompt": "one"}\n\n{"prompt": "two"}\n'
 
@@ -29,7 +31,7 @@ LINES = '{"prompt": "one"}\n\n{"prompt": "two"}\n'
 def test_line_ends_and_byte_order_marks_change_nothing(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(data)
-    assert read_prompts(path, 4) == [(f"{path}:1", "one"), (f"{path}:3", "two")]
+    assert read_requests(path) == [(f"{path}:1", Request("one", None)), (f"{path}:3", Request("two", None))]
     assert sha256_of(read_text(path)) == sha256_of(LINES)
 
 
@@ -39,14 +41,14 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     rows = [json.dumps({"prompt": text}, ensure_ascii="\f" in text) for text in texts]
     # Joined files have byte order marks within.
     path.write_text("\n\ufeff".join(rows) + "\n", encoding="utf-8")
-    assert [prompt for _, prompt in read_prompts(path, 4)] == texts
+    assert [request.prompt for _, request in read_requests(path)] == texts
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_an_array_is_read_as_its_items(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps([{"prompt": "one"}, {"conversations": []}, {"prompt": [1, 2]}], indent=indent))
-    assert read_prompts(path, 4) == [(f"{path}[0]", "one"), (f"{path}[2]", [1, 2])]
+    assert read_requests(path) == [(f"{path}[0]", Request("one", None)), (f"{path}[2]", Request([1, 2], None))]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_what_is_no_prompts_file_is_named(tmp_path: Path, data: bytes, message: 
     path = tmp_path / "p.jsonl"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=message) as caught:
-        read_prompts(path, 4)
+        read_requests(path)
     assert str(path) in str(caught.value)
 
 
@@ -88,7 +90,7 @@ def test_a_pipe_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     writer.join()
     # A second side of a gate asks for it again.
     assert rereadable(str(pipe)) == kept
-    assert [prompt for _, prompt in read_prompts(kept, 4)] == ["one", "two"]
+    assert [request.prompt for _, request in read_requests(kept)] == ["one", "two"]
 
 
 def test_a_number_of_this_process_is_the_file_behind_it(tmp_path: Path) -> None:
@@ -97,3 +99,16 @@ def test_a_number_of_this_process_is_the_file_behind_it(tmp_path: Path) -> None:
     assert rereadable(str(path)) == str(path)
     with path.open() as file:
         assert rereadable(f"/dev/fd/{file.fileno()}") == str(path)
+
+
+def test_lines_say_how_many_tokens_they_want(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "output_tokens": 7}\n{"prompt": "b"}\n{"prompt": "c", "max_tokens": "3"}\n')
+    requests = read_requests(path)
+    workload = Workload(num_prompts=3, output_len=4, prompts_file=str(path))
+    assert output_lens(workload, requests) == (7, 4, 3)
+    assert output_lens(workload.model_copy(update={"num_prompts": 2}), requests) == (7, 4)
+    # What says the same as the workload changes nothing, nor its digest.
+    assert output_lens(Workload(num_prompts=1, output_len=7), requests) is None
+    with pytest.raises(ConfigError, match=r"p\.jsonl:1: nothing is generated where texts are scored"):
+        output_lens(Workload(num_prompts=3, kind="score"), requests)

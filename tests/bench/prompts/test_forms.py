@@ -10,7 +10,7 @@ import torch
 from transformers import BatchEncoding
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.prompts.forms import Chat, prompts_of, prompts_of_call
+from pipetune.bench.prompts.forms import Chat, prompts_of_call, requests_of
 
 USER = {"role": "user", "content": "Hello"}
 BODY = {"model": "m", "messages": [USER], "max_tokens": 4, "temperature": 0.5}
@@ -42,7 +42,20 @@ TURNS = [{"from": "system", "value": "s"}, {"from": "human", "value": "first"}, 
     ],
 )
 def test_forms_that_are_read(value: dict[str, Any], prompts: list[object]) -> None:
-    assert prompts_of(value, 4, "p:1") == prompts
+    assert [request.prompt for request in requests_of(value, "p:1")] == prompts
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"prompt": "text", key: 7} for key in ("max_tokens", "output_len", "output_length", "num_predict")),
+        {"prompt": "text", "output_tokens": "7"},
+        {"prompt": "text", "sampling_params": {"max_tokens": 7, "max_new_tokens": 7}},
+        {"body": {**BODY, "max_tokens": 7}},
+    ],
+)
+def test_a_line_may_say_how_many_tokens_it_wants(given: dict[str, Any]) -> None:
+    assert [request.output_len for request in requests_of(given, "p:1")] == [7]
 
 
 @pytest.mark.parametrize(
@@ -59,25 +72,18 @@ def test_forms_that_are_read(value: dict[str, Any], prompts: list[object]) -> No
         ({"prompt": "\ud83d"}, r"'\\ud83d' at character 1 is a lone surrogate"),
         ({"messages": [{"role": "user", "content": "a\udc00"}]}, "at character 2 is a lone surrogate"),
         *(
-            ({"prompt": "text", key: 5}, f"{key}=5: lengths")
-            for key in (
-                "max_tokens",
-                "output_len",
-                "outputLength",
-                "min_new_tokens",
-                "prompt_len",
-                "num_predict",
-                "OSL",
-            )
+            ({"prompt": "text", key: 5}, f"{key}=5: no length of an output; take it out, or name it output_tokens")
+            for key in ("outputLength", "min_new_tokens", "prompt_len", "input_length", "OSL")
         ),
-        ({"prompt": "text", "output_tokens": "7"}, "output_tokens=7: lengths"),
-        ({"prompt": "text", "sampling_params": {"max_tokens": 8}}, "max_tokens=8: lengths"),
-        ({"body": {**BODY, "max_tokens": 9}}, "max_tokens=9: lengths"),
+        ({"prompt": "text", "output_tokens": 0}, "output_tokens=0: must be a whole number of tokens, at least 1"),
+        ({"prompt": "text", "output_tokens": -3}, "output_tokens=-3: must be a whole number"),
+        ({"prompt": "text", "output_tokens": 2.5}, "output_tokens=2.5: must be a whole number"),
+        ({"prompt": "text", "output_tokens": 5, "max_tokens": 6}, "max_tokens=6, and another key says 5"),
     ],
 )
 def test_forms_that_are_refused_by_name(value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        prompts_of(value, 4, "p:1")
+        requests_of(value, "p:1")
     assert str(caught.value).startswith("p:1: ")
 
 

@@ -244,10 +244,17 @@ def test_prompts_of_a_pipe_are_named_by_their_copy(tmp_path: Path, monkeypatch: 
 
 def test_what_is_wrong_with_prompts_is_said_at_once(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "max_tokens": 4}\n')
-    with pytest.raises(ConfigError, match=r"p.jsonl:1: max_tokens=4: lengths .*--output-len"):
+    path.write_text('{"prompt": "a", "min_tokens": 4}\n')
+    with pytest.raises(ConfigError, match=r"p.jsonl:1: min_tokens=4: no length of an output"):
         workload(path, num_prompts=1)
-    assert workload(path, num_prompts=1, output_len=4).output_len == 4
+
+
+def test_output_lengths_of_lines_are_part_of_the_workload(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "max_tokens": 4}\n{"prompt": "b"}\n')
+    found = workload(path)
+    assert (found.num_prompts, found.output_lens) == (2, (4, 16))
+    assert workload(path, num_prompts=1, output_len=4).output_lens is None
 
 
 def test_a_folder_is_named_by_its_full_path_and_an_id_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

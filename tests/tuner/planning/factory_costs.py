@@ -55,7 +55,7 @@ def make_model(costs: FactoryCosts | None = None, *, shape: ModelShape | None = 
     return CostModel(
         shape=shape or make_shape(),
         prompt_lens=make_prompt_lens(WORKLOAD),
-        output_len=WORKLOAD.generated_len,
+        output_lens=WORKLOAD.generated_lens,
         costs=costs or FactoryCosts(),
         gaps_s={},
         stalls_s={},

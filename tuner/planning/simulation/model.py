@@ -46,7 +46,7 @@ class CostModel:
 
     Args:
         prompt_lens: of all prompts, tokens, in any order.
-        output_len: tokens generated for each prompt; 0 where texts are scored.
+        output_lens: tokens generated for each prompt; 0 where texts are scored.
         gaps_s: of each device by its name or its kind, as in `GAPS_S`.
         stalls_s: of each receiving device, as in `STALLS_S`.
         contention: None where the costs hold as they are.
@@ -54,7 +54,7 @@ class CostModel:
 
     shape: ModelShape
     prompt_lens: tuple[int, ...]
-    output_len: int
+    output_lens: tuple[int, ...]
     costs: Costs
     gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
     stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
@@ -68,7 +68,7 @@ class CostModel:
         return cls(
             shape=shape,
             prompt_lens=tuple(prompt_lens),
-            output_len=workload.generated_len,
+            output_lens=workload.unlike_lens or (workload.generated_len,) * len(prompt_lens),
             costs=NominalCosts(shape, scores=workload.generated_len == 0) if costs is None else costs,
             contention=costs.contention if isinstance(costs, ProfiledCosts) else None,
         )
@@ -79,8 +79,10 @@ class CostModel:
         return len(self.prompt_lens)
 
     @cached_property
-    def _longest_first(self) -> tuple[int, ...]:
-        return tuple(sorted(self.prompt_lens, reverse=True))
+    def _longest_first(self) -> tuple[tuple[int, int], ...]:
+        """Lengths of each prompt and of its output."""
+        lens = zip(self.prompt_lens, self.output_lens, strict=True)
+        return tuple(sorted(lens, key=lambda pair: -pair[0]))
 
     def kinds(self, plan: Plan, in_flight: int | None = None) -> Counter[TaskKind]:
         """How many tasks of each kind every stage runs, in the replica that has most prompts.
@@ -114,9 +116,10 @@ class CostModel:
         return tuple(found[index] for index in range(len(plans)))
 
     def _sequence(self, plan: Plan, in_flight: int | None, replica: int) -> TaskSequence:
+        prompt_lens, output_lens = zip(*self._longest_first[replica :: plan.replicas], strict=True)
         return task_sequence_of(
-            self._longest_first[replica :: plan.replicas],
-            output_len=self.output_len,
+            prompt_lens,
+            output_len=output_lens,
             micro_batch_size=plan.micro_batch_size,
             prefill_size=plan.prefill_size,
             chunk_size=plan.prefill_chunk_size,
@@ -138,7 +141,7 @@ class CostModel:
             sequence = self._sequence(plans[0], in_flight, replica)
             runs.append(self._run(sequence, own, bounds, sharers, plans[0].replicas))
         return predictions_of(
-            runs, prompt_lens=self.prompt_lens, output_len=self.output_len, num_stages=width * plans[0].replicas
+            runs, prompt_lens=self.prompt_lens, output_lens=self.output_lens, num_stages=width * plans[0].replicas
         )
 
     def _run(

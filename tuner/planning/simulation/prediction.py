@@ -55,27 +55,27 @@ class SimulatedRun:
 
 
 def predictions_of(
-    runs: Sequence[SimulatedRun], *, prompt_lens: Sequence[int], output_len: int, num_stages: int
+    runs: Sequence[SimulatedRun], *, prompt_lens: Sequence[int], output_lens: Sequence[int], num_stages: int
 ) -> list[Prediction]:
     """One prediction of each plan, derived from simulated times as `bench.metrics.derive` does from measured ones.
 
     Args:
         runs: of the replicas that have prompts.
         prompt_lens: of all prompts, tokens.
-        output_len: tokens generated for each; 0 where texts are scored.
+        output_lens: tokens generated for each; 0 where texts are scored.
         num_stages: of all replicas.
     """
     duration_s: Floats = np.max([run.timeline.last_ends_s[-1] for run in runs], axis=0)
     busy_s = _of_stages([run.busy_s for run in runs], num_stages)
     ended_s = _of_stages([run.timeline.ended_s for run in runs], num_stages)
     active_s = ended_s - _of_stages([run.timeline.began_s for run in runs], num_stages)
-    num_prompts, output_tokens = len(prompt_lens), len(prompt_lens) * output_len
+    num_prompts, output_tokens = len(prompt_lens), sum(output_lens)
     metrics = {"output_throughput": output_tokens / duration_s} if output_tokens else {}
     metrics |= {
         "total_token_throughput": (sum(prompt_lens) + output_tokens) / duration_s,
         "request_throughput": num_prompts / duration_s,
         "duration_s": duration_s,
-        **_latencies(runs, num_prompts, output_len),
+        **_latencies(runs, num_prompts),
         **_bubble(duration_s, busy_s, active_s),
         "comm_ms": (ended_s - busy_s).sum(axis=0) * 1e3,
     }
@@ -108,7 +108,7 @@ def _of_stages(parts: Sequence[Floats], num_stages: int) -> Floats:
     return np.concatenate([together, idle]) if len(idle) else together
 
 
-def _latencies(runs: Sequence[SimulatedRun], num_prompts: int, output_len: int) -> dict[str, Floats]:
+def _latencies(runs: Sequence[SimulatedRun], num_prompts: int) -> dict[str, Floats]:
     """`[plan]` by metric."""
 
     def known(seconds: str, tasks: str) -> Floats:
@@ -117,10 +117,11 @@ def _latencies(runs: Sequence[SimulatedRun], num_prompts: int, output_len: int) 
 
     last, first = known("last_ends_s", "last_tokens"), known("last_ends_s", "first_tokens")
     found = {"queue": known("first_starts_s", "begins"), "e2el": last}
-    if output_len > 0:
+    lens = np.concatenate([run.sequence.output_lens for run in runs])
+    if lens.max() > 0:
         found["ttft"] = first
-    if output_len > 1:
-        found["tpot"] = (last - first) / (output_len - 1)
+    if lens.max() > 1:
+        found["tpot"] = ((last - first) / np.maximum(lens - 1, 1)[:, None])[lens > 1]
     values = {}
     labels = {"median": 0.5} | {label: q for label, q in PERCENTILES.items() if num_prompts >= samples_needed(q)}
     for name in (name for name in LATENCIES if name in found):

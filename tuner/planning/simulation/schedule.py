@@ -57,19 +57,22 @@ class TaskSequence:
     first_tokens: Indices
     last_tokens: Indices
     """`[prompt]`, longest first: tasks that first work on it, that give its first and that give its last token."""
+    output_lens: Indices
+    """`[prompt]`, tokens generated for it."""
 
     @classmethod
-    def of(cls, tasks: Sequence[Task], sizes: Sequence[int], *, scores: bool) -> TaskSequence:
-        """The sequence of a schedule over micro-batches of these sizes."""
+    def of(cls, tasks: Sequence[Task], sizes: Sequence[int], output_lens: Sequence[int]) -> TaskSequence:
+        """The sequence of a schedule over micro-batches of these sizes, whose rows generate so many tokens."""
         known: dict[TaskKind, int] = {}
         kind_of = []
+        lens, scores = np.asarray(output_lens, dtype=np.intp), not any(output_lens)
         first_rows = np.concatenate([[0], np.cumsum(sizes)])
         begins, first_tokens, last_tokens = (np.full(first_rows[-1], -1, dtype=np.intp) for _ in range(3))
         for index, task in enumerate(tasks):
             kind = TaskKind(task.num_rows, task.num_tokens, task.first_token, task.samples or scores)
             kind_of.append(known.setdefault(kind, len(known)))
             rows = slice(first_rows[task.micro_batch] + task.first_row, first_rows[task.micro_batch] + task.end_row)
-            last_tokens[rows] = index
+            last_tokens[rows] = np.where(scores | (task.step < lens[rows]), index, last_tokens[rows])
             if task.is_prefill:
                 begins[rows] = np.where(begins[rows] < 0, index, begins[rows])
                 first_tokens[rows] = index
@@ -86,6 +89,7 @@ class TaskSequence:
             begins=begins,
             first_tokens=first_tokens,
             last_tokens=last_tokens,
+            output_lens=lens,
         )
 
 
@@ -121,7 +125,7 @@ def _past_shares(past: int) -> tuple[tuple[int, float], ...]:
 def task_sequence_of(
     prompt_lens: tuple[int, ...],
     *,
-    output_len: int,
+    output_len: int | tuple[int, ...],
     micro_batch_size: int,
     prefill_size: int,
     chunk_size: int | None,
@@ -130,20 +134,21 @@ def task_sequence_of(
     """The sequence over prompts of these lengths, longest first.
 
     Args:
-        output_len: tokens generated for each; 0 where texts are scored.
+        output_len: tokens generated for each, or for each of them; 0 where texts are scored.
         in_flight: micro-batches resident at once; None means all.
     """
     sizes = micro_batch_sizes(len(prompt_lens), micro_batch_size)
     first_rows = np.concatenate([[0], np.cumsum(sizes)])
+    lens = (output_len,) * len(prompt_lens) if isinstance(output_len, int) else output_len
     tasks = build_schedule(
         sizes,
         prompt_lens=[prompt_lens[first] for first in first_rows[:-1]],
-        output_len=max(1, output_len),
+        output_len=[max(1, *lens[first : first + size]) for first, size in zip(first_rows, sizes, strict=False)],
         in_flight=in_flight or len(sizes),
         prefill_size=prefill_size,
         chunk_size=chunk_size,
     )
-    return TaskSequence.of(tasks, sizes, scores=output_len == 0)
+    return TaskSequence.of(tasks, sizes, lens)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -141,6 +141,7 @@ def _timed_settings(workload: Workload) -> dict[str, object]:
         "kind": workload.kind,
         "num_prompts": workload.num_prompts,
         "output_len": workload.generated_len,
+        "output_lens": workload.unlike_lens,
         "sampled": workload.sampling is not None,
         "prompts_sha256": workload.prompts_sha256,
     }

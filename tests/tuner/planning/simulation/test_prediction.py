@@ -16,7 +16,9 @@ LENS = (40, 12, 33, 25, 25, 18, 7, 30, 21, 16, 11)
 GAPS_S = (0.004, 0.007)
 
 
-def run_of(lens: tuple[int, ...], output_len: int, busy_s: Floats | None = None) -> tuple[SimulatedRun, Floats]:
+def run_of(
+    lens: tuple[int, ...], output_len: int | tuple[int, ...], busy_s: Floats | None = None
+) -> tuple[SimulatedRun, Floats]:
     """Two stages over some prompts, longest first, with what each kind of task takes on each stage."""
     tasks = task_sequence_of(
         lens, output_len=output_len, micro_batch_size=3, prefill_size=2, chunk_size=16, in_flight=2
@@ -41,8 +43,8 @@ def traces_of(run: SimulatedRun, busy_s: Floats) -> tuple[StageTrace, StageTrace
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("output_len", [0, 1, 4])
-def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, output_len: int) -> None:
+@pytest.mark.parametrize("output_lens", [(0,) * 11, (1,) * 11, (4,) * 11, (3, 1, 5, 2, 1, 1, 4, 6, 2, 5, 1)])
+def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, output_lens: tuple[int, ...]) -> None:
     order = sorted(range(len(LENS)), key=lambda index: -LENS[index])
     shares = [order[replica::replicas] for replica in range(replicas)]
     runs: list[tuple[SimulatedRun, Floats]] = []
@@ -51,12 +53,13 @@ def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, out
     sizes: list[int] = []
     for share in shares:
         lens = tuple(LENS[index] for index in share)
-        runs.append(run_of(lens, output_len))
+        outputs = tuple(output_lens[index] for index in share)
+        runs.append(run_of(lens, outputs))
         own = micro_batch_sizes(len(share), 3)
         schedule = build_schedule(
             own,
             prompt_lens=[lens[3 * index] for index in range(len(own))],
-            output_len=max(1, output_len),
+            output_len=[max(1, *outputs[3 * index : 3 * index + 3]) for index in range(len(own))],
             in_flight=2,
             prefill_size=2,
             chunk_size=16,
@@ -65,13 +68,14 @@ def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, out
         counts.append(len(schedule))
         sizes += own
     (prediction,) = predictions_of(
-        [run for run, _ in runs], prompt_lens=LENS, output_len=output_len, num_stages=2 * replicas
+        [run for run, _ in runs], prompt_lens=LENS, output_lens=output_lens, num_stages=2 * replicas
     )
     measured = derive(
         Measurement(
             prompt_lens=LENS,
             order=tuple(index for share in shares for index in share),
-            output_len=output_len,
+            output_len=max(output_lens),
+            output_lens=output_lens if len(set(output_lens)) > 1 else None,
             micro_batch_sizes=tuple(sizes),
             tasks=tuple(tasks),
             replica_tasks=tuple(counts) if replicas > 1 else None,
@@ -93,7 +97,7 @@ def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, out
 
 def test_a_replica_without_prompts_has_idle_stages() -> None:
     run, _ = run_of((9, 8), 2)
-    one, two = (predictions_of([run], prompt_lens=(9, 8), output_len=2, num_stages=count)[0] for count in (2, 4))
+    one, two = (predictions_of([run], prompt_lens=(9, 8), output_lens=(2, 2), num_stages=count)[0] for count in (2, 4))
     assert two.duration_s == one.duration_s
     assert two.stage_busy_s == (*one.stage_busy_s, 0.0, 0.0)
     assert two.ideal_s == pytest.approx(one.ideal_s / 2)
@@ -103,7 +107,7 @@ def test_a_replica_without_prompts_has_idle_stages() -> None:
 def predicted(lens: tuple[int, ...], output_len: int, stages_s: tuple[float, float]) -> Prediction:
     kinds = len(run_of(lens, output_len)[0].sequence.kinds)
     run, _ = run_of(lens, output_len, np.tile(np.array(stages_s)[None, :, None], (kinds, 1, 1)))
-    return predictions_of([run], prompt_lens=lens, output_len=output_len, num_stages=2)[0]
+    return predictions_of([run], prompt_lens=lens, output_lens=(output_len,) * len(lens), num_stages=2)[0]
 
 
 def test_it_says_where_the_time_goes() -> None:
@@ -127,7 +131,7 @@ def test_one_stage_is_limited_by_its_compute() -> None:
     busy_s = np.full((len(tasks.kinds), 1, 1), 0.1)
     timeline = simulate_plans(tasks, busy_s, np.empty((len(tasks.kinds), 0, 1)), np.zeros((len(tasks.kinds), 1)))
     run = SimulatedRun(sequence=tasks, timeline=timeline, busy_s=tasks.counts.sum() * busy_s[0])
-    (prediction,) = predictions_of([run], prompt_lens=(8,) * 4, output_len=3, num_stages=1)
+    (prediction,) = predictions_of([run], prompt_lens=(8,) * 4, output_lens=(3,) * 4, num_stages=1)
     assert prediction.limited_by == "compute"
     assert (prediction.duration_s, prediction.bound_s, prediction.ideal_s) == pytest.approx((0.6, 0.6, 0.6))
     assert prediction.metrics["bubble_ratio"] == pytest.approx(0.0)

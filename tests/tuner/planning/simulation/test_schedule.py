@@ -44,7 +44,10 @@ def tasks_of(schedule: dict[str, object]) -> tuple[Task, ...]:
 
 
 def sequence(schedule: dict[str, object]) -> TaskSequence:
-    return TaskSequence.of(tasks_of(schedule), schedule["sizes"], scores=False)  # type: ignore[arg-type]
+    sizes = schedule["sizes"]
+    assert isinstance(sizes, list)
+    tasks = tasks_of(schedule)
+    return TaskSequence.of(tasks, sizes, [1 + max(task.step for task in tasks)] * sum(sizes))
 
 
 def times(own: TaskSequence, num_stages: int, seed: int) -> tuple[Floats, Floats, Floats, Floats, Floats]:
