@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 HIGHER_IS_BETTER = frozenset(
     {
         "output_throughput",
+        "request_goodput",
+        "slo_attainment",
         "total_token_throughput",
         "request_throughput",
         "steady_utilization",
@@ -50,11 +53,13 @@ def samples_needed(quantile: float) -> int:
     return math.ceil(round(1.0 / (1.0 - quantile), 9))
 
 
-def metric_names(num_prompts: int, output_len: int, *, gpu: bool = False) -> tuple[str, ...]:
+def metric_names(num_prompts: int, output_len: int, *, gpu: bool = False, goodput: bool = False) -> tuple[str, ...]:
     """Names of the scalar metrics that a run of this size yields; percentiles with too few samples are absent."""
     names = ["total_token_throughput", "request_throughput", "duration_s"]
     if output_len > 0:
         names.insert(0, "output_throughput")
+    if goodput:
+        names += ["request_goodput", "slo_attainment"]
     for latency in LATENCIES:
         if (latency == "tpot" and output_len < 2) or (latency == "ttft" and output_len < 1):
             continue
@@ -91,6 +96,12 @@ def request_times_s(measurement: Measurement) -> tuple[dict[str, tuple[float, ..
     for prompts, prefills, _ in groups:
         begun |= {one: min(begun.get(one, prefills[0]), prefills[0]) for one in prompts if prefills}
     return tuple(_times_s(measurement, run, groups, begun) for run in measurement.iterations)
+
+
+def good_requests(times_s: Mapping[str, Sequence[float]], limits_ms: Mapping[str, float]) -> int:
+    """Requests of one iteration that keep all limits."""
+    kept = [[time <= limit / 1e3 for time in times_s[name]] for name, limit in limits_ms.items() if name in times_s]
+    return sum(map(all, zip(*kept, strict=True)))
 
 
 def _times_s(
@@ -197,10 +208,16 @@ def derive(measurement: Measurement) -> dict[str, float]:
         "duration_s": duration,
     }
     pooled: dict[str, list[float]] = {}
-    for times in request_times_s(measurement):
+    runs = request_times_s(measurement)
+    if measurement.goodput is not None:
+        limits = measurement.goodput.limits
+        counts = [good_requests(times, limits) for times in runs]
+        values["request_goodput"] = statistics.median(map(operator.truediv, counts, durations))
+        values["slo_attainment"] = sum(counts) / (len(counts) * len(measurement.prompt_lens))
+    for times in runs:
         for name, own in times.items():
-            counts = (length > 1 or name != "tpot" for length in measurement.generated_lens)
-            pooled.setdefault(name, []).extend(itertools.compress(own, counts))
+            has_one = (length > 1 or name != "tpot" for length in measurement.generated_lens)
+            pooled.setdefault(name, []).extend(itertools.compress(own, has_one))
     enough = {label: q for label, q in PERCENTILES.items() if len(measurement.prompt_lens) >= samples_needed(q)}
     for name in (name for name in LATENCIES if name in pooled):
         samples = sorted(pooled[name])

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from pipetune.bench.schedule import Task
-from pipetune.bench.spec import EffectivePlan, RunSpec, SchemaVersion, Value, digest_of
+from pipetune.bench.spec import EffectivePlan, Goodput, RunSpec, SchemaVersion, Value, digest_of
 
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Amount = Annotated[float, Field(ge=0, le=1e100)]
@@ -238,6 +238,8 @@ class Measurement(Value):
     """Most tokens generated for a prompt; 0 where texts were scored."""
     output_lens: tuple[Size, ...] | None = None
     """Tokens generated for each prompt, in the order given, where that differs."""
+    goodput: Goodput | None = None
+    """The workload's limits for a good request."""
     micro_batch_sizes: tuple[Size, ...]
     """Rows of each micro-batch, one replica after the other."""
     tasks: tuple[TaskShape, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     TypeAdapter,
+    model_serializer,
     model_validator,
 )
 
@@ -234,6 +236,45 @@ class Sampling(Value):
     seed: Annotated[int, Flag("Workload", "Seed of draws.", name="sampling_seed")] = 0
 
 
+class Goodput(Value):
+    """Most milliseconds that a good request takes: `ttft:500 tpot:50 e2el:2000`, as vLLM has it."""
+
+    ttft: float | None = Field(default=None, gt=0.0)
+    tpot: float | None = Field(default=None, gt=0.0)
+    e2el: float | None = Field(default=None, gt=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = value.replace(",", " ").split()
+        if not isinstance(value, (list, tuple)):
+            return value
+        pairs = [str(part).partition(":")[::2] for part in value]
+        names = ", ".join(cls.model_fields)
+        for name, limit in pairs:
+            if name not in cls.model_fields:
+                raise ValueError(f"{name!r} is no latency of a request; there are {names}, as in ttft:500")
+            try:
+                valid = 0.0 < float(limit) < math.inf
+            except ValueError:
+                valid = False
+            if not valid:
+                raise ValueError(f"{name}:{limit}: must be milliseconds above 0, as in {name}:500")
+        if len(dict(pairs)) < max(len(pairs), 1):
+            raise ValueError(f"give a limit for one or more of {names}, once each, as in ttft:500")
+        return dict(pairs)
+
+    @model_serializer
+    def _text(self) -> str:
+        return " ".join(f"{name}:{limit:.12g}" for name, limit in self.limits.items())
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """By latency."""
+        return {name: limit for name in type(self).model_fields if (limit := getattr(self, name)) is not None}
+
+
 class Workload(Value):
     """Prompts, how many, and what to do with each."""
 
@@ -262,6 +303,17 @@ class Workload(Value):
     """Output lengths are uniform in `output_len · (1 ± ratio)`, where no file says what they are."""
     seed: int = 0
     """Seed of random prompts."""
+    goodput: Annotated[
+        Goodput | None,
+        Flag(
+            "Workload",
+            "Limits of a good request in ms: ttft:500 tpot:50 e2el:2000.",
+            metavar="KEY:MS",
+            repeats=True,
+            before="temperature",
+        ),
+    ] = None
+    """What `request_goodput` and `slo_attainment` count as good; None counts nothing."""
     prompts_file: Annotated[
         str | None,
         Flag(
@@ -283,6 +335,8 @@ class Workload(Value):
     def _scores_are_not_sampled(self) -> Self:
         if self.kind == "score" and self.sampling is not None:
             raise ValueError("workload.sampling: nothing is sampled where texts are scored; leave it out")
+        if self.kind == "score" and self.goodput is not None and {*self.goodput.limits} != {"e2el"}:
+            raise ValueError("workload.goodput: where texts are scored there is no latency but e2el; give e2el alone")
         if self.output_lens is not None and len(self.output_lens) != self.num_prompts:
             raise ValueError(f"workload.output_lens: {len(self.output_lens)} of {self.num_prompts} prompts")
         return self

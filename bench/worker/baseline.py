@@ -215,6 +215,7 @@ def measure_baseline(
         order=order,
         output_len=workload.generated_len,
         output_lens=workload.unlike_lens,
+        goodput=workload.goodput,
         micro_batch_sizes=sizes,
         tasks=tuple(
             TaskShape(micro_batch=batch, step=step, first_row=0, end_row=size)

@@ -305,7 +305,7 @@ class Worker:
         reference = None
         if self.reference_path is not None and spec.protocol.check_outputs:
             reference = self._load_reference(self.reference_path, reference_digest(spec.model, spec.workload))
-        return {"outcome": PlanRun(self.host, spec.plan, job, spec.protocol, reference).measure()}
+        return {"outcome": PlanRun(self.host, spec, job, reference).measure()}
 
     @validate_call
     def do_profile(self, grid: ProfileGrid, packed_weights: bool, cuda_graphs: bool) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pipetune.bench.record import (
 )
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import PassResult
-from pipetune.bench.spec import Plan, Protocol, device_kind
+from pipetune.bench.spec import RunSpec, device_kind
 from pipetune.bench.worker.acceptance import is_steady, over_cap
 from pipetune.bench.worker.output_check import TimedCheck, check_output, wrong_logits
 from pipetune.bench.worker.reference import Reference
@@ -42,10 +42,11 @@ PEAK_NOT_RESET_NOTE = "peak memory is that of the process so far, not of this ru
 class PlanRun:
     """Measures one plan; every rank makes one and calls the same methods."""
 
-    def __init__(self, host: StageHost, plan: Plan, job: Job, protocol: Protocol, reference: Reference | None) -> None:
+    def __init__(self, host: StageHost, spec: RunSpec, job: Job, reference: Reference | None) -> None:
         """The job is over all prompts; without a reference nothing is compared."""
-        self.host, self.plan, self.job = host, plan, job
-        self.protocol, self.reference = protocol, reference
+        self.host, self.plan, self.job = host, spec.plan, job
+        self.protocol, self.reference = spec.protocol, reference
+        self.goodput = spec.workload.goodput
 
     def measure(self) -> Measurement | Failure | None:
         """Rank 0 gets the outcome, the others None."""
@@ -176,6 +177,7 @@ class PlanRun:
             prompt_lens=tuple(len(prompt) for prompt in self.job.prompts),
             output_len=self.job.output_len,
             output_lens=self.job.output_lens,
+            goodput=self.goodput,
             iterations=tuple(iterations),
             memory=memory,
             check=check,

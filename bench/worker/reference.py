@@ -237,6 +237,7 @@ def spread_of(logits: torch.Tensor, others: Sequence[torch.Tensor], dtype: torch
 
 def reference_digest(model: ModelSpec, workload: Workload) -> str:
     """What ties a reference to its model and workload; a prompts file counts by its content, wherever it lies."""
+    workload = workload.model_copy(update={"goodput": None})
     if workload.prompts_sha256 is not None:
         workload = workload.model_copy(update={"prompts_file": None})
     return f"{model.by_content.digest()}-{workload.digest()}"

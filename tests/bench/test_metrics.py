@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipetune.bench import metrics
 from pipetune.bench.record import Iteration, Measurement, StageTrace, TaskShape, Telemetry
-from pipetune.bench.spec import Plan, Workload
+from pipetune.bench.spec import Goodput, Plan, Workload
 from tests.record_factory import make_baseline_measurement, make_measurement, make_plan
 
 finite = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
@@ -168,3 +168,32 @@ def test_memory_fraction_leaves_out_what_the_process_took_before_the_model() -> 
     assert values["peak_memory_fraction"] == pytest.approx(
         (fullest.peak_bytes - fullest.baseline_bytes) / fullest.cap_bytes
     )
+
+
+def test_good_requests_keep_every_limit() -> None:
+    times = {"ttft": (0.1, 0.2, 0.3), "tpot": (0.05, 0.01, 0.01), "e2el": (1.0, 1.0, 2.0)}
+    assert metrics.good_requests(times, {"ttft": 250.0}) == 2
+    assert metrics.good_requests(times, {"ttft": 250.0, "tpot": 20.0}) == 1
+    assert metrics.good_requests(times, {"ttft": 300.0, "tpot": 50.0, "e2el": 2000.0}) == 3
+    assert metrics.good_requests(times, {"e2el": 10.0}) == 0
+
+
+def test_of_unlike_outputs_each_ends_with_its_own_last_token() -> None:
+    measurement = Measurement(
+        prompt_lens=(4, 4, 4), order=(2, 0, 1), output_len=4, output_lens=(1, 2, 4), micro_batch_sizes=(2, 1),
+        tasks=tuple(
+            TaskShape(micro_batch=batch, step=step, first_row=0, end_row=rows)
+            for batch, step, rows in ((0, 0, 2), (1, 0, 1), (0, 1, 2), (1, 1, 1), (0, 2, 2), (0, 3, 2))
+        ),
+        iterations=(Iteration(duration_s=6.0, token_times_s=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), stages=()),),
+        goodput=Goodput(e2el=4000),
+    )  # fmt: skip
+    (times,) = metrics.request_times_s(measurement)
+    assert times["ttft"] == (1.0, 2.0, 1.0)
+    assert times["e2el"] == (1.0, 4.0, 6.0)
+    assert times["tpot"] == pytest.approx((0.0, 2.0, 5 / 3))
+    derived = metrics.derive(measurement)
+    assert derived["output_throughput"] == pytest.approx(7 / 6)
+    # Of one token there is no time per token.
+    assert derived["mean_tpot_ms"] == pytest.approx(1e3 * (2 + 5 / 3) / 2)
+    assert (derived["request_goodput"], derived["slo_attainment"]) == pytest.approx((2 / 6, 2 / 3))

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from pipetune.bench.spec import (
     EffectivePlan,
+    Goodput,
     ModelSpec,
     Plan,
     Protocol,
@@ -294,3 +295,32 @@ def test_a_run_spec_round_trips() -> None:
         plan=Plan.from_layer_counts((7, 5), devices(2), 8, prefill_micro_batch_size=4),
     )
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_limits_of_a_good_request_are_written_as_vllm_writes_them() -> None:
+    for wanted in ("ttft:500 tpot:50", "ttft:500,tpot:50", ["ttft:500", "tpot:50"], {"ttft": 500, "tpot": 50}):
+        assert Workload.model_validate({"goodput": wanted}).goodput == Goodput(ttft=500, tpot=50)
+    text = Workload(goodput=Goodput(ttft=500, tpot=50)).model_dump_json()
+    assert '"ttft:500 tpot:50"' in text
+    assert Workload.model_validate_json(text).goodput == Goodput(ttft=500, tpot=50)
+
+
+@pytest.mark.parametrize(
+    "given", ["itl:5", "ttft", "ttft:x", "ttft:-1", "ttft:0", "ttft:nan", "ttft:inf", "", [], "ttft:1 ttft:2"]
+)
+def test_limits_that_say_nothing_are_refused(given: object) -> None:
+    with pytest.raises(ValueError, match="as in "):
+        Workload.model_validate({"goodput": given})
+
+
+def test_output_lengths_are_spread_and_the_same_for_a_seed() -> None:
+    workload = Workload(num_prompts=200, output_len=10, random_output_range_ratio=0.5)
+    lens = workload.generated_lens
+    assert (min(lens), max(lens)) == (5, 15)
+    assert lens == workload.generated_lens
+    assert lens != workload.model_copy(update={"seed": 1}).generated_lens
+    assert workload.generated_len == 15
+    assert Workload(num_prompts=3, output_len=4).unlike_lens is None
+    assert Workload(num_prompts=2, kind="score", random_output_range_ratio=0.5).generated_lens == (0, 0)
+    with pytest.raises(ValueError, match="output_lens: 1 of 2 prompts"):
+        Workload(num_prompts=2, output_lens=(4,))

@@ -132,9 +132,15 @@ class SettingsCommand(typer.core.TyperCommand):
         return super().invoke(ctx)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Parses the command line; `--resume` may stand alone, or before `auto`."""
+        """Parses the command line; `--resume` may stand alone, or before `auto`; `--goodput` before several values."""
         followers = zip(args, [*args[1:], None], strict=False)
         whole = [f"{arg}=yes" if arg == "--resume" and after != "auto" else arg for arg, after in followers]
+        takes_more = False
+        for index, arg in enumerate(whole):
+            own = index > 0 and whole[index - 1] == "--goodput"
+            if takes_more and not own and re.fullmatch(r"\w+:\S*", arg):
+                whole[index] = f"--goodput={arg}"
+            takes_more = arg.startswith("--goodput") or (takes_more and ":" in arg)
         return super().parse_args(ctx, whole)
 
     def get_params(self, ctx: Any) -> list[Any]:

@@ -332,7 +332,8 @@ def check_metrics(config: TuneConfig) -> None:
     """
     workload = config.workload
     gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
-    known = set(metric_names(workload.num_prompts, workload.generated_len, gpu=gpu))
+    has_goodput = workload.goodput is not None
+    known = set(metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, goodput=has_goodput))
     if not config.protocol.instrument:
         known -= {name for name in known if name.startswith("bubble") or name.endswith("_queue_ms")}
         known -= {"comm_ms", "steady_utilization"}
@@ -351,6 +352,8 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
             f"{metric} counts generated tokens, and where texts are scored there are none; take {SCORE_OBJECTIVE}, "
             "request_throughput or mean_e2el_ms, or --workload-kind generate"
         )
+    if metric in ("request_goodput", "slo_attainment"):
+        return f"{metric} needs limits; give --goodput, such as ttft:500 tpot:50"
     label, _, rest = metric.partition("_")
     if label in PERCENTILES and rest.removesuffix("_ms") in LATENCIES and rest.endswith("_ms"):
         needed = samples_needed(PERCENTILES[label])

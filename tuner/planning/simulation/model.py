@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import TaskKind
-from pipetune.bench.spec import Plan, Workload, device_host, device_kind
+from pipetune.bench.spec import Goodput, Plan, Workload, device_host, device_kind
 from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.contention import Contention
@@ -56,6 +56,7 @@ class CostModel:
     prompt_lens: tuple[int, ...]
     output_lens: tuple[int, ...]
     costs: Costs
+    goodput: Goodput | None = None
     gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
     stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
     contention: Contention | None = None
@@ -71,6 +72,7 @@ class CostModel:
             output_lens=workload.unlike_lens or (workload.generated_len,) * len(prompt_lens),
             costs=NominalCosts(shape, scores=workload.generated_len == 0) if costs is None else costs,
             contention=costs.contention if isinstance(costs, ProfiledCosts) else None,
+            goodput=workload.goodput,
         )
 
     @property
@@ -141,7 +143,11 @@ class CostModel:
             sequence = self._sequence(plans[0], in_flight, replica)
             runs.append(self._run(sequence, own, bounds, sharers, plans[0].replicas))
         return predictions_of(
-            runs, prompt_lens=self.prompt_lens, output_lens=self.output_lens, num_stages=width * plans[0].replicas
+            runs,
+            prompt_lens=self.prompt_lens,
+            output_lens=self.output_lens,
+            goodput=self.goodput,
+            num_stages=width * plans[0].replicas,
         )
 
     def _run(

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, samples_needed
+from pipetune.bench.spec import Goodput
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.simulation.schedule import TaskSequence, Timeline
 
@@ -55,7 +56,12 @@ class SimulatedRun:
 
 
 def predictions_of(
-    runs: Sequence[SimulatedRun], *, prompt_lens: Sequence[int], output_lens: Sequence[int], num_stages: int
+    runs: Sequence[SimulatedRun],
+    *,
+    prompt_lens: Sequence[int],
+    output_lens: Sequence[int],
+    num_stages: int,
+    goodput: Goodput | None = None,
 ) -> list[Prediction]:
     """One prediction of each plan, derived from simulated times as `bench.metrics.derive` does from measured ones.
 
@@ -75,7 +81,7 @@ def predictions_of(
         "total_token_throughput": (sum(prompt_lens) + output_tokens) / duration_s,
         "request_throughput": num_prompts / duration_s,
         "duration_s": duration_s,
-        **_latencies(runs, num_prompts),
+        **_latencies(runs, num_prompts, goodput, duration_s),
         **_bubble(duration_s, busy_s, active_s),
         "comm_ms": (ended_s - busy_s).sum(axis=0) * 1e3,
     }
@@ -108,7 +114,9 @@ def _of_stages(parts: Sequence[Floats], num_stages: int) -> Floats:
     return np.concatenate([together, idle]) if len(idle) else together
 
 
-def _latencies(runs: Sequence[SimulatedRun], num_prompts: int) -> dict[str, Floats]:
+def _latencies(
+    runs: Sequence[SimulatedRun], num_prompts: int, goodput: Goodput | None, duration_s: Floats
+) -> dict[str, Floats]:
     """`[plan]` by metric."""
 
     def known(seconds: str, tasks: str) -> Floats:
@@ -121,8 +129,14 @@ def _latencies(runs: Sequence[SimulatedRun], num_prompts: int) -> dict[str, Floa
     if lens.max() > 0:
         found["ttft"] = first
     if lens.max() > 1:
-        found["tpot"] = ((last - first) / np.maximum(lens - 1, 1)[:, None])[lens > 1]
+        found["tpot"] = (last - first) / np.maximum(lens - 1, 1)[:, None]
     values = {}
+    if goodput is not None:
+        kept = [found[name] <= limit / 1e3 for name, limit in goodput.limits.items() if name in found]
+        good = np.all(kept, axis=0).sum(axis=0)
+        values = {"request_goodput": good / duration_s, "slo_attainment": good / num_prompts}
+    if "tpot" in found:
+        found["tpot"] = found["tpot"][lens > 1]
     labels = {"median": 0.5} | {label: q for label, q in PERCENTILES.items() if num_prompts >= samples_needed(q)}
     for name in (name for name in LATENCIES if name in found):
         ordered = np.sort(found[name], axis=0)

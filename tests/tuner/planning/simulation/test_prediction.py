@@ -8,12 +8,14 @@ import pytest
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Iteration, Measurement, StageTrace, TaskShape
 from pipetune.bench.schedule import build_schedule, micro_batch_sizes
+from pipetune.bench.spec import Goodput
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.simulation.prediction import Prediction, SimulatedRun, predictions_of
 from pipetune.tuner.planning.simulation.schedule import TaskSequence, simulate_plans, task_sequence_of
 
 LENS = (40, 12, 33, 25, 25, 18, 7, 30, 21, 16, 11)
 GAPS_S = (0.004, 0.007)
+GOODPUT = Goodput(ttft=1200, tpot=700, e2el=1800)
 
 
 def run_of(
@@ -68,11 +70,12 @@ def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, out
         counts.append(len(schedule))
         sizes += own
     (prediction,) = predictions_of(
-        [run for run, _ in runs], prompt_lens=LENS, output_lens=output_lens, num_stages=2 * replicas
+        [run for run, _ in runs], prompt_lens=LENS, output_lens=output_lens, num_stages=2 * replicas, goodput=GOODPUT
     )
     measured = derive(
         Measurement(
             prompt_lens=LENS,
+            goodput=GOODPUT,
             order=tuple(index for share in shares for index in share),
             output_len=max(output_lens),
             output_lens=output_lens if len(set(output_lens)) > 1 else None,
@@ -90,6 +93,7 @@ def test_metrics_are_those_of_a_measurement_of_the_same_times(replicas: int, out
     )
     # Waits that a run would have recorded; here there are none.
     del measured["comm_ms"]
+    assert 0 < measured["slo_attainment"] < 1
     assert {name: prediction.metrics[name] for name in measured} == pytest.approx(measured)
     assert set(prediction.metrics) == {*measured, "comm_ms"}
     assert prediction.metrics["comm_ms"] > 0
