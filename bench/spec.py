@@ -275,6 +275,42 @@ class Goodput(Value):
         return {name: limit for name in type(self).model_fields if (limit := getattr(self, name)) is not None}
 
 
+RampUpStrategy = Literal["linear", "exponential"]
+Rate = Annotated[float, Field(gt=0.0, le=1e6)]
+"""Requests a second."""
+
+
+class Arrivals(Value):
+    """How requests come, in place of all at time 0."""
+
+    request_rate: Annotated[Rate | None, Flag("Load", "Requests a second; all at once without it.")] = None
+    burstiness: Annotated[float, Flag("Load", "Of the gaps: 1 is Poisson, below bursty, above even.")] = Field(
+        default=1.0, gt=0.0, le=1e9
+    )
+    """Shape of the gamma distribution that gaps are drawn from."""
+    ramp_up_strategy: Annotated[RampUpStrategy | None, Flag("Load", "linear or exponential.")] = None
+    """How the rate grows from `ramp_up_start_rps` to `ramp_up_end_rps` over the requests, in place of one rate."""
+    ramp_up_start_rps: Annotated[Rate | None, Flag("Load", "Rate that a ramp begins with.")] = None
+    ramp_up_end_rps: Annotated[Rate | None, Flag("Load", "Rate that a ramp ends with.")] = None
+    max_concurrency: Annotated[int | None, Flag("Load", "Most requests in the system at once.")] = Field(
+        default=None, ge=1
+    )
+    """What arrives beyond it waits, and its latency counts from when it was to arrive."""
+    seed: Annotated[int, Flag("Load", "Seed of the gaps.", name="arrival_seed")] = 0
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        ends = (self.ramp_up_start_rps, self.ramp_up_end_rps)
+        if self.ramp_up_strategy is None:
+            if any(ends):
+                raise ValueError("ramp_up_start_rps, ramp_up_end_rps: give ramp_up_strategy as well")
+        elif None in ends:
+            raise ValueError(f"ramp_up_strategy={self.ramp_up_strategy}: give ramp_up_start_rps and ramp_up_end_rps")
+        elif self.request_rate is not None:
+            raise ValueError("request_rate: a ramp has rates of its own; leave one of them out")
+        return self
+
+
 class Workload(Value):
     """Prompts, how many, and what to do with each."""
 
