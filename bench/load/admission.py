@@ -107,6 +107,10 @@ class _Slot:
     def taken(self) -> int:
         return len(self.live) + len(self.joining) + self.reserved
 
+    @property
+    def is_filling(self) -> bool:
+        return self.reserved > 0 and not self.live
+
 
 @dataclass(slots=True)
 class _Group:
@@ -147,7 +151,8 @@ class Admission:
         ready = [
             (slot.ready_since, index)
             for index, slot in enumerate(self._slots)
-            if not slot.is_under_way and (slot.live or slot.joining)
+            # An empty slot waits for all that are on their way to it: a step costs about as much for half of them.
+            if not slot.is_under_way and (slot.live or (slot.joining and not slot.reserved))
         ]
         most = self.rules.prefills_per_decode
         decodes_first = ready and most is not None and self._prefills_since_decode >= most
@@ -167,7 +172,7 @@ class Admission:
         index = next(index for index, group in enumerate(self._groups) if group.requests == requests)
         slot = self._slots[self._groups.pop(index).slot]
         slot.reserved -= len(requests)
-        if not slot.live and not slot.joining:
+        if not slot.live:
             slot.ready_since = self._orders
         slot.joining += [request for request in requests if request.number not in finished]
 
@@ -188,8 +193,8 @@ class Admission:
     def _next_group(self) -> _Group | None:
         """Whose chunk is next; a new group where there is room to begin one."""
         open_groups = [group for group in self._groups if group.done < group.length]
-        # Each needs room to be prefilled in, until it has joined its slot.
-        may_begin = bool(self.waiting) and len(self._groups) < self.rules.slots
+        # Each needs room to be prefilled in, until its tokens are known.
+        may_begin = bool(self.waiting) and len(self._groups) <= self.rules.slots
         if self.rules.order == "fcfs":
             return open_groups[0] if open_groups else self._new_group(self.waiting) if may_begin else None
         shortest = min(open_groups, key=lambda group: group.length - group.done, default=None)
@@ -204,7 +209,11 @@ class Admission:
         return self._overtaken.get(request.number, 0) >= _MOST_OVERTAKEN
 
     def _new_group(self, candidates: Iterable[Request]) -> _Group | None:
-        index = min(range(len(self._slots)), key=lambda index: (self._slots[index].taken, index))
+        # One that is being filled first, so that it does not begin to decode half empty; then the emptiest.
+        with_room = [index for index, slot in enumerate(self._slots) if slot.taken < self.rules.rows]
+        if not with_room:
+            return None
+        index = min(with_room, key=lambda index: (not self._slots[index].is_filling, self._slots[index].taken, index))
         room = min(self.rules.rows - self._slots[index].taken, self.rules.prefill_rows)
         chosen: list[Request] = []
         for request in candidates:

@@ -25,7 +25,7 @@ from pipetune.tuner.planning.costs.contention import Contention
 from pipetune.tuner.planning.costs.nominal import NominalCosts
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.prediction import Prediction, SimulatedRun, predictions_of
-from pipetune.tuner.planning.simulation.schedule import TaskSequence, simulate_plans, task_sequence_of
+from pipetune.tuner.planning.simulation.schedule import TaskSequence, grid_points_of, simulate_plans, task_sequence_of
 
 GAPS_S: Mapping[str, float] = {"cpu": 3e-4, "cuda": 0.0}
 """By kind of device: from the end of a task's compute until its stage can begin another, while it hands the output on.
@@ -116,6 +116,29 @@ class CostModel:
             alike = self._predict_alike([plans[index][0] for index in members], plans[members[0]][1])
             found.update(zip(members, alike, strict=True))
         return tuple(found[index] for index in range(len(plans)))
+
+    def task_s(self, plan: Plan, kind: TaskKind) -> tuple[list[float], list[float], float]:
+        """Seconds of a task on each stage of a single pipeline, of each hop between them, and of its tokens' way back.
+
+        Times are those while all devices compute; `contention` says how much less a task takes that runs alone.
+        """
+        points, ((*shares,),) = grid_points_of((kind,))
+        last = len(plan.stages) - 1
+        busy = []
+        for index, stage in enumerate(plan.stages):
+            layers = [self._layers_before(stage.device, point) for point in points]
+            ends = [
+                self.costs.ends_s(stage.device, point, is_first=index == 0, is_last=index == last) for point in points
+            ]
+            costs = [
+                float(before[stage.end_layer] - before[stage.first_layer]) + end
+                for before, end in zip(layers, ends, strict=True)
+            ]
+            busy.append(float(np.dot(shares, costs)))
+        size = kind.rows * kind.new_tokens * self.shape.crossing_bytes
+        hops = [self.costs.hop_s(source, target, size) for source, target in itertools.pairwise(plan.devices)]
+        back = self.costs.hop_s(plan.devices[-1], plan.devices[0], kind.rows * TOKEN_BYTES) if last else 0.0
+        return busy, hops, back
 
     def _sequence(self, plan: Plan, in_flight: int | None, replica: int) -> TaskSequence:
         prompt_lens, output_lens = zip(*self._longest_first[replica :: plan.replicas], strict=True)

@@ -1,0 +1,114 @@
+"""Plans under arrivals: what must hold of any load, and agreement with the schedule where all prompts come at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipetune.bench.load.admission import Rules
+from pipetune.bench.load.arrivals import unit_trace
+from pipetune.bench.spec import Goodput, Plan
+from pipetune.tuner.planning.costs.contention import Contention
+from pipetune.tuner.planning.simulation.load import LoadedRequest, highest_rate, simulate_load
+from tests.tuner.planning.factory_costs import make_model
+
+DEVICES = ("cpu:0", "cpu:1")
+MODEL = make_model()
+LAYERS = len(MODEL.shape.layers)
+
+
+def plan_of(first: int, rows: int = 4, *, prefill: int | None = None, chunk: int | None = None) -> Plan:
+    plan = Plan.from_layer_counts((first, LAYERS - first), DEVICES, rows)
+    return plan.model_copy(update={"prefill_micro_batch_size": prefill, "prefill_chunk_size": chunk})
+
+
+def doubled(rows: int) -> Plan:
+    whole = Plan.from_layer_counts((LAYERS,), DEVICES[:1], rows)
+    return whole.model_copy(update={"replicas": 2, "replica_devices": (("cpu:1",),)})
+
+
+def requests(count: int, rate: float, *, prompt_len: int = 16, output_len: int = 6) -> list[LoadedRequest]:
+    return [
+        LoadedRequest(at_s=at / rate, prompt_len=prompt_len, output_len=output_len) for at in unit_trace(count, 1.0, 0)
+    ]
+
+
+@given(
+    st.integers(1, LAYERS - 1),
+    st.integers(1, 6),
+    st.none() | st.integers(1, 20),
+    st.lists(st.tuples(st.floats(0, 20), st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=30),
+    st.sampled_from(["fcfs", "shortest"]),
+)
+def test_what_holds_of_any_load(
+    first: int, rows: int, chunk: int | None, given_: list[tuple[float, int, int]], order: str
+) -> None:
+    load = [LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs) for at, inputs, outputs in sorted(given_)]
+    rules = Rules(slots=2, rows=rows, prefill_rows=rows, chunk_size=chunk, order=order)  # type: ignore[arg-type]
+    found = simulate_load(MODEL, plan_of(first, rows, chunk=chunk), 2, load, rules=rules)
+    for ttft, tpot, e2el, request in zip(
+        *(found.times_s[name] for name in ("ttft", "tpot", "e2el")), load, strict=True
+    ):
+        assert 0 < ttft <= e2el
+        assert e2el == pytest.approx(ttft + tpot * (request.output_len - 1))
+    metrics = found.metrics()
+    area = 2 * found.duration_s
+    assert sum(found.busy_s) + found.idle_s + metrics["bubble_ratio"] * area == pytest.approx(area, abs=1e-9)
+    assert min(metrics["bubble_ratio"], metrics["idle_ratio"]) >= -1e-9
+    assert found.idle_s >= 2 * load[0].at_s - 1e-9
+
+
+def test_a_request_alone_takes_what_its_tasks_take() -> None:
+    plan = plan_of(LAYERS // 2)
+    alone = dataclasses.replace(MODEL, prompt_lens=(16,), output_lens=(6,))
+    found = simulate_load(alone, plan, 1, [LoadedRequest(at_s=2.0, prompt_len=16, output_len=6)])
+    predicted = alone.predict(plan, 1)
+    assert found.times_s["e2el"][0] == pytest.approx(predicted.duration_s)
+    assert found.times_s["ttft"][0] == pytest.approx(predicted.metrics["mean_ttft_ms"] / 1e3)
+    assert found.busy_s == pytest.approx(predicted.stage_busy_s)
+    assert found.idle_s == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("plan", [plan_of(LAYERS // 2), plan_of(LAYERS // 3, prefill=2), doubled(4)])
+def test_all_at_once_takes_as_long_as_the_schedule_of_a_batch(plan: Plan) -> None:
+    batch = dataclasses.replace(MODEL, prompt_lens=(16,) * 32, output_lens=(6,) * 32)
+    found = simulate_load(batch, plan, 2, [LoadedRequest(at_s=0.0, prompt_len=16, output_len=6)] * 32)
+    assert found.duration_s == pytest.approx(batch.predict(plan, 2).duration_s, rel=0.05)
+    assert found.idle_s == pytest.approx(0.0, abs=0.1 * found.duration_s if plan.replicas > 1 else 1e-9)
+
+
+def test_the_same_load_gives_the_same_times_and_more_load_longer_ones() -> None:
+    plan = plan_of(LAYERS // 2)
+    means = [
+        simulate_load(MODEL, plan, 2, requests(100, rate)).metrics()["mean_ttft_ms"] for rate in (1.0, 1.0, 8.0, 50.0)
+    ]
+    assert means[0] == means[1] < means[2] < means[3]
+
+
+def test_a_stage_that_computes_alone_takes_less() -> None:
+    contended = dataclasses.replace(MODEL, contention=Contention(prefill=0.5, decode=0.5, devices=2))
+    load = [LoadedRequest(at_s=0.0, prompt_len=16, output_len=6)]
+    alone, together = (simulate_load(model, plan_of(LAYERS // 2), 1, load) for model in (contended, MODEL))
+    assert sum(alone.busy_s) == pytest.approx(sum(together.busy_s) * 2.718281828**-0.5)
+
+
+def test_limits_are_kept_up_to_a_rate() -> None:
+    plan, goodput = plan_of(LAYERS // 2), Goodput(ttft=400)
+    asked = []
+
+    def attainment(rate: float) -> float:
+        asked.append(rate)
+        return simulate_load(MODEL, plan, 2, requests(200, rate)).metrics(goodput)["slo_attainment"]
+
+    rate = highest_rate(attainment, 0.9, guess=1.0)
+    assert attainment(rate) >= 0.9 > attainment(rate * 1.05)
+    assert len(asked) < 25
+
+
+def test_no_rate_keeps_limits_that_nothing_keeps() -> None:
+    assert highest_rate(lambda rate: 0.0, 0.9, guess=1.0) == 0.0
+    assert highest_rate(lambda rate: 1.0, 0.9, guess=1.0) > 1000
+    assert highest_rate(lambda rate: float(rate <= 7.3), 0.9, guess=1.0) == pytest.approx(7.3, rel=0.01)

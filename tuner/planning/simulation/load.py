@@ -1,0 +1,275 @@
+"""Requests that arrive over time, served by a plan whose tasks take what they are predicted to: one event at a time.
+
+The runtime's own policy (`bench.load.admission`) says what the first stage does next. A task goes through the stages as
+in `schedule.simulate_plans`: a stage begins it when it is free and the message of the stage before has come, runs ahead
+of the next one no further than the rings go, and tokens are known on the first stage a hop after the last is done.
+Replicas are pipelines of their own; a request goes to the one with the fewest requests.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait
+from pipetune.bench.metrics import PERCENTILES, good_requests, samples_needed
+from pipetune.bench.profile import TaskKind
+from pipetune.bench.spec import Goodput, Plan
+from pipetune.tuner.planning.simulation.model import CostModel, of_device
+from pipetune.tuner.planning.simulation.schedule import RING_DEPTH
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedRequest:
+    """One request: when it arrives, and its lengths in tokens."""
+
+    at_s: float
+    prompt_len: int
+    output_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadPrediction:
+    """What a plan is thought to give under arrivals."""
+
+    times_s: Mapping[str, tuple[float, ...]]
+    """`ttft`, `tpot` (0 for one token) and `e2el` of each request, counted from its arrival, in the order given."""
+    duration_s: float
+    """From time 0 to the last token."""
+    busy_s: tuple[float, ...]
+    """Of each stage of all replicas."""
+    idle_s: float
+    """Over all stages: time in which their replica had no request."""
+
+    def metrics(self, goodput: Goodput | None = None) -> dict[str, float]:
+        """Latencies, rates and ratios by the names of `bench.metrics`."""
+        count, area = len(self.times_s["e2el"]), len(self.busy_s) * self.duration_s
+        values = {"request_throughput": count / self.duration_s, "duration_s": self.duration_s}
+        if goodput is not None:
+            good = good_requests(self.times_s, goodput.limits)
+            values |= {"request_goodput": good / self.duration_s, "slo_attainment": good / count}
+        for name, times in self.times_s.items():
+            values[f"mean_{name}_ms"] = float(np.mean(times)) * 1e3
+            values |= {
+                f"{label}_{name}_ms": float(np.quantile(times, q)) * 1e3
+                for label, q in PERCENTILES.items()
+                if count >= samples_needed(q)
+            }
+        return values | {
+            "bubble_ratio": 1.0 - (sum(self.busy_s) + self.idle_s) / area,
+            "idle_ratio": self.idle_s / area,
+        }
+
+
+def rules_of(plan: Plan, in_flight: int) -> Rules:
+    """How a plan admits requests: a slot for each micro-batch in flight."""
+    return Rules(
+        slots=in_flight,
+        rows=plan.micro_batch_size,
+        prefill_rows=plan.prefill_size,
+        chunk_size=plan.prefill_chunk_size,
+    )
+
+
+def simulate_load(
+    model: CostModel, plan: Plan, in_flight: int, requests: Sequence[LoadedRequest], *, rules: Rules | None = None
+) -> LoadPrediction:
+    """Serves the requests, which come in the order of their times.
+
+    Args:
+        in_flight: micro-batches resident at once in each replica.
+        rules: by default those of the plan.
+    """
+    return _Load(model, plan, rules or rules_of(plan, in_flight), requests).run()
+
+
+class _Load:
+    def __init__(self, model: CostModel, plan: Plan, rules: Rules, requests: Sequence[LoadedRequest]) -> None:
+        self.requests = requests
+        self.replicas = [
+            _Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)
+        ]
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._counter = itertools.count()
+
+    def run(self) -> LoadPrediction:
+        for number, request in enumerate(self.requests):
+            self._at(request.at_s, partial(self._arrive, number))
+        now = 0.0
+        while self._events:
+            now, _, happens = heapq.heappop(self._events)
+            happens()
+            # What happens at one moment is known before anything is decided.
+            if self._events and self._events[0][0] == now:
+                continue
+            for replica in self.replicas:
+                while (task := replica.begin(now)) is not None:
+                    order, free_s, ended_s, known_s = task
+                    self._at(free_s, lambda: None)
+                    self._at(known_s, partial(replica.conclude, order, ended_s))
+        first, last = ([0.0] * len(self.requests) for _ in range(2))
+        for replica in self.replicas:
+            for number, (begin, end) in replica.served.items():
+                first[number], last[number] = begin, end
+        pairs = list(zip(self.requests, first, last, strict=True))
+        return LoadPrediction(
+            times_s={
+                "ttft": tuple(begin - one.at_s for one, begin, _ in pairs),
+                "tpot": tuple((end - begin) / max(one.output_len - 1, 1) for one, begin, end in pairs),
+                "e2el": tuple(end - one.at_s for one, _, end in pairs),
+            },
+            duration_s=max(last),
+            busy_s=tuple(itertools.chain.from_iterable(replica.busy_s for replica in self.replicas)),
+            idle_s=sum(len(replica.busy_s) * replica.idle_s(max(last)) for replica in self.replicas),
+        )
+
+    def _at(self, at_s: float, happens: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (at_s, next(self._counter), happens))
+
+    def _arrive(self, number: int) -> None:
+        replica = min(self.replicas, key=lambda one: len(one.admission))
+        replica.arrive(number, self.requests[number].at_s)
+
+
+@dataclass(slots=True)
+class _Progress:
+    past: int
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One pipeline, and the state of its stages."""
+
+    model: CostModel
+    plan: Plan
+    rules: Rules
+    num_replicas: int
+    requests: Sequence[LoadedRequest]
+    admission: Admission = field(init=False)
+    busy_s: list[float] = field(init=False)
+    served: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """When each request's first and last token were known."""
+    _free_s: list[float] = field(init=False)
+    _starts_s: list[list[float]] = field(init=False)
+    _gaps_s: list[float] = field(init=False)
+    _progress: dict[int, _Progress] = field(default_factory=dict)
+    _costs: dict[TaskKind, tuple[list[float], list[float], float]] = field(default_factory=dict)
+    _empty_since_s: float = 0.0
+    _idle_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        count = len(self.plan.stages)
+        self.admission = Admission(self.rules)
+        self.busy_s, self._free_s = [0.0] * count, [0.0] * count
+        self._starts_s = [[] for _ in range(count)]
+        # A stage alone hands nothing on.
+        self._gaps_s = [of_device(self.model.gaps_s, name) if count > 1 else 0.0 for name in self.plan.devices]
+
+    def arrive(self, number: int, at_s: float) -> None:
+        if not len(self.admission):
+            self._idle_s += at_s - self._empty_since_s
+        request = self.requests[number]
+        self._progress[number] = _Progress(past=request.prompt_len)
+        self.admission.arrive(Request(number=number, prompt_len=request.prompt_len))
+
+    def idle_s(self, end_s: float) -> float:
+        """Seconds without a request, up to an end at which there is none."""
+        return self._idle_s + end_s - self._empty_since_s
+
+    def begin(self, now_s: float) -> tuple[Prefill | Decode, float, float, float] | None:
+        """A task that is ordered now; when the first stage is free, and its tokens known on the last and there."""
+        if self._free_s[0] > now_s or not len(self.admission):
+            return None
+        order = self.admission.decide()
+        if isinstance(order, Wait):
+            return None
+        ended_s, known_s = self._go_through(now_s, self._kind(order))
+        return order, self._free_s[0], ended_s, known_s
+
+    def _kind(self, order: Prefill | Decode) -> TaskKind:
+        if isinstance(order, Prefill):
+            return TaskKind(len(order.requests), order.end_token - order.first_token, order.first_token, order.samples)
+        # All rows share one clock.
+        past = max(self._progress[request.number].past for request in order.requests)
+        return TaskKind(len(order.requests), 1, past)
+
+    def _go_through(self, now_s: float, kind: TaskKind) -> tuple[float, float]:
+        busy, hops, back = self._cost(kind)
+        ready = end = now_s
+        index = len(self._starts_s[0])
+        for stage, own_s in enumerate(busy):
+            start = max(ready, self._free_s[stage])
+            took = own_s * self._alone(stage, start, kind)
+            end = start + took
+            self._starts_s[stage].append(start)
+            self.busy_s[stage] += took
+            self._free_s[stage] = end + self._gaps_s[stage]
+            if stage + 1 < len(busy) and index >= 2 * RING_DEPTH:
+                # The sends under way are in the way of this one.
+                self._free_s[stage] = max(self._free_s[stage], self._starts_s[stage + 1][index - 2 * RING_DEPTH])
+            ready = end + (hops[stage] if stage + 1 < len(busy) else back)
+        return end, ready
+
+    def _alone(self, stage: int, start_s: float, kind: TaskKind) -> float:
+        """What a task takes less because others do not compute when it begins."""
+        contention = self.model.contention
+        if contention is None or contention.devices < 2:
+            return 1.0
+        others = sum(free_s > start_s for index, free_s in enumerate(self._free_s) if index != stage)
+        share = min((others + (self.num_replicas - 1) * len(self._free_s)) / (contention.devices - 1), 1.0)
+        return math.exp(-contention.of(decode=kind.is_decode) * (1.0 - share))
+
+    def _cost(self, kind: TaskKind) -> tuple[list[float], list[float], float]:
+        if kind not in self._costs:
+            self._costs[kind] = self.model.task_s(self.plan, kind)
+        return self._costs[kind]
+
+    def conclude(self, order: Prefill | Decode, at_s: float) -> None:
+        if isinstance(order, Prefill) and not order.samples:
+            return
+        finished = set()
+        for request in order.requests:
+            progress = self._progress[request.number]
+            progress.tokens += 1
+            progress.past += isinstance(order, Decode)
+            first, _ = self.served.get(request.number, (at_s, at_s))
+            self.served[request.number] = first, at_s
+            if progress.tokens == self.requests[request.number].output_len:
+                finished.add(request.number)
+        if isinstance(order, Prefill):
+            self.admission.prefilled(order.requests, finished)
+        else:
+            self.admission.decoded(order.slot, finished)
+        if not len(self.admission):
+            self._empty_since_s = at_s
+
+
+def highest_rate(
+    attainment: Callable[[float], float], wanted: float, *, guess: float, tolerance: float = 0.01
+) -> float:
+    """Highest rate at which so large a share of requests keeps its limits, in requests a second; 0 where none does.
+
+    Args:
+        attainment: falls as the rate grows.
+        guess: where to begin.
+    """
+    low, high = guess, guess
+    while attainment(low) < wanted:
+        low /= 2
+        if low < guess * 2**-12:
+            return 0.0
+    while attainment(high) >= wanted:
+        low, high = high, high * 2
+        if high > guess * 2**12:
+            return high
+    while high > low * (1 + tolerance):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if attainment(middle) >= wanted else (low, middle)
+    return low
