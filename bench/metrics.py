@@ -32,6 +32,7 @@ HIGHER_IS_BETTER = frozenset(
         "output_throughput",
         "request_goodput",
         "slo_attainment",
+        "max_request_rate",
         "total_token_throughput",
         "request_throughput",
         "steady_utilization",

@@ -283,7 +283,7 @@ Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 class Arrivals(Value):
     """How requests come, in place of all at time 0."""
 
-    request_rate: Annotated[Rate | None, Flag("Load", "Requests a second; all at once without it.")] = None
+    request_rate: Annotated[Rate | None, Flag("Load", "Requests a second, that come one by one.")] = None
     burstiness: Annotated[float, Flag("Load", "Of the gaps: 1 is Poisson, below bursty, above even.")] = Field(
         default=1.0, gt=0.0, le=1e9
     )
@@ -292,6 +292,13 @@ class Arrivals(Value):
     """How the rate grows from `ramp_up_start_rps` to `ramp_up_end_rps` over the requests, in place of one rate."""
     ramp_up_start_rps: Annotated[Rate | None, Flag("Load", "Rate that a ramp begins with.")] = None
     ramp_up_end_rps: Annotated[Rate | None, Flag("Load", "Rate that a ramp ends with.")] = None
+    trace: Annotated[
+        str | None, Flag("Load", "Mooncake's, Azure's or BurstGPT's, or JSONL with timestamp.", metavar="FILE")
+    ] = None
+    """File of recorded arrivals and lengths, in place of a rate."""
+    time_scale: Annotated[float, Flag("Load", "Factor on the trace's times; 0.5 doubles its rate.")] = Field(
+        default=1.0, gt=0.0, le=1e9
+    )
     max_concurrency: Annotated[int | None, Flag("Load", "Most requests in the system at once.")] = Field(
         default=None, ge=1
     )
@@ -306,8 +313,11 @@ class Arrivals(Value):
                 raise ValueError("ramp_up_start_rps, ramp_up_end_rps: give ramp_up_strategy as well")
         elif None in ends:
             raise ValueError(f"ramp_up_strategy={self.ramp_up_strategy}: give ramp_up_start_rps and ramp_up_end_rps")
-        elif self.request_rate is not None:
-            raise ValueError("request_rate: a ramp has rates of its own; leave one of them out")
+        given = {"request_rate": self.request_rate, "trace": self.trace, "ramp_up_strategy": self.ramp_up_strategy}
+        if len(named := [name for name, value in given.items() if value is not None]) > 1:
+            raise ValueError(f"{named[0]}: {named[1]} says when requests come as well; leave one of them out")
+        if not named:
+            raise ValueError("request_rate: nothing says when requests come; give a rate, a trace or a ramp")
         return self
 
 
@@ -362,6 +372,8 @@ class Workload(Value):
     ] = None
     """JSONL with `{"prompt": …}`, `{"prompt_token_ids": […]}` or `{"messages": […]}` a line, or conversations of
     ShareGPT; the first `num_prompts` are used."""
+    arrivals: Arrivals | None = None
+    """How requests come over time; None gives all at once."""
     output_lens: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """Tokens generated for each prompt, where its line in the file says so; filled in when that is read."""
     prompts_sha256: str | None = None

@@ -16,11 +16,10 @@ from pipetune.bench.spec import Arrivals
 
 
 def arrival_times_s(arrivals: Arrivals, num_requests: int) -> tuple[float, ...]:
-    """When each request arrives, seconds from the start."""
+    """When each request arrives, seconds from the start, but for those of a trace."""
     if arrivals.ramp_up_strategy is not None:
         return _ramp_s(arrivals, num_requests)
-    if arrivals.request_rate is None:
-        return (0.0,) * num_requests
+    assert arrivals.request_rate is not None, "times of a trace stand in it"
     trace = unit_trace(num_requests, arrivals.burstiness, arrivals.seed)
     return tuple(at / arrivals.request_rate for at in trace)
 

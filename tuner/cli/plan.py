@@ -14,6 +14,7 @@ _from = partial(typer.Option, rich_help_panel="What predictions are made from")
 
 
 @o.settings("Model", "Workload", before="device_file", without=("protocol",))
+@o.settings("Load", before="device_file")
 @o.settings("device_order", "objective", "constraint", "space", before="top")
 def plan(
     ctx: typer.Context,

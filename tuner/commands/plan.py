@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipetune.bench.errors import ConfigError
+from pipetune.bench.errors import ConfigError, NothingFeasibleError
 from pipetune.bench.files import write_durably
 from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import device_bytes
+from pipetune.bench.load.traces import read_trace
 from pipetune.bench.memory import ModelShape, stage_bytes
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.profile import Profile
@@ -29,14 +30,18 @@ from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.described import DescribedDevices
 from pipetune.tuner.planning.costs.profile_cache import find_profile, read_profile
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
+from pipetune.tuner.planning.simulation.load import LoadPrediction
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.prediction import Prediction
+from pipetune.tuner.planning.simulation.sustained import Load
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import candidates
 from pipetune.tuner.study.plan_file import PlanFile, render
 
+_MOST_TRACED, _MOST_RATED = 2000, 10
+"""Requests of a trace that are simulated, and plans whose highest rate is looked for."""
 SourceKind = Literal["profile", "described", "nominal"]
 
 
@@ -86,6 +91,8 @@ class PlannedPlan:
     stages: tuple[PlannedStage, ...]
     broken: tuple[Constraint, ...]
     """Constraints that it is predicted to break."""
+    load: LoadPrediction | None = None
+    """What it is thought to give where requests come over time; `metrics` and `stages` are of that then."""
 
     @property
     def plan(self) -> Plan:
@@ -125,6 +132,8 @@ class Planned:
     num_partitions: int
     num_points: int
     num_candidates: int
+    objective: str
+    """What plans are ranked by."""
     plans: tuple[PlannedPlan, ...]
     """Best first; those that break constraints come behind those that keep them."""
     notes: tuple[str, ...]
@@ -132,7 +141,8 @@ class Planned:
     def plan_file(self) -> PlanFile:
         """The best plan, marked as predicted."""
         best = self.plans[0]
-        workload = self.config.workload
+        # What is measured of it is a batch.
+        workload = self.config.workload.model_copy(update={"arrivals": None})
         if workload.prompts_file is not None:
             workload = workload.model_copy(update={"prompts_file": str(Path(workload.prompts_file).absolute())})
         return PlanFile(
@@ -191,6 +201,9 @@ def find_plans(
         _planned(effective, prediction, known, config, prompt_len)
         for effective, prediction in zip(found, predictions, strict=True)
     ]
+    objective, notes = config.objectives[0], _notes(config, planned)
+    if config.workload.arrivals is not None:
+        planned, objective, notes = _under_load(config, known, planned, model, reporter, top)
     return Planned(
         config=config,
         known=known,
@@ -198,8 +211,9 @@ def find_plans(
         num_partitions=len(space.partitions),
         num_points=space.num_points,
         num_candidates=len(found),
-        plans=rank(planned, config.objectives[0])[:top],
-        notes=_notes(config, planned),
+        objective=objective,
+        plans=rank(planned, objective)[:top],
+        notes=notes,
     )
 
 
@@ -214,6 +228,93 @@ def rank(plans: Sequence[PlannedPlan], objective: str) -> tuple[PlannedPlan, ...
         return excess, seconds if value is None else sign * value, seconds, plan.effective.key
 
     return tuple(sorted(plans, key=key))
+
+
+def _under_load(
+    config: TuneConfig,
+    known: Known,
+    planned: Sequence[PlannedPlan],
+    model: CostModel,
+    reporter: Reporter,
+    top: int,
+) -> tuple[list[PlannedPlan], str, tuple[str, ...]]:
+    """Plans as they are under arrivals, the metric that ranks them, and what a reader must know.
+
+    Of plans that differ in where they are cut alone the one is taken that is fastest with a batch, with a slot and
+    with two for each of its stages.
+    """
+    workload = config.workload
+    assert workload.arrivals is not None
+    trace = None
+    if workload.arrivals.trace is not None:
+        trace = read_trace(workload.arrivals.trace, time_scale=workload.arrivals.time_scale, limit=_MOST_TRACED)
+        if given := next((one.place for one in trace.arrivals if one.input_len is None), None):
+            raise ConfigError(f"{given}: has no input_length; predictions need lengths, not prompts")
+    load = Load(model, workload, trace)
+    fastest: dict[tuple[object, ...], PlannedPlan] = {}
+    for one in sorted(planned, key=lambda one: one.prediction.duration_s):
+        plan = one.plan
+        sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
+        fastest.setdefault((len(plan.stages), plan.replicas, *sizes), one)
+    resolve = Resolver(
+        shape=known.shape,
+        num_prompts=len(load) * len(known.device_bytes),
+        prompt_len=load.longest[0],
+        output_len=load.longest[1],
+        device_bytes=known.device_bytes,
+    )
+    chosen: dict[str, PlannedPlan] = {}
+    for one, factor in itertools.product(fastest.values(), (1, 2)):
+        effective = resolve(one.plan.model_copy(update={"max_in_flight": factor * len(one.plan.stages)}))
+        if isinstance(effective, EffectivePlan):
+            planned_ = _planned(effective, one.prediction, known, config, load.longest[0])
+            chosen.setdefault(f"{effective.key} {effective.in_flight}", planned_)
+    if not chosen:
+        raise NothingFeasibleError("no plan has room for the longest request; give plans more memory or devices")
+    reporter.begin(f"simulating {len(chosen)} plans under load")
+    found = [_loaded(one, load.serve(one.effective), config) for one in chosen.values()]
+    objective = config.objectives[0]
+    if objective not in found[0].metrics:
+        objective = "max_request_rate" if workload.goodput is not None else "p90_e2el_ms"
+    if workload.goodput is not None:
+        # Roughly for all, then for the best ones: each takes many simulated runs.
+        for is_rough in (True, False):
+            reporter.begin(f"looking for the highest rates of {len(found)} plans")
+            rated = []
+            for one in found:
+                guess = one.metrics.get("max_request_rate") or one.metrics["request_throughput"]
+                rate = load.highest_rate(one.effective, config.slo_attainment, guess=guess, is_rough=is_rough)
+                rated.append(replace(one, metrics={**one.metrics, "max_request_rate": rate}))
+            found = list(rank(rated, objective)[: max(top, _MOST_RATED)])
+    notes = [f"simulated with {len(load)} requests; nothing here runs under arrivals yet"]
+    if trace is not None and trace.failed:
+        notes.append(f"{trace.failed} requests of the trace had failed when it was recorded, and are left out")
+    if all(one.broken for one in found):
+        notes.append("no plan is predicted to keep all constraints; those come first that break them least")
+    return found, objective, tuple(notes)
+
+
+def _loaded(one: PlannedPlan, load: LoadPrediction, config: TuneConfig) -> PlannedPlan:
+    memory = {name: value for name, value in one.metrics.items() if name.startswith("peak_")}
+    metrics = load.metrics(config.workload.goodput) | memory
+    return replace(
+        one,
+        load=load,
+        metrics=metrics,
+        broken=_broken(config, metrics),
+        stages=tuple(
+            replace(stage, busy_s=busy_s, idle_share=1.0 - busy_s / load.duration_s)
+            for stage, busy_s in zip(one.stages, load.busy_s, strict=True)
+        ),
+    )
+
+
+def _broken(config: TuneConfig, metrics: Mapping[str, float]) -> tuple[Constraint, ...]:
+    return tuple(
+        constraint
+        for constraint in config.constraints
+        if constraint.metric in metrics and constraint.excess(metrics[constraint.metric]) > 0
+    )
 
 
 def read_model(config: TuneConfig, reporter: Reporter, described: DescribedDevices | None) -> Known:
@@ -341,11 +442,7 @@ def _planned(
         prediction=prediction,
         metrics=metrics,
         stages=tuple(stages),
-        broken=tuple(
-            constraint
-            for constraint in config.constraints
-            if constraint.metric in metrics and constraint.excess(metrics[constraint.metric]) > 0
-        ),
+        broken=_broken(config, metrics),
     )
 
 

@@ -18,6 +18,11 @@ memory: of the fullest stage's cap; !: breaks a constraint
 limited by: the slowest stage, and how much of the time it is busy
 ideal: share of what its devices would give, were each of them always busy"""
 
+_LOAD_LEGEND = """rows: decoded together/prefilled together·tokens of a prompt at a time, in each of the slots
+good: share of requests that keep the limits of --goodput
+max rate: requests a second up to which as many do as --slo-attainment says
+bubble: of the time in which there are requests"""
+
 
 def json_of(planned: Planned) -> dict[str, Any]:
     """For `--json`."""
@@ -30,7 +35,7 @@ def json_of(planned: Planned) -> dict[str, Any]:
         "layers": known.shape.num_layers,
         "workload": config.workload.model_dump(mode="json"),
         "device_bytes": known.device_bytes,
-        "objective": config.objectives[0],
+        "objective": planned.objective,
         "constraints": [str(constraint) for constraint in config.constraints],
         "space": {
             "partitions": planned.num_partitions,
@@ -60,7 +65,7 @@ def _plan_json(rank: int, plan: PlannedPlan) -> dict[str, Any]:
 def document_of(planned: Planned) -> Document:
     """For people."""
     best, known = planned.plans[0], planned.known
-    took = w.ms_text(best.prediction.duration_s * 1e3)
+    took = w.ms_text((best.load or best.prediction).duration_s * 1e3)
     remedy = planned.source.remedy
     return Document(
         parts=(
@@ -77,15 +82,15 @@ def document_of(planned: Planned) -> Document:
                     ("workload", w.workload_text(planned.config.workload, known.prompt_lens)),
                     ("devices", _devices_text(known.device_bytes)),
                     ("looked at", f"{planned.num_candidates} plans of {planned.num_partitions} ranked partitions"),
-                    ("ranked by", planned.config.objectives[0]),
+                    ("ranked by", planned.objective),
                 )
             ),
             GAP,
-            _ranking(planned),
+            _ranking(planned) if best.load is None else _loads(planned),
             GAP,
             Text(f"Best: {best.plan.describe()}, {best.effective.in_flight} in flight: {took}"),
             _stages(best),
-            Text(_limits_text(best)),
+            *((Text(_limits_text(best)),) if best.load is None else ()),
             *((Text(f"It is predicted to break {', '.join(map(str, best.broken))}."),) if best.broken else ()),
             *(Text(f"note: {note}") for note in planned.notes),
         )
@@ -127,6 +132,31 @@ def _ranking(planned: Planned) -> Table:
         columns=(Column("#"), left("plan", "prose"), *numbers, left("limited by"), Column("ideal")),
         rows=rows_of(rows),
         legend=_LEGEND,
+        gap=1,
+    )
+
+
+def _loads(planned: Planned) -> Table:
+    """Plans where requests come over time."""
+    columns = {"TTFT p90": "p90_ttft_ms", "TPOT p90": "p90_tpot_ms", "E2EL p90": "p90_e2el_ms"}
+    rows = [
+        (
+            str(rank),
+            w.layers_text(plan.plan),
+            f"{plan.plan.micro_batch_size}/{w.prefill_text(plan.plan)}",
+            f"{plan.effective.in_flight}",
+            *(w.ms_text(plan.metrics.get(name)) for name in columns.values()),
+            w.percent_text(plan.metrics.get("slo_attainment")),
+            w.number_text(plan.metrics.get("max_request_rate")),
+            w.percent_text(plan.metrics["bubble_ratio"]),
+        )
+        for rank, plan in enumerate(planned.plans, start=1)
+    ]
+    numbers = map(Column, ("rows", "slots", *columns, "good", "max rate", "bubble"))
+    return Table(
+        columns=(Column("#"), left("plan", "prose"), *numbers),
+        rows=rows_of(rows),
+        legend=_LOAD_LEGEND,
         gap=1,
     )
 

@@ -210,6 +210,10 @@ class TuneConfig(Value):
     """No further trial starts after so many seconds of search; the baseline and the finalists come on top."""
     stop_early: Annotated[bool, Flag("Search", "End when nothing better is predicted.")] = True
     """The search ends when no plan is predicted to be better than the best by more than the noise."""
+    slo_attainment: Annotated[float, Flag("Load", "Share of requests that must be good ones.")] = Field(
+        default=0.9, gt=0.0, lt=1.0
+    )
+    """What `max_request_rate` is the highest rate for."""
     objectives: Annotated[
         Names,
         Field(min_length=1),
@@ -334,6 +338,8 @@ def check_metrics(config: TuneConfig) -> None:
     gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
     has_goodput = workload.goodput is not None
     known = set(metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, goodput=has_goodput))
+    if has_goodput and workload.arrivals is not None:
+        known.add("max_request_rate")
     if not config.protocol.instrument:
         known -= {name for name in known if name.startswith("bubble") or name.endswith("_queue_ms")}
         known -= {"comm_ms", "steady_utilization"}
@@ -352,8 +358,10 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
             f"{metric} counts generated tokens, and where texts are scored there are none; take {SCORE_OBJECTIVE}, "
             "request_throughput or mean_e2el_ms, or --workload-kind generate"
         )
-    if metric in ("request_goodput", "slo_attainment"):
+    if metric in ("request_goodput", "slo_attainment") or (metric == "max_request_rate" and workload.arrivals):
         return f"{metric} needs limits; give --goodput, such as ttft:500 tpot:50"
+    if metric == "max_request_rate":
+        return "max_request_rate needs requests that come over time; give --request-rate, or --trace"
     label, _, rest = metric.partition("_")
     if label in PERCENTILES and rest.removesuffix("_ms") in LATENCIES and rest.endswith("_ms"):
         needed = samples_needed(PERCENTILES[label])

@@ -175,6 +175,10 @@ def resolve_settings(
         for path, value in GPU_DEFAULTS.items():
             if path not in resolved.sources:
                 resolved = _with(resolved, path, value, "default on GPUs")
+    if resolved.config.workload.arrivals is not None and "request_rate" not in params:
+        raise ConfigError(
+            "workload.arrivals: this command gives all prompts at once; `pipetune plan` predicts arrivals"
+        )
     place = resolved.sources.get(("workload", "prompts_file"))
     if place is not None and "prompts" in params and not place.startswith(f"{recorded}:"):
         resolved = _with_prompts(resolved, place)

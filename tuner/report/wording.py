@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipetune.bench.errors import harmless
 from pipetune.bench.record import Measurement, OutputCheck
-from pipetune.bench.spec import ModelSpec, Plan, Sampling, Workload
+from pipetune.bench.spec import Arrivals, ModelSpec, Plan, Sampling, Workload
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Row, Spread
 from pipetune.tuner.stats.ratios import Ratio
 
@@ -157,7 +157,22 @@ def workload_text(workload: Workload, prompt_lens: Sequence[int] = ()) -> str:
         return f"{given}, scored"
     least, most = min(workload.generated_lens), workload.generated_len
     new = f"{most}" if least == most else f"{least}–{most}"
-    return f"{given} → {new} new each, {sampling_text(workload.sampling)}"
+    return f"{given} → {new} new each, {sampling_text(workload.sampling)}{_arrivals_text(workload.arrivals)}"
+
+
+def _arrivals_text(arrivals: Arrivals | None) -> str:
+    """`, 3 requests/s`, `, 3 requests/s of burstiness 0.5`."""
+    if arrivals is None:
+        return ""
+    if arrivals.trace is not None:
+        scale = f" at {1 / arrivals.time_scale:.3g} times its rate" if arrivals.time_scale != 1 else ""
+        return f", as in {clean(arrivals.trace)}{scale}"
+    rate = (
+        f"{arrivals.request_rate:.3g}"
+        if arrivals.request_rate is not None
+        else (f"{arrivals.ramp_up_start_rps:.3g} to {arrivals.ramp_up_end_rps:.3g}")
+    )
+    return f", {rate} requests/s" + f" of burstiness {arrivals.burstiness:g}" * (arrivals.burstiness != 1)
 
 
 def sampling_text(sampling: Sampling | None) -> str:

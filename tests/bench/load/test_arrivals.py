@@ -36,10 +36,9 @@ def test_gaps_vary_as_much_as_the_shape_says(burstiness: float) -> None:
     assert statistics.stdev(gaps) == pytest.approx(burstiness**-0.5, rel=0.05)
 
 
-def test_a_large_shape_is_a_constant_rate_and_no_rate_is_all_at_once() -> None:
+def test_a_large_shape_is_a_constant_rate() -> None:
     even = arrival_times_s(Arrivals(request_rate=4.0, burstiness=1e9), 8)
     assert even == pytest.approx([0.25 * (index + 1) for index in range(8)], rel=1e-3)
-    assert arrival_times_s(Arrivals(), 3) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("strategy", ["linear", "exponential"])
@@ -60,13 +59,16 @@ def test_a_ramp_goes_from_one_rate_to_another(strategy: Any) -> None:
         ({"request_rate": -1}, "request_rate"),
         ({"request_rate": float("nan")}, "request_rate"),
         ({"request_rate": float("inf")}, "request_rate"),
-        ({"burstiness": 0}, "burstiness"),
-        ({"max_concurrency": 0}, "max_concurrency"),
+        ({"request_rate": 1, "burstiness": 0}, "burstiness"),
+        ({"request_rate": 1, "trace": "x.jsonl"}, "request_rate: trace says when requests come as well"),
+        ({"burstiness": 2}, "nothing says when requests come; give a rate, a trace or a ramp"),
+        ({"trace": "x.jsonl", "time_scale": 0}, "time_scale"),
+        ({"request_rate": 1, "max_concurrency": 0}, "max_concurrency"),
         ({"ramp_up_start_rps": 1}, "give ramp_up_strategy as well"),
         ({"ramp_up_strategy": "linear", "ramp_up_start_rps": 1}, "give ramp_up_start_rps and ramp_up_end_rps"),
         (
             {"ramp_up_strategy": "linear", "ramp_up_start_rps": 1, "ramp_up_end_rps": 2, "request_rate": 3},
-            "a ramp has rates of its own",
+            "request_rate: ramp_up_strategy says when requests come as well",
         ),
     ],
 )

@@ -92,6 +92,53 @@ def test_the_table_fits_80_columns_and_says_that_nothing_was_run(
     assert "no plan is predicted to keep all constraints" in text
 
 
+def test_plans_are_ranked_by_the_rate_that_they_sustain(
+    model: Path, devices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--model", model, "--load-format", "dummy", "--device-file", devices, "--output-len", "8", "--top", "3")
+    limits = ("--request-rate", "200", "--goodput", "ttft:5", "tpot:1", "--micro-batch-sizes", "4", "--max-stages", "2")
+    best = tmp_path / "plan.json"
+    assert plan(*args, *limits, "--json", "-o", best) == 0
+    document = printed(capsys)
+    assert document["objective"] == "max_request_rate"
+    rates = [one["metrics"]["max_request_rate"] for one in document["plans"]]
+    assert rates == sorted(rates, reverse=True)
+    assert len(rates) == 3
+    for one in document["plans"]:
+        metrics = one["metrics"]
+        assert 0 <= metrics["slo_attainment"] <= 1
+        assert (metrics["slo_attainment"] >= 0.9) == (metrics["max_request_rate"] >= 200 * 0.98)
+        assert metrics["request_goodput"] <= metrics["request_throughput"] + 1e-9
+        assert one["plan"]["max_in_flight"] >= one["in_flight"]
+    # A batch is what can be measured of it.
+    workload = read_plan(best).workload
+    assert workload is not None
+    assert workload.arrivals is None
+    assert plan(*args, *limits) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    assert "200 requests/s" in told
+
+
+def test_a_trace_says_when_requests_come_and_how_long_they_are(
+    model: Path, devices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "burst.csv"
+    rows = "".join(f"{number // 4},m,{20 + number},{3 * (number % 5)},0,log\n" for number in range(40))
+    trace.write_text("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n" + rows)
+    args = ("--model", model, "--load-format", "dummy", "--device-file", devices, "--json", "--trace", trace)
+    assert plan(*args, "--time-scale", "0.1") == 0
+    document = printed(capsys)
+    assert document["objective"] == "p90_e2el_ms"
+    assert document["notes"] == [
+        "simulated with 32 requests; nothing here runs under arrivals yet",
+        "8 requests of the trace had failed when it was recorded, and are left out",
+    ]
+    trace.write_text('{"timestamp": 0, "prompt": "text"}\n')
+    assert plan(*args) == 2
+    assert "burst.csv:1: has no input_length" in capsys.readouterr().err
+
+
 def test_nominal_rates_say_how_to_get_better_ones(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--model", model, "--load-format", "dummy", "--devices", "cpu:0-1", "--no-profile", "--top", "1")
     assert plan(*args, "--dtype", "bf16", "--attention", "eager", "--json", "--workload-kind", "score") == 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,9 +44,9 @@ class LoadPrediction:
     duration_s: float
     """From time 0 to the last token."""
     busy_s: tuple[float, ...]
-    """Of each stage of all replicas."""
+    """Seconds that each stage of all replicas computes."""
     idle_s: float
-    """Over all stages: time in which their replica had no request."""
+    """Seconds, over all stages, in which their replica had no request."""
 
     def metrics(self, goodput: Goodput | None = None) -> dict[str, float]:
         """Latencies, rates and ratios by the names of `bench.metrics`."""
@@ -78,20 +79,30 @@ def rules_of(plan: Plan, in_flight: int) -> Rules:
 
 
 def simulate_load(
-    model: CostModel, plan: Plan, in_flight: int, requests: Sequence[LoadedRequest], *, rules: Rules | None = None
+    model: CostModel,
+    plan: Plan,
+    in_flight: int,
+    requests: Sequence[LoadedRequest],
+    *,
+    rules: Rules | None = None,
+    max_concurrency: int | None = None,
 ) -> LoadPrediction:
     """Serves the requests, which come in the order of their times.
 
     Args:
         in_flight: micro-batches resident at once in each replica.
         rules: by default those of the plan.
+        max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
     """
-    return _Load(model, plan, rules or rules_of(plan, in_flight), requests).run()
+    return _Load(model, plan, rules or rules_of(plan, in_flight), requests, max_concurrency or len(requests)).run()
 
 
 class _Load:
-    def __init__(self, model: CostModel, plan: Plan, rules: Rules, requests: Sequence[LoadedRequest]) -> None:
-        self.requests = requests
+    def __init__(
+        self, model: CostModel, plan: Plan, rules: Rules, requests: Sequence[LoadedRequest], max_concurrency: int
+    ) -> None:
+        self.requests, self._max_concurrency = requests, max_concurrency
+        self._outside: deque[int] = deque()
         self.replicas = [
             _Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)
         ]
@@ -100,7 +111,7 @@ class _Load:
 
     def run(self) -> LoadPrediction:
         for number, request in enumerate(self.requests):
-            self._at(request.at_s, partial(self._arrive, number))
+            self._at(request.at_s, partial(self._outside.append, number))
         now = 0.0
         while self._events:
             now, _, happens = heapq.heappop(self._events)
@@ -108,6 +119,8 @@ class _Load:
             # What happens at one moment is known before anything is decided.
             if self._events and self._events[0][0] == now:
                 continue
+            while self._outside and sum(len(one.admission) for one in self.replicas) < self._max_concurrency:
+                self._arrive(self._outside.popleft(), now)
             for replica in self.replicas:
                 while (task := replica.begin(now)) is not None:
                     order, free_s, ended_s, known_s = task
@@ -132,9 +145,9 @@ class _Load:
     def _at(self, at_s: float, happens: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, next(self._counter), happens))
 
-    def _arrive(self, number: int) -> None:
+    def _arrive(self, number: int, now_s: float) -> None:
         replica = min(self.replicas, key=lambda one: len(one.admission))
-        replica.arrive(number, self.requests[number].at_s)
+        replica.arrive(number, now_s)
 
 
 @dataclass(slots=True)
@@ -252,24 +265,26 @@ class _Replica:
 
 
 def highest_rate(
-    attainment: Callable[[float], float], wanted: float, *, guess: float, tolerance: float = 0.01
+    attainment: Callable[[float], float], wanted: float, *, guess: float, step: float = 2.0, tolerance: float = 0.01
 ) -> float:
     """Highest rate at which so large a share of requests keeps its limits, in requests a second; 0 where none does.
 
     Args:
         attainment: falls as the rate grows.
         guess: where to begin.
+        step: factor to go on by until the rate lies between two that were asked for.
     """
-    low, high = guess, guess
-    while attainment(low) < wanted:
-        low /= 2
-        if low < guess * 2**-12:
+    least, most = guess * 2**-12, guess * 2**12
+    low = high = guess
+    if attainment(guess) >= wanted:
+        while high <= most and (high == low or attainment(high) >= wanted):
+            low, high = high, high * step
+    else:
+        while low >= least and (high == low or attainment(low) < wanted):
+            low, high = low / step, low
+        if low < least:
             return 0.0
-    while attainment(high) >= wanted:
-        low, high = high, high * 2
-        if high > guess * 2**12:
-            return high
-    while high > low * (1 + tolerance):
+    while most > high > low * (1 + tolerance):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if attainment(middle) >= wanted else (low, middle)
     return low

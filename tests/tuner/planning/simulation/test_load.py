@@ -88,6 +88,14 @@ def test_the_same_load_gives_the_same_times_and_more_load_longer_ones() -> None:
     assert means[0] == means[1] < means[2] < means[3]
 
 
+def test_what_is_beyond_the_concurrency_waits_and_its_latency_counts_that() -> None:
+    plan, load = plan_of(LAYERS // 2), [LoadedRequest(at_s=0.0, prompt_len=16, output_len=6)] * 3
+    (alone,) = simulate_load(MODEL, plan, 2, load[:1]).times_s["e2el"]
+    found = simulate_load(MODEL, plan, 2, load, max_concurrency=1).times_s["e2el"]
+    # The first stage knows a token a hop later than the last.
+    assert found == pytest.approx([alone, 2 * alone, 3 * alone], rel=0.01)
+
+
 def test_a_stage_that_computes_alone_takes_less() -> None:
     contended = dataclasses.replace(MODEL, contention=Contention(prefill=0.5, decode=0.5, devices=2))
     load = [LoadedRequest(at_s=0.0, prompt_len=16, output_len=6)]
