@@ -161,6 +161,10 @@ class DecodeGraphs:
         self._has_failed = False
         self._notes: dict[str, None] = {}
 
+    def again(self, whose: str) -> DecodeGraphs:
+        """One for the same stage that has captured nothing: its graphs hold what is hooked to modules by then."""
+        return DecodeGraphs(self._stage, self._device, where=whose + self._where, capture=self._captures)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Where steps run eagerly, and why; empty if all that was asked for is captured."""
