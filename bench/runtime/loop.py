@@ -1,8 +1,8 @@
 """The pipelined generation loop of one stage: take the input, run the layers, hand the output on, task by task.
 
 Every rank holds the same `Job` and derives the same schedule from it, so no metadata travels. Sampled tokens go from
-the last stage to all others: the first embeds them, and every stage needs the real ids and, where generation may end
-early, must know which micro-batches are done.
+the last stage to the first, which embeds them; and to all others where the model's layers read ids, or where generation
+may end early, so that every stage must know which micro-batches are done. Without them a stage's ids are padding.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Edges:
     hidden_in: Receiver | None = None
     hidden_out: Sender | None = None
     tokens_in: Receiver | None = None
-    """From the last stage; None on the last itself."""
+    """From the last stage; None on the last itself, and where tokens are of no use."""
     tokens_out: tuple[Sender, ...] = ()
-    """To every other stage; filled on the last alone."""
+    """To every stage that takes them; filled on the last alone."""
 
 
 @dataclass(slots=True)

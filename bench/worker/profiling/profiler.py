@@ -204,7 +204,7 @@ class Profiler:
     def _shares(
         self, loop: StageLoop, kind: TaskKind, count: int
     ) -> tuple[list[tuple[float, float]], list[dict[Part, float]]]:
-        """Begin and end of so many tasks, and the shares of each: those within a second graph where plans would run a graph.
+        """Begins and ends of so many tasks, and their shares: those within a second graph where plans would run one.
 
         Run eagerly, the parts of a small step take as long as the host takes to launch their kernels.
         """
