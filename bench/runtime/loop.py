@@ -93,7 +93,7 @@ class StageLoop:
             self.slots = []
             self.slots = [self._stage.new_cache(rows=job.micro_batch_size, max_len=max_len) for _ in range(count)]
         if self.graphs is not None:
-            self.graphs.prepare(self.slots, job.tasks())
+            self.graphs.prepare(self.slots, job.tasks(), job.sampling)
 
     @torch.inference_mode()
     def rehearse(self, job: Job) -> None:
@@ -242,7 +242,7 @@ class _Pass:
         """The stage's output for a task."""
         inputs = self.inputs[task.micro_batch]
         if self.graphs is not None:
-            output = self.graphs.run(task, inputs, hidden)
+            output = self.graphs.run(task, inputs, hidden, self.drawn_by(task))
             if output is not None:
                 return output
         rows = slice(task.first_row, task.end_row)
@@ -258,18 +258,26 @@ class _Pass:
             without_logits=not (task.samples or self.job.scores),
         )
 
+    def rows(self, task: Task) -> slice:
+        """Rows of a task, counted over all micro-batches."""
+        first = self.first_rows[task.micro_batch]
+        return slice(first + task.first_row, first + task.end_row)
+
+    def drawn_by(self, task: Task) -> torch.Tensor | None:
+        """Numbers `[rows]` that the tokens behind a task are drawn by; None where none are."""
+        return None if self.uniforms is None else self.uniforms[self.rows(task), task.step]
+
     def sample(self, task: Task, logits: torch.Tensor) -> torch.Tensor:
         """The tokens `[rows]` that follow: the likeliest, drawn, or forced ones."""
-        first = self.first_rows[task.micro_batch]
-        rows = slice(first + task.first_row, first + task.end_row)
-        sampling = self.job.sampling or Sampling()
-        u = None if self.uniforms is None else self.uniforms[rows, task.step]
+        sampling, u = self.job.sampling or Sampling(), self.drawn_by(task)
         if self.job.keep_margins:
             margins = margins_of(logits.float()) if u is None else draw_margins(logits, u, sampling)
             self.margins.append((task, margins.cpu()))
         if self.forced is not None:
             self.logits.append((task, logits.float().cpu()))
-            return self.forced[rows, task.step]
+            return self.forced[self.rows(task), task.step]
+        if self.graphs is not None and self.graphs.chosen is not None:
+            return self.graphs.chosen
         return likeliest(logits) if u is None else draw(logits, u, sampling)
 
     def score(self, task: Task, logits: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.profile import ProfileGrid
 from pipetune.bench.runtime.wiring import COMMUNICATOR_BYTES
-from pipetune.bench.spec import ModelSpec
+from pipetune.bench.spec import ModelSpec, Sampling
 from tests.rehearsal.conftest import IS_WHOLE, UseMachine
 from tests.rehearsal.fleets import LAYERS, PROTOCOL, WORKLOAD, equal, run, tiny_model
 from tests.rehearsal.stub.machine import GIB, StubMachine
@@ -84,6 +84,36 @@ def test_a_profile_over_nccl(use_machine: UseMachine, tmp_path: Path) -> None:
     assert [device.device for device in profile.devices] == list(FOUR[:2])
     assert profile.notes == ("cuda_graphs: eager on the parts of cuda:1: no memory for another graph",)
     assert all(time.seconds > 0 for device in profile.devices for time in (*device.layers[0].times, *device.head))
+
+
+CHOSEN = """
+sample = module._Pass.sample
+
+
+def watched(self, task, logits):
+    if self.graphs is not None and not task.is_prefill:
+        u = self.drawn_by(task)
+        tokens = module.likeliest(logits) if u is None else module.draw(logits, u, self.job.sampling)
+        assert module.torch.equal(self.graphs.chosen, tokens)
+    return sample(self, task, logits)
+
+
+module._Pass.sample = watched
+"""
+"""Every captured step must have chosen what the loop would choose from its logits."""
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.8), Sampling(top_k=9, top_p=0.8, seed=3)], ids=str)
+def test_captured_steps_choose_the_unsplit_models_tokens(
+    sampling: Sampling | None, use_machine: UseMachine, tmp_path: Path
+) -> None:
+    use_machine(StubMachine.alike(4), {"pipetune.bench.runtime.loop": CHOSEN})
+    workload = WORKLOAD.model_copy(update={"sampling": sampling})
+    with Fleet.start(tiny_model(tmp_path, "llama"), FOUR, log_dir=tmp_path / "logs") as fleet:
+        assert fleet.make_reference(tmp_path / "reference", workload, PROTOCOL) is None
+        for counts in ((LAYERS,), (1,) * 4):
+            outcome = equal(run(fleet, counts, workload=workload))
+            assert not [note for note in outcome.notes if note.startswith("cuda_graphs")]
 
 
 HOST_BOUND = """
