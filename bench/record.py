@@ -302,10 +302,12 @@ class GpuInfo(Value):
     uuid: str
     """Empty where it is not known, as `name` says it and None does."""
     compute_capability: str | None = None
+    numa_node: int | None = None
+    """To whose CPUs the GPU's worker is bound; None where it is not known."""
 
 
 class Hardware(Value):
-    """What comparisons and resumes demand to be equal (UUIDs apart)."""
+    """What comparisons and resumes demand to be equal (UUIDs and NUMA nodes apart)."""
 
     cpu_model: str
     cpu_cores: Count
@@ -319,10 +321,10 @@ class Hardware(Value):
 
     @property
     def hardware_id(self) -> str:
-        """Digest of everything here but the UUIDs."""
+        """Digest of everything here but the UUIDs and NUMA nodes."""
         anonymous = tuple(gpu.model_copy(update={"uuid": ""}) for gpu in self.gpus)
         alone = self.model_copy(update={"gpus": anonymous, "further_hosts": ()})
-        own = alone.digest(exclude={"further_hosts"}, exclude_defaults=False)
+        own = alone.digest(exclude={"further_hosts": True, "gpus": {"__all__": {"numa_node"}}}, exclude_defaults=False)
         others = [host.hardware_id for host in self.further_hosts]
         return digest_of([own, *others]) if others else own
 

@@ -8,9 +8,9 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -135,7 +135,7 @@ class Value(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def digest(self, *, exclude_defaults: bool = True, exclude: set[str] | None = None) -> str:
+    def digest(self, *, exclude_defaults: bool = True, exclude: Mapping[str, Any] | None = None) -> str:
         """sha256 of the canonical JSON, 16 hex digits: equal values have equal digests.
 
         What is at its default is left out unless told otherwise, so that a field added later changes no digest.

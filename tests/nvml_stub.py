@@ -22,6 +22,7 @@ class Device:
     slots: int | None = 0
     """How many MIG instances the GPU may have; None where NVML does not say."""
     instances: tuple[Device, ...] = field(default=(), repr=False)
+    bus_id: str = ""
 
 
 def install(gpus: Sequence[Device], put: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -47,6 +48,7 @@ def install(gpus: Sequence[Device], put: Callable[[Any, str, Any], None] = setat
         "nvmlDeviceGetMemoryInfo": lambda device: SimpleNamespace(total=device.gib * 2**30, used=2**30),
         "nvmlDeviceGetMaxMigDeviceCount": lambda gpu: answer(gpu.slots),
         "nvmlDeviceGetMigDeviceHandleByIndex": slot,
+        "nvmlDeviceGetPciInfo": lambda device: SimpleNamespace(busId=answer(device.bus_id or None)),
         "nvmlDeviceGetGpuInstanceId": lambda device: device.ids[0],
         "nvmlDeviceGetComputeInstanceId": lambda device: device.ids[1],
     }

@@ -66,8 +66,8 @@ class CudaClock:
         return event, middle_s
 
     def stamp(self) -> torch.cuda.Event:
-        """Records an event on the current stream."""
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        """Records an event on the current stream; where a graph is captured, each of its replays records it anew."""
+        event = torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 

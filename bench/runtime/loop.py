@@ -1,8 +1,8 @@
 """The pipelined generation loop of one stage: take the input, run the layers, hand the output on, task by task.
 
 Every rank holds the same `Job` and derives the same schedule from it, so no metadata travels. Sampled tokens go from
-the last stage to all others: the first embeds them, and every stage needs the real ids and, where generation may end
-early, must know which micro-batches are done.
+the last stage to the first, which embeds them; and to all others where the model's layers read ids, or where generation
+may end early, so that every stage must know which micro-batches are done. Without them a stage's ids are padding.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Edges:
     hidden_in: Receiver | None = None
     hidden_out: Sender | None = None
     tokens_in: Receiver | None = None
-    """From the last stage; None on the last itself."""
+    """From the last stage; None on the last itself, and where tokens are of no use."""
     tokens_out: tuple[Sender, ...] = ()
-    """To every other stage; filled on the last alone."""
+    """To every stage that takes them; filled on the last alone."""
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class StageLoop:
             self.slots = []
             self.slots = [self._stage.new_cache(rows=job.micro_batch_size, max_len=max_len) for _ in range(count)]
         if self.graphs is not None:
-            self.graphs.prepare(self.slots, job.tasks())
+            self.graphs.prepare(self.slots, job.tasks(), job.sampling)
 
     @torch.inference_mode()
     def rehearse(self, job: Job) -> None:
@@ -242,7 +242,7 @@ class _Pass:
         """The stage's output for a task."""
         inputs = self.inputs[task.micro_batch]
         if self.graphs is not None:
-            output = self.graphs.run(task, inputs, hidden)
+            output = self.graphs.run(task, inputs, hidden, self.drawn_by(task))
             if output is not None:
                 return output
         rows = slice(task.first_row, task.end_row)
@@ -258,18 +258,26 @@ class _Pass:
             without_logits=not (task.samples or self.job.scores),
         )
 
+    def rows(self, task: Task) -> slice:
+        """Rows of a task, counted over all micro-batches."""
+        first = self.first_rows[task.micro_batch]
+        return slice(first + task.first_row, first + task.end_row)
+
+    def drawn_by(self, task: Task) -> torch.Tensor | None:
+        """Numbers `[rows]` that the tokens behind a task are drawn by; None where none are."""
+        return None if self.uniforms is None else self.uniforms[self.rows(task), task.step]
+
     def sample(self, task: Task, logits: torch.Tensor) -> torch.Tensor:
         """The tokens `[rows]` that follow: the likeliest, drawn, or forced ones."""
-        first = self.first_rows[task.micro_batch]
-        rows = slice(first + task.first_row, first + task.end_row)
-        sampling = self.job.sampling or Sampling()
-        u = None if self.uniforms is None else self.uniforms[rows, task.step]
+        sampling, u = self.job.sampling or Sampling(), self.drawn_by(task)
         if self.job.keep_margins:
             margins = margins_of(logits.float()) if u is None else draw_margins(logits, u, sampling)
             self.margins.append((task, margins.cpu()))
         if self.forced is not None:
             self.logits.append((task, logits.float().cpu()))
-            return self.forced[rows, task.step]
+            return self.forced[self.rows(task), task.step]
+        if self.graphs is not None and self.graphs.chosen is not None:
+            return self.graphs.chosen
         return likeliest(logits) if u is None else draw(logits, u, sampling)
 
     def score(self, task: Task, logits: torch.Tensor) -> None:

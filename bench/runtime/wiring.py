@@ -62,6 +62,7 @@ class Links:
         hidden_dtype: torch.dtype,
         tokens_numel: int,
         tokens_depth: int,
+        tokens_to_all: bool = True,
     ) -> Edges | None:
         """Edges of this rank in a pipeline over `ranks`; None if it has no stage. Every rank must call this alike.
 
@@ -69,9 +70,11 @@ class Links:
             hidden_numel: elements of the largest hidden states that cross an edge.
             tokens_numel: rows of a micro-batch.
             tokens_depth: token messages that may be under way to one stage.
+            tokens_to_all: whether every stage is told the sampled tokens; else the first alone is, which embeds them.
         """
-        last = ranks[-1]
-        directed = [*itertools.pairwise(ranks), *((last, rank) for rank in ranks[:-1])]
+        *others, last = ranks
+        told = others if tokens_to_all else others[:1]
+        directed = [*itertools.pairwise(ranks), *((last, rank) for rank in told)]
         for source, destination in directed:
             self._open(source, destination)
         # All stages of a plan, replicas among them, have fewer; the oldest go first, on every rank alike.
@@ -86,8 +89,8 @@ class Links:
         return Edges(
             hidden_in=self._receiver(ranks[index - 1], hidden) if index > 0 else None,
             hidden_out=self._sender(ranks[index + 1], hidden) if not is_last else None,
-            tokens_in=self._receiver(last, tokens) if not is_last else None,
-            tokens_out=tuple(self._sender(rank, tokens) for rank in ranks[:-1]) if is_last else (),
+            tokens_in=self._receiver(last, tokens) if self._rank in told else None,
+            tokens_out=tuple(self._sender(rank, tokens) for rank in told) if is_last else (),
         )
 
     def _open(self, source: int, destination: int) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import validate_call
 
 from pipetune.bench.errors import ConfigError, ModelError, StudyError, disk_fault
 from pipetune.bench.files import scratch_folder, write_durably
-from pipetune.bench.machine.hardware import cores_of, device_bytes, read_machine
+from pipetune.bench.machine.hardware import bind_near, cores_of, device_bytes, read_machine
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.models.attention import check_attention_devices
 from pipetune.bench.models.describe import describe_model
@@ -90,7 +91,10 @@ class Worker:
         host = device_host(name)
         self._local = on_host(self.devices, host)
         own_name = local_name(name)
-        device = DeviceContext(name, num_threads=cores_of(own_name, self._local))
+        if device_kind(name) == "cuda":
+            bind_near(own_name)
+        cores = min(cores_of(own_name, self._local), len(os.sched_getaffinity(0)))
+        device = DeviceContext(name, num_threads=cores)
         dist.init_process_group(
             "gloo",
             **({"store": agents_store()} if args.rendezvous is None else {"init_method": f"file://{args.rendezvous}"}),

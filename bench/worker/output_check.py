@@ -121,6 +121,7 @@ def _small_pass(
         chunk_size=job.chunk_size,
         in_flight=min(job.in_flight, math.ceil(len(checked) / small)),
         pad_token_id=job.pad_token_id,
+        sampling=job.sampling,
         forced=None if tokens is None else tuple(tuple(row) for row in tokens.tolist()),
     )
     jobs = (part,) * plan.replicas

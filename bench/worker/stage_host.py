@@ -210,6 +210,7 @@ class StageHost:
                 hidden_dtype=self.stage.message_dtype,
                 tokens_numel=job.micro_batch_size,
                 tokens_depth=job.in_flight * math.ceil(job.micro_batch_size / job.prefill_size),
+                tokens_to_all=self.stage.reads_ids or job.eos_token_ids is not None,
             )
             own = edges or own
         job = self.own_job(jobs)

@@ -144,8 +144,10 @@ def hardware(uuid: str, **more: Any) -> Hardware:
     return Hardware(**{"cpu_model": "x", "cpu_cores": 2, "memory_bytes": 2**33, "gpus": (gpu,), **more})
 
 
-def test_hardware_id_ignores_uuids_and_nothing_else() -> None:
+def test_hardware_id_ignores_uuids_and_numa_nodes_and_nothing_else() -> None:
     assert hardware("GPU-1").hardware_id == hardware("GPU-2").hardware_id
+    elsewhere = GpuInfo(name="NVIDIA H200", memory_bytes=2**37, uuid="GPU-1", numa_node=1)
+    assert hardware("GPU-1", gpus=(elsewhere,)).hardware_id == hardware("GPU-1").hardware_id
     others: list[dict[str, Any]] = [
         {"cpu_cores": 4},
         {"memory_bytes": 2**34},

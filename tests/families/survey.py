@@ -226,7 +226,10 @@ def _split_logits(stages: Sequence[Stage], inputs: MicroBatchInputs) -> torch.Te
         mask = inputs.mask[:, :end] if has_mask else None
         for stage, cache in zip(stages, caches, strict=True):
             cache.seek(0, rows, past)
-            message = stage.forward(inputs.ids[:, past:end], mask, inputs.positions[:, past:end], cache, message)
+            # As in a pipeline: stages in between are not told what was sampled, unless they read it.
+            knows = past == 0 or stage.is_first or stage.is_last or stage.reads_ids
+            ids = inputs.ids[:, past:end] * int(knows)
+            message = stage.forward(ids, mask, inputs.positions[:, past:end], cache, message)
             if not stage.is_last:
                 expected = (rows, end - past, stage.message_values)
                 assert tuple(message.shape) == expected, f"a message is {tuple(message.shape)}, announced is {expected}"

@@ -43,6 +43,21 @@ GPU took part. *Captured*: decode steps ask the host for nothing, and may be CUD
 copies*: somewhere the host waits for the GPU, or copies memory that is not pinned; steps run
 eagerly where one of them does. *Not run*: fake tensors do not go through this family, which says
 nothing of it.
+
+Written and rehearsed on stubbed GPUs (`tests/rehearsal`), and never run on one:
+
+- A captured step of the last stage ends with its tokens, the likeliest or drawn ones, and ids stay
+  on the GPU. The host looks at them only where generation may end early. A stage's graphs draw as
+  the first job after their capture wants it; with other settings of sampling, tokens are drawn
+  behind the graph. Memory that draws take within the graphs' pool is not predicted.
+- Sampled tokens go to the first stage alone, one message a step. All stages are sent them where
+  generation may end early, or where anything but the embedding may read ids: 32 of the families
+  here, found on the meta device, GPT-2's and Gemma 4's among them.
+- A worker is bound to the CPUs of its GPU's NUMA node that it may use, where the kernel names one;
+  a GPU of MIG instances may not tell its place.
+- A profile has the shares of a decode step's parts from events within a second graph. Where that
+  cannot be captured they are those of eager steps, in which a layer of many small kernels seems
+  dearer than it is, and a note says so.
 """
 SHAPES_HEAD = """Predicted and highest memory of a task, beside weights and KV, on four layers of five shapes in
 bfloat16; cuBLAS's workspaces are not in it.

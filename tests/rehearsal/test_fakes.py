@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from pipetune.bench.models.describe import describe_model
 from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.runtime.kernels.static_step import StaticStep, StepKey
-from pipetune.bench.spec import ModelSpec
+from pipetune.bench.spec import ModelSpec, Sampling
 from tests.families.configs import FAMILIES as ALL_FAMILIES
 from tests.families.configs import tiny_config
 from tests.rehearsal.conftest import IS_WHOLE, ROOT
@@ -41,8 +42,12 @@ def test_no_pass_waits_for_the_host_or_copies_pageable_memory(family: str, tmp_p
         seen = {"prefill": watched(lambda: stage.forward(ids, None, ids, slot, None))}
         slot.seek(0, 3, 16)
         seen["decode"] = watched(lambda: stage.forward(ids[:, :1], None, ids[:, :1], slot, None))
-        seen["captured"] = watched(StaticStep(stage, slot, StepKey(0, 3, 32)).forward)
-    assert all(watch.operations > 10 and watch.live.peak > 0 for watch in seen.values())
+        step = StaticStep(stage, slot, StepKey(0, 3, 32))
+        seen["captured"] = watched(step.forward)
+        logits = torch.empty((3, 20_000), dtype=torch.bfloat16, device=CUDA)
+        for sampling in (Sampling(), Sampling(top_k=9, top_p=0.8), Sampling(top_p=0.8)):
+            seen[str(sampling)] = watched(functools.partial(step.choose, logits, sampling))
+    assert all(watch.operations > 8 and watch.live.peak > 0 for watch in seen.values())
     assert {name: dict(watch.syncs + watch.copies) for name, watch in seen.items()} == {name: {} for name in seen}
 
 

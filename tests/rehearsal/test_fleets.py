@@ -10,9 +10,11 @@ import pytest
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.profile import ProfileGrid
 from pipetune.bench.runtime.wiring import COMMUNICATOR_BYTES
+from pipetune.bench.spec import ModelSpec, Sampling
 from tests.rehearsal.conftest import IS_WHOLE, UseMachine
 from tests.rehearsal.fleets import LAYERS, PROTOCOL, WORKLOAD, equal, run, tiny_model
 from tests.rehearsal.stub.machine import GIB, StubMachine
+from tests.tiny_models import save_tiny_model
 from tests.workers import worker_pids
 
 FOUR = ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
@@ -51,15 +53,99 @@ def module_loading(fleet: Fleet) -> str | None:
     return found
 
 
+ONE_CAPTURES_NO_MORE = """
+again = module.DecodeGraphs.again
+
+
+def make(self, key):
+    raise RuntimeError("no memory for another graph")
+
+
+def failing(self, whose):
+    second = again(self, whose)
+    if self._where == "cuda:1":
+        second._make = make.__get__(second)
+    return second
+
+
+module.DecodeGraphs.again = failing
+"""
+"""One of two workers must take the shares of parts from eager steps, and both stay in step."""
+
+
 @pytest.mark.timeout(150)
 def test_a_profile_over_nccl(use_machine: UseMachine, tmp_path: Path) -> None:
-    use_machine(StubMachine.alike(2))
+    use_machine(StubMachine.alike(2), {"pipetune.bench.runtime.kernels.graphs": ONE_CAPTURES_NO_MORE})
     with Fleet.start(tiny_model(tmp_path, "llama"), FOUR[:2], log_dir=tmp_path / "logs") as fleet:
         # Else a kernel's first use would wait for a posted receive.
         assert module_loading(fleet) == "EAGER"
         profile = fleet.profile(ProfileGrid(rows=(1, 3), lengths=(8,), pasts=(12,)))
     assert {(link.source, link.target) for link in profile.links} == {FOUR[:2], FOUR[1::-1]}
     assert [device.device for device in profile.devices] == list(FOUR[:2])
+    assert profile.notes == ("cuda_graphs: eager on the parts of cuda:1: no memory for another graph",)
+    assert all(time.seconds > 0 for device in profile.devices for time in (*device.layers[0].times, *device.head))
+
+
+CHOSEN = """
+sample = module._Pass.sample
+
+
+def watched(self, task, logits):
+    if self.graphs is not None and not task.is_prefill:
+        u = self.drawn_by(task)
+        tokens = module.likeliest(logits) if u is None else module.draw(logits, u, self.job.sampling)
+        assert module.torch.equal(self.graphs.chosen, tokens)
+    return sample(self, task, logits)
+
+
+module._Pass.sample = watched
+"""
+"""Every captured step must have chosen what the loop would choose from its logits."""
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.8), Sampling(top_k=9, top_p=0.8, seed=3)], ids=str)
+def test_captured_steps_choose_the_unsplit_models_tokens(
+    sampling: Sampling | None, use_machine: UseMachine, tmp_path: Path
+) -> None:
+    use_machine(StubMachine.alike(4), {"pipetune.bench.runtime.loop": CHOSEN})
+    workload = WORKLOAD.model_copy(update={"sampling": sampling})
+    with Fleet.start(tiny_model(tmp_path, "llama"), FOUR, log_dir=tmp_path / "logs") as fleet:
+        assert fleet.make_reference(tmp_path / "reference", workload, PROTOCOL) is None
+        for counts in ((LAYERS,), (1,) * 4):
+            outcome = equal(run(fleet, counts, workload=workload))
+            assert not [note for note in outcome.notes if note.startswith("cuda_graphs")]
+
+
+HOST_BOUND = """
+import time
+
+forward = module.LlamaDecoderLayer.forward
+
+
+def launch(self, *args, **kwargs):
+    time.sleep(0.3)
+    return forward(self, *args, **kwargs)
+
+
+module.LlamaDecoderLayer.forward = launch
+"""
+"""A host that launches the kernels of a layer slowly, which is nothing to a graph's replay."""
+
+
+@pytest.mark.timeout(150)
+def test_the_parts_of_captured_steps_are_timed_within_their_graph(use_machine: UseMachine, tmp_path: Path) -> None:
+    use_machine(StubMachine.alike(1), {"transformers.models.llama.modeling_llama": HOST_BOUND})
+    model = ModelSpec(name=str(save_tiny_model(tmp_path / "llama", "llama", 2)))
+    with Fleet.start(model, FOUR[:1], log_dir=tmp_path / "logs") as fleet:
+        profile = fleet.profile(ProfileGrid(rows=(2,), lengths=(1,), pasts=(12,)))
+    assert profile.notes == ()
+    (device,) = profile.devices
+    ratios = {
+        head.past_tokens: head.seconds / layer.seconds
+        for head, layer in zip(device.head, device.layers[0].times, strict=True)
+    }
+    # The replay's parts; by the stamps of an eager step the host's time would be the layers'.
+    assert ratios[0] < 0.03 < ratios[12]
 
 
 COMPILER = """

@@ -3,7 +3,8 @@
 A decode step of a small batch is hundreds of kernels of a few microseconds each, and the host cannot launch them as
 fast as the GPU runs them. A graph is launched at once. For that a step must be the same work on the same memory each
 time: ids, positions and received hidden states are copied to fixed places first, and the cache has fixed shapes
-(`bench.runtime.kernels.static_step`). Communication stays outside.
+(`bench.runtime.kernels.static_step`). What follows the head belongs to the step: the likeliest token or the draw.
+Communication stays outside.
 
 Only compute that never asks the host can be captured. What cannot runs as before, and `notes` says why. Every kind of
 step is compared with an eager one before it is used.
@@ -28,6 +29,7 @@ from pipetune.bench.runtime.kernels.static_step import Probe, StaticStep, StepKe
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.schedule import Task
+from pipetune.bench.spec import Sampling
 
 KV_STEP = 256
 """Attention reads KV up to the next multiple of this: at most so many positions too many, and few graphs."""
@@ -147,6 +149,10 @@ class DecodeGraphs:
         Without capture the static steps run as they are, which works on a CPU too.
         """
         self.report = GraphsReport()
+        self.chosen: torch.Tensor | None = None
+        """Tokens `[rows]` that the last run chose as the job wants it; None where they are left to the caller."""
+        self._sampling: Sampling | None = None
+        self._is_wanted = True
         self._stage = stage
         self._device = device
         self._where = where
@@ -161,21 +167,31 @@ class DecodeGraphs:
         self._has_failed = False
         self._notes: dict[str, None] = {}
 
+    def again(self, whose: str) -> DecodeGraphs:
+        """One for the same stage that has captured nothing: its graphs hold what is hooked to modules by then."""
+        return DecodeGraphs(self._stage, self._device, where=whose + self._where, capture=self._captures)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Where steps run eagerly, and why; empty if all that was asked for is captured."""
         return tuple(self._notes)
 
-    def prepare(self, slots: Sequence[SlotCache], tasks: Iterable[Task]) -> None:
+    def prepare(self, slots: Sequence[SlotCache], tasks: Iterable[Task], sampling: Sampling | None = None) -> None:
         """Captures what a schedule's decode needs and is not captured yet.
 
         Call it while no message is under way: capturing waits for the whole device, and a receive that was posted would
         never end if its sender waited for this stage. What the slots hold is lost.
+
+        On the last stage a graph also chooses the tokens, as the first job wants it: those of other jobs are left to
+        their callers.
         """
         if [id(slot) for slot in slots] != [id(slot) for slot in self._slots]:
             self.close()
             self._slots = tuple(slots)
             self._max_len = min((slot.max_len for slot in slots), default=0)
+        if not self._steps:
+            self._sampling = sampling
+        self._is_wanted = sampling == self._sampling
         if self._has_failed or not slots:
             return
         wanted = steps_of(tasks, max_len=self._max_len)
@@ -206,25 +222,31 @@ class DecodeGraphs:
         )
 
     @torch.inference_mode()
-    def run(self, task: Task, inputs: MicroBatchInputs, hidden: torch.Tensor | None) -> torch.Tensor | None:
+    def run(
+        self, task: Task, inputs: MicroBatchInputs, hidden: torch.Tensor | None, u: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """The stage's output for a decode step; None if it is none, or is not captured.
 
         Args:
             inputs: of the task's micro-batch, the same object for all its steps.
             hidden: `[rows, 1, M]` as received; None on the first stage.
+            u: `[rows]`, what tokens are drawn by, if they are.
 
         Returns:
             As `Stage.forward`. On the last stage the logits lie where the next run may write: use them on the same
             stream before it. On others the tensor is the caller's own.
         """
+        self.chosen = None
         if task.is_prefill or not self._steps:
             return None
         key = StepKey(task.slot, task.num_rows, kv_length(task.end_token, max_len=self._max_len))
         step = self._steps.get(key)
         if step is None:
             return None
-        step.load(task.first_token, inputs, hidden)
+        step.load(task.first_token, inputs, hidden, u)
         output = step.run()
+        # Sent and learned by the time that this step runs again: its next ids come of them.
+        self.chosen = step.tokens if self._is_wanted else None
         # NCCL's stream may still be reading it when another graph of the pool runs, and writes there.
         return output if self._stage.is_last or step.graph is None else output.clone()
 
@@ -284,7 +306,16 @@ class DecodeGraphs:
         step = StaticStep(self._stage, slot, key)
         if self._captures:
             self._pool = self._pool or Pool(self._device.torch_device)
-            step.graph, step.output = self._pool.capture(lambda: self._into_output(step.forward(), key.rows))
+            if self._stage.is_last:
+                step.tokens = torch.zeros(key.rows, dtype=torch.long, device=self._device.torch_device)
+
+            def work() -> torch.Tensor:
+                output = self._into_output(step.forward(), key.rows)
+                if step.tokens is not None:
+                    step.tokens.copy_(step.choose(output, self._sampling))
+                return output
+
+            step.graph, step.output = self._pool.capture(work)
         return step
 
     def _into_output(self, output: torch.Tensor, rows: int) -> torch.Tensor:
@@ -318,6 +349,8 @@ class DecodeGraphs:
             # What adds up in no fixed order does not even repeat itself.
             if torch.equal(plain, again) and not torch.equal(plain, actual[-1]):
                 return "a captured step differs from the same step as it is"
+            if step.tokens is not None and not torch.equal(step.tokens, step.choose(actual[-1], self._sampling)):
+                return "a captured step chooses other tokens than the same step as it is"
         self._compared[kind] = last
         return None
 

@@ -21,8 +21,10 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from pipetune.bench.runtime.job import MicroBatchInputs
+from pipetune.bench.runtime.sampling import draw
 from pipetune.bench.runtime.stage.kv_cache import SlotCache, SlotLayer
 from pipetune.bench.runtime.stage.stage import Stage
+from pipetune.bench.spec import Sampling
 
 AGREEING_ROWS = 0.75
 """Share of the rows that must agree: where experts are chosen, a near tie may send a row another way."""
@@ -121,6 +123,8 @@ class StaticStep:
     def __init__(self, stage: Stage, slot: SlotCache, key: StepKey) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: torch.Tensor | None = None
+        self.tokens: torch.Tensor | None = None
+        """`[rows]`: what the graph chooses from its logits, where it does, in a place of this step alone."""
         self._stage = stage
         device = stage.device
         self._ids = torch.zeros((key.rows, 1), dtype=torch.long, device=device)
@@ -128,6 +132,7 @@ class StaticStep:
         self._position = torch.zeros(1, dtype=torch.long, device=device)
         # Places of tokens yet to come are attended to by no one before they hold something: causality hides them.
         self._mask = torch.ones((key.rows, key.kv_len), dtype=torch.long, device=device)
+        self._u = torch.full((key.rows,), 0.5, dtype=torch.float64, device=device)
         self._hidden: torch.Tensor | None = None
         if not stage.is_first:
             shape = (key.rows, 1, stage.message_values)
@@ -135,13 +140,16 @@ class StaticStep:
         self._cache = StaticSlotCache(slot, rows=key.rows, kv_len=key.kv_len, position=self._position)
         self._loaded: MicroBatchInputs | None = None
 
-    def load(self, position: int, inputs: MicroBatchInputs, hidden: torch.Tensor | None) -> None:
+    def load(
+        self, position: int, inputs: MicroBatchInputs, hidden: torch.Tensor | None, u: torch.Tensor | None = None
+    ) -> None:
         """Copies a step's inputs to where it reads them, on the stream it will run on.
 
         Args:
             position: of the padded prompts and what was generated behind them.
             inputs: of the micro-batch; its mask is copied once for all its steps.
             hidden: `[rows, 1, M]`; None on the first stage.
+            u: `[rows]`, what tokens are drawn by; None where they are not, or not by the step.
         """
         # Held, so that no other micro-batch can come to have this one's identity.
         if self._loaded is not inputs:
@@ -154,11 +162,17 @@ class StaticStep:
         if self._hidden is not None:
             assert hidden is not None
             self._hidden.copy_(hidden)
+        if u is not None:
+            self._u.copy_(u)
 
     def forward(self) -> torch.Tensor:
         """The work itself. At one position it may be repeated: keys and values are written where they stood."""
         cache: Any = self._cache
         return self._stage.forward(self._ids, self._mask, self._positions, cache, self._hidden)
+
+    def choose(self, logits: torch.Tensor, sampling: Sampling | None) -> torch.Tensor:
+        """Tokens `[rows]`: the likeliest, or those that `u` draws."""
+        return logits.argmax(-1) if sampling is None else draw(logits, self._u, sampling)
 
     def run(self) -> torch.Tensor:
         """Replays the graph on the current stream, or does the work where there is none."""

@@ -7,6 +7,7 @@ hidden states as they are.
 Shapes: B rows, S new tokens, M values of a message.
 """
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from pipetune.bench.cuts import embeds_in_layers
 from pipetune.bench.models.layers import CARRIED, find_layers
 
 _ROWS, _TOKENS = 7, 11
@@ -51,6 +55,8 @@ class MessageFormat:
     """Length of the tuple that a layer returns; 0 if it returns a tensor."""
     needs_mask: bool = False
     """Whether the model, without a mask, looks into the ids for padding."""
+    reads_ids: bool = True
+    """Whether anything but the embedding may read the ids, so that every stage needs the real ones."""
 
     @property
     def values(self) -> int:
@@ -110,6 +116,25 @@ class MessageFormat:
         return [hidden.permute(order).contiguous(), *(tensor.to(self.carried_dtype) for tensor in further)]
 
 
+class _Reads(TorchDispatchMode):
+    """Counts what reads some ids, or a view of them."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        super().__init__()
+        self._storage = ids.untyped_storage()._cdata
+        self.count = 0
+
+    def shows(self, values: Any) -> bool:
+        """Whether the ids are among these."""
+        tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+        return any(tensor.untyped_storage()._cdata == self._storage for tensor in tensors)
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += self.shows((args, kwargs)) and not self.shows(result)
+        return result
+
+
 def probe(model: Any) -> MessageFormat:
     """Asks a whole model on the meta device what its layers take and return.
 
@@ -122,6 +147,7 @@ def probe(model: Any) -> MessageFormat:
 
     def look_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taken.append(args[0] if args else kwargs["hidden_states"])
+        reads.count += reads.shows((args, kwargs))
 
     def look_behind(module: nn.Module, args: Any, output: Any) -> None:
         returned.append(len(output) if isinstance(output, tuple) else 0)
@@ -132,14 +158,15 @@ def probe(model: Any) -> MessageFormat:
         layers[0].register_forward_hook(look_behind),
     )
     ids = torch.zeros((_ROWS, _TOKENS), dtype=torch.long, device="meta")
-    needs_mask = False
+    reads, needs_mask = _Reads(ids), False
     # Some families look into the ids if there is no mask, others into the mask: on meta, neither can be done.
     for asked in ({}, {"attention_mask": torch.ones_like(ids)}):
-        with contextlib.suppress(StageDone, RuntimeError, NotImplementedError), torch.no_grad():
+        with contextlib.suppress(StageDone, RuntimeError, NotImplementedError), torch.no_grad(), reads:
             model(input_ids=ids, use_cache=True, **asked)
         if returned:
             needs_mask = bool(asked)
             break
+        reads.count = 0
     for handle in handles:
         handle.remove()
     if not returned:
@@ -158,6 +185,8 @@ def probe(model: Any) -> MessageFormat:
         arguments=tuple(inspect.signature(layers[0].forward).parameters),
         returns_tuple_of=returned[0],
         needs_mask=needs_mask,
+        # The embedding itself is one.
+        reads_ids=reads.count != 1 or embeds_in_layers(model.config),
     )
 
 

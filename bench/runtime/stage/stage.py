@@ -1,9 +1,10 @@
 """One stage: the layers that this device holds, cut out of any Hugging Face causal LM without tracing it.
 
-The model's own `forward` runs on every stage, with the real ids, mask and positions, so that masks, rotary and ALiBi
-are built by the model itself. Layers of other stages are replaced, index for index, by modules that pass on what they
-get; a hook swaps the received hidden states in before the first own layer, another takes them out before the layer
-behind the last own one and leaves by an exception, so that norm and head run on the last stage alone.
+The model's own `forward` runs on every stage, with the real mask and positions, and the real ids where they are read,
+so that masks, rotary and ALiBi are built by the model itself. Layers of other stages are replaced, index for index, by
+modules that pass on what they get; a hook swaps the received hidden states in before the first own layer, another takes
+them out before the layer behind the last own one and leaves by an exception, so that norm and head run on the last
+stage alone.
 
 Shapes: B rows, S new tokens, M values of a message, V vocabulary.
 """
@@ -45,6 +46,8 @@ class Stage:
         """Dtype of what crosses to the next stage: some families keep hidden states in fp32 under halved weights."""
         self.needs_mask = message.needs_mask
         """Whether the model would look for padding itself where there is no mask."""
+        self.reads_ids = message.reads_ids
+        """Whether a stage behind the first needs the real ids."""
         self._parts = Parts(resolved, skeleton, device, returns_tuple_of=message.returns_tuple_of)
         self._boundary = Boundary(message)
         self._embeds_always = embeds_in_layers(self.config)

@@ -19,7 +19,8 @@ Part = int | Literal["overhead", "embedding", "head"]
 class PartStamps(contextlib.ExitStack):
     """While entered, stamps each call of a part of a stage that holds its model's embedding and head.
 
-    Every call costs a little of what it measures: take shares from it, and whole tasks from runs without it.
+    Every call costs a little of what it measures: take shares from it, and whole tasks from runs without it. Stamps of
+    a step that is captured meanwhile are part of its graph, and tell of its last replay.
     """
 
     def __init__(self, stage: Stage, clock: Clock) -> None:
@@ -41,13 +42,12 @@ class PartStamps(contextlib.ExitStack):
     def shares(self, spans: Sequence[tuple[float, float]]) -> list[dict[Part, float]]:
         """What share of a task's time each part took, together 1, by each task's begin and end on the monotonic clock.
 
-        What was stamped is forgotten. A layer that the model does not call has 0.
+        A layer that the model does not call has 0.
         """
         # At once: each time, a clock is tied to the host's anew.
         moments = self._clock.resolve([stamp for _, *stamps in self._calls for stamp in stamps])
         begins, ends = moments[::2], moments[1::2]
         parts = [part for part, _, _ in self._calls]
-        self._calls, self._open = [], []
         found = []
         for start_s, end_s in spans:
             # A clock that is tied to the host's anew may be some microseconds off.
@@ -58,6 +58,10 @@ class PartStamps(contextlib.ExitStack):
             ]
             found.append(self._shares(start_s, end_s, inside))
         return found
+
+    def forget(self) -> None:
+        """Lets go of what was stamped, also within calls that never came back."""
+        self._calls, self._open = [], []
 
     def _shares(self, start_s: float, end_s: float, calls: Sequence[tuple[Part, float, float]]) -> dict[Part, float]:
         whole = max(end_s - start_s, 1e-9)

@@ -80,6 +80,7 @@ class Profiler:
         self.packed_weights, self.cuda_graphs = packed_weights, cuda_graphs
         self.pad_token_id = pad_token_id
         self._filled: SlotCache | None = None
+        self._notes: dict[str, None] = {}
         self._bursts: dict[TaskKind, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
         """Seconds of tasks on all devices together, and on this one alone, by kind of task."""
 
@@ -103,19 +104,19 @@ class Profiler:
             return {"failure": scope}
         sensors.start()
         links = time_links(host)
-        notes: dict[str, None] = dict.fromkeys(scope.notes)
+        self._notes |= dict.fromkeys(scope.notes)
         windows: list[dict[TaskKind, _Times]] = []
         for number, window in enumerate(scope.windows):
             windows.append(self._window(window, scope, done=number))
             assert host.loop is not None
-            notes |= dict.fromkeys(host.loop.graphs.notes if host.loop.graphs is not None else ())
+            self._notes |= dict.fromkeys(host.loop.graphs.notes if host.loop.graphs is not None else ())
             host.loop.close()
             host.loop = None
         disturbances = read_telemetry(sensors, before).disturbances
         host.free()
         own = _device_profile(host.device.name, scope.kinds, windows, alike)
         contention = {"prefill": self._contention(is_decode=False), "decode": self._contention(is_decode=True)}
-        rows = host.control.gather({"device": own, "notes": list(notes), "disturbances": disturbances})
+        rows = host.control.gather({"device": own, "notes": list(self._notes), "disturbances": disturbances})
         # Workers that share a GPU saw the same; one of them speaks for it.
         devices = {row["device"]["device"]: row["device"] for row in reversed(rows)}
         return {
@@ -191,11 +192,7 @@ class Profiler:
         (cold_s,) = self._time(loop, kind, 1)
         device = self.host.device
         count = 1 if max(self.host.control.gather(cold_s)) > 4 * LONG_S else 4
-        graphs, loop.graphs = loop.graphs, None
-        with PartStamps(self.host.stage, device.clock()) as stamps:
-            spans = self._spans(loop, kind, count)
-            seen.shares += stamps.shares(spans)
-        loop.graphs = graphs
+        spans, seen.shares = self._shares(loop, kind, count)
         task_s = statistics.median(end - start for start, end in spans)
         seen.slowest_s = max(self.host.control.gather(task_s))
         if seen.slowest_s > LONG_S and not device.is_cuda:
@@ -203,6 +200,37 @@ class Profiler:
         # As long as the slowest device takes for the least number, so that none of them idles meanwhile.
         wanted_s = max(ENOUGH_S, MIN_SAMPLES * seen.slowest_s)
         seen.wanted = min(max(math.ceil(wanted_s / max(task_s, 1e-6)), MIN_SAMPLES), MAX_SAMPLES)
+
+    def _shares(
+        self, loop: StageLoop, kind: TaskKind, count: int
+    ) -> tuple[list[tuple[float, float]], list[dict[Part, float]]]:
+        """Begins and ends of so many tasks, and their shares: those within a second graph where plans would run one.
+
+        Run eagerly, the parts of a small step take as long as the host takes to launch their kernels.
+        """
+        plain, timed = loop.graphs, None
+        spans: list[tuple[float, float]] = []
+        shares: list[dict[Part, float]] = []
+        try:
+            with PartStamps(self.host.stage, self.host.device.clock()) as stamps:
+                loop.graphs = None
+                if plain is not None and kind.is_decode and not plain.notes:
+                    loop.graphs = timed = plain.again("the parts of ")
+                    loop.prepare(repeat(kind, 1, self.grid, self.host.shape, pad_token_id=self.pad_token_id))
+                    if timed.notes:
+                        self._notes |= dict.fromkeys(timed.notes)
+                        loop.graphs = None
+                        stamps.forget()
+                # A replay writes over the stamps of the one before: so where one device has a graph, all take turns.
+                turns = count if any(self.host.control.gather(loop.graphs is not None)) else 1
+                for _ in range(turns):
+                    found = self._spans(loop, kind, count // turns)
+                    spans, shares = spans + found, shares + stamps.shares(found)
+        finally:
+            loop.graphs = plain
+            if timed is not None:
+                timed.close()
+        return spans, shares
 
     def _time(self, loop: StageLoop, kind: TaskKind, count: int) -> list[float]:
         return [end - start for start, end in self._spans(loop, kind, count)]

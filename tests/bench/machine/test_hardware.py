@@ -13,6 +13,7 @@ import pytest
 
 from pipetune.bench.machine import hardware
 from pipetune.bench.spec import device_kind
+from tests.nvml_stub import Device, install
 
 
 def test_no_torch_is_loaded_to_ask_for_the_machine() -> None:
@@ -75,6 +76,50 @@ def test_affinity_limits_the_cores() -> None:
         assert hardware.cpu_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("node", "cpus", "expected"),
+    [
+        ("1\n", "2-3,6-7\n", (1, {2, 3, 6})),
+        ("0\n", "5\n", (0, {5})),
+        # CPUs that this process may not use, or none; and a kernel that knows no nodes, or no such device.
+        ("1\n", "8-15\n", (1, set(range(7)))),
+        ("1\n", "\n", (1, set(range(7)))),
+        ("-1\n", "2-3\n", (None, set(range(7)))),
+        (None, None, (None, set(range(7)))),
+    ],
+)
+def test_a_gpus_worker_is_bound_to_the_cpus_of_its_numa_node(
+    node: str | None,
+    cpus: str | None,
+    expected: tuple[int | None, set[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bound = set(range(7))
+
+    def bind(pid: int, cpus: set[int]) -> None:
+        bound.intersection_update(cpus)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(bound))
+    monkeypatch.setattr(os, "sched_setaffinity", bind)
+    monkeypatch.setattr(hardware, "_given", set())
+    monkeypatch.setattr(hardware, "_PCI", tmp_path)
+    monkeypatch.setattr(hardware, "_CGROUP_ROOT", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    install([Device("GPU-aa11"), Device("GPU-bb22", bus_id="00000000:3B:00.0")], monkeypatch.setattr)
+    if node is not None and cpus is not None:
+        write(tmp_path / "0000:3b:00.0" / "numa_node", node)
+        write(tmp_path / "0000:3b:00.0" / "local_cpulist", cpus)
+    before = hardware.read_machine()
+    hardware.bind_near("cuda:0")
+    assert bound == set(range(7))
+    hardware.bind_near("cuda:1")
+    assert bound == expected[1]
+    assert [gpu.numa_node for gpu in before.hardware.gpus] == [None, expected[0]]
+    # The machine is what it was, though fewer cores are this worker's.
+    assert hardware.read_machine() == before
 
 
 def cores_said(

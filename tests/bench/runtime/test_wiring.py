@@ -31,6 +31,19 @@ def test_devices_decide_the_transport(ranks: tuple[int, ...], kind: str) -> None
     assert Links(DEVICES, 0, torch.device("cpu")).kind(ranks) == kind
 
 
+@pytest.mark.parametrize("to_all", [False, True])
+def test_tokens_go_where_they_are_of_use(to_all: bool) -> None:
+    devices, cpu = ("cpu:0", "cpu:1", "cpu:2", "cpu:3"), torch.device("cpu")
+    sizes: dict[str, Any] = {"hidden_numel": 1, "hidden_dtype": torch.float32, "tokens_numel": 1, "tokens_depth": 1}
+    for ranks in ((3, 0, 2, 1), (1, 0), (2,)):
+        edges = {rank: Links(devices, rank, cpu).edges(ranks, **sizes, tokens_to_all=to_all) for rank in ranks}
+        told = [rank for rank, one in edges.items() if one is not None and one.tokens_in is not None]
+        assert told == list(ranks[:-1] if to_all else ranks[:-1][:1])
+        last = edges[ranks[-1]]
+        assert last is not None
+        assert [sender._destination for sender in last.tokens_out] == told
+
+
 def test_memory_is_left_for_communicators_with_other_gpus_alone() -> None:
     left = [communicators_bytes(DEVICES, name) // COMMUNICATOR_BYTES for name in DEVICES]
     assert left == [0, 0, 2, 4, 2]
@@ -58,10 +71,11 @@ def test_communicators_are_few_and_those_in_use_stay(monkeypatch: pytest.MonkeyP
     # A rank without a stage takes part in opening and closing alone.
     links = Links(devices, 4, torch.device("cpu"))
     sizes: dict[str, Any] = {"hidden_numel": 1, "hidden_dtype": torch.float32, "tokens_numel": 1, "tokens_depth": 1}
-    for ranks in itertools.permutations(range(4)):
-        links.edges(ranks, **sizes)
+    for to_all, ranks in itertools.product((True, False), itertools.permutations(range(4))):
+        links.edges(ranks, **sizes, tokens_to_all=to_all)
         there = set(links._groups)
-        assert {*itertools.pairwise(ranks), *((ranks[-1], rank) for rank in ranks[:-1])} <= there
+        told = ranks[:-1] if to_all else ranks[:1]
+        assert {*itertools.pairwise(ranks), *((ranks[-1], rank) for rank in told)} <= there
         assert len(there) <= 2 * len(devices)
     assert closed
     assert len(opened) - len(closed) == len(links._groups)

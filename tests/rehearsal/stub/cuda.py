@@ -250,8 +250,11 @@ class Event:
         graph: CUDAGraph | None = getattr(_now, "graph", None)
         self._within_graph = graph is not None and not self.external
         if graph is not None and self.external:
+            # What was captured has not happened yet.
+            self.at = None
             graph.note(self._tick)
-        self._tick()
+        else:
+            self._tick()
 
     def _tick(self) -> None:
         self.at = time.monotonic()

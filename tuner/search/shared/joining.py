@@ -37,13 +37,13 @@ class StudyKey(Value):
     links: tuple[str, ...]
     """`0-1:NV18`: what lies between two places."""
     hardware: Hardware
-    """Hardware of the whole machine, without UUIDs."""
+    """Hardware of the whole machine, without UUIDs and NUMA nodes."""
 
     @classmethod
     def of(cls, config: TuneConfig, machine: Machine) -> Self:
         """The key of a process whose devices and checkpoint's revision are resolved."""
         devices, hardware = config.concrete_devices, machine.hardware
-        gpus = tuple(gpu.model_copy(update={"uuid": ""}) for gpu in hardware.gpus)
+        gpus = tuple(gpu.model_copy(update={"uuid": "", "numa_node": None}) for gpu in hardware.gpus)
         return cls(
             model=config.model.by_content,
             workload=config.workload,

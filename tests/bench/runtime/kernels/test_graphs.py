@@ -18,9 +18,10 @@ from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import Job, MicroBatchInputs
 from pipetune.bench.runtime.kernels.graphs import DecodeGraphs, kv_length, outside_bytes, steps_of
 from pipetune.bench.runtime.kernels.static_step import StaticStep, StepKey, disagreement
+from pipetune.bench.runtime.sampling import draw
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.schedule import build_schedule
-from pipetune.bench.spec import ModelSpec
+from pipetune.bench.spec import ModelSpec, Sampling
 from tests.bench.models.model_configs import model_config
 from tests.tiny_models import COMMON, save_tiny_model, tiny_config, tiny_prompts
 
@@ -271,6 +272,27 @@ def test_captured_steps_give_what_eager_ones_give(family: str, dtype: str, tmp_p
             # Rounded differently, tokens part; what the first step gives is what the two have in common.
             first = next(index for index, task in enumerate(job.tasks()) if not task.is_prefill) * len(stages)
             assert disagreement(eager[first], captured[first]) <= tolerance
+
+
+@pytest.mark.gpu
+def test_tokens_are_chosen_as_the_first_job_wants_it_and_left_to_other_jobs(tmp_path: Path) -> None:
+    gpu, job = DeviceContext("cuda:0", num_threads=1), job_of()
+    (stage,) = stages_of(save_tiny_model(tmp_path / "llama", "llama"), (0, 6), gpu)
+    graphs, slots = DecodeGraphs(stage, gpu), [stage.new_cache(rows=3, max_len=30) for _ in range(2)]
+    task = next(task for task in job.tasks() if not task.is_prefill)
+    inputs = MicroBatchInputs.build(job.prompts[:3], output_len=9, pad_token_id=0, device=gpu.torch_device)
+    u = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64, device=gpu.torch_device)
+    drawn, cold = Sampling(temperature=3.0), Sampling(temperature=0.1)
+    for wanted in (drawn, cold, None, drawn):
+        graphs.prepare(slots, job.tasks(), wanted)
+        logits = graphs.run(task, inputs, None, u)
+        assert logits is not None
+        assert (graphs.chosen is not None) == (wanted == drawn)
+        if graphs.chosen is not None:
+            assert torch.equal(graphs.chosen, draw(logits, u, drawn))
+            assert not torch.equal(graphs.chosen, logits.argmax(-1))
+    graphs.run(next(task for task in job.tasks() if task.is_prefill), inputs, None)
+    assert graphs.chosen is None
 
 
 @pytest.mark.gpu

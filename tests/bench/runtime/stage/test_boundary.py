@@ -12,6 +12,7 @@ from pipetune.bench.runtime.stage.boundary import MessageFormat
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.spec import ModelSpec
 from tests.bench.models.model_configs import model_config
+from tests.families.configs import tiny_config
 
 CPU = torch.device("cpu")
 
@@ -29,6 +30,27 @@ def test_a_message_is_what_a_layer_takes(family: str, values: int, dtype: torch.
     model_config(family).save_pretrained(tmp_path)
     stage = Stage(resolve_model(ModelSpec(name=str(tmp_path), load_format="dummy", dtype="bfloat16")), CPU)
     assert (stage.message_values, stage.message_dtype) == (values, dtype)
+
+
+@pytest.mark.parametrize(
+    ("family", "reads"),
+    [
+        ("llama", False),
+        ("bloom", False),
+        ("qwen3_moe", False),
+        # Experts by the token's hash; embeddings of each layer; the embedding beside the hidden states.
+        ("deepseek_v4", True),
+        ("gemma3n_text", True),
+        ("zamba2", True),
+        # Positions from where the padding ends; what is not padding's id.
+        ("roberta", True),
+        ("gpt2", True),
+    ],
+)
+def test_who_reads_ids_behind_the_embedding(family: str, reads: bool, tmp_path: Path) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    stage = Stage(resolve_model(ModelSpec(name=str(tmp_path), load_format="dummy")), CPU)
+    assert stage.reads_ids == reads
 
 
 def test_a_message_gives_back_what_was_packed() -> None:
