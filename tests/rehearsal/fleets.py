@@ -20,11 +20,13 @@ def tiny_model(folder: Path, family: str, **changes: object) -> ModelSpec:
     return ModelSpec(name=str(save_tiny_model(folder / family, family, LAYERS))).model_copy(update=changes)
 
 
-def run(fleet: Fleet, counts: tuple[int, ...], *, graphs: bool = True, **changes: object) -> Measurement | Failure:
+def run(
+    fleet: Fleet, counts: tuple[int, ...], *, graphs: bool = True, protocol: Protocol = PROTOCOL, **changes: object
+) -> Measurement | Failure:
     """Measures a plan over the fleet's first devices; `changes` are of the plan."""
     plan = Plan.from_layer_counts(counts, fleet.devices, MICRO_BATCH)
     plan = Plan.model_validate({**plan.model_dump(), "cuda_graphs": graphs, **changes})
-    spec = RunSpec(model=fleet.model, workload=WORKLOAD, plan=plan, protocol=PROTOCOL)
+    spec = RunSpec(model=fleet.model, workload=WORKLOAD, plan=plan, protocol=protocol)
     return fleet.measure(spec, EffectivePlan(plan=plan, in_flight=IN_FLIGHT))
 
 

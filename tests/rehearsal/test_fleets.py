@@ -18,7 +18,7 @@ from tests.workers import worker_pids
 FOUR = ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["gemma2", "mixtral", *(("llama", "gpt2") if IS_WHOLE else ())])
 def test_over_nccl(family: str, use_machine: UseMachine, tmp_path: Path) -> None:
     use_machine(StubMachine.alike(4))
     with Fleet.start(tiny_model(tmp_path, family), FOUR, log_dir=tmp_path / "logs") as fleet:
