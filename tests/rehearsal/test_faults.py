@@ -22,7 +22,7 @@ TWO = ("cuda:0", "cuda:1")
 
 
 def test_a_slow_context_is_no_hung_worker(use_machine: UseMachine, tmp_path: Path) -> None:
-    use_machine(StubMachine.alike(2, context_s=6))
+    use_machine(StubMachine.alike(2, context_s=5))
     # Rank 0 makes a second context when it spreads the unsplit model.
     with Fleet.start(tiny_model(tmp_path, "llama"), TWO, log_dir=tmp_path / "logs", hang_timeout_s=4.0) as fleet:
         assert fleet.make_reference(tmp_path / "reference", WORKLOAD, PROTOCOL) is None
