@@ -108,6 +108,10 @@ class ModelShape(Value):
         """Bytes that a token's layers hand on from one stage to the next."""
         return self.hidden_size * self.kept_bytes if self.message_bytes is None else self.message_bytes
 
+    def is_alike(self, other: ModelShape) -> bool:
+        """Whether it is the same model's; what tasks take is known only where a GPU took part."""
+        return self.model_copy(update={"task_bytes": None}) == other.model_copy(update={"task_bytes": None})
+
 
 class StageBytes(Value):
     """Predicted bytes of one stage."""

@@ -53,6 +53,7 @@ REMEDIES = {
     FailureKind.OUT_OF_MEMORY: (
         "give this stage fewer layers, use smaller micro-batches, or let fewer be in flight by memory_fraction"
     ),
+    FailureKind.WORKER_DIED: "the kernel's log (dmesg) may name an Xid, and with it the cause",
     FailureKind.COMMUNICATION_TIMEOUT: "see the other stages' logs: one of them stopped answering",
     FailureKind.UNSUPPORTED_MODEL: "choose another model or another cut",
     FailureKind.WORKER_ERROR: "see the traceback in the detail and in the worker's log",

@@ -45,9 +45,9 @@ def read_telemetry(sensors: Sensors, before: tuple[DeviceState, ...]) -> Telemet
 def judge(before: Sequence[DeviceState], after: Sequence[DeviceState], reading: Reading) -> Telemetry:
     """Telemetry of one run, with what makes it doubtful in words. Pure."""
     disturbances = []
-    for device, reasons in reading.throttled.items():
-        disturbances += [f"{device} was slowed down: {reason}" for reason in _DISTURBING if reason in reasons]
     for one, other in zip(before, after, strict=True):
+        seen = {*reading.throttled.get(one.device, ()), *one.throttle_reasons, *other.throttle_reasons}
+        disturbances += [f"{one.device} was slowed down: {reason}" for reason in _DISTURBING if reason in seen]
         if device_kind(one.device) == "cuda" and (names := sorted({*one.foreign_processes, *other.foreign_processes})):
             disturbances.append(f"{one.device} was shared with {', '.join(names)}")
         if one.ecc_errors is not None and other.ecc_errors is not None and other.ecc_errors > one.ecc_errors:

@@ -88,6 +88,8 @@ class Worker:
         self.devices: tuple[str, ...] = tuple(args.devices.split(","))
         self.status = Status()
         name = self.devices[self.rank]
+        self.blamed: str | None = name
+        """The device that a fault of this worker is laid to; None where several come into question."""
         host = device_host(name)
         self._local = on_host(self.devices, host)
         own_name = local_name(name)
@@ -382,6 +384,7 @@ class Worker:
             return work(self._unsplit)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
+                self.blamed = self.blamed if len(self._unsplit_devices) == 1 else None
                 raise
             failure = failure_of(error, stage=None, device=self.devices[0], phase=self.status.phase)
         # Not before the exception is gone: its traceback holds what was allocated so far.

@@ -16,6 +16,12 @@ _WANTED = re.compile(rf"tried to allocate {_SIZE}", re.I)
 _FREE = re.compile(rf"of which {_SIZE} is free", re.I)
 _ALLOWED = re.compile(rf"{_SIZE} allowed;.*?allocated memory {_SIZE} is allocated", re.I | re.S)
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_LOST_GPU = re.compile(
+    r"(CUDA error|Cuda failure).*(unspecified launch failure|uncorrectable|hardware|timed out|unknown error"
+    r"|busy or unavailable|no CUDA-capable device|is lost|Xid)",
+    re.I,
+)
+"""What CUDA, or NCCL in its name, says of a GPU that fell out; the process cannot use it again."""
 _LOST_PEER = re.compile(r"Connection (closed|reset)|peer|Broken pipe|gloo|NCCL", re.I)
 
 
@@ -27,10 +33,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def failure_of(error: BaseException, *, stage: int | None, device: str | None, phase: str) -> Failure:
-    """Names what went wrong."""
+    """Names what went wrong; `device` is None where it may be any of those that the unsplit model lies on."""
     kind = FailureKind.WORKER_ERROR
     if is_out_of_memory(error):
         kind = FailureKind.OUT_OF_MEMORY
+    elif isinstance(error, RuntimeError) and _LOST_GPU.search(str(error)):
+        kind = FailureKind.WORKER_DIED
     elif isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)):
         # Another worker went away while this one talked to it: a consequence, never the cause.
         kind = FailureKind.COMMUNICATION_TIMEOUT
@@ -38,6 +46,7 @@ def failure_of(error: BaseException, *, stage: int | None, device: str | None, p
         kind = FailureKind.UNSUPPORTED_MODEL
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     where = f"stage {stage} on {device}" if stage is not None else f"worker on {device}"
+    where = where if device is not None else "the unsplit model on several GPUs"
     # A user's error says itself what to do.
     remedy = "" if isinstance(error, UserError) else f"; {REMEDIES[kind]}"
     wanted = _WANTED.search(str(error))

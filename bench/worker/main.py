@@ -101,7 +101,7 @@ def work(args: argparse.Namespace, link: DriverLink) -> None:
             traceback.print_exc()
             sys.stderr.flush()
         state = worker.state() if worker is not None else STARTING
-        device = args.devices.split(",")[args.rank]
+        device = worker.blamed if worker is not None else args.devices.split(",")[args.rank]
         link.send("fault", failure=failure_of(error, stage=state["stage"], device=device, phase=state["phase"]))
         # Threads of gloo or NCCL may hang in messages that will never come.
         os._exit(1)

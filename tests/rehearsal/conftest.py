@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pynvml
@@ -28,7 +28,17 @@ def use_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UseMachine:
 
     The second argument changes further modules in processes that start, as `tests.hooks.write_hooks` takes them.
     """
+    return _user(tmp_path, monkeypatch)
 
+
+@pytest.fixture(scope="module")
+def use_machine_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UseMachine]:
+    """The same for all tests of a module: machines that share a fleet; the file may be written anew."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield _user(tmp_path_factory.mktemp("machine"), monkeypatch)
+
+
+def _user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UseMachine:
     def use(machine: StubMachine, patches: Mapping[str, str] | None = None) -> Path:
         path = tmp_path / "gpus.json"
         machine.write(path)

@@ -22,6 +22,10 @@ def rollout(
         ),
     ],
     config: o.Config = None,
+    first_model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The model with fewer layers, for the first fleet; random weights do."),
+    ] = None,
     today: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The plan that runs on the last fleet now. [an even split]")
     ] = None,
@@ -61,6 +65,7 @@ def rollout(
         config=resolved.config.model_copy(update={"output_dir": None}),
         fleets=fleets,
         folder=folder,
+        first_model=first_model,
         today=today,
         top=top,
         rounds=rounds,

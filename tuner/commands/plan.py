@@ -330,14 +330,15 @@ def read_model(config: TuneConfig, reporter: Reporter, described: DescribedDevic
         model = model.model_copy(update={"attention": "auto"})
     workers = devices if on_gpus else ("cpu:0",)
     with Experiment.start(model, workers, exclusive=False, on_progress=reporter.fleet) as experiment:
-        fleet = experiment.fleet
+        fleet, shape = experiment.fleet, experiment.fleet.shape
         if described is not None:
             sizes = described.device_bytes(devices)
+            shape = shape.model_copy(update={"task_bytes": described.task_bytes or shape.task_bytes})
         else:
             sizes = dict(fleet.device_bytes) if on_gpus else device_bytes(devices)
         return Known(
             model=fleet.model.model_copy(update={"attention": config.model.attention}),
-            shape=fleet.shape,
+            shape=shape,
             hardware_id=fleet.machine.hardware_id,
             prompt_lens=fleet.prompt_lens(config.workload),
             device_bytes=sizes,
@@ -393,7 +394,7 @@ def _profile(config: TuneConfig, known: Known, profile_file: Path | None) -> Pro
             scores=config.workload.kind == "score",
         )
     profile = read_profile(profile_file)
-    if profile.shape != known.shape:
+    if not profile.shape.is_alike(known.shape):
         raise ConfigError(
             f"--profile {profile_file}: it is of {profile.model.name} in {profile.model.dtype}, and {known.model.name} "
             f"in {known.model.dtype} is planned for; give the profile of this model"

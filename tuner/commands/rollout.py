@@ -26,19 +26,18 @@ from pydantic import Field
 from pipetune.bench.errors import ConfigError, NothingFeasibleError, StudyError
 from pipetune.bench.files import write_durably
 from pipetune.bench.fleet.fleet import device_bytes
-from pipetune.bench.memory import ModelShape
 from pipetune.bench.metrics import derive
 from pipetune.bench.profile import Profile
 from pipetune.bench.record import Failure, Machine, Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan, SchemaVersion, Value
-from pipetune.tuner.commands.plan import find_plans
+from pipetune.tuner.commands.plan import find_plans, read_model
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.gate.cases import SideRequest, case_of
 from pipetune.tuner.gate.outputs import files as outputs
 from pipetune.tuner.gate.run import Gate
 from pipetune.tuner.gate.runners import FreshProcesses
-from pipetune.tuner.gate.values import GateResult, Side, SideName
-from pipetune.tuner.planning.calibration.carried import half_width, larger_fleet
+from pipetune.tuner.gate.values import GateResult, Side, SideName, Verdict
+from pipetune.tuner.planning.calibration.carried import FEWER_LAYERS_SD, PRIOR_SD, deepened, half_width, larger_fleet
 from pipetune.tuner.planning.calibration.observation import Observation, observe
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.report.data import Report
@@ -47,6 +46,8 @@ from pipetune.tuner.study.files import StudyFile, load_study, read
 from pipetune.tuner.study.plan_file import PLAN_FILE, PlanFile, read_plan
 from pipetune.tuner.study.store import StudyStore
 
+_TELLING = 2.0
+"""An interval that is wider than this factor either way says little; chosen."""
 TUNE, GATE, ROLLOUT = "tune", "gate", "rollout"
 PROMOTED_FILE = "promoted_plan.json"
 
@@ -96,6 +97,16 @@ class Tried(Value):
         """Whether the measured value lies in its interval."""
         return self.level is not None and self.low <= self.level <= self.high
 
+    @property
+    def held(self) -> str:
+        """What it says that the measured value lies within the interval."""
+        factor = math.sqrt(self.high / self.low)
+        return (
+            "the prediction held"
+            if factor < _TELLING
+            else f"the prediction, good to a factor of {factor:.2g}, says little"
+        )
+
 
 class FleetStep(Value):
     """One larger fleet: predicted, then measured."""
@@ -116,6 +127,8 @@ class Rollout(Value):
     schema_version: SchemaVersion = 1
     objective: str
     model: str
+    first_model: str | None = None
+    """What the first fleet was tuned with, where it was a model of fewer layers: the first plan and value are its."""
     first_devices: tuple[str, ...]
     first_plan: Plan
     first_value: float
@@ -137,6 +150,8 @@ class RolloutRequest:
     fleets: tuple[tuple[str, ...], ...]
     """Devices of each, the smallest first."""
     folder: Path
+    first_model: str | None = None
+    """The model with fewer layers, for the first fleet: its times are carried over layer by layer, its runs are not."""
     today: Path | None = None
     """The plan that runs on the last fleet now; None takes the even split, which engines default to."""
     top: int = 3
@@ -150,13 +165,19 @@ class RolloutRequest:
         for smaller, larger in itertools.pairwise(self.fleets):
             if len(larger) < len(smaller):
                 raise ConfigError(f"--fleet {','.join(larger)}: it is smaller than the one before; the largest is last")
+        if self.first_model is not None and not self.config.profile:
+            raise ConfigError("--first-model: only a profile carries over to the whole model; leave --no-profile out")
         if self.today is not None and (missing := {*read_plan(self.today).plan.devices} - {*self.fleets[-1]}):
             raise ConfigError(f"--today {self.today}: it runs on {min(missing)}, which the last fleet lacks")
 
     @property
     def first(self) -> TuneConfig:
         """Settings of the study on the first fleet."""
-        return self.of(self.fleets[0])
+        config = self.of(self.fleets[0])
+        if self.first_model is None:
+            return config
+        small = {"name": self.first_model, "revision": None, "load_format": "dummy"}
+        return config.model_copy(update={"model": config.model.model_copy(update=small)})
 
     def of(self, devices: Sequence[str]) -> TuneConfig:
         """Settings on a fleet."""
@@ -164,7 +185,8 @@ class RolloutRequest:
 
     def steps(self) -> list[tuple[str, str, bool]]:
         """What each step is, what it leaves, and whether that is there."""
-        found = [(f"tune on {','.join(self.fleets[0])}", f"{TUNE}/{PLAN_FILE}")]
+        small = f" with {self.first_model}" if self.first_model is not None else ""
+        found = [(f"tune on {','.join(self.fleets[0])}{small}", f"{TUNE}/{PLAN_FILE}")]
         for number, devices in enumerate(self.fleets[1:], start=1):
             found.append((f"predict {self.top} plans for {','.join(devices)}", f"fleet-{number}.json"))
             found.append((f"measure them there in {self.rounds} rounds", f"fleet-{number}"))
@@ -189,7 +211,6 @@ class _Chain:
     request: RolloutRequest
     reporter: Reporter
     report: Report
-    shape: ModelShape
     machine: Machine
     profile: Profile | None
     observations: list[Observation]
@@ -198,16 +219,21 @@ class _Chain:
     def of(cls, request: RolloutRequest, reporter: Reporter) -> Self:
         study = load_study(request.folder / TUNE)
         report, profile = Report.of(study), study.folder / StudyFile.PROFILE
-        if report.ranking.best is None or study.shape is None or study.machine is None:
+        if report.ranking.best is None or study.machine is None:
             raise StudyError(f"{study.folder}: no plan of the first fleet has a rank; see its report")
+        if (known := study.config.model.name) != (wanted := request.first.model.name):
+            raise StudyError(f"{study.folder}: it is of {known}, and not of {wanted}; name the same, or another -o")
         return cls(
             request=request,
             reporter=reporter,
             report=report,
-            shape=study.shape,
             machine=study.machine,
             profile=read(profile, Profile) if profile.exists() else None,
-            observations=[one for record in study.records if (one := observe(record)) is not None],
+            observations=[
+                one
+                for record in (study.records if request.first_model is None else ())
+                if (one := observe(record)) is not None
+            ],
         )
 
     @property
@@ -224,7 +250,9 @@ class _Chain:
     def _fleet(self, number: int, devices: tuple[str, ...], misses: Sequence[Sequence[float]]) -> FleetStep:
         """Predicts for a fleet and measures there what is predicted to be best."""
         folder = self.request.folder / f"fleet-{number}"
-        prediction = self._predict(folder.with_suffix(".json"), devices, half_width(misses))
+        self.reporter.say(f"fleet {number + 1} of {len(self.request.fleets)}: {','.join(devices)}")
+        width = half_width(misses, PRIOR_SD if self.request.first_model is None else FEWER_LAYERS_SD)
+        prediction = self._predict(folder.with_suffix(".json"), devices, width)
         records = self._measure(folder, prediction)
         self.observations += [one for record in records if (one := observe(record)) is not None]
         tried = []
@@ -252,8 +280,12 @@ class _Chain:
                     "same fleets, or another -o"
                 )
             return known
+        profile = self.profile
+        if profile is not None and self.request.first_model is not None:
+            whole = read_model(self.request.of(self.request.fleets[0]), self.reporter, None)
+            profile = deepened(profile, whole.model, whole.shape)
         described = larger_fleet(
-            self.profile,
+            profile,
             self.request.fleets[0],
             device_bytes(devices),
             cores=self.machine.hardware.cpu_cores,
@@ -302,6 +334,7 @@ class _Chain:
         chain = Rollout(
             objective=self.objective,
             model=self.request.config.model.name,
+            first_model=self.request.first_model,
             first_devices=self.request.fleets[0],
             first_plan=best_row.plan,
             first_value=best_row.metrics[self.objective],
@@ -324,15 +357,19 @@ class _Chain:
         gate = self._gate(today, plan)
         if gate.exit_code:
             why = f"not promoted: the gate against what runs today says {gate.verdict.value}"
+            if gate.verdict is Verdict.INCONCLUSIVE:
+                why += f"; to run it again, remove {self.request.folder / GATE}"
             return chain.model_copy(update={"today": today, "gate": gate, "verdict": why, "exit_code": gate.exit_code})
-        return self._promoted(chain, today, gate, "promoted: the prediction held, and the gate says OK")
+        return self._promoted(chain, today, gate, f"promoted: {best.held}, and the gate says OK")
 
     def _today(self, like: Plan) -> Plan:
         if self.request.today is not None:
             return read_plan(self.request.today).plan
         devices = self.request.fleets[-1]
-        stages = min(len(devices), self.shape.num_layers)
-        quotient, rest = divmod(self.shape.num_layers, stages)
+        shape = load_study(self.request.folder / f"fleet-{len(self.request.fleets) - 1}").shape
+        assert shape is not None, "plans ran there"
+        stages = min(len(devices), shape.num_layers)
+        quotient, rest = divmod(shape.num_layers, stages)
         counts = tuple(quotient + (place < rest) for place in range(stages))
         even = Plan.from_layer_counts(counts, devices, math.ceil(self.request.config.workload.num_prompts / stages))
         return even.model_copy(

@@ -25,21 +25,30 @@ from pipetune.tuner.report.document import (
 )
 from pipetune.tuner.report.files import write_documents
 
-_LEGEND = "predicted: with the interval for 95 of 100 fleets; miss: measured over predicted, less 1; !: outside of it"
+_LEGEND = "predicted: with the interval for 95 of 100 fleets; miss: measured over predicted; !: outside of the interval"
+_FAR = math.log(2)
+"""A miss from which on it is told as a factor."""
 
 
 def document_of(rollout: Rollout, *, title: str = "") -> Document:
     """The whole of it, for every medium."""
     style: Style = "good" if rollout.promoted else "bad" if rollout.exit_code == 1 else "warning"
-    sources = "; ".join(f"{fleet_text(fleet.devices)}: {fleet.made_from}" for fleet in rollout.fleets)
-    facts = Facts((("model", rollout.model), ("objective", rollout.objective), ("predicted from", sources)))
-    parts: list[Part] = [Text(w.clean(rollout.verdict), style), GAP, _chain(rollout), GAP, facts]
+    facts = [("model", rollout.model), ("objective", w.with_unit(rollout.objective))]
+    facts += [(f"{fleet_text(fleet.devices)} by", fleet.made_from) for fleet in rollout.fleets]
+    if rollout.first_model is not None:
+        layers = rollout.first_plan.stages[-1].end_layer
+        about = f"{rollout.first_model}, {layers} layers with random weights; intervals begin twice as wide"
+        facts.insert(1, ("tuned with", about))
+    parts: list[Part] = [Text(w.clean(rollout.verdict), style), GAP, _chain(rollout), GAP, Facts(tuple(facts))]
     failed = [one for fleet in rollout.fleets for one in fleet.tried if one.failure]
-    parts.append(Bullets(tuple(w.clean(f"{one.predicted.effective.plan.describe()}: {one.failure}") for one in failed)))
+    if failed:
+        told = (w.clean(f"{one.predicted.effective.plan.describe()}: {one.failure}") for one in failed)
+        parts += [GAP, Bullets(tuple(told))]
     if rollout.gate is not None:
+        parts.append(GAP)
         parts.append(Section("Gate against what runs today", gate_wording.screen_of(rollout.gate).parts))
     if rollout.promoted:
-        parts.append(Text(f"The plan with its evidence is in {PROMOTED_FILE}."))
+        parts += [GAP, Text(f"The plan with its evidence is in {PROMOTED_FILE}.")]
     return Document(title=title, parts=tuple(parts))
 
 
@@ -55,7 +64,8 @@ def _chain(rollout: Rollout) -> Table:
 
 def _rows(rollout: Rollout) -> Iterator[tuple[str, ...]]:
     first = w.number_text(rollout.first_value)
-    yield (fleet_text(rollout.first_devices), rollout.first_plan.describe(), "(tuned)", first, "")
+    tuned = "(tuned)" if rollout.first_model is None else f"({rollout.first_plan.stages[-1].end_layer} layers)"
+    yield (fleet_text(rollout.first_devices), rollout.first_plan.describe(), tuned, first, "")
     for fleet in rollout.fleets:
         for place, one in enumerate(fleet.tried):
             name = fleet_text(fleet.devices) if place == 0 else ""
@@ -66,7 +76,10 @@ def _rows(rollout: Rollout) -> Iterator[tuple[str, ...]]:
 def _miss(one: Tried) -> str:
     if one.miss is None:
         return "failed"
-    return f"{math.expm1(one.miss) * 100:+.1f} %" + "!" * (not one.is_within)
+    far = abs(one.miss) > _FAR
+    return (f"× {math.exp(one.miss):.2g}" if far else f"{math.expm1(one.miss) * 100:+.1f} %") + "!" * (
+        not one.is_within
+    )
 
 
 def intended(request: RolloutRequest) -> Document:

@@ -125,6 +125,11 @@ def bytes_text(count: float | None) -> str:
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.3g} GiB"
 
 
+def with_unit(name: str) -> str:
+    """`output_throughput, tok/s`; the name alone where it ends in its unit."""
+    return ",".join([name, *filter(None, (_UNITS.get(name),))])
+
+
 def metric_text(name: str, value: float | None) -> str:
     """A metric with its unit, by the ending of its name."""
     if value is None:

@@ -76,6 +76,7 @@ def run_plans(
         store.set_revision(fleet.model.revision, fleet.model.dtype)
         store.set_machine(fleet.machine, fleet.shape)
         order = random.Random(config.seed)
+        runs.expect(config.finalist_rounds * len(plans) - len(store.records))
         for turn in range(config.finalist_rounds):
             there = [record for record in store.records if record.round == turn and record.spec]
             for one in order.sample(plans, len(plans)):

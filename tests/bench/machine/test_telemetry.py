@@ -51,6 +51,13 @@ def test_throttling_is_told_but_idling_and_power_caps_are_not() -> None:
     assert (telemetry.energy_j, telemetry.gpu_utilization) == (5.0, 0.5)
 
 
+def test_throttling_before_or_after_a_run_is_told_as_well() -> None:
+    slowed = DeviceState(device="cuda:0", throttle_reasons=("power brake", "idle"))
+    told = ("cuda:0 was slowed down: power brake",)
+    assert judge((slowed,), GPU, Reading()).disturbances == told
+    assert judge(GPU, (slowed,), Reading()).disturbances == told
+
+
 def test_new_ecc_errors_and_company_on_the_gpu_are_told() -> None:
     after = DeviceState(device="cuda:0", ecc_errors=3, foreign_processes=("python (pid 7)",))
     assert judge(GPU, (after,), Reading()).disturbances == (

@@ -159,10 +159,20 @@ _claimed = [0]
 _contexts: set[str] = set()
 
 
+def meet_fault(gpu: StubGpu) -> None:
+    """Raises what a broken GPU's driver says."""
+    if gpu.fault is not None:
+        raise torch.AcceleratorError(
+            f"CUDA error: {gpu.fault}\nCUDA kernel errors might be asynchronously reported at some other API call, so "
+            "the stacktrace below might be incorrect."
+        )
+
+
 def make_context(gpu: StubGpu) -> None:
     """The first use of a GPU in a process: torch holds the interpreter's lock until the driver has made a context."""
     seconds = 0 if gpu.uuid in _contexts else StubMachine.read().context_s
     _contexts.add(gpu.uuid)
+    meet_fault(gpu)
     if seconds:
         ctypes.PyDLL("libc.so.6").sleep(seconds)
 
@@ -264,6 +274,7 @@ class Event:
 
     def synchronize(self) -> None:
         """Done once issued."""
+        meet_fault(own_gpu())
 
     def query(self) -> bool:
         return True
@@ -282,6 +293,7 @@ def synchronize(device: Any = None) -> None:
     """Waits for every message, as the device does; nothing may wait while a graph is captured."""
     if getattr(_now, "graph", None) is not None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    meet_fault(own_gpu(device))
     nccl.wait_for_messages()
 
 
@@ -318,6 +330,7 @@ class CUDAGraph:
 
     def replay(self) -> None:
         assert self.is_captured, "replay of what was not captured"
+        meet_fault(own_gpu())
         places: dict[int, torch.Tensor] = {}
 
         def resolved(value: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from pipetune.bench.spec import Value
 
@@ -27,6 +28,13 @@ class StubGpu(Value):
     mig_uuids: tuple[str, ...] = ()
     """Where MIG is on: of its instances, in order."""
     is_lost: bool = False
+    """To NVML."""
+    fault: str | None = None
+    """What CUDA says of whatever is asked of it; None while it works."""
+
+    def instance(self, index: int) -> StubGpu:
+        """One of its MIG instances, half of it."""
+        return StubGpu(name=f"{self.name} MIG 3g.40gb", uuid=self.mig_uuids[index], memory_bytes=self.memory_bytes // 2)
 
 
 class StubMachine(Value):
@@ -37,12 +45,18 @@ class StubMachine(Value):
     """Seconds for which claiming a device holds the interpreter's lock, as loading every kernel does."""
 
     @classmethod
-    def alike(cls, count: int, **rest: int) -> StubMachine:
+    def alike(cls, count: int, **rest: int) -> Self:
         """So many equal ones."""
         return cls(gpus=tuple(StubGpu(uuid=f"GPU-{number:08d}") for number in range(count)), **rest)
 
+    def altered(self, index: int, **values: object) -> Self:
+        """The same with other values of one GPU."""
+        gpus = list(self.gpus)
+        gpus[index] = StubGpu.model_validate({**gpus[index].model_dump(), **values})
+        return self.model_copy(update={"gpus": tuple(gpus)})
+
     @classmethod
-    def read(cls) -> StubMachine:
+    def read(cls) -> Self:
         """What the file says now."""
         return cls.model_validate_json(Path(os.environ[VARIABLE]).read_text(encoding="utf-8"))
 
@@ -62,13 +76,22 @@ class StubMachine(Value):
             ordered.sort(key=lambda gpu: -gpu.speed)
         wanted = environment.get("CUDA_VISIBLE_DEVICES")
         if wanted is None:
-            return tuple(ordered)
+            return _first_instance(ordered)
         seen: list[StubGpu] = []
         for entry in map(str.strip, wanted.split(",")):
+            if entry.startswith("MIG-"):
+                parts = [gpu.instance(index) for gpu in ordered for index in range(len(gpu.mig_uuids))]
+                return tuple(part for part in parts if part.uuid == entry)
             known = [gpu for gpu in ordered if entry.startswith("GPU-") and gpu.uuid.startswith(entry)]
             if entry.isdecimal():
                 known = ordered[int(entry) : int(entry) + 1]
             if len(known) != 1:
                 break
             seen += known
-        return tuple(seen) if len({gpu.uuid for gpu in seen}) == len(seen) else ()
+        return _first_instance(seen) if len({gpu.uuid for gpu in seen}) == len(seen) else ()
+
+
+def _first_instance(gpus: Sequence[StubGpu]) -> tuple[StubGpu, ...]:
+    """Of GPUs among which one is split CUDA shows an instance and nothing beside it."""
+    split = [gpu.instance(0) for gpu in gpus if gpu.mig_uuids]
+    return tuple(split[:1] or gpus)

@@ -12,13 +12,17 @@ from typing import Any
 from tests.rehearsal.stub.machine import GIB, StubGpu, StubMachine
 
 WATTS = 350.0
+Handle = int | tuple[int, int]
+"""Of a GPU, or of an instance on it."""
 
 
 def functions(pynvml: Any) -> dict[str, Callable[..., Any]]:
     """Stand-ins by name, for the module or for a monkeypatch of it."""
     began = time.monotonic()
 
-    def gpu(handle: int) -> StubGpu:
+    def gpu(handle: Handle) -> StubGpu:
+        if isinstance(handle, tuple):
+            return gpu(handle[0]).instance(handle[1])
         found = StubMachine.read().gpus[handle]
         if found.is_lost:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
@@ -29,7 +33,7 @@ def functions(pynvml: Any) -> dict[str, Callable[..., Any]]:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         return index
 
-    def ecc_errors(handle: int, kind: int, counter: int) -> int:
+    def ecc_errors(handle: Handle, kind: int, counter: int) -> int:
         found = gpu(handle).ecc_errors
         if found is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -40,22 +44,25 @@ def functions(pynvml: Any) -> dict[str, Callable[..., Any]]:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return handle, index
 
-    def uuid(handle: int | tuple[int, int]) -> str:
-        return gpu(handle[0]).mig_uuids[handle[1]] if isinstance(handle, tuple) else gpu(handle).uuid
-
-    def processes(handle: int) -> list[SimpleNamespace]:
+    def processes(handle: Handle) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=pid) for pid in (os.getpid(), *gpu(handle).foreign_pids)]
 
-    def memory(handle: int) -> SimpleNamespace:
+    def memory(handle: Handle) -> SimpleNamespace:
         total = gpu(handle).memory_bytes
         return SimpleNamespace(total=total, used=GIB, free=total - GIB)
 
-    def energy(handle: int) -> int:
-        gpu(handle)
+    def energy(handle: Handle) -> int:
+        whole(handle)
         return int((time.monotonic() - began) * WATTS * 1e3)
 
-    def always(answer: Any) -> Callable[..., Any]:
-        return functools.partial(lambda answer, handle, *args: (gpu(handle), answer)[1], answer)
+    def whole(handle: Handle) -> None:
+        gpu(handle)
+        if isinstance(handle, tuple):
+            # No instance has sensors of its own.
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    def always(answer: Any, asked: Callable[[Handle], Any] = gpu) -> Callable[..., Any]:
+        return functools.partial(lambda answer, handle, *args: (asked(handle), answer)[1], answer)
 
     return {
         "nvmlInit": lambda: None,
@@ -63,15 +70,17 @@ def functions(pynvml: Any) -> dict[str, Callable[..., Any]]:
         "nvmlSystemGetDriverVersion": lambda: "580.0",
         "nvmlDeviceGetCount": lambda: len(StubMachine.read().gpus),
         "nvmlDeviceGetHandleByIndex": by_index,
-        "nvmlDeviceGetUUID": uuid,
+        "nvmlDeviceGetUUID": lambda handle: gpu(handle).uuid,
         "nvmlDeviceGetName": lambda handle: gpu(handle).name,
         "nvmlDeviceGetMemoryInfo": memory,
         "nvmlDeviceGetMigMode": lambda handle: (int(bool(gpu(handle).mig_uuids)),) * 2,
         "nvmlDeviceGetMaxMigDeviceCount": lambda handle: len(gpu(handle).mig_uuids),
         "nvmlDeviceGetMigDeviceHandleByIndex": mig_device,
+        "nvmlDeviceGetGpuInstanceId": lambda handle: handle[1] + 1,
+        "nvmlDeviceGetComputeInstanceId": lambda handle: 0,
         "nvmlDeviceGetCudaComputeCapability": always((9, 0)),
-        "nvmlDeviceGetUtilizationRates": always(SimpleNamespace(gpu=50, memory=10)),
-        "nvmlDeviceGetPowerUsage": always(int(WATTS * 1e3)),
+        "nvmlDeviceGetUtilizationRates": always(SimpleNamespace(gpu=50, memory=10), whole),
+        "nvmlDeviceGetPowerUsage": always(int(WATTS * 1e3), whole),
         "nvmlDeviceGetClockInfo": always(1980),
         "nvmlDeviceGetTemperature": always(45),
         "nvmlDeviceGetTotalEnergyConsumption": energy,

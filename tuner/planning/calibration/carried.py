@@ -10,16 +10,48 @@ from collections.abc import Mapping, Sequence
 from scipy.special import stdtrit
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.profile import LinkProfile, Profile
-from pipetune.bench.spec import device_kind
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.profile import LayerTimes, LinkProfile, Profile
+from pipetune.bench.spec import ModelSpec, device_kind
 from pipetune.tuner.planning.costs.described import DescribedDevice, DescribedDevices
 from pipetune.tuner.planning.costs.nominal import RATES
 
 LEVEL = 0.95
 PRIOR_SD, PRIOR_STEPS = 0.15, 3.0
 """Log deviation of a prediction for a larger fleet before any was tried, and what that counts in steps; chosen."""
+FEWER_LAYERS_SD = 2 * PRIOR_SD
+"""The same where the smaller fleet ran a model of fewer layers: no run of it corrects the others; chosen."""
+_OF_DEPTH = {"num_parameters", "layers", "forbidden_cuts", "task_bytes", "max_positions", "checkpoint_bytes"}
+"""What models of one kind may differ in when one has fewer layers."""
 _HIDDEN_STATES_BYTES = 1 << 20
 """A message by which links are told slow from fast."""
+
+
+def deepened(profile: Profile, model: ModelSpec, shape: ModelShape) -> Profile:
+    """A profile of a model with fewer layers as one of the whole: each layer takes what one of its sizes and kind took.
+
+    Raises:
+        ConfigError: they differ in more than the number of layers.
+    """
+    small = profile.shape
+    like = {layer: place for place, layer in reversed(list(enumerate(small.layers)))}
+    one, other = (shown.model_dump(exclude=_OF_DEPTH) for shown in (small, shape))
+    differing = [f"{name} {one[name]} and {other[name]}" for name in one if one[name] != other[name]]
+    differing += [f"no layer like its layer {place}" for place, layer in enumerate(shape.layers) if layer not in like]
+    if differing:
+        raise ConfigError(
+            f"--first-model: {profile.model.name} is not {model.name} with fewer layers: {differing[0]}; lower the "
+            "number of layers in a copy of its config.json alone, and keep a layer of each kind"
+        )
+    places = [like[layer] for layer in shape.layers]
+    devices = []
+    for device in profile.devices:
+        groups = (
+            (tuple(n for n, place in enumerate(places) if place in one.layers), one.times) for one in device.layers
+        )
+        layers = tuple(LayerTimes(layers=chosen, times=times) for chosen, times in groups if chosen)
+        devices.append(device.model_copy(update={"layers": layers}))
+    return profile.model_copy(update={"model": model, "shape": shape, "devices": tuple(devices)})
 
 
 def larger_fleet(
@@ -69,6 +101,7 @@ def larger_fleet(
             bytes_per_s=slowest.bytes_per_s if slowest else rates.hop_bytes_per_s,
         )
     about = "nominal rates" if profile is None else f"the profile of {','.join(smaller)}, {profile.measured_at}"
+    about += "".join(f", doubtful: {text}" for text in (profile.disturbances if profile is not None else ()))
     if len(larger) > len(smaller) and (slower := min(one.speed for one in devices)) < 1:
         about += f", each CPU worker {slower:.2g} times as fast: {len(larger)} of them share {cores} cores"
     return DescribedDevices(place=f"what {','.join(smaller)} showed", about=about, devices=tuple(devices), links=links)
@@ -80,7 +113,7 @@ def _cores_each(fleet: Sequence[str] | Mapping[str, int], cores: int) -> float:
     return float(cores // workers) if workers <= cores else cores / workers
 
 
-def half_width(steps: Sequence[Sequence[float]]) -> float:
+def half_width(steps: Sequence[Sequence[float]], prior_sd: float = PRIOR_SD) -> float:
     """Half of the interval, in logarithms, that holds a measured value around its prediction in 95 of 100 fleets.
 
     By Student's t with the variance of what was missed so far, over a scaled inverse chi-squared prior (Gelman et al.
@@ -89,7 +122,7 @@ def half_width(steps: Sequence[Sequence[float]]) -> float:
     Args:
         steps: for each larger fleet tried, the logarithms of measured over predicted of its plans, at least one.
     """
-    between = PRIOR_STEPS * PRIOR_SD**2 + sum(statistics.fmean(misses) ** 2 for misses in steps)
+    between = PRIOR_STEPS * prior_sd**2 + sum(statistics.fmean(misses) ** 2 for misses in steps)
     within = [miss - statistics.fmean(misses) for misses in steps for miss in misses]
     freedom = PRIOR_STEPS + len(steps)
     variance = between / freedom + (statistics.fmean(one**2 for one in within) if within else 0.0)

@@ -30,7 +30,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.memory import ModelShape
+from pipetune.bench.memory import ModelShape, TaskBytes
 from pipetune.bench.profile import LinkProfile, Profile, TaskKind
 from pipetune.bench.spec import Device, Value, device_kind, parse_devices
 from pipetune.tuner.planning.arrays import Floats
@@ -124,6 +124,12 @@ class DescribedDevices:
         """Names of the devices described, in their order."""
         return tuple(device.name for device in self.devices)
 
+    @property
+    def task_bytes(self) -> TaskBytes | None:
+        """What tasks were seen to take on a GPU, by a profile that some device is like."""
+        profiles = (device.profile for device in self.devices if device.profile is not None)
+        return next((one.shape.task_bytes for one in profiles if one.shape.task_bytes is not None), None)
+
     def device_bytes(self, names: Sequence[str]) -> dict[str, int]:
         """Memory of these devices.
 
@@ -151,7 +157,7 @@ class DescribedDevices:
             if device.profile is None:
                 sources[device.name] = (nominal, device.name, device.speed)
                 continue
-            if device.profile.shape != shape:
+            if not device.profile.shape.is_alike(shape):
                 raise ConfigError(
                     f"{self.place}: {device.name} is like {device.profiled_as} of a profile of "
                     f"{device.profile.model.name} in {device.profile.model.dtype}, and another model is planned for; "

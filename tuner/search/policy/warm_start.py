@@ -79,7 +79,7 @@ def read_warm_start(
             raise StudyError(f"warm_start: {error}") from None
         if earlier.machine is None or earlier.shape is None:
             raise StudyError(f"warm_start: {earlier.unread[-1]}")
-        if earlier.shape != resolve.shape:
+        if not earlier.shape.is_alike(resolve.shape):
             said.append(
                 f"{folder}: measured {earlier.config.model.name}, a model of another shape than {config.model.name}; "
                 "nothing of it is used"

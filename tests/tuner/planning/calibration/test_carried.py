@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.profile import TaskKind
-from pipetune.tuner.planning.calibration.carried import PRIOR_SD, half_width, larger_fleet
+from pipetune.bench.profile import LayerTimes, TaskKind
+from pipetune.tuner.planning.calibration.carried import (
+    FEWER_LAYERS_SD,
+    PRIOR_SD,
+    deepened,
+    half_width,
+    larger_fleet,
+)
+from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from tests.record_factory import make_shape
 from tests.study_factory import make_profile
 
@@ -45,11 +52,43 @@ def test_a_kind_of_device_that_the_smaller_fleet_lacks_is_named() -> None:
         larger_fleet(None, ("cpu:0",), {"cuda:0": 2**30}, cores=4)
 
 
+def test_a_profile_of_few_layers_is_one_of_many_kind_by_kind() -> None:
+    profile, shape = make_profile(), make_shape()
+    plain = shape.layers[0]
+    sliding = plain.model_copy(update={"kind": "sliding_attention"})
+    device = profile.devices[0]
+    slow = LayerTimes(layers=(1,), times=tuple(one.model_copy(update={"seconds": 1.0}) for one in device.overhead))
+    small = profile.model_copy(
+        update={
+            "shape": shape.model_copy(update={"layers": (plain, sliding), "num_parameters": 9}),
+            "devices": (
+                device.model_copy(update={"layers": (device.layers[0].model_copy(update={"layers": (0,)}), slow)}),
+            ),
+        }
+    )
+    whole = shape.model_copy(update={"layers": (sliding, plain, plain, sliding)})
+    deep = deepened(small, profile.model, whole)
+    assert deep.shape == whole
+    few, many = ProfiledCosts(small).layers_s("cpu:0", DECODE), ProfiledCosts(deep).layers_s("cpu:0", DECODE)
+    assert list(many) == [few[1], few[0], few[0], few[1]]
+    assert few[0] < few[1] == 1.0
+    for other, message in (
+        (whole.model_copy(update={"hidden_size": 7}), "with fewer layers: hidden_size 576 and 7; lower the"),
+        (
+            whole.model_copy(update={"layers": (plain, plain.model_copy(update={"weight_bytes": 1}))}),
+            "no layer like its layer 1; lower the",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            deepened(small, profile.model, other)
+
+
 def test_the_interval_narrows_by_steps_that_held_and_widens_by_those_that_did_not() -> None:
     before = half_width([])
     assert math.exp(before) - 1 > PRIOR_SD
     assert half_width([[0.01, -0.01]]) < before
     assert half_width([[0.01], [0.0], [-0.01]]) < half_width([[0.01]])
     assert half_width([[0.8]]) > before
+    assert half_width([], FEWER_LAYERS_SD) == pytest.approx(2 * before)
     # Plans that differ among each other say as much as steps that do.
     assert half_width([[0.3, -0.3]]) > half_width([[0.0, 0.0]])

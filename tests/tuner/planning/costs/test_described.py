@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.memory import LayerShape, ModelShape
+from pipetune.bench.memory import LayerShape, ModelShape, TaskBytes
 from pipetune.bench.profile import TaskKind
 from pipetune.tuner.planning.costs.described import DescribedDevices, read_devices
 from pipetune.tuner.planning.costs.nominal import RATES
@@ -93,6 +93,17 @@ def test_a_profiled_device_lends_times_memory_and_links(tmp_path: Path) -> None:
     assert costs.hop_s("cpu:0", "cpu:1", 0) == pytest.approx(link.latency_s)
     with pytest.raises(ConfigError, match="another model is planned for; give its own profile"):
         described.costs(profile.shape.model_copy(update={"vocab_size": 7}))
+
+
+def test_a_profile_of_gpus_is_the_models_own_where_none_takes_part(tmp_path: Path) -> None:
+    profile = make_profile()
+    tasks = TaskBytes(prompt=((8, 2000, 3000),), chunk=(), decode=((8, 2000, 3000),))
+    shape = profile.shape.model_copy(update={"task_bytes": tasks})
+    (tmp_path / "profile.json").write_text(profile.model_copy(update={"shape": shape}).model_dump_json())
+    described = read(tmp_path, "devices: [{name: cpu:0, like: {profile: profile.json, device: cpu:0}}]")
+    assert described.task_bytes == tasks
+    # A worker on the CPU, which reads the model, has not run tasks of a GPU.
+    assert described.costs(profile.shape).layers_s("cpu:0", PREFILL).shape == (profile.shape.num_layers,)
 
 
 @pytest.mark.parametrize(
