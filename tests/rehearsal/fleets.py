@@ -21,20 +21,18 @@ def tiny_model(folder: Path, family: str, **changes: object) -> ModelSpec:
 
 
 def run(
-<<<<<<< HEAD
-    fleet: Fleet, counts: tuple[int, ...], *, graphs: bool = True, workload: Workload = WORKLOAD, **changes: object
-=======
-    fleet: Fleet, counts: tuple[int, ...], *, graphs: bool = True, protocol: Protocol = PROTOCOL, **changes: object
->>>>>>> rehearsals
+    fleet: Fleet,
+    counts: tuple[int, ...],
+    *,
+    graphs: bool = True,
+    workload: Workload = WORKLOAD,
+    protocol: Protocol = PROTOCOL,
+    **changes: object,
 ) -> Measurement | Failure:
     """Measures a plan over the fleet's first devices; `changes` are of the plan."""
     plan = Plan.from_layer_counts(counts, fleet.devices, MICRO_BATCH)
     plan = Plan.model_validate({**plan.model_dump(), "cuda_graphs": graphs, **changes})
-<<<<<<< HEAD
-    spec = RunSpec(model=fleet.model, workload=workload, plan=plan, protocol=PROTOCOL)
-=======
-    spec = RunSpec(model=fleet.model, workload=WORKLOAD, plan=plan, protocol=protocol)
->>>>>>> rehearsals
+    spec = RunSpec(model=fleet.model, workload=workload, plan=plan, protocol=protocol)
     return fleet.measure(spec, EffectivePlan(plan=plan, in_flight=IN_FLIGHT))
 
 

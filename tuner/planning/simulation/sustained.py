@@ -16,7 +16,7 @@ REQUESTS = 1000
 """At least so many are simulated: short runs flatter."""
 _ROUGH = 300
 TRACES = 3
-"""Of different seeds, over which the highest rate is a median."""
+"""Seeds, over which the highest rate is a median."""
 
 
 class Load:
