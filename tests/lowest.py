@@ -1,4 +1,4 @@
-"""The lowest versions that pyproject.toml allows, as pip's constraints: `python -m tests.lowest`, for `make test-lowest`.
+"""The lowest versions that pyproject.toml allows, as pip's constraints: `python -m tests.lowest`.
 
 What pip would choose beyond the direct ones is its newest. torch is left out: builds of it for CPUs alone are few, and
 the one that is at hand is taken.

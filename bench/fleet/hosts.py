@@ -301,7 +301,8 @@ def dismiss(address: str, hosts: Iterable[str]) -> None:
                 connection, _ = listener.accept()
                 with connection:
                     connection.settimeout(1.0)
-                    wire, messages = Wire(connection, read_token(), is_driver=True), []
+                    wire = Wire(connection, read_token(), is_driver=True)
+                    messages: list[dict[str, Any]] = []
                     while not messages and (data := connection.recv(1 << 16)):
                         messages = wire.feed(data)
                     for message in messages:

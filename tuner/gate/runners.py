@@ -96,15 +96,10 @@ class FreshProcesses(Closing):
         sides = [side for case in cases for side in (case.baseline, case.candidate)]
         self._hosts = tuple({host: None for side in sides for host in hosts_of(side.devices)})
         for side in sides if self._hosts != ("",) else ():
-            if side.python or side.ref or side.env:
+            if side.python or side.ref or side.env or "" in hosts_of(side.devices):
                 raise ConfigError(
-                    f"--{side.name}-python, -ref and -env: reach this host alone, and the others would run what they "
-                    "have; over several hosts compare plans, dtypes or settings"
-                )
-            if "" in hosts_of(side.devices):
-                raise ConfigError(
-                    f"{side.name}: {', '.join(side.devices)} name no host, and those of the other side do; write "
-                    "host0/cpu:0, or give --devices for both"
+                    f"{side.name}: on several hosts sides differ in plans, dtypes and settings alone; leave out "
+                    "its Python, revision and environment, and name the hosts of all devices, as in host0/cpu:0"
                 )
         self._case = cases[0]
         self._interpreters: dict[SideName, Interpreter] = {}
