@@ -50,6 +50,10 @@ with fleet:
         if line.strip() == "reference":
             say(reference=fleet.make_reference(Path(given["reference"]), workload, protocol))
             continue
+        if line.strip() == "baseline":
+            measured = json.loads(fleet.baseline(workload, protocol, 2).model_dump_json())
+            say(outcome=measured, device_bytes=fleet.device_bytes)
+            continue
         if line.strip() == "pids":
             say(pids=[worker.process.pid for worker in fleet._supervisor._workers])
             continue

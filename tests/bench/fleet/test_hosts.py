@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.hosts import ROOT, Driver, Host, cut, two_hosts
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 
 CABLE = f"p{os.getpid()}"
 
@@ -71,6 +74,57 @@ def test_two_hosts_give_the_tokens_of_the_unsplit_model_and_only_their_addresses
     assert driver.process.wait(30) == 0
     assert hosts[1].processes[-1].wait(30) == 0
     assert soon(lambda: not hosts[0].pids() | hosts[1].pids())
+
+
+def test_a_baseline_has_the_memory_of_its_own_host(hosts: tuple[Host, Host], model: Path, tmp_path: Path) -> None:
+    # Two workers share what the first host has; the one of the second has all.
+    driver = Driver(hosts[0], model, tmp_path, devices="host0/cpu:0-1,host1/cpu:0", layers=(2, 2, 2))
+    join(hosts[1], driver)
+    driver.hear()
+    said = driver.do("baseline")
+    (memory,) = said["outcome"]["memory"]
+    assert memory["cap_bytes"] == said["device_bytes"]["host0/cpu:0"] < said["device_bytes"]["host1/cpu:0"]
+
+
+PIPELINE = """
+import json, os, sys, warnings
+from pipetune import Pipeline
+from pipetune.bench.spec import Plan
+
+given = json.loads(sys.argv[1])
+plan = Plan.from_layer_counts((4, 2), ("host0/cpu:0", "host1/cpu:0"), 2)
+with warnings.catch_warnings(record=True) as caught, Pipeline.start(given["model"], plan) as pipeline:
+    for line in sys.stdin:
+        found = pipeline.generate(given["prompts"], max_new_tokens=4, ignore_eos=True)
+        told = [str(one.message) for one in caught if "run again" in str(one.message)]
+        print(json.dumps([[list(one.token_ids) for one in found], told]), flush=True)
+"""
+
+
+def test_a_pipeline_over_hosts_generates_and_survives_the_loss_of_a_worker(
+    hosts: tuple[Host, Host], model: Path
+) -> None:
+    untyped: Any = AutoModelForCausalLM
+    prompts = tiny_prompts(5)
+    truth = unsplit_tokens(untyped.from_pretrained(model).eval(), prompts, output_len=4)
+    address = f"{hosts[0].address}:29400"
+    given = json.dumps({"model": str(model), "prompts": prompts})
+    process = hosts[0].start(sys.executable, "-c", PIPELINE, given, PIPETUNE_LISTEN=address)
+    joined = hosts[1].pipetune("join", address, "--node-rank", 1)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(file=process.stdin, flush=True)
+    assert json.loads(process.stdout.readline()) == [truth, []]
+    (worker,) = hosts[1].workers()
+    worker.kill()
+    print(file=process.stdin, flush=True)
+    tokens, told = json.loads(process.stdout.readline())
+    assert tokens == truth
+    assert len(told) == 1
+    assert "host1/cpu:0" in told[0]
+    process.stdin.close()
+    assert process.wait(30) == 0
+    assert joined.wait(30) == 0
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
