@@ -164,14 +164,23 @@ def _ip(*arguments: str) -> None:
 class Driver:
     """A driver on a host, which measures when it is told to."""
 
-    def __init__(self, host: Host, model: Path, folder: Path, *, layers: Sequence[int] = (4, 2), **given: Any) -> None:
+    def __init__(
+        self,
+        host: Host,
+        model: Path,
+        folder: Path,
+        *,
+        layers: Sequence[int] = (4, 2),
+        variables: dict[str, str] | None = None,
+        **given: Any,
+    ) -> None:
         self.listen = f"{host.address}:29400"
         told = {
             "devices": "host0/cpu:0,host1/cpu:0", "layers": list(layers), "model": str(model), "listen": self.listen,
             "reference": str(folder / "reference"), "hang_timeout_s": 10.0, "host_timeout_s": 60.0, "output_len": 5,
             "num_iters": 2,
         }  # fmt: skip
-        self.process = host.start(sys.executable, "-c", DRIVER, json.dumps(told | given))
+        self.process = host.start(sys.executable, "-c", DRIVER, json.dumps(told | given), **(variables or {}))
 
     def hear(self) -> dict[str, Any]:
         """The next thing it says."""

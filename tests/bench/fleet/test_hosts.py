@@ -45,6 +45,12 @@ def join(host: Host, driver: Driver, *more: object) -> None:
     host.pipetune("join", driver.listen, "--node-rank", 1, *more)
 
 
+def end(driver: Driver) -> None:
+    assert driver.process.stdin is not None
+    driver.process.stdin.close()
+    assert driver.process.wait(30) == 0
+
+
 def test_two_hosts_give_the_tokens_of_the_unsplit_model_and_only_their_addresses_listen(
     hosts: tuple[Host, Host], model: Path, tmp_path: Path
 ) -> None:
@@ -69,9 +75,7 @@ def test_two_hosts_give_the_tokens_of_the_unsplit_model_and_only_their_addresses
         assert all(sent <= begun + slack for sent, begun in ends)
     for host in hosts:
         assert host.listeners() <= {host.address}, "beyond the address given"
-    assert driver.process.stdin is not None
-    driver.process.stdin.close()
-    assert driver.process.wait(30) == 0
+    end(driver)
     assert hosts[1].processes[-1].wait(30) == 0
     assert soon(lambda: not hosts[0].pids() | hosts[1].pids())
 
@@ -171,6 +175,30 @@ def test_a_killed_driver_leaves_nothing_on_any_host(hosts: tuple[Host, Host], mo
     driver.process.kill()
     assert soon(lambda: not hosts[0].workers() and not hosts[1].pids(), 12.0)
     assert hosts[1].processes[-1].wait(5) == 4
+
+
+def test_a_host_stays_where_a_further_driver_comes_until_it_is_sent_home(
+    hosts: tuple[Host, Host], model: Path, tmp_path: Path
+) -> None:
+    stay = {"PIPETUNE_STAY": "1"}
+    killed = Driver(hosts[0], model, tmp_path, variables=stay)
+    join(hosts[1], killed)
+    joined = hosts[1].processes[-1]
+    killed.hear()
+    killed.process.kill()
+    # The next one has no work for it, and the last one has.
+    without = Driver(hosts[0], model, tmp_path, devices="host0/cpu:0", layers=(6,), variables=stay)
+    without.hear()
+    assert without.do("measure")["outcome"]["outcome"] == "measurement"
+    end(without)
+    last = Driver(hosts[0], model, tmp_path, variables=stay)
+    assert last.hear()["hosts"] == 2
+    end(last)
+    assert joined.poll() is None
+    home = f"from pipetune.bench.fleet.hosts import dismiss; dismiss({killed.listen!r}, ('host0', 'host1'))"
+    hosts[0].start(sys.executable, "-c", home)
+    assert joined.wait(60) == 0
+    assert "has no work for host1; its hosts are host0" in joined.communicate()[1]
 
 
 def test_plain_torchrun_joins_and_strangers_hold_up_nobody(
