@@ -100,6 +100,8 @@ def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
     entries = max(len(cached) // len(layers), 1)
     # Not recurrent ones, not those without attention or with another's keys.
     kept = [not isinstance(entry, DummyLayer | LinearAttentionLayer) for entry in cached]
+    # Caches of transformers 5.17 leave out layers that use others' keys, which are the last.
+    kept += [False] * (getattr(config, "num_kv_shared_layers", None) or 0) if len(kept) < len(layers) else []
     if len(kept) != len(layers):
         kept = [True] * len(layers)
     if cache_name(model) != "past_key_values":

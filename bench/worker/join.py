@@ -1,7 +1,5 @@
 """`pipetune join` and the driver's own host: an elastic agent that starts this host's workers.
 
-It serves one driver, or several that follow one another.
-
 `python -P -m pipetune.bench.worker.join HOST:PORT --node-rank R --nproc-per-node N`, ended by the driver.
 """
 
