@@ -111,7 +111,7 @@ gpu-rehearsal: $(VENV)/.installed-test
 
 # Network namespaces as hosts, made as root; make test runs these as well.
 test-hosts: $(VENV)/.installed-test
-	CI=1 $(PYTEST) tests/bench/fleet/test_hosts.py tests/bench/machine/test_wire.py
+	CI=1 $(PYTEST) tests/bench/fleet/test_hosts.py tests/bench/machine/test_wire.py tests/tuner/gate/test_hosts.py
 
 models-table: $(VENV)/.installed-test
 	$(BIN)/python -m tests.families.survey --write docs/models.md
