@@ -1,5 +1,6 @@
 # make demo     tune a small real model on this machine; the study lands in results/demo
 # make test-fast   the tests of the inner loop: no workers, no real models, no whole studies
+# make test-lowest   the same with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make test     all tests: side by side, and those that run whole studies one after the other
 # make test-families   every causal-LM family that transformers knows; make models-table writes docs/models.md
 # make check    all that CI runs: lint, types, import contracts, tests
@@ -25,10 +26,10 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check gpu-rehearsal test-fast test test-families test-hosts models-table check lint format hooks clean
+.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check gpu-rehearsal test-fast test-lowest test test-families test-hosts models-table check lint format hooks clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 10
+	@sed -n 's/^# //p' Makefile | head -n 11
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -85,6 +86,18 @@ SIDE_BY_SIDE := -n auto --dist loadfile
 test-fast: $(VENV)/.installed-test
 	$(PYTEST) -m 'not e2e and not slow' $(SIDE_BY_SIDE) || [ $$? -eq 5 ]
 
+# torch's version alone is the one in constraints.txt. Warnings fail no test here: old packages beside the newest of what
+# they need warn of each other.
+LOWEST := $(VENV)-lowest
+$(LOWEST)/.installed: $(BIN)/python $(INPUTS) tests/lowest.py
+	@$(BIN)/python -m venv --clear $(LOWEST)
+	@{ $(BIN)/python -m tests.lowest; grep '^torch==' constraints.txt; } > $(LOWEST)/constraints.txt
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(LOWEST)/constraints.txt -e '.[test]'
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS) -W default -m 'not e2e and not slow' $(SIDE_BY_SIDE)
+
 test: $(VENV)/.installed-test
 	$(PYTEST) -m 'not e2e' $(SIDE_BY_SIDE) || [ $$? -eq 5 ]
 	$(PYTEST) -m e2e || [ $$? -eq 5 ]
@@ -98,7 +111,7 @@ gpu-rehearsal: $(VENV)/.installed-test
 
 # Network namespaces as hosts, made as root; make test runs these as well.
 test-hosts: $(VENV)/.installed-test
-	CI=1 $(PYTEST) tests/bench/fleet/test_hosts.py tests/bench/machine/test_wire.py
+	CI=1 $(PYTEST) tests/bench/fleet/test_hosts.py tests/bench/machine/test_wire.py tests/tuner/gate/test_hosts.py
 
 models-table: $(VENV)/.installed-test
 	$(BIN)/python -m tests.families.survey --write docs/models.md
@@ -122,5 +135,5 @@ hooks: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find bench tuner tests -name __pycache__ -type d -prune -exec rm -rf {} +

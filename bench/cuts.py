@@ -20,7 +20,10 @@ def forbidden_cuts(config: Any) -> tuple[int, ...]:
     forbidden: set[int] = set()
     kinds = getattr(text_config, "layer_types", None) or []
     stored: dict[str, int] = {}
-    for index, mode in enumerate(getattr(text_config, "kv_sharing_modes", None) or []):
+    shared = getattr(text_config, "num_kv_shared_layers", None) or 0
+    # transformers 5.17 knows no modes: the last layers use those of the last one of their kind before all of them.
+    older = ["store"] * (text_config.num_hidden_layers - shared) + ["reuse"] * shared if shared else []
+    for index, mode in enumerate(getattr(text_config, "kv_sharing_modes", None) or older):
         if mode == "store":
             stored[kinds[index]] = index
         elif mode == "reuse":

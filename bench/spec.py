@@ -125,6 +125,11 @@ def on_host(devices: Sequence[str], host: str) -> tuple[str, ...]:
     return tuple(local_name(device) for device in devices if device_host(device) == host)
 
 
+def devices_here(devices: Sequence[str]) -> tuple[str, ...]:
+    """Those of the host that runs the command, as it calls them itself."""
+    return tuple(local_name(device) for device in devices if device_host(device) in ("", "host0"))
+
+
 def device_index(device: str) -> int:
     """The number behind the colon."""
     return int(device.partition(":")[2])

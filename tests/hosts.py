@@ -48,6 +48,10 @@ with fleet:
         if line.strip() == "reference":
             say(reference=fleet.make_reference(Path(given["reference"]), workload, protocol))
             continue
+        if line.strip() == "baseline":
+            measured = json.loads(fleet.baseline(workload, protocol, 2).model_dump_json())
+            say(outcome=measured, device_bytes=fleet.device_bytes)
+            continue
         if line.strip() == "pids":
             say(pids=[worker.process.pid for worker in fleet._supervisor._workers])
             continue
@@ -175,7 +179,16 @@ def _ip(*arguments: str) -> None:
 class Driver:
     """A driver on a host, which measures when it is told to."""
 
-    def __init__(self, host: Host, model: Path, folder: Path, *, layers: Sequence[int] = (4, 2), **given: Any) -> None:
+    def __init__(
+        self,
+        host: Host,
+        model: Path,
+        folder: Path,
+        *,
+        layers: Sequence[int] = (4, 2),
+        variables: dict[str, str] | None = None,
+        **given: Any,
+    ) -> None:
         self.listen = f"{host.address}:29400"
         told = {
             "devices": "host0/cpu:0,host1/cpu:0", "layers": list(layers), "model": str(model), "listen": self.listen,
@@ -183,7 +196,7 @@ class Driver:
             "workload": {"num_prompts": 6, "input_len": 12, "output_len": 5}, "num_iters": 2,
             "load_format": "auto",
         }  # fmt: skip
-        self.process = host.start(sys.executable, "-c", DRIVER, json.dumps(told | given))
+        self.process = host.start(sys.executable, "-c", DRIVER, json.dumps(told | given), **(variables or {}))
 
     def hear(self) -> dict[str, Any]:
         """The next thing it says."""

@@ -20,7 +20,7 @@ from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.locks import hold_gpus
 from pipetune.bench.fleet.supervisor import FleetOptions
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record, Role, timestamp
-from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload, hosts_of, on_host
+from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload, devices_here
 
 Attempt = Callable[[Callable[[], Outcome]], Outcome]
 """Calls the run it is given; may give another outcome where somebody interrupts it."""
@@ -49,11 +49,8 @@ class Experiment(Closing):
         self.fleet = start()
         try:
             if exclusive:
-                self._held.enter_context(
-                    hold_gpus(
-                        on_host(self.fleet.devices, hosts_of(self.fleet.devices)[0]), self.fleet.machine.hardware.gpus
-                    )
-                )
+                held = hold_gpus(devices_here(self.fleet.devices), self.fleet.machine.hardware.gpus)
+                self._held.enter_context(held)
         except BaseException:
             self.fleet.close()
             raise

@@ -29,8 +29,7 @@ from pipetune.bench.spec import (
     Value,
     Workload,
     device_kind,
-    hosts_of,
-    on_host,
+    devices_here,
 )
 
 __all__ = [
@@ -96,7 +95,7 @@ class Fleet(Closing):
         self.shape: ModelShape
         self.machine: Machine
         self.device_bytes: dict[str, int]
-        self._notes = warn_of_cores(on_host(self.devices, hosts_of(self.devices)[0]))
+        self._notes = warn_of_cores(self.devices)
         self._supervisor = Supervisor(self.devices, **options)
         self._reference: tuple[Path, Workload] | None = None
 
@@ -295,8 +294,9 @@ class Fleet(Closing):
         if not self.devices:
             raise ConfigError("devices: there is none; give cpu:0-1, cuda:0,cuda:1 or auto")
         there = available_devices()
-        own = on_host(self.devices, hosts_of(self.devices)[0])
-        if missing := [name for name in own if device_kind(name) == "cuda" and name not in there]:
+        if missing := [
+            name for name in devices_here(self.devices) if device_kind(name) == "cuda" and name not in there
+        ]:
             raise ConfigError(
                 f"devices: {missing[0]} is not on this machine; there are {', '.join(there)} and any cpu:N"
             )

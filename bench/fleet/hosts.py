@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ HOST_TIMEOUT_S = 600.0
 MOST_STRANGERS = 32
 """Connections that have not shown the token yet; the oldest goes for a newer one."""
 _SAY_EVERY_S = 10.0
+_DISMISS_S = 15.0
 LISTEN_VARIABLE = "PIPETUNE_LISTEN"
+STAY_VARIABLE = "PIPETUNE_STAY"
+"""Set where a further driver listens once this one has ended: hosts that have joined wait for it."""
 NODE_RANK_VARIABLES = ("SLURM_NODEID", "PET_NODE_RANK", "GROUP_RANK", "JOB_COMPLETION_INDEX")
 """Slurm's, Kubeflow's, torchrun's, and that of Kubernetes' Indexed Jobs."""
 JOIN = (sys.executable, "-P", "-m", "pipetune.bench.worker.join")
@@ -144,7 +147,8 @@ class HostsLauncher:
         assert isinstance(channel, Wire)
         if message["type"] == "ask":
             workers = len(on_host(self.devices, f"host{message['node']}"))
-            channel.send({"type": "workers", "workers": workers, "hosts": self._hosts})
+            stays = message["node"] > 0 and STAY_VARIABLE in os.environ
+            channel.send({"type": "workers", "workers": workers, "hosts": self._hosts, "stays": stays})
         elif message["type"] == "agent":
             host = f"host{message['node']}"
             ours = {name: importlib.metadata.version(name) for name in message["versions"]}
@@ -285,6 +289,25 @@ def join(address: str, node_rank: int, *, host_ip: str | None = None, timeout_s:
     whole = [*command, "--driver-pid", str(os.getpid())]
     status = subprocess.run(whole, check=False, start_new_session=True).returncode
     return 0 if status == 0 else 4
+
+
+def dismiss(address: str, hosts: Iterable[str]) -> None:
+    """Sends hosts home that stayed for a further driver; one that cannot be reached gives up by itself."""
+    left, deadline = {*hosts} - {"host0"}, time.monotonic() + _DISMISS_S
+    with contextlib.suppress(OSError), socket.create_server(split_address(address)) as listener:
+        listener.settimeout(1.0)
+        while left and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.settimeout(1.0)
+                    wire = Wire(connection, read_token(), is_driver=True)
+                    messages: list[dict[str, Any]] = []
+                    while not messages and (data := connection.recv(1 << 16)):
+                        messages = wire.feed(data)
+                    for message in messages:
+                        left.discard(f"host{message['node']}")
+                        wire.send({"type": "workers", "workers": 0, "hosts": (), "stays": False})
 
 
 def lead_or_join(

@@ -23,7 +23,7 @@ import pynvml
 
 from pipetune.bench.machine.nvml import read, text, visible_gpus
 from pipetune.bench.record import GpuInfo, Hardware, Machine, Software
-from pipetune.bench.spec import device_index, device_kind
+from pipetune.bench.spec import device_index, device_kind, devices_here
 
 PACKAGES = ("torch", "transformers", "accelerate", "optuna", "numpy", "pydantic", "safetensors", "tokenizers")
 _GIB = 2**30
@@ -114,6 +114,7 @@ def warn_of_cores(devices: tuple[str, ...]) -> tuple[str, ...]:
     Returns:
         The warning as a note; none where every worker has a core, and CPU workers have all of the machine's.
     """
+    devices = devices_here(devices)
     limits, there, count = _core_limits(), os.cpu_count() or 1, len(devices)
     less = [name for name, cores in limits.items() if cores < there and "cpu" in map(device_kind, devices)]
     if not less and count <= cpu_cores():

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
-
 from pipetune.bench.errors import ModelError
+from pipetune.bench.models.hf_private import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    kernels_of,
+)
 from pipetune.bench.spec import ModelSpec, device_kind
 
 _FLASH: dict[str, tuple[Callable[[], bool], str]] = {
@@ -26,14 +29,14 @@ def check_attention(spec: ModelSpec, family: Any) -> None:
         ModelError: why not, and what else to choose.
     """
     place = f"model.attention={spec.attention}"
-    if spec.attention == "sdpa" and not family._supports_sdpa:
+    sdpa, flash, known = kernels_of(family)
+    if spec.attention == "sdpa" and not sdpa:
         raise ModelError(f"{place}: {family.__name__} has none; choose eager or auto")
     if spec.attention not in _FLASH:
         return
-    known = getattr(family, "_compatible_flash_implementations", None)
-    if not family._supports_flash_attn or (known is not None and spec.attention not in known):
-        others = sorted(set(known or ()) & set(_FLASH)) if family._supports_flash_attn else []
-        others += ["sdpa"] if family._supports_sdpa else ["eager"]
+    if not flash or (known is not None and spec.attention not in known):
+        others = sorted(set(known or ()) & set(_FLASH)) if flash else []
+        others += ["sdpa"] if sdpa else ["eager"]
         raise ModelError(f"{place}: {family.__name__} does not support it; choose {' or '.join(others)}, or auto")
     if spec.dtype == "float32":
         raise ModelError(

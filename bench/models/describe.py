@@ -9,22 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicCache, LinearAttentionLayer
-from transformers.models.auto.auto_factory import _get_model_class
 
 from pipetune.bench.cuts import embeds_in_layers, forbidden_cuts
 from pipetune.bench.errors import ModelError
 from pipetune.bench.memory import LayerShape, ModelShape
 from pipetune.bench.models.attention import check_attention
-from pipetune.bench.models.layers import (
-    DummyLayer,
-    cache_name,
-    check_family,
-    check_splittable,
-    find_layers,
-    is_recurrent,
-)
+from pipetune.bench.models.hf_private import DummyLayer, DynamicCache, LinearAttentionLayer, family_of, kernel_of
+from pipetune.bench.models.layers import cache_name, check_family, check_splittable, find_layers, is_recurrent
 from pipetune.bench.models.resolve import ResolvedModel
+from pipetune.bench.models.torch_private import tensors_of
 from pipetune.bench.spec import DTYPE_BYTES
 
 _BEHIND = re.compile(
@@ -48,8 +41,7 @@ def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
     untyped: Any = AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=spec.trust_remote_code)
-        if type(config) in untyped._model_mapping:
-            family = _get_model_class(config, untyped._model_mapping)  # type: ignore[no-untyped-call]
+        if (family := family_of(config)) is not None:
             check_attention(spec, family)
         with torch.device("meta"):
             model = untyped.from_config(
@@ -108,6 +100,8 @@ def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
     entries = max(len(cached) // len(layers), 1)
     # Not recurrent ones, not those without attention or with another's keys.
     kept = [not isinstance(entry, DummyLayer | LinearAttentionLayer) for entry in cached]
+    # Caches of transformers 5.17 leave out layers that use others' keys, which are the last.
+    kept += [False] * (getattr(config, "num_kv_shared_layers", None) or 0) if len(kept) < len(layers) else []
     if len(kept) != len(layers):
         kept = [True] * len(layers)
     if cache_name(model) != "past_key_values":
@@ -150,7 +144,7 @@ def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
         forbidden_cuts=forbidden_cuts(model.config),
         recurrent=recurrent,
         embedding_on_every_stage=embeds_in_layers(model.config),
-        eager_attention=getattr(config, "_attn_implementation", None) == "eager",
+        eager_attention=kernel_of(config) == "eager",
         max_positions=getattr(config, "max_position_embeddings", None),
     )
 
@@ -165,7 +159,7 @@ def _only_in(part: nn.Module, model: nn.Module) -> Iterator[torch.Tensor]:
     """Tensors of a part that nothing else in the model shares."""
     inside = {id(module) for module in part.modules()}
     others = (module for module in model.modules() if id(module) not in inside)
-    shared = {id(tensor) for module in others for tensor in (*module._parameters.values(), *module._buffers.values())}
+    shared = {id(tensor) for module in others for own in tensors_of(module) for tensor in own.values()}
     return (tensor for tensor in _tensors(part) if id(tensor) not in shared)
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipetune.bench.models.hf_private import init_weights
 from pipetune.bench.models.layers import find_layers
+from pipetune.bench.models.torch_private import tensors_of, version_of
 
 
 def init_dummy_weights(model: PreTrainedModel, seed: int) -> None:
@@ -56,15 +58,12 @@ def _names_around_cuts(model: Any) -> set[str]:
 
 def _init_module(module: nn.Module, owner: Any) -> None:
     parameters = list(module.parameters(recurse=False))
-    for tensor in (*parameters, *module.buffers(recurse=False)):
-        if hasattr(tensor, "_is_hf_initialized"):
-            del tensor._is_hf_initialized
     for parameter in parameters:
         parameter.zero_()
-    versions = [parameter._version for parameter in parameters]
-    owner._init_weights(module)
+    versions = [version_of(parameter) for parameter in parameters]
+    init_weights(owner, module)
     for parameter, version in zip(parameters, versions, strict=True):
-        if parameter._version == version and parameter.is_floating_point():
+        if version_of(parameter) == version and parameter.is_floating_point():
             config = owner.config.get_text_config(decoder=True)
             parameter.normal_(0.0, float(getattr(config, "initializer_range", None) or 0.02))
 
@@ -82,7 +81,7 @@ def _materialize(model: nn.Module) -> None:
     """Gives every tensor on the meta device memory on the CPU; one shared by several modules stays shared."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in tensors_of(module):
             for name, tensor in tensors.items():
                 if tensor is None or not tensor.is_meta:
                     continue
@@ -90,4 +89,4 @@ def _materialize(model: nn.Module) -> None:
                     real: torch.Tensor = torch.zeros_like(tensor, device="cpu")
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(real, tensor.requires_grad) if is_parameter else real
-                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+                tensors[name] = made[id(tensor)]

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pipetune.bench.errors import ModelError
-
-if TYPE_CHECKING:
-    from transformers.cache_utils import DummyLayer as DummyLayer
-else:
-    try:
-        from transformers.cache_utils import DummyLayer
-    except ImportError:  # some versions of transformers lack it; there no cache layer is of this kind
-
-        class DummyLayer:
-            """Stands where a model keeps nothing for a layer."""
-
+from pipetune.bench.models import hf_private as hf
 
 UNSPLITTABLE: dict[str, str] = {
     "hrm_text": "it runs the same layers several times in one forward pass",
@@ -40,12 +28,12 @@ the width of each."""
 
 _LAYER_COUNTS = ("num_layers", "num_decoder_layers", "decoder_layers", "num_hidden_layers")
 """The config's names for the number of layers; the last may count an encoder's, or several to a layer."""
-_ENCODERS = ("bert-generation", *MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+_ENCODERS = ("bert-generation", *hf.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 _CACHE_NAMES = ("past_key_values", "cache_params")
 _PROMPTS_AT_ONCE = ("doge", "git", "moshi")
 """Families that mask otherwise once something is cached: Doge by the number of keys, GIT as if an image went before,
 Moshi by a window that it does not heed in a prompt given at once."""
-_KEPT_BY_ROW = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
+_KEPT_BY_ROW = (hf.DynamicLayer, hf.DynamicSlidingWindowLayer, hf.DynamicIndexedLayer, hf.DummyLayer)
 """Kinds of cache layer, exactly these classes, that hold every row and position for itself."""
 
 
@@ -74,7 +62,7 @@ def check_splittable(model: PreTrainedModel) -> None:
     if cache_name(model) is None:
         raise _refusal(config.model_type, f"its forward pass takes none of {', '.join(_CACHE_NAMES)}")
     try:
-        DynamicCache(config=config)
+        hf.DynamicCache(config=config)
     # As with models: families fail on wrong configs in every way there is.
     except Exception as error:
         raise ModelError(f"model_type {config.model_type!r}: no cache can be built from its config: {error}") from error
@@ -96,8 +84,8 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     untyped: Any = model
     if untyped.config.get_text_config(decoder=True).model_type in _PROMPTS_AT_ONCE:
         return True
-    kinds = {type(layer) for layer in DynamicCache(config=untyped.config).layers}
-    return bool(untyped._is_stateful) or not kinds <= set(_KEPT_BY_ROW)
+    kinds = {type(layer) for layer in hf.DynamicCache(config=untyped.config).layers}
+    return bool(hf.is_stateful(model)) or not kinds <= set(_KEPT_BY_ROW)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -196,7 +196,7 @@ def _from_hub(hub_id: str, spec: ModelSpec, say: Callable[[str], None]) -> Path:
 
 def _architecture(spec: ModelSpec, config: dict[str, Any]) -> str:
     """The class name, after checks that need no more than the config's own words."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from pipetune.bench.models.hf_private import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
     own_code = (config.get("auto_map") or {}).get("AutoModelForCausalLM")

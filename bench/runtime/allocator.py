@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from pipetune.bench.runtime.packed_linear import PackedLinear, can_pack
+from pipetune.bench.models.torch_private import can_pack
+from pipetune.bench.runtime.packed_linear import PackedLinear
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`."""

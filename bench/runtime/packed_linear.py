@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from pipetune.bench.models.hf_private import Conv1D
+from pipetune.bench.models.torch_private import can_pack, hooks_before, pack, packed_linear
 
 
 class PackedLinear(nn.Module):
@@ -24,7 +26,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.packed_bytes = int(weight.nbytes)
         # Neither a parameter nor a buffer: nothing but the kernel can read its layout.
-        self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self._packed = pack(weight.detach().contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
@@ -34,18 +36,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  as in nn.Linear
         """`input @ weight.T + bias`."""
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
-        return output
-
-
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build of torch and this processor have the kernels for weights of a dtype."""
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not (available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
-        return False
-    if dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype is torch.float32
+        return packed_linear(input, self._packed, self.bias)
 
 
 def pack_linears(model: Any) -> int:
@@ -73,7 +64,7 @@ def _packed(module: nn.Module) -> PackedLinear | None:
         return None
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     # Hooks (of accelerate and others) would be lost.
-    if weight.is_meta or weight.device.type != "cpu" or not can_pack(weight.dtype) or module._forward_pre_hooks:
+    if weight.is_meta or weight.device.type != "cpu" or not can_pack(weight.dtype) or hooks_before(module):
         return None
     bias: Any = module.bias
     return PackedLinear(weight if type(module) is nn.Linear else weight.T, bias)

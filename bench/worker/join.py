@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 
 from pipetune.bench.worker.main import die_with_driver
 
 
 def main() -> int:
-    """Exit status: 0 once the driver has ended it, 1 where the driver is lost or knows another token."""
+    """Exit status: 0 once the last driver has ended it, 1 where the driver is lost or knows another token."""
     parser = argparse.ArgumentParser(prog="pipetune join")
     parser.add_argument("address")
     parser.add_argument("--node-rank", type=int, required=True)
@@ -35,7 +36,7 @@ def main() -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from pipetune.bench.machine.wire import split_address
-    from pipetune.bench.worker.rendezvous import DriverRendezvous, connect
+    from pipetune.bench.worker.rendezvous import RETRY_S, DriverRendezvous, connect
 
     made: list[DriverRendezvous] = []
 
@@ -45,12 +46,19 @@ def main() -> int:
 
     rendezvous_handler_registry.register("pipetune-join", make)
     log_dir = args.log_dir or tempfile.mkdtemp(prefix="pipetune-join-")
+    stays, said, gives_up_at = False, "", 0.0
     while True:
+        # Elastic agents say so when all workers have ended well, which ours do only at the end of the driver.
+        made.clear()
         try:
             asking = connect(*split_address(args.address), args.timeout)
             asking.send({"type": "ask", "node": args.node_rank})
             answer = asking.receive()
             asking.socket.close()
+            if answer is not None:
+                if stays and not answer["stays"] and not answer["workers"]:
+                    return 0
+                stays, gives_up_at = answer["stays"], time.monotonic() + args.timeout
             if answer is None or not answer["workers"]:
                 hosts = "" if answer is None else f"; its hosts are {', '.join(answer['hosts'])}"
                 raise RendezvousConnectionError(f"{args.address} has no work for host{args.node_rank}{hosts}")
@@ -70,13 +78,17 @@ def main() -> int:
             )
             elastic_launch(config, sys.executable)("-P", "-m", "pipetune.bench.worker")
         except RendezvousClosedError:
-            return 0
-        except RendezvousConnectionError as error:
-            sys.stderr.write(f"pipetune join: {error}\n")
-            if not made or not made[-1].was_cut:
+            if not stays:
+                return 0
+        except (RendezvousConnectionError, OSError) as error:
+            if str(error) != said:
+                said = str(error)
+                sys.stderr.write(f"pipetune join: {said}\n")
+            # One of several drivers is lost, is not there yet, or has no work for this host.
+            waits = stays and (not made[-1].is_closed() if made else time.monotonic() < gives_up_at)
+            if not waits and not (made and made[-1].was_cut):
                 return 1
-        # Elastic agents say so when all workers have ended well, which ours do only at the end of the driver.
-        made.clear()
+            time.sleep(RETRY_S if stays else 0.0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pipetune.bench.spec import (
     Workload,
     device_index,
     device_kind,
+    devices_here,
     parse_devices,
 )
 
@@ -74,11 +75,20 @@ def test_parse_devices(text: str, expected: tuple[str, ...]) -> None:
         ("cuda:-1", "'cuda:-1' is not a device"),
         ("cuda:3-1", "'cuda:3-1' runs backwards; write cuda:1-3"),
         ("cpu:0-1,cpu:1", "cpu:1 named twice"),
+        ("host1/cpu:0,host0/cpu:0", "hosts are host1, host0; name every device's host, from host0 on in order"),
+        ("host0/cpu:0,host2/cpu:0", "hosts are host0, host2; name every device's host, from host0 on in order"),
+        ("host0/cpu:0,cpu:1", "hosts are host0, none; name every device's host"),
     ],
 )
 def test_parse_devices_says_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_devices(text)
+
+
+def test_here_are_the_devices_of_the_host_that_leads() -> None:
+    assert devices_here(parse_devices("cpu:0-1")) == ("cpu:0", "cpu:1")
+    assert devices_here(parse_devices("host0/cuda:3,host1/cuda:0-1")) == ("cuda:3",)
+    assert devices_here(("host1/cuda:0",)) == ()
 
 
 @given(kind=st.sampled_from(["cpu", "cuda"]), first=st.integers(0, 50), num=st.integers(1, 20))

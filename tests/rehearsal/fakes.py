@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from pipetune.bench.models.resolve import ResolvedModel
-from pipetune.bench.runtime.stage.activations import ASKS, TaskMemory
+from pipetune.bench.models.torch_private import ASKS
+from pipetune.bench.runtime.stage.activations import TaskMemory
 from pipetune.bench.runtime.stage.parts import Parts
 from pipetune.bench.runtime.stage.stage import Stage
 

@@ -14,6 +14,7 @@ from pipetune.tuner.cli import options as o
 _side, _rule, _output = (partial(typer.Option, rich_help_panel=panel) for panel in ("What differs", "Rule", "Output"))
 
 
+@o.on_hosts
 @o.settings("Model", "Workload", before="output_dir", without=("dtype",))
 def gate(
     ctx: typer.Context,

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from pipetune.bench.errors import ConfigError, explain
 from pipetune.bench.fleet.fleet import warn_of_cores
+from pipetune.bench.spec import hosts_of
 from pipetune.tuner.commands.plan_request import PlanRequest
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.gate import GateConfig, Tolerance, full_name
@@ -147,9 +148,12 @@ class GateRequest:
         plan = self.candidate_plan or self._stored_plan()
         if plan is None:
             return lambda reporter: nothing_stored(self.stored[0], self._gate_config(GateConfig()))
+        candidate = self._side("candidate", plan, config)
+        if hosts_of(candidate.side.devices) != ("",):
+            raise ConfigError("--stored: runs on one host; compare plans over several by --baseline-plan FILE")
         return StoredGate(
             stored=self.stored,
-            candidate=self._side("candidate", plan, config),
+            candidate=candidate,
             other_dtype=self.candidate_dtype is not None,
             max_minutes=self.max_minutes,
         ).run

@@ -25,8 +25,9 @@ from pipetune.bench import metrics
 from pipetune.bench.errors import ConfigError, PlanError, UserError, explain
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.fleet.fleet import Closing
+from pipetune.bench.fleet.hosts import LISTEN_VARIABLE, STAY_VARIABLE, dismiss
 from pipetune.bench.record import Failure, FailureKind, Machine, Record, timestamp
-from pipetune.bench.spec import Value
+from pipetune.bench.spec import Value, hosts_of
 from pipetune.tuner.config.sources import differences
 from pipetune.tuner.gate.python_env import Interpreter, of_python, of_ref
 from pipetune.tuner.gate.values import SIDES, Case, Method, Sample, SideName
@@ -88,6 +89,18 @@ class FreshProcesses(Closing):
     cannot_see: tuple[str, ...] = ()
 
     def __init__(self, cases: tuple[Case, ...]) -> None:
+        """
+        Raises:
+            ConfigError: sides over several hosts that differ in what each of these hosts has of its own.
+        """
+        sides = [side for case in cases for side in (case.baseline, case.candidate)]
+        self._hosts = tuple({host: None for side in sides for host in hosts_of(side.devices)})
+        for side in sides if self._hosts != ("",) else ():
+            if side.python or side.ref or side.env or "" in hosts_of(side.devices):
+                raise ConfigError(
+                    f"{side.name}: on several hosts sides differ in plans, dtypes and settings alone; leave out "
+                    "its Python, revision and environment, and name the hosts of all devices, as in host0/cpu:0"
+                )
         self._case = cases[0]
         self._interpreters: dict[SideName, Interpreter] = {}
         self._machines: dict[SideName, Machine | None] = {}
@@ -103,6 +116,11 @@ class FreshProcesses(Closing):
             self._interpreters[name] = found
         self._machines = {name: one.machine() for name, one in self._interpreters.items()}
         return self._machines
+
+    def close(self) -> None:
+        """Sends other hosts home, which stayed from process to process."""
+        if self._machines and self._hosts != ("",) and LISTEN_VARIABLE in os.environ:
+            dismiss(os.environ[LISTEN_VARIABLE], self._hosts)
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
         """One run in processes that start for it and end with it."""
@@ -238,7 +256,9 @@ def _run(
     command += ["--no-progress", "--json", "--output", str(output)]
     command += ["--trust-remote-code"] if trusted else []
     try:
-        done = _finish(command, interpreter.environment, timeout_s)
+        # Over several hosts those that have joined come back for the next side.
+        stay = {STAY_VARIABLE: "1"} if hosts_of(side.devices) != ("",) else {}
+        done = _finish(command, interpreter.environment | stay, timeout_s)
     except subprocess.TimeoutExpired:
         return Failure(kind=FailureKind.TIMEOUT, message=f"its process did not end within {timeout_s:.0f} s")
     except OSError as error:

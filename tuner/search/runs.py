@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.fleet.experiment import Attempt, Experiment, Labels
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record
-from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec
+from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, devices_here
 from pipetune.tuner.progress import Reporter, describe
 from pipetune.tuner.search.policy.history import is_lost
 from pipetune.tuner.study.files import LOGS_FOLDER, StudyFile
@@ -235,17 +235,19 @@ class Runs:
         if not twice:
             self._lost.append(device)
             return self.reporter.say(f"{error}; the workers are started again")
-        left, way_out = len({*config.concrete_devices} - {device}), "--resume goes on once it is mended"
+        rest, way_out = {*config.concrete_devices} - {device}, "--resume goes on once it is mended"
+        left, is_led = len(rest), bool(devices_here(tuple(rest)))
         needed = min(config.space.replicas or (1,)) * config.space.min_stages
         if config.shared_study is not None:
             way_out = f"the others of the shared study go on without this process, and {way_out}"
         elif config.on_device_loss == "stop":
             way_out = f"what was measured is kept: {way_out}, `tune --resume --on-device-loss degrade` without it"
-        elif left < needed:
+        elif left < needed or not is_led:
             if not self.store.records:
                 # Where none ever worked, none of them is at fault.
                 (self.store.folder / StudyFile.LOSSES).unlink(missing_ok=True)
             few = f"{left} of the {needed} devices that `space` needs are left" if left else "no device is left"
+            few = "no device of host0 is left, where the reference is kept" if left and not is_led else few
             way_out = f"{few}: what was measured is kept, and {way_out}"
         else:
             self._lost.clear()

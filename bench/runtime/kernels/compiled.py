@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from transformers.cache_utils import Cache
 
 from pipetune.bench.files import cache_root
+from pipetune.bench.models.hf_private import Cache
 from pipetune.bench.models.layers import find_layers
+from pipetune.bench.models.torch_private import compilers, packed_linear, tree_leaves
 from pipetune.bench.runtime.kernels.graphs import TOLERANCES
 from pipetune.bench.runtime.kernels.static_step import StaticSlotLayer, disagreement
 from pipetune.bench.runtime.packed_linear import PackedLinear
@@ -53,7 +53,7 @@ class CompiledLayers:
         self._known: set[tuple[Any, ...]] = set()
         self._failure: str | None = None
         self._left_out: dict[str, dict[int, None]] = {}
-        self._make: Any = torch._dynamo.lookup_backend(backend)
+        self._make: Any = compilers()[0].lookup_backend(backend)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -197,15 +197,14 @@ class _Entry:
 def _configure() -> None:
     """Settings of the whole process. Compiled code is kept in the user's cache, for every later process."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = MAX_VARIANTS
-    dynamo.fail_on_recompile_limit_hit = True
+    dynamo, inductor = compilers()
+    dynamo.config.recompile_limit = MAX_VARIANTS
+    dynamo.config.fail_on_recompile_limit_hit = True
     # The numbers in which layers and steps differ; all others that a module holds stay constants.
-    dynamo.allow_unspec_int_on_nn_module = True
+    dynamo.config.allow_unspec_int_on_nn_module = True
     torch.compiler.config.dynamic_sources = r".*\.kv_begin,.*\.kv_start,.*\.layer_idx"
     # Compilers in processes of their own would stay, beside what is measured.
-    inductor: Any = torch._inductor.config
-    inductor.compile_threads = 1
+    inductor.config.compile_threads = 1
 
 
 def _kind(value: Any) -> Any:
@@ -221,14 +220,15 @@ def _mark_sizes(*values: Any) -> None:
     It takes as long as some of a layer's work, and is left out where a graph was made or found before. Else all are
     marked, always: a graph is not used for what has more marks than it was made with.
     """
-    for leaf in pytree.tree_leaves(values):
+    dynamo, _ = compilers()
+    for leaf in tree_leaves(values):
         if isinstance(leaf, torch.Tensor):
             for axis in range(leaf.dim()):
-                torch._dynamo.maybe_mark_dynamic(leaf, axis)
+                dynamo.maybe_mark_dynamic(leaf, axis)
 
 
 def _outputs(output: Any) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(output)
+    leaves = tree_leaves(output)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() > 1]
 
 
@@ -250,8 +250,7 @@ _library.define("packed_linear(Tensor input, Tensor handle, Tensor? bias, int ou
 
 def _packed_linear(x: torch.Tensor, handle: torch.Tensor, bias: torch.Tensor | None, out: int) -> torch.Tensor:
     weight = _by_handle[int(handle)]._packed
-    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return output
+    return packed_linear(x, weight, bias)
 
 
 def _packed_linear_sizes(x: torch.Tensor, handle: torch.Tensor, bias: torch.Tensor | None, out: int) -> torch.Tensor:

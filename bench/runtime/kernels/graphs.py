@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from pipetune.bench.models.hf_private import kernel_of
+from pipetune.bench.models.torch_private import end_allocation
 from pipetune.bench.runtime.device import DeviceContext, undisturbed
 from pipetune.bench.runtime.job import MicroBatchInputs
 from pipetune.bench.runtime.kernels.static_step import Probe, StaticStep, StepKey, disagreement, why_not_static
@@ -129,9 +131,7 @@ class Pool:
         Else it would refuse ever after to give memory back. Where the capture did end in order, the first call is an
         error to ignore, and the second, which lets go of the pool once more, is not reached.
         """
-        with contextlib.suppress(AttributeError, RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._device.index, self._handle)
-            torch._C._cuda_releasePool(self._device.index, self._handle)
+        end_allocation(self._device.index, self._handle)
 
 
 class DecodeGraphs:
@@ -267,7 +267,7 @@ class DecodeGraphs:
     def _why_not(self, count: int) -> str | None:
         reason = why_not_static(self._slots[0])
         config = self._stage.model.config.get_text_config(decoder=True)
-        kernel = getattr(config, "_attn_implementation", None)
+        kernel = kernel_of(config)
         if reason is None and kernel not in STATIC_KERNELS:
             reason = f"attention by {kernel} has no static form"
         if reason is None and count > MAX_GRAPHS:

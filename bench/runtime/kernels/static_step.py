@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from pipetune.bench.models import hf_private as hf
 from pipetune.bench.runtime.job import MicroBatchInputs
 from pipetune.bench.runtime.sampling import draw
 from pipetune.bench.runtime.stage.kv_cache import SlotCache, SlotLayer
@@ -38,12 +38,12 @@ def why_not_static(slot: SlotCache) -> str | None:
     """
     for index, layer in enumerate(slot.layers):
         # What is neither is a place that nothing is kept in.
-        if isinstance(layer, CacheLayerMixin | LinearAttentionCacheLayerMixin) and type(layer) is not SlotLayer:
+        if isinstance(layer, hf.CacheLayerMixin | hf.LinearAttentionCacheLayerMixin) and type(layer) is not SlotLayer:
             return f"layer {index} keeps a {type(layer).__name__}, and keys and values alone have a static form"
     return None
 
 
-class StaticSlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class StaticSlotLayer(hf.DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one attention layer, `[rows, heads, kv_len, head_dim]`: views of a slot's."""
 
     is_compileable = True
@@ -84,7 +84,7 @@ class StaticSlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self._kv_len
 
 
-class StaticSlotCache(Cache):
+class StaticSlotCache(hf.Cache):
     """The first `rows` rows and `kv_len` positions of a slot that has its memory from a forward pass.
 
     Steps are of one token at `position`, `[1]` int64 on the slot's device, which whoever runs a step writes first.

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipetune.bench.memory import ModelShape, Samples, TaskBytes
 from pipetune.bench.models.describe import build_on_meta
 from pipetune.bench.models.layers import find_layers
 from pipetune.bench.models.resolve import ResolvedModel
+from pipetune.bench.models.torch_private import ASKS, GROUPED_MM, TorchDispatchMode, address_of, tree_leaves
 from pipetune.bench.runtime.stage.boundary import probe
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.live_bytes import ROUND_BYTES, LiveBytes
@@ -31,8 +30,6 @@ _LENGTHS_OF_STATES = (16, 128)
 _BEHIND = 2
 """Layers that are run behind the first one of the last kind: the stream between them is then there as well."""
 _aten = torch.ops.aten
-ASKS = (_aten._local_scalar_dense.default, _aten.item.default, _aten.is_nonzero.default)
-"""Operations for which the host waits."""
 
 
 class TaskMemory(TorchDispatchMode):
@@ -48,10 +45,10 @@ class TaskMemory(TorchDispatchMode):
         kwargs = kwargs or {}
         result = self.kernel(func, args, kwargs)
         for tensor in _tensors((args, kwargs)):
-            if not self.live.knows(tensor.untyped_storage()._cdata):
-                self._given.add(tensor.untyped_storage()._cdata)
+            if not self.live.knows(address_of(tensor.untyped_storage())):
+                self._given.add(address_of(tensor.untyped_storage()))
         made = (tensor for tensor in _tensors(result) if tensor.device.type == self._kind)
-        self.live.add(tensor for tensor in made if tensor.untyped_storage()._cdata not in self._given)
+        self.live.add(tensor for tensor in made if address_of(tensor.untyped_storage()) not in self._given)
         return result
 
     def kernel(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -62,7 +59,7 @@ class TaskMemory(TorchDispatchMode):
         if func is _aten.scaled_dot_product_attention.default:
             query, _, value = args[:3]
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
-        if func is _aten._grouped_mm.default:
+        if func is GROUPED_MM:
             return args[0].new_empty((args[0].shape[0], args[1].shape[-1]))
         if func in ASKS and args[0].device.type == self._kind:
             return {torch.bool: False}.get(args[0].dtype, 1)

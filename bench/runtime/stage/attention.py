@@ -13,9 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pipetune.bench.models import hf_private as hf
 
 _UNGROUPED: Any = SimpleNamespace()
 """In the place of a module whose queries share nothing."""
@@ -36,15 +35,15 @@ def attend(
     groups: int = getattr(module, "num_key_value_groups", 1)
     shared = attention_mask is not None and attention_mask.shape[1] == 1
     if groups == 1 or not shared or given.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+        return hf.sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     grouped = query.reshape(query.shape[0], -1, groups, *query.shape[2:])
     if query.shape[2] == 1:
-        output, _ = sdpa_attention_forward(_UNGROUPED, grouped.squeeze(3), key, value, attention_mask, **given)
+        output, _ = hf.sdpa_attention_forward(_UNGROUPED, grouped.squeeze(3), key, value, attention_mask, **given)
         return output.transpose(1, 2).reshape(query.shape[0], 1, -1, output.shape[-1]), None
     rows, tokens = query.shape[0], query.shape[2]
     whole = query.new_empty((rows, tokens, key.shape[1], groups, value.shape[-1]))
     for member in range(groups):
-        part = sdpa_attention_forward(_UNGROUPED, grouped[:, :, member], key, value, attention_mask, **given)
+        part = hf.sdpa_attention_forward(_UNGROUPED, grouped[:, :, member], key, value, attention_mask, **given)
         whole[..., member, :] = part[0]
     return whole.flatten(2, 3), None
 
@@ -54,7 +53,7 @@ def build_mask(
 ) -> torch.Tensor | None:
     """A mask as `sdpa_mask` builds it, left out only where there is no padding: that, the host knows."""
     may_skip = allow_is_causal_skip and attention_mask is None
-    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=may_skip, **given)
+    return hf.sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=may_skip, **given)
 
 
 @contextlib.contextmanager
@@ -63,8 +62,8 @@ def attention_on(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
-    ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = attend, build_mask
+    hf.ALL_ATTENTION_FUNCTIONS["sdpa"], hf.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = attend, build_mask
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        del hf.ALL_ATTENTION_FUNCTIONS["sdpa"], hf.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]

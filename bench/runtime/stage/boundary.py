@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipetune.bench.cuts import embeds_in_layers
 from pipetune.bench.models.layers import CARRIED, find_layers
+from pipetune.bench.models.torch_private import TorchDispatchMode, address_of, tree_leaves
 
 _ROWS, _TOKENS = 7, 11
 """Sizes by which a probe knows the two axes again."""
@@ -121,13 +120,13 @@ class _Reads(TorchDispatchMode):
 
     def __init__(self, ids: torch.Tensor) -> None:
         super().__init__()
-        self._storage = ids.untyped_storage()._cdata
+        self._storage = address_of(ids.untyped_storage())
         self.count = 0
 
     def shows(self, values: Any) -> bool:
         """Whether the ids are among these."""
         tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-        return any(tensor.untyped_storage()._cdata == self._storage for tensor in tensors)
+        return any(address_of(tensor.untyped_storage()) == self._storage for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

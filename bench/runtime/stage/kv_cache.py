@@ -6,24 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
-from transformers.models.minimax.modeling_minimax import MiniMaxCache
-from transformers.models.xlstm.modeling_xlstm import xLSTMCache
 
-from pipetune.bench.models.layers import DummyLayer
+from pipetune.bench.models import hf_private as hf
 from pipetune.bench.runtime import allocator
 
 
-class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class SlotLayer(hf.DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one attention layer, `[rows, heads, max_len, head_dim]`, written in place.
 
     `seek` says which rows the next forward pass works on and how many positions they hold already. A layer that
@@ -122,7 +110,7 @@ class SlotIndexedLayer(SlotLayer):  # type: ignore[no-untyped-call]
         return rows[:, : self._indexed]
 
 
-class SlotStates(LinearAttentionLayer):
+class SlotStates(hf.LinearAttentionLayer):
     """Recurrent states of one layer, for a whole micro-batch; they start anew with every prefill."""
 
     _num_rows = 0
@@ -135,7 +123,7 @@ class SlotStates(LinearAttentionLayer):
             if end_row - first_row != self._num_rows:
                 self._num_rows = end_row - first_row
                 SlotStates.__init__(self, number_of_states=self.number_of_states)
-            LinearAttentionLayer.reset(self)
+            hf.LinearAttentionLayer.reset(self)
 
 
 class SlotHybridLayer(SlotStates, SlotLayer):  # type: ignore[misc, no-untyped-call, override]
@@ -154,10 +142,10 @@ class SlotHybridLayer(SlotStates, SlotLayer):  # type: ignore[misc, no-untyped-c
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Allocates the states alone: keys and values are allocated by `update` itself."""
-        LinearAttentionLayer.lazy_initialization(self, **kwargs)
+        hf.LinearAttentionLayer.lazy_initialization(self, **kwargs)
 
 
-class SlotCache(Cache):
+class SlotCache(hf.Cache):
     """A model's cache for one slot of `rows` sequences of at most `max_len` positions.
 
     Keys, values and states of `own_layers` are kept, of the model's `num_layers`. What a family keeps in a kind of
@@ -184,7 +172,7 @@ class SlotCache(Cache):
         layers = [self._entry(template, index in self._own) for index, template in enumerate(templates)]
         self._of_own_kind = [index for index in self._own if not isinstance(layers[index], SlotLayer | SlotStates)]
         # Not `super()`: beside this class may stand a family's own, which makes its layers itself.
-        Cache.__init__(self, layers=layers)
+        hf.Cache.__init__(self, layers=layers)
 
     @torch.inference_mode()
     def seek(self, first_row: int, end_row: int, length: int) -> None:
@@ -220,20 +208,20 @@ class SlotCache(Cache):
 
     def _templates(self, num_layers: int) -> list[Any]:
         """What transformers would keep; configs of encoder-decoders may count the encoder's layers."""
-        known: list[Any] = DynamicCache(config=self._config).layers
-        return known + [DynamicLayer() for _ in range(num_layers - len(known))]  # type: ignore[no-untyped-call]
+        known: list[Any] = hf.DynamicCache(config=self._config).layers
+        return known + [hf.DynamicLayer() for _ in range(num_layers - len(known))]  # type: ignore[no-untyped-call]
 
     def _entry(self, template: Any, is_own: bool) -> Any:
         kind = type(template)
         sizes = {"rows": self.rows, "max_len": self.max_len}
-        window = template.sliding_window if isinstance(template, DynamicSlidingWindowLayer) else None
-        if kind is LinearAttentionLayer:
+        window = template.sliding_window if isinstance(template, hf.DynamicSlidingWindowLayer) else None
+        if kind is hf.LinearAttentionLayer:
             return SlotStates(number_of_states=template.number_of_states)
-        if kind in (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer):
+        if kind in (hf.LinearAttentionAndFullAttentionLayer, hf.LinearAttentionAndSlidingWindowAttentionLayer):
             return SlotHybridLayer(**sizes, sliding_window=window, number_of_states=template.number_of_states)
-        if kind is DynamicIndexedLayer:
+        if kind is hf.DynamicIndexedLayer:
             return SlotIndexedLayer(**sizes)
-        if kind is DummyLayer or (is_own and kind not in (DynamicLayer, DynamicSlidingWindowLayer)):
+        if kind is hf.DummyLayer or (is_own and kind not in (hf.DynamicLayer, hf.DynamicSlidingWindowLayer)):
             return template
         return SlotLayer(**sizes, sliding_window=window)
 
@@ -246,7 +234,7 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-class MiniMaxSlotCache(SlotCache, MiniMaxCache):
+class MiniMaxSlotCache(SlotCache, hf.MiniMaxCache):
     """Keys and values by layers, the states of linear attention by list."""
 
     linear_cache: list[torch.Tensor | None]  # type: ignore[assignment]
@@ -264,10 +252,10 @@ class MiniMaxSlotCache(SlotCache, MiniMaxCache):
 
     def _entry(self, template: Any, is_own: bool) -> Any:
         # As in transformers, where such a layer counts no positions, and masks are made by the first layer's count.
-        return DynamicLayer() if isinstance(template, LinearAttentionLayer) else super()._entry(template, is_own)  # type: ignore[no-untyped-call]
+        return hf.DynamicLayer() if isinstance(template, hf.LinearAttentionLayer) else super()._entry(template, is_own)  # type: ignore[no-untyped-call]
 
 
-class XlstmSlotCache(SlotCache, xLSTMCache):
+class XlstmSlotCache(SlotCache, hf.xLSTMCache):
     """No keys and values; a tuple of states for each own layer."""
 
     rnn_state: dict[int, tuple[torch.Tensor, ...]]  # type: ignore[assignment]
@@ -276,7 +264,7 @@ class XlstmSlotCache(SlotCache, xLSTMCache):
         """Points at rows `[first_row, end_row)` at `length`; the states start anew with every prefill."""
         super().seek(first_row, end_row, length)
         if length == 0:
-            xLSTMCache.__init__(self, self._config, end_row - first_row, dtype=self._dtype, device=str(self._device))
+            hf.xLSTMCache.__init__(self, self._config, end_row - first_row, dtype=self._dtype, device=str(self._device))
             self.rnn_state = {index: state if index in self._own else () for index, state in self.rnn_state.items()}
 
     def nbytes(self) -> int:

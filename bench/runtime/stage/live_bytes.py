@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from pipetune.bench.models.torch_private import StorageWeakRef, address_of
 
 ROUND_BYTES = 512
 """CUDA's caching allocator gives out multiples of this."""
@@ -31,9 +32,10 @@ class LiveBytes:
         added = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
+            address = address_of(storage)
+            if address not in self._known:
                 size = -(-storage.nbytes() // self._rounded) * self._rounded
-                self._known[storage._cdata] = StorageWeakRef(storage), size
+                self._known[address] = StorageWeakRef(storage), size
                 added += size
         self._most += added
         if added and self._most > self.peak:

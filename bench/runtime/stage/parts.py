@@ -16,8 +16,10 @@ from torch import nn
 
 from pipetune.bench.errors import ModelError
 from pipetune.bench.models.dummy import init_dummy_weights
+from pipetune.bench.models.hf_private import builder_of
 from pipetune.bench.models.layers import find_layers
 from pipetune.bench.models.resolve import ResolvedModel
+from pipetune.bench.models.torch_private import tensors_of, unsaved_buffers
 from pipetune.bench.runtime import allocator
 
 _PLAIN = str | int | float | bool | None
@@ -38,7 +40,7 @@ class Placeholder(nn.Module):
                 if not name.startswith("_") and name not in _OF_EVERY_MODULE and isinstance(value, _PLAIN):
                     setattr(self, name, value)
         for name, table in module.named_buffers(recurse=False):
-            if name in module._non_persistent_buffers_set:
+            if name in unsaved_buffers(module):
                 self.register_buffer(name, table, persistent=False)
         for name, part in module.named_children():
             self.add_module(name, _placeholder(part))
@@ -46,7 +48,7 @@ class Placeholder(nn.Module):
     def empty(self) -> None:
         """Lets go of every tensor."""
         for module in self.modules():
-            module._buffers.clear()
+            tensors_of(module)[1].clear()
 
 
 def _placeholder(module: nn.Module) -> nn.Module:
@@ -216,7 +218,7 @@ class Parts:
     def _build_dummy(self, prune: Callable[[Any], None]) -> Any:
         spec = self._resolved.spec
         with torch.device("meta"):
-            model = self._family._from_config(
+            model = builder_of(self._family)(
                 self._config, dtype=self._dtype, attn_implementation=spec.attn_implementation
             )
         prune(model)

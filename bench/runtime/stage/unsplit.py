@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipetune.bench.models.describe import build_on_meta
 from pipetune.bench.models.dummy import init_dummy_weights
+from pipetune.bench.models.hf_private import device_map_hints
 from pipetune.bench.models.resolve import ResolvedModel
 from pipetune.bench.runtime.device import TORCH_DTYPES
 from pipetune.bench.runtime.stage.stage import computing, is_mixed
@@ -34,7 +35,7 @@ def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
         if spread is None:
             whole = skeleton.to(torch.device(devices[0]) if kind == "cuda" else torch.device("cpu"))
         else:
-            whole = dispatch_model(skeleton, spread, skip_keys=skeleton._skip_keys_device_placement)
+            whole = dispatch_model(skeleton, spread, skip_keys=device_map_hints(skeleton)[1])
     else:
         placement: Any = spread or ({"": devices[0]} if kind == "cuda" else None)
         whole = AutoModelForCausalLM.from_pretrained(
@@ -56,7 +57,7 @@ def spread_over(model: Any, gpus: Sequence[str]) -> dict[str, int]:
         MemoryError: part of the model would end on the host or on disk.
     """
     limits = {device_index(name): int(0.9 * torch.cuda.mem_get_info(device_index(name))[0]) for name in gpus}
-    whole = model._no_split_modules
+    whole, _ = device_map_hints(model)
     balanced = get_balanced_memory(model, max_memory=dict(limits), no_split_module_classes=whole)
     device_map: dict[str, Any] = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
     if not set(device_map.values()) <= set(limits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.hosts import ROOT, Driver, Host, cut, two_hosts
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 
 CABLE = f"p{os.getpid()}"
 
@@ -42,6 +45,12 @@ def join(host: Host, driver: Driver, *more: object) -> None:
     host.pipetune("join", driver.listen, "--node-rank", 1, *more)
 
 
+def end(driver: Driver) -> None:
+    assert driver.process.stdin is not None
+    driver.process.stdin.close()
+    assert driver.process.wait(30) == 0
+
+
 def test_two_hosts_give_the_tokens_of_the_unsplit_model_and_only_their_addresses_listen(
     hosts: tuple[Host, Host], model: Path, tmp_path: Path
 ) -> None:
@@ -66,11 +75,60 @@ def test_two_hosts_give_the_tokens_of_the_unsplit_model_and_only_their_addresses
         assert all(sent <= begun + slack for sent, begun in ends)
     for host in hosts:
         assert host.listeners() <= {host.address}, "beyond the address given"
-    assert driver.process.stdin is not None
-    driver.process.stdin.close()
-    assert driver.process.wait(30) == 0
+    end(driver)
     assert hosts[1].processes[-1].wait(30) == 0
     assert soon(lambda: not hosts[0].pids() | hosts[1].pids())
+
+
+def test_a_baseline_has_the_memory_of_its_own_host(hosts: tuple[Host, Host], model: Path, tmp_path: Path) -> None:
+    # Two workers share what the first host has; the one of the second has all.
+    driver = Driver(hosts[0], model, tmp_path, devices="host0/cpu:0-1,host1/cpu:0", layers=(2, 2, 2))
+    join(hosts[1], driver)
+    driver.hear()
+    said = driver.do("baseline")
+    (memory,) = said["outcome"]["memory"]
+    assert memory["cap_bytes"] == said["device_bytes"]["host0/cpu:0"] < said["device_bytes"]["host1/cpu:0"]
+
+
+PIPELINE = """
+import json, os, sys, warnings
+from pipetune import Pipeline
+from pipetune.bench.spec import Plan
+
+given = json.loads(sys.argv[1])
+plan = Plan.from_layer_counts((4, 2), ("host0/cpu:0", "host1/cpu:0"), 2)
+with warnings.catch_warnings(record=True) as caught, Pipeline.start(given["model"], plan) as pipeline:
+    for line in sys.stdin:
+        found = pipeline.generate(given["prompts"], max_new_tokens=4, ignore_eos=True)
+        told = [str(one.message) for one in caught if "run again" in str(one.message)]
+        print(json.dumps([[list(one.token_ids) for one in found], told]), flush=True)
+"""
+
+
+def test_a_pipeline_over_hosts_generates_and_survives_the_loss_of_a_worker(
+    hosts: tuple[Host, Host], model: Path
+) -> None:
+    untyped: Any = AutoModelForCausalLM
+    prompts = tiny_prompts(5)
+    truth = unsplit_tokens(untyped.from_pretrained(model).eval(), prompts, output_len=4)
+    address = f"{hosts[0].address}:29400"
+    given = json.dumps({"model": str(model), "prompts": prompts})
+    process = hosts[0].start(sys.executable, "-c", PIPELINE, given, PIPETUNE_LISTEN=address)
+    joined = hosts[1].pipetune("join", address, "--node-rank", 1)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(file=process.stdin, flush=True)
+    assert json.loads(process.stdout.readline()) == [truth, []]
+    (worker,) = hosts[1].workers()
+    worker.kill()
+    print(file=process.stdin, flush=True)
+    tokens, told = json.loads(process.stdout.readline())
+    assert tokens == truth
+    assert len(told) == 1
+    assert "host1/cpu:0" in told[0]
+    process.stdin.close()
+    assert process.wait(30) == 0
+    assert joined.wait(30) == 0
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
@@ -117,6 +175,30 @@ def test_a_killed_driver_leaves_nothing_on_any_host(hosts: tuple[Host, Host], mo
     driver.process.kill()
     assert soon(lambda: not hosts[0].workers() and not hosts[1].pids(), 12.0)
     assert hosts[1].processes[-1].wait(5) == 4
+
+
+def test_a_host_stays_where_a_further_driver_comes_until_it_is_sent_home(
+    hosts: tuple[Host, Host], model: Path, tmp_path: Path
+) -> None:
+    stay = {"PIPETUNE_STAY": "1"}
+    killed = Driver(hosts[0], model, tmp_path, variables=stay)
+    join(hosts[1], killed)
+    joined = hosts[1].processes[-1]
+    killed.hear()
+    killed.process.kill()
+    # The next one has no work for it, and the last one has.
+    without = Driver(hosts[0], model, tmp_path, devices="host0/cpu:0", layers=(6,), variables=stay)
+    without.hear()
+    assert without.do("measure")["outcome"]["outcome"] == "measurement"
+    end(without)
+    last = Driver(hosts[0], model, tmp_path, variables=stay)
+    assert last.hear()["hosts"] == 2
+    end(last)
+    assert joined.poll() is None
+    home = f"from pipetune.bench.fleet.hosts import dismiss; dismiss({killed.listen!r}, ('host0', 'host1'))"
+    hosts[0].start(sys.executable, "-c", home)
+    assert joined.wait(60) == 0
+    assert "has no work for host1; its hosts are host0" in joined.communicate()[1]
 
 
 def test_plain_torchrun_joins_and_strangers_hold_up_nobody(

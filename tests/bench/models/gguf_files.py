@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-TOKENS = ("<pad>", "<s>", "</s>", *bytes_to_unicode().values(), "ĠĠ")  # type: ignore[no-untyped-call]
+TOKENS = ("<pad>", "<s>", "</s>", *bytes_to_unicode().values(), "ĠĠ", "ĠĠĠ")  # type: ignore[no-untyped-call]
 _ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "gpt2": "gpt2"}
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -64,7 +64,7 @@ def write_gguf(
         writer.add_tokenizer_pre(str(metadata.pop("pre", "smollm")))
         writer.add_token_list(TOKENS)
         writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 3))
-        writer.add_token_merges(["Ġ Ġ"])
+        writer.add_token_merges(["Ġ Ġ", "ĠĠ Ġ"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_pad_token_id(0)

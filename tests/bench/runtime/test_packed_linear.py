@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pipetune.bench.runtime.packed_linear import PackedLinear, can_pack, pack_linears, packed_bytes
+from pipetune.bench.models.torch_private import can_pack
+from pipetune.bench.runtime.packed_linear import PackedLinear, pack_linears, packed_bytes
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this build of torch has no such kernels")
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.runtime.packed_linear import PackedLinear, can_pack
+from pipetune.bench.models.torch_private import can_pack
+from pipetune.bench.runtime.packed_linear import PackedLinear
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (49152, 576))
 """`out_features, in_features` of SmolLM2-135M: attention, MLP up, MLP down, head."""

@@ -92,7 +92,7 @@ def _fields(schema: type[BaseModel], above: KeyPath) -> Iterator[tuple[KeyPath, 
         if section is not None:
             yield from _fields(section, (*above, key))
         else:
-            yield (*above, key), field.get_default(call_default_factory=True), said.get(key, "")
+            yield (*above, key), field.get_default(call_default_factory=True, validated_data={}), said.get(key, "")
 
 
 def _docstrings(schema: type[BaseModel]) -> dict[str, str]:

@@ -151,6 +151,18 @@ def test_a_study_with_too_few_devices_left_ends_and_keeps_its_records(
     assert {loss.device for loss in contents.losses.losses} < set(THREE)
 
 
+def test_a_study_ends_once_host0_has_no_device_left(tmp_path: Path) -> None:
+    """Its reference is there, and the first of the other hosts would look for it on its own disk."""
+    lab = losing("host0/cpu:0")
+    lost = "^host0/cpu:0 was lost twice: .* no device of host0 is left, where the reference is kept: what was measured"
+    with pytest.raises(FleetError, match=lost):
+        study(tmp_path / "s", lab, devices="host0/cpu:0,host1/cpu:0,host1/cpu:1")
+    assert load_study(tmp_path / "s").records
+    other = losing("host1/cpu:0")
+    study(tmp_path / "other", other, devices="host0/cpu:0,host1/cpu:0", finalists=0, space={"min_stages": 1})
+    assert load_study(tmp_path / "other").config.concrete_devices == ("host0/cpu:0",)
+
+
 def test_a_fleet_that_cannot_start_is_started_again_and_then_without_its_device(tmp_path: Path) -> None:
     lab, broken = Lab(), Lab()
 

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from pipetune.bench.models.layers import find_layers
 from pipetune.bench.models.resolve import resolve_model
+from pipetune.bench.models.torch_private import can_pack
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import MicroBatchInputs
 from pipetune.bench.runtime.kernels.compiled import CompiledLayers
 from pipetune.bench.runtime.kernels.graphs import DecodeGraphs
-from pipetune.bench.runtime.packed_linear import PackedLinear, can_pack, pack_linears
+from pipetune.bench.runtime.packed_linear import PackedLinear, pack_linears
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.schedule import build_schedule

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from pipetune.bench.models.describe import build_on_meta
 from pipetune.bench.models.resolve import ResolvedModel, resolve_model
@@ -20,6 +22,10 @@ def tiny_dummy(folder: Path) -> ResolvedModel:
     return resolve_model(ModelSpec(name=str(folder), load_format="dummy"))
 
 
+@pytest.mark.skipif(
+    Version(version("accelerate")) < Version("1.15") and not torch.cuda.is_available(),
+    reason="accelerate asks torch for the GPUs before 1.15, and there are none",
+)
 def test_a_model_that_fits_on_no_gpus_is_out_of_memory_and_not_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
