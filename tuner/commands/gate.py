@@ -120,11 +120,7 @@ class GateRequest:
 
     def _of_files(self) -> Job:
         given = self._given("stored", *_OF_CANDIDATES, "max_minutes", *_OF_BASELINES_THAT_RUN)
-        given += [
-            one.option
-            for one in sources.settings().values()
-            if one.name != "output_dir" and self.params.get(one.name) is not None
-        ]
+        given += [sources.settings()[name].option for name in sources.given(self.params) if name != "output_dir"]
         if len(self.files) < 2 or given:
             raise ConfigError(
                 "files of pytest-benchmark are compared alone: one or more of the baseline, then the candidate's; "
