@@ -167,6 +167,25 @@ def test_a_cut_cable_ends_the_workers_beyond_it_and_they_come_back_with_it(
     assert driver.do("measure")["outcome"]["outcome"] == "measurement"
 
 
+def test_a_killed_agent_takes_its_workers_along_and_another_takes_its_place(
+    hosts: tuple[Host, Host], model: Path, tmp_path: Path
+) -> None:
+    driver = Driver(hosts[0], model, tmp_path, num_iters=2000)
+    join(hosts[1], driver)
+    driver.hear()
+    (worker,) = hosts[1].workers()
+    driver.tell("measure")
+    assert soon(lambda: worker.cpu_percent(0.2) > 50)
+    psutil.Process(worker.ppid()).kill()
+    outcome = driver.hear()["outcome"]
+    assert (outcome["kind"], outcome["device"]) == ("worker_died", "host1/cpu:0")
+    assert soon(lambda: not hosts[1].pids(), 12.0)
+    assert hosts[1].processes[-1].wait(5) == 4
+    join(hosts[1], driver)
+    driver.tell("measure")
+    assert soon(lambda: hosts[1].workers() and hosts[1].workers()[0].cpu_percent(0.2) > 20, 60.0)
+
+
 def test_a_killed_driver_leaves_nothing_on_any_host(hosts: tuple[Host, Host], model: Path, tmp_path: Path) -> None:
     driver = Driver(hosts[0], model, tmp_path)
     join(hosts[1], driver)
