@@ -135,15 +135,16 @@ class Admission:
         self._slots = [_Slot() for _ in range(rules.slots)]
         self._groups: list[_Group] = []
         self._overtaken: dict[int, int] = {}
-        self._orders = self._prefills_since_decode = 0
+        self._count = self._orders = self._prefills_since_decode = 0
 
     def __len__(self) -> int:
         """Requests in the system."""
-        return len(self.waiting) + sum(slot.taken for slot in self._slots)
+        return self._count
 
     def arrive(self, request: Request) -> None:
         """Takes a request in."""
         self.waiting.append(request)
+        self._count += 1
 
     def decide(self) -> Order:
         """What the first stage does next; what is ordered counts as under way from now on."""
@@ -167,19 +168,21 @@ class Admission:
         return Wait("blocked" if self.waiting else "underfilled")
 
     def prefilled(self, requests: Iterable[Request], finished: Collection[int] = ()) -> None:
-        """First tokens of requests are known; those whose numbers are finished want no more."""
+        """First tokens of requests are known; those of them whose numbers are finished want no more."""
         requests = tuple(requests)
         index = next(index for index, group in enumerate(self._groups) if group.requests == requests)
         slot = self._slots[self._groups.pop(index).slot]
         slot.reserved -= len(requests)
+        self._count -= len(finished)
         if not slot.live:
             slot.ready_since = self._orders
         slot.joining += [request for request in requests if request.number not in finished]
 
     def decoded(self, slot: int, finished: Collection[int] = ()) -> None:
-        """Tokens of a slot's step are known; those whose numbers are finished leave it."""
+        """Tokens of a slot's step are known; its requests whose numbers are finished leave it."""
         own = self._slots[slot]
         own.is_under_way, own.ready_since = False, self._orders
+        self._count -= len(finished)
         own.live = [request for request in own.live if request.number not in finished]
 
     def cancel(self, number: int) -> bool:
@@ -187,6 +190,7 @@ class Admission:
         found = next((request for request in self.waiting if request.number == number), None)
         if found is not None:
             self.waiting.remove(found)
+            self._count -= 1
             self._overtaken.pop(number, None)
         return found is not None
 
