@@ -15,6 +15,8 @@ _UNITS = {
     "output_throughput": " tok/s",
     "total_token_throughput": " tok/s",
     "request_throughput": " req/s",
+    "request_goodput": " req/s",
+    "max_request_rate": " req/s",
     "energy_j": " J",
     "output_tokens_per_joule": " tok/J",
 }
@@ -138,7 +140,7 @@ def metric_text(name: str, value: float | None) -> str:
         return ms_text(value if name.endswith("_ms") else value * 1e3)
     if name.endswith("_bytes"):
         return bytes_text(value)
-    if name.startswith("bubble") or name.endswith(("_utilization", "_fraction")):
+    if name.startswith("bubble") or name.endswith(("_utilization", "_fraction", "_attainment")):
         return percent_text(value)
     return number_text(value) + _UNITS.get(name, "")
 

@@ -107,7 +107,7 @@ def value_text(metric: str, value: float | None) -> str:
         return MISSING if value is None else str(value)
     if metric.endswith(("token_throughput", "output_throughput")):
         return f"{number_text(value, 4)} tok/s"
-    if metric.endswith("request_throughput"):
+    if metric in ("request_throughput", "request_goodput"):
         return f"{number_text(value, 4)} req/s"
     if metric.endswith("_ms"):
         return ms_text(value, 4)
