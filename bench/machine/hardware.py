@@ -148,7 +148,9 @@ def bind_near(device: str) -> None:
 
 def _near(gpu: Any) -> tuple[int | None, set[int]]:
     """A GPU's NUMA node and the CPUs there; None and none where the kernel does not tell."""
-    domain, _, place = text(getattr(read(pynvml.nvmlDeviceGetPciInfo, gpu), "busId", "")).lower().partition(":")
+    whole = read(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, gpu)
+    found = read(pynvml.nvmlDeviceGetPciInfo, gpu if whole is None else whole)
+    domain, _, place = text(getattr(found, "busId", "")).lower().partition(":")
     # NVML writes eight digits of the domain, the kernel four.
     folder = _PCI / f"{int(domain or '0', 16):04x}:{place}"
     node = int([*_words(folder / "numa_node"), "-1"][0])

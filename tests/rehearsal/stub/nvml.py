@@ -61,6 +61,15 @@ def functions(pynvml: Any) -> dict[str, Callable[..., Any]]:
             # No instance has sensors of its own.
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
+    def parent(handle: Handle) -> int:
+        if not isinstance(handle, tuple):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return handle[0]
+
+    def pci_info(handle: Handle) -> SimpleNamespace:
+        whole(handle)
+        return SimpleNamespace(busId=f"00000000:{handle:02X}:00.0")
+
     def always(answer: Any, asked: Callable[[Handle], Any] = gpu) -> Callable[..., Any]:
         return functools.partial(lambda answer, handle, *args: (asked(handle), answer)[1], answer)
 
@@ -90,7 +99,8 @@ def functions(pynvml: Any) -> dict[str, Callable[..., Any]]:
         "nvmlDeviceGetP2PStatus": always(pynvml.NVML_P2P_STATUS_OK),
         "nvmlDeviceGetTopologyCommonAncestor": always(pynvml.NVML_TOPOLOGY_NODE),
         "nvmlDeviceGetNvLinkState": always(0),
-        "nvmlDeviceGetPciInfo": lambda handle: SimpleNamespace(busId=f"0000:{handle:02d}:00.0"),
+        "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": parent,
+        "nvmlDeviceGetPciInfo": pci_info,
     }
 
 

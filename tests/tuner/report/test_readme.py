@@ -29,7 +29,18 @@ from pipetune.bench.record import (
     TaskShape,
     Telemetry,
 )
-from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Sampling, StagePlan, Value, Workload
+from pipetune.bench.spec import (
+    Arrivals,
+    EffectivePlan,
+    ModelSpec,
+    Plan,
+    Protocol,
+    RunSpec,
+    Sampling,
+    StagePlan,
+    Value,
+    Workload,
+)
 from pipetune.tuner.config.gate import GateConfig, Tolerance
 from pipetune.tuner.config.schema import SpaceConfig, TuneConfig
 from pipetune.tuner.gate.values import Case, Finding, GateResult, LookTaken, Pair, Sample, Session, Side
@@ -60,6 +71,7 @@ SECTIONS: dict[type[Value], str] = {
             RunSpec,
             ModelSpec,
             Workload,
+            Arrivals,
             Sampling,
             Plan,
             StagePlan,
@@ -109,7 +121,7 @@ def test_every_kind_of_failure_is_defined() -> None:
 def test_every_metric_is_defined_and_no_other() -> None:
     first_cells = re.findall(r"^\| (`.*?) \|", text_under("Metrics"), re.MULTILINE)
     defined = set(re.findall(r"`(\w+)`", " ".join(first_cells)))
-    assert defined == set(metric_names(1000, 1000, gpu=True))
+    assert defined == set(metric_names(1000, 1000, gpu=True, goodput=True))
 
 
 @pytest.mark.slow

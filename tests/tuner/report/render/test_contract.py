@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[4]
 RENDERERS = ROOT / "tuner/report/render"
+READERS = {ROOT / "bench/load/traces.py": ["csv"]}
+"""What reads tables of others."""
 DRAWING = ("rich.table", "rich.padding", "rich.box", "jinja2", "csv", "matplotlib")
 MARKDOWN_TABLE = re.compile(r"""["'](?:\| ?)?" ?\| "\.join|" \| "\.join|:---""")
 
@@ -34,4 +36,4 @@ def drawing(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_renderers_draw(path: Path) -> None:
     if RENDERERS not in path.parents:
-        assert list(drawing(path)) == [], f"{path.name} draws: build a Document"
+        assert list(drawing(path)) == READERS.get(path, []), f"{path.name} draws: build a Document"
