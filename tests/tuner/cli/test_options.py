@@ -99,6 +99,8 @@ def test_a_setting_has_the_type_of_its_field() -> None:
 
 
 def test_what_a_flag_also_sets_are_fields() -> None:
-    config = TuneConfig.model_validate({"model": {"name": "m"}, "workload": {"sampling": {}, "arrivals": {"request_rate": 1}}})
+    config = TuneConfig.model_validate(
+        {"model": {"name": "m"}, "workload": {"sampling": {}, "arrivals": {"request_rate": 1}}}
+    )
     fields = leaves_of(config.model_dump(mode="json"))
     assert {path for setting in settings_of(TuneConfig).values() for path in setting.paths} <= fields.keys()
