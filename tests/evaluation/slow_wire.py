@@ -112,12 +112,7 @@ def _race(folder: Path, wire: str, speed: dict[str, float], plans: dict[str, Pla
     ratios = []
     with _hosts(speed) as hosts:
         _pin(hosts)
-        given: dict[str, Any] = {
-            "workload": WORKLOAD,
-            "num_iters": 3,
-            "model": str(folder / "model"),
-            "load_format": "dummy",
-        }
+        given: dict[str, Any] = {"workload": WORKLOAD, "num_iters": 3, "load_format": "dummy"}
         driver = Driver(hosts[0], folder / "model", folder, **given)
         hosts[1].pipetune("join", driver.listen, "--node-rank", 1)
         driver.hear()
