@@ -1,12 +1,14 @@
 """What `pipetune tune` makes of a slow wire between two hosts: `python -m tests.evaluation.slow_wire`, as root.
 
-Hosts are network namespaces of this machine, a core each. Tunes over a fast wire and over a slow one; prints what each
-search recommends, predicted against measured, and both recommendations over both wires, in interleaved rounds.
+Hosts are network namespaces of this machine, with a core each or with all of its cores. Tunes over a fast wire and over
+a slow one; prints what each search recommends, predicted against measured, and both recommendations over both wires, in
+interleaved rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -15,6 +17,7 @@ import os
 import random
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.01, help="seconds it takes")
     parser.add_argument("--n-trials", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--share-cores", action="store_true", help="each host uses all cores, not one of its own")
     args = parser.parse_args()
     wires: dict[str, dict[str, float]] = {"fast": {}, "slow": {"rate": args.rate, "delay_s": args.delay}}
     with tempfile.TemporaryDirectory() as name:
@@ -47,30 +51,28 @@ def main() -> None:
         plans: dict[str, Plan] = {}
         for wire, speed in wires.items():
             print(f"load {os.getloadavg()[0]:.2f}")
-            plans[wire] = _tune(folder, wire, speed, args.n_trials)
+            plans[wire] = _tune(folder, wire, speed, args)
         for wire, speed in wires.items():
             print(f"load {os.getloadavg()[0]:.2f}")
-            _race(folder, wire, speed, plans, args.rounds)
+            _race(folder, wire, speed, plans, args)
 
 
-def _hosts(speed: dict[str, float]) -> Any:
-    return two_hosts(CABLE, **speed)
+@contextlib.contextmanager
+def _hosts(speed: dict[str, float], args: argparse.Namespace) -> Iterator[tuple[Host, Host]]:
+    with two_hosts(CABLE, **speed) as hosts:
+        for core, host in enumerate(hosts):
+            host.prefix = () if args.share_cores else ("taskset", "-c", str(core))
+        yield hosts
 
 
-def _pin(hosts: tuple[Host, Host]) -> None:
-    for core, host in enumerate(hosts):
-        host.prefix = ("taskset", "-c", str(core))
-
-
-def _tune(folder: Path, wire: str, speed: dict[str, float], n_trials: int) -> Plan:
+def _tune(folder: Path, wire: str, speed: dict[str, float], args: argparse.Namespace) -> Plan:
     """The recommended plan; prints it, and how well the search's trials were predicted."""
     study = folder / wire
-    with _hosts(speed) as hosts:
-        _pin(hosts)
+    with _hosts(speed, args) as hosts:
         options = (
             *("--model", folder / "model", "--load-format", "dummy", "--devices", "host0/cpu:0,host1/cpu:0"),
             *(part for key, value in WORKLOAD.items() for part in (f"--{key.replace('_', '-')}", value)),
-            *("--min-stages", 2, "--replicas", 1, "--n-trials", n_trials, "--no-stop-early", "-o", study),
+            *("--min-stages", 2, "--replicas", 1, "--n-trials", args.n_trials, "--no-stop-early", "-o", study),
             *("--nnodes", 2, "--master-addr", hosts[0].address, "--no-progress"),
         )
         runs = [host.pipetune("tune", *options, "--node-rank", rank) for rank, host in enumerate(hosts)]
@@ -107,17 +109,16 @@ def _text(plan: Plan) -> str:
     )
 
 
-def _race(folder: Path, wire: str, speed: dict[str, float], plans: dict[str, Plan], rounds: int) -> None:
+def _race(folder: Path, wire: str, speed: dict[str, float], plans: dict[str, Plan], args: argparse.Namespace) -> None:
     """Both recommendations over one wire, in one fleet and in random order."""
     ratios = []
-    with _hosts(speed) as hosts:
-        _pin(hosts)
+    with _hosts(speed, args) as hosts:
         given: dict[str, Any] = {"workload": WORKLOAD, "num_iters": 3, "load_format": "dummy"}
         driver = Driver(hosts[0], folder / "model", folder, **given)
         hosts[1].pipetune("join", driver.listen, "--node-rank", 1)
         driver.hear()
         driver.do("reference")
-        for number in range(rounds):
+        for number in range(args.rounds):
             took = {}
             for name in random.sample(list(plans), 2):
                 outcome = driver.do(f"measure {plans[name].model_dump_json()}")["outcome"]
