@@ -140,12 +140,10 @@ def test_the_parts_of_captured_steps_are_timed_within_their_graph(use_machine: U
         profile = fleet.profile(ProfileGrid(rows=(2,), lengths=(1,), pasts=(12,)))
     assert profile.notes == ()
     (device,) = profile.devices
-    ratios = {
-        head.past_tokens: head.seconds / layer.seconds
-        for head, layer in zip(device.head, device.layers[0].times, strict=True)
-    }
-    # The replay's parts; by the stamps of an eager step the host's time would be the layers'.
-    assert ratios[0] < 0.03 < ratios[12]
+    (head_s,) = (time.seconds for time in device.head if time.past_tokens)
+    (layer_s,) = (time.seconds for time in device.layers[0].times if time.past_tokens)
+    # The replay's parts; by the stamps of an eager step the host's time would be the layers', and this 0.003.
+    assert head_s / layer_s > 0.02
 
 
 COMPILER = """
