@@ -190,6 +190,18 @@ def stage_metrics(measurement: Measurement) -> dict[str, tuple[float, ...]]:
     }
 
 
+def latency_metrics(times_s: Mapping[str, Sequence[float]], num_requests: int) -> dict[str, float]:
+    """Mean, median and percentiles of each latency's samples, in ms; percentiles that so many requests can have."""
+    values = {}
+    enough = {label: q for label, q in PERCENTILES.items() if num_requests >= samples_needed(q)}
+    for name in (name for name in LATENCIES if times_s.get(name)):
+        samples = sorted(times_s[name])
+        values[f"mean_{name}_ms"] = statistics.fmean(samples) * 1e3
+        values[f"median_{name}_ms"] = statistics.median(samples) * 1e3
+        values |= {f"{label}_{name}_ms": percentile(samples, q) * 1e3 for label, q in enough.items()}
+    return values
+
+
 def derive(measurement: Measurement) -> dict[str, float]:
     """All scalar metrics of one measurement.
 
@@ -219,12 +231,7 @@ def derive(measurement: Measurement) -> dict[str, float]:
         for name, own in times.items():
             has_one = (length > 1 or name != "tpot" for length in measurement.generated_lens)
             pooled.setdefault(name, []).extend(itertools.compress(own, has_one))
-    enough = {label: q for label, q in PERCENTILES.items() if len(measurement.prompt_lens) >= samples_needed(q)}
-    for name in (name for name in LATENCIES if name in pooled):
-        samples = sorted(pooled[name])
-        values[f"mean_{name}_ms"] = statistics.fmean(samples) * 1e3
-        values[f"median_{name}_ms"] = statistics.median(samples) * 1e3
-        values |= {f"{label}_{name}_ms": percentile(samples, q) * 1e3 for label, q in enough.items()}
+    values |= latency_metrics(pooled, len(measurement.prompt_lens))
     bubbles = [bubble(measurement, index) for index in range(len(durations))]
     for name in bubbles[0]:
         values[name] = statistics.median(row[name] for row in bubbles)

@@ -402,7 +402,8 @@ class Workload(Value):
     @property
     def unlike_lens(self) -> tuple[int, ...] | None:
         """Tokens generated for each prompt, where that differs; else None."""
-        return self.generated_lens if len(set(self.generated_lens)) > 1 else None
+        lens = self.generated_lens
+        return lens if len(set(lens)) > 1 else None
 
     @property
     def generated_lens(self) -> tuple[int, ...]:

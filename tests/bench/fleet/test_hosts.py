@@ -41,6 +41,16 @@ def soon(condition: Callable[[], object], within_s: float = 30.0) -> bool:
     return bool(found)
 
 
+def worker_in_a_run(host: Host, driver: Driver) -> psutil.Process:
+    """The worker of a host that has joined and computes."""
+    join(host, driver)
+    driver.hear()
+    (worker,) = host.workers()
+    driver.tell("measure")
+    assert soon(lambda: worker.cpu_percent(0.2) > 50)
+    return worker
+
+
 def join(host: Host, driver: Driver, *more: object) -> None:
     host.pipetune("join", driver.listen, "--node-rank", 1, *more)
 
@@ -136,11 +146,7 @@ def test_a_lost_worker_elsewhere_is_found_named_and_replaced(
     hosts: tuple[Host, Host], model: Path, tmp_path: Path, fault: signal.Signals
 ) -> None:
     driver = Driver(hosts[0], model, tmp_path, hang_timeout_s=4.0, num_iters=2000)
-    join(hosts[1], driver)
-    driver.hear()
-    (worker,) = hosts[1].workers()
-    driver.tell("measure")
-    assert soon(lambda: worker.cpu_percent(0.2) > 50)
+    worker = worker_in_a_run(hosts[1], driver)
     worker.send_signal(fault)
     outcome = driver.hear()["outcome"]
     assert outcome["kind"] == ("worker_died" if fault is signal.SIGKILL else "worker_hung")
@@ -171,11 +177,7 @@ def test_a_killed_agent_takes_its_workers_along_and_another_takes_its_place(
     hosts: tuple[Host, Host], model: Path, tmp_path: Path
 ) -> None:
     driver = Driver(hosts[0], model, tmp_path, num_iters=2000)
-    join(hosts[1], driver)
-    driver.hear()
-    (worker,) = hosts[1].workers()
-    driver.tell("measure")
-    assert soon(lambda: worker.cpu_percent(0.2) > 50)
+    worker = worker_in_a_run(hosts[1], driver)
     psutil.Process(worker.ppid()).kill()
     outcome = driver.hear()["outcome"]
     assert (outcome["kind"], outcome["device"]) == ("worker_died", "host1/cpu:0")

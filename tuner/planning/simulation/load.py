@@ -16,10 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait
-from pipetune.bench.metrics import PERCENTILES, good_requests, samples_needed
+from pipetune.bench.metrics import good_requests, latency_metrics
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Goodput, Plan
 from pipetune.tuner.planning.simulation.model import CostModel, of_device
@@ -55,14 +53,10 @@ class LoadPrediction:
         if goodput is not None:
             good = good_requests(self.times_s, goodput.limits)
             values |= {"request_goodput": good / self.duration_s, "slo_attainment": good / count}
-        for name, times in self.times_s.items():
-            values[f"mean_{name}_ms"] = float(np.mean(times)) * 1e3
-            values |= {
-                f"{label}_{name}_ms": float(np.quantile(times, q)) * 1e3
-                for label, q in PERCENTILES.items()
-                if count >= samples_needed(q)
-            }
+        # Of one token there is no time per token.
+        several = {**self.times_s, "tpot": [time for time in self.times_s["tpot"] if time > 0]}
         return values | {
+            **latency_metrics(several, count),
             "bubble_ratio": 1.0 - (sum(self.busy_s) + self.idle_s) / area,
             "idle_ratio": self.idle_s / area,
         }
