@@ -63,6 +63,21 @@ SMALL: dict[str, Any] = {
 }
 """The shape of SmolLM2-135M."""
 
+GROUPED: dict[str, Any] = {
+    **_TOKENS,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""Two layers of the shape of Llama-3-8B, with a smaller vocabulary."""
+
 LARGE: dict[str, Any] = {
     **_TOKENS,
     "model_type": "llama",
