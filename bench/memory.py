@@ -268,6 +268,29 @@ def resolve_prompts(
     )
 
 
+def resolve_slots(
+    shape: ModelShape, plan: Plan, *, prompt_len: int, output_len: int, device_bytes: dict[str, int]
+) -> int | Failure:
+    """Slots of a plan whose requests come over time, at most two a stage: prompts are prefilled beside them, which
+    takes the memory of one slot's prefill more than there are slots. Raises as `resolve`.
+    """
+    most = plan.max_in_flight or 2 * len(plan.stages)
+    share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len))
+    # As many micro-batches as slots and their prefills could come to.
+    count = (2 * most + 1) * plan.micro_batch_size * plan.replicas
+    resolved = resolve(
+        shape,
+        plan.model_copy(update={"max_in_flight": None}),
+        num_prompts=count,
+        prompt_len=prompt_len,
+        output_len=output_len,
+        device_bytes=device_bytes,
+    )
+    if isinstance(resolved, Failure):
+        return resolved
+    return max(1, min(most, math.floor((resolved.in_flight - share) / (1 + share))))
+
+
 def check_plan(shape: ModelShape, plan: Plan) -> None:
     """Refuses a plan that does not fit the model.
 

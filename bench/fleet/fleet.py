@@ -13,9 +13,11 @@ from pydantic import TypeAdapter
 
 from pipetune.bench.errors import ConfigError, FleetError, ModelError, PlanError, StudyError
 from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, FleetOptions, Progress, Supervisor
+from pipetune.bench.load.admission import Rules, rules_of
+from pipetune.bench.load.online import OnlineRequest, OnlineRun
 from pipetune.bench.machine.hardware import available_devices, device_bytes, warn_of_cores
 from pipetune.bench.machine.telemetry import load_now
-from pipetune.bench.memory import ModelShape, resolve_prompts
+from pipetune.bench.memory import ModelShape, check_plan, resolve_prompts, resolve_slots
 from pipetune.bench.profile import LinkProfile, Profile, ProfileGrid
 from pipetune.bench.prompts.forms import Prompts, prompts_of_call
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Outcome, timestamp
@@ -30,6 +32,7 @@ from pipetune.bench.spec import (
     Workload,
     device_kind,
     devices_here,
+    hosts_of,
 )
 
 __all__ = [
@@ -267,6 +270,79 @@ class Fleet(Closing):
             ScoreResult(token_ids=tuple(row["prompt_token_ids"]), logprobs=tuple(row["logprobs"]), text=row["text"])
             for row in answer["results"]
         )
+
+    def run_trace(
+        self,
+        plan: Plan,
+        requests: Sequence[OnlineRequest],
+        *,
+        in_flight: int | None = None,
+        rules: Rules | None = None,
+        max_concurrency: int | None = None,
+        sampling: Sampling | None = None,
+        instrument: bool = True,
+        timeout_s: float = START_TIMEOUT_S,
+    ) -> OnlineRun:
+        """Serves requests as they arrive over time, each at its own; decode steps run eagerly, on GPUs as well.
+
+        Args:
+            requests: with numbers of their own; those without a time are there from the start.
+            in_flight: slots; by default as many as the plan's memory caps let be, at most two a stage.
+            rules: how requests are admitted, with slots of their own; by default those of the plan.
+            max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
+            sampling: how tokens are drawn, by the requests' numbers; None takes the likeliest token.
+            instrument: keep what every stage did and when.
+
+        Raises:
+            ConfigError: requests that cannot be used.
+            PlanError: a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, or of a
+                model whose cache cannot be.
+            FleetError: the workers failed.
+        """
+        if not requests or len({one.number for one in requests}) < len(requests):
+            raise ConfigError(f"requests: {len(requests)} are given; give at least one, each with a number of its own")
+        self._check_online(plan)
+        lens = {
+            "prompt_len": max(len(one.prompt) for one in requests),
+            "output_len": max(one.output_len for one in requests),
+        }
+        answer = self._call(
+            "run_trace",
+            timeout_s=timeout_s,
+            plan=plan,
+            rules=rules or rules_of(plan, in_flight or self._slots(plan, **lens)),
+            requests=requests,
+            max_concurrency=max_concurrency,
+            sampling=sampling,
+            instrument=instrument,
+        )
+        return OnlineRun.model_validate(answer["run"])
+
+    def _slots(self, plan: Plan, *, prompt_len: int, output_len: int) -> int:
+        found = resolve_slots(
+            self.shape, plan, prompt_len=prompt_len, output_len=output_len, device_bytes=self.device_bytes
+        )
+        if isinstance(found, Failure):
+            raise PlanError(found.message)
+        return found
+
+    def _check_online(self, plan: Plan) -> None:
+        self._check_stages(plan)
+        check_plan(self.shape, plan)
+        refused = {
+            f"plan.replicas={plan.replicas}: one pipeline alone is given requests over time; leave it at 1": (
+                plan.replicas > 1
+            ),
+            "plan.compile: its graphs are made for whole batches; leave it out for requests over time": plan.compile,
+            f"plan.stages: {', '.join(plan.devices)} are on several hosts, between which orders do not travel yet": (
+                len(hosts_of(plan.devices)) > 1
+            ),
+            f"{self.shape.architecture} keeps recurrent states, and cannot be given requests over time": (
+                self.shape.recurrent
+            ),
+        }
+        if why := next((message for message, applies in refused.items() if applies), None):
+            raise PlanError(why)
 
     def _use(self, plan: Plan, prompts: Prompts, output_len: int, in_flight: int | None) -> dict[str, Any]:
         self._check_stages(plan)

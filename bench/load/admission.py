@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipetune.bench.spec import Plan
+
 WaitReason = Literal["empty", "underfilled", "blocked"]
 """`empty`: no request is in the system; `underfilled`: all that are wait for their tokens; `blocked`: some wait for a
 row as well."""
@@ -59,6 +61,16 @@ class Rules:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+
+
+def rules_of(plan: Plan, in_flight: int) -> Rules:
+    """How a plan admits requests: a slot for each micro-batch in flight."""
+    return Rules(
+        slots=in_flight,
+        rows=plan.micro_batch_size,
+        prefill_rows=plan.prefill_size,
+        chunk_size=plan.prefill_chunk_size,
+    )
 
 
 @dataclass(frozen=True, slots=True)

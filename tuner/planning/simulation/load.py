@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait
+from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait, rules_of
 from pipetune.bench.metrics import good_requests, latency_metrics
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Goodput, Plan
@@ -60,16 +60,6 @@ class LoadPrediction:
             "bubble_ratio": 1.0 - (sum(self.busy_s) + self.idle_s) / area,
             "idle_ratio": self.idle_s / area,
         }
-
-
-def rules_of(plan: Plan, in_flight: int) -> Rules:
-    """How a plan admits requests: a slot for each micro-batch in flight."""
-    return Rules(
-        slots=in_flight,
-        rows=plan.micro_batch_size,
-        prefill_rows=plan.prefill_size,
-        chunk_size=plan.prefill_chunk_size,
-    )
 
 
 def simulate_load(
