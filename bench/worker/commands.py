@@ -48,6 +48,7 @@ from pipetune.bench.spec import (
 from pipetune.bench.worker.baseline import measure_baseline
 from pipetune.bench.worker.channel import ControlGroup, DriverLink, agents_store
 from pipetune.bench.worker.faults import failure_of, is_out_of_memory
+from pipetune.bench.worker.online import Online
 from pipetune.bench.worker.output_check import make_reference_from_plan
 from pipetune.bench.worker.plan_run import PlanRun
 from pipetune.bench.worker.profiling.link_times import time_links
@@ -60,6 +61,8 @@ from pipetune.bench.worker.unsplit_reference import make_reference
 
 # Idle workers wait for commands in a collective, which must not time out over night.
 CONTROL_TIMEOUT = dt.timedelta(days=7)
+_FOR_USE = ("prompts", "generate", "score", "run_trace")
+"""Commands that are refused where they cannot be carried out, and cost no worker."""
 
 
 def find_model(spec: ModelSpec, say: Callable[[str], None]) -> dict[str, Any]:
@@ -136,6 +139,7 @@ class Worker:
         self.reference_path: Path | None = None
         self.tokens = Tokens(self.resolved, self.host.shape, self.host.stage.config, self.control)
         self.serving = Serving(self.host, self.tokens)
+        self.online = Online(self.host, self.tokens)
         self._unsplit: Any = None
         # Over all GPUs by `device_map`, or on one CPU worker's cores.
         gpus = tuple(one for one in self._local if device_kind(one) == "cuda")
@@ -173,7 +177,7 @@ class Worker:
                 result = getattr(self, f"do_{name}")(**command["args"])
             except (ConfigError, StudyError) as error:
                 # A StudyError is the reference's: no plan's fault.
-                if isinstance(error, ConfigError) and name not in ("prompts", "generate", "score"):
+                if isinstance(error, ConfigError) and name not in _FOR_USE:
                     raise
                 result = {"error": str(error), "of_study": isinstance(error, StudyError)}
             if self.rank == 0:
@@ -340,6 +344,11 @@ class Worker:
         """Scores for use."""
         self._drop_unsplit()
         return self.serving.score(**given)
+
+    def do_run_trace(self, **given: Any) -> dict[str, Any]:
+        """Serves requests as they arrive."""
+        self._drop_unsplit()
+        return self.online.run_trace(**given)
 
     def _job(self, spec: RunSpec, effective: EffectivePlan) -> Job:
         """The pass over all prompts that a run spec asks for."""

@@ -19,6 +19,9 @@ class SlotLayer(hf.DynamicLayer):  # type: ignore[no-untyped-call]
     With a sliding window the view returned is the one that transformers' own sliding layer returns.
     """
 
+    base = 0
+    """Where the positions of the rows sought begin."""
+
     def __init__(self, *, rows: int, max_len: int, sliding_window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rows, self.max_len = rows, max_len
@@ -51,15 +54,16 @@ class SlotLayer(hf.DynamicLayer):  # type: ignore[no-untyped-call]
         if self.keys is None:
             SlotLayer.lazy_initialization(self, key_states, value_states)
         begin, end = self._length, self._length + key_states.shape[-2]
-        assert end <= self.max_len, f"KV slot of {self.max_len} positions cannot take position {end}"
+        base = self.base
+        assert base + end <= self.max_len, f"KV slot of {self.max_len} positions cannot take position {base + end}"
         start = 0 if self.sliding_window is None else max(begin - self.sliding_window + 1, 0)
         assert self.keys is not None
         assert self.values is not None
         views = []
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             rows = buffer[self._first_row : self._end_row]
-            rows[:, :, begin:end].copy_(states)
-            views.append(rows[:, :, start:end])
+            rows[:, :, base + begin : base + end].copy_(states)
+            views.append(rows[:, :, base + start : base + end])
         self._length = end
         return views[0], views[1]
 
@@ -195,6 +199,33 @@ class SlotCache(hf.Cache):
             if isinstance(layer, SlotLayer) and layer.keys is not None and layer.values is not None:
                 for tensor in (layer.keys, layer.values):
                     tensor.normal_(value, spread) if spread else tensor.fill_(value)
+
+    @property
+    def is_movable(self) -> bool:
+        """Whether rows can be copied from place to place: keys and values alone are kept."""
+        return type(self) is SlotCache and all(type(layer) in (SlotLayer, hf.DummyLayer) for layer in self.layers)
+
+    @torch.inference_mode()
+    def copy(self, source: SlotCache, rows: slice, span: slice, *, to_row: int, to_first: int) -> None:
+        """Copies keys and values of some rows and positions from a cache that is movable as well, or from this one.
+
+        Both have memory already.
+        """
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            if not isinstance(other, SlotLayer) or other.keys is None:
+                continue
+            for own, theirs in ((layer.keys, other.keys), (layer.values, other.values)):
+                states = theirs[rows, :, span]
+                end_row, end = to_row + states.shape[0], to_first + states.shape[2]
+                # What is shifted lies over where it goes.
+                own[to_row:end_row, :, to_first:end].copy_(states.clone() if self is source else states)
+
+    def seek_from(self, base: int, rows: int, length: int) -> None:
+        """Points at the first rows, whose positions are counted from `base`; for a cache that is movable."""
+        self.seek(0, rows, length)
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.base = base
 
     @property
     def is_linear(self) -> list[bool]:

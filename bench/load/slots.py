@@ -1,0 +1,200 @@
+"""Where the keys and values of requests lie in a pipeline's caches: what every stage copies and runs, as numbers.
+
+Caches `0 … slots-1` are the slots; those behind them are for prompts, one more than there are slots, in which groups of
+requests are prefilled, padded on the left. A slot has one clock: each of its n requests fills the row's last positions
+before it, and rows are `[0, n)`. Once a group's first tokens are known it is copied to its slot, so that it ends at the
+clock. The clock starts as late as lets the rows come to their ends, so that a longer one seldom has to shift them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipetune.bench.load.admission import Decode, Prefill, Rules
+
+
+class Edit(NamedTuple):
+    """A copy of the positions `[first, end)` of some rows, to another cache or place."""
+
+    source: int
+    first_row: int
+    num_rows: int
+    first: int
+    end: int
+    target: int
+    to_row: int
+    to_first: int
+
+
+class Task(NamedTuple):
+    """One forward pass over the first rows of a cache, whose positions count from `base`."""
+
+    cache: int
+    base: int
+    past: int
+    """Positions that are filled."""
+    tokens: int
+    """Positions of each row that are computed."""
+    starts: Sequence[int]
+    """Padded positions of each row."""
+    samples: bool
+    ids: Sequence[int] | None
+    """Tokens that are computed, row by row; None for a stage that reads none."""
+    draws: Sequence[float] | None
+    """Numbers that tokens are drawn by; None takes the likeliest."""
+
+
+@dataclass(slots=True)
+class _Row:
+    number: int
+    prompt: Sequence[int]
+    draws: Sequence[float] | None
+    length: int
+    """Positions that it has in its cache once all orders are carried out."""
+    left: int
+    """Steps that it may still be ordered."""
+    token: int = 0
+    """The one known last, which is not in the cache."""
+    known: int = 0
+
+
+@dataclass(slots=True)
+class _Slot:
+    rows: list[_Row] = field(default_factory=list)
+    clock: int = 0
+
+    @property
+    def longest(self) -> int:
+        return max((row.length for row in self.rows), default=0)
+
+
+class Slots:
+    """The state of a pipeline's caches after all orders that were given."""
+
+    def __init__(self, rules: Rules, max_len: int, pad_token_id: int = 0) -> None:
+        """`max_len` holds any request's prompt and output."""
+        self._max_len, self._pad = max_len, pad_token_id
+        self._slots = [_Slot() for _ in range(rules.slots)]
+        self._free = list(range(rules.slots, 2 * rules.slots + 1))
+        self._prefilling: dict[int, tuple[int, list[_Row]]] = {}
+        """Cache and rows of each group, by its first request's number."""
+        self._rows: dict[int, _Row] = {}
+        self._edits: list[Edit] = []
+
+    def __len__(self) -> int:
+        """Requests that are known."""
+        return len(self._rows)
+
+    @property
+    def free(self) -> int:
+        """Caches for prompts that no group is in."""
+        return len(self._free)
+
+    def arrive(self, number: int, prompt: Sequence[int], output_len: int, draws: Sequence[float] | None) -> None:
+        """Takes in a request."""
+        self._rows[number] = _Row(number, prompt, draws, len(prompt), output_len - 1)
+
+    def forget(self, number: int) -> None:
+        """Lets a request go whose prefill was never ordered."""
+        del self._rows[number]
+
+    def order(self, order: Prefill | Decode) -> tuple[list[Edit], Task, tuple[int, ...]]:
+        """What the stages do for an order: copies, the task behind them, and whose rows these are."""
+        task, rows = self._prefill(order) if isinstance(order, Prefill) else self._decode(order)
+        edits, self._edits = self._edits, []
+        return edits, task, tuple(row.number for row in rows)
+
+    def known(self, order: Prefill | Decode, tokens: Sequence[int], finished: Collection[int]) -> None:
+        """Takes in the tokens of an order that samples, row by row; requests that are finished give their rows back."""
+        if isinstance(order, Prefill):
+            cache, rows = self._prefilling.pop(order.requests[0].number)
+            self._free.append(cache)
+        else:
+            rows = list(self._slots[order.slot].rows)[: len(tokens)]
+        for row, token in zip(rows, tokens, strict=True):
+            row.token = token
+            row.known += 1
+        if isinstance(order, Prefill):
+            self._join(self._slots[order.slot], order, cache, rows, finished)
+        else:
+            self._leave(self._slots[order.slot], order.slot, finished)
+        for number in finished:
+            del self._rows[number]
+
+    def _prefill(self, order: Prefill) -> tuple[Task, list[_Row]]:
+        first = order.requests[0].number
+        if order.first_token == 0:
+            self._prefilling[first] = self._free.pop(), [self._rows[one.number] for one in order.requests]
+        cache, rows = self._prefilling[first]
+        longest = max(row.length for row in rows)
+        ids: list[int] = []
+        for row in rows:
+            padded = [self._pad] * (longest - row.length) + list(row.prompt)
+            ids += padded[order.first_token : order.end_token]
+        starts = [longest - row.length for row in rows]
+        tokens = order.end_token - order.first_token
+        return Task(cache, 0, order.first_token, tokens, starts, order.samples, ids, _draws(rows, order.samples)), rows
+
+    def _decode(self, order: Decode) -> tuple[Task, list[_Row]]:
+        own = self._slots[order.slot]
+        if own.clock == self._max_len:
+            self._turn(own, order.slot, own.longest, own.rows)
+        longest, rows = own.longest, list(own.rows)
+        starts = [longest - row.length for row in rows]
+        task = Task(
+            *(order.slot, own.clock - longest, longest, 1, starts, True),
+            ids=[row.token for row in rows],
+            draws=_draws(rows, True),
+        )
+        own.clock += 1
+        for row in rows:
+            row.length += 1
+            row.left -= 1
+        return task, rows
+
+    def _join(self, own: _Slot, order: Prefill, cache: int, rows: list[_Row], finished: Collection[int]) -> None:
+        width = max(row.length for row in rows)
+        staying = [row for row in rows if row.number not in finished]
+        if not staying:
+            return
+        if not own.rows or own.clock < width:
+            self._turn(own, order.slot, max(width, own.longest), [*own.rows, *staying])
+        first = 0
+        while first < len(rows):
+            if rows[first].number in finished:
+                first += 1
+                continue
+            end = first
+            while end < len(rows) and rows[end].number not in finished:
+                end += 1
+            place = (order.slot, len(own.rows), own.clock - width)
+            self._edits.append(Edit(cache, first, end - first, 0, width, *place))
+            own.rows += rows[first:end]
+            first = end
+
+    def _leave(self, own: _Slot, slot: int, finished: Collection[int]) -> None:
+        for index in range(len(own.rows) - 1, -1, -1):
+            if own.rows[index].number not in finished:
+                continue
+            last = own.rows.pop()
+            if index < len(own.rows):
+                own.rows[index] = last
+                begin = own.clock - last.length
+                self._edits.append(Edit(slot, len(own.rows), 1, begin, own.clock, slot, index, begin))
+
+    def _turn(self, own: _Slot, slot: int, least: int, rows: Sequence[_Row]) -> None:
+        """Sets the clock, to the least that is needed or later, and shifts what is there."""
+        clock = max(least, self._max_len - max(row.left for row in rows))
+        if own.rows:
+            begin = own.clock - own.longest
+            shifted = begin + clock - own.clock
+            self._edits.append(Edit(slot, 0, len(own.rows), begin, own.clock, slot, 0, shifted))
+        own.clock = clock
+
+
+def _draws(rows: Sequence[_Row], samples: bool) -> list[float] | None:
+    if not samples or rows[0].draws is None:
+        return None
+    return [row.draws[row.known] for row in rows if row.draws is not None]

@@ -1,0 +1,520 @@
+"""Requests that come over time on the stages of a pipeline: the first decides, and tells the others task by task.
+
+The first stage holds the policy (`bench.load.admission`) and knows where every row lies (`bench.load.slots`). It says
+what is copied and run, in one message a task over a local socket; hidden states travel between neighbours as ever. The
+last stage answers with the tokens, so that the first waits at once for them, for new requests and for the time of the
+next. All others do what they are told, and know nothing of requests. Tasks run eagerly, on GPUs too: no captured
+graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait
+from pipetune.bench.load.online import OnlineRequest, OnlineTask, ServedRequest
+from pipetune.bench.load.slots import Edit, Slots, Task
+from pipetune.bench.memory import KV_ALIGNMENT
+from pipetune.bench.runtime.device import DeviceContext
+from pipetune.bench.runtime.links import to_device
+from pipetune.bench.runtime.loop import Edges, Status, likeliest
+from pipetune.bench.runtime.sampling import draw, uniforms
+from pipetune.bench.runtime.stage.stage import Stage
+from pipetune.bench.runtime.timeline import Timeline
+from pipetune.bench.spec import Sampling
+
+_PACKET = 1 << 16
+"""Bytes of a message that are sent at once: the kernel takes no packet larger than a socket's buffer."""
+_AHEAD = 2
+"""Tasks that a GPU may be given before it is waited for, so that the first stage decides on what it knows by then."""
+
+
+class Mail:
+    """One end of a line between the first stage and another: plain values, told within some 30 µs."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """`connection` is of kind SEQPACKET."""
+        self._socket = connection
+
+    def fileno(self) -> int:
+        """What can be waited for."""
+        return self._socket.fileno()
+
+    def send(self, value: Any) -> None:
+        """Tells the other end.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        data = marshal.dumps(value)
+        try:
+            for first in range(0, len(data), _PACKET - 1):
+                part = data[first : first + _PACKET - 1]
+                self._socket.send((b"." if first + len(part) == len(data) else b"+") + part)
+        except OSError as error:
+            raise RuntimeError(f"a line for orders between stages: connection closed by peer ({error})") from error
+
+    def receive(self, *, wait: bool = True) -> Any:
+        """What the other end told next; None if nothing is there and it is not waited for.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        parts = []
+        while not parts or parts[-1][:1] == b"+":
+            try:
+                part = self._socket.recv(_PACKET, 0 if wait or parts else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise RuntimeError(f"a line for orders between stages: connection reset ({error})") from error
+            if not part:
+                raise RuntimeError("a line for orders between stages: connection closed by peer")
+            parts.append(part)
+        return marshal.loads(b"".join(part[1:] for part in parts))  # noqa: S302  from our own processes alone
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._socket.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What caches and messages are made for."""
+
+    rules: Rules
+    max_len: int
+    """Positions of a slot's row: the longest prompt and output."""
+    prompt_len: int
+    """Tokens of the longest prompt."""
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a row in the largest task."""
+        return min(self.rules.chunk_size or self.prompt_len, self.prompt_len)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest task."""
+        return max(self.rules.prefill_rows * self.chunk, self.rules.rows)
+
+
+class OnlineStage:
+    """One stage's caches, and how it carries out orders."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        device: DeviceContext,
+        status: Status,
+        edges: Edges,
+        sizes: Sizes,
+        *,
+        sampling: Sampling | None = None,
+        pad_token_id: int = 0,
+        instrument: bool = True,
+    ) -> None:
+        self.stage, self.device, self.status, self.edges = stage, device, status, edges
+        self.sampling, self.pad_token_id = sampling, pad_token_id
+        self.timeline = Timeline(device.clock(), device.now, enabled=instrument)
+        rules = sizes.rules
+
+        def caches(count: int, rows: int, length: int) -> list[Any]:
+            aligned = -(-length // KV_ALIGNMENT) * KV_ALIGNMENT if device.is_cuda else length
+            return [stage.new_cache(rows=rows, max_len=aligned) for _ in range(count)]
+
+        self.caches = caches(rules.slots, rules.rows, sizes.max_len)
+        self.caches += caches(rules.slots + 1, rules.prefill_rows, sizes.prompt_len)
+        self._sizes = sizes
+        self._marks: deque[torch.cuda.Event] = deque()
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Runs a task of each kind on made-up hidden states, and leaves zeros in all caches: what a mask hides still
+        must not be NaN.
+
+        Call it while no message is under way.
+        """
+        for index, cache in enumerate(self.caches):
+            is_slot = index < self._sizes.rules.slots
+            past, tokens = (self._sizes.max_len - 1, 1) if is_slot else (0, self._sizes.chunk)
+            if index not in (0, self._sizes.rules.slots):
+                past, tokens = 0, 1
+            task = Task(index, 0, past, tokens, [0] * cache.rows, True, None, None)
+            shape = (cache.rows, tokens, self.stage.message_values)
+            hidden = torch.zeros(shape, dtype=self.stage.message_dtype, device=self.stage.device)
+            self._forward(task, None if self.stage.is_first else hidden)
+            cache.fill(0.0)
+
+    def kv_bytes(self) -> int:
+        """Bytes allocated for KV."""
+        return sum(cache.nbytes() for cache in self.caches)
+
+    def follow(self, line: Mail) -> None:
+        """Carries out the orders of the first stage until it says that all is over; for the stages behind it.
+
+        Raises:
+            RuntimeError: the first stage, or a neighbour, is gone.
+        """
+        receiver = self.edges.hidden_in
+        assert receiver is not None
+        orders: deque[tuple[list[Edit], Task]] = deque()
+        unposted: deque[Task] = deque()
+        is_over = False
+
+        def read(*, wait: bool, room: int) -> None:
+            nonlocal is_over
+            while not is_over and (order := line.receive(wait=wait)) is not None:
+                wait = False
+                is_over = order == ()
+                if not is_over:
+                    orders.append(([Edit(*edit) for edit in order[0]], Task(*order[1])))
+                    unposted.append(orders[-1][1])
+            # The ring holds so many, the one that is computed with among them.
+            while unposted and len(orders) - len(unposted) < room:
+                task = unposted.popleft()
+                receiver.post((len(task.starts), task.tokens, self.stage.message_values))
+
+        self.timeline.receive_begins()
+        while True:
+            # To wait for an order is not to wait for a message: there may be no request.
+            self.status.activity = "idle"
+            read(wait=not orders, room=receiver.depth)
+            if not orders:
+                break
+            self.status.activity = "receive"
+            hidden = receiver.take()
+            edits, task = orders.popleft()
+            read(wait=False, room=receiver.depth - 1)
+            tokens = self.run(edits, task, hidden)
+            if tokens is not None:
+                line.send(tokens)
+        self.finish()
+
+    def run(self, edits: Sequence[Edit], task: Task, hidden: torch.Tensor | None) -> list[int] | None:
+        """Carries out one order, and hands its output on; on the last stage the tokens that come of it."""
+        self.status.activity = "compute"
+        self.timeline.compute_begins()
+        for edit in edits:
+            rows, span = slice(edit.first_row, edit.first_row + edit.num_rows), slice(edit.first, edit.end)
+            target, source = self.caches[edit.target], self.caches[edit.source]
+            target.copy(source, rows, span, to_row=edit.to_row, to_first=edit.to_first)
+        output = self._forward(task, hidden)
+        tokens = None
+        if self.stage.is_last and task.samples:
+            tokens = self._sample(output, task.draws).tolist()
+        self.timeline.compute_ended()
+        if self.edges.hidden_in is not None:
+            self.edges.hidden_in.consumed()
+        self.status.activity = "send"
+        sending = time.monotonic()
+        if self.edges.hidden_out is not None:
+            self.edges.hidden_out.send(output)
+        self.timeline.sent(time.monotonic() - sending)
+        if self.device.is_cuda:
+            self._marks.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+            self._marks[-1].record()
+            if len(self._marks) == _AHEAD:
+                self._marks.popleft().synchronize()
+        self.status.tasks_done += 1
+        self.timeline.receive_begins()
+        return tokens
+
+    def finish(self) -> None:
+        """Waits for every send under way."""
+        self.status.activity = "send"
+        if self.edges.hidden_out is not None:
+            self.edges.hidden_out.drain()
+        self.device.synchronize()
+        self.status.activity = "idle"
+
+    def _forward(self, task: Task, hidden: torch.Tensor | None) -> torch.Tensor:
+        rows, end = len(task.starts), task.past + task.tokens
+        starts = torch.tensor(task.starts).unsqueeze(-1)
+        positions = (torch.arange(task.past, end) - starts).clamp(min=0)
+        mask = None
+        if self.stage.needs_mask or any(task.starts):
+            mask = to_device((torch.arange(end) >= starts).long(), self.stage.device)
+        if task.ids is None:
+            ids = torch.full((rows, task.tokens), self.pad_token_id)
+        else:
+            ids = torch.tensor(task.ids).view(rows, task.tokens)
+        cache = self.caches[task.cache]
+        cache.seek_from(task.base, rows, task.past)
+        return self.stage.forward(
+            to_device(ids, self.stage.device),
+            mask,
+            to_device(positions, self.stage.device),
+            cache,
+            hidden,
+            without_logits=not task.samples,
+        )
+
+    @torch.inference_mode()
+    def _sample(self, logits: torch.Tensor, draws: Sequence[float] | None) -> torch.Tensor:
+        if draws is None:
+            return likeliest(logits)
+        assert self.sampling is not None
+        return draw(logits, torch.tensor(draws, dtype=torch.float64, device=logits.device), self.sampling)
+
+
+class Source(Protocol):
+    """Where requests come from, and what comes of them goes to. Times are seconds from the start."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more will come."""
+
+    @property
+    def next_s(self) -> float | None:
+        """When the next one comes, where that is known."""
+
+    @property
+    def waits_on(self) -> Sequence[Any]:
+        """What turns readable when one comes whose time was not known."""
+
+    def take(self, now_s: float) -> Sequence[OnlineRequest]:
+        """Requests that have come since the last call."""
+
+    def cancelled(self) -> Sequence[int]:
+        """Numbers of requests that are no longer wanted, since the last call."""
+
+    def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
+        """Takes tokens of requests, by number."""
+
+    def finished(self, served: ServedRequest) -> None:
+        """Takes a request that has left."""
+
+
+class Trace:
+    """Requests whose times are known beforehand; what came of them is kept."""
+
+    waits_on: Sequence[Any] = ()
+
+    def __init__(self, requests: Sequence[OnlineRequest]) -> None:
+        """Those without a time come at once."""
+        self._left = deque(sorted(requests, key=lambda one: one.at_s or 0.0))
+        self.served: dict[int, ServedRequest] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all have come."""
+        return not self._left
+
+    @property
+    def next_s(self) -> float | None:
+        """When the next one comes."""
+        return (self._left[0].at_s or 0.0) if self._left else None
+
+    def take(self, now_s: float) -> Sequence[OnlineRequest]:
+        """Those whose time has come."""
+        found = []
+        while self._left and (self._left[0].at_s or 0.0) <= now_s:
+            found.append(self._left.popleft())
+        return found
+
+    def cancelled(self) -> Sequence[int]:
+        """None ever is."""
+        return ()
+
+    def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
+        """They are kept with the request."""
+
+    def finished(self, served: ServedRequest) -> None:
+        """Keeps it."""
+        self.served[served.number] = served
+
+
+@dataclass(slots=True)
+class _Served:
+    request: OnlineRequest
+    arrived_s: float
+    noticed_s: float
+    began_s: float | None = None
+    tokens: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+    is_cancelled: bool = False
+
+    def result(self) -> ServedRequest:
+        return ServedRequest(
+            number=self.request.number,
+            arrived_s=self.arrived_s,
+            noticed_s=self.noticed_s,
+            began_s=self.began_s,
+            token_times_s=tuple(self.times_s),
+            token_ids=tuple(self.tokens),
+            is_cancelled=self.is_cancelled,
+        )
+
+
+class Leader:
+    """The first stage's part: takes requests in, decides, tells the others, and takes tokens in."""
+
+    def __init__(
+        self,
+        stage: OnlineStage,
+        lines: Sequence[Mail],
+        source: Source,
+        sizes: Sizes,
+        *,
+        max_concurrency: int | None = None,
+        keep_tasks: bool = True,
+    ) -> None:
+        """
+        Args:
+            lines: to the other stages, in their order.
+            max_concurrency: requests in the system at once; others wait before it.
+            keep_tasks: whether tasks and spans without a request are kept, which grow with time.
+        """
+        self.admission = Admission(sizes.rules)
+        self.slots = Slots(sizes.rules, sizes.max_len, stage.pad_token_id)
+        self.tasks: list[OnlineTask] = []
+        self.idle_s: list[tuple[float, float]] = []
+        """Spans without a request."""
+        self.last_s = 0.0
+        """When the last token was known."""
+        self._stage, self._lines, self._source = stage, lines, source
+        self._max_concurrency, self._keep_tasks = max_concurrency, keep_tasks
+        self._outside: deque[_Served] = deque()
+        self._served: dict[int, _Served] = {}
+        self._under_way: deque[tuple[Prefill | Decode, tuple[int, ...]]] = deque()
+        self._empty_since_s: float | None = 0.0
+        self._zero_s = 0.0
+
+    def run(self) -> float:
+        """Serves until no more requests come and all have left; returns the moment from which times are counted.
+
+        Raises:
+            RuntimeError: another stage is gone.
+        """
+        self._zero_s = self._stage.device.now()
+        self._stage.timeline.receive_begins()
+        self._listen(0.0)
+        while not (self._source.is_over and not self._served and not self._outside):
+            order = self.admission.decide()
+            if isinstance(order, Wait):
+                self._stage.status.activity = "idle" if order.reason == "empty" else "receive"
+                next_s = self._source.next_s
+                self._listen(None if next_s is None else max(0.0, next_s - self._now()))
+            else:
+                self._carry_out(order)
+                self._listen(0.0)
+        for line in self._lines:
+            line.send(())
+        self._stage.finish()
+        return self._zero_s
+
+    def _now(self) -> float:
+        return self._stage.device.now() - self._zero_s
+
+    def _listen(self, timeout_s: float | None) -> None:
+        """Takes in tokens and requests; waits for some as long as given."""
+        waits_on = [*self._lines, *self._source.waits_on]
+        if waits_on:
+            ready, _, _ = select.select(waits_on, [], [], timeout_s)
+            for line in ready:
+                # Of the others nothing is heard but that they are gone.
+                while isinstance(line, Mail) and (tokens := line.receive(wait=False)) is not None:
+                    self._learn(*self._under_way.popleft(), tokens)
+        elif timeout_s:
+            time.sleep(timeout_s)
+        now = self._now()
+        for request in self._source.take(now):
+            self._outside.append(_Served(request, now if request.at_s is None else request.at_s, now))
+        for number in self._source.cancelled():
+            self._cancel(number)
+        while self._outside and len(self._served) < (self._max_concurrency or len(self._served) + 1):
+            self._admit(self._outside.popleft())
+
+    def _admit(self, one: _Served) -> None:
+        if self._empty_since_s is not None and self._keep_tasks and one.arrived_s > self._empty_since_s:
+            self.idle_s.append((self._empty_since_s, one.arrived_s))
+        self._empty_since_s = None
+        number, prompt, sampling = one.request.number, one.request.prompt, self._stage.sampling
+        draws = None
+        if sampling is not None:
+            draws = uniforms(sampling, [number], one.request.output_len)[0].tolist()
+        self._served[number] = one
+        self.slots.arrive(number, prompt, one.request.output_len, draws)
+        self.admission.arrive(Request(number=number, prompt_len=len(prompt)))
+
+    def _cancel(self, number: int) -> None:
+        if (one := next((one for one in self._outside if one.request.number == number), None)) is not None:
+            self._outside.remove(one)
+        elif (one := self._served.get(number)) is not None and self.admission.cancel(number):
+            self.slots.forget(number)
+            self._forget([number], self._now())
+        elif one is not None:
+            # It leaves with its next token.
+            one.is_cancelled = True
+            return
+        if one is not None:
+            one.is_cancelled = True
+            self._source.finished(one.result())
+
+    def _carry_out(self, order: Prefill | Decode) -> None:
+        edits, task, numbers = self.slots.order(order)
+        if isinstance(order, Prefill) and order.first_token == 0:
+            now = self._now()
+            for number in numbers:
+                self._served[number].began_s = now
+        if self._lines:
+            told = task if self._stage.stage.reads_ids else task._replace(ids=None)
+            message = [tuple(edit) for edit in edits], tuple(told)
+            for line in self._lines:
+                line.send(message)
+        if self._keep_tasks:
+            kind: Any = "prefill" if isinstance(order, Prefill) else "decode"
+            shape = {"rows": len(numbers), "tokens": task.tokens, "past": task.past}
+            self.tasks.append(OnlineTask(kind=kind, slot=order.slot, **shape))
+        tokens = self._stage.run(edits, task, None)
+        if tokens is not None:
+            self._learn(order, numbers, tokens)
+        elif task.samples:
+            self._under_way.append((order, numbers))
+
+    def _learn(self, order: Prefill | Decode, numbers: Sequence[int], tokens: Sequence[int]) -> None:
+        now = self.last_s = self._now()
+        finished, told = [], []
+        for number, token in zip(numbers, tokens, strict=True):
+            one = self._served[number]
+            if not one.is_cancelled:
+                one.tokens.append(token)
+                one.times_s.append(now)
+                told.append((number, token))
+            is_last = len(one.tokens) == one.request.output_len or token in one.request.eos_token_ids
+            if one.is_cancelled or is_last:
+                finished.append(number)
+        self.slots.known(order, tokens, finished)
+        if isinstance(order, Prefill):
+            self.admission.prefilled(order.requests, finished)
+        else:
+            self.admission.decoded(order.slot, finished)
+        self._source.told(told, now)
+        results = [self._served[number].result() for number in finished]
+        self._forget(finished, now)
+        for result in results:
+            self._source.finished(result)
+
+    def _forget(self, numbers: Sequence[int], now_s: float) -> None:
+        for number in numbers:
+            del self._served[number]
+        if not self._served:
+            self._empty_since_s = now_s
+
+
+def close_all(lines: Sequence[Mail]) -> None:
+    """Hangs up all lines."""
+    for line in lines:
+        with contextlib.suppress(OSError):
+            line.close()
