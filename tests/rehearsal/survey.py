@@ -22,7 +22,7 @@ from pydantic import Field
 from transformers.utils.logging import disable_progress_bar
 
 from pipetune.bench.errors import ModelError
-from pipetune.bench.memory import GPU_WORKSPACE_BYTES, ModelShape, stage_bytes
+from pipetune.bench.memory import ModelShape, gpu_workspace_bytes, stage_bytes
 from pipetune.bench.models.describe import describe_model
 from pipetune.bench.models.resolve import ResolvedModel, resolve_model
 from pipetune.bench.runtime.kernels.graphs import STATIC_KERNELS
@@ -199,7 +199,7 @@ def survey_stage(resolved: ResolvedModel, shape: ModelShape, *, memory: bool = T
         verdict=verdict,
         reason="; ".join(problems) or why or "",
         peaks={name: watch_.live.peak for name, watch_ in seen.items()},
-        predicted=need.activations - GPU_WORKSPACE_BYTES,
+        predicted=need.activations - gpu_workspace_bytes(plan),
     )
 
 
@@ -227,7 +227,7 @@ def survey_shape(name: str, folder: Path) -> tuple[int, int]:
             stage.forward(own, ids[:, : case.prompt_len], own, slot, None)
         with decode:
             StaticStep(stage, slot, StepKey(0, case.rows, length)).forward()
-    return need.activations - GPU_WORKSPACE_BYTES, max(prefill.live.peak, decode.live.peak)
+    return need.activations - gpu_workspace_bytes(plan), max(prefill.live.peak, decode.live.peak)
 
 
 def read_verdicts(document: str) -> dict[str, str]:
