@@ -164,7 +164,7 @@ def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, o
 
 
 def gpu_workspace_bytes(plan: Plan) -> int:
-    """Of a stage's activations on a GPU, what does not depend on its tasks."""
+    """The part of a stage's activations on a GPU that does not depend on its tasks, bytes."""
     return GPU_WORKSPACE_BYTES + plan.cuda_graphs * GRAPHS_WORKSPACE_BYTES
 
 

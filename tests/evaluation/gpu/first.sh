@@ -48,13 +48,13 @@ correct() {
     done
     find "$out/work" \( -name 'equality-*.json' -o -name memory.json \) -exec cp {} "$out" \;
 }
-sections() { # seconds, sections
+sections() { # folder, seconds, sections
     local only=() one
-    for one in "${@:2}"; do only+=(--only "$one"); done
-    timeout $(($1 + 10)) python3 -m tests.evaluation.gpu "${only[@]}" -o "$out/gpu-$2" --max-minutes "$(($1 / 60)).$(($1 % 60 * 10 / 60))"
+    for one in "${@:3}"; do only+=(--only "$one"); done
+    timeout $(($2 + 10)) python3 -m tests.evaluation.gpu "${only[@]}" -o "$out/$1" --max-minutes "$(($2 / 60)).$(($2 % 60 * 10 / 60))"
 }
-speed() { step "speed" && sections 100 machine timing decode-small; }
-large() { step "speed of the 7B shape" && sections 145 machine decode-large; }
+speed() { step "speed" && sections speed 140 machine timing decode-small; }
+large() { step "speed of the 7B shape" && sections large 145 machine decode-large; }
 tune() {
     step "a search"
     python3 -c 'import sys, pathlib, tests.evaluation.gpu.models as m; m.save_config(pathlib.Path(sys.argv[1]), m.SMALL)' "$out/model"
