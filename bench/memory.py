@@ -16,9 +16,11 @@ KV_ALIGNMENT = 16
 """On GPUs KV slots have a multiple of so many positions: kernels of attention pad them in every call otherwise."""
 EDGE_DEPTH = 2
 """Messages that the rings at a stage's ends hold, each: one is computed with while the next one comes."""
-GPU_WORKSPACE_BYTES = 86 * 2**20
-"""What a stage keeps on a GPU once it has run: cuBLAS's workspaces of the compute stream and of the one that captures,
-32 MiB each on Hopper, and what the allocator holds of the pieces in which a pool of graphs grows."""
+GPU_WORKSPACE_BYTES = 54 * 2**20
+"""What a stage keeps on a GPU once it has run: cuBLAS's workspace of the compute stream, 32 MiB on Hopper, and what the
+allocator rounds up. The most seen on an H200 is 45 MiB (`make gpu-check`, section memory)."""
+GRAPHS_WORKSPACE_BYTES = 32 * 2**20
+"""The same of the stream that captures; the most seen of both is 79 MiB."""
 CPU_FREE_SHARE = 0.25
 """Share of activations that glibc's heap holds in free pieces between them."""
 CPU_WORKSPACE_BYTES = 42 * 2**20
@@ -157,8 +159,13 @@ def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, o
     if on_cpu:
         activations = int(activations * (1 + CPU_FREE_SHARE)) + CPU_WORKSPACE_BYTES
     else:
-        activations += GPU_WORKSPACE_BYTES
+        activations += gpu_workspace_bytes(plan)
     return StageBytes(weights=weights, kv_per_slot=kv_per_slot, activations=activations)
+
+
+def gpu_workspace_bytes(plan: Plan) -> int:
+    """The part of a stage's activations on a GPU that does not depend on its tasks, bytes."""
+    return GPU_WORKSPACE_BYTES + plan.cuda_graphs * GRAPHS_WORKSPACE_BYTES
 
 
 def _task_bytes(

@@ -24,6 +24,8 @@ class Finder:
         if body is None:
             return None
         spec = importlib.util.find_spec(name)
+        if spec is None:
+            return None
         load = spec.loader.exec_module
 
         def exec_module(module):

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from pipetune.bench.errors import PlanError
 from pipetune.bench.memory import (
     CPU_WORKSPACE_BYTES,
-    GPU_WORKSPACE_BYTES,
+    GRAPHS_WORKSPACE_BYTES,
     LayerShape,
     ModelShape,
     TaskBytes,
     check_plan,
+    gpu_workspace_bytes,
     resolve,
     stage_bytes,
 )
@@ -124,7 +125,7 @@ def test_a_cpu_worker_keeps_more_than_its_tensors() -> None:
         stage_bytes(shape(), Plan.from_layer_counts((6,), (device,), 2), 0, prompt_len=32, output_len=16).activations
         for device in ("cpu:0", "cuda:0")
     )
-    assert on_cpu - CPU_WORKSPACE_BYTES >= on_gpu - GPU_WORKSPACE_BYTES
+    assert on_cpu - CPU_WORKSPACE_BYTES >= on_gpu - gpu_workspace_bytes(Plan.from_layer_counts((6,), ("cuda:0",), 2))
 
 
 MEASURED = TaskBytes(
@@ -153,7 +154,10 @@ def test_a_gpus_tasks_take_what_they_took_without_memory(
     need = stage_bytes(model, wanted, index, prompt_len=prompt_len, output_len=8).activations
     rings = 2 * 2 * min(chunk or prompt_len, prompt_len) * model.crossing_bytes
     logits = 2 * 2 * model.vocab_size * 4 if index else 0
-    assert need == GPU_WORKSPACE_BYTES + tokens_bytes + rings + logits
+    assert need == gpu_workspace_bytes(wanted) + tokens_bytes + rings + logits
+    eager = wanted.model_copy(update={"cuda_graphs": False})
+    without = stage_bytes(model, eager, index, prompt_len=prompt_len, output_len=8).activations
+    assert need - without == GRAPHS_WORKSPACE_BYTES
     on_cpu = plan(3, 3, prefill_chunk_size=chunk)
     unlike = [stage_bytes(one, on_cpu, index, prompt_len=prompt_len, output_len=8) for one in (shape(), model)]
     assert unlike[0] == unlike[1]

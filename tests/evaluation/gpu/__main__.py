@@ -30,7 +30,7 @@ from tests.evaluation.harness import ROOT, findable, module_command
 
 LEAST_S = 8.0
 """A section with less time than this is not begun."""
-CORES_OF_ONE, GIB_OF_ONE = 4, 19
+CORES_OF_ONE, GIB_OF_ONE, MOST_AT_ONCE = 3, 15, 5
 """What one fleet of four workers takes while it starts."""
 
 
@@ -44,13 +44,13 @@ class _Group:
 
 GROUPS = (
     _Group(names=("machine",), limit_s=45.0),
-    _Group(names=("memory",), limit_s=60.0),
-    _Group(names=("decode-small",), limit_s=110.0),
-    _Group(names=("decode-large",), limit_s=170.0),
-    _Group(names=tuple(name for name in SECTIONS if name.startswith("equality")), limit_s=170.0),
+    _Group(names=("memory", *(name for name in SECTIONS if name.startswith("equality"))), limit_s=240.0),
     _Group(names=("timing",), limit_s=45.0),
+    _Group(names=("decode-small",), limit_s=80.0),
+    _Group(names=("decode-large",), limit_s=170.0),
 )
-"""Speed is measured alone; what proves correctness only may share the machine with others of its kind."""
+"""Speed is measured alone; what proves correctness only may share the machine with others of its kind, and goes first:
+on an H200 host of 16 cores it took 3 minutes and a half."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def machine_name(machine: Machine) -> str:
 
 def parallel_sections(cores: int, gpu_gib: float) -> int:
     """How many sections of fleets may run at once without starving one another."""
-    return max(1, min(4, cores // CORES_OF_ONE, int(gpu_gib // GIB_OF_ONE)))
+    return max(1, min(MOST_AT_ONCE, cores // CORES_OF_ONE, int(gpu_gib // GIB_OF_ONE)))
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -7,6 +7,7 @@ and never speed, which is all that is asked here.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -35,13 +36,15 @@ def nccl_environment() -> dict[str, str]:
     return {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "4"}
 
 
-def run(context: Context, dtype: Dtype, transport: str) -> None:
-    """All families in one dtype over one transport."""
+def run(context: Context, dtype: Dtype, transport: str, only: Collection[str] = ()) -> None:
+    """All families, or some of them, in one dtype over one transport."""
     devices = _devices(transport, context.work / "hooks")
     splits = [counts for counts in SPLITS if len(counts) <= len(devices)]
     assert all(sum(counts) == TINY_LAYERS for counts in splits)
     wrong, compared, captured = [], 0, 0
     for family, config in TINY.items():
+        if only and family not in only:
+            continue
         if context.left_s < PER_FLEET_S:
             context.note(f"out of time before {family}")
             wrong.append(f"{family} and those behind it, for which there was no time")

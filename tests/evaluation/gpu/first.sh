@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# First steps on a GPU host without a package registry, from the root of a copied checkout, within 8 minutes.
+# First steps on a GPU host without a package registry, from the root of a copied checkout, within 9 minutes.
 #
 #   OUT=/some/folder WHEELS=folder/of/wheels tests/evaluation/gpu/first.sh [STEP…]
 #
 # Steps: correct, speed, large, tune; all but `large` where none is named. WHEELS (optional) holds what that host's Python
 # lacks beside torch and transformers: pydantic, pydantic_core, annotated-types, typing-inspection, platformdirs, filelock,
-# hypothesis, sortedcontainers; for `tune` also optuna, alembic, Mako, SQLAlchemy, colorlog. Reports and logs end in OUT.
+# hypothesis, sortedcontainers, gguf; for `tune` also optuna, alembic, Mako, SQLAlchemy, colorlog. Reports and logs end in OUT.
 # Exit code 1: correctness was not shown to the end.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
@@ -34,7 +34,7 @@ correct() {
     local logs=() pids=() one
     mkdir -p "$out/work"
     begin() { # log, arguments of pytest
-        timeout 200 python3 -m pytest -q -m gpu -p no:cacheprovider -o addopts= -o filterwarnings= --durations=20 \
+        timeout 260 python3 -m pytest -q -m gpu -p no:cacheprovider -o addopts= -o filterwarnings= --durations=20 \
             --basetemp "$out/work/$1" "${@:2}" >"$out/$1.log" 2>&1 &
         pids+=($!) logs+=("$1")
     }
@@ -48,17 +48,17 @@ correct() {
     done
     find "$out/work" \( -name 'equality-*.json' -o -name memory.json \) -exec cp {} "$out" \;
 }
-sections() { # seconds, sections
+sections() { # folder, seconds, sections
     local only=() one
-    for one in "${@:2}"; do only+=(--only "$one"); done
-    timeout $(($1 + 10)) python3 -m tests.evaluation.gpu "${only[@]}" -o "$out/gpu-$2" --max-minutes "$(($1 / 60)).$(($1 % 60 * 10 / 60))"
+    for one in "${@:3}"; do only+=(--only "$one"); done
+    timeout $(($2 + 10)) python3 -m tests.evaluation.gpu "${only[@]}" -o "$out/$1" --max-minutes "$(($2 / 60)).$(($2 % 60 * 10 / 60))"
 }
-speed() { step "speed" && sections 100 machine timing decode-small; }
-large() { step "speed of the 7B shape" && sections 145 machine decode-large; }
+speed() { step "speed" && sections speed 140 machine timing decode-small; }
+large() { step "speed of the 7B shape" && sections large 145 machine decode-large; }
 tune() {
     step "a search"
     python3 -c 'import sys, pathlib, tests.evaluation.gpu.models as m; m.save_config(pathlib.Path(sys.argv[1]), m.SMALL)' "$out/model"
-    timeout 90 python3 -m pipetune tune --model "$out/model" --load-format dummy --dtype bfloat16 --devices cuda:0 \
+    timeout 130 python3 -m pipetune tune --model "$out/model" --load-format dummy --dtype bfloat16 --devices cuda:0 \
         --num-prompts 16 --input-len 64 --output-len 32 --n-trials 4 --timeout 25s --finalists 1 --finalist-rounds 1 \
         --max-finalist-rounds 1 --baseline-batch-sizes 16 --no-progress -o "$out/tune" 2>&1 | tee "$out/tune.log" | tail -40
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=(tune)

@@ -82,7 +82,9 @@ def _predict(context: Context) -> None:
                 plan = plan.model_copy(update={"cuda_graphs": graphs})
                 effective = EffectivePlan(plan=plan, in_flight=1)
                 outcome = experiment.measure(plan, workload, PROTOCOL, resolved=effective).result
-                label = f"{name}, {micro_batch} x {workload.input_len}, chunk {chunk}, {'graphs' if graphs else 'eager'}"
+                label = (
+                    f"{name}, {micro_batch} x {workload.input_len}, chunk {chunk}, {'graphs' if graphs else 'eager'}"
+                )
                 if isinstance(outcome, Failure):
                     _add_row(context, label, outcome)
                     continue

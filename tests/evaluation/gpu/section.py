@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def _equality(dtype: str, transport: str) -> Callable[[Context], None]:
     def work(context: Context) -> None:
         from tests.evaluation.gpu import equality
 
-        equality.run(context, "float32" if dtype == "fp32" else "bfloat16", transport)
+        only = os.environ.get("PIPETUNE_GPU_FAMILIES", "").split()
+        equality.run(context, "float32" if dtype == "fp32" else "bfloat16", transport, only)
 
     return work
 

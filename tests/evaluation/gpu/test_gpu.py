@@ -12,7 +12,7 @@ from tests.evaluation.gpu.context import read_section
 from tests.evaluation.gpu.section import SECTIONS
 from tests.evaluation.harness import findable, module_command
 
-LIMIT_S = 180.0
+LIMIT_S = 240.0
 SHOWN = tuple(name for name in SECTIONS if name == "memory" or name.startswith("equality"))
 """Sections that prove correctness; the others tell speeds, which no test can miss."""
 

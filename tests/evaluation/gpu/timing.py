@@ -1,10 +1,12 @@
 """Whether times can be believed: spans between events against the wall clock and against what the profiler saw run.
 
-In one process, with the runtime's own loop: a profiler sees its own process alone.
+In one process, with the runtime's own loop: a profiler sees its own process alone. Beside it, of what kinds of kernels
+a captured step consists.
 """
 
 from __future__ import annotations
 
+import collections
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -20,7 +22,7 @@ from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.spec import ModelSpec, Workload
 from pipetune.bench.worker.prompts import random_prompts
 from tests.evaluation.gpu.context import Context
-from tests.evaluation.gpu.models import SMALL, save_config
+from tests.evaluation.gpu.models import LARGE, SMALL, save_config
 
 WORKLOAD = Workload(num_prompts=8, input_len=64, output_len=33)
 REPEATS = 3
@@ -28,15 +30,30 @@ TOLERANCE = 1.05
 """Clocks are read at nearly the same moment, and some small copies run outside of all spans."""
 
 
+MODELS = {"135M shape": SMALL, "7B shape, 2 layers": {**LARGE, "num_hidden_layers": 2}}
+KINDS = {
+    "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "splitk", "cublas"),
+    "attention": ("fmha", "flash", "sdpa", "attention", "cudnn"),
+    "copies": ("memcpy", "memset", "copy_kernel"),
+    "reductions": ("reduce",),
+}
+"""Kinds of kernels by pieces of their names, the first that fits; the others mostly work element by element."""
+
+
 def run(context: Context) -> None:
-    """Eager and captured decode of one small model."""
-    folder = save_config(context.work / "small", SMALL)
+    """Eager and captured decode of a small model, and of two layers of a large one."""
+    for name, config in MODELS.items():
+        _run_model(context, name, config)
+
+
+def _run_model(context: Context, name: str, config: dict[str, Any]) -> None:
+    folder = save_config(context.work / name.replace(" ", "-"), config)
     resolved = resolve_model(ModelSpec(name=str(folder), dtype="bfloat16", load_format="dummy"))
     device = DeviceContext("cuda:0", num_threads=1)
     stage = Stage(resolved, device.torch_device)
-    stage.assign(0, SMALL["num_hidden_layers"], is_first=True, is_last=True)
+    stage.assign(0, config["num_hidden_layers"], is_first=True, is_last=True)
     job = Job(
-        prompts=random_prompts(WORKLOAD, SMALL["vocab_size"]),
+        prompts=random_prompts(WORKLOAD, config["vocab_size"]),
         output_len=WORKLOAD.output_len,
         micro_batch_size=WORKLOAD.num_prompts,
         prefill_size=WORKLOAD.num_prompts,
@@ -51,7 +68,9 @@ def run(context: Context) -> None:
         plain = statistics.median(wall_s(loop.run(job)) for _ in range(REPEATS))
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             result = loop.run(job)
-        _compare(context, how, result, busy_s(_kernels(profiler)), plain)
+        _compare(context, f"{name}, {how}", result, busy_s(_kernels(profiler)), plain)
+        if graphs is not None:
+            _break_down(context, name, profiler)
         for note in graphs.notes if graphs is not None else ():
             context.note(note)
         if graphs is not None:
@@ -80,6 +99,25 @@ def _compare(context: Context, how: str, result: PassResult, busy: float, plain_
         f"{busy * 1e3:.2f}, {spans * 1e3:.2f}, {wall * 1e3:.2f} ms",
         proves_correctness=True,
     )
+
+
+def _break_down(context: Context, name: str, profiler: Any) -> None:
+    """Kernels and their time by kind, of one task on average: nearly all tasks are captured steps."""
+    counts: collections.Counter[str] = collections.Counter()
+    seconds: collections.Counter[str] = collections.Counter()
+    for event in profiler.events():
+        if event.device_type.name == "CUDA" and not event.is_user_annotation:
+            low = event.name.lower()
+            kind = next(
+                (kind for kind, parts in KINDS.items() if any(part in low for part in parts)), "element by element"
+            )
+            counts[kind] += 1
+            seconds[kind] += event.time_range.elapsed_us() / 1e6
+    for kind, total in seconds.most_common():
+        tasks = WORKLOAD.output_len
+        context.row(
+            how=f"{name}, a task's {kind}", kernels=counts[kind] // tasks, kernels_busy_ms=round(total * 1e3 / tasks, 4)
+        )
 
 
 def wall_s(result: PassResult) -> float:
