@@ -11,10 +11,15 @@ time:
   `bubble_imbalance` (Σ (max busy − busy_s) / (S · W), no more than what is left), and
   `bubble_wait` (the rest: dependencies, communication, host).
 * `steady_utilization` = Σ busy_s / Σ (last end − first start).
+
+Under arrivals all latencies count from the scheduled arrival, and stage time is the sum of Σ busy_s, the bubble and
+`idle_ratio` · S · W, in which no request was in the system. The bubble has a part `bubble_underfilled` more: stages
+that wait while all requests do so for their tokens, and none for a row.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import operator
@@ -23,9 +28,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipetune.bench.record import Iteration, Measurement
+from pipetune.bench.record import Iteration, Measurement, Spans, StageTrace
 
 LATENCIES = ("queue", "ttft", "tpot", "e2el")
+LOAD_LATENCIES = ("itl", "client_queue_time")
+"""Latencies that there are under arrivals alone."""
 PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 HIGHER_IS_BETTER = frozenset(
     {
@@ -54,20 +61,24 @@ def samples_needed(quantile: float) -> int:
     return math.ceil(round(1.0 / (1.0 - quantile), 9))
 
 
-def metric_names(num_prompts: int, output_len: int, *, gpu: bool = False, goodput: bool = False) -> tuple[str, ...]:
+def metric_names(
+    num_prompts: int, output_len: int, *, gpu: bool = False, goodput: bool = False, arrivals: bool = False
+) -> tuple[str, ...]:
     """Names of the scalar metrics that a run of this size yields; percentiles with too few samples are absent."""
     names = ["total_token_throughput", "request_throughput", "duration_s"]
     if output_len > 0:
         names.insert(0, "output_throughput")
     if goodput:
         names += ["request_goodput", "slo_attainment"]
-    for latency in LATENCIES:
-        if (latency == "tpot" and output_len < 2) or (latency == "ttft" and output_len < 1):
+    for latency in (*LATENCIES, *(LOAD_LATENCIES if arrivals else ())):
+        if (latency in ("tpot", "itl") and output_len < 2) or (latency == "ttft" and output_len < 1):
             continue
         names += [f"mean_{latency}_ms", f"median_{latency}_ms"]
         names += [f"{name}_{latency}_ms" for name, q in PERCENTILES.items() if num_prompts >= samples_needed(q)]
     names += ["bubble_ratio", "bubble_fill_drain", "bubble_imbalance", "bubble_wait", "steady_utilization"]
     names += ["peak_memory_bytes", "peak_memory_fraction", "comm_ms"]
+    if arrivals:
+        names += ["idle_ratio", "bubble_underfilled", "arrival_lag_ms"]
     return (*names, "gpu_utilization", "energy_j", "output_tokens_per_joule") if gpu else tuple(names)
 
 
@@ -81,7 +92,12 @@ def percentile(samples: Sequence[float], quantile: float) -> float:
 
 
 def request_times_s(measurement: Measurement) -> tuple[dict[str, tuple[float, ...]], ...]:
-    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (0 for one token) and `e2el`, in seconds."""
+    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (0 for one token) and `e2el`, in seconds.
+
+    Under arrivals `client_queue_time` as well.
+    """
+    if measurement.is_under_arrivals:
+        return tuple(map(_arrived_times_s, measurement.iterations))
     order, tasks = measurement.order, measurement.tasks
     first_rows = list(itertools.accumulate(measurement.micro_batch_sizes, initial=0))
     # Prompts whose rows are worked on together share their times.
@@ -103,6 +119,22 @@ def good_requests(times_s: Mapping[str, Sequence[float]], limits_ms: Mapping[str
     """Requests of one iteration that keep all limits."""
     kept = [[time <= limit / 1e3 for time in times_s[name]] for name, limit in limits_ms.items() if name in times_s]
     return sum(map(all, zip(*kept, strict=True)))
+
+
+def _arrived_times_s(run: Iteration) -> dict[str, tuple[float, ...]]:
+    # In the order of each: arrival, admission, begin of the prefill, first and last token.
+    rows = [
+        (one.arrived_s, one.admitted_s or 0.0, one.began_s or 0.0, one.token_times_s[0], one.token_times_s[-1])
+        for one in run.requests
+    ]
+    lens = [max(len(one.token_times_s) - 1, 1) for one in run.requests]
+    return {
+        "queue": tuple(began - arrived for arrived, _, began, _, _ in rows),
+        "client_queue_time": tuple(admitted - arrived for arrived, admitted, *_ in rows),
+        "ttft": tuple(first - arrived for arrived, _, _, first, _ in rows),
+        "e2el": tuple(last - arrived for arrived, *_, last in rows),
+        "tpot": tuple((last - first) / length for (*_, first, last), length in zip(rows, lens, strict=True)),
+    }
 
 
 def _times_s(
@@ -155,20 +187,46 @@ def bubble(measurement: Measurement, iteration: int) -> dict[str, float]:
         return {}
     run = measurement.iterations[iteration]
     area = len(busy) * run.duration_s
-    ratio = 1.0 - sum(busy) / area
+    idle = len(busy) * sum(end - begin for begin, end in run.idle_s) / area
+    ratio = 1.0 - sum(busy) / area - idle
     # A replica without prompts has idle stages.
     active = [
         trace.compute_end_s[-1] - trace.compute_start_s[0] if trace.compute_start_s else 0.0 for trace in run.stages
     ]
-    fill_drain = sum(run.duration_s - span for span in active) / area
-    imbalance = min(sum(max(busy) - own for own in busy) / area, max(ratio - fill_drain, 0.0))
-    return {
+    outside = [span for trace in run.stages if trace.compute_start_s for span in _outside(trace, run.duration_s)]
+    fill_drain = (sum(run.duration_s - span for span in active) - _shared(outside, run.idle_s)) / area
+    underfilled = 0.0
+    for trace in run.stages if run.underfilled_s else ():
+        computes = list(zip(trace.compute_start_s, trace.compute_end_s, strict=True))
+        waits = sum(end - begin for begin, end in run.underfilled_s)
+        waits -= _shared(computes, run.underfilled_s) + _shared(_outside(trace, run.duration_s), run.underfilled_s)
+        underfilled += waits / area
+    imbalance = min(sum(max(busy) - own for own in busy) / area, max(ratio - fill_drain - underfilled, 0.0))
+    values = {
         "bubble_ratio": ratio,
         "bubble_fill_drain": fill_drain,
         "bubble_imbalance": imbalance,
-        "bubble_wait": ratio - fill_drain - imbalance,
+        "bubble_wait": ratio - fill_drain - underfilled - imbalance,
         "steady_utilization": sum(busy) / sum(active),
     }
+    return values | {"idle_ratio": idle, "bubble_underfilled": underfilled} if run.requests else values
+
+
+def _outside(trace: StageTrace, duration_s: float) -> Spans:
+    """Before a stage's first task and after its last."""
+    return (0.0, trace.compute_start_s[0]), (trace.compute_end_s[-1], duration_s)
+
+
+def _shared(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> float:
+    """Seconds that lie in a span of both, each of which has none that overlap."""
+    ends = [end for _, end in other]
+    shared = 0.0
+    for begin, end in one:
+        for index in range(bisect.bisect_right(ends, begin), len(other)):
+            if other[index][0] >= end:
+                break
+            shared += min(end, other[index][1]) - max(begin, other[index][0])
+    return shared
 
 
 def stage_metrics(measurement: Measurement) -> dict[str, tuple[float, ...]]:
@@ -194,7 +252,7 @@ def latency_metrics(times_s: Mapping[str, Sequence[float]], num_requests: int) -
     """Mean, median and percentiles of each latency's samples, in ms; percentiles that so many requests can have."""
     values = {}
     enough = {label: q for label, q in PERCENTILES.items() if num_requests >= samples_needed(q)}
-    for name in (name for name in LATENCIES if times_s.get(name)):
+    for name in (name for name in (*LATENCIES, *LOAD_LATENCIES) if times_s.get(name)):
         samples = sorted(times_s[name])
         values[f"mean_{name}_ms"] = statistics.fmean(samples) * 1e3
         values[f"median_{name}_ms"] = statistics.median(samples) * 1e3
@@ -231,6 +289,10 @@ def derive(measurement: Measurement) -> dict[str, float]:
         for name, own in times.items():
             has_one = (length > 1 or name != "tpot" for length in measurement.generated_lens)
             pooled.setdefault(name, []).extend(itertools.compress(own, has_one))
+    if measurement.is_under_arrivals:
+        requests = [one for run in measurement.iterations for one in run.requests]
+        pooled["itl"] = [b - a for one in requests for a, b in itertools.pairwise(one.token_times_s)]
+        values["arrival_lag_ms"] = max(one.noticed_s - one.arrived_s for one in requests) * 1e3
     values |= latency_metrics(pooled, len(measurement.prompt_lens))
     bubbles = [bubble(measurement, index) for index in range(len(durations))]
     for name in bubbles[0]:

@@ -129,6 +129,37 @@ class StageTrace(Value):
         return self
 
 
+class RequestTimes(Value):
+    """What became of a request that came over time. Seconds from the start, on the first stage's clock."""
+
+    arrived_s: Seconds
+    """As it was scheduled; latencies count from here."""
+    noticed_s: Seconds
+    """When the first stage saw it."""
+    admitted_s: Seconds | None = None
+    """When it was in the system: later than `noticed_s` where `max_concurrency` held it back."""
+    began_s: Seconds | None = None
+    """When its prefill was ordered."""
+    token_times_s: tuple[Seconds, ...] = ()
+    """When the first stage knew each token."""
+
+
+class LoadTask(Value):
+    """One task on requests that come over time, the same on every stage."""
+
+    kind: Literal["prefill", "decode"]
+    slot: Count
+    """Where its rows decode, or will."""
+    rows: Count
+    tokens: Count
+    """Positions of each row that it worked on."""
+    past: Count
+    """Positions before them, padding among them."""
+
+
+Spans = tuple[tuple[Seconds, Seconds], ...]
+
+
 class Iteration(Value):
     """One timed repetition of the workload."""
 
@@ -141,6 +172,14 @@ class Iteration(Value):
     """Stage by stage; of several replicas, one replica after the other."""
     host_gap_s: tuple[Seconds, ...] = ()
     """Per stage: time inside the loop that was neither compute nor waiting."""
+    requests: tuple[RequestTimes, ...] = ()
+    """Under arrivals, along the prompts; there are no `tasks` of the whole measurement then."""
+    load_tasks: tuple[LoadTask, ...] = ()
+    """Under arrivals, what the traces of the stages run along."""
+    idle_s: Spans = ()
+    """Under arrivals: spans in which no request was in the system."""
+    underfilled_s: Spans = ()
+    """Under arrivals: spans in which all that were waited for their tokens, and none for a row."""
 
 
 class StageMemory(Value):
@@ -271,8 +310,15 @@ class Measurement(Value):
         """Tokens generated for each prompt, in the order given."""
         return self.output_lens or (self.output_len,) * len(self.prompt_lens)
 
+    @property
+    def is_under_arrivals(self) -> bool:
+        """Whether requests came over time."""
+        return bool(self.iterations[0].requests)
+
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
+        if self.is_under_arrivals:
+            return self._suits_arrivals()
         sizes, counts = self.micro_batch_sizes, self.replica_tasks or (len(self.tasks),)
         stages = len(self.iterations[0].stages)
         rows, spans = dict(enumerate(sizes)), [count for count in counts for _ in range(stages // len(counts))]
@@ -289,6 +335,20 @@ class Measurement(Value):
         }
         if odd := [name for name, holds in fits.items() if not holds]:
             raise ValueError(f"{odd[0]}: does not fit the rest of the measurement")
+        return self
+
+    def _suits_arrivals(self) -> Self:
+        for run in self.iterations:
+            traced = {len(trace.compute_start_s) for trace in run.stages}
+            times = zip(run.requests, self.generated_lens, strict=False)
+            fits = {
+                "tasks": not self.tasks,
+                "requests": len(run.requests) == len(self.prompt_lens)
+                and all(len(one.token_times_s) == length for one, length in times),
+                "stages": traced in ({0}, {len(run.load_tasks)}),
+            }
+            if odd := [name for name, holds in fits.items() if not holds]:
+                raise ValueError(f"{odd[0]}: does not fit the rest of the measurement")
         return self
 
 

@@ -308,6 +308,11 @@ class Arrivals(Value):
         default=None, ge=1
     )
     """What arrives beyond it waits, and its latency counts from when it was to arrive."""
+    num_warmups: Annotated[
+        int | None, Flag("Load", "Requests before the timed ones, all at once. [what fills all slots twice]")
+    ] = Field(default=None, ge=1)
+    times_s: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
+    """When each request of the trace comes, seconds; filled in when that is read."""
     seed: Annotated[int, Flag("Load", "Seed of the gaps.", name="arrival_seed")] = 0
 
     @model_validator(mode="after")
@@ -381,6 +386,8 @@ class Workload(Value):
     """How requests come over time; None gives all at once."""
     output_lens: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """Tokens generated for each prompt, where its line in the file says so; filled in when that is read."""
+    input_lens: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """Tokens of each random prompt, where a trace says so; filled in when that is read."""
     prompts_sha256: str | None = None
     """SHA-256 of the prompts' text with plain newlines, part of the workload's identity; filled in when it is read."""
 
@@ -390,8 +397,11 @@ class Workload(Value):
             raise ValueError("workload.sampling: nothing is sampled where texts are scored; leave it out")
         if self.kind == "score" and self.goodput is not None and {*self.goodput.limits} != {"e2el"}:
             raise ValueError("workload.goodput: where texts are scored there is no latency but e2el; give e2el alone")
-        if self.output_lens is not None and len(self.output_lens) != self.num_prompts:
-            raise ValueError(f"workload.output_lens: {len(self.output_lens)} of {self.num_prompts} prompts")
+        times_s = self.arrivals.times_s if self.arrivals is not None else None
+        given = {"output_lens": self.output_lens, "input_lens": self.input_lens, "arrivals.times_s": times_s}
+        for name, values in given.items():
+            if values is not None and len(values) != self.num_prompts:
+                raise ValueError(f"workload.{name}: {len(values)} of {self.num_prompts} prompts")
         return self
 
     @property

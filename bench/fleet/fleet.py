@@ -139,7 +139,12 @@ class Fleet(Closing):
             ConfigError: prompts that cannot be used.
             PlanError: the plan does not suit the model, or names a device that is not the fleet's.
         """
-        return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
+        if workload.arrivals is None:
+            return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
+        self._check_online(plan)
+        lens = {"prompt_len": max(self.prompt_lens(workload)), "output_len": workload.generated_len}
+        slots = resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
+        return slots if isinstance(slots, Failure) else EffectivePlan(plan=plan, in_flight=slots)
 
     def _resolve(self, plan: Plan, prompt_lens: Sequence[int], output_len: int) -> EffectivePlan | Failure:
         return resolve_prompts(self.shape, plan, prompt_lens, output_len=output_len, device_bytes=self.device_bytes)

@@ -16,10 +16,12 @@ from pipetune.bench.spec import Arrivals
 
 
 def arrival_times_s(arrivals: Arrivals, num_requests: int) -> tuple[float, ...]:
-    """When each request arrives, seconds from the start, but for those of a trace."""
+    """When each request arrives, seconds from the start."""
+    if arrivals.times_s is not None:
+        return arrivals.times_s
     if arrivals.ramp_up_strategy is not None:
         return _ramp_s(arrivals, num_requests)
-    assert arrivals.request_rate is not None, "times of a trace stand in it"
+    assert arrivals.request_rate is not None, "a trace that was not read"
     trace = unit_trace(num_requests, arrivals.burstiness, arrivals.seed)
     return tuple(at / arrivals.request_rate for at in trace)
 

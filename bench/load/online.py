@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
-from pipetune.bench.record import Count, Seconds, StageTrace
+from pipetune.bench.record import Count, LoadTask, RequestTimes, Seconds, Spans, StageTrace
 from pipetune.bench.spec import Value
 
 
@@ -25,33 +23,12 @@ class OnlineRequest(Value):
     """Tokens that end it."""
 
 
-class ServedRequest(Value):
-    """What came of one request. Times are seconds from the start, on the first stage's clock."""
+class ServedRequest(RequestTimes):
+    """What came of one request."""
 
     number: Count
-    arrived_s: Seconds
-    """As it was scheduled; latencies count from here."""
-    noticed_s: Seconds
-    """When the first stage took it in."""
-    began_s: Seconds | None = None
-    """When its prefill was ordered; None if it never was."""
-    token_times_s: tuple[Seconds, ...] = ()
-    """When the first stage knew each token."""
     token_ids: tuple[Count, ...] = ()
     is_cancelled: bool = False
-
-
-class OnlineTask(Value):
-    """One task, the same on every stage."""
-
-    kind: Literal["prefill", "decode"]
-    slot: Count
-    """Where its rows decode, or will."""
-    rows: Count
-    tokens: Count
-    """Positions of each row that it worked on."""
-    past: Count
-    """Positions before them, padding among them."""
 
 
 class OnlineRun(Value):
@@ -61,9 +38,11 @@ class OnlineRun(Value):
     """In the order given."""
     duration_s: Seconds
     """From the start to the last token."""
-    tasks: tuple[OnlineTask, ...]
+    tasks: tuple[LoadTask, ...]
     stages: tuple[StageTrace, ...]
     """Stage by stage; arrays run along `tasks`, and are empty without instrumentation."""
-    idle_s: tuple[tuple[Seconds, Seconds], ...]
+    idle_s: Spans
     """Spans in which no request was in the system."""
+    underfilled_s: Spans
+    """Spans in which all that were waited for their tokens, and none for a row."""
     transport: str

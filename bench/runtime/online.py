@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import torch
 
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait
-from pipetune.bench.load.online import OnlineRequest, OnlineTask, ServedRequest
+from pipetune.bench.load.online import OnlineRequest, ServedRequest
 from pipetune.bench.load.slots import Edit, Slots, Task
 from pipetune.bench.memory import KV_ALIGNMENT
+from pipetune.bench.record import LoadTask
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.links import to_device
 from pipetune.bench.runtime.loop import Edges, Status, likeliest
@@ -303,6 +304,7 @@ class Trace:
 
     def __init__(self, requests: Sequence[OnlineRequest]) -> None:
         """Those without a time come at once."""
+        self._numbers = [one.number for one in requests]
         self._left = deque(sorted(requests, key=lambda one: one.at_s or 0.0))
         self.served: dict[int, ServedRequest] = {}
 
@@ -334,12 +336,17 @@ class Trace:
         """Keeps it."""
         self.served[served.number] = served
 
+    def in_order(self) -> list[ServedRequest]:
+        """What came of all of them, in the order given."""
+        return [self.served[number] for number in self._numbers]
+
 
 @dataclass(slots=True)
 class _Served:
     request: OnlineRequest
     arrived_s: float
     noticed_s: float
+    admitted_s: float | None = None
     began_s: float | None = None
     tokens: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
@@ -350,6 +357,7 @@ class _Served:
             number=self.request.number,
             arrived_s=self.arrived_s,
             noticed_s=self.noticed_s,
+            admitted_s=self.admitted_s,
             began_s=self.began_s,
             token_times_s=tuple(self.times_s),
             token_ids=tuple(self.tokens),
@@ -378,9 +386,11 @@ class Leader:
         """
         self.admission = Admission(sizes.rules)
         self.slots = Slots(sizes.rules, sizes.max_len, stage.pad_token_id)
-        self.tasks: list[OnlineTask] = []
+        self.tasks: list[LoadTask] = []
         self.idle_s: list[tuple[float, float]] = []
         """Spans without a request."""
+        self.underfilled_s: list[tuple[float, float]] = []
+        """Spans in which all requests waited for their tokens, and none for a row."""
         self.last_s = 0.0
         """When the last token was known."""
         self._stage, self._lines, self._source = stage, lines, source
@@ -404,8 +414,10 @@ class Leader:
             order = self.admission.decide()
             if isinstance(order, Wait):
                 self._stage.status.activity = "idle" if order.reason == "empty" else "receive"
-                next_s = self._source.next_s
-                self._listen(None if next_s is None else max(0.0, next_s - self._now()))
+                next_s, began_s = self._source.next_s, self._now()
+                self._listen(None if next_s is None else max(0.0, next_s - began_s))
+                if order.reason == "underfilled" and self._keep_tasks:
+                    self.underfilled_s.append((began_s, self._now()))
             else:
                 self._carry_out(order)
                 self._listen(0.0)
@@ -444,6 +456,7 @@ class Leader:
         draws = None
         if sampling is not None:
             draws = uniforms(sampling, [number], one.request.output_len)[0].tolist()
+        one.admitted_s = self._now()
         self._served[number] = one
         self.slots.arrive(number, prompt, one.request.output_len, draws)
         self.admission.arrive(Request(number=number, prompt_len=len(prompt)))
@@ -476,7 +489,7 @@ class Leader:
         if self._keep_tasks:
             kind: Any = "prefill" if isinstance(order, Prefill) else "decode"
             shape = {"rows": len(numbers), "tokens": task.tokens, "past": task.past}
-            self.tasks.append(OnlineTask(kind=kind, slot=order.slot, **shape))
+            self.tasks.append(LoadTask(kind=kind, slot=order.slot, **shape))
         tokens = self._stage.run(edits, task, None)
         if tokens is not None:
             self._learn(order, numbers, tokens)

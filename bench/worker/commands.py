@@ -48,6 +48,7 @@ from pipetune.bench.spec import (
 from pipetune.bench.worker.baseline import measure_baseline
 from pipetune.bench.worker.channel import ControlGroup, DriverLink, agents_store
 from pipetune.bench.worker.faults import failure_of, is_out_of_memory
+from pipetune.bench.worker.load_run import LoadRun
 from pipetune.bench.worker.online import Online
 from pipetune.bench.worker.output_check import make_reference_from_plan
 from pipetune.bench.worker.plan_run import PlanRun
@@ -61,6 +62,8 @@ from pipetune.bench.worker.unsplit_reference import make_reference
 
 # Idle workers wait for commands in a collective, which must not time out over night.
 CONTROL_TIMEOUT = dt.timedelta(days=7)
+MOST_REFERRED = 64
+"""Requests under arrivals whose tokens are compared with the unsplit model's."""
 _FOR_USE = ("prompts", "generate", "score", "run_trace")
 """Commands that are refused where they cannot be carried out, and cost no worker."""
 
@@ -216,7 +219,7 @@ class Worker:
         prompts = self.tokens.of_workload(workload)
         make = partial(
             make_reference,
-            prompts=prompts,
+            prompts=prompts if workload.arrivals is None else prompts[:MOST_REFERRED],
             workload=workload,
             protocol=protocol,
             dtype=self.host.stage.dtype,
@@ -315,6 +318,8 @@ class Worker:
         reference = None
         if self.reference_path is not None and spec.protocol.check_outputs:
             reference = self._load_reference(self.reference_path, reference_digest(spec.model, spec.workload))
+        if spec.workload.arrivals is not None:
+            return {"outcome": LoadRun(self.host, spec, effective, job, reference, self.online).measure()}
         return {"outcome": PlanRun(self.host, spec, job, reference).measure()}
 
     @validate_call

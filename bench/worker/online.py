@@ -37,37 +37,52 @@ class Online:
         instrument: bool,
     ) -> dict[str, Any]:
         """Serves requests as they arrive, until all have left."""
-        host, source = self._host, Trace(requests)
+        source = Trace(requests)
         longest = max(len(one.prompt) for one in requests)
         max_len = max(len(one.prompt) + one.output_len for one in requests)
         self._tokens.encode([one.prompt for one in requests], max_len - longest)
         sizes = Sizes(rules=rules, max_len=max_len, prompt_len=longest)
-        own = self._open(plan, sizes, sampling, instrument=instrument)
+        own = self.open(plan, sizes, sampling, instrument=instrument)
+        run = self.serve(own, source, sizes, max_concurrency)
+        del own
+        self._host.free()
+        return {"run": run}
+
+    def serve(
+        self, own: OnlineStage | None, source: Trace, sizes: Sizes, max_concurrency: int | None
+    ) -> dict[str, Any]:
+        """One pass over a trace, as `OnlineRun` has it, on every rank."""
+        host = self._host
         assert host.placement is not None
         ranks, leader = host.placement.replicas[0], None
+        if own is not None:
+            own.timeline.reset()
         with self._lines(ranks) as lines, undisturbed():
             if own is not None and host.rank == ranks[0]:
                 leader = Leader(own, lines, source, sizes, max_concurrency=max_concurrency)
-            zero_s = self._run(own, leader, lines)
+            # Nobody is told anything before all are ready.
+            host.control.barrier()
+            zero_s = leader.run() if leader is not None else None
+            if leader is None and own is not None:
+                own.follow(lines[0])
         mine: dict[str, Any] = {}
         zero_s = host.control.gather(zero_s)[ranks[0]]
-        if own is not None and instrument:
+        if own is not None:
             mine["trace"] = own.timeline.resolve().trace(zero_s)
         if leader is not None:
             mine["run"] = {
-                "requests": [source.served[one.number] for one in requests],
-                "duration_s": leader.last_s,
+                "requests": source.in_order(),
+                "duration_s": round(leader.last_s, 6),
                 "tasks": leader.tasks,
                 "idle_s": leader.idle_s,
+                "underfilled_s": leader.underfilled_s,
             }
         rows = host.control.gather(mine)
-        del own, leader
-        host.free()
-        stages = [rows[rank]["trace"] for rank in ranks] if instrument else []
-        return {"run": {**rows[ranks[0]]["run"], "stages": stages, "transport": host.transport()}}
+        stages = [rows[rank]["trace"] for rank in ranks]
+        return {**rows[ranks[0]]["run"], "stages": stages, "transport": host.transport()}
 
-    def _open(self, plan: Plan, sizes: Sizes, sampling: Sampling | None, *, instrument: bool) -> OnlineStage | None:
-        """Moves to the plan and makes this rank's caches and edges; None on ranks without a stage.
+    def open(self, plan: Plan, sizes: Sizes, sampling: Sampling | None, *, instrument: bool) -> OnlineStage | None:
+        """Moves to the plan, and makes and tries this rank's caches and edges; None on ranks without a stage.
 
         Raises:
             ConfigError: on every rank, if the model's caches cannot be used so.
@@ -101,19 +116,9 @@ class Online:
                 f"{host.shape.architecture} keeps more than keys and values of each token, which cannot be moved "
                 "within a slot yet; give it its prompts at once"
             )
-        return own
-
-    def _run(self, own: OnlineStage | None, leader: Leader | None, lines: Sequence[Mail]) -> float | None:
-        """This rank's part; the moment from which times are counted, on the first stage."""
         if own is not None:
             own.rehearse()
-        # Nobody is told anything before all are ready.
-        self._host.control.barrier()
-        if leader is not None:
-            return leader.run()
-        if own is not None:
-            own.follow(lines[0])
-        return None
+        return own
 
     @contextlib.contextmanager
     def _lines(self, ranks: Sequence[int]) -> Iterator[list[Mail]]:

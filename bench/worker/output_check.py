@@ -72,12 +72,17 @@ class TimedCheck:
         if result is None or self._reference is None:
             return
         if result.tokens is not None:
-            given = {self._share[index]: row for index, row in result.tokens.items()}
-            (wrong, near), (most_wrong, most_near) = compare_tokens(self._reference, given), self._counts or (0, 0)
-            self._counts = max(wrong, most_wrong), max(near, most_near)
+            self.add_tokens({self._share[index]: row for index, row in result.tokens.items()})
         if result.scores is not None:
             check = compare_scores(self._reference, {self._share[index]: row for index, row in result.scores.items()})
             self._scores = worst_check([self._scores, check]) if self._scores is not None else check
+
+    def add_tokens(self, tokens: dict[int, list[int]]) -> None:
+        """Takes the tokens of prompts, by given index; those that the reference has are compared."""
+        if self._reference is not None:
+            known = {index: row for index, row in tokens.items() if index < len(self._reference.tokens)}
+            (wrong, near), (most_wrong, most_near) = compare_tokens(self._reference, known), self._counts or (0, 0)
+            self._counts = max(wrong, most_wrong), max(near, most_near)
 
     def seen(self) -> dict[str, Any]:
         """What the other ranks must know."""

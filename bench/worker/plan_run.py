@@ -56,8 +56,7 @@ class PlanRun:
         if self.plan.compile:
             host.status.phase = "compile"
             host.report("compile", 0, 1)
-        # First of all, since what comes before can use these KV slots: they are the largest.
-        host.open(jobs, instrument=protocol.instrument)
+        self._open(jobs, before_check=True)
         check, check_s = None, None
         if self.reference is not None:
             host.status.phase = "check"
@@ -67,7 +66,7 @@ class PlanRun:
             check_s = time.monotonic() - began
             if (failure := wrong_logits(check, self.job, host.shape)) is not None:
                 return failure
-            host.open(jobs, instrument=protocol.instrument)
+            self._open(jobs, before_check=False)
         host.status.phase = "warmup"
         warmup = self._warm_up(jobs)
         # What loading, checking and the first pass took and gave up is not what the plan needs.
@@ -89,6 +88,10 @@ class PlanRun:
                 "notes": (*outcome.notes, *self._notes(steady)),
             }
         )
+
+    def _open(self, jobs: Sequence[Job | None], *, before_check: bool) -> None:
+        # First of all, since what comes before the measurement can use these KV slots: they are the largest.
+        self.host.open(jobs, instrument=self.protocol.instrument)
 
     def _notes(self, steady: bool) -> list[str]:
         notes = []
@@ -135,13 +138,8 @@ class PlanRun:
         clock_error_s = 0.0
         for number in range(self.protocol.num_iters):
             host.report("measure", number, self.protocol.num_iters)
-            result = host.run(jobs)
-            zero_s, duration_s = host.window(result)
+            iterations.append(self._pass(number, jobs, timed_check))
             clock_error_s = max(clock_error_s, host.device.clock_error_s)
-            timed_check.add(result)
-            rows = host.control.gather(_seen(result, zero_s))
-            if host.rank == 0:
-                iterations.append(self._iteration(rows, duration_s))
         telemetry = read_telemetry(sensors, before)
         notes = [*host.compiled.notes]
         if host.compiled.graphs > compiled_before:
@@ -212,8 +210,13 @@ class PlanRun:
             "replica_tasks": tuple(counts) if len(jobs) > 1 else None,
         }
 
-    def _iteration(self, rows: list[Any], duration_s: float) -> Iteration:
+    def _pass(self, number: int, jobs: Sequence[Job | None], timed_check: TimedCheck) -> Iteration:
+        """A timed pass; `number` counts them."""
         placement = self.host.placement
+        result = self.host.run(jobs)
+        zero_s, duration_s = self.host.window(result)
+        timed_check.add(result)
+        rows = self.host.control.gather(_seen(result, zero_s))
         assert placement is not None
         seen = [rows[rank] for rank in placement.ranks]
         last = [rows[rank] for rank in placement.last_ranks]
@@ -224,11 +227,14 @@ class PlanRun:
             host_gap_s=tuple(row["gap_s"] for row in seen),
         )
 
+    def _kv_bytes(self) -> int:
+        return self.host.loop.kv_bytes() if self.host.loop is not None else 0
+
     def _memory(self) -> StageMemory:
         host = self.host
         assert host.index is not None
         weights = host.stage.weights_bytes()
-        kv = host.loop.kv_bytes() if host.loop is not None else 0
+        kv = self._kv_bytes()
         cap = self.plan.stages[host.index].cap_bytes(host.device_bytes)
         if host.device.is_cuda:
             graphs = host.loop.graphs.report if host.loop is not None and host.loop.graphs is not None else None

@@ -186,7 +186,7 @@ def random_prompts(workload: Workload, vocab_size: int) -> tuple[tuple[int, ...]
     """Random ids with lengths uniform in `input_len · (1 ± random_range_ratio)`; the same for the same seed."""
     source = random.Random(workload.seed)
     spread = round(workload.input_len * workload.random_range_ratio)
-    lengths = [
+    lengths = workload.input_lens or [
         max(1, source.randint(workload.input_len - spread, workload.input_len + spread))
         for _ in range(workload.num_prompts)
     ]

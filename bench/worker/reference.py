@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from pipetune.bench.errors import ConfigError, ModelError, StudyError
 from pipetune.bench.record import OutputCheck
 from pipetune.bench.runtime.job import margins_of, sort_by_length
-from pipetune.bench.spec import ModelSpec, Workload
+from pipetune.bench.spec import Arrivals, ModelSpec, Workload
 
 # Twice the spread seen: a handful of comparisons underestimates the largest difference that can occur.
 SPREAD_FACTOR = 2.0
@@ -237,7 +237,9 @@ def spread_of(logits: torch.Tensor, others: Sequence[torch.Tensor], dtype: torch
 
 def reference_digest(model: ModelSpec, workload: Workload) -> str:
     """What ties a reference to its model and workload; a prompts file counts by its content, wherever it lies."""
-    workload = workload.model_copy(update={"goodput": None})
+    # Whatever the rate, requests under arrivals have one truth.
+    arrivals = None if workload.arrivals is None else Arrivals(request_rate=1.0)
+    workload = workload.model_copy(update={"goodput": None, "arrivals": arrivals})
     if workload.prompts_sha256 is not None:
         workload = workload.model_copy(update={"prompts_file": None})
     return f"{model.by_content.digest()}-{workload.digest()}"
