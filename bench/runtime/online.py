@@ -35,6 +35,8 @@ from pipetune.bench.spec import Sampling
 
 _PACKET = 1 << 16
 """Bytes of a message that are sent at once: the kernel takes no packet larger than a socket's buffer."""
+_REHEARSED = 128
+"""Tokens of a row that are rehearsed at most."""
 _AHEAD = 2
 """Tasks that a GPU may be given before it is waited for, so that the first stage decides on what it knows by then."""
 
@@ -147,7 +149,7 @@ class OnlineStage:
         """
         for index, cache in enumerate(self.caches):
             is_slot = index < self._sizes.rules.slots
-            past, tokens = (self._sizes.max_len - 1, 1) if is_slot else (0, self._sizes.chunk)
+            past, tokens = (self._sizes.max_len - 1, 1) if is_slot else (0, min(self._sizes.chunk, _REHEARSED))
             if index not in (0, self._sizes.rules.slots):
                 past, tokens = 0, 1
             task = Task(index, 0, past, tokens, [0] * cache.rows, True, None, None)
