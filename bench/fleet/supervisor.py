@@ -301,7 +301,7 @@ class Supervisor:
             self.on_progress(Progress(stage=worker.state["stage"], **told))
         elif kind == "answer":
             self._answers[message["id"]] = message["result"]
-        elif kind in ("tokens", "served"):
+        elif kind in ("open", "tokens", "served"):
             self.on_served(message)
         elif kind == "fault":
             self._fault(Failure.model_validate(message["failure"]))

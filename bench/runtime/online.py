@@ -294,7 +294,7 @@ class Source(Protocol):
     def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
         """Takes tokens of requests, by number."""
 
-    def finished(self, served: ServedRequest) -> None:
+    def finished(self, request: OnlineRequest, served: ServedRequest) -> None:
         """Takes a request that has left."""
 
 
@@ -332,7 +332,7 @@ class Trace:
     def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
         """They are kept with the request."""
 
-    def finished(self, served: ServedRequest) -> None:
+    def finished(self, request: OnlineRequest, served: ServedRequest) -> None:
         """Keeps it."""
         self.served[served.number] = served
 
@@ -462,7 +462,7 @@ class Leader:
             return
         if one is not None:
             one.is_cancelled = True
-            self._source.finished(one.result())
+            self._source.finished(one.request, one.result())
 
     def _carry_out(self, order: Prefill | Decode) -> None:
         edits, task, numbers = self.slots.order(order)
@@ -503,10 +503,10 @@ class Leader:
         else:
             self.admission.decoded(order.slot, finished)
         self._source.told(told, now)
-        results = [self._served[number].result() for number in finished]
+        gone = [self._served[number] for number in finished]
         self._forget(finished, now)
-        for result in results:
-            self._source.finished(result)
+        for one in gone:
+            self._source.finished(one.request, one.result())
 
     def _forget(self, numbers: Sequence[int], now_s: float) -> None:
         for number in numbers:
