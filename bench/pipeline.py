@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 
 from pipetune.bench.errors import FleetError, PlanError
 from pipetune.bench.fleet.experiment import Experiment
-from pipetune.bench.fleet.fleet import Closing, Fleet, GenerationResult, Progress, ScoreResult
+from pipetune.bench.fleet.fleet import Closing, Fleet, GenerationResult, Progress, RequestQueue, ScoreResult
 from pipetune.bench.memory import check_plan
 from pipetune.bench.prompts.forms import Prompts
 from pipetune.bench.record import TRANSIENT
@@ -112,6 +112,21 @@ class Pipeline(Closing):
             TypeError, PipetuneError: as `generate` does.
         """
         return self._surviving(lambda: self._fleet.score(self.plan, texts))
+
+    def open_queue(self, *, max_len: int, sampling: Sampling | None = None) -> RequestQueue:
+        """A queue for requests that are served as they are given, and join and leave micro-batches as they go.
+
+        Until it is closed the pipeline does nothing else. Requests of workers that were lost are not run again.
+
+        Args:
+            max_len: tokens of the longest prompt with its output.
+            sampling: how tokens are drawn, by the order in which requests are given; None takes the likeliest token.
+
+        Raises:
+            PlanError: the plan cannot be run so, or has no room for it.
+            FleetError: the workers failed.
+        """
+        return self._fleet.open_queue(self.plan, max_len=max_len, sampling=sampling)
 
     def _surviving(self, work: Callable[[], _T]) -> _T:
         """What the work gives, done again where workers were lost."""

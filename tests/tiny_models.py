@@ -12,9 +12,11 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     PreTrainedConfig,
     Qwen3Config,
@@ -45,6 +47,12 @@ def tiny_config(family: str, num_layers: int = 6) -> PreTrainedConfig:
         ),
         "bloom": lambda: BloomConfig(hidden_size=64, n_layer=num_layers, n_head=4, vocab_size=VOCAB_SIZE, **special),
         "gemma2": lambda: Gemma2Config(
+            num_hidden_layers=num_layers, head_dim=16, sliding_window=8, **COMMON, **special
+        ),
+        "gemma3": lambda: Gemma3TextConfig(
+            num_hidden_layers=num_layers, head_dim=16, sliding_window=8, **COMMON, **special
+        ),
+        "mistral": lambda: MistralConfig(
             num_hidden_layers=num_layers, head_dim=16, sliding_window=8, **COMMON, **special
         ),
         "mixtral": lambda: MixtralConfig(num_hidden_layers=num_layers, num_local_experts=4, **COMMON, **special),

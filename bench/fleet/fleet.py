@@ -5,13 +5,16 @@ No torch here: whatever a worker dies of, `bench.fleet.supervisor` turns it into
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
 
 from pydantic import TypeAdapter
 
 from pipetune.bench.errors import ConfigError, FleetError, ModelError, PlanError, StudyError
+from pipetune.bench.fleet.queue import Closing, GenerationResult, RequestQueue
 from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, FleetOptions, Progress, Supervisor
 from pipetune.bench.load.admission import Rules, rules_of
 from pipetune.bench.load.online import OnlineRequest, OnlineRun
@@ -36,9 +39,11 @@ from pipetune.bench.spec import (
 )
 
 __all__ = [
+    "Closing",
     "Fleet",
     "GenerationResult",
     "Progress",
+    "RequestQueue",
     "ScoreResult",
     "available_devices",
     "device_bytes",
@@ -47,21 +52,6 @@ __all__ = [
 ]
 
 _OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Outcome)
-
-
-class GenerationResult(Value):
-    """What one prompt gave."""
-
-    token_ids: tuple[int, ...]
-    """Generated tokens, the end-of-sequence token included."""
-    text: str | None
-    """None where the model has no tokenizer."""
-    prompt_token_ids: tuple[int, ...]
-    ttft_s: float
-    """From the call's prompts to this prompt's first token."""
-    e2el_s: float
-    """From the call's prompts to this prompt's last token."""
-    token_times_s: tuple[float, ...]
 
 
 class ScoreResult(Value):
@@ -73,19 +63,6 @@ class ScoreResult(Value):
     """Natural logarithms of the probabilities of all tokens but the first, which has none; empty for a single token."""
     text: str | None
     """None where the model has no tokenizer."""
-
-
-class Closing:
-    """Something that is closed at the end of its `with` block."""
-
-    def close(self) -> None:
-        """Gives back what is held."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 class Fleet(Closing):
@@ -101,6 +78,7 @@ class Fleet(Closing):
         self._notes = warn_of_cores(self.devices)
         self._supervisor = Supervisor(self.devices, **options)
         self._reference: tuple[Path, Workload] | None = None
+        self._queue: RequestQueue | None = None
 
     @classmethod
     def start(cls, model: ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> Self:
@@ -323,6 +301,36 @@ class Fleet(Closing):
         )
         return OnlineRun.model_validate(answer["run"])
 
+    def open_queue(
+        self,
+        plan: Plan,
+        *,
+        max_len: int,
+        in_flight: int | None = None,
+        rules: Rules | None = None,
+        sampling: Sampling | None = None,
+    ) -> RequestQueue:
+        """A queue for requests that are served as they are given; until it is closed the fleet does nothing else.
+
+        Args:
+            max_len: tokens of the longest prompt with its output.
+            in_flight, rules: as in `run_trace`.
+            sampling: how tokens are drawn, by the order in which requests are given.
+
+        Raises:
+            ConfigError: another queue is open, or the model's caches cannot be used so.
+            PlanError: as `run_trace`, or the first stage is not on the fleet's first device.
+            FleetError: the workers failed.
+        """
+        self._check_online(plan)
+        if plan.devices[0] != self.devices[0]:
+            raise PlanError(f"plan.stages[0].device={plan.devices[0]}: requests come to {self.devices[0]}; start there")
+        rules = rules or rules_of(plan, in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1))
+        self._wake()
+        args = {"plan": plan, "rules": rules, "max_len": max_len, "sampling": sampling}
+        self._queue = RequestQueue(self._supervisor, partial(self._request, "open_queue", args, math.inf))
+        return self._queue
+
     def _slots(self, plan: Plan, *, prompt_len: int, output_len: int) -> int:
         found = resolve_slots(
             self.shape, plan, prompt_len=prompt_len, output_len=output_len, device_bytes=self.device_bytes
@@ -434,13 +442,18 @@ class Fleet(Closing):
         """Sends a command and waits for its answer, on a fleet that is started again if it is down.
 
         Raises:
-            ConfigError: prompts that cannot be used.
+            ConfigError: prompts that cannot be used, or an open queue of requests.
             StudyError: a reference that cannot be used.
             FleetError: the workers failed, and were killed.
         """
+        self._wake()
+        return self._request(command, args, timeout_s)
+
+    def _wake(self) -> None:
+        if self._queue is not None and self._queue.is_open:
+            raise ConfigError("the fleet serves a queue of requests; close that first")
         if not self._supervisor.is_up:
             self._launch()
-        return self._request(command, args, timeout_s)
 
     def _request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         answer = self._supervisor.request(command, args, timeout_s)

@@ -10,6 +10,7 @@ import contextlib
 import os
 import selectors
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,11 +103,14 @@ class Supervisor:
     def __init__(self, devices: Sequence[str], **options: Unpack[FleetOptions]) -> None:
         self.hang_timeout_s = options.get("hang_timeout_s", 10.0)
         self.on_progress = options.get("on_progress") or (lambda progress: None)
+        self.on_served: Callable[[dict[str, Any]], None] = lambda message: None
+        """Told what comes of requests that were given with `tell`."""
         self._devices, self._log_dir = tuple(devices), options.get("log_dir")
         self._options = options
         self._workers: list[_Worker] = []
         self._launcher: Launcher | None = None
         self._selector: selectors.BaseSelector | None = None
+        self._telling = threading.Lock()
         self._next_id = 0
         self._answers: dict[int, Any] = {}
         self._oom_kills_before = 0
@@ -152,6 +156,14 @@ class Supervisor:
         self._await(lambda: number in self._answers, timeout_s, command)
         answer: dict[str, Any] = self._answers.pop(number)
         return answer
+
+    def tell(self, command: str, **args: Any) -> None:
+        """Sends rank 0 something that it has no answer to; from any thread, while another waits for an answer, and
+        finds out who is gone."""
+        with contextlib.suppress(OSError, IndexError), self._telling:
+            channel = self._workers[0].channel
+            assert channel is not None
+            channel.send({"command": command, "args": args})
 
     def close(self) -> None:
         """Asks the workers to exit, and ends those that do not."""
@@ -289,6 +301,8 @@ class Supervisor:
             self.on_progress(Progress(stage=worker.state["stage"], **told))
         elif kind == "answer":
             self._answers[message["id"]] = message["result"]
+        elif kind in ("open", "tokens", "served"):
+            self.on_served(message)
         elif kind == "fault":
             self._fault(Failure.model_validate(message["failure"]))
 

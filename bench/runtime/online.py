@@ -36,6 +36,8 @@ from pipetune.bench.spec import Sampling
 
 _PACKET = 1 << 16
 """Bytes of a message that are sent at once: the kernel takes no packet larger than a socket's buffer."""
+_REHEARSED = 128
+"""Tokens of a row that are rehearsed at most."""
 _AHEAD = 2
 """Tasks that a GPU may be given before it is waited for, so that the first stage decides on what it knows by then."""
 
@@ -148,7 +150,7 @@ class OnlineStage:
         """
         for index, cache in enumerate(self.caches):
             is_slot = index < self._sizes.rules.slots
-            past, tokens = (self._sizes.max_len - 1, 1) if is_slot else (0, self._sizes.chunk)
+            past, tokens = (self._sizes.max_len - 1, 1) if is_slot else (0, min(self._sizes.chunk, _REHEARSED))
             if index not in (0, self._sizes.rules.slots):
                 past, tokens = 0, 1
             task = Task(index, 0, past, tokens, [0] * cache.rows, True, None, None)
@@ -293,7 +295,7 @@ class Source(Protocol):
     def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
         """Takes tokens of requests, by number."""
 
-    def finished(self, served: ServedRequest) -> None:
+    def finished(self, request: OnlineRequest, served: ServedRequest) -> None:
         """Takes a request that has left."""
 
 
@@ -332,7 +334,7 @@ class Trace:
     def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
         """They are kept with the request."""
 
-    def finished(self, served: ServedRequest) -> None:
+    def finished(self, request: OnlineRequest, served: ServedRequest) -> None:
         """Keeps it."""
         self.served[served.number] = served
 
@@ -473,7 +475,7 @@ class Leader:
             return
         if one is not None:
             one.is_cancelled = True
-            self._source.finished(one.result())
+            self._source.finished(one.request, one.result())
 
     def _carry_out(self, order: Prefill | Decode) -> None:
         edits, task, numbers = self.slots.order(order)
@@ -514,10 +516,10 @@ class Leader:
         else:
             self.admission.decoded(order.slot, finished)
         self._source.told(told, now)
-        results = [self._served[number].result() for number in finished]
+        gone = [self._served[number] for number in finished]
         self._forget(finished, now)
-        for result in results:
-            self._source.finished(result)
+        for one in gone:
+            self._source.finished(one.request, one.result())
 
     def _forget(self, numbers: Sequence[int], now_s: float) -> None:
         for number in numbers:

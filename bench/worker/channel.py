@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import threading
 import time
@@ -30,7 +31,7 @@ class DriverLink:
     def __init__(self, wire: Wire | socket.socket, rank: int, **hello: Any) -> None:
         self._wire, self.rank = wire, rank
         self._lock = threading.Lock()
-        self._lines = wire.makefile("r", encoding="utf-8") if isinstance(wire, socket.socket) else None
+        self._buffer = b""
         self.send("hello", **hello)
 
     @classmethod
@@ -72,12 +73,25 @@ class DriverLink:
             if (received := self._wire.receive()) is None:
                 os._exit(1)
             return received
-        assert self._lines is not None
-        line = self._lines.readline()
-        if not line:
-            os._exit(1)
+        while b"\n" not in self._buffer:
+            if not (data := self._wire.recv(1 << 16)):
+                os._exit(1)
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
         command: dict[str, Any] = json.loads(line)
         return command
+
+    def fileno(self) -> int:
+        """What turns readable when a command comes; of a driver on this host."""
+        assert isinstance(self._wire, socket.socket)
+        return self._wire.fileno()
+
+    def pending(self) -> list[dict[str, Any]]:
+        """Commands that have come, without waiting for more."""
+        found = []
+        while b"\n" in self._buffer or select.select([self], [], [], 0)[0]:
+            found.append(self.receive())
+        return found
 
     def beat(self, interval_s: float, state: Callable[[], dict[str, Any]]) -> None:
         """Starts the thread that gives a sign of life, with what the worker is doing."""

@@ -64,7 +64,7 @@ from pipetune.bench.worker.unsplit_reference import make_reference
 CONTROL_TIMEOUT = dt.timedelta(days=7)
 MOST_REFERRED = 64
 """Requests under arrivals whose tokens are compared with the unsplit model's."""
-_FOR_USE = ("prompts", "generate", "score", "run_trace")
+_FOR_USE = ("prompts", "generate", "score", "run_trace", "open_queue")
 """Commands that are refused where they cannot be carried out, and cost no worker."""
 
 
@@ -142,7 +142,7 @@ class Worker:
         self.reference_path: Path | None = None
         self.tokens = Tokens(self.resolved, self.host.shape, self.host.stage.config, self.control)
         self.serving = Serving(self.host, self.tokens)
-        self.online = Online(self.host, self.tokens)
+        self.online = Online(self.host, self.tokens, link)
         self._unsplit: Any = None
         # Over all GPUs by `device_map`, or on one CPU worker's cores.
         gpus = tuple(one for one in self._local if device_kind(one) == "cuda")
@@ -354,6 +354,11 @@ class Worker:
         """Serves requests as they arrive."""
         self._drop_unsplit()
         return self.online.run_trace(**given)
+
+    def do_open_queue(self, **given: Any) -> dict[str, Any]:
+        """Serves requests as they are given."""
+        self._drop_unsplit()
+        return self.online.open_queue(**given)
 
     def _job(self, spec: RunSpec, effective: EffectivePlan) -> Job:
         """The pass over all prompts that a run spec asks for."""

@@ -12,19 +12,72 @@ from pydantic import validate_call
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.load.admission import Rules
-from pipetune.bench.load.online import OnlineRequest
+from pipetune.bench.load.online import OnlineRequest, ServedRequest
 from pipetune.bench.runtime.device import undisturbed
 from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Trace, close_all
 from pipetune.bench.spec import Plan, Sampling
+from pipetune.bench.worker.channel import DriverLink
 from pipetune.bench.worker.prompts import Tokens
 from pipetune.bench.worker.stage_host import StageHost
+
+
+class Queue:
+    """Requests as the driver gives them, until it says that no more will come; each token is told at once."""
+
+    next_s: float | None = None
+
+    def __init__(self, link: DriverLink, tokens: Tokens, max_len: int) -> None:
+        self.is_over, self.waits_on = False, [link]
+        self._link, self._tokens, self._max_len = link, tokens, max_len
+        self._cancelled: list[int] = []
+
+    def take(self, now_s: float) -> list[OnlineRequest]:
+        """Those that were given, but for those that cannot be served, of which the driver is told."""
+        found = []
+        for message in self._link.pending():
+            args = message["args"]
+            if message["command"] == "submit":
+                try:
+                    found.append(self._read(**args))
+                except ConfigError as error:
+                    self._link.send("served", number=args["number"], error=str(error))
+            elif message["command"] == "cancel":
+                self._cancelled.append(args["number"])
+            else:
+                self.is_over = True
+        return found
+
+    def _read(self, number: int, prompt: Any, max_new_tokens: int, ignore_eos: bool) -> OnlineRequest:
+        ids = self._tokens.read(prompt)
+        if len(ids) + max_new_tokens > self._max_len:
+            raise ConfigError(
+                f"prompt: {len(ids)} tokens and max_new_tokens={max_new_tokens} are more than max_len={self._max_len}; "
+                "shorten it, or open the queue with a larger one"
+            )
+        eos = () if ignore_eos else tuple(self._tokens.eos_token_ids())
+        return OnlineRequest(number=number, prompt=ids, output_len=max_new_tokens, eos_token_ids=eos)
+
+    def cancelled(self) -> list[int]:
+        """Those that are no longer wanted."""
+        found, self._cancelled = self._cancelled, []
+        return found
+
+    def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
+        """Tells the driver."""
+        self._link.send("tokens", tokens=tokens)
+
+    def finished(self, request: OnlineRequest, served: ServedRequest) -> None:
+        """Tells the driver, with the text that the tokens are."""
+        tokenizer = self._tokens.tokenizer
+        text = tokenizer.decode(served.token_ids, skip_special_tokens=True) if tokenizer is not None else None
+        self._link.send("served", number=served.number, prompt=request.prompt, text=text, served=served)
 
 
 class Online:
     """Every rank has one and calls the same methods; rank 0's answers count."""
 
-    def __init__(self, host: StageHost, tokens: Tokens) -> None:
-        self._host, self._tokens = host, tokens
+    def __init__(self, host: StageHost, tokens: Tokens, link: DriverLink) -> None:
+        self._host, self._tokens, self._link = host, tokens, link
 
     @validate_call
     def run_trace(
@@ -60,11 +113,7 @@ class Online:
         with self._lines(ranks) as lines, undisturbed():
             if own is not None and host.rank == ranks[0]:
                 leader = Leader(own, lines, source, sizes, max_concurrency=max_concurrency)
-            # Nobody is told anything before all are ready.
-            host.control.barrier()
-            zero_s = leader.run() if leader is not None else None
-            if leader is None and own is not None:
-                own.follow(lines[0])
+            zero_s = self._run(own, leader, lines)
         mine: dict[str, Any] = {}
         zero_s = host.control.gather(zero_s)[ranks[0]]
         if own is not None:
@@ -80,6 +129,26 @@ class Online:
         rows = host.control.gather(mine)
         stages = [rows[rank]["trace"] for rank in ranks]
         return {**rows[ranks[0]]["run"], "stages": stages, "transport": host.transport()}
+
+    @validate_call
+    def open_queue(self, plan: Plan, rules: Rules, max_len: int, sampling: Sampling | None) -> dict[str, Any]:
+        """Serves requests as the driver gives them, until it says that no more will come and all have left."""
+        host = self._host
+        self._tokens.encode([[0]], max_len - 1)
+        sizes = Sizes(rules=rules, max_len=max_len, prompt_len=max_len - 1)
+        own = self.open(plan, sizes, sampling, instrument=False)
+        assert host.placement is not None
+        ranks, leader = host.placement.replicas[0], None
+        if ranks[0] != 0:
+            raise ConfigError(f"plan.stages: the first is on {plan.devices[0]}; requests come to {host.devices[0]}")
+        with self._lines(ranks) as lines:
+            if own is not None and host.rank == 0:
+                leader = Leader(own, lines, Queue(self._link, self._tokens, max_len), sizes, keep_tasks=False)
+                self._link.send("open")
+            self._run(own, leader, lines)
+        del own, leader
+        host.free()
+        return {}
 
     def open(self, plan: Plan, sizes: Sizes, sampling: Sampling | None, *, instrument: bool) -> OnlineStage | None:
         """Moves to the plan, and makes and tries this rank's caches and edges; None on ranks without a stage.
@@ -119,6 +188,16 @@ class Online:
         if own is not None:
             own.rehearse()
         return own
+
+    def _run(self, own: OnlineStage | None, leader: Leader | None, lines: Sequence[Mail]) -> float | None:
+        """This rank's part; the moment from which times are counted, on the first stage."""
+        # Nobody is told anything before all are ready.
+        self._host.control.barrier()
+        if leader is not None:
+            return leader.run()
+        if own is not None:
+            own.follow(lines[0])
+        return None
 
     @contextlib.contextmanager
     def _lines(self, ranks: Sequence[int]) -> Iterator[list[Mail]]:

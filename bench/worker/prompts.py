@@ -89,10 +89,7 @@ class Tokens:
         """
 
         def read() -> tuple[tuple[int, ...], ...]:
-            rows = tuple(
-                encode(prompt, self.tokenizer, self._shape.vocab_size, f"prompts[{index}]")
-                for index, prompt in enumerate(prompts)
-            )
+            rows = tuple(self.read(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts))
             longest, limit = max(len(row) for row in rows), self._shape.max_positions
             if limit is not None and longest + max_new_tokens > limit:
                 more = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
@@ -103,6 +100,14 @@ class Tokens:
             return rows
 
         return self._from_rank_0(read)
+
+    def read(self, prompt: Any, place: str = "prompt") -> tuple[int, ...]:
+        """Ids of one prompt, on this rank alone.
+
+        Raises:
+            ConfigError: what is wrong with it.
+        """
+        return encode(prompt, self.tokenizer, self._shape.vocab_size, place)
 
     def _from_rank_0(self, read: Callable[[], tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
         """Rows of ids as rank 0 reads them, on every rank; what is wrong with them is raised on every rank as well."""

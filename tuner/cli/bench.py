@@ -14,7 +14,7 @@ _plan = partial(typer.Option, rich_help_panel="Plan (one of --plan, --device-map
 
 
 @o.on_hosts
-@o.settings("Model", "Workload", "baseline_batch_sizes", "device_names", before="compare_baseline")
+@o.settings("Model", "Workload", "Load", "baseline_batch_sizes", "device_names", before="compare_baseline")
 def bench(
     ctx: typer.Context,
     config: o.Config = None,
@@ -43,6 +43,19 @@ def bench(
         bool, typer.Option("--compare-baseline", help="Beside the un-pipelined model, in rounds.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison.")] = 5,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="2,4,8", help="Rates to measure one after the other.", rich_help_panel="Load")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Latency against rate, as PNG; the curves of --beside too.", rich_help_panel="Load"
+        ),
+    ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Records of another plan's sweep (-o), for --plot.", rich_help_panel="Load"),
+    ] = None,
     save_outputs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what is generated or scored, as JSONL.")
     ] = None,
@@ -69,14 +82,17 @@ def bench(
     from pipetune.tuner.commands.bench_formats import FORMATS, render
     from pipetune.tuner.commands.plan_request import PlanRequest
     from pipetune.tuner.commands.quiet import look_at_load
+    from pipetune.tuner.commands.sweep import check_load, draw_sweeps, rates_of
     from pipetune.tuner.config import sources
     from pipetune.tuner.progress import make_reporter
     from pipetune.tuner.study.files import write_new
 
     if form not in (forms := ("text", "json", "md", *FORMATS)):
         raise ConfigError(f"--format: {form!r} is none of {', '.join(forms)}")
-    request = PlanRequest.of(ctx.params)
-    resolved = sources.resolve_settings(ctx.params, below=request.settings_below(), warn=common.warn)
+    request, rates = PlanRequest.of(ctx.params), rates_of(sweep)
+    params = {**ctx.params, "request_rate": rates[0]} if rates else ctx.params
+    resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
+    check_load(resolved.config, compare_baseline=compare_baseline, saves_outputs=save_outputs is not None)
     if show_config:
         typer.echo(sources.show(resolved), nl=False)
         return 0
@@ -87,6 +103,7 @@ def bench(
         save_outputs=save_outputs,
         ignore_eos=ignore_eos,
         rounds=rounds if compare_baseline else 0,
+        rates=rates,
     )
     reporter = make_reporter(common.err(), silent=no_progress)
     look_at_load(resolved.config.concrete_devices, reporter, wait_for_quiet)
@@ -97,4 +114,6 @@ def bench(
         typer.echo(render(result, form), nl=False)
     for path, text in result.files.items():
         write_new(path, text)
+    if plot is not None:
+        draw_sweeps(plot, result.records, beside or ())
     return exit_code(result)

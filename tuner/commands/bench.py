@@ -73,6 +73,8 @@ class BenchResult:
     comparison: Comparison | None = None
     single_stage_missing: str | None = None
     """Why our single stage is not in the comparison."""
+    sweep: tuple[tuple[float, Measurement], ...] = ()
+    """Requests a second, and what was measured at them."""
     records: tuple[Record, ...] = ()
     files: dict[Path, str] = field(default_factory=dict)
     """What was asked for, not written yet."""
@@ -94,6 +96,8 @@ class Bench:
     ignore_eos: bool = False
     rounds: int = 0
     """Rounds of the comparison with the un-pipelined model; 0 leaves it out."""
+    rates: tuple[float, ...] = ()
+    """Requests a second that are measured one after the other; the workload has the first."""
 
     def run(self, reporter: Reporter) -> BenchResult:
         """Starts a fleet and measures.
@@ -148,6 +152,13 @@ class _Work:
         # In a comparison the rounds repeat the plan: one repetition is enough for the check.
         protocol = config.protocol.model_copy(update={"num_iters": 1}) if self.job.rounds else config.protocol
         outcome = self._measure(f"measuring {plan.describe()}", effective, protocol)
+        sweep: list[tuple[float, Measurement]] = []
+        for rate in self.job.rates:
+            if sweep:
+                outcome = self._measure(f"measuring at {rate:g} requests/s", effective, protocol, rate=rate)
+            if isinstance(outcome, Failure):
+                break
+            sweep.append((rate, outcome))
         comparison, single_missing = None, None
         if isinstance(outcome, Measurement) and self.job.rounds:
             sizes = baseline_batch_sizes(config.baseline_batch_sizes, num_prompts)
@@ -166,19 +177,32 @@ class _Work:
             in_flight=effective.in_flight,
             comparison=comparison,
             single_stage_missing=single_missing,
+            sweep=tuple(sweep),
             records=tuple(self.records),
             files=files,
         )
 
     def _measure(
-        self, label: str, what: EffectivePlan | int, protocol: Protocol, due: finals.Due | None = None
+        self,
+        label: str,
+        what: EffectivePlan | int,
+        protocol: Protocol,
+        due: finals.Due | None = None,
+        rate: float | None = None,
     ) -> Outcome:
-        """Runs a plan, or the un-pipelined model at a batch size; for a round of the comparison, if one is due."""
+        """Runs a plan, or the un-pipelined model at a batch size; for a round of the comparison, if one is due.
+
+        Args:
+            rate: requests a second, where that is not the workload's.
+        """
         self.reporter.begin(label)
         labels: Labels = {"number": len(self.records)}
         if due is not None:
             labels |= {"role": "finalist", "round": due.round}
         workload = self.job.config.workload
+        if rate is not None and workload.arrivals is not None:
+            arrivals = workload.arrivals.model_copy(update={"request_rate": rate})
+            workload = workload.model_copy(update={"arrivals": arrivals})
         if isinstance(what, EffectivePlan):
             record = self.experiment.measure(what.plan, workload, protocol, resolved=what, **labels)
         else:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipetune.bench import metrics
 from pipetune.bench.record import Failure, FailureKind, Measurement, StageMemory
 from pipetune.tuner.commands.bench import BenchResult, Comparison
 from pipetune.tuner.commands.conclude import PLANS_FAULT
+from pipetune.tuner.commands.sweep import sweep_table
 from pipetune.tuner.progress import values_text
 from pipetune.tuner.report.data import host_us_a_task
 from pipetune.tuner.report.document import GAP, Column, Document, Part, Table, Text, left, rows_of
@@ -52,6 +53,7 @@ def json_of(result: BenchResult) -> dict[str, Any]:
         "check": None,
         "notes": [],
         "failure": None,
+        "sweep": [{"request_rate": rate, "metrics": metrics.derive(one)} for rate, one in result.sweep] or None,
         "comparison": result.comparison.model_dump(mode="json") if result.comparison else None,
     }
     if isinstance(outcome, Failure):
@@ -73,8 +75,21 @@ def document_of(result: BenchResult) -> Document:
     if isinstance(outcome, Failure):
         return Document(parts=(Text(f"{result.plan.describe()}: {outcome.kind.value}: {outcome.message}"),))
     notes = (Text(f"note: {note}") for note in (*outcome.notes, *outcome.telemetry.disturbances))
-    told = _comparison(result, result.comparison) if result.comparison is not None else _one(result, outcome)
+    if result.comparison is not None:
+        told = _comparison(result, result.comparison)
+    else:
+        told = _swept(result) if result.sweep else _one(result, outcome)
     return Document(parts=(*told, Text(_check_text(outcome)), *notes))
+
+
+def _swept(result: BenchResult) -> Iterator[Part]:
+    spec = result.spec
+    assert spec is not None
+    yield Text(f"{model_text(spec.model)} · {workload_text(spec.workload, result.sweep[0][1].prompt_lens)}")
+    yield Text(f"{result.plan.describe()} · {result.in_flight} in flight")
+    yield GAP
+    yield sweep_table(result.sweep)
+    yield GAP
 
 
 def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
@@ -86,9 +101,12 @@ def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
     sd = f" ± {number_text(statistics.stdev(rates))}" if len(rates) > 1 else ""
     yield Text(f"{derived[name]:.1f}{sd} tok/s · {values_text(derived, ['bubble_ratio'])}".removesuffix(" · "))
     yield GAP
-    latencies = [name.upper() for name in metrics.LATENCIES if f"mean_{name}_ms" in derived]
+    if outcome.is_under_arrivals:
+        yield Text(_load_text(derived))
+    named_ = {name: name.upper() for name in metrics.LATENCIES} | {"itl": "ITL", "client_queue_time": "CLIENT QUEUE"}
+    latencies = {name: title for name, title in named_.items() if f"mean_{name}_ms" in derived}
     shown = ("mean", "median", "p99")
-    times = [(name, *(ms_text(derived.get(f"{of}_{name.lower()}_ms")) for of in shown)) for name in latencies]
+    times = [(title, *(ms_text(derived.get(f"{of}_{name}_ms")) for of in shown)) for name, title in latencies.items()]
     yield Table(columns=(left(""), *map(Column, shown)), rows=rows_of(times))
     yield GAP
     stages, host_us = metrics.stage_metrics(outcome), host_us_a_task(outcome)
@@ -114,6 +132,16 @@ def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
     if plan.replicas > 1:
         yield Text("stages are numbered replica.stage")
     yield Text(f"before the timed iterations: {steps_text(outcome)}")
+
+
+def _load_text(derived: Mapping[str, float]) -> str:
+    """`3.9 requests/s done · 0.8 good ones (92 %) · idle 3 % · noticed within 12 ms`."""
+    parts = [f"{derived['request_throughput']:.2f} requests/s done"]
+    if "request_goodput" in derived:
+        parts.append(f"{derived['request_goodput']:.2f} good ones ({percent_text(derived['slo_attainment'])})")
+    if "idle_ratio" in derived:
+        parts.append(f"idle {percent_text(derived['idle_ratio'])}")
+    return " · ".join((*parts, f"noticed within {ms_text(derived['arrival_lag_ms'])}"))
 
 
 def _of_cap_text(memory: StageMemory) -> str:

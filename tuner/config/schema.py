@@ -337,7 +337,10 @@ def check_metrics(config: TuneConfig) -> None:
     workload = config.workload
     gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
     has_goodput = workload.goodput is not None
-    known = set(metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, goodput=has_goodput))
+    arrivals = workload.arrivals is not None
+    known = set(
+        metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, goodput=has_goodput, arrivals=arrivals)
+    )
     if has_goodput and workload.arrivals is not None:
         known.add("max_request_rate")
     if not config.protocol.instrument:
@@ -362,6 +365,8 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
         return f"{metric} needs limits; give --goodput, such as ttft:500 tpot:50"
     if metric == "max_request_rate":
         return "max_request_rate needs requests that come over time; give --request-rate, or --trace"
+    if workload.arrivals is None and metric in names(2, arrivals=True) and metric not in names(2):
+        return f"{metric} needs requests that come over time; give --request-rate, or --trace"
     label, _, rest = metric.partition("_")
     if label in PERCENTILES and rest.removesuffix("_ms") in LATENCIES and rest.endswith("_ms"):
         needed = samples_needed(PERCENTILES[label])

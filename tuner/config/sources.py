@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipetune.bench.errors import ConfigError, explain
+from pipetune.bench.load.traces import read_trace
 from pipetune.bench.prompts.file import output_lens, read_requests, rereadable
 from pipetune.bench.spec import SMOLLM2, ModelSpec, device_kind
 from pipetune.tuner.config.schema import GPU_DEFAULTS, TuneConfig, check_metrics, in_task
@@ -154,9 +155,13 @@ def resolve_settings(
     *,
     recorded: Path | None = None,
     below: Below = ({}, ""),
+    reads_trace: bool = False,
     warn: Callable[[str], None],
 ) -> Resolved:
     """Settings from all sources, with devices made concrete and the number of prompts fitted to their file.
+
+    Args:
+        reads_trace: recorded arrivals and lengths become the workload's.
 
     Raises:
         ConfigError: see `resolve`; prompts that cannot be read, or objectives and constraints that the workload cannot
@@ -177,13 +182,44 @@ def resolve_settings(
                 resolved = _with(resolved, path, value, "default on GPUs")
     if resolved.config.workload.arrivals is not None and "request_rate" not in params:
         raise ConfigError(
-            "workload.arrivals: this command gives all prompts at once; `pipetune plan` predicts arrivals"
+            "workload.arrivals: this command gives all prompts at once; `pipetune bench` measures under arrivals, "
+            "and `pipetune plan` predicts them"
         )
+    if reads_trace:
+        resolved = _with_trace(resolved, warn)
     place = resolved.sources.get(("workload", "prompts_file"))
     if place is not None and "prompts" in params and not place.startswith(f"{recorded}:"):
         resolved = _with_prompts(resolved, place)
     check_metrics(resolved.config)
     return resolved
+
+
+def _with_trace(resolved: Resolved, warn: Callable[[str], None]) -> Resolved:
+    """The trace's times, lengths and prompts; all of them, unless a number is given."""
+    arrivals = resolved.config.workload.arrivals
+    if arrivals is None or arrivals.trace is None:
+        return resolved
+    path, is_limited = arrivals.trace, ("workload", "num_prompts") in resolved.sources
+    limit = resolved.config.workload.num_prompts if is_limited else None
+    rows, failed = read_trace(path, time_scale=arrivals.time_scale, limit=limit)
+    if failed:
+        warn(f"{path}: {failed} requests had failed when it was recorded, and are left out")
+    workload = resolved.config.workload
+    values: dict[KeyPath, object] = {
+        ("num_prompts",): len(rows),
+        ("arrivals", "times_s"): [row.at_s for row in rows],
+        ("output_lens",): [row.output_len or workload.output_len for row in rows],
+    }
+    if given := next((row for row in rows if row.prompt is not None), None):
+        if lacking := next((row for row in rows if row.prompt is None), None):
+            raise ConfigError(f"{lacking.place}: has no prompt, and {given.place} has one; give all of them, or none")
+        values["prompts_file",] = path
+    else:
+        values["input_lens",] = [row.input_len for row in rows]
+    layers = _Layers(resolved.config.model_dump(mode="json", exclude_unset=True), {**resolved.sources})
+    for key, value in values.items():
+        layers.put(("workload", *key), value, path)
+    return Resolved(config=layers.config(), sources=layers.sources, warnings=resolved.warnings)
 
 
 def _with_prompts(resolved: Resolved, place: str) -> Resolved:

@@ -86,7 +86,8 @@ def metrics_of(name: str, gate: GateConfig, workload: Workload, *, gpu: bool) ->
     Raises:
         ConfigError: a metric is asked for by name that such a workload does not yield.
     """
-    yielded = metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, goodput=workload.goodput is not None)
+    kinds = {"goodput": workload.goodput is not None, "arrivals": workload.arrivals is not None}
+    yielded = metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, **kinds)
     wanted = gate.metrics
     if not (missing := [metric for metric in wanted if metric not in yielded]):
         return dict(wanted)

@@ -30,7 +30,8 @@ _TAIL = (
 def columns_of(report: Report) -> tuple[str, ...]:
     """The names of the columns, which `results/README.md` defines."""
     workload = report.config.workload
-    names = metric_names(workload.num_prompts, workload.generated_len, gpu=True, goodput=workload.goodput is not None)
+    kinds = {"goodput": workload.goodput is not None, "arrivals": workload.arrivals is not None}
+    names = metric_names(workload.num_prompts, workload.generated_len, gpu=True, **kinds)
     metrics = dict.fromkeys(names)
     return (*_HEAD, *metrics, *_TAIL)
 

@@ -1,0 +1,196 @@
+"""Requests given to a running pipeline one by one, from any thread: a handle each, with its tokens as they come."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, Self
+
+from pipetune.bench.errors import ConfigError, FleetError, PipetuneError
+from pipetune.bench.fleet.supervisor import Supervisor
+from pipetune.bench.load.online import ServedRequest
+from pipetune.bench.prompts.forms import Prompts, prompts_of_call
+from pipetune.bench.record import Failure, FailureKind
+from pipetune.bench.spec import Value
+
+
+class GenerationResult(Value):
+    """What one prompt gave."""
+
+    token_ids: tuple[int, ...]
+    """Generated tokens, the end-of-sequence token included."""
+    text: str | None
+    """None where the model has no tokenizer."""
+    prompt_token_ids: tuple[int, ...]
+    ttft_s: float
+    """From the call's prompts to this prompt's first token."""
+    e2el_s: float
+    """From the call's prompts to this prompt's last token."""
+    token_times_s: tuple[float, ...]
+
+
+class Closing:
+    """Something that is closed at the end of its `with` block."""
+
+    def close(self) -> None:
+        """Gives back what is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class RequestHandle:
+    """One request that was given: its tokens as they come, and its result."""
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self.future: Future[GenerationResult] = Future()
+        """Its result; raises ConfigError for a request that cannot be served, FleetError if the workers fail. A request
+        that was cancelled has the tokens that it got."""
+        self.cancel = cancel
+        """Asks for no more tokens; the request leaves with its next one."""
+        self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    def result(self, timeout_s: float | None = None) -> GenerationResult:
+        """Waits for the result; raises as it, or TimeoutError."""
+        return self.future.result(timeout_s)
+
+    def __iter__(self) -> Iterator[int]:
+        """Tokens as they come, for one reader; ends with the request, and raises what its result raises."""
+        while (token := self._tokens.get()) is not None:
+            yield token
+        self.future.result()
+
+    def _tell(self, token: int | None) -> None:
+        self._tokens.put(token)
+
+
+class RequestQueue(Closing):
+    """Requests that are served as they are given, from any thread; times count from when the first stage took them.
+
+    Example:
+        >>> with pipeline.open_queue(max_len=2048) as requests:
+        ...     for token in requests.submit([1, 2, 3], max_new_tokens=64):
+        ...         print(token)
+    """
+
+    def __init__(self, supervisor: Supervisor, serve: Callable[[], object]) -> None:
+        """Waits until the workers are ready.
+
+        Args:
+            serve: returns once they were told to stop and have served all.
+
+        Raises:
+            PipetuneError: `serve` did.
+        """
+        self._supervisor, self._serve = supervisor, serve
+        self._handles: dict[int, RequestHandle] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._error: PipetuneError | None = None
+        self._is_closed = False
+        self._opened = threading.Event()
+        supervisor.on_served = self._hear
+        self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
+        self._thread.start()
+        self._opened.wait()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the workers serve requests still."""
+        return self._thread.is_alive()
+
+    def submit(self, prompt: Prompts, *, max_new_tokens: int, ignore_eos: bool = False) -> RequestHandle:
+        """Gives a request.
+
+        Args:
+            prompt: one, as text or token ids.
+            max_new_tokens: the most tokens to generate.
+            ignore_eos: go on after an end-of-sequence token.
+
+        Raises:
+            TypeError: something else than a prompt.
+            ConfigError: the queue is closed, there is not one prompt, or no token is asked for.
+            PipetuneError: what the workers died of.
+        """
+        given = prompts_of_call(prompt)
+        if len(given) != 1 or max_new_tokens < 1:
+            raise ConfigError(f"{len(given)} prompts, max_new_tokens={max_new_tokens}: give one, and at least 1 token")
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            if self._is_closed:
+                raise ConfigError("the queue of requests is closed; open another one")
+            number = next(self._numbers)
+            handle = RequestHandle(lambda: self._supervisor.tell("cancel", number=number))
+            self._handles[number] = handle
+            wanted = {"prompt": given[0], "max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
+            self._supervisor.tell("submit", number=number, **wanted)
+        return handle
+
+    def close(self) -> None:
+        """Takes no more requests, and waits for those that were given.
+
+        Raises:
+            PipetuneError: what the workers died of.
+        """
+        with self._lock:
+            if not self._is_closed:
+                self._supervisor.tell("stop")
+            self._is_closed = True
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def _run(self) -> None:
+        error: PipetuneError | None = None
+        try:
+            self._serve()
+        except PipetuneError as raised:
+            error = raised
+        # Somebody else ended the workers, and what was listened to with them.
+        except Exception as raised:
+            why = f"the fleet was closed while it served requests ({raised!r})"
+            error = FleetError(Failure(kind=FailureKind.INTERRUPTED, message=why))
+        with self._lock:
+            self._error, self._is_closed = error, True
+        self._opened.set()
+        for handle in self._handles.values():
+            handle.future.set_exception(error or ConfigError("the workers ended before the request did"))
+            handle._tell(None)
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        if message["type"] == "open":
+            self._opened.set()
+            return
+        if message["type"] == "tokens":
+            for number, token in message["tokens"]:
+                self._handles[number]._tell(token)
+            return
+        handle = self._handles.pop(message["number"])
+        if "error" in message:
+            handle.future.set_exception(ConfigError(message["error"]))
+        else:
+            served = ServedRequest.model_validate(message["served"])
+            times = [round(time - served.arrived_s, 6) for time in served.token_times_s]
+            handle.future.set_result(
+                GenerationResult(
+                    token_ids=served.token_ids,
+                    text=message["text"],
+                    prompt_token_ids=message["prompt"],
+                    ttft_s=times[0] if times else 0.0,
+                    e2el_s=times[-1] if times else 0.0,
+                    token_times_s=tuple(times),
+                )
+            )
+        handle._tell(None)

@@ -1,0 +1,107 @@
+"""Runs over a trace on real workers: tokens as of each prompt alone, all that was seen, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from pipetune.bench.errors import ConfigError, FleetError, PlanError
+from pipetune.bench.fleet.fleet import Fleet
+from pipetune.bench.load.admission import Rules
+from pipetune.bench.load.online import OnlineRequest
+from pipetune.bench.record import FailureKind
+from pipetune.bench.spec import ModelSpec, Plan, Sampling
+from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
+from tests.workers import worker_pids
+
+DEVICES = ("cpu:0", "cpu:1", "cpu:2")
+PLANS = (
+    Plan.from_layer_counts((6,), DEVICES, 3, prefill_micro_batch_size=2),
+    Plan.from_layer_counts((2, 4), DEVICES[::-1], 2, prefill_chunk_size=5),
+    Plan.from_layer_counts((1, 3, 2), DEVICES, 3, prefill_micro_batch_size=1),
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "bloom", "gpt2"])
+def test_a_trace_on_workers(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / family, family)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    source = random.Random(1)
+    requests = [
+        OnlineRequest(number=number, prompt=prompt, output_len=source.randint(1, 10), at_s=0.01 * (number // 3))
+        for number, prompt in enumerate(tiny_prompts(18))
+    ]
+    expected = [tuple(unsplit_tokens(model, [one.prompt], output_len=one.output_len)[0]) for one in requests]
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
+        for plan in PLANS:
+            run = fleet.run_trace(plan, requests)
+            assert tuple(one.token_ids for one in run.requests) == tuple(expected), plan.describe()
+            assert [one.arrived_s for one in run.requests] == [one.at_s for one in requests]
+            assert run.duration_s == max(one.token_times_s[-1] for one in run.requests)
+            assert len(run.stages) == len(plan.stages)
+            assert all(len(stage.compute_start_s) == len(run.tasks) for stage in run.stages)
+        # An offline pass finds its own slots again, behind which the plan is the same.
+        results = fleet.generate(plan, [one.prompt for one in requests], max_new_tokens=4, ignore_eos=True)
+        again = fleet.run_trace(plan, requests, instrument=False, max_concurrency=2)
+        assert all(one.token_ids[:4] == row[:4] for one, row in zip(results, expected, strict=True) if len(row) >= 4)
+        assert tuple(one.token_ids for one in again.requests) == tuple(expected)
+        assert again.stages == ()
+
+
+def test_draws_are_those_of_the_batch(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "llama", "llama")
+    sampling = Sampling(temperature=0.8, seed=5)
+    prompts = tiny_prompts(6)
+    requests = [OnlineRequest(number=one, prompt=prompts[one], output_len=6) for one in (4, 2, 0, 5, 1, 3)]
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES[:2]) as fleet:
+        plan = Plan.from_layer_counts((3, 3), DEVICES, 2)
+        batch = fleet.generate(plan, prompts, max_new_tokens=6, ignore_eos=True, sampling=sampling)
+        run = fleet.run_trace(plan, requests, sampling=sampling)
+        assert {one.number: one.token_ids for one in run.requests} == {
+            number: result.token_ids for number, result in enumerate(batch)
+        }
+
+
+def test_what_is_refused_costs_no_worker(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "gpt2", "gpt2")
+    request = OnlineRequest(number=0, prompt=(5, 6, 7), output_len=2)
+    plan = Plan.from_layer_counts((3, 3), DEVICES, 2)
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES[:2]) as fleet:
+        pids = worker_pids(fleet)
+        with pytest.raises(ConfigError, match="128 positions"):
+            fleet.run_trace(plan, [request.model_copy(update={"output_len": 200})])
+        with pytest.raises(ConfigError, match="token id 999 is outside"):
+            fleet.run_trace(plan, [request.model_copy(update={"prompt": (999,)})])
+        with pytest.raises(ConfigError, match="a number of its own"):
+            fleet.run_trace(plan, [request, request])
+        with pytest.raises(PlanError, match=r"plan\.compile"):
+            fleet.run_trace(plan.model_copy(update={"compile": True}), [request])
+        with pytest.raises(PlanError, match=r"plan\.replicas=2"):
+            fleet.run_trace(Plan.from_layer_counts((6,), DEVICES, 2, replicas=2), [request])
+        assert len(fleet.run_trace(plan, [request]).requests[0].token_ids) == 2
+        assert worker_pids(fleet) == pids
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_killed_stage_is_named(rank: int, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "llama", "llama")
+    requests = [
+        OnlineRequest(number=number, prompt=(5, 6, 7), output_len=20, at_s=0.02 * number) for number in range(1000)
+    ]
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
+        plan = PLANS[2]
+        fleet.run_trace(plan, requests[:3])
+        timer = threading.Timer(1.0, os.kill, (worker_pids(fleet)[rank], signal.SIGKILL))
+        timer.start()
+        with pytest.raises(FleetError) as caught:
+            fleet.run_trace(plan, requests, rules=Rules(slots=3, rows=4, prefill_rows=2))
+        assert (caught.value.failure.kind, caught.value.failure.stage) == (FailureKind.WORKER_DIED, rank)
+        # The next use starts the workers again.
+        assert len(fleet.run_trace(plan, requests[:2]).requests) == 2
