@@ -43,6 +43,7 @@ _SLOW = (
     "tests/bench/suite/",
     "tests/bench/test_pipeline.py",
     "tests/bench/worker/profiling/test_profiler.py",
+    "tests/bench/worker/test_load_run.py",
     "tests/bench/worker/test_online.py",
     "tests/evaluation/",
     "tests/families/",

@@ -75,8 +75,7 @@ class PlanRun:
         outcome = self._iterate(jobs, check)
         if outcome is None or isinstance(outcome, Failure):
             return outcome
-        durations = [run.duration_s for run in outcome.iterations]
-        steady = is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, protocol.steady_tolerance)
+        steady = self._is_steady(warmup, [run.duration_s for run in outcome.iterations])
         return outcome.model_copy(
             update={
                 "load_s": round(load_s, 4),
@@ -92,6 +91,9 @@ class PlanRun:
     def _open(self, jobs: Sequence[Job | None], *, before_check: bool) -> None:
         # First of all, since what comes before the measurement can use these KV slots: they are the largest.
         self.host.open(jobs, instrument=self.protocol.instrument)
+
+    def _is_steady(self, warmup: list[float], durations: list[float]) -> bool:
+        return is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, self.protocol.steady_tolerance)
 
     def _notes(self, steady: bool) -> list[str]:
         notes = []

@@ -85,7 +85,9 @@ def document_of(result: BenchResult) -> Document:
 def _swept(result: BenchResult) -> Iterator[Part]:
     spec = result.spec
     assert spec is not None
-    yield Text(f"{model_text(spec.model)} · {workload_text(spec.workload, result.sweep[0][1].prompt_lens)}")
+    # Rates stand in the table.
+    workload = spec.workload.model_copy(update={"arrivals": None})
+    yield Text(f"{model_text(spec.model)} · {workload_text(workload, result.sweep[0][1].prompt_lens)}")
     yield Text(f"{result.plan.describe()} · {result.in_flight} in flight")
     yield GAP
     yield sweep_table(result.sweep)
