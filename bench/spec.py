@@ -268,7 +268,8 @@ class Goodput(Value):
                 raise ValueError(f"{name}:{limit}: must be milliseconds above 0, as in {name}:500")
         if len(dict(pairs)) < max(len(pairs), 1):
             raise ValueError(f"give a limit for one or more of {names}, once each, as in ttft:500")
-        return dict(pairs)
+        # Records are read strictly: no text is a number there.
+        return {name: float(limit) for name, limit in pairs}
 
     @model_serializer
     def _text(self) -> str:

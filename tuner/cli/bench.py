@@ -46,6 +46,15 @@ def bench(
     sweep: Annotated[
         str | None, typer.Option(metavar="2,4,8", help="Rates to measure one after the other.", rich_help_panel="Load")
     ] = None,
+    max_request_rate: Annotated[
+        bool,
+        typer.Option(
+            "--max-request-rate",
+            help="Find the highest rate that keeps --goodput, from --request-rate on.",
+            rich_help_panel="Load",
+        ),
+    ] = False,
+    most_rates: Annotated[int, typer.Option(min=2, help="Rates it tries at most.", rich_help_panel="Load")] = 6,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -92,7 +101,12 @@ def bench(
     request, rates = PlanRequest.of(ctx.params), rates_of(sweep)
     params = {**ctx.params, "request_rate": rates[0]} if rates else ctx.params
     resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
-    check_load(resolved.config, compare_baseline=compare_baseline, saves_outputs=save_outputs is not None)
+    check_load(
+        resolved.config,
+        compare_baseline=compare_baseline,
+        saves_outputs=save_outputs is not None,
+        finds_rate=max_request_rate,
+    )
     if show_config:
         typer.echo(sources.show(resolved), nl=False)
         return 0
@@ -104,6 +118,7 @@ def bench(
         ignore_eos=ignore_eos,
         rounds=rounds if compare_baseline else 0,
         rates=rates,
+        most_rates=most_rates if max_request_rate else 0,
     )
     reporter = make_reporter(common.err(), silent=no_progress)
     look_at_load(resolved.config.concrete_devices, reporter, wait_for_quiet)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @o.on_hosts
-@o.settings("Model", "Workload", "Search", "output_dir", "study_name", before="resume")
+@o.settings("Model", "Workload", "Load", "Search", "output_dir", "study_name", before="resume")
 @o.settings("Study", before="show_config")
 def tune(
     ctx: typer.Context,
@@ -39,7 +39,7 @@ def tune(
 
     recorded = _recorded(ctx.params, resume) if resume is not None else None
     resolved = sources.resolve_settings(
-        ctx.params, recorded=recorded / "study.yaml" if recorded else None, warn=common.warn
+        ctx.params, recorded=recorded / "study.yaml" if recorded else None, reads_trace=True, warn=common.warn
     )
     if show_config:
         if json:

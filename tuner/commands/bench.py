@@ -23,8 +23,12 @@ from pipetune.tuner.ranking.elimination import ALPHA, Fit, Gap
 from pipetune.tuner.ranking.runs import BASELINE, Finals, PlanRun
 from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.report.wording import peer_name
+from pipetune.tuner.search import rates
 from pipetune.tuner.search.driver import baseline_batch_sizes
 from pipetune.tuner.study.files import refuse_existing
+
+_NARROW = 0.03
+"""Rates between which the highest lies differ by no more: it is found."""
 
 
 class Contender(Value):
@@ -75,6 +79,10 @@ class BenchResult:
     """Why our single stage is not in the comparison."""
     sweep: tuple[tuple[float, Measurement], ...] = ()
     """Requests a second, and what was measured at them."""
+    max_request_rate: float | None = None
+    """The highest rate that was found to be sustained."""
+    finds_rate: bool = False
+    """Whether it was looked for."""
     records: tuple[Record, ...] = ()
     files: dict[Path, str] = field(default_factory=dict)
     """What was asked for, not written yet."""
@@ -98,6 +106,8 @@ class Bench:
     """Rounds of the comparison with the un-pipelined model; 0 leaves it out."""
     rates: tuple[float, ...] = ()
     """Requests a second that are measured one after the other; the workload has the first."""
+    most_rates: int = 0
+    """Rates that are tried to find the highest that is sustained, the workload's first; 0 looks for none."""
 
     def run(self, reporter: Reporter) -> BenchResult:
         """Starts a fleet and measures.
@@ -159,6 +169,9 @@ class _Work:
             if isinstance(outcome, Failure):
                 break
             sweep.append((rate, outcome))
+        max_request_rate = None
+        if self.job.most_rates and isinstance(outcome, Measurement):
+            sweep, max_request_rate = self._find_rate(outcome, effective, protocol)
         comparison, single_missing = None, None
         if isinstance(outcome, Measurement) and self.job.rounds:
             sizes = baseline_batch_sizes(config.baseline_batch_sizes, num_prompts)
@@ -178,9 +191,31 @@ class _Work:
             comparison=comparison,
             single_stage_missing=single_missing,
             sweep=tuple(sweep),
+            max_request_rate=max_request_rate,
+            finds_rate=self.job.most_rates > 0,
             records=tuple(self.records),
             files=files,
         )
+
+    def _find_rate(
+        self, first: Measurement, effective: EffectivePlan, protocol: Protocol
+    ) -> tuple[list[tuple[float, Measurement]], float | None]:
+        """What was measured at each rate tried, and the highest that is sustained, if two of them enclose it."""
+        arrivals, wanted = self.job.config.workload.arrivals, self.job.config.slo_attainment
+        assert arrivals is not None
+        assert arrivals.request_rate is not None
+        found = {arrivals.request_rate: first}
+        while True:
+            shares = {rate: metrics.derive(one)["slo_attainment"] for rate, one in found.items()}
+            low, high = rates.bracket(shares, wanted)
+            is_narrow = low is not None and high is not None and high <= low * (1 + _NARROW)
+            if is_narrow or len(found) == self.job.most_rates:
+                return sorted(found.items()), rates.estimate(shares, wanted)
+            rate = float(f"{rates.next_rate(shares, wanted, guess=arrivals.request_rate):.4g}")
+            outcome = self._measure(f"measuring at {rate:g} requests/s", effective, protocol, rate=rate)
+            if rate in found or isinstance(outcome, Failure):
+                return sorted(found.items()), rates.estimate(shares, wanted)
+            found[rate] = outcome
 
     def _measure(
         self,

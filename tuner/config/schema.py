@@ -310,6 +310,9 @@ class TuneConfig(Value):
         for key, count in wanted.items():
             if count > len(self.devices):
                 raise ValueError(f"space.{key}={count} needs as many devices; {given}")
+        if self.workload.arrivals is not None and (max(replicas) > 1 or space.compile):
+            name = "replicas" if max(replicas) > 1 else "compile"
+            raise ValueError(f"space.{name}: requests over time go to one pipeline, uncompiled; leave it out")
         fewest = min(replicas)
         if fewest * space.min_stages > len(self.devices):
             raise ValueError(
@@ -346,6 +349,8 @@ def check_metrics(config: TuneConfig) -> None:
     if not config.protocol.instrument:
         known -= {name for name in known if name.startswith("bubble") or name.endswith("_queue_ms")}
         known -= {"comm_ms", "steady_utilization"}
+    if workload.arrivals is not None and workload.arrivals.max_concurrency and "max_request_rate" in config.objectives:
+        raise ConfigError("workload.arrivals.max_concurrency: it hides what rate a plan sustains; leave it out")
     places = [(f"objectives: {name}", name) for name in config.objectives]
     places += [(f"constraints: {constraint}", constraint.metric) for constraint in config.constraints]
     for place, metric in places:

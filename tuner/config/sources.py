@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pipetune.bench.errors import ConfigError, explain
 from pipetune.bench.load.traces import read_trace
 from pipetune.bench.prompts.file import output_lens, read_requests, rereadable
-from pipetune.bench.spec import SMOLLM2, ModelSpec, device_kind
+from pipetune.bench.spec import SMOLLM2, Goodput, ModelSpec, device_kind
 from pipetune.tuner.config.schema import GPU_DEFAULTS, TuneConfig, check_metrics, in_task
 from pipetune.tuner.config.settings import ENVIRONMENT_PREFIX, KeyPath, Setting, leaves_of, section_of, settings_of
 
@@ -187,6 +187,11 @@ def resolve_settings(
         )
     if reads_trace:
         resolved = _with_trace(resolved, warn)
+        if "max_request_rate" in resolved.config.objectives:
+            raise ConfigError(
+                "objectives: max_request_rate: plans are measured at one rate here; take request_goodput at one that "
+                "few of them sustain, and `pipetune bench --max-request-rate` for the best ones"
+            )
     place = resolved.sources.get(("workload", "prompts_file"))
     if place is not None and "prompts" in params and not place.startswith(f"{recorded}:"):
         resolved = _with_prompts(resolved, place)
@@ -394,7 +399,8 @@ def _walk(
             raise ConfigError(f"{place}: {dotted} is given twice; keep one")
         seen.add(key)
         inner = section_of(model, key)
-        if inner is None:
+        if inner is None or (inner is Goodput and not isinstance(value_node, yaml.MappingNode)):
+            # Limits have a short form: `ttft:500 tpot:50`.
             yield (*above, key), values[key], place
         elif values[key] is not None:
             yield from _walk(path, value_node, values[key], inner, (*above, key))

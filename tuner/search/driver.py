@@ -199,6 +199,9 @@ def _measure_baseline(runs: Runs) -> None:
             by_size[record.params.get("batch_size")].append(record)
     measured = any(isinstance(record.result, Measurement) for records in by_size.values() for record in records)
     sizes = list(baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts))
+    if config.workload.arrivals is not None:
+        # The un-pipelined model takes prompts by the batch.
+        sizes = []
     while sizes:
         size = sizes.pop(0)
         if is_due(by_size[size]):
@@ -215,12 +218,13 @@ def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> 
     """
     if not is_due([record for record in runs.store.current if record.role == "single_stage"]):
         return
-    baseline = rank_study(runs.store).baseline
+    baseline, workload = rank_study(runs.store).baseline, runs.store.config.workload
+    most = workload.num_prompts if workload.arrivals is None else max(space.micro_batch_sizes)
     plan = space.switch(
         Plan.from_layer_counts(
             (runs.fleet.shape.num_layers,),
             runs.fleet.devices,
-            baseline.batch_size if baseline else runs.store.config.workload.num_prompts,
+            baseline.batch_size if baseline else most,
             compile=space.compile[0],
             memory_fraction=max(runs.store.config.space.memory_fractions),
             max_memory_bytes=space.max_memory_bytes,

@@ -72,7 +72,9 @@ def test_stage_time_is_busy_bubble_or_idle(record: Record) -> None:
         parts = ("fill_drain", "imbalance", "underfilled", "wait")
         bubble = sum(values[f"bubble_{part}"] for part in parts)
         area = 2 * run.duration_s
-        assert sum(stage_busy_s(result, index)) + (bubble + values["idle_ratio"]) * area == pytest.approx(area, abs=1e-9)
+        assert sum(stage_busy_s(result, index)) + (bubble + values["idle_ratio"]) * area == pytest.approx(
+            area, abs=1e-9
+        )
         assert bubble == pytest.approx(values["bubble_ratio"], abs=1e-12)
         assert all(values[f"bubble_{part}"] >= -1e-9 for part in parts)
         assert values["idle_ratio"] >= 0.0

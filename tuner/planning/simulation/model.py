@@ -47,6 +47,7 @@ class CostModel:
     Args:
         prompt_lens: of all prompts, tokens, in any order.
         output_lens: tokens generated for each prompt; 0 where texts are scored.
+        under_arrivals: whether the prompts come over time; what is predicted here is of all at once.
         gaps_s: of each device by its name or its kind, as in `GAPS_S`.
         stalls_s: of each receiving device, as in `STALLS_S`.
         contention: None where the costs hold as they are.
@@ -57,6 +58,7 @@ class CostModel:
     output_lens: tuple[int, ...]
     costs: Costs
     goodput: Goodput | None = None
+    under_arrivals: bool = False
     gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
     stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
     contention: Contention | None = None
@@ -73,6 +75,7 @@ class CostModel:
             costs=NominalCosts(shape, scores=workload.generated_len == 0) if costs is None else costs,
             contention=costs.contention if isinstance(costs, ProfiledCosts) else None,
             goodput=workload.goodput,
+            under_arrivals=workload.arrivals is not None,
         )
 
     @property

@@ -38,7 +38,7 @@ _MEMORY_SD = 0.05
 _PROXY, _PROXY_SD = "duration_s", 0.3
 """The metric that serves for an objective that nothing predicts: what is faster is likelier to be better in it, too."""
 _RATES = ("output_throughput", "total_token_throughput")
-"""Predicted in any case, to be shown."""
+"""Predicted in any case but under arrivals, to be shown."""
 _HOPELESS = 0.02
 """Plans that keep the constraints with less probability come last."""
 
@@ -114,6 +114,9 @@ class Forecaster:
         self._keys = [candidate.effective.key for candidate in self._candidates]
         self._kinds = [kinds_of(one.effective.plan, len(space.devices)) for one in self._candidates]
         known = set(model.predict(*_pair(self._candidates[0].effective)).metrics) if self._candidates else set()
+        if model.under_arrivals:
+            # Of a batch, which says what is fast, and not what requests wait for.
+            known &= {_PROXY}
         wanted = dict.fromkeys((*self._objectives, *(limit.metric for limit in constraints), _PROXY, *_RATES))
         self.is_blind = any(name not in known and name not in MEMORY_METRICS for name in objectives)
         """Whether nothing predicts one of the objectives."""

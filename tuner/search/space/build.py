@@ -21,6 +21,7 @@ _T = TypeVar("_T")
 MAX_PARTITIONS = 400
 _LEAST_OF_EACH = 4
 """So many entries each number of replicas and of stages keeps, whatever the cost model thinks of it beside others."""
+_ROWS_UNDER_ARRIVALS = (1, 2, 4, 8, 16, 32)
 _CAPPED_PARTITIONS = 30
 """Partitions that are looked at for whether caps make a difference; the best ones."""
 _LONG_PROMPT, _LEAST_CHUNK, _CHUNK_STEP = 128, 64, 16
@@ -45,11 +46,13 @@ def build_space(
                 f"and can be cut into {cuts + 1} stages at most"
             )
     _check_recurrent(config, shape)
-    sizes = _micro_batch_sizes(config, cost.num_prompts, len(devices))
+    sizes = _micro_batch_sizes(config, cost.num_prompts, len(devices), under_arrivals=cost.under_arrivals)
     prefill_sizes = _clipped(config.prefill_micro_batch_sizes or sizes, max(sizes))
     if shape.recurrent:
         prefill_sizes = (max(sizes),)
     fractions = tuple(sorted(set(config.memory_fractions)))
+    if cost.under_arrivals and config.replicas is None:
+        config = config.model_copy(update={"replicas": (1,)})
     if not (widths := tuple(_widths(config, len(devices), cuts + 1, cost.num_prompts))):
         raise ConfigError(
             f"space.replicas={', '.join(map(str, config.replicas or ()))}: {cost.num_prompts} prompts over "
@@ -150,11 +153,16 @@ def _caps_matter(space: SearchSpace, resolve: Resolver) -> bool:
     )
 
 
-def _micro_batch_sizes(config: SpaceConfig, num_prompts: int, num_devices: int) -> tuple[int, ...]:
+def _micro_batch_sizes(
+    config: SpaceConfig, num_prompts: int, num_devices: int, *, under_arrivals: bool
+) -> tuple[int, ...]:
     """Even divisions of the prompts, into as many micro-batches as keep every stage busy and a few more, and powers
-    of two; tiny ones are left out, since decode reads all weights once for each."""
+    of two; tiny ones are left out, since decode reads all weights once for each. Under arrivals small powers of two:
+    how many requests there are says nothing of how many are there at once."""
     if config.micro_batch_sizes is not None:
         return _clipped(config.micro_batch_sizes, num_prompts)
+    if under_arrivals:
+        return _clipped(_ROWS_UNDER_ARRIVALS, num_prompts)
     counts = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if count <= max(4, 2 * num_devices)]
     divisions = {math.ceil(num_prompts / count) for count in counts}
     powers = {1 << exponent for exponent in range(num_prompts.bit_length())}
@@ -170,7 +178,12 @@ def _chunk_sizes(config: SpaceConfig, shape: ModelShape, resolve: Resolver, num_
     longest = resolve.prompt_len
     if config.prefill_chunk_sizes is not None:
         wanted = {size if size is not None and size < longest else None for size in config.prefill_chunk_sizes}
-    elif shape.recurrent or num_devices == 1 or longest < _LONG_PROMPT or resolve.num_prompts > 8 * num_devices:
+    elif (
+        shape.recurrent
+        or num_devices == 1
+        or longest < _LONG_PROMPT
+        or (resolve.num_prompts > 8 * num_devices and not resolve.under_arrivals)
+    ):
         return (None,)
     else:
         parts = {math.ceil(longest / count / _CHUNK_STEP) * _CHUNK_STEP for count in (2, 4, 8)}

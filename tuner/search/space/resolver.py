@@ -22,6 +22,7 @@ class Resolver:
     output_len: int
     """Tokens generated for each prompt; 0 where texts are scored."""
     device_bytes: dict[str, int]
+    under_arrivals: bool = False
     _known: dict[Plan, EffectivePlan | Failure] = field(default_factory=dict, compare=False)
     _needed: dict[str, dict[str, int]] = field(default_factory=dict, compare=False)
 
@@ -36,19 +37,21 @@ class Resolver:
             prompt_len=max(prompt_lens),
             output_len=workload.generated_len,
             device_bytes=device_bytes,
+            under_arrivals=workload.arrivals is not None,
         )
 
     def __call__(self, plan: Plan) -> EffectivePlan | Failure:
         """The plan as it fits into memory, or why it does not; each plan is resolved once."""
         if plan not in self._known:
-            self._known[plan] = memory.resolve(
-                self.shape,
-                plan,
-                num_prompts=self.num_prompts,
-                prompt_len=self.prompt_len,
-                output_len=self.output_len,
-                device_bytes=self.device_bytes,
-            )
+            lens = {"prompt_len": self.prompt_len, "output_len": self.output_len}
+            known: EffectivePlan | Failure | int
+            if self.under_arrivals:
+                known = memory.resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
+            else:
+                known = memory.resolve(
+                    self.shape, plan, num_prompts=self.num_prompts, **lens, device_bytes=self.device_bytes
+                )
+            self._known[plan] = EffectivePlan(plan=plan, in_flight=known) if isinstance(known, int) else known
         return self._known[plan]
 
     def needed_bytes(self, effective: EffectivePlan) -> dict[str, int]:

@@ -1,0 +1,72 @@
+"""The search for the highest rate that a plan sustains, on curves that are known."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from pipetune.tuner.search.rates import bracket, estimate, next_rate
+
+WANTED = 0.9
+
+
+def search(share_of: Callable[[float], float], guess: float, most: int) -> tuple[float | None, int]:
+    """The estimate, and how many rates were tried until two within 3 % enclose it."""
+    shares: dict[float, float] = {}
+    while len(shares) < most:
+        rate = next_rate(shares, WANTED, guess=guess)
+        shares[rate] = share_of(rate)
+        low, high = bracket(shares, WANTED)
+        if low is not None and high is not None and high <= low * 1.03:
+            break
+    return estimate(shares, WANTED), len(shares)
+
+
+def curve(highest: float, steepness: float) -> Callable[[float], float]:
+    """A share that falls from 1 to 0 about where it crosses what is wanted at `highest`."""
+    shift = math.log(WANTED / (1 - WANTED)) / steepness
+
+    def share(rate: float) -> float:
+        return 1 / (1 + math.exp(steepness * (math.log(rate / highest) - shift)))
+
+    return share
+
+
+@pytest.mark.parametrize("steepness", [8.0, 20.0, 60.0])
+@pytest.mark.parametrize("guess", [0.3, 0.9, 1.1, 4.0])
+def test_it_is_found_from_far_and_near(guess: float, steepness: float) -> None:
+    found, count = search(curve(50.0, steepness), 50.0 * guess, 20)
+    assert found == pytest.approx(50.0, rel=0.03)
+    assert count <= 12
+
+
+def test_noise_of_shares_moves_it_by_little() -> None:
+    source, smooth = random.Random(0), curve(50.0, 20.0)
+    off = []
+    for _ in range(200):
+
+        def noisy(rate: float) -> float:
+            return sum(source.random() < smooth(rate) for _ in range(1000)) / 1000
+
+        found, _ = search(noisy, 45.0, 8)
+        off.append(abs((found or 0.0) / 50.0 - 1))
+    assert sorted(off)[190] < 0.05
+
+
+def test_what_was_sustained_ends_at_the_first_that_was_not() -> None:
+    shares = {1.0: 1.0, 2.0: 0.5, 3.0: 0.95}
+    assert bracket(shares, WANTED) == (1.0, 2.0)
+    assert bracket({1.0: 1.0}, WANTED) == (1.0, None)
+    assert bracket({}, WANTED) == (None, None)
+    assert estimate({1.0: 1.0, 2.0: 0.95}, WANTED) is None
+
+
+def test_nothing_is_asked_for_twice_in_a_row() -> None:
+    shares: dict[float, float] = {}
+    for share in (1.0, 1.0, 0.0, 1.0, 0.0):
+        rate = next_rate(shares, WANTED, guess=7.0)
+        assert rate not in shares
+        shares[rate] = share
