@@ -342,20 +342,15 @@ class Fleet(Closing):
     def _check_online(self, plan: Plan) -> None:
         self._check_stages(plan)
         check_plan(self.shape, plan)
-        refused = {
-            f"plan.replicas={plan.replicas}: one pipeline alone is given requests over time; leave it at 1": (
-                plan.replicas > 1
-            ),
-            "plan.compile: its graphs are made for whole batches; leave it out for requests over time": plan.compile,
-            f"plan.stages: {', '.join(plan.devices)} are on several hosts, between which orders do not travel yet": (
-                len(hosts_of(plan.devices)) > 1
-            ),
-            f"{self.shape.architecture} keeps recurrent states, and cannot be given requests over time": (
-                self.shape.recurrent
-            ),
-        }
-        if why := next((message for message, applies in refused.items() if applies), None):
-            raise PlanError(why)
+        named = f"{self.shape.architecture} keeps recurrent states"
+        for refuses, why in (
+            (plan.replicas > 1, f"plan.replicas={plan.replicas}: one pipeline is given them; leave it at 1"),
+            (plan.compile, "plan.compile: its graphs are made for whole batches; leave it out"),
+            (len(hosts_of(plan.devices)) > 1, "plan.stages: orders do not travel between hosts yet; use one host's"),
+            (self.shape.recurrent, f"model: {named}, which cannot be moved within a slot yet; give it whole batches"),
+        ):
+            if refuses:
+                raise PlanError(f"requests over time: {why}")
 
     def _use(self, plan: Plan, prompts: Prompts, output_len: int, in_flight: int | None) -> dict[str, Any]:
         self._check_stages(plan)

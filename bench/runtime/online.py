@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -271,40 +271,16 @@ class OnlineStage:
         return draw(logits, torch.tensor(draws, dtype=torch.float64, device=logits.device), self.sampling)
 
 
-class Source(Protocol):
-    """Where requests come from, and what comes of them goes to. Times are seconds from the start."""
+class Source:
+    """Where requests come from, and what comes of them goes to: here those whose times are known beforehand.
 
-    @property
-    def is_over(self) -> bool:
-        """Whether no more will come."""
-
-    @property
-    def next_s(self) -> float | None:
-        """When the next one comes, where that is known."""
-
-    @property
-    def waits_on(self) -> Sequence[Any]:
-        """What turns readable when one comes whose time was not known."""
-
-    def take(self, now_s: float) -> Sequence[OnlineRequest]:
-        """Requests that have come since the last call."""
-
-    def cancelled(self) -> Sequence[int]:
-        """Numbers of requests that are no longer wanted, since the last call."""
-
-    def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
-        """Takes tokens of requests, by number."""
-
-    def finished(self, request: OnlineRequest, served: ServedRequest) -> None:
-        """Takes a request that has left."""
-
-
-class Trace:
-    """Requests whose times are known beforehand; what came of them is kept."""
+    Times are seconds from the start.
+    """
 
     waits_on: Sequence[Any] = ()
+    """What turns readable when one comes whose time is not known."""
 
-    def __init__(self, requests: Sequence[OnlineRequest]) -> None:
+    def __init__(self, requests: Sequence[OnlineRequest] = ()) -> None:
         """Those without a time come at once."""
         self._numbers = [one.number for one in requests]
         self._left = deque(sorted(requests, key=lambda one: one.at_s or 0.0))
@@ -312,30 +288,30 @@ class Trace:
 
     @property
     def is_over(self) -> bool:
-        """Whether all have come."""
+        """Whether no more will come."""
         return not self._left
 
     @property
     def next_s(self) -> float | None:
-        """When the next one comes."""
+        """When the next one comes, where that is known."""
         return (self._left[0].at_s or 0.0) if self._left else None
 
     def take(self, now_s: float) -> Sequence[OnlineRequest]:
-        """Those whose time has come."""
+        """Requests that have come since the last call."""
         found = []
         while self._left and (self._left[0].at_s or 0.0) <= now_s:
             found.append(self._left.popleft())
         return found
 
     def cancelled(self) -> Sequence[int]:
-        """None ever is."""
+        """Numbers of requests that are no longer wanted, since the last call."""
         return ()
 
-    def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
-        """They are kept with the request."""
+    def told(self, tokens: Sequence[tuple[int, int]]) -> None:
+        """Takes tokens of requests, by number."""
 
     def finished(self, request: OnlineRequest, served: ServedRequest) -> None:
-        """Keeps it."""
+        """Takes a request that has left."""
         self.served[served.number] = served
 
     def in_order(self) -> list[ServedRequest]:
@@ -429,7 +405,8 @@ class Leader:
         return self._zero_s
 
     def _now(self) -> float:
-        return self._stage.device.now() - self._zero_s
+        # To the microsecond, as times are in records.
+        return round(self._stage.device.now() - self._zero_s, 6)
 
     def _listen(self, timeout_s: float | None) -> None:
         """Takes in tokens and requests; waits for some as long as given."""
@@ -515,7 +492,7 @@ class Leader:
             self.admission.prefilled(order.requests, finished)
         else:
             self.admission.decoded(order.slot, finished)
-        self._source.told(told, now)
+        self._source.told(told)
         gone = [self._served[number] for number in finished]
         self._forget(finished, now)
         for one in gone:

@@ -10,7 +10,7 @@ from pipetune.bench.load.arrivals import arrival_times_s
 from pipetune.bench.load.online import OnlineRequest, OnlineRun
 from pipetune.bench.record import Iteration, RequestTimes
 from pipetune.bench.runtime.job import Job
-from pipetune.bench.runtime.online import OnlineStage, Sizes, Trace
+from pipetune.bench.runtime.online import OnlineStage, Sizes, Source
 from pipetune.bench.spec import EffectivePlan, RunSpec
 from pipetune.bench.worker.online import Online
 from pipetune.bench.worker.output_check import TimedCheck
@@ -45,7 +45,9 @@ class LoadRun(PlanRun):
     def _requests(self, times_s: Sequence[float]) -> tuple[OnlineRequest, ...]:
         """The first prompts, at these times."""
         return tuple(
-            OnlineRequest(number=number, prompt=self.job.prompts[number], output_len=self._lens[number], at_s=at_s)
+            OnlineRequest(
+                number=number, prompt=self.job.prompts[number], output_len=self._lens[number], at_s=round(at_s, 6)
+            )
             for number, at_s in enumerate(times_s)
         )
 
@@ -55,7 +57,7 @@ class LoadRun(PlanRun):
         self._stage = self._online.open(self.plan, self._sizes, self.job.sampling, instrument=self.protocol.instrument)
 
     def _serve(self, requests: tuple[OnlineRequest, ...], max_concurrency: int | None) -> OnlineRun:
-        run = self._online.serve(self._stage, Trace(requests), self._sizes, max_concurrency)
+        run = self._online.serve(self._stage, Source(requests), self._sizes, max_concurrency)
         return OnlineRun.model_validate(run)
 
     def _warm_up(self, jobs: Sequence[Job | None]) -> list[float]:

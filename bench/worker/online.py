@@ -14,20 +14,21 @@ from pipetune.bench.files import scratch_folder
 from pipetune.bench.load.admission import Rules
 from pipetune.bench.load.online import OnlineRequest, ServedRequest
 from pipetune.bench.runtime.device import undisturbed
-from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Trace, close_all
+from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source, close_all
 from pipetune.bench.spec import Plan, Sampling
 from pipetune.bench.worker.channel import DriverLink
 from pipetune.bench.worker.prompts import Tokens
 from pipetune.bench.worker.stage_host import StageHost
 
 
-class Queue:
+class Queue(Source):
     """Requests as the driver gives them, until it says that no more will come; each token is told at once."""
 
-    next_s: float | None = None
+    is_over = False
 
     def __init__(self, link: DriverLink, tokens: Tokens, max_len: int) -> None:
-        self.is_over, self.waits_on = False, [link]
+        super().__init__()
+        self.waits_on = [link]
         self._link, self._tokens, self._max_len = link, tokens, max_len
         self._cancelled: list[int] = []
 
@@ -62,7 +63,7 @@ class Queue:
         found, self._cancelled = self._cancelled, []
         return found
 
-    def told(self, tokens: Sequence[tuple[int, int]], now_s: float) -> None:
+    def told(self, tokens: Sequence[tuple[int, int]]) -> None:
         """Tells the driver."""
         self._link.send("tokens", tokens=tokens)
 
@@ -90,7 +91,7 @@ class Online:
         instrument: bool,
     ) -> dict[str, Any]:
         """Serves requests as they arrive, until all have left."""
-        source = Trace(requests)
+        source = Source(requests)
         longest = max(len(one.prompt) for one in requests)
         max_len = max(len(one.prompt) + one.output_len for one in requests)
         self._tokens.encode([one.prompt for one in requests], max_len - longest)
@@ -102,7 +103,7 @@ class Online:
         return {"run": run}
 
     def serve(
-        self, own: OnlineStage | None, source: Trace, sizes: Sizes, max_concurrency: int | None
+        self, own: OnlineStage | None, source: Source, sizes: Sizes, max_concurrency: int | None
     ) -> dict[str, Any]:
         """One pass over a trace, as `OnlineRun` has it, on every rank."""
         host = self._host
@@ -121,7 +122,7 @@ class Online:
         if leader is not None:
             mine["run"] = {
                 "requests": source.in_order(),
-                "duration_s": round(leader.last_s, 6),
+                "duration_s": leader.last_s,
                 "tasks": leader.tasks,
                 "idle_s": leader.idle_s,
                 "underfilled_s": leader.underfilled_s,

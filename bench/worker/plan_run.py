@@ -50,7 +50,7 @@ class PlanRun:
 
     def measure(self) -> Measurement | Failure | None:
         """Rank 0 gets the outcome, the others None."""
-        host, protocol = self.host, self.protocol
+        host = self.host
         load_s, loaded = host.apply(self.plan)
         jobs = host.parts(self.job)
         if self.plan.compile:

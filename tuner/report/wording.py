@@ -204,6 +204,8 @@ def baseline_text(row: BaselineRow, workload: Workload) -> str:
 
 def column_title(metric: str) -> str:
     """A metric's name as a heading that can wrap; the cells bear the unit."""
+    if metric == "request_goodput":
+        return "goodput"
     return metric.removesuffix("_ms").removesuffix("_s").removesuffix("_bytes").replace("_", " ")
 
 

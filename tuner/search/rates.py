@@ -1,7 +1,8 @@
 """Where to look next for the highest rate that a plan sustains, by the shares of requests that kept their limits.
 
-A share falls steeply near that rate: between the highest rate that was sustained and the lowest that was not, the next
-one is where a line through the two shares, over the logarithm of the rate, crosses the share that is wanted.
+A share falls steeply near that rate. Between the highest rate that was sustained and the lowest that was not, the next
+one is where a line through the two shares, over the logarithm of the rate, crosses the share that is wanted; or in the
+middle, where one of them is of a rate far beyond it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def estimate(shares: Mapping[float, float], wanted: float) -> float | None:
 
 def _crossing(shares: Mapping[float, float], wanted: float, low: float, high: float, *, edge: float) -> float:
     drop = shares[low] - shares[high]
-    place = (shares[low] - wanted) / drop if drop > 0 else 0.5
+    # Few of them say nothing of where they began to fall.
+    place = (shares[low] - wanted) / drop if drop > 0 and shares[high] > wanted / 2 else 0.5
     place = min(max(place, edge), 1 - edge)
     return math.log(low) + place * (math.log(high) - math.log(low))
