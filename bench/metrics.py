@@ -28,7 +28,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipetune.bench.record import Iteration, Measurement, Spans, StageTrace
+from pipetune.bench.record import Iteration, Measurement, Intervals, StageTrace
 
 LATENCIES = ("queue", "ttft", "tpot", "e2el")
 LOAD_LATENCIES = ("itl", "client_queue_time")
@@ -212,7 +212,7 @@ def bubble(measurement: Measurement, iteration: int) -> dict[str, float]:
     return values | {"idle_ratio": idle, "bubble_underfilled": underfilled} if run.requests else values
 
 
-def _outside(trace: StageTrace, duration_s: float) -> Spans:
+def _outside(trace: StageTrace, duration_s: float) -> Intervals:
     """Before a stage's first task and after its last."""
     return (0.0, trace.compute_start_s[0]), (trace.compute_end_s[-1], duration_s)
 

@@ -157,7 +157,7 @@ class LoadTask(Value):
     """Positions before them, padding among them."""
 
 
-Spans = tuple[tuple[Seconds, Seconds], ...]
+Intervals = tuple[tuple[Seconds, Seconds], ...]
 
 
 class Iteration(Value):
@@ -176,9 +176,9 @@ class Iteration(Value):
     """Under arrivals, along the prompts; there are no `tasks` of the whole measurement then."""
     load_tasks: tuple[LoadTask, ...] = ()
     """Under arrivals, what the traces of the stages run along."""
-    idle_s: Spans = ()
+    idle_s: Intervals = ()
     """Under arrivals: spans in which no request was in the system."""
-    underfilled_s: Spans = ()
+    underfilled_s: Intervals = ()
     """Under arrivals: spans in which all that were waited for their tokens, and none for a row."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipetune.bench.record import Count, LoadTask, RequestTimes, Seconds, Spans, StageTrace
+from pipetune.bench.record import Count, LoadTask, RequestTimes, Seconds, Intervals, StageTrace
 from pipetune.bench.spec import Value
 
 
@@ -12,7 +12,7 @@ class OnlineRequest(Value):
     """One request, as it is given."""
 
     number: Count
-    """Of its own among all of a run; draws depend on it."""
+    """No other request of the run has it; draws depend on it."""
     prompt: tuple[int, ...] = Field(min_length=1)
     """Token ids."""
     output_len: int = Field(ge=1)
@@ -41,8 +41,8 @@ class OnlineRun(Value):
     tasks: tuple[LoadTask, ...]
     stages: tuple[StageTrace, ...]
     """Stage by stage; arrays run along `tasks`, and are empty without instrumentation."""
-    idle_s: Spans
-    """Spans in which no request was in the system."""
-    underfilled_s: Spans
-    """Spans in which all that were waited for their tokens, and none for a row."""
+    idle_s: Intervals
+    """Intervals in which no request was in the system."""
+    underfilled_s: Intervals
+    """Intervals in which all that were waited for their tokens, and none for a row."""
     transport: str

@@ -366,9 +366,9 @@ class Leader:
         self.slots = Slots(sizes.rules, sizes.max_len, stage.pad_token_id)
         self.tasks: list[LoadTask] = []
         self.idle_s: list[tuple[float, float]] = []
-        """Spans without a request."""
+        """Intervals without a request."""
         self.underfilled_s: list[tuple[float, float]] = []
-        """Spans in which all requests waited for their tokens, and none for a row."""
+        """Intervals in which all requests waited for their tokens, and none for a row."""
         self.last_s = 0.0
         """When the last token was known."""
         self._stage, self._lines, self._source = stage, lines, source

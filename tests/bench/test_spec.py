@@ -311,6 +311,8 @@ def test_limits_of_a_good_request_are_written_as_vllm_writes_them() -> None:
     for wanted in ("ttft:500 tpot:50", "ttft:500,tpot:50", ["ttft:500", "tpot:50"], {"ttft": 500, "tpot": 50}):
         assert Workload.model_validate({"goodput": wanted}).goodput == Goodput(ttft=500, tpot=50)
     text = Workload(goodput=Goodput(ttft=500, tpot=50)).model_dump_json()
+    # Records are read strictly.
+    assert Workload.model_validate_json(text, strict=True).goodput == Goodput(ttft=500, tpot=50)
     assert '"ttft:500 tpot:50"' in text
     assert Workload.model_validate_json(text).goodput == Goodput(ttft=500, tpot=50)
 

@@ -91,14 +91,14 @@ def bench(
     from pipetune.tuner.commands.bench_formats import FORMATS, render
     from pipetune.tuner.commands.plan_request import PlanRequest
     from pipetune.tuner.commands.quiet import look_at_load
-    from pipetune.tuner.commands.sweep import check_load, draw_sweeps, rates_of
+    from pipetune.tuner.commands.sweep import check_load, draw_sweeps, rates_of, read_sweeps
     from pipetune.tuner.config import sources
     from pipetune.tuner.progress import make_reporter
     from pipetune.tuner.study.files import write_new
 
     if form not in (forms := ("text", "json", "md", *FORMATS)):
         raise ConfigError(f"--format: {form!r} is none of {', '.join(forms)}")
-    request, rates = PlanRequest.of(ctx.params), rates_of(sweep)
+    request, rates, others = PlanRequest.of(ctx.params), rates_of(sweep), read_sweeps(beside or ())
     params = {**ctx.params, "request_rate": rates[0]} if rates else ctx.params
     resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
     check_load(
@@ -130,5 +130,5 @@ def bench(
     for path, text in result.files.items():
         write_new(path, text)
     if plot is not None:
-        draw_sweeps(plot, result.records, beside or ())
+        draw_sweeps(plot, (*result.records, *others))
     return exit_code(result)

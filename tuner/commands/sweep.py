@@ -6,11 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from pipetune.bench import metrics
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.files import read_text
 from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.report.chart import SERIES, Chart, Line
@@ -75,16 +72,12 @@ def sweep_table(sweep: Sequence[tuple[float, Measurement]]) -> Table:
     return Table(columns=tuple(map(Column, heads)), rows=rows_of(rows))
 
 
-def draw_sweeps(path: Path, records: Sequence[Record], others: Sequence[Path]) -> None:
-    """Draws latency against rate, a curve for each plan: of these records, and of those in files.
-
-    Raises:
-        ConfigError: a file without such records.
-    """
+def draw_sweeps(path: Path, records: Sequence[Record]) -> None:
+    """Draws latency against rate, a curve for each plan."""
     from pipetune.tuner.report.render.plot import render_png
 
     curves: dict[str, list[tuple[float, float]]] = {}
-    for record in (*records, *(record for other in others for record in _read(other))):
+    for record in records:
         arrivals = record.spec.workload.arrivals if record.spec is not None else None
         if arrivals is None or arrivals.request_rate is None or not isinstance(record.result, Measurement):
             continue
@@ -106,8 +99,17 @@ def draw_sweeps(path: Path, records: Sequence[Record], others: Sequence[Path]) -
     path.write_bytes(render_png(chart))
 
 
-def _read(path: Path) -> list[Record]:
-    try:
-        return [Record.model_validate_json(line) for line in read_text(path).splitlines()]
-    except (OSError, ValidationError) as error:
-        raise ConfigError(f"--beside {path}: holds no records of `bench -o`: {error}") from None
+def read_sweeps(paths: Sequence[Path]) -> list[Record]:
+    """Records that `bench -o` wrote.
+
+    Raises:
+        ConfigError: a file without such.
+    """
+    records = []
+    for path in paths:
+        try:
+            records += [Record.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or type(error).__name__
+            raise ConfigError(f"--beside {path}: holds no records of `bench -o`: {why}") from None
+    return records

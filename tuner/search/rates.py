@@ -13,7 +13,7 @@ from collections.abc import Mapping
 STEP = 1.25
 """Factor to go on by while all rates, or none, were sustained; its square behind the second one, and so on."""
 _EDGE = 0.2
-"""Of the way between two rates, what lies so near to an end tells little."""
+"""A rate that lies so near to one of two, as a share of the way between them, tells little."""
 
 
 def bracket(shares: Mapping[float, float], wanted: float) -> tuple[float | None, float | None]:

@@ -128,7 +128,9 @@ def test_metrics_are_those_that_are_derived_and_the_readme_defines(capsys: pytes
     assert [name for row in rows for name in row["names"] if row["better"] == "higher"] == [
         name for row in rows for name in row["names"] if name in HIGHER_IS_BETTER
     ]
-    assert {name for row in rows for name in row["names"]} == set(metric_names(1000, 1000, gpu=True, goodput=True))
+    assert {name for row in rows for name in row["names"]} == set(
+        metric_names(1000, 1000, gpu=True, goodput=True, arrivals=True)
+    )
     assert Path("bench/metrics.md").read_text(encoding="utf-8") in Path("results/README.md").read_text(encoding="utf-8")
     assert run(["metrics", "ttft"]) == 0
     assert "p99_ttft_ms" in (shown := capsys.readouterr().out)

@@ -268,3 +268,59 @@ def test_a_folder_is_named_by_its_full_path_and_an_id_as_it_is(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     for name in ("smollm2-135m", "someone/model", str(tmp_path / "x" / ".." / "model")):
         assert sources.resolve(flags={"model": name}, environ={}).config.model.name == name
+
+
+def test_limits_of_good_requests_are_read_as_they_are_dumped(tmp_path: Path) -> None:
+    config = sources.resolve(flags={"model": "m", "goodput": ["ttft:500", "tpot:50"]}, environ={}).config
+    text = yaml.safe_dump(config.model_dump(mode="json"))
+    assert "ttft:500 tpot:50" in text
+    assert sources.resolve(file=write(tmp_path, text), environ={}).config == config
+    long = write(tmp_path, MODEL + "workload:\n  goodput:\n    ttft: 500.0\n    tpot: 50.0\n")
+    assert sources.resolve(file=long, environ={}).config.workload.goodput == config.workload.goodput
+
+
+def traced(path: Path, **given: object) -> TuneConfig:
+    params = {"model": "m", "devices": "cpu:0", "request_rate": None, "trace": str(path), **given}
+    return sources.resolve_settings(params, reads_trace=True, warn=print).config
+
+
+def test_a_trace_says_what_the_workload_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ("0,5,7", "3,6,0", "4,8,9", "6,2,1")
+    path = tmp_path / "burst.csv"
+    path.write_text("\n".join(("Timestamp,Request tokens,Response tokens", *rows)))
+    workload = traced(path, time_scale=0.5).workload
+    assert workload.arrivals is not None
+    assert workload.arrivals.times_s == (0.0, 2.0, 3.0)
+    assert (workload.num_prompts, workload.input_lens, workload.output_lens) == (3, (5, 8, 2), (7, 9, 1))
+    assert "1 requests had failed" in capsys.readouterr().out
+    assert traced(path, num_prompts=2).workload.input_lens == (5, 8)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"timestamp": 0, "prompt": "a", "output_length": 3}\n{"timestamp": 9, "prompt": "b"}\n')
+    workload = traced(prompts, output_len=11).workload
+    assert (workload.prompts_file, workload.output_lens, workload.input_lens) == (str(prompts), (3, 11), None)
+    prompts.write_text('{"timestamp": 0, "prompt": "a"}\n{"timestamp": 9, "input_length": 4, "output_length": 2}\n')
+    with pytest.raises(ConfigError, match=r"prompts.jsonl:2: has no prompt, and .*:1 has one"):
+        traced(prompts)
+
+
+def test_what_cannot_be_under_arrivals_is_refused(tmp_path: Path) -> None:
+    base = {"model": "m", "devices": "cpu:0-1", "request_rate": 3.0}
+
+    def refused(**given: object) -> str:
+        with pytest.raises(ConfigError) as error:
+            sources.resolve_settings({**base, **given}, reads_trace=True, warn=print)
+        return str(error.value)
+
+    assert "space.replicas: requests over time go to one pipeline" in refused(replicas=[2])
+    assert "space.compile" in refused(compile=True)
+    assert "plans are measured at one rate here" in refused(objective=["max_request_rate"], goodput=["ttft:5"])
+    with pytest.raises(ConfigError, match="max_concurrency: it hides what rate"):
+        sources.resolve_settings(
+            {**base, "objective": ["max_request_rate"], "goodput": ["ttft:5"], "max_concurrency": 3}, warn=print
+        )
+    with pytest.raises(ConfigError, match="mean_itl_ms needs requests that come over time"):
+        sources.resolve_settings({"model": "m", "devices": "cpu:0", "objective": ["mean_itl_ms"]}, warn=print)
+    # A command that gives all prompts at once says who does not.
+    file = write(tmp_path, MODEL + "devices: [cpu:0]\nworkload: {arrivals: {request_rate: 3.0}}\n")
+    with pytest.raises(ConfigError, match="`pipetune bench` measures under arrivals"):
+        sources.resolve_settings({"config": file}, warn=print)

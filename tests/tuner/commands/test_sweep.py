@@ -1,0 +1,93 @@
+"""`bench` and `tune` under arrivals, from the command line to the end, on real workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.record import Measurement, Record
+from pipetune.tuner.cli import run
+from pipetune.tuner.commands.sweep import rates_of
+from tests.tiny_models import save_tiny_model
+
+SIZES = ("--num-prompts", "20", "--input-len", "9", "--output-len", "4", "--num-iters", "1", "--no-progress")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    folder = save_tiny_model(tmp_path_factory.mktemp("model") / "llama", "llama", 4)
+    return ("--model", str(folder), "--devices", "cpu:0-1")
+
+
+@pytest.mark.parametrize("text", ["2,1", "1,1", "0", "-1,2", "nan", "inf", "x", "", "2,"])
+def test_rates_that_do_not_rise_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--sweep .*such as 2,4,8"):
+        rates_of(text)
+    assert rates_of("0.5,2,4") == (0.5, 2.0, 4.0)
+    assert rates_of(None) == ()
+
+
+@pytest.mark.slow
+def test_a_sweep_is_a_table_a_plot_and_records(
+    model: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, plot = tmp_path / "first.jsonl", tmp_path / "second.jsonl", tmp_path / "rates.png"
+    bench = ("bench", *model, *SIZES, "--goodput", "ttft:5000", "--sweep", "40,90")
+    assert run([*bench, "--layers", "4", "-o", str(first)]) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines() if line.strip().startswith(("40 ", "90 "))] == ["40", "90"]
+    assert "good" in text
+    more = ("--layers", "1,3", "-o", str(second), "--plot", str(plot), "--beside", str(first), "--json")
+    assert run([*bench, *more]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["request_rate"] for row in told["sweep"]] == [40.0, 90.0]
+    assert all(row["metrics"]["slo_attainment"] == 1.0 for row in told["sweep"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    records = [Record.model_validate_json(line) for line in second.read_text().splitlines()]
+    assert [
+        record.spec and record.spec.workload.arrivals and record.spec.workload.arrivals.request_rate
+        for record in records
+    ] == [40.0, 90.0]
+    assert run([*bench, "--layers", "4", "--plot", str(plot), "--beside", str(plot)]) == 2
+    assert "--beside" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_highest_rate_lies_between_two_that_were_measured(
+    model: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No request of several tokens keeps such a limit once others wait: with rows of one there is a highest rate.
+    bench = ("bench", *model, *SIZES, "--layers", "4", "--micro-batch-size", "1", "--request-rate", "50")
+    find = ("--max-request-rate", "--most-rates", "12", "--goodput", "ttft:30", "--json")
+    assert run([*bench, *find]) == 0
+    told = json.loads(capsys.readouterr().out)
+    shares = {row["request_rate"]: row["metrics"]["slo_attainment"] for row in told["sweep"]}
+    found = told["max_request_rate"]
+    assert found is not None
+    assert max(rate for rate in shares if rate <= found) <= found < min(rate for rate in shares if rate > found)
+    assert run([*bench, "--max-request-rate"]) == 2
+    assert "--max-request-rate: give --goodput" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_search_under_arrivals_ranks_by_good_requests(
+    model: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "study"
+    tune = ("tune", *model, *SIZES, "--request-rate", "60", "--goodput", "ttft:9000", "--objective", "request_goodput")
+    few = ("--n-trials", "3", "--finalists", "1", "--finalist-rounds", "1", "--max-finalist-rounds", "1")
+    assert run([*tune, *few, "-o", str(folder)]) == 0
+    assert "60 requests/s" in (text := capsys.readouterr().out)
+    assert "goodput" in text
+    files = sorted(folder.glob("records/*.json"))
+    records = [Record.model_validate_json(path.read_text(encoding="utf-8")) for path in files]
+    results = [record.result for record in records]
+    assert {record.role for record in records} == {"single_stage", "trial", "finalist"}
+    assert all(isinstance(one, Measurement) and one.is_under_arrivals for one in results), results
+    assert all(isinstance(one, Measurement) and one.check and one.check.tokens_equal for one in results)
+    assert (folder / "best_plan.json").exists()
+    # It goes on where it was, and finds nothing left to do.
+    assert run(["tune", "--resume", str(folder), "--no-progress"]) == 0
