@@ -72,7 +72,7 @@ class Mail:
         Raises:
             RuntimeError: it is gone.
         """
-        parts = []
+        parts: list[bytes] = []
         while not parts or parts[-1][:1] == b"+":
             try:
                 part = self._socket.recv(_PACKET, 0 if wait or parts else socket.MSG_DONTWAIT)

@@ -124,7 +124,6 @@ class Online:
     def open_queue(self, plan: Plan, rules: Rules, max_len: int, sampling: Sampling | None) -> dict[str, Any]:
         """Serves requests as the driver gives them, until it says that no more will come and all have left."""
         host = self._host
-        self._tokens.encode([[0]], max_len - 1)
         sizes = Sizes(rules=rules, max_len=max_len, prompt_len=max_len - 1)
         own = self._open(plan, sizes, sampling, instrument=False)
         assert host.placement is not None

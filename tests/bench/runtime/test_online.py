@@ -177,15 +177,12 @@ def test_tokens_equal_those_of_each_prompt_alone(family: str, tmp_path: Path) ->
     expected = {one.number: unsplit_tokens(model, [one.prompt], output_len=one.output_len)[0] for one in requests}
     assert len({tuple(row[:1]) for row in expected.values()}) > 3, "the model repeats itself"
     seen: set[str] = set()
-    for counts, rules in zip(
-        CUTS,
-        (
-            {"slots": 2, "rows": 3, "prefill_rows": 2},
-            {"slots": 3, "rows": 4, "prefill_rows": 1, "chunk_size": 5, "order": "shortest"},
-            {"slots": 3, "rows": 2, "prefill_rows": 2, "chunk_size": 7, "prefills_per_decode": 1},
-        ),
-        strict=True,
-    ):
+    ways: list[dict[str, Any]] = [
+        {"slots": 2, "rows": 3, "prefill_rows": 2},
+        {"slots": 3, "rows": 4, "prefill_rows": 1, "chunk_size": 5, "order": "shortest"},
+        {"slots": 3, "rows": 2, "prefill_rows": 2, "chunk_size": 7, "prefills_per_decode": 1},
+    ]
+    for counts, rules in zip(CUTS, ways, strict=True):
         source = Source(requests)
         leader, first = serve(stages_of(folder, counts), source, sizes_of(requests, **rules))
         check(source.served, expected)
