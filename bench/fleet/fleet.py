@@ -313,7 +313,7 @@ class Fleet(Closing):
             sampling: how tokens are drawn, by the order in which requests are given.
 
         Raises:
-            ConfigError: another queue is open, `max_len` is more than the model's positions, or the model's caches cannot be used so.
+            ConfigError: another queue is open, `max_len` is beyond the model's positions, or its cache unfit.
             PlanError: as `run_trace`, or the first stage is not on the fleet's first device.
             FleetError: the workers failed.
         """

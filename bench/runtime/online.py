@@ -9,7 +9,6 @@ graphs.
 
 from __future__ import annotations
 
-import contextlib
 import marshal
 import select
 import socket
@@ -58,7 +57,10 @@ class Mail:
         Raises:
             RuntimeError: it is gone.
         """
-        data = marshal.dumps(value)
+        self.put(marshal.dumps(value))
+
+    def put(self, data: bytes) -> None:
+        """The same, of a value that is packed."""
         try:
             for first in range(0, len(data), _PACKET - 1):
                 part = data[first : first + _PACKET - 1]
@@ -88,6 +90,12 @@ class Mail:
     def close(self) -> None:
         """Hangs up."""
         self._socket.close()
+
+
+def pack(edits: Sequence[Edit], task: Task) -> bytes:
+    """An order, as `Mail.put` takes it."""
+    plain: Any = [tuple(edit) for edit in edits], (*task,)
+    return marshal.dumps(plain)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,10 +165,6 @@ class OnlineStage:
             hidden = torch.zeros(shape, dtype=self.stage.message_dtype, device=self.stage.device)
             self._forward(task, None if self.stage.is_first else hidden)
             cache.fill(0.0)
-
-    def kv_bytes(self) -> int:
-        """Bytes allocated for KV."""
-        return sum(cache.nbytes() for cache in self.caches)
 
     def follow(self, line: Mail) -> None:
         """Carries out the orders of the first stage until it says that all is over; for the stages behind it.
@@ -448,9 +452,9 @@ class Leader:
                 self._served[number].began_s = now
         if self._lines:
             told = task if self._stage.stage.reads_ids else task._replace(ids=None)
-            message = [tuple(edit) for edit in edits], tuple(told)
+            data = pack(edits, told)
             for line in self._lines:
-                line.send(message)
+                line.put(data)
         if self._keep_tasks:
             kind: Any = "prefill" if isinstance(order, Prefill) else "decode"
             shape = {"rows": len(numbers), "tokens": task.tokens, "past": task.past}
@@ -489,10 +493,3 @@ class Leader:
             del self._served[number]
         if not self._served:
             self._empty_since_s = now_s
-
-
-def close_all(lines: Sequence[Mail]) -> None:
-    """Hangs up all lines."""
-    for line in lines:
-        with contextlib.suppress(OSError):
-            line.close()

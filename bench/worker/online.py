@@ -14,7 +14,7 @@ from pipetune.bench.files import scratch_folder
 from pipetune.bench.load.admission import Rules
 from pipetune.bench.load.online import OnlineRequest, ServedRequest
 from pipetune.bench.runtime.device import undisturbed
-from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source, close_all
+from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source
 from pipetune.bench.spec import Plan, Sampling
 from pipetune.bench.worker.channel import DriverLink
 from pipetune.bench.worker.prompts import Tokens
@@ -193,7 +193,6 @@ class Online:
         """The first stage's lines to the others, in their order; of another, its line to the first."""
         host, lines = self._host, list[Mail]()
         with contextlib.ExitStack() as held:
-            held.callback(close_all, lines)
             path, listener = None, None
             if host.rank == ranks[0]:
                 path = str(held.enter_context(scratch_folder()) / "orders")
@@ -205,12 +204,13 @@ class Online:
                 found = {}
                 for _ in ranks[1:]:
                     line = Mail(listener.accept()[0])
-                    lines.append(line)
+                    held.callback(line.close)
                     found[line.receive()] = line
-                lines[:] = [found[index] for index in range(1, len(ranks))]
+                lines += [found[index] for index in range(1, len(ranks))]
             elif host.rank in ranks:
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 connection.connect(path)
                 lines.append(Mail(connection))
+                held.callback(lines[0].close)
                 lines[0].send(host.index)
             yield lines

@@ -62,7 +62,7 @@ def test_what_is_refused_and_cancelled_is_let_go(fleet: Fleet) -> None:
     pids = worker_pids(fleet)
     with pytest.raises(PlanError, match="start there"):
         fleet.open_queue(Plan.from_layer_counts((3, 3), ("cpu:1", "cpu:0"), 2), max_len=64)
-    with pytest.raises(ConfigError, match="max_len=4000.*2048 positions"):
+    with pytest.raises(ConfigError, match=r"max_len=4000.*2048 positions"):
         fleet.open_queue(PLAN, max_len=4000)
     with fleet.open_queue(PLAN, max_len=64, in_flight=1) as requests:
         with pytest.raises(ConfigError, match="close that first"):

@@ -26,7 +26,7 @@ from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import Edges, StageLoop, Status
-from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source, close_all
+from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.spec import ModelSpec, Sampling
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
@@ -117,7 +117,8 @@ def serve(
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    close_all(list(itertools.chain(*pairs)))
+    for end in itertools.chain(*pairs):
+        end.close()
     traces = [one.timeline.resolve().trace(0.0) for one in online]
     assert all(len(trace.compute_start_s) == len(leader.tasks) for trace in traces)
     assert all(one.edits == online[0].edits for one in online)
