@@ -14,7 +14,7 @@ class OnlineRequest(Value):
     """One request, as it is given."""
 
     number: Count
-    """Of its own among all of a run; draws depend on it."""
+    """No other of a run has it; draws depend on it."""
     prompt: tuple[int, ...] = Field(min_length=1)
     """Token ids."""
     output_len: int = Field(ge=1)
@@ -65,5 +65,5 @@ class OnlineRun(Value):
     stages: tuple[StageTrace, ...]
     """Stage by stage; arrays run along `tasks`, and are empty without instrumentation."""
     idle_s: tuple[tuple[Seconds, Seconds], ...]
-    """Spans in which no request was in the system."""
+    """From when until when no request was in the system."""
     transport: str

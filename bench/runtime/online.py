@@ -148,6 +148,13 @@ class OnlineStage:
         self._sizes = sizes
         self._marks: deque[torch.cuda.Event] = deque()
 
+    @property
+    def unfit(self) -> str | None:
+        """Why the model cannot be served so, if it cannot."""
+        if not self.caches[0].is_movable:
+            return "keeps more than keys and values, which cannot be moved within a slot yet"
+        return "counts padding among the positions, which changes its tokens" if self.stage.counts_padding else None
+
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Runs a task of each kind on made-up hidden states, and leaves zeros in all caches: what a mask hides still
@@ -356,13 +363,13 @@ class Leader:
         Args:
             lines: to the other stages, in their order.
             max_concurrency: requests in the system at once; others wait before it.
-            keep_tasks: whether tasks and spans without a request are kept, which grow with time.
+            keep_tasks: whether tasks and `idle_s` are kept, which grow with time.
         """
         self.admission = Admission(sizes.rules)
         self.slots = Slots(sizes.rules, sizes.max_len, stage.pad_token_id)
         self.tasks: list[OnlineTask] = []
         self.idle_s: list[tuple[float, float]] = []
-        """Spans without a request."""
+        """From when until when there was no request."""
         self.last_s = 0.0
         """When the last token was known."""
         self._stage, self._lines, self._source = stage, lines, source

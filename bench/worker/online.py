@@ -169,11 +169,8 @@ class Online:
                 pad_token_id=self._tokens.pad_token_id,
                 instrument=instrument,
             )
-        if not all(host.control.gather(own is None or own.caches[0].is_movable)):
-            raise ConfigError(
-                f"{host.shape.architecture} keeps more than keys and values of each token, which cannot be moved "
-                "within a slot yet; give it its prompts at once"
-            )
+        if why := next(filter(None, host.control.gather(None if own is None else own.unfit)), None):
+            raise ConfigError(f"requests over time: {host.shape.architecture} {why}; give it whole batches")
         return own
 
     def _run(self, own: OnlineStage | None, leader: Leader | None, lines: Sequence[Mail]) -> float | None:

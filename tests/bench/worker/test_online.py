@@ -19,6 +19,7 @@ from pipetune.bench.load.admission import Rules
 from pipetune.bench.load.online import OnlineRequest
 from pipetune.bench.record import FailureKind
 from pipetune.bench.spec import ModelSpec, Plan, Sampling
+from tests.families.configs import tiny_config
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 from tests.workers import worker_pids
 
@@ -87,6 +88,26 @@ def test_what_is_refused_costs_no_worker(tmp_path: Path) -> None:
         with pytest.raises(PlanError, match=r"plan\.replicas=2"):
             fleet.run_trace(Plan.from_layer_counts((6,), DEVICES, 2, replicas=2), [request])
         assert len(fleet.run_trace(plan, [request]).requests[0].token_ids) == 2
+        assert worker_pids(fleet) == pids
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("bart", "counts padding among the positions"),
+        ("deepseek_v32", "keeps more than keys and values"),
+        ("jamba", "keeps recurrent states"),
+    ],
+)
+def test_families_whose_tokens_would_change_are_refused(family: str, message: str, tmp_path: Path) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    request = OnlineRequest(number=0, prompt=(5, 6, 7), output_len=2)
+    with Fleet.start(ModelSpec(name=str(tmp_path), load_format="dummy"), DEVICES[:2]) as fleet:
+        cut = next(one for one in range(1, fleet.shape.num_layers) if one not in fleet.shape.forbidden_cuts)
+        plan = Plan.from_layer_counts((cut, fleet.shape.num_layers - cut), DEVICES, 2)
+        pids = worker_pids(fleet)
+        with pytest.raises((ConfigError, PlanError), match=message):
+            fleet.run_trace(plan, [request])
         assert worker_pids(fleet) == pids
 
 
