@@ -278,8 +278,9 @@ def resolve_prompts(
 def resolve_slots(
     shape: ModelShape, plan: Plan, *, prompt_len: int, output_len: int, device_bytes: dict[str, int]
 ) -> int | Failure:
-    """Slots of a plan whose requests come over time, at most two a stage: prompts are prefilled beside them, which
-    takes the memory of one slot's prefill more than there are slots. Raises as `resolve`.
+    """Slots of a plan whose requests come over time: at least one, at most two a stage. Raises as `resolve`.
+
+    Prompts are prefilled beside them, which takes the room of one slot's prefill more than there are slots.
     """
     most = plan.max_in_flight or 2 * len(plan.stages)
     share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len))

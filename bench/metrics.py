@@ -28,7 +28,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipetune.bench.record import Iteration, Measurement, Intervals, StageTrace
+from pipetune.bench.record import Intervals, Iteration, Measurement, StageTrace
 
 LATENCIES = ("queue", "ttft", "tpot", "e2el")
 LOAD_LATENCIES = ("itl", "client_queue_time")

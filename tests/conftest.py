@@ -30,6 +30,7 @@ _SLOW = (
     "tests/bench/fleet/test_fleet.py",
     "tests/bench/fleet/test_hosts.py",
     "tests/bench/fleet/test_processes.py",
+    "tests/bench/fleet/test_queue.py",
     "tests/bench/models/test_attention.py",
     "tests/bench/models/test_smollm2",
     "tests/bench/runtime/kernels/",

@@ -318,13 +318,16 @@ class Fleet(Closing):
             sampling: how tokens are drawn, by the order in which requests are given.
 
         Raises:
-            ConfigError: another queue is open, or the model's caches cannot be used so.
+            ConfigError: another queue is open, `max_len` is beyond the model's positions, or its cache unfit.
             PlanError: as `run_trace`, or the first stage is not on the fleet's first device.
             FleetError: the workers failed.
         """
         self._check_online(plan)
         if plan.devices[0] != self.devices[0]:
             raise PlanError(f"plan.stages[0].device={plan.devices[0]}: requests come to {self.devices[0]}; start there")
+        limit = self.shape.max_positions or max_len
+        if not 2 <= max_len <= limit:
+            raise ConfigError(f"max_len={max_len}: must hold a prompt and a token, and at most {limit} positions")
         rules = rules or rules_of(plan, in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1))
         self._wake()
         args = {"plan": plan, "rules": rules, "max_len": max_len, "sampling": sampling}

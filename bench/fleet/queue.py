@@ -149,9 +149,6 @@ class RequestQueue(Closing):
         if self._error is not None:
             raise self._error
 
-    def __enter__(self) -> Self:
-        return self
-
     def _run(self) -> None:
         error: PipetuneError | None = None
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pipetune.bench.record import Count, LoadTask, RequestTimes, Seconds, Intervals, StageTrace
+from pipetune.bench.record import Count, Intervals, LoadTask, RequestTimes, Seconds, StageTrace
 from pipetune.bench.spec import Value
 
 

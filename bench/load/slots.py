@@ -8,6 +8,7 @@ clock. The clock starts as late as lets the rows come to their ends, so that a l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -108,18 +109,18 @@ class Slots:
 
     def known(self, order: Prefill | Decode, tokens: Sequence[int], finished: Collection[int]) -> None:
         """Takes in the tokens of an order that samples, row by row; requests that are finished give their rows back."""
+        own, cache = self._slots[order.slot], order.slot
+        rows = own.rows[: len(tokens)]
         if isinstance(order, Prefill):
             cache, rows = self._prefilling.pop(order.requests[0].number)
             self._free.append(cache)
-        else:
-            rows = list(self._slots[order.slot].rows)[: len(tokens)]
         for row, token in zip(rows, tokens, strict=True):
             row.token = token
             row.known += 1
         if isinstance(order, Prefill):
-            self._join(self._slots[order.slot], order, cache, rows, finished)
+            self._join(own, order.slot, cache, rows, finished)
         else:
-            self._leave(self._slots[order.slot], order.slot, finished)
+            self._leave(own, order.slot, finished)
         for number in finished:
             del self._rows[number]
 
@@ -154,25 +155,20 @@ class Slots:
             row.left -= 1
         return task, rows
 
-    def _join(self, own: _Slot, order: Prefill, cache: int, rows: list[_Row], finished: Collection[int]) -> None:
+    def _join(self, own: _Slot, slot: int, cache: int, rows: list[_Row], finished: Collection[int]) -> None:
         width = max(row.length for row in rows)
         staying = [row for row in rows if row.number not in finished]
-        if not staying:
-            return
-        if not own.rows or own.clock < width:
-            self._turn(own, order.slot, max(width, own.longest), [*own.rows, *staying])
+        if staying and (not own.rows or own.clock < width):
+            self._turn(own, slot, max(width, own.longest), [*own.rows, *staying])
         first = 0
-        while first < len(rows):
-            if rows[first].number in finished:
-                first += 1
-                continue
-            end = first
-            while end < len(rows) and rows[end].number not in finished:
-                end += 1
-            place = (order.slot, len(own.rows), own.clock - width)
-            self._edits.append(Edit(cache, first, end - first, 0, width, *place))
-            own.rows += rows[first:end]
-            first = end
+        # Rows beside one another are copied at once, with their padding.
+        for stays, group in itertools.groupby(rows, lambda row: row.number not in finished):
+            joining = list(group)
+            if stays:
+                place = (slot, len(own.rows), own.clock - width)
+                self._edits.append(Edit(cache, first, len(joining), 0, width, *place))
+                own.rows += joining
+            first += len(joining)
 
     def _leave(self, own: _Slot, slot: int, finished: Collection[int]) -> None:
         for index in range(len(own.rows) - 1, -1, -1):

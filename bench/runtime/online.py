@@ -9,7 +9,6 @@ graphs.
 
 from __future__ import annotations
 
-import contextlib
 import marshal
 import select
 import socket
@@ -59,7 +58,10 @@ class Mail:
         Raises:
             RuntimeError: it is gone.
         """
-        data = marshal.dumps(value)
+        self.put(marshal.dumps(value))
+
+    def put(self, data: bytes) -> None:
+        """The same, of a value that is packed."""
         try:
             for first in range(0, len(data), _PACKET - 1):
                 part = data[first : first + _PACKET - 1]
@@ -73,7 +75,7 @@ class Mail:
         Raises:
             RuntimeError: it is gone.
         """
-        parts = []
+        parts: list[bytes] = []
         while not parts or parts[-1][:1] == b"+":
             try:
                 part = self._socket.recv(_PACKET, 0 if wait or parts else socket.MSG_DONTWAIT)
@@ -89,6 +91,12 @@ class Mail:
     def close(self) -> None:
         """Hangs up."""
         self._socket.close()
+
+
+def pack(edits: Sequence[Edit], task: Task) -> bytes:
+    """An order, as `Mail.put` takes it."""
+    plain: Any = [tuple(edit) for edit in edits], (*task,)
+    return marshal.dumps(plain)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +149,13 @@ class OnlineStage:
         self._sizes = sizes
         self._marks: deque[torch.cuda.Event] = deque()
 
+    @property
+    def unfit(self) -> str | None:
+        """Why the model cannot be served so, if it cannot."""
+        if not self.caches[0].is_movable:
+            return "keeps more than keys and values, which cannot be moved within a slot yet"
+        return "counts padding among the positions, which changes its tokens" if self.stage.counts_padding else None
+
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Runs a task of each kind on made-up hidden states, and leaves zeros in all caches: what a mask hides still
@@ -158,10 +173,6 @@ class OnlineStage:
             hidden = torch.zeros(shape, dtype=self.stage.message_dtype, device=self.stage.device)
             self._forward(task, None if self.stage.is_first else hidden)
             cache.fill(0.0)
-
-    def kv_bytes(self) -> int:
-        """Bytes allocated for KV."""
-        return sum(cache.nbytes() for cache in self.caches)
 
     def follow(self, line: Mail) -> None:
         """Carries out the orders of the first stage until it says that all is over; for the stages behind it.
@@ -360,7 +371,7 @@ class Leader:
         Args:
             lines: to the other stages, in their order.
             max_concurrency: requests in the system at once; others wait before it.
-            keep_tasks: whether tasks and spans without a request are kept, which grow with time.
+            keep_tasks: whether tasks and `idle_s` are kept, which grow with time.
         """
         self.admission = Admission(sizes.rules)
         self.slots = Slots(sizes.rules, sizes.max_len, stage.pad_token_id)
@@ -462,9 +473,9 @@ class Leader:
                 self._served[number].began_s = now
         if self._lines:
             told = task if self._stage.stage.reads_ids else task._replace(ids=None)
-            message = [tuple(edit) for edit in edits], tuple(told)
+            data = pack(edits, told)
             for line in self._lines:
-                line.send(message)
+                line.put(data)
         if self._keep_tasks:
             kind: Any = "prefill" if isinstance(order, Prefill) else "decode"
             shape = {"rows": len(numbers), "tokens": task.tokens, "past": task.past}
@@ -503,10 +514,3 @@ class Leader:
             del self._served[number]
         if not self._served:
             self._empty_since_s = now_s
-
-
-def close_all(lines: Sequence[Mail]) -> None:
-    """Hangs up all lines."""
-    for line in lines:
-        with contextlib.suppress(OSError):
-            line.close()

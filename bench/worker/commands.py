@@ -64,7 +64,7 @@ from pipetune.bench.worker.unsplit_reference import make_reference
 CONTROL_TIMEOUT = dt.timedelta(days=7)
 MOST_REFERRED = 64
 """Requests under arrivals whose tokens are compared with the unsplit model's."""
-_FOR_USE = ("prompts", "generate", "score", "run_trace", "open_queue")
+_FOR_USE = ("prompts", "generate", "score", "run_trace", "open_queue", "measure")
 """Commands that are refused where they cannot be carried out, and cost no worker."""
 
 

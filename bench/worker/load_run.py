@@ -95,4 +95,4 @@ class LoadRun(PlanRun):
         return {"order": order, "micro_batch_sizes": (), "tasks": (), "replica_tasks": None}
 
     def _kv_bytes(self) -> int:
-        return self._stage.kv_bytes() if self._stage is not None else 0
+        return sum(cache.nbytes() for cache in self._stage.caches) if self._stage is not None else 0

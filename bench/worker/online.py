@@ -14,7 +14,7 @@ from pipetune.bench.files import scratch_folder
 from pipetune.bench.load.admission import Rules
 from pipetune.bench.load.online import OnlineRequest, ServedRequest
 from pipetune.bench.runtime.device import undisturbed
-from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source, close_all
+from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source
 from pipetune.bench.spec import Plan, Sampling
 from pipetune.bench.worker.channel import DriverLink
 from pipetune.bench.worker.prompts import Tokens
@@ -135,7 +135,6 @@ class Online:
     def open_queue(self, plan: Plan, rules: Rules, max_len: int, sampling: Sampling | None) -> dict[str, Any]:
         """Serves requests as the driver gives them, until it says that no more will come and all have left."""
         host = self._host
-        self._tokens.encode([[0]], max_len - 1)
         sizes = Sizes(rules=rules, max_len=max_len, prompt_len=max_len - 1)
         own = self.open(plan, sizes, sampling, instrument=False)
         assert host.placement is not None
@@ -181,11 +180,8 @@ class Online:
                 pad_token_id=self._tokens.pad_token_id,
                 instrument=instrument,
             )
-        if not all(host.control.gather(own is None or own.caches[0].is_movable)):
-            raise ConfigError(
-                f"{host.shape.architecture} keeps more than keys and values of each token, which cannot be moved "
-                "within a slot yet; give it its prompts at once"
-            )
+        if why := next(filter(None, host.control.gather(None if own is None else own.unfit)), None):
+            raise ConfigError(f"requests over time: {host.shape.architecture} {why}; give it whole batches")
         if own is not None:
             own.rehearse()
         return own
@@ -205,7 +201,6 @@ class Online:
         """The first stage's lines to the others, in their order; of another, its line to the first."""
         host, lines = self._host, list[Mail]()
         with contextlib.ExitStack() as held:
-            held.callback(close_all, lines)
             path, listener = None, None
             if host.rank == ranks[0]:
                 path = str(held.enter_context(scratch_folder()) / "orders")
@@ -217,12 +212,13 @@ class Online:
                 found = {}
                 for _ in ranks[1:]:
                     line = Mail(listener.accept()[0])
-                    lines.append(line)
+                    held.callback(line.close)
                     found[line.receive()] = line
-                lines[:] = [found[index] for index in range(1, len(ranks))]
+                lines += [found[index] for index in range(1, len(ranks))]
             elif host.rank in ranks:
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 connection.connect(path)
                 lines.append(Mail(connection))
+                held.callback(lines[0].close)
                 lines[0].send(host.index)
             yield lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -18,6 +19,7 @@ from pipetune.bench.memory import (
     check_plan,
     gpu_workspace_bytes,
     resolve,
+    resolve_slots,
     stage_bytes,
 )
 from pipetune.bench.record import Failure, FailureKind
@@ -210,6 +212,22 @@ def test_in_flight_is_no_more_than_micro_batches_nor_the_plan_s_own_limit() -> N
     assert in_flight(resolved(shape(), plan(3, 3), 2**40, num_prompts=5)) == 3
     limited = plan(3, 3).model_copy(update={"max_in_flight": 2})
     assert in_flight(resolved(shape(), limited, 2**40)) == 2
+
+
+def test_slots_leave_room_for_the_prompts_beside_them() -> None:
+    def slots(wanted: Plan, room: int) -> int | Failure:
+        lens = {"prompt_len": 32, "output_len": 8}
+        return resolve_slots(shape(), wanted, **lens, device_bytes=dict.fromkeys(wanted.devices, room))
+
+    wanted = plan(3, 3, micro_batch_size=4, memory_fraction=1.0)
+    assert slots(wanted, 2**40) == 4, "two a stage"
+    assert slots(wanted.model_copy(update={"max_in_flight": 3}), 2**40) == 3
+    needs = [stage_bytes(shape(), wanted, index, prompt_len=32, output_len=8) for index in range(2)]
+    # Two slots, and three prefills of four fifths of one each.
+    enough = max(need.total(0) + math.ceil(4.4 * need.kv_per_slot) for need in needs)
+    assert slots(wanted, enough + max(need.kv_per_slot for need in needs)) == 2
+    assert slots(wanted, enough - max(need.kv_per_slot for need in needs)) == 1
+    assert isinstance(slots(wanted, 8 * MIB), Failure)
 
 
 def test_a_model_without_kv_is_limited_by_micro_batches_alone() -> None:

@@ -211,8 +211,9 @@ class SlotCache(hf.Cache):
 
         Both have memory already.
         """
-        for layer, other in zip(self.layers, source.layers, strict=True):
-            if not isinstance(other, SlotLayer) or other.keys is None:
+        layers: Iterator[tuple[Any, Any]] = zip(self.layers, source.layers, strict=True)
+        for layer, other in layers:
+            if getattr(other, "keys", None) is None:
                 continue
             for own, theirs in ((layer.keys, other.keys), (layer.values, other.values)):
                 states = theirs[rows, :, span]

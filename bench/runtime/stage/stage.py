@@ -29,6 +29,9 @@ from pipetune.bench.runtime.stage.kv_cache import SLOT_CACHES, SlotCache
 from pipetune.bench.runtime.stage.parts import Parts, PlaceholderEmbedding
 from pipetune.bench.spec import ModelSpec
 
+_DISTANCES = frozenset({"bloom", "mpt"})
+"""Families without positions, but with distances between them (ALiBi), by `model_type`."""
+
 
 class Stage:
     """The part of a model between two cuts, on one device, changed in place when the plan changes."""
@@ -114,6 +117,11 @@ class Stage:
         self._detach()
         self._model = None
         self.own_layers, self.is_first, self.is_last = range(0), False, False
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether the model counts positions itself, from the padding on: then tokens depend on how long that is."""
+        return "position_ids" not in self._accepts and self.config.model_type not in _DISTANCES
 
     def weights_bytes(self) -> int:
         """Bytes of parameters, packed ones among them, and buffers; shared storage counted once."""

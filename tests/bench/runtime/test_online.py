@@ -26,7 +26,7 @@ from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import Edges, StageLoop, Status
-from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source, close_all
+from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.spec import ModelSpec, Sampling
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
@@ -117,7 +117,8 @@ def serve(
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    close_all(list(itertools.chain(*pairs)))
+    for end in itertools.chain(*pairs):
+        end.close()
     traces = [one.timeline.resolve().trace(0.0) for one in online]
     assert all(len(trace.compute_start_s) == len(leader.tasks) for trace in traces)
     assert all(one.edits == online[0].edits for one in online)
@@ -177,15 +178,12 @@ def test_tokens_equal_those_of_each_prompt_alone(family: str, tmp_path: Path) ->
     expected = {one.number: unsplit_tokens(model, [one.prompt], output_len=one.output_len)[0] for one in requests}
     assert len({tuple(row[:1]) for row in expected.values()}) > 3, "the model repeats itself"
     seen: set[str] = set()
-    for counts, rules in zip(
-        CUTS,
-        (
-            {"slots": 2, "rows": 3, "prefill_rows": 2},
-            {"slots": 3, "rows": 4, "prefill_rows": 1, "chunk_size": 5, "order": "shortest"},
-            {"slots": 3, "rows": 2, "prefill_rows": 2, "chunk_size": 7, "prefills_per_decode": 1},
-        ),
-        strict=True,
-    ):
+    ways: list[dict[str, Any]] = [
+        {"slots": 2, "rows": 3, "prefill_rows": 2},
+        {"slots": 3, "rows": 4, "prefill_rows": 1, "chunk_size": 5, "order": "shortest"},
+        {"slots": 3, "rows": 2, "prefill_rows": 2, "chunk_size": 7, "prefills_per_decode": 1},
+    ]
+    for counts, rules in zip(CUTS, ways, strict=True):
         source = Source(requests)
         leader, first = serve(stages_of(folder, counts), source, sizes_of(requests, **rules))
         check(source.served, expected)

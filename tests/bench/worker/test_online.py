@@ -13,11 +13,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from pipetune.bench.errors import ConfigError, FleetError, PlanError
+from pipetune.bench.fleet import supervisor
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.load.admission import Rules
 from pipetune.bench.load.online import OnlineRequest
 from pipetune.bench.record import FailureKind
 from pipetune.bench.spec import ModelSpec, Plan, Sampling
+from tests.families.configs import tiny_config
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 from tests.workers import worker_pids
 
@@ -87,6 +89,37 @@ def test_what_is_refused_costs_no_worker(tmp_path: Path) -> None:
             fleet.run_trace(Plan.from_layer_counts((6,), DEVICES, 2, replicas=2), [request])
         assert len(fleet.run_trace(plan, [request]).requests[0].token_ids) == 2
         assert worker_pids(fleet) == pids
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("bart", "counts padding among the positions"),
+        ("deepseek_v32", "keeps more than keys and values"),
+        ("jamba", "keeps recurrent states"),
+    ],
+)
+def test_families_whose_tokens_would_change_are_refused(family: str, message: str, tmp_path: Path) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    request = OnlineRequest(number=0, prompt=(5, 6, 7), output_len=2)
+    with Fleet.start(ModelSpec(name=str(tmp_path), load_format="dummy"), DEVICES[:2]) as fleet:
+        cut = next(one for one in range(1, fleet.shape.num_layers) if one not in fleet.shape.forbidden_cuts)
+        plan = Plan.from_layer_counts((cut, fleet.shape.num_layers - cut), DEVICES, 2)
+        pids = worker_pids(fleet)
+        with pytest.raises((ConfigError, PlanError), match=message):
+            fleet.run_trace(plan, [request])
+        assert worker_pids(fleet) == pids
+
+
+def test_a_pipeline_without_requests_is_not_taken_for_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "STUCK_AFTER_S", 1.2)
+    folder = save_tiny_model(tmp_path / "llama", "llama")
+    requests = [OnlineRequest(number=one, prompt=(5, 6), output_len=2, at_s=4.0 * one) for one in range(2)]
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
+        run = fleet.run_trace(PLANS[2], requests)
+    first, second = run.requests
+    assert run.idle_s == ((first.token_times_s[-1], 4.0),)
+    assert second.noticed_s >= 4.0
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

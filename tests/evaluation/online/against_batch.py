@@ -50,19 +50,20 @@ def main() -> int:
     ratios = []
     with Fleet.start(ModelSpec(name=args.model), devices) as fleet:
         for number in range(args.rounds + 1):
-            took = {}
+            took: dict[str, float] = {}
+            tokens: dict[str, list[tuple[int, ...]]] = {}
             for way in ("online", "batch") if number % 2 else ("batch", "online"):
                 if way == "online":
                     run = fleet.run_trace(plan, requests, in_flight=args.in_flight)
                     took[way] = run.duration_s
-                    tokens = [one.token_ids for one in run.requests]
+                    tokens[way] = [one.token_ids for one in run.requests]
                 else:
                     results = fleet.generate(
                         plan, prompts, max_new_tokens=args.output_len, in_flight=args.in_flight, ignore_eos=True
                     )
                     took[way] = max(result.e2el_s for result in results)
-                    batch_tokens = [result.token_ids for result in results]
-            same = sum(one == other for one, other in zip(tokens, batch_tokens, strict=True))
+                    tokens[way] = [result.token_ids for result in results]
+            same = sum(one == other for one, other in zip(*tokens.values(), strict=True))
             say(
                 f"round {number}: online {count / took['online']:.1f}, batch {count / took['batch']:.1f} tokens/s, "
                 f"ratio {took['batch'] / took['online']:.3f}; {same} of {len(prompts)} outputs equal"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules
 from pipetune.bench.load.slots import Slots
-from pipetune.bench.runtime.online import Mail
+from pipetune.bench.runtime.online import Mail, pack
 
 
 def main() -> None:
@@ -62,9 +62,9 @@ def _measure(lines: Sequence[Mail], rows: int, steps: int) -> dict[str, list[flo
         assert isinstance(order, Prefill | Decode)
         edits, task, numbers = slots.order(order)
         decided = time.monotonic()
-        message = [tuple(edit) for edit in edits], tuple(task._replace(ids=None))
+        data = pack(edits, task._replace(ids=None))
         for line in lines:
-            line.send(message)
+            line.put(data)
         announced = time.monotonic()
         read = max(line.receive() for line in lines)
         known = time.monotonic()
