@@ -113,13 +113,13 @@ class Pipeline(Closing):
         """
         return self._surviving(lambda: self._fleet.score(self.plan, texts))
 
-    def open_queue(self, *, max_len: int, sampling: Sampling | None = None) -> RequestQueue:
+    def open_queue(self, *, max_len: int | None = None, sampling: Sampling | None = None) -> RequestQueue:
         """A queue for requests that are served as they are given, and join and leave micro-batches as they go.
 
         Until it is closed the pipeline does nothing else. Requests of workers that were lost are not run again.
 
         Args:
-            max_len: tokens of the longest prompt with its output.
+            max_len: tokens of the longest prompt with its output; by default the model's positions, at most 2048.
             sampling: how tokens are drawn, by the order in which requests are given; None takes the likeliest token.
 
         Raises:

@@ -14,7 +14,7 @@ from typing import Any, Self, Unpack
 from pydantic import TypeAdapter
 
 from pipetune.bench.errors import ConfigError, FleetError, ModelError, PlanError, StudyError
-from pipetune.bench.fleet.queue import Closing, GenerationResult, RequestQueue
+from pipetune.bench.fleet.queue import Closing, GenerationResult, RequestHandle, RequestQueue
 from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, FleetOptions, Progress, Supervisor
 from pipetune.bench.load.admission import Rules, rules_of
 from pipetune.bench.load.online import OnlineRequest, OnlineRun
@@ -43,6 +43,7 @@ __all__ = [
     "Fleet",
     "GenerationResult",
     "Progress",
+    "RequestHandle",
     "RequestQueue",
     "ScoreResult",
     "available_devices",
@@ -63,6 +64,10 @@ class ScoreResult(Value):
     """Natural logarithms of the probabilities of all tokens but the first, which has none; empty for a single token."""
     text: str | None
     """None where the model has no tokenizer."""
+
+
+MAX_LEN = 2048
+"""Positions of a queue's requests, unless told otherwise."""
 
 
 class Fleet(Closing):
@@ -305,7 +310,7 @@ class Fleet(Closing):
         self,
         plan: Plan,
         *,
-        max_len: int,
+        max_len: int | None = None,
         in_flight: int | None = None,
         rules: Rules | None = None,
         sampling: Sampling | None = None,
@@ -313,7 +318,7 @@ class Fleet(Closing):
         """A queue for requests that are served as they are given; until it is closed the fleet does nothing else.
 
         Args:
-            max_len: tokens of the longest prompt with its output.
+            max_len: tokens of the longest prompt with its output; by default the model's positions, at most 2048.
             in_flight, rules: as in `run_trace`.
             sampling: how tokens are drawn, by the order in which requests are given.
 
@@ -325,13 +330,14 @@ class Fleet(Closing):
         self._check_online(plan)
         if plan.devices[0] != self.devices[0]:
             raise PlanError(f"plan.stages[0].device={plan.devices[0]}: requests come to {self.devices[0]}; start there")
+        max_len = max_len or min(self.shape.max_positions or MAX_LEN, MAX_LEN)
         limit = self.shape.max_positions or max_len
         if not 2 <= max_len <= limit:
             raise ConfigError(f"max_len={max_len}: must hold a prompt and a token, and at most {limit} positions")
         rules = rules or rules_of(plan, in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1))
         self._wake()
         args = {"plan": plan, "rules": rules, "max_len": max_len, "sampling": sampling}
-        self._queue = RequestQueue(self._supervisor, partial(self._request, "open_queue", args, math.inf))
+        self._queue = RequestQueue(self._supervisor, partial(self._request, "open_queue", args, math.inf), max_len)
         return self._queue
 
     def _slots(self, plan: Plan, *, prompt_len: int, output_len: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Self
 from pipetune.bench.errors import ConfigError, FleetError, PipetuneError
 from pipetune.bench.fleet.supervisor import Supervisor
 from pipetune.bench.load.online import ServedRequest
-from pipetune.bench.prompts.forms import Prompts, prompts_of_call
+from pipetune.bench.prompts.forms import Chat, Prompts, prompts_of_call
 from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.spec import Value
 
@@ -48,13 +48,14 @@ class Closing:
 class RequestHandle:
     """One request that was given: its tokens as they come, and its result."""
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(self, cancel: Callable[[], None], on_text: Callable[[str | None], object] | None = None) -> None:
         self.future: Future[GenerationResult] = Future()
         """Its result; raises ConfigError for a request that cannot be served, FleetError if the workers fail. A request
         that was cancelled has the tokens that it got."""
         self.cancel = cancel
         """Asks for no more tokens; the request leaves with its next one."""
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._on_text, self._text = on_text, ""
 
     def result(self, timeout_s: float | None = None) -> GenerationResult:
         """Waits for the result; raises as it, or TimeoutError."""
@@ -66,8 +67,18 @@ class RequestHandle:
             yield token
         self.future.result()
 
-    def _tell(self, token: int | None) -> None:
+    def _tell(self, token: int | None, text: str | None = None) -> None:
         self._tokens.put(token)
+        if self._on_text is None:
+            return
+        if token is None and self.future.exception() is None and self.future.result().text is not None:
+            # What was no whole text before its end.
+            text = (self.future.result().text or "").removeprefix(self._text)
+        if text:
+            self._text += text
+            self._on_text(text)
+        if token is None:
+            self._on_text(None)
 
 
 class RequestQueue(Closing):
@@ -79,16 +90,17 @@ class RequestQueue(Closing):
         ...         print(token)
     """
 
-    def __init__(self, supervisor: Supervisor, serve: Callable[[], object]) -> None:
+    def __init__(self, supervisor: Supervisor, serve: Callable[[], object], max_len: int) -> None:
         """Waits until the workers are ready.
 
         Args:
+            max_len: tokens of the longest prompt with its output.
             serve: returns once they were told to stop and have served all.
 
         Raises:
             PipetuneError: `serve` did.
         """
-        self._supervisor, self._serve = supervisor, serve
+        self._supervisor, self._serve, self.max_len = supervisor, serve, max_len
         self._handles: dict[int, RequestHandle] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -107,21 +119,31 @@ class RequestQueue(Closing):
         """Whether the workers serve requests still."""
         return self._thread.is_alive()
 
-    def submit(self, prompt: Prompts, *, max_new_tokens: int, ignore_eos: bool = False) -> RequestHandle:
+    def submit(
+        self,
+        prompt: Prompts | Chat,
+        *,
+        max_new_tokens: int | None,
+        ignore_eos: bool = False,
+        on_text: Callable[[str | None], object] | None = None,
+    ) -> RequestHandle:
         """Gives a request.
 
         Args:
-            prompt: one, as text or token ids.
-            max_new_tokens: the most tokens to generate.
+            prompt: one, as text, token ids, or messages of a chat.
+            max_new_tokens: the most tokens to generate; None lets the request fill what is left of its positions.
             ignore_eos: go on after an end-of-sequence token.
+            on_text: called with each piece of text as it comes, and with None once the result is there; from the thread
+                that hears the workers, which it must not keep.
 
         Raises:
             TypeError: something else than a prompt.
             ConfigError: the queue is closed, there is not one prompt, or no token is asked for.
             PipetuneError: what the workers died of.
         """
-        given = prompts_of_call(prompt)
-        if len(given) != 1 or max_new_tokens < 1:
+        chat = {"messages": prompt.messages, **prompt.options} if isinstance(prompt, Chat) else None
+        given: list[Any] = [chat] if isinstance(prompt, Chat) else prompts_of_call(prompt)
+        if len(given) != 1 or (max_new_tokens is not None and max_new_tokens < 1):
             raise ConfigError(f"{len(given)} prompts, max_new_tokens={max_new_tokens}: give one, and at least 1 token")
         with self._lock:
             if self._error is not None:
@@ -129,7 +151,7 @@ class RequestQueue(Closing):
             if self._is_closed:
                 raise ConfigError("the queue of requests is closed; open another one")
             number = next(self._numbers)
-            handle = RequestHandle(lambda: self._supervisor.tell("cancel", number=number))
+            handle = RequestHandle(lambda: self._supervisor.tell("cancel", number=number), on_text)
             self._handles[number] = handle
             wanted = {"prompt": given[0], "max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
             self._supervisor.tell("submit", number=number, **wanted)
@@ -171,8 +193,8 @@ class RequestQueue(Closing):
             self._opened.set()
             return
         if message["type"] == "tokens":
-            for number, token in message["tokens"]:
-                self._handles[number]._tell(token)
+            for number, token, text in message["tokens"]:
+                self._handles[number]._tell(token, text)
             return
         handle = self._handles.pop(message["number"])
         if "error" in message:

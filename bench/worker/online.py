@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import validate_call
+from tokenizers.decoders import DecodeStream
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.load.admission import Rules
 from pipetune.bench.load.online import OnlineRequest, ServedRequest
+from pipetune.bench.prompts.forms import requests_of
 from pipetune.bench.runtime.device import undisturbed
 from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source
 from pipetune.bench.spec import Plan, Sampling
@@ -31,6 +33,7 @@ class Queue(Source):
         self.waits_on = [link]
         self._link, self._tokens, self._max_len = link, tokens, max_len
         self._cancelled: list[int] = []
+        self._texts: dict[int, DecodeStream] = {}
 
     def take(self, now_s: float) -> list[OnlineRequest]:
         """Those that were given, but for those that cannot be served, of which the driver is told."""
@@ -48,8 +51,11 @@ class Queue(Source):
                 self.is_over = True
         return found
 
-    def _read(self, number: int, prompt: Any, max_new_tokens: int, ignore_eos: bool) -> OnlineRequest:
-        ids = self._tokens.read(prompt)
+    def _read(self, number: int, prompt: Any, max_new_tokens: int | None, ignore_eos: bool) -> OnlineRequest:
+        given = requests_of(prompt, "prompt")[0].prompt if isinstance(prompt, dict) else prompt
+        ids = self._tokens.read(given)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, self._max_len - len(ids))
         if len(ids) + max_new_tokens > self._max_len:
             raise ConfigError(
                 f"prompt: {len(ids)} tokens and max_new_tokens={max_new_tokens} are more than max_len={self._max_len}; "
@@ -64,12 +70,21 @@ class Queue(Source):
         return found
 
     def told(self, tokens: Sequence[tuple[int, int]]) -> None:
-        """Tells the driver."""
-        self._link.send("tokens", tokens=tokens)
+        """Tells the driver, with the text that is whole by then."""
+        self._link.send("tokens", tokens=[(number, token, self._text(number, token)) for number, token in tokens])
+
+    def _text(self, number: int, token: int) -> str | None:
+        fast = getattr(self._tokens.tokenizer, "backend_tokenizer", None)
+        if fast is None:
+            return None
+        stream = self._texts.setdefault(number, DecodeStream(skip_special_tokens=True))
+        text: str | None = stream.step(fast, token)
+        return text
 
     def finished(self, request: OnlineRequest, served: ServedRequest) -> None:
         """Tells the driver, with the text that the tokens are."""
         tokenizer = self._tokens.tokenizer
+        self._texts.pop(served.number, None)
         text = tokenizer.decode(served.token_ids, skip_special_tokens=True) if tokenizer is not None else None
         self._link.send("served", number=served.number, prompt=request.prompt, text=text, served=served)
 

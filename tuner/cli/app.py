@@ -21,6 +21,7 @@ from pipetune.tuner.cli.plan import plan
 from pipetune.tuner.cli.profile import profile
 from pipetune.tuner.cli.report import report
 from pipetune.tuner.cli.rollout import rollout
+from pipetune.tuner.cli.serve import serve
 from pipetune.tuner.cli.tune import tune
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ _COMMANDS = (
     tune,
     plan,
     bench,
+    serve,
     gate,
     rollout,
     compare,

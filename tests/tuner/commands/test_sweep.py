@@ -87,7 +87,9 @@ def test_a_search_under_arrivals_ranks_by_good_requests(
     results = [record.result for record in records]
     assert {record.role for record in records} == {"single_stage", "trial", "finalist"}
     assert all(isinstance(one, Measurement) and one.is_under_arrivals for one in results), results
-    assert all(isinstance(one, Measurement) and one.check and one.check.tokens_equal for one in results)
+    checks = [one.check for one in results if isinstance(one, Measurement) and one.check is not None]
+    # Finals compare no outputs: their plans were checked as trials.
+    assert [check.tokens_equal for check in checks] == [True] * 4
     assert (folder / "best_plan.json").exists()
     # It goes on where it was, and finds nothing left to do.
     assert run(["tune", "--resume", str(folder), "--no-progress"]) == 0
