@@ -171,6 +171,13 @@ class RequestQueue(Closing):
         if self._error is not None:
             raise self._error
 
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            # Nobody waits for what was given any more.
+            for handle in list(self._handles.values()):
+                handle.cancel()
+        self.close()
+
     def _run(self) -> None:
         error: PipetuneError | None = None
         try:

@@ -337,21 +337,13 @@ class _Served:
     noticed_s: float
     admitted_s: float | None = None
     began_s: float | None = None
-    tokens: list[int] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    token_times_s: list[float] = field(default_factory=list)
     is_cancelled: bool = False
 
     def result(self) -> ServedRequest:
-        return ServedRequest(
-            number=self.request.number,
-            arrived_s=self.arrived_s,
-            noticed_s=self.noticed_s,
-            admitted_s=self.admitted_s,
-            began_s=self.began_s,
-            token_times_s=tuple(self.times_s),
-            token_ids=tuple(self.tokens),
-            is_cancelled=self.is_cancelled,
-        )
+        seen = {name: getattr(self, name) for name in ServedRequest.model_fields if name != "number"}
+        return ServedRequest(number=self.request.number, **seen)
 
 
 class Leader:
@@ -492,10 +484,10 @@ class Leader:
         for number, token in zip(numbers, tokens, strict=True):
             one = self._served[number]
             if not one.is_cancelled:
-                one.tokens.append(token)
-                one.times_s.append(now)
+                one.token_ids.append(token)
+                one.token_times_s.append(now)
                 told.append((number, token))
-            is_last = len(one.tokens) == one.request.output_len or token in one.request.eos_token_ids
+            is_last = len(one.token_ids) == one.request.output_len or token in one.request.eos_token_ids
             if one.is_cancelled or is_last:
                 finished.append(number)
         self.slots.known(order, tokens, finished)

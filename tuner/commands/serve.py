@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import socket
 import time
 import uuid
@@ -181,6 +182,8 @@ class Api:
         """The request, and the part of it that is its prompts."""
         try:
             values = json.loads(await request.body())
+            if not isinstance(values, dict):
+                raise Refused(f"the body is no JSON object but a {type(values).__name__}")
             body = Body.model_validate(values)
         except ValidationError as error:
             raise Refused(explain(error), param=str(error.errors()[0]["loc"][0])) from None
@@ -345,4 +348,10 @@ def serve(api: Api, *, host: str, port: int, say: Callable[[str], object]) -> No
         await server.serve(sockets=[listener])
         watching.cancel()
 
-    asyncio.run(run())
+    # Once all is served, uvicorn raises the signal again that ended it: what ends here ends well.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        asyncio.run(run())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

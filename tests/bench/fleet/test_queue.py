@@ -86,6 +86,19 @@ def test_what_is_refused_and_cancelled_is_let_go(fleet: Fleet) -> None:
     assert worker_pids(fleet) == pids
 
 
+def test_an_error_outside_cancels_what_was_given(fleet: Fleet) -> None:
+    handles = []
+
+    def fail() -> None:
+        with fleet.open_queue(PLAN, max_len=2000) as requests:
+            handles.append(requests.submit([5], max_new_tokens=1900, ignore_eos=True))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert len(handles[0].result(0).token_ids) < 1900
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_requests_of_killed_workers_fail_by_name(rank: int, fleet: Fleet) -> None:
     requests = fleet.open_queue(PLAN, max_len=2000)
