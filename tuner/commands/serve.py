@@ -30,7 +30,7 @@ from pipetune.bench.prompts.forms import requests_of
 from pipetune.bench.spec import Sampling
 
 DEFAULT_MAX_TOKENS = 16
-"""Of a completion, as OpenAI has it; a chat's answer may fill what is left of the positions."""
+"""Length of a completion, as OpenAI has it; a chat's answer may fill what is left of the positions."""
 _ONLY = {
     "n": 1,
     "best_of": 1,

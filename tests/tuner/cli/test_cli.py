@@ -32,7 +32,7 @@ from tests.tiny_models import save_tiny_model
 
 MODEL = ("--model", "m", "--devices", "cpu:0-1")
 COMMANDS = (
-    *("demo", "tune", "plan", "bench", "gate", "rollout", "compare", "history", "report", "collect", "export"),
+    *("demo", "tune", "plan", "bench", "serve", "gate", "rollout", "compare", "history", "report", "collect", "export"),
     *("doctor", "profile", "metrics"),
 )
 APP: Any = typer.main.get_command(app)
