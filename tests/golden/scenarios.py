@@ -28,6 +28,7 @@ STARTS_FLEETS = (LONGEST, "workers")
 SUBCOMMANDS = (
     "demo",
     "join",
+    "serve",
     "metrics",
     "doctor",
     "profile",
