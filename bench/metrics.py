@@ -6,6 +6,7 @@ time:
 * `output_throughput` = generated tokens / W, median over iterations; where texts are scored it is absent, as are TTFT
   and TPOT.
 * TTFT of a request: from the prompts to its first token. TPOT: (last − first token) / (tokens − 1). E2EL: last token.
+  ITL, where an engine formed the batches: each gap between two tokens of a request.
 * `bubble_ratio` = 1 − Σ busy_s / (S · W). It is the sum of
   `bubble_fill_drain` (before a stage's first and after its last task),
   `bubble_imbalance` (Σ (max busy − busy_s) / (S · W), no more than what is left), and
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from pipetune.bench.record import Iteration, Measurement
 
-LATENCIES = ("queue", "ttft", "tpot", "e2el")
+LATENCIES = ("queue", "ttft", "tpot", "itl", "e2el")
 PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 HIGHER_IS_BETTER = frozenset(
     {
@@ -62,7 +63,7 @@ def metric_names(num_prompts: int, output_len: int, *, gpu: bool = False, goodpu
     if goodput:
         names += ["request_goodput", "slo_attainment"]
     for latency in LATENCIES:
-        if (latency == "tpot" and output_len < 2) or (latency == "ttft" and output_len < 1):
+        if latency == "itl" or (latency == "tpot" and output_len < 2) or (latency == "ttft" and output_len < 1):
             continue
         names += [f"mean_{latency}_ms", f"median_{latency}_ms"]
         names += [f"{name}_{latency}_ms" for name, q in PERCENTILES.items() if num_prompts >= samples_needed(q)]
@@ -81,7 +82,7 @@ def percentile(samples: Sequence[float], quantile: float) -> float:
 
 
 def request_times_s(measurement: Measurement) -> tuple[dict[str, tuple[float, ...]], ...]:
-    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (0 for one token) and `e2el`, in seconds."""
+    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (0 for one token), `e2el`; and `itl`. Seconds."""
     order, tasks = measurement.order, measurement.tasks
     first_rows = list(itertools.accumulate(measurement.micro_batch_sizes, initial=0))
     # Prompts whose rows are worked on together share their times.
@@ -111,6 +112,8 @@ def _times_s(
     groups: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
     begun: Mapping[int, int],
 ) -> dict[str, tuple[float, ...]]:
+    if run.requests:
+        return _request_times_s(run, measurement.output_len)
     count, known_s = len(measurement.order), run.token_times_s
     first, last = [0.0] * count, [0.0] * count
     lens, tasks = measurement.generated_lens, measurement.tasks
@@ -135,6 +138,20 @@ def _times_s(
         times["tpot"] = tuple(
             (end - begin) / max(length - 1, 1) for begin, end, length in zip(first, last, lens, strict=True)
         )
+    return times
+
+
+def _request_times_s(run: Iteration, output_len: int) -> dict[str, tuple[float, ...]]:
+    """Of an engine's requests, as it gave their tokens."""
+    tokens = [one.token_times_s for one in run.requests]
+    times = {
+        "queue": tuple(one.scheduled_s for one in run.requests),
+        "ttft": tuple(own[0] for own in tokens),
+        "e2el": tuple(own[-1] for own in tokens),
+    }
+    if output_len > 1:
+        times["tpot"] = tuple((own[-1] - own[0]) / max(len(own) - 1, 1) for own in tokens)
+        times["itl"] = tuple(end - begin for own in tokens for begin, end in itertools.pairwise(own))
     return times
 
 
@@ -229,8 +246,8 @@ def derive(measurement: Measurement) -> dict[str, float]:
         values["slo_attainment"] = sum(counts) / (len(counts) * len(measurement.prompt_lens))
     for times in runs:
         for name, own in times.items():
-            has_one = (length > 1 or name != "tpot" for length in measurement.generated_lens)
-            pooled.setdefault(name, []).extend(itertools.compress(own, has_one))
+            lens = measurement.generated_lens if name == "tpot" else (2,) * len(own)
+            pooled.setdefault(name, []).extend(time for time, length in zip(own, lens, strict=True) if length > 1)
     values |= latency_metrics(pooled, len(measurement.prompt_lens))
     bubbles = [bubble(measurement, index) for index in range(len(durations))]
     for name in bubbles[0]:
