@@ -577,11 +577,15 @@ class Plan(Value):
         """Devices of all replicas, one after the other, stage by stage."""
         return (*(stage.device for stage in self.stages), *(name for row in self.replica_devices for name in row))
 
+    @property
+    def width(self) -> int:
+        """Workers of each stage."""
+        return self.engine.tensor_parallel_size if self.engine is not None else 1
+
     def shards(self, device: str) -> tuple[str, ...]:
         """Devices that share the layers of the stage on a device: itself, and those numbered after it."""
         kind, _, index = device.rpartition(":")
-        width = self.engine.tensor_parallel_size if self.engine is not None else 1
-        return tuple(f"{kind}:{int(index) + place}" for place in range(width))
+        return tuple(f"{kind}:{int(index) + place}" for place in range(self.width))
 
     def replica(self, index: int) -> Plan:
         """One replica as a plan of its own."""

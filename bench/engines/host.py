@@ -46,7 +46,7 @@ class EngineHost:
         self._plan: Plan | None = None
         self._oom_kills_before = oom_kills()
         self._log = log
-        self._file = log.open("ab") if log is not None else tempfile.TemporaryFile()  # noqa: SIM115
+        self._file = log.open("a+b") if log is not None else tempfile.TemporaryFile()  # noqa: SIM115
         self._log_begin = self._file.seek(0, os.SEEK_END)
         watched, self._alive = os.pipe()
         try:
@@ -61,6 +61,7 @@ class EngineHost:
             )
         except OSError as error:
             os.close(self._alive)
+            self._file.close()
             raise ConfigError(f"engine_python: {python} cannot be run: {error.strerror}; name a Python") from error
         finally:
             os.close(watched)
@@ -101,6 +102,9 @@ class EngineHost:
 
     def close(self) -> None:
         """Ends the host, its workers and the guard."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
         if self._alive >= 0:
             os.close(self._alive)
             self._alive = -1
@@ -109,9 +113,6 @@ class EngineHost:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
         self._reader.join(END_S)
         self._file.close()
 
@@ -156,7 +157,8 @@ class EngineHost:
             if not isinstance(message, dict) or not {"hello", "beat", "id"} & set(message):
                 self._fail(FailureKind.WORKER_ERROR, f"it said what is no message: {str(message)[:200]!r}")
             if key in message:
-                return message
+                found: dict[str, Any] = message
+                return found
             if message.get("died"):
                 self._died(message["died"])
 
@@ -165,8 +167,9 @@ class EngineHost:
             code = self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             code = 0
-        if code > 128:
-            self._died({"rank": None, "exit_code": 128 - code})
+        if code < 0 or code > 128:
+            # The guard tells by which signal its host ended, unless it was killed itself.
+            self._died({"rank": None, "exit_code": min(code, 128 - code)})
         kind, text = reason_of(f"it exited with code {code} during {self._phase}", self.log_text())
         self._fail(FailureKind.WORKER_DIED if kind is FailureKind.WORKER_ERROR else kind, text)
 

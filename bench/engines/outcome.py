@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipetune.bench.engines.reference import EngineReference
-from pipetune.bench.memory import ModelShape, stage_bytes
-from pipetune.bench.record import (
-    Failure,
-    Iteration,
-    Measurement,
-    OutputCheck,
-    RequestTimes,
-    StageMemory,
-    StageTrace,
-)
-from pipetune.bench.spec import RunSpec
+from pipetune.bench.fleet.engine import Engine
+from pipetune.bench.memory import stage_bytes
+from pipetune.bench.record import Failure, Iteration, Measurement, OutputCheck, RequestTimes, StageMemory, StageTrace
+from pipetune.bench.spec import Plan, RunSpec
 from pipetune.bench.worker.acceptance import over_cap, wrong_tokens
+
+Told = dict[str, Any]
+"""What a host or one of its workers answered."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Pass:
 
     shares: Sequence[Sequence[int]]
     start_at: float
-    answers: Sequence[dict[str, Any]]
+    answers: Sequence[Told]
 
     @property
     def duration_s(self) -> float:
@@ -35,120 +31,102 @@ class Pass:
         return max(float(answer["duration_s"]) for answer in self.answers)
 
     @property
-    def requests(self) -> list[dict[str, Any]]:
+    def requests(self) -> list[Told]:
         """One for each prompt, in the order given."""
-        pairs = (
-            pair
-            for share, answer in zip(self.shares, self.answers, strict=True)
-            for pair in zip(share, answer["requests"], strict=True)
-        )
-        return [request for _, request in sorted(pairs, key=lambda pair: pair[0])]
+        pairs = zip(self.shares, self.answers, strict=True)
+        by_index = {k: v for share, answer in pairs for k, v in zip(share, answer["requests"], strict=True)}
+        return [by_index[index] for index in range(len(by_index))]
 
     @property
-    def workers(self) -> list[dict[str, Any]]:
+    def workers(self) -> list[Told]:
         """By rank, one replica after the other."""
         return [worker for answer in self.answers for worker in answer["workers"]]
 
 
-@dataclass(frozen=True)
-class TimedRun:
-    """The timed passes of a plan, with what is known of its workers."""
+def outcome_of(
+    engine: Engine,
+    spec: RunSpec,
+    passes: Sequence[Pass],
+    workers: Sequence[Told],
+    reference: EngineReference | None,
+    check: OutputCheck | None,
+) -> Measurement | Failure:
+    """What timed passes amount to, without what only the driver knows.
 
-    spec: RunSpec
-    prompt_lens: tuple[int, ...]
-    shape: ModelShape
-    device_bytes: dict[str, int]
-    passes: Sequence[Pass]
-    kv_bytes: Sequence[int]
-    baseline_bytes: Sequence[int]
-    """These two by rank, one replica after the other."""
-    reference: EngineReference | None
-    check: OutputCheck | None
+    Args:
+        workers: what each told of itself when it took the plan; by rank, one replica after the other.
+        check: of forced tokens, before.
+    """
+    workload, lens = spec.workload, spec.workload.generated_lens
+    memory, failure = _memory(engine, spec.plan, passes, workers), None
+    if reference is not None and check is not None and workload.sampling is None:
+        # Draws of other software are others.
+        parted = [reference.compare_tokens([one["token_ids"] for one in each.requests]) for each in passes]
+        wrong, near = (max(column) for column in zip(*parted, strict=True))
+        check = check.model_copy(update={"tokens_equal": wrong == 0, "near_ties": near})
+        failure = wrong_tokens(wrong, workload.num_prompts, engine.shape.dtype_bytes)
+    if failure := failure or over_cap(memory):
+        return failure
+    was_reset = all(answer["peak_was_reset"] for one in passes for answer in one.answers)
+    return Measurement(
+        method="engine",
+        prompt_lens=engine.prompt_lens(workload),
+        order=tuple(range(workload.num_prompts)),
+        output_len=workload.generated_len,
+        output_lens=workload.unlike_lens,
+        goodput=workload.goodput,
+        micro_batch_sizes=(len(lens),),
+        tasks=(),
+        replica_tasks=(0,) * spec.plan.replicas if spec.plan.replicas > 1 else None,
+        iterations=tuple(_iteration(spec.plan, one) for one in passes),
+        memory=memory,
+        check=check,
+        notes=() if was_reset else ("peak memory is the workers' so far: the kernel does not let it be reset",),
+        transport="vllm",
+    )
 
-    def outcome(self) -> Measurement | Failure:
-        """Without what only the driver knows."""
-        workload, plan = self.spec.workload, self.spec.plan
-        check, failure = self._checked()
-        memory = self._memory()
-        failure = failure or over_cap(memory)
-        if failure is not None:
-            return failure
-        lens, count = workload.generated_lens, workload.num_prompts
-        reset = all(answer["peak_was_reset"] for one in self.passes for answer in one.answers)
-        return Measurement(
-            method="engine",
-            prompt_lens=self.prompt_lens,
-            order=tuple(range(count)),
-            output_len=workload.generated_len,
-            output_lens=lens if len(set(lens)) > 1 else None,
-            goodput=workload.goodput,
-            micro_batch_sizes=(count,),
-            tasks=(),
-            replica_tasks=(0,) * plan.replicas if plan.replicas > 1 else None,
-            iterations=tuple(map(self._iteration, self.passes)),
-            memory=memory,
-            check=check,
-            notes=() if reset else ("peak memory is that of the workers so far: the kernel does not let it be reset",),
-            transport="vllm",
-        )
 
-    def _checked(self) -> tuple[OutputCheck | None, Failure | None]:
-        """The check with the timed passes' tokens in it; draws of other software are others."""
-        if self.reference is None or self.check is None or self.spec.workload.sampling is not None:
-            return self.check, None
-        counts = [
-            self.reference.compare_tokens([request["token_ids"] for request in one.requests]) for one in self.passes
-        ]
-        wrong, near = (max(column) for column in zip(*counts, strict=True))
-        failure = wrong_tokens(wrong, self.spec.workload.num_prompts, self.shape.dtype_bytes)
-        return self.check.model_copy(update={"tokens_equal": wrong == 0, "near_ties": near}), failure
+def _iteration(plan: Plan, one: Pass) -> Iteration:
+    depth = len(plan.stages)
+    return Iteration(
+        duration_s=round(one.duration_s, 6),
+        token_times_s=(),
+        stages=tuple(
+            stage_trace(worker["spans"], one.start_at, is_last=place % depth == depth - 1)
+            for place, worker in enumerate(one.workers[:: plan.width])
+        ),
+        requests=tuple(
+            RequestTimes(scheduled_s=_since(row["scheduled_s"]), token_times_s=tuple(map(_since, row["token_times_s"])))
+            for row in one.requests
+        ),
+    )
 
-    @property
-    def _width(self) -> int:
-        engine = self.spec.plan.engine
-        return engine.tensor_parallel_size if engine is not None else 1
 
-    def _iteration(self, one: Pass) -> Iteration:
-        stages, leads = len(self.spec.plan.stages), one.workers[:: self._width]
-        return Iteration(
-            duration_s=round(one.duration_s, 6),
-            token_times_s=(),
-            stages=tuple(
-                stage_trace(worker["spans"], one.start_at, is_last=place % stages == stages - 1)
-                for place, worker in enumerate(leads)
-            ),
-            requests=tuple(
-                RequestTimes(
-                    scheduled_s=max(0.0, round(request["scheduled_s"], 6)),
-                    token_times_s=tuple(round(moment, 6) for moment in request["token_times_s"]),
-                )
-                for request in one.requests
-            ),
-        )
+def _since(moment_s: float) -> float:
+    return max(0.0, round(moment_s, 6))
 
-    def _memory(self) -> tuple[StageMemory, ...]:
-        plan, lens = self.spec.plan, {"prompt_len": 1, "output_len": 1}
-        told = ([worker["peak_bytes"] for worker in one.workers] for one in self.passes)
-        peaks = [max(column) for column in zip(*told, strict=True)]
-        found = []
-        for place, device in enumerate(plan.devices):
-            stage, ranks = place % len(plan.stages), range(place * self._width, (place + 1) * self._width)
-            fullest = max(ranks, key=lambda rank: peaks[rank])
-            weights = stage_bytes(self.shape, plan, stage, **lens).weights // self._width
-            kv, baseline = self.kv_bytes[fullest], self.baseline_bytes[fullest]
-            found.append(
-                StageMemory(
-                    device=device,
-                    weights_bytes=weights,
-                    kv_bytes=kv,
-                    activation_bytes=max(0, peaks[fullest] - baseline - weights - kv),
-                    peak_bytes=peaks[fullest],
-                    peak_source="vm_hwm",
-                    baseline_bytes=baseline,
-                    cap_bytes=plan.stages[stage].cap_bytes(self.device_bytes[device]),
-                )
+
+def _memory(engine: Engine, plan: Plan, passes: Sequence[Pass], workers: Sequence[Told]) -> tuple[StageMemory, ...]:
+    """Of each stage, its fullest worker."""
+    found = []
+    for place, device in enumerate(plan.devices):
+        index, own = place % len(plan.stages), range(place * plan.width, (place + 1) * plan.width)
+        peak, rank = max((each.workers[rank]["peak_bytes"], rank) for rank in own for each in passes)
+        weights = stage_bytes(engine.shape, plan, index, prompt_len=1, output_len=1).weights // plan.width
+        kv, baseline = workers[rank]["kv_bytes"], workers[rank]["baseline_bytes"]
+        found.append(
+            StageMemory(
+                device=device,
+                weights_bytes=weights,
+                kv_bytes=kv,
+                activation_bytes=max(0, peak - baseline - weights - kv),
+                peak_bytes=peak,
+                peak_source="vm_hwm",
+                baseline_bytes=baseline,
+                cap_bytes=plan.stages[index].cap_bytes(engine.device_bytes[device]),
             )
-        return tuple(found)
+        )
+    return tuple(found)
 
 
 def stage_trace(spans: Sequence[Sequence[Any]], zero_s: float, *, is_last: bool) -> StageTrace:
@@ -164,12 +142,12 @@ def stage_trace(spans: Sequence[Sequence[Any]], zero_s: float, *, is_last: bool)
             rows.append([start - zero_s, end - zero_s, received_s, 0.0, requests, tokens])
             received_s = 0.0
     columns = [[row[place] for row in rows] for place in range(6)]
-    times = [tuple(max(0.0, round(moment, 6)) for moment in column) for column in columns[:4]]
+    starts, ends, received, sent = (tuple(map(_since, column)) for column in columns[:4])
     return StageTrace(
-        compute_start_s=times[0],
-        compute_end_s=times[1],
-        recv_wait_s=times[2],
-        send_wait_s=times[3],
+        compute_start_s=starts,
+        compute_end_s=ends,
+        recv_wait_s=received,
+        send_wait_s=sent,
         step_requests=tuple(columns[4]),
         step_tokens=tuple(columns[5]),
     )

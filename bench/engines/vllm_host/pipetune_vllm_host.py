@@ -119,13 +119,13 @@ class Host:
             skip_tokenizer_init=True,
             **settings,
         )
-        stages = self._llm.collective_rpc("pipetune_install")
+        workers = self._llm.collective_rpc("pipetune_install")
         config = need(self._llm, "llm_engine", "vllm_config")
         # Everyone has them open by now: without a name they go with the last process.
         for file in shared_files(members(os.getpid())):
             file.unlink(missing_ok=True)
         return {
-            "stages": stages,
+            "workers": workers,
             "max_num_batched_tokens": need(config, "scheduler_config", "max_num_batched_tokens"),
             "max_num_seqs": need(config, "scheduler_config", "max_num_seqs"),
             "concurrent_batches": need(config, "max_concurrent_batches"),
@@ -164,19 +164,20 @@ class Host:
             hash_block_size=hash_block_size,
         )
         need(core, "_initialize_effective_attention_block_size")()
-        stages = self._llm.collective_rpc("pipetune_install")
-        return {"stages": stages, "blocks": need(config, "cache_config", "num_gpu_blocks")}
+        workers = self._llm.collective_rpc("pipetune_install")
+        return {"workers": workers, "blocks": need(config, "cache_config", "num_gpu_blocks")}
 
     def do_run(
-        self, prompts: list[list[int]], output_lens: list[int], sampling: dict[str, Any], start_at: float, probe: bool
+        self, prompts: list[list[int]], output_lens: list[int], sampling: dict[str, Any], start_at: float
     ) -> dict[str, Any]:
         """Generates for all prompts, given at one moment of the monotonic clock; times count from there."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine = need(self._llm, "llm_engine")
-        reset = all(self._llm.collective_rpc("pipetune_begin")) if probe else False
-        numbers, rows = {}, [{"token_ids": [], "token_times_s": []} for _ in prompts]
+        reset = all(self._llm.collective_rpc("pipetune_begin"))
+        numbers: dict[str, int] = {}
+        rows: list[dict[str, Any]] = [{"token_ids": [], "token_times_s": []} for _ in prompts]
         params = [
             SamplingParams(
                 max_tokens=length, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA, **sampling
@@ -198,7 +199,7 @@ class Host:
                 if output.finished:
                     row["scheduled_s"] = need(output, "metrics", "scheduled_ts") - start_at
         duration_s = time.monotonic() - start_at
-        workers = self._llm.collective_rpc("pipetune_end") if probe else []
+        workers = self._llm.collective_rpc("pipetune_end")
         return {"duration_s": duration_s, "requests": rows, "workers": workers, "peak_was_reset": reset}
 
     def do_logprobs(self, prompts: list[list[int]], continuations: list[list[int]]) -> dict[str, Any]:
@@ -211,7 +212,7 @@ class Host:
         outputs = self._llm.generate(given, params, use_tqdm=False)
         for output, prompt, tokens in zip(outputs, prompts, continuations, strict=True):
             found = need(output, "prompt_logprobs")[len(prompt) :]
-            likeliest = [max(row, key=lambda token, row=row: row[token].logprob) for row in found]
+            likeliest = [max((one.logprob, token) for token, one in row.items())[1] for row in found]
             pairs = zip(tokens, found, likeliest, strict=True)
             rows.append([[row[token].logprob, best] for token, row, best in pairs])
         return {"rows": rows}
