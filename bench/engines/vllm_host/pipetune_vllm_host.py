@@ -6,6 +6,7 @@ it kills what is left of the session and removes its files, also those in /dev/s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import json
@@ -24,6 +25,7 @@ from typing import Any
 from pipetune_vllm_probe import need
 
 BEAT_S = 0.5
+TRACKER_S = 1.0
 _PR_SET_PDEATHSIG = 1
 _SHM = "/dev/shm/"  # noqa: S108
 
@@ -39,6 +41,13 @@ def members(session: int) -> list[int]:
         if fields and fields[3] == str(session) and fields[0] != "Z":
             found.append(int(entry.name))
     return found
+
+
+def is_tracker(process: int) -> bool:
+    """Whether it is what multiprocessing keeps account of shared files by."""
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{process}/cmdline").read_bytes()
+    return False
 
 
 def shared_files(processes: list[int]) -> set[Path]:
@@ -60,13 +69,14 @@ def guard(driver: int, host: int, folder: str) -> int:
         ended, how = os.waitpid(host, os.WNOHANG)
         status = how if ended else None
     files: set[Path] = set()
+    patience = time.monotonic() + TRACKER_S
     while left := members(host):
         files |= shared_files(left)
         for process in left:
-            try:
-                os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            # Python's own tracker unlinks what the others leave, semaphores among it, and ends by itself.
+            if time.monotonic() > patience or not is_tracker(process):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         time.sleep(0.01)
     for file in files:
         file.unlink(missing_ok=True)
@@ -121,9 +131,6 @@ class Host:
         )
         workers = self._llm.collective_rpc("pipetune_install")
         config = need(self._llm, "llm_engine", "vllm_config")
-        # Everyone has them open by now: without a name they go with the last process.
-        for file in shared_files(members(os.getpid())):
-            file.unlink(missing_ok=True)
         return {
             "workers": workers,
             "max_num_batched_tokens": need(config, "scheduler_config", "max_num_batched_tokens"),
