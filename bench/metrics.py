@@ -142,7 +142,7 @@ def _times_s(
 
 
 def _request_times_s(run: Iteration, output_len: int) -> dict[str, tuple[float, ...]]:
-    """Of an engine's requests, as it gave their tokens."""
+    """The same for an engine's requests, as it gave their tokens."""
     tokens = [one.token_times_s for one in run.requests]
     times = {
         "queue": tuple(one.scheduled_s for one in run.requests),

@@ -69,7 +69,12 @@ class EngineHost:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._beat_at = time.monotonic()
-        self.hello: dict[str, Any] = self._await("hello", time.monotonic() + HELLO_TIMEOUT_S, HELLO_TIMEOUT_S)
+        try:
+            self.hello = self._await("hello", self._beat_at + HELLO_TIMEOUT_S, HELLO_TIMEOUT_S)
+        except BaseException:
+            # An interrupt among them.
+            self.close()
+            raise
 
     def send(self, do: str, phase: str, plan: Plan, **args: Any) -> None:
         """Gives a command; the plan, of this host's replica, says whose worker a rank is."""

@@ -107,7 +107,7 @@ def _since(moment_s: float) -> float:
 
 
 def _memory(engine: Engine, plan: Plan, passes: Sequence[Pass], workers: Sequence[Told]) -> tuple[StageMemory, ...]:
-    """Of each stage, its fullest worker."""
+    """The fullest worker of each stage."""
     found = []
     for place, device in enumerate(plan.devices):
         index, own = place % len(plan.stages), range(place * plan.width, (place + 1) * plan.width)

@@ -11,7 +11,6 @@ import ctypes
 import importlib.metadata
 import json
 import os
-import platform
 import select
 import shutil
 import signal
@@ -104,16 +103,15 @@ class Host:
             for name in ("vllm", "torch", "transformers")
             if name in distributions
         }
-        self._send({"hello": os.getpid(), "python": platform.python_version(), "versions": versions})
+        self._send({"hello": os.getpid(), "versions": versions})
         threading.Thread(target=self._beat, daemon=True).start()
         for line in sys.stdin:
             command = json.loads(line)
-            began = time.monotonic()
             try:
                 answer = {"answer": getattr(self, f"do_{command['do']}")(**command["args"])}
             except BaseException as error:
                 answer = {"error": f"{type(error).__name__}: {error}"[:4000], "died": self._died()}
-            self._send({"id": command["id"], "took_s": time.monotonic() - began, **answer})
+            self._send({"id": command["id"], **answer})
 
     def do_start(self, layers: list[int], **settings: Any) -> dict[str, Any]:
         """Starts the engine; settings are vLLM's own."""
@@ -135,8 +133,6 @@ class Host:
             "workers": workers,
             "max_num_batched_tokens": need(config, "scheduler_config", "max_num_batched_tokens"),
             "max_num_seqs": need(config, "scheduler_config", "max_num_seqs"),
-            "concurrent_batches": need(config, "max_concurrent_batches"),
-            "blocks": need(config, "cache_config", "num_gpu_blocks"),
         }
 
     def do_limits(self, max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, Any]:
@@ -171,8 +167,7 @@ class Host:
             hash_block_size=hash_block_size,
         )
         need(core, "_initialize_effective_attention_block_size")()
-        workers = self._llm.collective_rpc("pipetune_install")
-        return {"workers": workers, "blocks": need(config, "cache_config", "num_gpu_blocks")}
+        return {"workers": self._llm.collective_rpc("pipetune_install")}
 
     def do_run(
         self, prompts: list[list[int]], output_lens: list[int], sampling: dict[str, Any], start_at: float
@@ -210,7 +205,7 @@ class Host:
         return {"duration_s": duration_s, "requests": rows, "workers": workers, "peak_was_reset": reset}
 
     def do_logprobs(self, prompts: list[list[int]], continuations: list[list[int]]) -> dict[str, Any]:
-        """Of each token of the continuations, under those before it: its log-probability, and the likeliest token."""
+        """Log-probability of each token of the continuations under those before it, and the likeliest token there."""
         from vllm import SamplingParams
 
         given = [{"prompt_token_ids": [*one, *more]} for one, more in zip(prompts, continuations, strict=True)]
