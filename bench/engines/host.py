@@ -151,9 +151,7 @@ class EngineHost:
                     text = f"{self._phase} took too long; raise protocol.timeout_s, or choose a smaller workload"
                     self._fail(FailureKind.TIMEOUT, text)
                 if now - self._beat_at > patience_s:
-                    text = (
-                        f"it gave no sign of life for {patience_s:.0f} s during {self._phase}: it is stopped or stuck"
-                    )
+                    text = f"no sign of life for {patience_s:.0f} s during {self._phase}: it is stopped or stuck"
                     self._fail(FailureKind.WORKER_HUNG, text)
                 continue
             self._beat_at = time.monotonic()
