@@ -19,6 +19,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     model_serializer,
     model_validator,
@@ -556,6 +557,12 @@ class Plan(Value):
             if doubled := sorted({one for one in workers if workers.count(one) > 1}):
                 raise ValueError(f"plan.engine.tensor_parallel_size: {', '.join(doubled)} would hold two shards")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without an engine as before there were engines: other versions read plans, too."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if name != "engine" or value is not None}
 
     @property
     def num_layers(self) -> int:

@@ -385,3 +385,11 @@ def test_without_a_size_of_its_own_the_kv_cache_is_what_the_caps_leave() -> None
 def test_what_an_engine_has_no_use_for_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Plan.model_validate(engine_plan().model_dump() | changes)
+
+
+def test_other_versions_read_plans_of_our_own_runtime() -> None:
+    plan = Plan.from_layer_counts((3, 3), ("cpu:0", "cpu:1"), 2)
+    assert "engine" not in plan.model_dump_json()
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    other = engine_plan(max_num_seqs=4)
+    assert Plan.model_validate_json(other.model_dump_json()) == other
