@@ -2,6 +2,7 @@
 # make test-fast   the tests of the inner loop: no workers, no real models, no whole studies
 # make test-lowest   the same with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make test     all tests: side by side, and those that run whole studies one after the other
+# make test-vllm   plans run by unpatched vLLM, in .venv-vllm: 3 GB
 # make test-families   every causal-LM family that transformers knows; make models-table writes docs/models.md
 # make check    all that CI runs: lint, types, import contracts, tests
 # make bench-peers   our runtime beside its peers, in rounds, for up to an hour; QUICK=1 takes some minutes
@@ -26,10 +27,10 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check gpu-rehearsal test-fast test-lowest test test-families test-hosts models-table check lint format hooks clean
+.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check gpu-rehearsal test-fast test-lowest test test-families test-hosts test-vllm models-table check lint format hooks clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 11
+	@sed -n 's/^# //p' Makefile | head -n 12
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -95,6 +96,17 @@ $(LOWEST)/.installed: $(BIN)/python $(INPUTS) tests/lowest.py
 	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(LOWEST)/constraints.txt -e '.[test]'
 	@touch $@
 
+# vLLM has an environment of its own, which pipetune is not installed in.
+VLLM := $(VENV)-vllm
+$(VLLM)/.installed: $(BIN)/python tests/bench/engines/vllm-requirements.txt
+	@$(BIN)/python -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check -r tests/bench/engines/vllm-requirements.txt
+	@$(VLLM)/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec opencv-python-headless
+	@touch $@
+
+test-vllm: $(VENV)/.installed-test $(VLLM)/.installed
+	PIPETUNE_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(PYTEST) tests/bench/engines/test_real_vllm.py
+
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS) -W default -m 'not e2e and not slow' $(SIDE_BY_SIDE)
 
@@ -135,5 +147,5 @@ hooks: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LOWEST) $(VLLM) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find bench tuner tests -name __pycache__ -type d -prune -exec rm -rf {} +

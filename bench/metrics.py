@@ -6,6 +6,7 @@ time:
 * `output_throughput` = generated tokens / W, median over iterations; where texts are scored it is absent, as are TTFT
   and TPOT.
 * TTFT of a request: from the prompts to its first token. TPOT: (last − first token) / (tokens − 1). E2EL: last token.
+  ITL, where an engine formed the batches: each gap between two tokens of a request.
 * `bubble_ratio` = 1 − Σ busy_s / (S · W). It is the sum of
   `bubble_fill_drain` (before a stage's first and after its last task),
   `bubble_imbalance` (Σ (max busy − busy_s) / (S · W), no more than what is left), and
@@ -96,8 +97,8 @@ def request_times_s(measurement: Measurement) -> tuple[dict[str, tuple[float, ..
 
     Under arrivals `client_queue_time` as well.
     """
-    if measurement.is_under_arrivals:
-        return tuple(map(_arrived_times_s, measurement.iterations))
+    if measurement.iterations[0].requests:
+        return tuple(_arrived_times_s(run, measurement) for run in measurement.iterations)
     order, tasks = measurement.order, measurement.tasks
     first_rows = list(itertools.accumulate(measurement.micro_batch_sizes, initial=0))
     # Prompts whose rows are worked on together share their times.
@@ -121,20 +122,23 @@ def good_requests(times_s: Mapping[str, Sequence[float]], limits_ms: Mapping[str
     return sum(map(all, zip(*kept, strict=True)))
 
 
-def _arrived_times_s(run: Iteration) -> dict[str, tuple[float, ...]]:
+def _arrived_times_s(run: Iteration, measurement: Measurement) -> dict[str, tuple[float, ...]]:
     # In the order of each: arrival, admission, begin of the prefill, first and last token.
     rows = [
         (one.arrived_s, one.admitted_s or 0.0, one.began_s or 0.0, one.token_times_s[0], one.token_times_s[-1])
         for one in run.requests
     ]
     lens = [max(len(one.token_times_s) - 1, 1) for one in run.requests]
-    return {
+    times = {
         "queue": tuple(began - arrived for arrived, _, began, _, _ in rows),
-        "client_queue_time": tuple(admitted - arrived for arrived, admitted, *_ in rows),
         "ttft": tuple(first - arrived for arrived, _, _, first, _ in rows),
         "e2el": tuple(last - arrived for arrived, *_, last in rows),
-        "tpot": tuple((last - first) / length for (*_, first, last), length in zip(rows, lens, strict=True)),
     }
+    if measurement.is_under_arrivals:
+        times["client_queue_time"] = tuple(admitted - arrived for arrived, admitted, *_ in rows)
+    if measurement.output_len > 1:
+        times["tpot"] = tuple((last - first) / length for (*_, first, last), length in zip(rows, lens, strict=True))
+    return times
 
 
 def _times_s(
@@ -209,7 +213,7 @@ def bubble(measurement: Measurement, iteration: int) -> dict[str, float]:
         "bubble_wait": ratio - fill_drain - underfilled - imbalance,
         "steady_utilization": sum(busy) / sum(active),
     }
-    return values | {"idle_ratio": idle, "bubble_underfilled": underfilled} if run.requests else values
+    return values | {"idle_ratio": idle, "bubble_underfilled": underfilled} if measurement.is_under_arrivals else values
 
 
 def _outside(trace: StageTrace, duration_s: float) -> Intervals:
@@ -289,9 +293,9 @@ def derive(measurement: Measurement) -> dict[str, float]:
         for name, own in times.items():
             has_one = (length > 1 or name != "tpot" for length in measurement.generated_lens)
             pooled.setdefault(name, []).extend(itertools.compress(own, has_one))
+    requests = [one for run in measurement.iterations for one in run.requests]
+    pooled["itl"] = [b - a for one in requests for a, b in itertools.pairwise(one.token_times_s)]
     if measurement.is_under_arrivals:
-        requests = [one for run in measurement.iterations for one in run.requests]
-        pooled["itl"] = [b - a for one in requests for a, b in itertools.pairwise(one.token_times_s)]
         values["arrival_lag_ms"] = max(one.noticed_s - one.arrived_s for one in requests) * 1e3
     values |= latency_metrics(pooled, len(measurement.prompt_lens))
     bubbles = [bubble(measurement, index) for index in range(len(durations))]

@@ -120,28 +120,33 @@ class StageTrace(Value):
     """Time blocked on input (hidden states, or tokens on the first stage) before each task."""
     send_wait_s: tuple[Seconds, ...] = ()
     """Time spent handing the output over, waits for a free buffer included."""
+    step_requests: tuple[Count, ...] = ()
+    """Where an engine formed the batches: requests in each, 0 where it only sampled; else empty."""
+    step_tokens: tuple[Count, ...] = ()
+    """Likewise, tokens of each."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
         arrays = (self.compute_start_s, self.compute_end_s, self.recv_wait_s, self.send_wait_s)
-        if len(set(map(len, arrays))) > 1 or any(map(operator.gt, *arrays[:2])):
+        steps = [steps for steps in (self.step_requests, self.step_tokens) if steps]
+        if len({*map(len, (*arrays, *steps))}) > 1 or any(map(operator.gt, *arrays[:2])):
             raise ValueError("its arrays are of unlike lengths, or a span ends before it starts")
         return self
 
 
 class RequestTimes(Value):
-    """What became of a request that came over time. Seconds from the start, on the first stage's clock."""
+    """One request that came over time, or that an engine put into its batches. Seconds from the start."""
 
-    arrived_s: Seconds
+    arrived_s: Seconds = 0.0
     """As it was scheduled; latencies count from here."""
-    noticed_s: Seconds
+    noticed_s: Seconds = 0.0
     """When the first stage saw it."""
     admitted_s: Seconds | None = None
     """When it was in the system: later than `noticed_s` where `max_concurrency` held it back."""
     began_s: Seconds | None = None
-    """When its prefill was ordered."""
+    """When its prefill was ordered, or it first became part of an engine's batch."""
     token_times_s: tuple[Seconds, ...] = ()
-    """When the first stage knew each token."""
+    """When each token was known to the first stage, or came out of the engine."""
 
 
 class LoadTask(Value):
@@ -173,7 +178,7 @@ class Iteration(Value):
     host_gap_s: tuple[Seconds, ...] = ()
     """Per stage: time inside the loop that was neither compute nor waiting."""
     requests: tuple[RequestTimes, ...] = ()
-    """Under arrivals, along the prompts; there are no `tasks` of the whole measurement then."""
+    """Under arrivals and where an engine formed the batches: along the prompts, and `tasks` is empty."""
     load_tasks: tuple[LoadTask, ...] = ()
     """Under arrivals, what the traces of the stages run along."""
     idle_s: Intervals = ()
@@ -265,10 +270,10 @@ class Measurement(Value):
     """One plan, measured."""
 
     outcome: Literal["measurement"] = "measurement"
-    method: Literal["pipeline", "hf_generate", "hf_forward"] = "pipeline"
-    """Our runtime, or the baseline: Hugging Face `generate`, or its forward pass where texts are scored."""
+    method: Literal["pipeline", "engine", "hf_generate", "hf_forward"] = "pipeline"
+    """Our runtime, another engine, or Hugging Face as the baseline: `generate`, or `forward` where texts are scored."""
     batch_size: Size | None = None
-    """Prompts that the baseline takes at once; a pipeline's sizes stand in its plan."""
+    """Prompts that the baseline takes at once, an engine its `max_num_seqs`; a pipeline's sizes are its plan's."""
     prompt_lens: tuple[Size, ...] = Field(min_length=1)
     """Tokens of each prompt, in the order given."""
     order: tuple[Count, ...]
@@ -313,7 +318,7 @@ class Measurement(Value):
     @property
     def is_under_arrivals(self) -> bool:
         """Whether requests came over time."""
-        return bool(self.iterations[0].requests)
+        return self.method == "pipeline" and bool(self.iterations[0].requests)
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
@@ -326,12 +331,16 @@ class Measurement(Value):
         in_rows = (task.first_row < task.end_row <= rows.get(task.micro_batch, 0) for task in self.tasks)
         lens = {(len(run.token_times_s), len(run.host_gap_s) or stages) for run in self.iterations}
         traced = ([len(trace.compute_start_s) for trace in run.stages] for run in self.iterations)
+        engine, served = self.method == "engine", list(self.generated_lens)
+        requests = ([len(one.token_times_s) for one in run.requests] for run in self.iterations)
         fits = {
             "output_lens": len(self.generated_lens) == len(self.prompt_lens)
             and max(self.generated_lens) == self.output_len,
             "order": sorted(self.order) == list(range(len(self.prompt_lens))) and sum(sizes) == len(self.order),
             "tasks": sum(counts) == len(self.tasks) and not any(first_steps.values()) and all(in_rows),
-            "iterations": lens == {(len(self.tasks), stages)} and all(one in (spans, [0] * stages) for one in traced),
+            "iterations": lens == {(len(self.tasks), stages)}
+            and (engine or all(one in (spans, [0] * stages) for one in traced)),
+            "requests": all(one == (served if engine else []) for one in requests),
         }
         if odd := [name for name, holds in fits.items() if not holds]:
             raise ValueError(f"{odd[0]}: does not fit the rest of the measurement")
@@ -448,7 +457,8 @@ class Record(Value):
     @model_validator(mode="after")
     def _has_its_plan(self) -> Self:
         result, plan = self.result, self.effective and self.effective.plan
-        if isinstance(result, Measurement) and result.method == "pipeline":
+        of_plan = ("pipeline", "engine") if self.spec is not None else ("pipeline",)
+        if isinstance(result, Measurement) and result.method in of_plan:
             if plan is None or self.spec is None or self.spec.plan != plan:
                 raise ValueError("spec, effective: a pipeline that was measured has its plan in both")
             stages = len(plan.devices)

@@ -19,6 +19,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     model_serializer,
     model_validator,
@@ -466,6 +467,45 @@ class StagePlan(Value):
         return self
 
 
+class EngineSettings(Value):
+    """How another engine runs a plan, by the engine's own names; None leaves a setting at the engine's default."""
+
+    name: Literal["vllm"] = "vllm"
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of one batch at most, over all its sequences: the token budget."""
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    """Sequences that run at once, of all batches together."""
+    kv_cache_memory_bytes: Bytes | None = None
+    """KV cache of each worker."""
+    enforce_eager: bool = False
+    """The model is not compiled, and no CUDA graphs are captured."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Workers that share each layer of a stage: on its device, and on those numbered after it."""
+
+    @model_validator(mode="after")
+    def _budget_holds_all(self) -> Self:
+        budget, seqs = self.max_num_batched_tokens, self.max_num_seqs
+        if budget is not None and seqs is not None and budget < seqs:
+            raise ValueError(f"plan.engine.max_num_batched_tokens={budget}: must be at least max_num_seqs={seqs}")
+        return self
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Name, and what is not left to the engine."""
+        sizes = {
+            "budget": self.max_num_batched_tokens,
+            "seqs": self.max_num_seqs,
+            "KV": f"{self.kv_cache_memory_bytes / 2**20:.12g}MiB" if self.kv_cache_memory_bytes else None,
+            "TP": self.tensor_parallel_size if self.tensor_parallel_size > 1 else None,
+        }
+        told = (f"{name} {size}" for name, size in sizes.items() if size is not None)
+        return (self.name, *told, *(["eager"] if self.enforce_eager else []))
+
+
+_OF_RUNTIME = ("prefill_micro_batch_size", "prefill_chunk_size", "max_in_flight", "compile")
+"""Fields of a plan that mean something to our own runtime alone, beside `micro_batch_size`."""
+
+
 class Plan(Value):
     """How a model is split and run."""
 
@@ -488,6 +528,8 @@ class Plan(Value):
     """GPU: decode steps are captured as CUDA graphs; without effect on CPUs."""
     compile: bool = False
     """Layers are compiled by `torch.compile`; the time it takes is recorded and not measured."""
+    engine: EngineSettings | None = None
+    """Another engine that runs the plan, which forms batches by itself; None: our own runtime."""
 
     @model_validator(mode="after")
     def _contiguous(self) -> Self:
@@ -515,7 +557,23 @@ class Plan(Value):
             raise ValueError(
                 f"plan.prefill_micro_batch_size={prefill} is larger than micro_batch_size={self.micro_batch_size}"
             )
+        if self.engine is not None:
+            own = self.model_dump(include={*_OF_RUNTIME}) | {"micro_batch_size": self.micro_batch_size - 1}
+            if odd := [name for name, value in own.items() if value]:
+                raise ValueError(
+                    f"plan.{odd[0]}: {self.engine.name} forms its batches by itself; set micro_batch_size to 1, and "
+                    f"leave out {', '.join(_OF_RUNTIME)}"
+                )
+            workers = [one for device in self.devices for one in self.shards(device)]
+            if doubled := sorted({one for one in workers if workers.count(one) > 1}):
+                raise ValueError(f"plan.engine.tensor_parallel_size: {', '.join(doubled)} would hold two shards")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without an engine as before there were engines: other versions read plans, too."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if name != "engine" or value is not None}
 
     @property
     def num_layers(self) -> int:
@@ -536,6 +594,16 @@ class Plan(Value):
     def devices(self) -> tuple[str, ...]:
         """Devices of all replicas, one after the other, stage by stage."""
         return (*(stage.device for stage in self.stages), *(name for row in self.replica_devices for name in row))
+
+    @property
+    def width(self) -> int:
+        """Workers of each stage."""
+        return self.engine.tensor_parallel_size if self.engine is not None else 1
+
+    def shards(self, device: str) -> tuple[str, ...]:
+        """Devices that share the layers of the stage on a device: itself, and those numbered after it."""
+        kind, _, index = device.rpartition(":")
+        return tuple(f"{kind}:{int(index) + place}" for place in range(self.width))
 
     def replica(self, index: int) -> Plan:
         """One replica as a plan of its own."""
@@ -614,17 +682,26 @@ class Plan(Value):
         if self.replicas > 1:
             text = f"{self.replicas} × {text}"
         text += self.order_text
+        if self.engine is not None:
+            return " · ".join((text, *self.engine.words, *self.cap_words))
         prefill = [f"prefill {self.prefill_size}"] if self.prefill_size != self.micro_batch_size else []
         if self.prefill_chunk_size is not None:
             prefill.append(f"chunk {self.prefill_chunk_size}")
         text += f" · micro-batch {self.micro_batch_size}" + (f" ({', '.join(prefill)})" if prefill else "")
         text += f" · {', '.join(self.switches)}" if self.switches else ""
+        text = " · ".join((text, *self.cap_words))
+        return text + (f" · at most {self.max_in_flight} in flight" if self.max_in_flight is not None else "")
+
+    @property
+    def cap_words(self) -> list[str]:
+        """Words for the memory caps that are not the default."""
         fractions = [str(stage.memory_fraction) for stage in self.stages]
         sizes = [f"{stage.max_memory_bytes / 2**20:.4g} MiB" if stage.max_memory_bytes else "" for stage in self.stages]
-        for caps, usual in ((fractions, str(StagePlan.model_fields["memory_fraction"].default)), (sizes, "")):
-            if set(caps) != {usual}:
-                text += f" · cap {','.join(caps[:1] if len(set(caps)) == 1 else caps)}"
-        return text + (f" · at most {self.max_in_flight} in flight" if self.max_in_flight is not None else "")
+        return [
+            f"cap {','.join(caps[:1] if len(set(caps)) == 1 else caps)}"
+            for caps, usual in ((fractions, str(StagePlan.model_fields["memory_fraction"].default)), (sizes, ""))
+            if set(caps) != {usual}
+        ]
 
     @property
     def order_text(self) -> str:
@@ -659,6 +736,10 @@ class EffectivePlan(Value):
         plan = self.plan
         stages = ",".join(f"{stage.device}[{stage.first_layer}:{stage.end_layer}]" for stage in plan.stages)
         text = f"{stages} mb={plan.micro_batch_size} prefill={plan.prefill_size} in_flight={self.in_flight}"
+        if plan.engine is not None:
+            # Without a size of its own the KV cache takes what the caps leave.
+            words = (*plan.engine.words, *(() if plan.engine.kv_cache_memory_bytes else plan.cap_words))
+            text = " ".join((stages, *(word.replace(" ", "=") for word in words)))
         if plan.prefill_chunk_size is not None:
             text += f" chunk={plan.prefill_chunk_size}"
         if plan.replicas > 1:

@@ -27,6 +27,8 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 _SLOW = (
+    "tests/bench/engines/test_host.py",
+    "tests/bench/engines/test_vllm.py",
     "tests/bench/fleet/test_fleet.py",
     "tests/bench/fleet/test_hosts.py",
     "tests/bench/fleet/test_processes.py",

@@ -13,15 +13,20 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self, TypedDict, Unpack
+from typing import Any, Generic, Self, TypedDict, Unpack
+
+from typing_extensions import TypeVar
 
 from pipetune.bench.errors import FleetError, ModelError
+from pipetune.bench.fleet.engine import Engine
 from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.locks import hold_gpus
 from pipetune.bench.fleet.supervisor import FleetOptions
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record, Role, timestamp
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload, devices_here
 
+Runner = TypeVar("Runner", bound=Engine, default=Fleet)
+"""A fleet, or another engine in its place."""
 Attempt = Callable[[Callable[[], Outcome]], Outcome]
 """Calls the run it is given; may give another outcome where somebody interrupts it."""
 
@@ -40,10 +45,10 @@ def _once(run: Callable[[], Outcome]) -> Outcome:
     return run()
 
 
-class Experiment(Closing):
+class Experiment(Closing, Generic[Runner]):
     """A fleet whose runs become records."""
 
-    def __init__(self, start: Callable[[], Fleet], *, exclusive: bool) -> None:
+    def __init__(self, start: Callable[[], Runner], *, exclusive: bool) -> None:
         self._start = start
         self._held = contextlib.ExitStack()
         self.fleet = start()
@@ -62,7 +67,7 @@ class Experiment(Closing):
         devices: Sequence[str],
         *,
         exclusive: bool = True,
-        start_fleet: Callable[..., Fleet] | None = None,
+        start_fleet: Callable[..., Runner] | None = None,
         **options: Unpack[FleetOptions],
     ) -> Self:
         """Starts a fleet of one worker per device; raises as `Fleet.start`, and what else is told below.
@@ -74,7 +79,7 @@ class Experiment(Closing):
         Raises:
             StudyError: another study runs on one of the GPUs.
         """
-        starter = start_fleet or Fleet.start
+        starter: Callable[..., Any] = start_fleet or Fleet.start
         return cls(lambda: starter(model, devices, **options), exclusive=exclusive)
 
     def renew(self) -> None:

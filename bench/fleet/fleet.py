@@ -80,6 +80,8 @@ class Fleet(Closing):
         self.shape: ModelShape
         self.machine: Machine
         self.device_bytes: dict[str, int]
+        self.folder: Path
+        """Holds the model's files, on the first host."""
         self._notes = warn_of_cores(self.devices)
         self._supervisor = Supervisor(self.devices, **options)
         self._reference: tuple[Path, Workload] | None = None
@@ -411,6 +413,7 @@ class Fleet(Closing):
             self.shape = ModelShape.model_validate(described["shape"])
             self.machine = Machine.model_validate(described["machine"])
             self.device_bytes = described["device_bytes"]
+            self.folder = Path(described["folder"])
             if self._reference is not None:
                 path, workload = self._reference
                 self._request("use_reference", {"path": path, "workload": workload}, START_TIMEOUT_S)

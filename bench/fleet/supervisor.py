@@ -129,7 +129,7 @@ class Supervisor:
             ConfigError: the folder for temporary files has too long a path for a socket.
             FleetError: workers that do not start; they were killed.
         """
-        self._oom_kills_before = _oom_kills()
+        self._oom_kills_before = oom_kills()
         self._launcher = self._make_launcher()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._launcher.listener, selectors.EVENT_READ, None)
@@ -337,7 +337,7 @@ class Supervisor:
         elif code < 0:
             name = signal.Signals(-code).name
             by, hint = f"was killed by {name}", "see its log"
-            if name == "SIGKILL" and _oom_kills() > self._oom_kills_before:
+            if name == "SIGKILL" and oom_kills() > self._oom_kills_before:
                 kind = FailureKind.OUT_OF_MEMORY
                 hint = "the host ran out of memory, as the kernel's log says; " + REMEDIES[FailureKind.OUT_OF_MEMORY]
             elif name == "SIGKILL":
@@ -378,7 +378,7 @@ class Supervisor:
         raise FleetError(failure)
 
 
-def _oom_kills() -> int:
+def oom_kills() -> int:
     """How often the kernel has killed a process for memory since it booted; 0 where it does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():

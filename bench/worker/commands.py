@@ -196,6 +196,7 @@ class Worker:
             "shape": self.host.shape,
             "machine": machine,
             "device_bytes": self.device_bytes,
+            "folder": str(self.resolved.folder),
         }
 
     def _machine(self) -> Machine:

@@ -336,3 +336,62 @@ def test_output_lengths_are_spread_and_the_same_for_a_seed() -> None:
     assert Workload(num_prompts=2, kind="score", random_output_range_ratio=0.5).generated_lens == (0, 0)
     with pytest.raises(ValueError, match="output_lens: 1 of 2 prompts"):
         Workload(num_prompts=2, output_lens=(4,))
+
+
+def engine_plan(**settings: Any) -> Plan:
+    plan = Plan.from_layer_counts((3, 3), ("cpu:0", "cpu:2"), 1)
+    return Plan.model_validate(plan.model_dump() | {"engine": settings})
+
+
+def test_an_engines_settings_are_part_of_the_key_and_of_nothing_where_there_is_none() -> None:
+    plan = Plan.from_layer_counts((3, 3), ("cpu:0", "cpu:1"), 2)
+    assert plan.digest() == "3b79ce0591f12edd"
+    assert EffectivePlan(plan=plan, in_flight=2).key == "cpu:0[0:3],cpu:1[3:6] mb=2 prefill=2 in_flight=2"
+    varied: list[dict[str, Any]] = [
+        {},
+        {"max_num_batched_tokens": 256},
+        {"max_num_seqs": 64},
+        {"kv_cache_memory_bytes": "256MiB"},
+        {"kv_cache_memory_bytes": "255.5MiB"},
+        {"enforce_eager": True},
+        {"tensor_parallel_size": 2},
+    ]
+    plans = [engine_plan(**settings) for settings in varied]
+    assert len({EffectivePlan(plan=one, in_flight=2).key for one in plans}) == len(varied)
+    assert len({one.describe() for one in plans}) == len({one.digest() for one in plans}) == len(varied)
+    all_of_them = engine_plan(**{name: value for settings in varied for name, value in settings.items()})
+    assert all_of_them.describe() == "3+3 on cpu:0,cpu:2 · vllm · budget 256 · seqs 64 · KV 255.5MiB · TP 2 · eager"
+    assert all_of_them.shards("cpu:2") == ("cpu:2", "cpu:3")
+
+
+def test_without_a_size_of_its_own_the_kv_cache_is_what_the_caps_leave() -> None:
+    keys = []
+    for kv in (None, "64MiB"):
+        plan = engine_plan(kv_cache_memory_bytes=kv)
+        tight = tuple(stage.model_copy(update={"memory_fraction": 0.5}) for stage in plan.stages)
+        both = (plan, plan.model_copy(update={"stages": tight}))
+        keys.append({EffectivePlan(plan=one, in_flight=2).key for one in both})
+    assert list(map(len, keys)) == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch_size": 4}, r"plan\.micro_batch_size: vllm forms its batches by itself"),
+        ({"prefill_chunk_size": 8}, r"plan\.prefill_chunk_size: vllm forms"),
+        ({"compile": True}, r"plan\.compile: vllm forms"),
+        ({"engine": {"tensor_parallel_size": 3}}, "cpu:2 would hold two shards"),
+        ({"engine": {"max_num_batched_tokens": 8, "max_num_seqs": 9}}, "must be at least max_num_seqs=9"),
+    ],
+)
+def test_what_an_engine_has_no_use_for_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Plan.model_validate(engine_plan().model_dump() | changes)
+
+
+def test_other_versions_read_plans_of_our_own_runtime() -> None:
+    plan = Plan.from_layer_counts((3, 3), ("cpu:0", "cpu:1"), 2)
+    assert "engine" not in plan.model_dump_json()
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    other = engine_plan(max_num_seqs=4)
+    assert Plan.model_validate_json(other.model_dump_json()) == other

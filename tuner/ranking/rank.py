@@ -63,7 +63,7 @@ def rank(
     runs = [PlanRun(record) for record in records]
     finals = Finals(runs, first)
     measured = [run for run in runs if run.metrics]
-    plans = by_name([run for run in measured if run.measurement.method == "pipeline" and run.record.effective])
+    plans = by_name([run for run in measured if run.record.effective])
     failed_runs = Counter(
         record.effective.key
         for record in records
@@ -79,7 +79,7 @@ def rank(
         [row for row in rows if row.feasible and not row.unranked_because], state, several=len(objectives) > 1
     )
 
-    sweep, baseline = _baselines([run for run in measured if run.measurement.method != "pipeline"], finals, constraints)
+    sweep, baseline = _baselines([run for run in measured if not run.record.effective], finals, constraints)
     rows.sort(key=lambda row: row.unranked_because is not None)
     compared = [row for row in rows if row.is_reference or not row.unranked_because]
     single = next((row for row in compared if len(row.plan.devices) == 1), None)

@@ -134,4 +134,5 @@ def test_nothing_else_drives_a_fleet() -> None:
         for path in files
         if any(drives(*call) for call in calls(ast.parse(path.read_text(encoding="utf-8"))))
     }
-    assert found == {"bench/fleet/experiment.py"}
+    # Another engine has a fleet of its own beside it, for the reference alone.
+    assert found == {"bench/engines/vllm.py", "bench/fleet/experiment.py"}

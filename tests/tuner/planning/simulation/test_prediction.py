@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -37,7 +39,7 @@ def run_of(
 def traces_of(run: SimulatedRun, busy_s: Floats) -> tuple[StageTrace, StageTrace]:
     took = busy_s[list(run.sequence.kind_of), :, 0]
     first, last = run.timeline.first_starts_s[:, 0], run.timeline.last_ends_s[:, 0]
-    waits = {"recv_wait_s": (0.0,) * len(took), "send_wait_s": (0.0,) * len(took)}
+    waits: dict[str, Any] = {"recv_wait_s": (0.0,) * len(took), "send_wait_s": (0.0,) * len(took)}
     return (
         StageTrace(compute_start_s=tuple(first), compute_end_s=tuple(first + took[:, 0]), **waits),
         StageTrace(compute_start_s=tuple(last - took[:, 1]), compute_end_s=tuple(last), **waits),

@@ -1,0 +1,388 @@
+"""Unpatched vLLM as an engine: plans are run by it, in an environment of its own, and measured as ours are.
+
+Model, machine, prompts and the reference are a fleet's of one worker, which is ended before the engine runs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from pipetune.bench.engines.host import EngineHost
+from pipetune.bench.engines.outcome import Pass, Told, outcome_of
+from pipetune.bench.engines.reference import EngineReference
+from pipetune.bench.errors import ConfigError, FleetError, PlanError
+from pipetune.bench.fleet.fleet import Closing, Fleet
+from pipetune.bench.fleet.supervisor import FleetOptions, Progress
+from pipetune.bench.machine.hardware import cores_of, device_bytes
+from pipetune.bench.machine.sensors import CpuSensors, family
+from pipetune.bench.machine.telemetry import read_telemetry
+from pipetune.bench.memory import check_plan, stage_bytes
+from pipetune.bench.record import Failure, FailureKind, Measurement, OutputCheck
+from pipetune.bench.spec import (
+    EffectivePlan,
+    EngineSettings,
+    ModelSpec,
+    Plan,
+    Protocol,
+    RunSpec,
+    StagePlan,
+    Workload,
+    device_kind,
+)
+from pipetune.bench.worker.acceptance import is_steady, wrong_output
+
+HOST = Path(__file__).parent / "vllm_host" / "pipetune_vllm_host.py"
+VERSIONS = ((0, 32), (0, 33))
+"""From the first of them up to the second, which is left out: what the host was tried with."""
+KV_BLOCK = 128
+"""Tokens of a block of KV cache on CPUs."""
+IN_PLACE_NOTE = "re-partitioned in place its output was wrong; the engine was started anew"
+_LIMITS = ("max_num_batched_tokens", "max_num_seqs")
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+}
+"""The scheduler is in the host's own process: in one of its own, requests trickle in and group by chance."""
+_LEAD_S = 0.05
+"""The hosts of all replicas begin together, so long after they were told to."""
+
+
+class VllmEngine(Closing):
+    """vLLM on CPU devices; one host a replica, kept over plans that it can move to in place."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        devices: Sequence[str],
+        *,
+        python: Path,
+        baseline: EngineSettings | None = None,
+        script: Path = HOST,
+        start_fleet: Callable[..., Fleet] | None = None,
+        **options: Unpack[FleetOptions],
+    ) -> None:
+        """Looks at vLLM and the model.
+
+        Args:
+            python: of an environment that has vLLM; pipetune need not be there.
+            baseline: settings of the un-pipelined engine, by default the engine's own.
+
+        Raises:
+            ConfigError: devices or settings that vLLM is not driven with, no such Python, or another version of vLLM.
+            ModelError: the model cannot be found, read or split.
+            FleetError: workers that do not start.
+        """
+        self.devices = tuple(devices)
+        _check_usable(model, self.devices)
+        self._python, self._script, self._options = python, script, options
+        self._baseline = baseline or EngineSettings()
+        self._hosts: list[EngineHost] = []
+        self._started: RunSpec | None = None
+        """What the hosts were started for; `_held` is the plan that they hold now."""
+        self._held: Plan | None = None
+        self._limits: dict[str, int] = {}
+        self._workers: list[Told] = []
+        self._prompts: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self._reference: EngineReference | None = None
+        versions = self._look()
+        self._fleet = (start_fleet or Fleet.start)(model, self.devices[:1], **options)
+        self.model, self.shape, self.machine = self._fleet.model, self._fleet.shape, self._fleet.machine
+        self.device_bytes = device_bytes(self.devices)
+        software = self.machine.software
+        packages = software.packages | {f"engine's {name}": version for name, version in versions.items()}
+        software = software.model_copy(update={"packages": packages})
+        self.machine = self.machine.model_copy(update={"software": software})
+
+    def prompts(self, workload: Workload) -> tuple[tuple[int, ...], ...]:
+        """Token ids of every prompt; raises as `Fleet.prompts` does."""
+        key = workload.digest()
+        if key not in self._prompts:
+            self._prompts[key] = self._fleet.prompts(workload)
+        return self._prompts[key]
+
+    def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
+        """Length of every prompt in tokens; raises as `prompts` does."""
+        return tuple(map(len, self.prompts(workload)))
+
+    def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
+        """The plan, or why it does not fit: its stages beside their KV cache, and in that a single request.
+
+        Raises:
+            ConfigError: prompts that cannot be used, or a workload that vLLM is not measured with.
+            PlanError: the plan is not for this engine, does not suit the model, or names a device that is not there.
+        """
+        if workload.kind == "score" or workload.arrivals is not None:
+            what = "kind=score" if workload.kind == "score" else "arrivals"
+            raise ConfigError(f"workload.{what}: vLLM is measured generating for prompts given at once so far")
+        check_plan(self.shape, plan)
+        if plan.engine is None:
+            raise PlanError("plan.engine: there is none, and vLLM is to run the plan; give engine: {name: vllm}")
+        if strange := [one for own in plan.devices for one in plan.shards(own) if one not in self.devices]:
+            raise PlanError(f"plan.stages: {strange[0]} is not among the devices {', '.join(self.devices)}")
+        length = -(-self._longest(workload) // KV_BLOCK) * KV_BLOCK
+        for index, stage in enumerate(plan.stages):
+            layers = self.shape.layers[stage.first_layer : stage.end_layer]
+            least = sum(layer.kv_bytes_per_token for layer in layers) * length // plan.width
+            kv = plan.engine.kv_cache_memory_bytes or least
+            weights = stage_bytes(self.shape, plan, index, prompt_len=length, output_len=0).weights // plan.width
+            cap = min(stage.cap_bytes(self.device_bytes[one]) for one in plan.devices[index :: len(plan.stages)])
+            what, wanted, had = "the KV cache of one request", least, kv
+            if least <= kv:
+                what, wanted, had = "its weights and its KV cache", weights + kv, cap
+            if wanted > had:
+                return Failure(
+                    kind=FailureKind.OVER_MEMORY_CAP,
+                    stage=index,
+                    device=stage.device,
+                    phase="plan",
+                    message=f"stage {index} on {stage.device} needs {wanted / 2**20:.0f} MiB for {what} and may take "
+                    f"{had / 2**20:.0f} MiB; give it fewer layers, or change plan.engine.kv_cache_memory_bytes",
+                    bytes_wanted=wanted,
+                    bytes_had=had,
+                )
+        return EffectivePlan(plan=plan, in_flight=len(plan.stages))
+
+    def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
+        """Asks the unsplit model, as transformers has it, for what outputs are compared with."""
+        self._stop()
+        failure = self._fleet.make_reference(path, workload, protocol)
+        self._reference = EngineReference.load(path) if failure is None else None
+        return failure
+
+    def make_reference_from_plan(self, path: Path, spec: RunSpec, effective: EffectivePlan) -> Failure | None:
+        """Not to be had of this engine: its outputs then are compared with nothing."""
+        text = "an engine's own output is no reference: outputs are not checked where the unsplit model fits nowhere"
+        return Failure(kind=FailureKind.UNSUPPORTED_MODEL, phase="reference", message=text)
+
+    def use_reference(self, path: Path, workload: Workload) -> None:
+        """Takes a reference made earlier; raises as `Fleet.use_reference` does."""
+        self._fleet.use_reference(path, workload)
+        self._reference = EngineReference.load(path)
+
+    def baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> Measurement | Failure:
+        """Measures the engine un-pipelined on one device, with `batch_size` sequences at once."""
+        stage = StagePlan(device=self.devices[0], first_layer=0, end_layer=self.shape.num_layers)
+        settings = self._baseline.model_copy(update={"max_num_seqs": batch_size})
+        plan = Plan(stages=(stage,), micro_batch_size=1, engine=settings)
+        outcome = self.measure(RunSpec(model=self.model, workload=workload, plan=plan, protocol=protocol))
+        return outcome if isinstance(outcome, Failure) else outcome.model_copy(update={"batch_size": batch_size})
+
+    def measure(self, spec: RunSpec, effective: EffectivePlan | None = None) -> Measurement | Failure:
+        """Moves to the plan, in place where that can be, checks its output, warms up and measures."""
+        known = self.resolve(spec.plan, spec.workload)
+        if isinstance(known, Failure):
+            return known
+        self._fleet.interrupt()
+        try:
+            return self._measure(spec, time.monotonic() + spec.protocol.timeout_s)
+        except FleetError as error:
+            self._stop()
+            return error.failure
+
+    def interrupt(self) -> None:
+        """Ends the engine at once; it starts anew when it is next used."""
+        self._stop()
+        self._fleet.interrupt()
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._stop()
+        self._fleet.close()
+
+    def _measure(self, spec: RunSpec, deadline: float) -> Measurement | Failure:
+        protocol, began, check = spec.protocol, time.monotonic(), None
+        reference = self._reference if protocol.check_outputs else None
+        notes, in_place = self._move(spec, deadline, guarded=reference is not None)
+        load_s, began = time.monotonic() - began, time.monotonic()
+        if reference is not None:
+            check = self._compare(reference, spec, deadline)
+            wrong = wrong_output(check, scored=True)
+            if wrong is not None and in_place:
+                notes.append(IN_PLACE_NOTE)
+                self._start(spec, deadline)
+                check = self._compare(reference, spec, deadline)
+                wrong = wrong_output(check, scored=True)
+            if wrong is not None:
+                return wrong
+        check_s = round(time.monotonic() - began, 4) if check is not None else None
+        warmup: list[float] = []
+        wanted = protocol.num_iters_warmup
+        while len(warmup) < wanted:
+            warmup.append(round(self._pass(spec, deadline, "warmup").duration_s, 6))
+            unlike = len(warmup) == wanted >= 2 and not is_steady(warmup[-2:], protocol.steady_tolerance)
+            wanted += unlike and wanted < protocol.max_warmup
+        sensors = CpuSensors(spec.plan.devices)
+        before = sensors.state()
+        sensors.start(family(below=True))
+        passes = [self._pass(spec, deadline, "measure") for _ in range(protocol.num_iters)]
+        telemetry = read_telemetry(sensors, before)
+        outcome = outcome_of(self, spec, passes, self._workers, reference, check)
+        if isinstance(outcome, Failure):
+            return outcome
+        durations = [*(warmup[-1:] if len(passes) == 1 else []), *(one.duration_s for one in passes)]
+        return outcome.model_copy(
+            update={
+                "telemetry": telemetry,
+                "load_s": round(load_s, 4),
+                "check_s": check_s,
+                "warmup_s": tuple(warmup),
+                "steady": is_steady(durations, protocol.steady_tolerance),
+                "notes": (*notes, *outcome.notes),
+            }
+        )
+
+    def _pass(self, spec: RunSpec, deadline: float, phase: str) -> Pass:
+        """All prompts once, over all replicas."""
+        prompts, lens, count = self.prompts(spec.workload), spec.workload.generated_lens, spec.plan.replicas
+        shares = [range(replica, len(prompts), count) for replica in range(count)]
+        start_at = time.monotonic() + _LEAD_S
+        how = spec.workload.sampling
+        sampling = {"temperature": 0.0} if how is None else how.model_dump()
+        rows = [{"prompts": [prompts[k] for k in own], "output_lens": [lens[k] for k in own]} for own in shares]
+        return Pass(shares, start_at, self._all("run", phase, deadline, rows, start_at=start_at, sampling=sampling))
+
+    def _compare(self, reference: EngineReference, spec: RunSpec, deadline: float) -> OutputCheck:
+        """Under forced tokens, the worst of all replicas."""
+        chosen = [self.prompts(spec.workload)[index] for index in reference.checked]
+        answers = self._all("logprobs", "check", deadline, prompts=chosen, continuations=reference.forced())
+        return max((reference.compare(answer["rows"]) for answer in answers), key=lambda one: one.max_logit_error)
+
+    def _move(self, spec: RunSpec, deadline: float, *, guarded: bool) -> tuple[list[str], bool]:
+        """Makes the hosts hold the plan; notes, and whether it took another split in place, which `guarded` allows."""
+        plan, held = spec.plan, self._held
+        limits = {name: getattr(plan.engine, name) or most for name, most in self._limits.items()}
+        stays = held is not None and held.layer_counts == plan.layer_counts
+        if self._started is None or not self._can_hold(spec, limits) or not (stays or guarded):
+            self._start(spec, deadline)
+            return [], False
+        try:
+            if not stays:
+                self._note_workers(self._all("repartition", "load", deadline, layers=plan.layer_counts), plan)
+            self._all("limits", "load", deadline, (), **limits)
+        except FleetError as error:
+            self._start(spec, deadline)
+            return [f"the engine was started anew, since it could not be changed in place: {error}"], False
+        self._held = plan
+        return [], not stays
+
+    def _can_hold(self, spec: RunSpec, limits: dict[str, int]) -> bool:
+        """Whether the hosts can come to hold a plan: they have its stages, room, and settings but the limits."""
+        assert self._started is not None
+        was, plan = self._started.plan, spec.plan
+        assert was.engine is not None
+        rest: dict[str, Any] = {
+            "engine": was.engine.model_copy(update={name: getattr(plan.engine, name) for name in _LIMITS})
+        }
+        if len(was.stages) == len(plan.stages):
+            rest["stages"] = tuple(
+                one.model_copy(update={"first_layer": other.first_layer, "end_layer": other.end_layer})
+                for one, other in zip(was.stages, plan.stages, strict=True)
+            )
+        has_room = self._longest(spec.workload) <= self._longest(self._started.workload)
+        return has_room and was.model_copy(update=rest) == plan and all(limits[k] <= self._limits[k] for k in limits)
+
+    def _start(self, spec: RunSpec, deadline: float) -> None:
+        self._stop()
+        plan = spec.plan
+        assert plan.engine is not None
+        settings = plan.engine.model_dump(exclude={"name"}, exclude_none=True)
+        if plan.engine.kv_cache_memory_bytes is None:
+            share = min(stage.cap_bytes(self.device_bytes[stage.device]) for stage in plan.stages)
+            settings["gpu_memory_utilization"] = round(share / sum(self.device_bytes.values()), 4)
+        settings |= {
+            "model": str(self._fleet.folder),
+            "dtype": self.model.dtype,
+            "trust_remote_code": self.model.trust_remote_code,
+            "max_model_len": self._longest(spec.workload),
+            "seed": 0,
+            "layers": plan.layer_counts,
+        }
+        try:
+            for replica in range(plan.replicas):
+                self._hosts.append(self._host(plan.replica(replica), replica))
+            self._started = spec
+            answers = self._all("start", "start", deadline, **settings)
+            self._note_workers(answers, plan)
+        except BaseException:
+            # An interrupt among them.
+            self._stop()
+            raise
+        self._limits = {name: min(answer[name] for answer in answers) for name in _LIMITS}
+        self._held = plan
+
+    def _note_workers(self, answers: Sequence[Told], plan: Plan) -> None:
+        """What the workers say that they hold, against the plan."""
+        self._workers = [worker for answer in answers for worker in answer["workers"]]
+        for worker in self._workers:
+            stage = plan.stages[worker["stage"]]
+            held, wanted = (worker["first_layer"], worker["end_layer"]), (stage.first_layer, stage.end_layer)
+            if held != wanted:
+                text = f"stage {worker['stage']} holds layers {held} and not {wanted}: vLLM did not take the split"
+                raise FleetError(Failure(kind=FailureKind.WORKER_ERROR, phase="load", message=text))
+
+    def _all(self, do: str, phase: str, deadline: float, own: Sequence[Told] = (), **args: Any) -> list[Told]:
+        """One command to all hosts at once, with what is each one's own."""
+        if (say := self._options.get("on_progress")) is not None:
+            say(Progress(phase=phase, message=f"vLLM: {do}"))
+        assert self._started is not None
+        for replica, host in enumerate(self._hosts):
+            host.send(do, phase, self._started.plan.replica(replica), **args, **(own[replica] if own else {}))
+        return [host.receive(deadline) for host in self._hosts]
+
+    def _host(self, plan: Plan | None, replica: int) -> EngineHost:
+        workers = [one for own in plan.devices for one in plan.shards(own)] if plan is not None else []
+        cores = "|".join(",".join(map(str, self._cores(one))) for one in workers)
+        if (folder := self._options.get("log_dir")) is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        return EngineHost(
+            self._python,
+            self._script,
+            log=folder / f"vllm-{replica}.log" if folder is not None else None,
+            environment=_ENVIRONMENT | ({"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}),
+            hang_timeout_s=self._options.get("hang_timeout_s", 10.0),
+        )
+
+    def _cores(self, device: str) -> list[int]:
+        """The cores of a CPU device: an equal share, in order."""
+        allowed, count = sorted(os.sched_getaffinity(0)), cores_of(device, self.devices)
+        first = self.devices.index(device) * count
+        return [allowed[(first + place) % len(allowed)] for place in range(count)]
+
+    def _look(self) -> dict[str, str]:
+        """Versions of what the other Python has."""
+        host = self._host(None, 0)
+        host.close()
+        versions: dict[str, str] = host.hello["versions"]
+        wanted = "vllm>={}.{},<{}.{}".format(*VERSIONS[0], *VERSIONS[1])
+        if "vllm" not in versions:
+            raise ConfigError(f"engine_python: {self._python} has no vLLM; install {wanted} there")
+        numbers = tuple(int(part) for part in versions["vllm"].split(".")[:2] if part.isdecimal())
+        if not VERSIONS[0] <= numbers < VERSIONS[1]:
+            raise ConfigError(f"engine_python: {self._python} has vLLM {versions['vllm']}; install {wanted} there")
+        return versions
+
+    def _longest(self, workload: Workload) -> int:
+        """Tokens of the longest request, with the one that is generated when outputs are checked."""
+        lens = zip(self.prompt_lens(workload), workload.generated_lens, strict=True)
+        return 1 + max(map(sum, lens))
+
+    def _stop(self) -> None:
+        hosts, self._hosts = self._hosts, []
+        self._started = self._held = None
+        for host in hosts:
+            host.close()
+
+
+def _check_usable(model: ModelSpec, devices: Sequence[str]) -> None:
+    if odd := [device for device in devices if device_kind(device) != "cpu" or "/" in device]:
+        raise ConfigError(f"devices: vLLM is measured on CPUs of this host alone so far, and {odd[0]} is another")
+    for name, usual in {"load_format": "auto", "storage_dtype": None, "attention": "auto"}.items():
+        if getattr(model, name) != usual:
+            raise ConfigError(f"model.{name}={getattr(model, name)}: our own runtime's alone; leave it out for vLLM")

@@ -1,0 +1,269 @@
+"""vLLM in one process, commanded by JSON lines: start, limits, repartition, run, logprobs. Knows nothing of pipetune.
+
+Beside it, from before vLLM is imported, a guard waits in a process of its own: once the driver or this process is gone,
+it kills what is left of the session and removes its files, also those in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import json
+import os
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pipetune_vllm_probe import need
+
+BEAT_S = 0.5
+TRACKER_S = 1.0
+_PR_SET_PDEATHSIG = 1
+_SHM = "/dev/shm/"  # noqa: S108
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split() if entry.name.isdecimal() else []
+        except OSError:
+            continue
+        if fields and fields[3] == str(session) and fields[0] != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def is_tracker(process: int) -> bool:
+    """Whether it is what multiprocessing keeps account of shared files by."""
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{process}/cmdline").read_bytes()
+    return False
+
+
+def shared_files(processes: list[int]) -> set[Path]:
+    """Files in shared memory that processes have mapped, and that still have a name."""
+    found = set()
+    for process in processes:
+        try:
+            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+        except OSError:
+            continue
+        found |= {Path(line.split(maxsplit=5)[5]) for line in lines if _SHM in line and not line.endswith("(deleted)")}
+    return found
+
+
+def guard(driver: int, host: int, folder: str) -> int:
+    """Waits for the end of the driver's pipe or of the host, and leaves nothing behind; the host's exit status."""
+    status = None
+    while status is None and not select.select([driver], [], [], 0.1)[0]:
+        ended, how = os.waitpid(host, os.WNOHANG)
+        status = how if ended else None
+    files: set[Path] = set()
+    patience = time.monotonic() + TRACKER_S
+    while left := members(host):
+        files |= shared_files(left)
+        for process in left:
+            # Python's own tracker unlinks what the others leave, semaphores among it, and ends by itself.
+            if time.monotonic() > patience or not is_tracker(process):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+    for file in files:
+        file.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(host, 0)[1] if status is None else status)
+    return code if code >= 0 else 128 - code
+
+
+class Host:
+    """One engine, and the line to its driver."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", buffering=1)
+        # What vLLM prints goes to the log.
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+        self._llm: Any = None
+        self._steps = 0
+
+    def serve(self) -> None:
+        """Says who it is, then answers until nobody asks any more."""
+        distributions = importlib.metadata.packages_distributions()
+        versions = {
+            name: importlib.metadata.version(distributions[name][0])
+            for name in ("vllm", "torch", "transformers")
+            if name in distributions
+        }
+        self._send({"hello": os.getpid(), "versions": versions})
+        threading.Thread(target=self._beat, daemon=True).start()
+        for line in sys.stdin:
+            command = json.loads(line)
+            try:
+                answer = {"answer": getattr(self, f"do_{command['do']}")(**command["args"])}
+            except BaseException as error:
+                answer = {"error": f"{type(error).__name__}: {error}"[:4000], "died": self._died()}
+            self._send({"id": command["id"], **answer})
+
+    def do_start(self, layers: list[int], **settings: Any) -> dict[str, Any]:
+        """Starts the engine; settings are vLLM's own."""
+        os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, layers))
+        from vllm import LLM
+
+        self._llm = LLM(
+            pipeline_parallel_size=len(layers),
+            worker_extension_cls="pipetune_vllm_probe.StageProbe",
+            distributed_executor_backend="mp",
+            enable_prefix_caching=False,
+            disable_log_stats=False,
+            skip_tokenizer_init=True,
+            **settings,
+        )
+        workers = self._llm.collective_rpc("pipetune_install")
+        config = need(self._llm, "llm_engine", "vllm_config")
+        return {
+            "workers": workers,
+            "max_num_batched_tokens": need(config, "scheduler_config", "max_num_batched_tokens"),
+            "max_num_seqs": need(config, "scheduler_config", "max_num_seqs"),
+        }
+
+    def do_limits(self, max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, Any]:
+        """Other limits of the scheduler, no larger than those that the engine was started with."""
+        scheduler = need(self._core, "scheduler")
+        for name in ("max_num_running_reqs", "max_num_active_reqs"):
+            need(scheduler, name)
+            setattr(scheduler, name, max_num_seqs)
+        need(scheduler, "max_num_scheduled_tokens")
+        scheduler.max_num_scheduled_tokens = max_num_batched_tokens
+        return {}
+
+    def do_repartition(self, layers: list[int]) -> dict[str, Any]:
+        """Another split over as many stages, in the running processes."""
+        import vllm.envs
+        from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+        os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, layers))
+        need(vllm.envs, "disable_envs_cache")()
+        core = self._core
+        config = need(core, "vllm_config")
+        core.collective_rpc("pipetune_repartition", args=(layers,))
+        cache = need(core, "_initialize_kv_caches")(config)
+        block_size, hash_block_size = resolve_kv_cache_block_sizes(cache, config)
+        core.scheduler = need(config, "scheduler_config", "get_scheduler_cls")()(
+            vllm_config=config,
+            kv_cache_config=cache,
+            structured_output_manager=need(core, "structured_output_manager"),
+            include_finished_set=False,
+            log_stats=need(core, "log_stats"),
+            block_size=block_size,
+            hash_block_size=hash_block_size,
+        )
+        need(core, "_initialize_effective_attention_block_size")()
+        return {"workers": self._llm.collective_rpc("pipetune_install")}
+
+    def do_run(
+        self, prompts: list[list[int]], output_lens: list[int], sampling: dict[str, Any], start_at: float
+    ) -> dict[str, Any]:
+        """Generates for all prompts, given at one moment of the monotonic clock; times count from there."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = need(self._llm, "llm_engine")
+        reset = all(self._llm.collective_rpc("pipetune_begin"))
+        numbers: dict[str, int] = {}
+        rows: list[dict[str, Any]] = [{"token_ids": [], "token_times_s": []} for _ in prompts]
+        params = [
+            SamplingParams(
+                max_tokens=length, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA, **sampling
+            )
+            for length in output_lens
+        ]
+        time.sleep(max(start_at - time.monotonic(), 0.0))
+        for index, prompt in enumerate(prompts):
+            numbers[str(index)] = index
+            numbers[engine.add_request(str(index), {"prompt_token_ids": prompt}, params[index])] = index
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now_s = time.monotonic() - start_at
+            self._steps += 1
+            for output in outputs:
+                row, token_ids = rows[numbers[output.request_id]], output.outputs[0].token_ids
+                row["token_ids"] += token_ids
+                row["token_times_s"] += [now_s] * len(token_ids)
+                if output.finished:
+                    row["scheduled_s"] = need(output, "metrics", "scheduled_ts") - start_at
+        duration_s = time.monotonic() - start_at
+        workers = self._llm.collective_rpc("pipetune_end")
+        return {"duration_s": duration_s, "requests": rows, "workers": workers, "peak_was_reset": reset}
+
+    def do_logprobs(self, prompts: list[list[int]], continuations: list[list[int]]) -> dict[str, Any]:
+        """Log-probability of each token of the continuations under those before it, and the likeliest token there."""
+        from vllm import SamplingParams
+
+        given = [{"prompt_token_ids": [*one, *more]} for one, more in zip(prompts, continuations, strict=True)]
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        rows = []
+        outputs = self._llm.generate(given, params, use_tqdm=False)
+        for output, prompt, tokens in zip(outputs, prompts, continuations, strict=True):
+            found = need(output, "prompt_logprobs")[len(prompt) :]
+            likeliest = [max((one.logprob, token) for token, one in row.items())[1] for row in found]
+            pairs = zip(tokens, found, likeliest, strict=True)
+            rows.append([[row[token].logprob, best] for token, row, best in pairs])
+        return {"rows": rows}
+
+    @property
+    def _core(self) -> Any:
+        return need(self._llm, "llm_engine", "engine_core", "engine_core")
+
+    def _died(self) -> dict[str, Any] | None:
+        """The first worker to have ended, not one that vLLM itself ended for its sake."""
+        if self._llm is None:
+            return None
+        workers = need(self._core, "model_executor", "workers")
+        ended = [(rank, worker.proc.exitcode) for rank, worker in enumerate(workers)]
+        ended = [one for one in ended if one[1] is not None]
+        if not ended:
+            return None
+        rank, code = min(ended, key=lambda one: (one[1] in (0, -signal.SIGTERM), one[0]))
+        return {"rank": rank, "exit_code": code}
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            try:
+                died = self._died()
+            except AttributeError:
+                died = None
+            self._send({"beat": self._steps, "died": died})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            self._out.write(json.dumps(message) + "\n")
+
+
+def main() -> None:
+    """Splits into guard and host; the one argument is the end of the driver's pipe."""
+    driver, folder = int(sys.argv[1]), tempfile.mkdtemp(prefix="pipetune-vllm-")
+    host = os.fork()
+    if host:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1):
+            os.dup2(nothing, number)
+        os._exit(guard(driver, host, folder))
+    os.close(driver)
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    Host().serve()
+
+
+if __name__ == "__main__":
+    main()

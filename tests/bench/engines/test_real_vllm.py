@@ -1,0 +1,106 @@
+"""Unpatched vLLM over CPU workers: equal tokens over splits and against transformers, and who dies leaves nothing.
+
+`make test-vllm` makes its environment and runs these; elsewhere they are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipetune.bench.engines.vllm import VllmEngine
+from pipetune.bench.metrics import derive
+from pipetune.bench.record import Failure, FailureKind, Measurement
+from pipetune.bench.spec import SMOLLM2, EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from tests.bench.engines.conftest import make_plan
+from tests.bench.engines.test_host import session
+
+PYTHON = os.environ.get("PIPETUNE_VLLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not PYTHON, reason="no environment with vLLM: make test-vllm"),
+]
+WORKLOAD = Workload(num_prompts=8, input_len=48, random_range_ratio=0.5, output_len=8)
+PROTOCOL = Protocol(num_iters=2, num_iters_warmup=1, hang_timeout_s=60.0)
+SETTINGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": "64MiB", "max_num_seqs": 8}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    folder = tmp_path_factory.mktemp("vllm")
+    with VllmEngine(ModelSpec(name=SMOLLM2), ["cpu:0", "cpu:1"], python=Path(PYTHON), log_dir=folder) as own:
+        assert own.make_reference(folder / "reference.safetensors", WORKLOAD, PROTOCOL) is None
+        yield own
+
+
+def measure(engine: VllmEngine, plan: Plan) -> Measurement | Failure:
+    return engine.measure(RunSpec(model=engine.model, workload=WORKLOAD, plan=plan, protocol=PROTOCOL))
+
+
+@pytest.mark.parametrize("counts", [(15, 15), (20, 10), (30,)])
+def test_tokens_are_those_of_transformers_over_every_split(engine: VllmEngine, counts: tuple[int, ...]) -> None:
+    """The second split is taken in place."""
+    outcome = measure(engine, make_plan(counts, **SETTINGS, max_num_batched_tokens=128))
+    assert isinstance(outcome, Measurement), outcome
+    assert outcome.check is not None
+    assert (outcome.check.tokens_equal, outcome.check.argmax_flips) == (True, 0)
+    assert outcome.notes == ()
+    metrics, run = derive(outcome), outcome.iterations[-1]
+    # In every pass each prompt's tokens, and each token generated but the last, go through every stage once.
+    passed = sum(outcome.prompt_lens) + 8 * 7
+    assert [sum(trace.step_tokens) for trace in run.stages] == [passed] * len(counts)
+    assert max(max(trace.step_tokens) for trace in run.stages) <= 128
+    assert 0.0 < metrics["bubble_ratio"] < 1.0
+    assert 0.0 < metrics["median_itl_ms"] < metrics["mean_e2el_ms"]
+    assert all(one.peak_bytes - one.baseline_bytes > one.kv_bytes > 0 for one in outcome.memory)
+
+
+def test_replicas_run_side_by_side(engine: VllmEngine) -> None:
+    outcome = measure(engine, make_plan((30,), replicas=2, **SETTINGS))
+    assert isinstance(outcome, Measurement), outcome
+    assert outcome.check is not None
+    assert outcome.check.tokens_equal
+    assert len(outcome.iterations[0].stages) == 2
+
+
+def test_too_little_memory_for_one_request_is_named(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(**SETTINGS | {"kv_cache_memory_bytes": "1MiB"})
+    # As if it were not foreseen.
+    monkeypatch.setattr(engine, "resolve", lambda plan, workload: EffectivePlan(plan=plan, in_flight=2))
+    failure = measure(engine, plan)
+    assert isinstance(failure, Failure)
+    assert (failure.kind, failure.phase) == (FailureKind.OVER_MEMORY_CAP, "start"), failure
+
+
+def test_a_killed_worker_is_named_and_the_next_plan_runs(engine: VllmEngine) -> None:
+    before = {*Path("/dev/shm").iterdir()}
+    assert isinstance(measure(engine, make_plan(**SETTINGS)), Measurement)
+    host = engine._hosts[0].hello["hello"]
+    victim = engine._workers[1]["pid"]
+
+    def kill() -> None:
+        time.sleep(0.3)
+        os.kill(victim, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    protocol = PROTOCOL.model_copy(update={"num_iters": 500})
+    failure = engine.measure(
+        RunSpec(model=engine.model, workload=WORKLOAD, plan=make_plan(**SETTINGS), protocol=protocol)
+    )
+    thread.join()
+    assert isinstance(failure, Failure)
+    assert failure.kind is FailureKind.WORKER_DIED
+    assert "was killed by SIGKILL" in failure.message
+    assert (failure.stage, failure.device) == (1, "cpu:1")
+    assert session(host) == []
+    assert {*Path("/dev/shm").iterdir()} <= before
+    assert isinstance(measure(engine, make_plan(**SETTINGS)), Measurement)
