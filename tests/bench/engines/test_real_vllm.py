@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.metrics import derive
@@ -104,3 +106,24 @@ def test_a_killed_worker_is_named_and_the_next_plan_runs(engine: VllmEngine) -> 
     assert session(host) == []
     assert {*Path("/dev/shm").iterdir()} <= before
     assert isinstance(measure(engine, make_plan(**SETTINGS)), Measurement)
+
+
+def test_stages_of_two_shards_each(tmp_path: Path) -> None:
+    """SmolLM2 has an odd number of heads."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(num_hidden_layers=6, vocab_size=320, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    devices = [f"cpu:{index}" for index in range(4)]
+    with VllmEngine(ModelSpec(name=str(tmp_path / "model")), devices, python=Path(PYTHON)) as engine:
+        assert engine.make_reference(tmp_path / "reference.safetensors", WORKLOAD, PROTOCOL) is None
+        outcome = measure(engine, make_plan((4, 2), tensor_parallel_size=2, **SETTINGS))
+    assert isinstance(outcome, Measurement), outcome
+    assert outcome.check is not None
+    assert outcome.check.tokens_equal
+    assert [one.device for one in outcome.memory] == ["cpu:0", "cpu:2"]

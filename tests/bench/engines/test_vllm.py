@@ -130,7 +130,8 @@ def test_a_split_that_fails_in_place_is_started_anew(make_engine: Make) -> None:
 
 def test_replicas_share_the_prompts_and_shards_a_stage(make_engine: Make, told: Told) -> None:
     outcome = measured(make_engine(), make_plan(replicas=2))
-    assert [len(one["args"]["prompts"]) for one in told() if one["do"] == "run"][:2] == [3, 2]
+    # The two hosts are told at once.
+    assert sorted([len(one["args"]["prompts"]) for one in told() if one["do"] == "run"][:2]) == [2, 3]
     assert len(outcome.iterations[0].stages) == len(outcome.memory) == 4
     assert [len(one.token_times_s) for one in outcome.iterations[0].requests] == [4] * 5
     assert outcome.check is not None
