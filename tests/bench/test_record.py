@@ -248,7 +248,7 @@ def test_an_engines_measurement_has_each_prompts_tokens_and_ours_has_none() -> N
     times = [round(0.1 * place, 1) for place in range(1, result.output_len + 1)]
     requests = [{"began_s": 0.0, "token_times_s": times}] * len(result.prompt_lens)
     iterations = [run | {"requests": requests} for run in dumped["iterations"]]
-    with pytest.raises(ValidationError, match="requests: does not fit"):
+    with pytest.raises(ValidationError, match="tasks: does not fit"):
         Measurement.model_validate(dumped | {"iterations": iterations})
     assert Measurement.model_validate(dumped | {"iterations": iterations, "method": "engine"}).method == "engine"
     iterations[0]["requests"] = [requests[0] | {"token_times_s": [*times, 9.0]}, *requests[1:]]

@@ -222,6 +222,6 @@ def _annotation(setting: Setting) -> Any:
         *filter(None, (setting.declaration, flag.short)),
         help=f"{flag.help} [{default}]" if default else flag.help,
         metavar=flag.metavar,
-        rich_help_panel=_COMMON_PANEL if setting.name in _COMMON else f"{flag.panel}{_ADVANCED}",
+        rich_help_panel=_COMMON_PANEL if setting.name in _COMMON else flag.panel + _ADVANCED * (flag.panel != "Load"),
     )
     return Annotated[(list[str] if flag.repeats else setting.kind) | None, option]

@@ -11,7 +11,7 @@ import argparse
 import random
 import statistics
 
-from pipetune.bench.fleet.fleet import Fleet
+from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.load.online import OnlineRequest
 from pipetune.bench.spec import ModelSpec, Plan
 from tests.evaluation.harness import exit_code_of, say
@@ -48,7 +48,8 @@ def main() -> int:
     ]
     count = args.num_prompts * args.output_len
     ratios = []
-    with Fleet.start(ModelSpec(name=args.model), devices) as fleet:
+    with Experiment.start(ModelSpec(name=args.model), devices) as experiment:
+        fleet = experiment.fleet
         for number in range(args.rounds + 1):
             took: dict[str, float] = {}
             tokens: dict[str, list[tuple[int, ...]]] = {}
