@@ -84,7 +84,7 @@ def draw_sweeps(path: Path, records: Sequence[Record]) -> None:
         assert record.spec is not None
         values = metrics.derive(record.result)
         name = "p90_ttft_ms" if "p90_ttft_ms" in values else "median_ttft_ms"
-        curves.setdefault(record.spec.plan.describe(), []).append((arrivals.request_rate, values[name] / 1e3))
+        curves.setdefault(record.spec.plan.describe(), []).append((arrivals.request_rate, values[name]))
     lines = tuple(
         Line(xs=xs, ys=ys, colour=colour, label=plan)
         for (plan, points), colour in zip(curves.items(), SERIES, strict=False)
@@ -93,7 +93,7 @@ def draw_sweeps(path: Path, records: Sequence[Record]) -> None:
     chart = Chart(
         title="Time to first token against rate",
         x_label="requests per second",
-        y_label="p90 TTFT, s",
+        y_label="p90 TTFT, ms",
         marks=lines,
     )
     path.write_bytes(render_png(chart))
