@@ -123,10 +123,10 @@ class PlanRequest:
             values["replica_devices"] = self._replica_devices(plan, devices, values["replicas"])
         values["stages"] = [stage | self.stage_changes for stage in values["stages"]]
         if self.engine is not None:
-            values |= {
-                "engine": {**(plan.engine.model_dump() if plan.engine else {}), **self.engine},
-                "micro_batch_size": 1,
-            }
+            # What our own runtime's plan says beside its split means nothing to it.
+            ours = ("prefill_micro_batch_size", "prefill_chunk_size", "max_in_flight")
+            values |= {"micro_batch_size": 1, "compile": False, **dict.fromkeys(ours)}
+            values["engine"] = {**(plan.engine.model_dump() if plan.engine else {}), **self.engine}
         try:
             return Plan.model_validate(values)
         except ValueError as error:

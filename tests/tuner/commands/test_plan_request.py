@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipetune.bench.errors import ConfigError, PlanError
-from pipetune.bench.spec import Sampling
+from pipetune.bench.spec import EngineSettings, Sampling
 from pipetune.tuner.commands.plan_request import PlanRequest
 from pipetune.tuner.study.plan_file import PlanFile
 from tests.record_factory import MODEL, WORKLOAD, make_plan, make_shape
@@ -136,3 +136,16 @@ def test_caps_are_given_for_every_stage() -> None:
 def test_more_stages_than_devices_are_refused() -> None:
     with pytest.raises(PlanError, match="--layers: 3 stages need as many devices"):
         request(layers="10,10,10").complete(make_shape(), DEVICES, 32)
+
+
+def test_an_engine_takes_the_split_and_its_own_settings(tmp_path: Path) -> None:
+    flags = {"engine_python": "python", "max_num_seqs": 8, "kv_cache_memory_bytes": "64MiB"}
+    plan = request(plan=plan_file(tmp_path), **flags).complete(make_shape(), DEVICES, 32)
+    assert plan.layer_counts == make_plan().layer_counts
+    assert plan.engine == EngineSettings(max_num_seqs=8, kv_cache_memory_bytes=2**26)
+    # What is in the file is kept, but for what a flag says.
+    path = tmp_path / "engine.json"
+    path.write_text(PlanFile(plan=plan).model_dump_json())
+    again = request(plan=path, engine_python="python", max_num_seqs=9).complete(make_shape(), DEVICES, 32)
+    assert again.engine == EngineSettings(max_num_seqs=9, kv_cache_memory_bytes=2**26)
+    assert request(layers="17,13", max_num_seqs=9).complete(make_shape(), DEVICES, 32).engine is None
