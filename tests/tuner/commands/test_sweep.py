@@ -11,6 +11,7 @@ from pipetune.bench.errors import ConfigError
 from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.cli import run
 from pipetune.tuner.commands.sweep import rates_of
+from pipetune.tuner.search.rates import bracket
 from tests.tiny_models import save_tiny_model
 
 SIZES = ("--num-prompts", "20", "--input-len", "9", "--output-len", "4", "--num-iters", "1", "--no-progress")
@@ -59,15 +60,19 @@ def test_a_sweep_is_a_table_a_plot_and_records(
 def test_the_highest_rate_lies_between_two_that_were_measured(
     model: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # No request of several tokens keeps such a limit once others wait: with rows of one there is a highest rate.
     bench = ("bench", *model, *SIZES, "--layers", "4", "--micro-batch-size", "1", "--request-rate", "50")
-    find = ("--max-request-rate", "--most-rates", "12", "--goodput", "ttft:30", "--json")
+    find = ("--max-request-rate", "--most-rates", "4", "--goodput", "ttft:30", "--json")
     assert run([*bench, *find]) == 0
     told = json.loads(capsys.readouterr().out)
     shares = {row["request_rate"]: row["metrics"]["slo_attainment"] for row in told["sweep"]}
-    found = told["max_request_rate"]
-    assert found is not None
-    assert max(rate for rate in shares if rate <= found) <= found < min(rate for rate in shares if rate > found)
+    assert list(shares) == sorted(shares)
+    low, high = bracket(shares, 0.9)
+    # Whether some are sustained and others not is the machine's.
+    if low is None or high is None:
+        assert told["max_request_rate"] is None
+        assert len(shares) == 4
+    else:
+        assert low <= told["max_request_rate"] < high
     assert run([*bench, "--max-request-rate"]) == 2
     assert "--max-request-rate: give --goodput" in capsys.readouterr().err
 
