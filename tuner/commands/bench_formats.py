@@ -20,6 +20,8 @@ _LATENCIES = tuple(f"{of}_{name}_ms" for name in ("ttft", "tpot", "e2el") for of
 def _row(result: BenchResult, outcome: Measurement) -> dict[str, Any]:
     """What ran and every metric, in one flat row; `…_sd` over the iterations."""
     spec, rates = result.spec, metrics.throughputs(outcome)
+    arrivals = spec.workload.arrivals if spec is not None else None
+    load = {} if arrivals is None else arrivals.model_dump(include={"request_rate", "burstiness", "max_concurrency"})
     return {
         "model": spec and spec.model.name,
         "dtype": spec and spec.model.dtype,
@@ -32,6 +34,7 @@ def _row(result: BenchResult, outcome: Measurement) -> dict[str, Any]:
         "output_tokens": sum(outcome.generated_lens),
         "iterations": len(rates),
         "throughput_sd": statistics.stdev(rates) if len(rates) > 1 else None,
+        **load,
         **metrics.derive(outcome),
     }
 
@@ -48,7 +51,9 @@ def _vllm(row: Mapping[str, Any]) -> str:
         "total_output_tokens": row["output_tokens"],
         "max_concurrency": None,
     }
-    return json.dumps(values | {name: row[name] for name in row if name.endswith(("_throughput", "_ms"))}) + "\n"
+    more = ("request_rate", "burstiness", "max_concurrency", "request_goodput")
+    known = {name: row[name] for name in row if name in more or name.endswith(("_throughput", "_ms"))}
+    return json.dumps(values | known) + "\n"
 
 
 def _github(row: Mapping[str, Any], names: tuple[str, ...], unit: str) -> str:
