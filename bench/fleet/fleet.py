@@ -234,13 +234,7 @@ class Fleet(Closing):
         use = self._use(plan, prompts, max(lens), in_flight)
         if not isinstance(max_new_tokens, int) and len(lens) != len(use["prompts"]):
             raise ConfigError(f"max_new_tokens: {len(lens)} numbers for {len(use['prompts'])} prompts")
-        answer = self._call(
-            "generate",
-            **use,
-            max_new_tokens=max_new_tokens,
-            ignore_eos=ignore_eos,
-            sampling=sampling,
-        )
+        answer = self._call("generate", **use, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, sampling=sampling)
         return tuple(
             GenerationResult(ttft_s=row["token_times_s"][0], e2el_s=row["token_times_s"][-1], **row)
             for row in answer["results"]

@@ -274,12 +274,7 @@ class _Work:
         objective = Objective(metric=SCORE_OBJECTIVE if config.workload.kind == "score" else GENERATE_OBJECTIVE)
         while True:
             due = finals.next_step(
-                self.records,
-                finalists,
-                objectives=(objective,),
-                min_rounds=rounds,
-                max_rounds=rounds,
-                seed=config.seed,
+                self.records, finalists, objectives=(objective,), min_rounds=rounds, max_rounds=rounds, seed=config.seed
             )
             if isinstance(due, finals.FinalsResult):
                 return comparison_of(self.records, titles, objective), missing

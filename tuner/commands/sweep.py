@@ -91,10 +91,7 @@ def draw_sweeps(path: Path, records: Sequence[Record]) -> None:
         for xs, ys in [tuple(zip(*sorted(points), strict=True))]
     )
     chart = Chart(
-        title="Time to first token against rate",
-        x_label="requests per second",
-        y_label="p90 TTFT, ms",
-        marks=lines,
+        title="Time to first token against rate", x_label="requests per second", y_label="p90 TTFT, ms", marks=lines
     )
     path.write_bytes(render_png(chart))
 

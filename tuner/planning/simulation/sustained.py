@@ -82,9 +82,5 @@ class Load:
             for at, (inputs, outputs) in zip(times_s, self._lens, strict=False)
         ]
         return simulate_load(
-            self._model,
-            effective.plan,
-            effective.in_flight,
-            requests,
-            max_concurrency=self._arrivals.max_concurrency,
+            self._model, effective.plan, effective.in_flight, requests, max_concurrency=self._arrivals.max_concurrency
         )
