@@ -18,8 +18,6 @@ Under arrivals all latencies count from the scheduled arrival, and stage time is
 that wait while all requests do so for their tokens, and none for a row.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math

@@ -3,8 +3,6 @@
 Model, machine, prompts and the reference are a fleet's of one worker, which is ended before the engine runs.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 No torch here: whatever a worker dies of, `bench.fleet.supervisor` turns it into a `Failure` in a driver that lives on.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

@@ -6,8 +6,6 @@ at the slot's next step. The first stage asks `decide` whenever it could begin a
 `prefilled` and `decoded`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import deque

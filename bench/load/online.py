@@ -1,7 +1,5 @@
 """Requests given to a pipeline over time, and what came of them: values that cross between driver and workers."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from pipetune.bench.record import Count, Intervals, LoadTask, RequestTimes, Seconds, StageTrace

@@ -6,8 +6,6 @@ before it, and rows are `[0, n)`. Once a group's first tokens are known it is co
 clock. The clock starts as late as lets the rows come to their ends, so that a longer one seldom has to shift them.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field

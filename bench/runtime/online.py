@@ -7,8 +7,6 @@ next. All others do what they are told, and know nothing of requests. Tasks run 
 graphs.
 """
 
-from __future__ import annotations
-
 import marshal
 import select
 import socket

@@ -1,7 +1,5 @@
 """What a worker does: commands come over a socket by way of rank 0, and every rank carries them out."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import contextlib

@@ -1,7 +1,5 @@
 """A measured run under arrivals: each timed pass is a trace of requests, with gaps of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Requests over time inside the workers: the lines between the stages, a run over a trace, and what all of them saw."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """One measured run inside a worker: move to the plan, check its output, warm up, time it, and say what was seen."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`pipetune bench`: measures one plan, serves prompts with it, or compares it with the un-pipelined model."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`bench`'s work: one plan measured, compared with the un-pipelined model, or used to generate."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What `bench` found, for people and for machines."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ What the runtime cannot do is refused in words, never left out: other settings o
 answers to a prompt, log-probabilities, tools.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

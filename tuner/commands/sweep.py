@@ -1,7 +1,5 @@
 """A plan at several rates: what is asked for, the table, and the plot of latency against rate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where settings come from: flags over environment over file over defaults, each value with its source."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import itertools

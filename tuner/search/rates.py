@@ -5,8 +5,6 @@ one is where a line through the two shares, over the logarithm of the rate, cros
 middle, where one of them is of a rate far beyond it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

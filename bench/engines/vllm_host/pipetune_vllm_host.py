@@ -4,8 +4,6 @@ Beside it, from before vLLM is imported, a guard waits in a process of its own: 
 it kills what is left of the session and removes its files, also those in /dev/shm.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import importlib.metadata

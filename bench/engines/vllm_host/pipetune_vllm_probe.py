@@ -4,8 +4,6 @@ Instances are wrapped, and vLLM's code is left as it is. Every name of vLLM's th
 a version without it says so.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import re

@@ -6,8 +6,6 @@ of the next one no further than the rings go, and tokens are known on the first 
 Replicas are pipelines of their own; a request goes to the one with the fewest requests.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math

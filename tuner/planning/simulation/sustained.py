@@ -1,7 +1,5 @@
 """What plans are predicted to give under a workload's arrivals, and the highest rate that each sustains."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Sequence
