@@ -11,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.load.admission import Rules
-from pipetune.bench.load.online import OnlineRequest, ServedRequest
+from pipetune.bench.load.online import OnlineRequest, OnlineRun, ServedRequest
 from pipetune.bench.prompts.forms import requests_of
 from pipetune.bench.runtime.device import undisturbed
 from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source
@@ -104,24 +104,23 @@ class Online:
         instrument: bool,
     ) -> dict[str, Any]:
         """Serves requests as they arrive, until all have left."""
-        source = Source(requests)
         longest = max(len(one.prompt) for one in requests)
         max_len = max(len(one.prompt) + one.output_len for one in requests)
         self._tokens.encode([one.prompt for one in requests], max_len - longest)
         sizes = Sizes(rules=rules, max_len=max_len, prompt_len=longest)
         own = self.open(plan, sizes, sampling, instrument=instrument)
-        run = self.serve(own, source, sizes, max_concurrency)
+        run = self.serve(own, requests, sizes, max_concurrency)
         del own
         self._host.free()
         return {"run": run}
 
     def serve(
-        self, own: OnlineStage | None, source: Source, sizes: Sizes, max_concurrency: int | None
-    ) -> dict[str, Any]:
-        """One pass over a trace, as `OnlineRun` has it, on every rank."""
+        self, own: OnlineStage | None, requests: Sequence[OnlineRequest], sizes: Sizes, max_concurrency: int | None
+    ) -> OnlineRun:
+        """One pass over a trace, on every rank."""
         host = self._host
         assert host.placement is not None
-        ranks, leader = host.placement.replicas[0], None
+        ranks, leader, source = host.placement.replicas[0], None, Source(requests)
         if own is not None:
             own.timeline.reset()
         with self._lines(ranks) as lines, undisturbed():
@@ -136,13 +135,13 @@ class Online:
             mine["run"] = {
                 "requests": source.in_order(),
                 "duration_s": leader.last_s,
-                "tasks": leader.tasks,
+                "load_tasks": leader.tasks,
                 "idle_s": leader.idle_s,
                 "underfilled_s": leader.underfilled_s,
             }
         rows = host.control.gather(mine)
         stages = [rows[rank]["trace"] for rank in ranks]
-        return {**rows[ranks[0]]["run"], "stages": stages, "transport": host.transport()}
+        return OnlineRun(**rows[ranks[0]]["run"], stages=stages, transport=host.transport())
 
     @validate_call
     def open_queue(self, plan: Plan, rules: Rules, max_len: int, sampling: Sampling | None) -> dict[str, Any]:
