@@ -277,7 +277,7 @@ def resolve_prompts(
 
 def resolve_slots(
     shape: ModelShape, plan: Plan, *, prompt_len: int, output_len: int, device_bytes: dict[str, int]
-) -> int | Failure:
+) -> EffectivePlan | Failure:
     """Slots of a plan whose requests come over time: at least one, at most two a stage. Raises as `resolve`.
 
     Prompts are prefilled beside them, which takes the room of one slot's prefill more than there are slots.
@@ -296,7 +296,8 @@ def resolve_slots(
     )
     if isinstance(resolved, Failure):
         return resolved
-    return max(1, min(most, math.floor((resolved.in_flight - share) / (1 + share))))
+    slots = max(1, min(most, math.floor((resolved.in_flight - share) / (1 + share))))
+    return EffectivePlan(plan=plan, in_flight=slots)
 
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:
