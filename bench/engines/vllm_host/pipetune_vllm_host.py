@@ -126,12 +126,8 @@ class Host:
             **settings,
         )
         workers = self._llm.collective_rpc("pipetune_install")
-        config = need(self._llm, "llm_engine", "vllm_config")
-        return {
-            "workers": workers,
-            "max_num_batched_tokens": need(config, "scheduler_config", "max_num_batched_tokens"),
-            "max_num_seqs": need(config, "scheduler_config", "max_num_seqs"),
-        }
+        config = need(self._llm, "llm_engine", "vllm_config", "scheduler_config")
+        return {"workers": workers, **{name: need(config, name) for name in ("max_num_batched_tokens", "max_num_seqs")}}
 
     def do_limits(self, max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, Any]:
         """Other limits of the scheduler, no larger than those that the engine was started with."""
@@ -226,20 +222,16 @@ class Host:
         if self._llm is None:
             return None
         workers = need(self._core, "model_executor", "workers")
-        ended = [(rank, worker.proc.exitcode) for rank, worker in enumerate(workers)]
-        ended = [one for one in ended if one[1] is not None]
-        if not ended:
-            return None
-        rank, code = min(ended, key=lambda one: (one[1] in (0, -signal.SIGTERM), one[0]))
-        return {"rank": rank, "exit_code": code}
+        codes = ((rank, worker.proc.exitcode) for rank, worker in enumerate(workers))
+        ended = [{"rank": rank, "exit_code": code} for rank, code in codes if code is not None]
+        return min(ended, key=lambda one: (one["exit_code"] in (0, -signal.SIGTERM), one["rank"]), default=None)
 
     def _beat(self) -> None:
         while True:
             time.sleep(BEAT_S)
-            try:
+            died = None
+            with contextlib.suppress(AttributeError):
                 died = self._died()
-            except AttributeError:
-                died = None
             self._send({"beat": self._steps, "died": died})
 
     def _send(self, message: dict[str, Any]) -> None:
