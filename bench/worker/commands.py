@@ -62,8 +62,8 @@ from pipetune.bench.worker.unsplit_reference import make_reference
 CONTROL_TIMEOUT = dt.timedelta(days=7)
 MOST_REFERRED = 64
 """Requests under arrivals whose tokens are compared with the unsplit model's."""
-_FOR_USE = ("prompts", "generate", "score", "run_trace", "open_queue", "measure")
-"""Commands that are refused where they cannot be carried out, and cost no worker."""
+_CHECKED = ("prompts", "measure")
+"""Commands, beside those for use, that are refused where they cannot be carried out, and cost no worker."""
 
 
 def find_model(spec: ModelSpec, say: Callable[[str], None]) -> dict[str, Any]:
@@ -139,8 +139,13 @@ class Worker:
         )
         self.reference_path: Path | None = None
         self.tokens = Tokens(self.resolved, self.host.shape, self.host.stage.config, self.control)
-        self.serving = Serving(self.host, self.tokens)
-        self.online = Online(self.host, self.tokens, link)
+        self.online, serving = Online(self.host, self.tokens, link), Serving(self.host, self.tokens)
+        self._for_use: dict[str, Callable[..., dict[str, Any]]] = {
+            "generate": serving.generate,
+            "score": serving.score,
+            "run_trace": self.online.run_trace,
+            "open_queue": self.online.open_queue,
+        }
         self._unsplit: Any = None
         # Over all GPUs by `device_map`, or on one CPU worker's cores.
         gpus = tuple(one for one in self._local if device_kind(one) == "cuda")
@@ -175,10 +180,14 @@ class Worker:
             if name == "exit":
                 return
             try:
-                result = getattr(self, f"do_{name}")(**command["args"])
+                if name in self._for_use:
+                    self._drop_unsplit()
+                    result = self._for_use[name](**command["args"])
+                else:
+                    result = getattr(self, f"do_{name}")(**command["args"])
             except (ConfigError, StudyError) as error:
                 # A StudyError is the reference's: no plan's fault.
-                if isinstance(error, ConfigError) and name not in _FOR_USE:
+                if isinstance(error, ConfigError) and name not in (*self._for_use, *_CHECKED):
                     raise
                 result = {"error": str(error), "of_study": isinstance(error, StudyError)}
             if self.rank == 0:
@@ -338,26 +347,6 @@ class Worker:
         self._drop_unsplit()
         self.host.status.phase = "profile"
         return {"links": time_links(self.host)}
-
-    def do_generate(self, **given: Any) -> dict[str, Any]:
-        """Generates for use."""
-        self._drop_unsplit()
-        return self.serving.generate(**given)
-
-    def do_score(self, **given: Any) -> dict[str, Any]:
-        """Scores for use."""
-        self._drop_unsplit()
-        return self.serving.score(**given)
-
-    def do_run_trace(self, **given: Any) -> dict[str, Any]:
-        """Serves requests as they arrive."""
-        self._drop_unsplit()
-        return self.online.run_trace(**given)
-
-    def do_open_queue(self, **given: Any) -> dict[str, Any]:
-        """Serves requests as they are given."""
-        self._drop_unsplit()
-        return self.online.open_queue(**given)
 
     def _job(self, spec: RunSpec, effective: EffectivePlan) -> Job:
         """The pass over all prompts that a run spec asks for."""
