@@ -9,7 +9,7 @@ Replicas are pipelines of their own; a request goes to the one with the fewest r
 import heapq
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,7 +102,7 @@ class _Load:
             if self._events and self._events[0][0] == now:
                 continue
             while self._outside and sum(len(one.admission) for one in self.replicas) < self._max_concurrency:
-                self._arrive(self._outside.popleft(), now)
+                min(self.replicas, key=lambda one: len(one.admission)).arrive(self._outside.popleft(), now)
             for replica in self.replicas:
                 while (task := replica.begin(now)) is not None:
                     order, free_s, ended_s, known_s = task
@@ -127,16 +127,6 @@ class _Load:
     def _at(self, at_s: float, happens: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, next(self._counter), happens))
 
-    def _arrive(self, number: int, now_s: float) -> None:
-        replica = min(self.replicas, key=lambda one: len(one.admission))
-        replica.arrive(number, now_s)
-
-
-@dataclass(slots=True)
-class _Progress:
-    past: int
-    tokens: int = 0
-
 
 @dataclass(slots=True)
 class _Replica:
@@ -154,7 +144,8 @@ class _Replica:
     _free_s: list[float] = field(init=False)
     _starts_s: list[list[float]] = field(init=False)
     _gaps_s: list[float] = field(init=False)
-    _progress: dict[int, _Progress] = field(default_factory=dict)
+    _tokens: Counter[int] = field(default_factory=Counter)
+    """By the requests' numbers."""
     _costs: dict[TaskKind, tuple[list[float], list[float], float]] = field(default_factory=dict)
     _empty_since_s: float = 0.0
     _idle_s: float = 0.0
@@ -170,9 +161,7 @@ class _Replica:
     def arrive(self, number: int, at_s: float) -> None:
         if not len(self.admission):
             self._idle_s += at_s - self._empty_since_s
-        request = self.requests[number]
-        self._progress[number] = _Progress(past=request.prompt_len)
-        self.admission.arrive(Request(number=number, prompt_len=request.prompt_len))
+        self.admission.arrive(Request(number=number, prompt_len=self.requests[number].prompt_len))
 
     def idle_s(self, end_s: float) -> float:
         """Seconds without a request, up to an end at which there is none."""
@@ -192,11 +181,13 @@ class _Replica:
         if isinstance(order, Prefill):
             return TaskKind(len(order.requests), order.end_token - order.first_token, order.first_token, order.samples)
         # All rows share one clock.
-        past = max(self._progress[request.number].past for request in order.requests)
+        past = max(request.prompt_len + self._tokens[request.number] - 1 for request in order.requests)
         return TaskKind(len(order.requests), 1, past)
 
     def _go_through(self, now_s: float, kind: TaskKind) -> tuple[float, float]:
-        busy, hops, back = self._cost(kind)
+        if kind not in self._costs:
+            self._costs[kind] = self.model.task_s(self.plan, kind)
+        busy, hops, back = self._costs[kind]
         ready = end = now_s
         index = len(self._starts_s[0])
         for stage, own_s in enumerate(busy):
@@ -221,22 +212,15 @@ class _Replica:
         share = min((others + (self.num_replicas - 1) * len(self._free_s)) / (contention.devices - 1), 1.0)
         return math.exp(-contention.of(decode=kind.is_decode) * (1.0 - share))
 
-    def _cost(self, kind: TaskKind) -> tuple[list[float], list[float], float]:
-        if kind not in self._costs:
-            self._costs[kind] = self.model.task_s(self.plan, kind)
-        return self._costs[kind]
-
     def conclude(self, order: Prefill | Decode, at_s: float) -> None:
         if isinstance(order, Prefill) and not order.samples:
             return
         finished = set()
         for request in order.requests:
-            progress = self._progress[request.number]
-            progress.tokens += 1
-            progress.past += isinstance(order, Decode)
+            self._tokens[request.number] += 1
             first, _ = self.served.get(request.number, (at_s, at_s))
             self.served[request.number] = first, at_s
-            if progress.tokens == self.requests[request.number].output_len:
+            if self._tokens[request.number] == self.requests[request.number].output_len:
                 finished.add(request.number)
         if isinstance(order, Prefill):
             self.admission.prefilled(order.requests, finished)
