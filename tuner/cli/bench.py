@@ -9,6 +9,7 @@ import typer
 from pipetune.tuner.cli import options as o
 
 _plan = partial(typer.Option, rich_help_panel="Plan (one of --plan, --device-map and --layers)")
+_load = partial(typer.Option, rich_help_panel="Load")
 
 
 @o.on_hosts
@@ -41,27 +42,16 @@ def bench(
         bool, typer.Option("--compare-baseline", help="Beside the un-pipelined model, in rounds.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison.")] = 5,
-    sweep: Annotated[
-        str | None, typer.Option(metavar="2,4,8", help="Rates to measure one after the other.", rich_help_panel="Load")
-    ] = None,
+    sweep: Annotated[str | None, _load(metavar="2,4,8", help="Rates to measure one after the other.")] = None,
     max_request_rate: Annotated[
-        bool,
-        typer.Option(
-            "--max-request-rate",
-            help="Find the highest rate that keeps --goodput, from --request-rate on.",
-            rich_help_panel="Load",
-        ),
+        bool, _load("--max-request-rate", help="Find the highest rate that keeps --goodput, from --request-rate on.")
     ] = False,
-    most_rates: Annotated[int, typer.Option(min=2, help="Rates it tries at most.", rich_help_panel="Load")] = 6,
+    most_rates: Annotated[int, _load(min=2, help="Rates it tries at most.")] = 6,
     plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Latency against rate, as PNG; the curves of --beside too.", rich_help_panel="Load"
-        ),
+        Path | None, _load(metavar="FILE", help="Latency against rate, as PNG; the curves of --beside too.")
     ] = None,
     beside: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Records of another plan's sweep (-o), for --plot.", rich_help_panel="Load"),
+        list[Path] | None, _load(metavar="FILE", help="Records of another plan's sweep (-o), for --plot.")
     ] = None,
     save_outputs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what is generated or scored, as JSONL.")

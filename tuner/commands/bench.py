@@ -293,9 +293,8 @@ class _Work:
             for outcome, size in zip(outcomes, sizes, strict=True)
             if isinstance(outcome, Measurement)
         ]
-        return (
-            min(found)[1] if found else next(outcome for outcome in reversed(outcomes) if isinstance(outcome, Failure))
-        )
+        failures = (outcome for outcome in reversed(outcomes) if isinstance(outcome, Failure))
+        return min(found)[1] if found else next(failures)
 
     def _outputs(self, effective: EffectivePlan) -> str:
         workload = self.job.config.workload
