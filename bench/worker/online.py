@@ -72,8 +72,7 @@ class Queue(Source):
         self._link.send("tokens", tokens=[(number, token, self._text(number, token)) for number, token in tokens])
 
     def _text(self, number: int, token: int) -> str | None:
-        fast = getattr(self._tokens.tokenizer, "backend_tokenizer", None)
-        if fast is None:
+        if (fast := getattr(self._tokens.tokenizer, "backend_tokenizer", None)) is None:
             return None
         stream = self._texts.setdefault(number, DecodeStream(skip_special_tokens=True))
         text: str | None = stream.step(fast, token)
@@ -127,10 +126,8 @@ class Online:
             if own is not None and host.rank == ranks[0]:
                 leader = Leader(own, lines, source, sizes, max_concurrency=max_concurrency)
             zero_s = self._run(own, leader, lines)
-        mine: dict[str, Any] = {}
         zero_s = host.control.gather(zero_s)[ranks[0]]
-        if own is not None:
-            mine["trace"] = own.timeline.resolve().trace(zero_s)
+        mine: dict[str, Any] = {"trace": own.timeline.resolve().trace(zero_s)} if own is not None else {}
         if leader is not None:
             mine["run"] = {
                 "requests": source.in_order(),
