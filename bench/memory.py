@@ -265,14 +265,8 @@ def resolve_prompts(
     shape: ModelShape, plan: Plan, prompt_lens: Sequence[int], *, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
     """`resolve` for prompts of given lengths in tokens, of which the longest counts; at least one."""
-    return resolve(
-        shape,
-        plan,
-        num_prompts=len(prompt_lens),
-        prompt_len=max(prompt_lens),
-        output_len=output_len,
-        device_bytes=device_bytes,
-    )
+    lens = {"num_prompts": len(prompt_lens), "prompt_len": max(prompt_lens), "output_len": output_len}
+    return resolve(shape, plan, **lens, device_bytes=device_bytes)
 
 
 def resolve_slots(
@@ -286,14 +280,9 @@ def resolve_slots(
     share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len))
     # As many micro-batches as slots and their prefills could come to.
     count = (2 * most + 1) * plan.micro_batch_size * plan.replicas
-    resolved = resolve(
-        shape,
-        plan.model_copy(update={"max_in_flight": None}),
-        num_prompts=count,
-        prompt_len=prompt_len,
-        output_len=output_len,
-        device_bytes=device_bytes,
-    )
+    lens = {"num_prompts": count, "prompt_len": prompt_len, "output_len": output_len}
+    unlimited = plan.model_copy(update={"max_in_flight": None})
+    resolved = resolve(shape, unlimited, **lens, device_bytes=device_bytes)
     if isinstance(resolved, Failure):
         return resolved
     slots = max(1, min(most, math.floor((resolved.in_flight - share) / (1 + share))))

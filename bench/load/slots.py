@@ -142,11 +142,8 @@ class Slots:
             self._turn(own, order.slot, own.longest, own.rows)
         longest, rows = own.longest, list(own.rows)
         starts = [longest - row.length for row in rows]
-        task = Task(
-            *(order.slot, own.clock - longest, longest, 1, starts, True),
-            ids=[row.token for row in rows],
-            draws=_draws(rows, True),
-        )
+        ids, draws = [row.token for row in rows], _draws(rows, True)
+        task = Task(order.slot, own.clock - longest, longest, 1, starts, True, ids, draws)
         own.clock += 1
         for row in rows:
             row.length += 1

@@ -327,7 +327,7 @@ class Worker:
         if self.reference_path is not None and spec.protocol.check_outputs:
             reference = self._load_reference(self.reference_path, reference_digest(spec.model, spec.workload))
         if spec.workload.arrivals is not None:
-            return {"outcome": LoadRun(self.host, spec, effective, job, reference, self.online).measure()}
+            return {"outcome": LoadRun(self.host, spec, effective.in_flight, job, reference, self.online).measure()}
         return {"outcome": PlanRun(self.host, spec, job, reference).measure()}
 
     @validate_call

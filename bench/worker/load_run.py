@@ -9,7 +9,7 @@ from pipetune.bench.load.online import OnlineRequest, OnlineRun
 from pipetune.bench.record import Iteration
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.online import OnlineStage, Sizes
-from pipetune.bench.spec import EffectivePlan, RunSpec
+from pipetune.bench.spec import RunSpec
 from pipetune.bench.worker.online import Online
 from pipetune.bench.worker.output_check import TimedCheck
 from pipetune.bench.worker.plan_run import PlanRun
@@ -21,20 +21,14 @@ class LoadRun(PlanRun):
     """Measures one plan under a workload's arrivals; the check before is that of any run."""
 
     def __init__(
-        self,
-        host: StageHost,
-        spec: RunSpec,
-        effective: EffectivePlan,
-        job: Job,
-        reference: Reference | None,
-        online: Online,
+        self, host: StageHost, spec: RunSpec, in_flight: int, job: Job, reference: Reference | None, online: Online
     ) -> None:
         super().__init__(host, spec, job, reference)
         assert spec.workload.arrivals is not None
         self._arrivals, self._online = spec.workload.arrivals, online
         self._lens = spec.workload.generated_lens
         self._sizes = Sizes(
-            rules=rules_of(self.plan, effective.in_flight),
+            rules=rules_of(self.plan, in_flight),
             max_len=max(len(prompt) + length for prompt, length in zip(job.prompts, self._lens, strict=True)),
             prompt_len=job.longest,
         )
