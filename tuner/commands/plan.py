@@ -251,13 +251,8 @@ def _under_load(
         plan = one.plan
         sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
         fastest.setdefault((len(plan.stages), plan.replicas, *sizes), one)
-    resolve = Resolver(
-        shape=known.shape,
-        num_prompts=len(load) * len(known.device_bytes),
-        prompt_len=load.longest[0],
-        output_len=load.longest[1],
-        device_bytes=known.device_bytes,
-    )
+    lens = {"num_prompts": len(load) * len(known.device_bytes), "prompt_len": load.longest[0]}
+    resolve = Resolver(shape=known.shape, **lens, output_len=load.longest[1], device_bytes=known.device_bytes)
     chosen: dict[str, PlannedPlan] = {}
     for one, factor in itertools.product(fastest.values(), (1, 2)):
         effective = resolve(one.plan.model_copy(update={"max_in_flight": factor * len(one.plan.stages)}))
@@ -292,16 +287,11 @@ def _under_load(
 def _loaded(one: PlannedPlan, load: LoadPrediction, config: TuneConfig) -> PlannedPlan:
     memory = {name: value for name, value in one.metrics.items() if name.startswith("peak_")}
     metrics = load.metrics(config.workload.goodput) | memory
-    return replace(
-        one,
-        load=load,
-        metrics=metrics,
-        broken=_broken(config, metrics),
-        stages=tuple(
-            replace(stage, busy_s=busy_s, idle_share=1.0 - busy_s / load.duration_s)
-            for stage, busy_s in zip(one.stages, load.busy_s, strict=True)
-        ),
+    stages = tuple(
+        replace(stage, busy_s=busy_s, idle_share=1.0 - busy_s / load.duration_s)
+        for stage, busy_s in zip(one.stages, load.busy_s, strict=True)
     )
+    return replace(one, load=load, metrics=metrics, broken=_broken(config, metrics), stages=stages)
 
 
 def _broken(config: TuneConfig, metrics: Mapping[str, float]) -> tuple[Constraint, ...]:

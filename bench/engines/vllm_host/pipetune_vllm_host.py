@@ -6,7 +6,6 @@ it kills what is left of the session and removes its files, also those in /dev/s
 
 import contextlib
 import ctypes
-import importlib.metadata
 import json
 import os
 import select
@@ -16,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,8 @@ class Host:
 
     def serve(self) -> None:
         """Says who it is, then answers until nobody asks any more."""
-        distributions = importlib.metadata.packages_distributions()
-        versions = {
-            name: importlib.metadata.version(distributions[name][0])
-            for name in ("vllm", "torch", "transformers")
-            if name in distributions
-        }
+        known = packages_distributions()
+        versions = {name: version(known[name][0]) for name in ("vllm", "torch", "transformers") if name in known}
         self._send({"hello": os.getpid(), "versions": versions})
         threading.Thread(target=self._beat, daemon=True).start()
         for line in sys.stdin:
@@ -132,11 +128,10 @@ class Host:
     def do_limits(self, max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, Any]:
         """Other limits of the scheduler, no larger than those that the engine was started with."""
         scheduler = need(self._core, "scheduler")
-        for name in ("max_num_running_reqs", "max_num_active_reqs"):
+        limits = dict.fromkeys(("max_num_running_reqs", "max_num_active_reqs"), max_num_seqs)
+        for name, most in {**limits, "max_num_scheduled_tokens": max_num_batched_tokens}.items():
             need(scheduler, name)
-            setattr(scheduler, name, max_num_seqs)
-        need(scheduler, "max_num_scheduled_tokens")
-        scheduler.max_num_scheduled_tokens = max_num_batched_tokens
+            setattr(scheduler, name, most)
         return {}
 
     def do_repartition(self, layers: list[int]) -> dict[str, Any]:

@@ -69,9 +69,8 @@ class Load:
                 served = self._serve(effective, [at / rate for at in times])
                 return served.metrics(self._workload.goodput)["slo_attainment"]
 
-            found.append(
-                highest_rate(attained, attainment, guess=guess, step=2.0 if is_rough else 1.1, tolerance=tolerance)
-            )
+            step = 2.0 if is_rough else 1.1
+            found.append(highest_rate(attained, attainment, guess=guess, step=step, tolerance=tolerance))
         return statistics.median(found)
 
     def _serve(self, effective: EffectivePlan, times_s: Sequence[float]) -> LoadPrediction:
