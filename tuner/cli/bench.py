@@ -8,6 +8,7 @@ import typer
 
 from pipetune.tuner.cli import options as o
 
+_engine = partial(typer.Option, rich_help_panel="vLLM in place of our runtime")
 _plan = partial(typer.Option, rich_help_panel="Plan (one of --plan, --device-map and --layers)")
 _load = partial(typer.Option, rich_help_panel="Load")
 
@@ -42,6 +43,16 @@ def bench(
         bool, typer.Option("--compare-baseline", help="Beside the un-pipelined model, in rounds.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison.")] = 5,
+    engine_python: Annotated[
+        Path | None, _engine(metavar="FILE", help="Python that has vLLM, which runs the plan then.")
+    ] = None,
+    max_num_batched_tokens: Annotated[int | None, _engine(min=1, help="Tokens of a batch. [the engine's]")] = None,
+    max_num_seqs: Annotated[int | None, _engine(min=1, help="Sequences at once. [the engine's]")] = None,
+    kv_cache_memory_bytes: Annotated[
+        str | None, _engine(metavar="SIZE", help="KV cache of each worker: 2GiB. [what the caps leave]")
+    ] = None,
+    tensor_parallel_size: Annotated[int | None, _engine(min=1, help="Workers that share each layer. [1]")] = None,
+    enforce_eager: Annotated[bool | None, _engine("--enforce-eager", help="Compile nothing.")] = None,
     sweep: Annotated[str | None, _load(metavar="2,4,8", help="Rates to measure one after the other.")] = None,
     max_request_rate: Annotated[
         bool, _load("--max-request-rate", help="Find the highest rate that keeps --goodput, from --request-rate on.")
@@ -89,6 +100,10 @@ def bench(
     request, rates, others = PlanRequest.of(ctx.params), rates_of(sweep), read_sweeps(beside or ())
     params = {**ctx.params, "request_rate": rates[0]} if rates else ctx.params
     resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
+    if engine_python is not None and (compare_baseline or save_outputs is not None):
+        raise ConfigError(
+            "--engine-python: vLLM's plans are measured alone; leave out --compare-baseline, --save-outputs"
+        )
     check_load(
         resolved.config,
         compare_baseline=compare_baseline,
@@ -107,6 +122,7 @@ def bench(
         rounds=rounds if compare_baseline else 0,
         rates=rates,
         most_rates=most_rates if max_request_rate else 0,
+        engine_python=engine_python,
     )
     reporter = make_reporter(common.err(), silent=no_progress)
     look_at_load(resolved.config.concrete_devices, reporter, wait_for_quiet)

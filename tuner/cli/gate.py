@@ -15,7 +15,7 @@ _side, _rule, _output = (partial(typer.Option, rich_help_panel=panel) for panel 
 
 
 @o.on_hosts
-@o.settings("Model", "Workload", before="output_dir", without=("dtype",))
+@o.settings("Model", "Workload", "Load", before="output_dir", without=("dtype",))
 def gate(
     ctx: typer.Context,
     files: Annotated[

@@ -4,10 +4,12 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipetune.bench import metrics
+from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.fleet.experiment import Experiment, Labels
 from pipetune.bench.prompts.file import read_requests
@@ -106,6 +108,8 @@ class Bench:
     """Requests a second that are measured one after the other; the workload has the first."""
     most_rates: int = 0
     """Rates that are tried to find the highest that is sustained, the workload's first; 0 looks for none."""
+    engine_python: Path | None = None
+    """Python of the environment whose vLLM runs the plan; None: our own runtime does."""
 
     def run(self, reporter: Reporter) -> BenchResult:
         """Starts a fleet and measures.
@@ -121,6 +125,7 @@ class Bench:
             with Experiment.start(
                 self.config.model,
                 self.config.concrete_devices,
+                start_fleet=None if self.engine_python is None else partial(VllmEngine, python=self.engine_python),
                 hang_timeout_s=self.config.protocol.hang_timeout_s,
                 on_progress=reporter.fleet,
             ) as experiment:
@@ -137,7 +142,7 @@ class _Work:
     """A job on its fleet."""
 
     job: Bench
-    experiment: Experiment
+    experiment: Experiment[Any]
     reporter: Reporter
     records: list[Record] = field(default_factory=list)
     most_records: int = 0
@@ -146,7 +151,8 @@ class _Work:
     def run(self, reference: Path) -> BenchResult:
         config, fleet = self.job.config, self.experiment.fleet
         num_prompts = config.workload.num_prompts
-        fleet.prompts(config.workload, as_text=self.job.save_outputs is not None)
+        if self.job.engine_python is None:
+            fleet.prompts(config.workload, as_text=self.job.save_outputs is not None)
         plan = self.job.request.complete(fleet.shape, fleet.devices, num_prompts, config.device_names)
         effective = fleet.resolve(plan, config.workload)
         if isinstance(effective, Failure):

@@ -209,6 +209,7 @@ class GateRequest:
         return sources.resolve_settings(
             {**self.params, "config": config, "dtype": dtype, "output_dir": None},
             below=(below, below_name),
+            reads_trace=True,
             warn=self.warn,
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipetune.bench.errors import ConfigError, PlanError, explain
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.spec import Plan, StagePlan
+from pipetune.bench.spec import EngineSettings, Plan, StagePlan
 from pipetune.tuner.config.settings import KeyPath, leaves_of
 from pipetune.tuner.config.sources import Below
 from pipetune.tuner.planning.partition.device_map import device_of, plan_from_map, read_device_map
@@ -30,6 +30,8 @@ class PlanRequest:
     """Fields of `Plan` that flags set, over what the file says."""
     stage_changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of each `StagePlan`."""
+    engine: Mapping[str, Any] | None = None
+    """Settings of another engine that flags set, where one is to run the plan."""
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> PlanRequest:
@@ -58,6 +60,9 @@ class PlanRequest:
                 if params.get(name) is not None
             },
             stage_changes={name: params[name] for name in StagePlan.model_fields if params.get(name) is not None},
+            engine={name: params[name] for name in EngineSettings.model_fields if params.get(name) is not None}
+            if params.get("engine_python") is not None
+            else None,
         )
 
     def settings_below(self) -> Below:
@@ -117,6 +122,11 @@ class PlanRequest:
         if values["replicas"] != plan.replicas:
             values["replica_devices"] = self._replica_devices(plan, devices, values["replicas"])
         values["stages"] = [stage | self.stage_changes for stage in values["stages"]]
+        if self.engine is not None:
+            values |= {
+                "engine": {**(plan.engine.model_dump() if plan.engine else {}), **self.engine},
+                "micro_batch_size": 1,
+            }
         try:
             return Plan.model_validate(values)
         except ValueError as error:
