@@ -137,7 +137,7 @@ class Online:
                 "underfilled_s": leader.underfilled_s,
             }
         rows = host.control.gather(mine)
-        stages = [rows[rank]["trace"] for rank in ranks]
+        stages = tuple(rows[rank]["trace"] for rank in ranks)
         return OnlineRun(**rows[ranks[0]]["run"], stages=stages, transport=host.transport())
 
     @validate_call

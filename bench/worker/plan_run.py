@@ -8,13 +8,7 @@ from typing import Any
 import torch
 
 from pipetune.bench import record as r
-from pipetune.bench.machine.telemetry import (
-    merge_telemetry,
-    peak_rss_bytes,
-    read_telemetry,
-    reset_peak_rss,
-    sensors_for,
-)
+from pipetune.bench.machine import telemetry as t
 from pipetune.bench.memory import stage_bytes
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import PassResult
@@ -113,14 +107,14 @@ class PlanRun:
     def _iterate(self, jobs: Sequence[Job | None], check: r.OutputCheck | None) -> r.Measurement | r.Failure | None:
         host = self.host
         assert host.placement is not None
-        sensors = sensors_for([host.device.name])
+        sensors = t.sensors_for([host.device.name])
         before = sensors.state()
         peak_was_reset = True
         host.device.synchronize()
         if host.device.is_cuda:
             torch.cuda.reset_peak_memory_stats(host.device.torch_device)
         else:
-            peak_was_reset = reset_peak_rss()
+            peak_was_reset = t.reset_peak_rss()
         sensors.start()
         iterations: list[r.Iteration] = []
         timed_check = TimedCheck(host, self.plan, self.job, self.reference)
@@ -130,7 +124,7 @@ class PlanRun:
             host.report("measure", number, self.protocol.num_iters)
             iterations.append(self._pass(number, jobs, timed_check))
             clock_error_s = max(clock_error_s, host.device.clock_error_s)
-        telemetry = read_telemetry(sensors, before)
+        telemetry = t.read_telemetry(sensors, before)
         notes = [*host.compiled.notes]
         if host.compiled.graphs > compiled_before:
             count = host.compiled.graphs - compiled_before
@@ -175,7 +169,7 @@ class PlanRun:
                 *(() if all(rows[rank]["peak_was_reset"] for rank in ranks) else (PEAK_NOT_RESET_NOTE,)),
                 *(note for rank in ranks for note in rows[rank]["notes"]),
             ),
-            telemetry=merge_telemetry([r.Telemetry.model_validate(rows[rank]["telemetry"]) for rank in watchers]),
+            telemetry=t.merge_telemetry([r.Telemetry.model_validate(rows[rank]["telemetry"]) for rank in watchers]),
         )
 
     def _shapes(self, jobs: Sequence[Job | None]) -> dict[str, Any]:
@@ -235,13 +229,13 @@ class PlanRun:
                 "peak_bytes": peak,
                 "peak_source": "cuda_allocator",
                 "graphs_bytes": uncounted + driver,
-                "nvml_used_bytes": sensors_for([host.device.name]).state()[0].memory_used_bytes,
+                "nvml_used_bytes": t.sensors_for([host.device.name]).state()[0].memory_used_bytes,
             }
         else:
             lens = {"prompt_len": self.job.longest, "output_len": self.job.output_len}
             own = {
                 "activation_bytes": stage_bytes(host.shape, self.plan, host.index, **lens).activations,
-                "peak_bytes": peak_rss_bytes(),
+                "peak_bytes": t.peak_rss_bytes(),
                 "peak_source": "vm_hwm",
                 "baseline_bytes": host.idle_bytes,
             }

@@ -251,8 +251,13 @@ def _under_load(
         plan = one.plan
         sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
         fastest.setdefault((len(plan.stages), plan.replicas, *sizes), one)
-    lens = {"num_prompts": len(load) * len(known.device_bytes), "prompt_len": load.longest[0]}
-    resolve = Resolver(shape=known.shape, **lens, output_len=load.longest[1], device_bytes=known.device_bytes)
+    resolve = Resolver(
+        shape=known.shape,
+        num_prompts=len(load) * len(known.device_bytes),
+        prompt_len=load.longest[0],
+        output_len=load.longest[1],
+        device_bytes=known.device_bytes,
+    )
     chosen: dict[str, PlannedPlan] = {}
     for one, factor in itertools.product(fastest.values(), (1, 2)):
         effective = resolve(one.plan.model_copy(update={"max_in_flight": factor * len(one.plan.stages)}))
