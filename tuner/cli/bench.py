@@ -105,10 +105,7 @@ def bench(
             "--engine-python: vLLM's plans are measured alone; leave out --compare-baseline, --save-outputs"
         )
     check_load(
-        resolved.config,
-        compare_baseline=compare_baseline,
-        saves_outputs=save_outputs is not None,
-        finds_rate=max_request_rate,
+        resolved.config, compare_baseline=compare_baseline, saves=save_outputs is not None, finds_rate=max_request_rate
     )
     if show_config:
         typer.echo(sources.show(resolved), nl=False)

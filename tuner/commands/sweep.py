@@ -28,7 +28,7 @@ def rates_of(text: str | None) -> tuple[float, ...]:
     return rates
 
 
-def check_load(config: TuneConfig, *, compare_baseline: bool, saves_outputs: bool, finds_rate: bool) -> None:
+def check_load(config: TuneConfig, *, compare_baseline: bool, saves: bool, finds_rate: bool) -> None:
     """Refuses what cannot be done under arrivals.
 
     Raises:
@@ -43,7 +43,7 @@ def check_load(config: TuneConfig, *, compare_baseline: bool, saves_outputs: boo
         raise ConfigError("--max-concurrency: it hides what rate a plan sustains; leave it out with --max-request-rate")
     refused = {
         "--compare-baseline: the un-pipelined model takes a batch at once": compare_baseline,
-        "--save-outputs: it generates for a batch at once": saves_outputs,
+        "--save-outputs: it generates for a batch at once": saves,
         "--workload-kind score: texts are scored in batches": workload.kind == "score",
     }
     if why := next((text for text, applies in refused.items() if applies), None):

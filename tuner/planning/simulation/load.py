@@ -76,56 +76,45 @@ def simulate_load(
         rules: by default those of the plan.
         max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
     """
-    return _Load(model, plan, rules or rules_of(plan, in_flight), requests, max_concurrency or len(requests)).run()
+    rules, most = rules or rules_of(plan, in_flight), max_concurrency or len(requests)
+    replicas = [_Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)]
+    outside: deque[int] = deque()
+    events: list[tuple[float, int, Callable[[], None]]] = []
+    counter = itertools.count()
 
+    def note(at_s: float, happens: Callable[[], None]) -> None:
+        heapq.heappush(events, (at_s, next(counter), happens))
 
-class _Load:
-    def __init__(
-        self, model: CostModel, plan: Plan, rules: Rules, requests: Sequence[LoadedRequest], max_concurrency: int
-    ) -> None:
-        self.requests, self._max_concurrency = requests, max_concurrency
-        self._outside: deque[int] = deque()
-        self.replicas = [
-            _Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)
-        ]
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._counter = itertools.count()
-
-    def run(self) -> LoadPrediction:
-        for number, request in enumerate(self.requests):
-            self._at(request.at_s, partial(self._outside.append, number))
-        now = 0.0
-        while self._events:
-            now, _, happens = heapq.heappop(self._events)
-            happens()
-            # What happens at one moment is known before anything is decided.
-            if self._events and self._events[0][0] == now:
-                continue
-            while self._outside and sum(len(one.admission) for one in self.replicas) < self._max_concurrency:
-                min(self.replicas, key=lambda one: len(one.admission)).arrive(self._outside.popleft(), now)
-            for replica in self.replicas:
-                while (task := replica.begin(now)) is not None:
-                    order, free_s, ended_s, known_s = task
-                    self._at(free_s, lambda: None)
-                    self._at(known_s, partial(replica.conclude, order, ended_s))
-        first, last = ([0.0] * len(self.requests) for _ in range(2))
-        for replica in self.replicas:
-            for number, (begin, end) in replica.served.items():
-                first[number], last[number] = begin, end
-        pairs = list(zip(self.requests, first, last, strict=True))
-        return LoadPrediction(
-            times_s={
-                "ttft": tuple(begin - one.at_s for one, begin, _ in pairs),
-                "tpot": tuple((end - begin) / max(one.output_len - 1, 1) for one, begin, end in pairs),
-                "e2el": tuple(end - one.at_s for one, _, end in pairs),
-            },
-            duration_s=max(last),
-            busy_s=tuple(itertools.chain.from_iterable(replica.busy_s for replica in self.replicas)),
-            idle_s=sum(len(replica.busy_s) * replica.idle_s(max(last)) for replica in self.replicas),
-        )
-
-    def _at(self, at_s: float, happens: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (at_s, next(self._counter), happens))
+    for number, request in enumerate(requests):
+        note(request.at_s, partial(outside.append, number))
+    while events:
+        now, _, happens = heapq.heappop(events)
+        happens()
+        # What happens at one moment is known before anything is decided.
+        if events and events[0][0] == now:
+            continue
+        while outside and sum(len(one.admission) for one in replicas) < most:
+            min(replicas, key=lambda one: len(one.admission)).arrive(outside.popleft(), now)
+        for replica in replicas:
+            while (task := replica.begin(now)) is not None:
+                order, free_s, ended_s, known_s = task
+                note(free_s, lambda: None)
+                note(known_s, partial(replica.conclude, order, ended_s))
+    first, last = ([0.0] * len(requests) for _ in range(2))
+    for replica in replicas:
+        for number, (begin, end) in replica.served.items():
+            first[number], last[number] = begin, end
+    pairs = list(zip(requests, first, last, strict=True))
+    return LoadPrediction(
+        times_s={
+            "ttft": tuple(begin - one.at_s for one, begin, _ in pairs),
+            "tpot": tuple((end - begin) / max(one.output_len - 1, 1) for one, begin, end in pairs),
+            "e2el": tuple(end - one.at_s for one, _, end in pairs),
+        },
+        duration_s=max(last),
+        busy_s=tuple(itertools.chain.from_iterable(replica.busy_s for replica in replicas)),
+        idle_s=sum(len(replica.busy_s) * replica.idle_s(max(last)) for replica in replicas),
+    )
 
 
 @dataclass(slots=True)
