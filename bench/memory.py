@@ -1,9 +1,8 @@
 """What a model's parts cost, and what fits under a cap: pure arithmetic on a `ModelShape`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from typing import Self
 
 from pydantic import Field
 
@@ -110,7 +109,7 @@ class ModelShape(Value):
         """Bytes that a token's layers hand on from one stage to the next."""
         return self.hidden_size * self.kept_bytes if self.message_bytes is None else self.message_bytes
 
-    def is_alike(self, other: ModelShape) -> bool:
+    def is_alike(self, other: Self) -> bool:
         """Whether it is the same model's; what tasks take is known only where a GPU took part."""
         return self.model_copy(update={"task_bytes": None}) == other.model_copy(update={"task_bytes": None})
 

@@ -40,7 +40,10 @@ _AHEAD = 2
 
 
 class Mail:
-    """One end of a line between the first stage and another: plain values, told within some 30 µs."""
+    """One end of a line between the first stage and another: plain values, told within some 30 µs.
+
+    All raise RuntimeError once the other end is gone.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         """`connection` is of kind SEQPACKET."""
@@ -51,11 +54,7 @@ class Mail:
         return self._socket.fileno()
 
     def send(self, value: Any) -> None:
-        """Tells the other end.
-
-        Raises:
-            RuntimeError: it is gone.
-        """
+        """Tells the other end."""
         self.put(marshal.dumps(value))
 
     def put(self, data: bytes) -> None:
@@ -68,11 +67,7 @@ class Mail:
             raise RuntimeError(f"a line for orders between stages: connection closed by peer ({error})") from error
 
     def receive(self, *, wait: bool = True) -> Any:
-        """What the other end told next; None if nothing is there and it is not waited for.
-
-        Raises:
-            RuntimeError: it is gone.
-        """
+        """What the other end told next; None if nothing is there and it is not waited for."""
         parts: list[bytes] = []
         while not parts or parts[-1][:1] == b"+":
             try:

@@ -209,7 +209,7 @@ class _Work:
         assert arrivals is not None
         assert arrivals.request_rate is not None
         found: dict[float, Measurement] = {}
-        rate = arrivals.request_rate
+        rate, shares = arrivals.request_rate, dict[float, float]()
         while isinstance(outcome, Measurement):
             found[rate] = outcome
             shares = {one: metrics.derive(measured)["slo_attainment"] for one, measured in found.items()}
