@@ -41,10 +41,9 @@ class LoadRun(PlanRun):
 
     def _serve(self, times_s: Sequence[float], max_concurrency: int | None) -> OnlineRun:
         """The first prompts, at these times."""
+        prompts, lens = self.job.prompts, self._lens
         requests = [
-            OnlineRequest(
-                number=number, prompt=self.job.prompts[number], output_len=self._lens[number], at_s=round(at_s, 6)
-            )
+            OnlineRequest(number=number, prompt=prompts[number], output_len=lens[number], at_s=round(at_s, 6))
             for number, at_s in enumerate(times_s)
         ]
         return self._online.serve(self._stage, requests, self._sizes, max_concurrency)
