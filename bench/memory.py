@@ -1,9 +1,8 @@
 """What a model's parts cost, and what fits under a cap: pure arithmetic on a `ModelShape`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from typing import Self
 
 from pydantic import Field
 
@@ -110,7 +109,7 @@ class ModelShape(Value):
         """Bytes that a token's layers hand on from one stage to the next."""
         return self.hidden_size * self.kept_bytes if self.message_bytes is None else self.message_bytes
 
-    def is_alike(self, other: ModelShape) -> bool:
+    def is_alike(self, other: Self) -> bool:
         """Whether it is the same model's; what tasks take is known only where a GPU took part."""
         return self.model_copy(update={"task_bytes": None}) == other.model_copy(update={"task_bytes": None})
 
@@ -265,19 +264,13 @@ def resolve_prompts(
     shape: ModelShape, plan: Plan, prompt_lens: Sequence[int], *, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
     """`resolve` for prompts of given lengths in tokens, of which the longest counts; at least one."""
-    return resolve(
-        shape,
-        plan,
-        num_prompts=len(prompt_lens),
-        prompt_len=max(prompt_lens),
-        output_len=output_len,
-        device_bytes=device_bytes,
-    )
+    lens = {"num_prompts": len(prompt_lens), "prompt_len": max(prompt_lens), "output_len": output_len}
+    return resolve(shape, plan, **lens, device_bytes=device_bytes)
 
 
 def resolve_slots(
     shape: ModelShape, plan: Plan, *, prompt_len: int, output_len: int, device_bytes: dict[str, int]
-) -> int | Failure:
+) -> EffectivePlan | Failure:
     """Slots of a plan whose requests come over time: at least one, at most two a stage. Raises as `resolve`.
 
     Prompts are prefilled beside them, which takes the room of one slot's prefill more than there are slots.
@@ -286,17 +279,13 @@ def resolve_slots(
     share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len))
     # As many micro-batches as slots and their prefills could come to.
     count = (2 * most + 1) * plan.micro_batch_size * plan.replicas
-    resolved = resolve(
-        shape,
-        plan.model_copy(update={"max_in_flight": None}),
-        num_prompts=count,
-        prompt_len=prompt_len,
-        output_len=output_len,
-        device_bytes=device_bytes,
-    )
+    lens = {"num_prompts": count, "prompt_len": prompt_len, "output_len": output_len}
+    unlimited = plan.model_copy(update={"max_in_flight": None})
+    resolved = resolve(shape, unlimited, **lens, device_bytes=device_bytes)
     if isinstance(resolved, Failure):
         return resolved
-    return max(1, min(most, math.floor((resolved.in_flight - share) / (1 + share))))
+    slots = max(1, min(most, math.floor((resolved.in_flight - share) / (1 + share))))
+    return EffectivePlan(plan=plan, in_flight=slots)
 
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:

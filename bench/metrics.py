@@ -18,8 +18,6 @@ Under arrivals all latencies count from the scheduled arrival, and stage time is
 that wait while all requests do so for their tokens, and none for a row.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math
@@ -35,19 +33,6 @@ LATENCIES = ("queue", "ttft", "tpot", "e2el")
 LOAD_LATENCIES = ("itl", "client_queue_time")
 """Latencies that there are under arrivals alone."""
 PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
-HIGHER_IS_BETTER = frozenset(
-    {
-        "output_throughput",
-        "request_goodput",
-        "slo_attainment",
-        "max_request_rate",
-        "total_token_throughput",
-        "request_throughput",
-        "steady_utilization",
-        "gpu_utilization",
-        "output_tokens_per_joule",
-    }
-)
 
 
 def definitions() -> tuple[tuple[tuple[str, ...], str, str], ...]:
@@ -55,6 +40,11 @@ def definitions() -> tuple[tuple[tuple[str, ...], str, str], ...]:
     lines = Path(__file__).with_suffix(".md").read_text(encoding="utf-8").splitlines()[2:]
     cells = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
     return tuple((tuple(re.findall(r"`(\w+)`", names)), text, better) for names, text, better in cells)
+
+
+HIGHER_IS_BETTER = frozenset(
+    {"max_request_rate", *(name for names, _, better in definitions() for name in names if better == "higher")}
+)
 
 
 def samples_needed(quantile: float) -> int:
@@ -123,21 +113,16 @@ def good_requests(times_s: Mapping[str, Sequence[float]], limits_ms: Mapping[str
 
 
 def _arrived_times_s(run: Iteration, measurement: Measurement) -> dict[str, tuple[float, ...]]:
-    # In the order of each: arrival, admission, begin of the prefill, first and last token.
-    rows = [
-        (one.arrived_s, one.admitted_s or 0.0, one.began_s or 0.0, one.token_times_s[0], one.token_times_s[-1])
-        for one in run.requests
-    ]
-    lens = [max(len(one.token_times_s) - 1, 1) for one in run.requests]
+    rows = [(one, one.token_times_s[0], one.token_times_s[-1]) for one in run.requests]
     times = {
-        "queue": tuple(began - arrived for arrived, _, began, _, _ in rows),
-        "ttft": tuple(first - arrived for arrived, _, _, first, _ in rows),
-        "e2el": tuple(last - arrived for arrived, *_, last in rows),
+        "queue": tuple((one.began_s or 0.0) - one.arrived_s for one, _, _ in rows),
+        "ttft": tuple(first - one.arrived_s for one, first, _ in rows),
+        "e2el": tuple(last - one.arrived_s for one, _, last in rows),
     }
     if measurement.is_under_arrivals:
-        times["client_queue_time"] = tuple(admitted - arrived for arrived, admitted, *_ in rows)
+        times["client_queue_time"] = tuple((one.admitted_s or 0.0) - one.arrived_s for one, _, _ in rows)
     if measurement.output_len > 1:
-        times["tpot"] = tuple((last - first) / length for (*_, first, last), length in zip(rows, lens, strict=True))
+        times["tpot"] = tuple((last - first) / max(len(one.token_times_s) - 1, 1) for one, first, last in rows)
     return times
 
 

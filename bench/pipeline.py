@@ -1,7 +1,5 @@
 """The public way to use a plan: `with Pipeline.start(model, plan) as pipeline: pipeline.generate(prompts, …)`."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -322,42 +322,31 @@ class Measurement(Value):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        if self.is_under_arrivals:
-            return self._suits_arrivals()
         sizes, counts = self.micro_batch_sizes, self.replica_tasks or (len(self.tasks),)
         stages = len(self.iterations[0].stages)
         rows, spans = dict(enumerate(sizes)), [count for count in counts for _ in range(stages // len(counts))]
         first_steps = {task.micro_batch: task.step for task in reversed(self.tasks)}
         in_rows = (task.first_row < task.end_row <= rows.get(task.micro_batch, 0) for task in self.tasks)
         lens = {(len(run.token_times_s), len(run.host_gap_s) or stages) for run in self.iterations}
+        engine, loaded = self.method == "engine", self.is_under_arrivals
+        served = list(self.generated_lens) if engine or loaded else []
+        tasks = ([len(run.load_tasks)] * stages if loaded else spans for run in self.iterations)
         traced = ([len(trace.compute_start_s) for trace in run.stages] for run in self.iterations)
-        engine, served = self.method == "engine", list(self.generated_lens)
         requests = ([len(one.token_times_s) for one in run.requests] for run in self.iterations)
         fits = {
             "output_lens": len(self.generated_lens) == len(self.prompt_lens)
             and max(self.generated_lens) == self.output_len,
-            "order": sorted(self.order) == list(range(len(self.prompt_lens))) and sum(sizes) == len(self.order),
-            "tasks": sum(counts) == len(self.tasks) and not any(first_steps.values()) and all(in_rows),
+            "order": sorted(self.order) == list(range(len(self.prompt_lens)))
+            and (loaded or sum(sizes) == len(self.order)),
+            "tasks": sum(counts) == (0 if loaded else len(self.tasks))
+            and not any(first_steps.values())
+            and all(in_rows),
             "iterations": lens == {(len(self.tasks), stages)}
-            and (engine or all(one in (spans, [0] * stages) for one in traced)),
-            "requests": all(one == (served if engine else []) for one in requests),
+            and (engine or all(one in (own, [0] * stages) for one, own in zip(traced, tasks, strict=True))),
+            "requests": all(one == served for one in requests),
         }
         if odd := [name for name, holds in fits.items() if not holds]:
             raise ValueError(f"{odd[0]}: does not fit the rest of the measurement")
-        return self
-
-    def _suits_arrivals(self) -> Self:
-        for run in self.iterations:
-            traced = {len(trace.compute_start_s) for trace in run.stages}
-            times = zip(run.requests, self.generated_lens, strict=False)
-            fits = {
-                "tasks": not self.tasks,
-                "requests": len(run.requests) == len(self.prompt_lens)
-                and all(len(one.token_times_s) == length for one, length in times),
-                "stages": traced in ({0}, {len(run.load_tasks)}),
-            }
-            if odd := [name for name, holds in fits.items() if not holds]:
-                raise ValueError(f"{odd[0]}: does not fit the rest of the measurement")
         return self
 
 

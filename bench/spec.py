@@ -1,7 +1,5 @@
 """What to run: model, workload, plan and protocol, as frozen values that cross every border."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -605,7 +603,7 @@ class Plan(Value):
         kind, _, index = device.rpartition(":")
         return tuple(f"{kind}:{int(index) + place}" for place in range(self.width))
 
-    def replica(self, index: int) -> Plan:
+    def replica(self, index: int) -> Self:
         """One replica as a plan of its own."""
         devices = self.devices[index * len(self.stages) : (index + 1) * len(self.stages)]
         stages = tuple(
@@ -613,7 +611,7 @@ class Plan(Value):
         )
         return self.model_copy(update={"stages": stages, "replicas": 1, "replica_devices": ()})
 
-    def without(self, device: str) -> Plan | None:
+    def without(self, device: str) -> Self | None:
         """A plan of the same model that leaves a device out, of the replicas that can, else of stages that take on the
         device's layers; None where nothing is left."""
         replicas = [own for own in map(self.replica, range(self.replicas)) if device not in own.devices]
@@ -641,7 +639,7 @@ class Plan(Value):
         compile: bool = False,  # noqa: A002  the name of the field
         memory_fraction: float = 0.9,
         max_memory_bytes: int | None = None,
-    ) -> Plan:
+    ) -> Self:
         """Builds a plan from a count of layers per stage: stage i lands on `devices[i]`, replicas on those that follow.
 
         Raises:

@@ -1,7 +1,5 @@
 """What an engine's words and exit codes amount to, as kinds of failure with a remedy. Pure."""
 
-from __future__ import annotations
-
 import re
 import signal
 

@@ -4,8 +4,6 @@ driver ── JSON lines ──► host ── the engine's own ways ──► i
    └───── a pipe ──────► guard: once the pipe or the host ends, it ends the session and removes its files
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """From what an engine's hosts told of their passes to a measurement, or to why there is none."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -3,12 +3,11 @@
 Engines tell log-probabilities of given tokens and no logits: these are compared, within the tolerance of logits.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +34,7 @@ class EngineReference:
     is_unsplit: bool
 
     @classmethod
-    def load(cls, path: Path) -> EngineReference:
+    def load(cls, path: Path) -> Self:
         """
         Raises:
             StudyError: it cannot be read.

@@ -3,8 +3,6 @@
 Model, machine, prompts and the reference are a fleet's of one worker, which is ended before the engine runs.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,17 +20,7 @@ from pipetune.bench.machine.sensors import CpuSensors, family
 from pipetune.bench.machine.telemetry import read_telemetry
 from pipetune.bench.memory import check_plan, stage_bytes
 from pipetune.bench.record import Failure, FailureKind, Measurement, OutputCheck
-from pipetune.bench.spec import (
-    EffectivePlan,
-    EngineSettings,
-    ModelSpec,
-    Plan,
-    Protocol,
-    RunSpec,
-    StagePlan,
-    Workload,
-    device_kind,
-)
+from pipetune.bench.spec import EffectivePlan, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload, device_kind
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
 HOST = Path(__file__).parent / "vllm_host" / "pipetune_vllm_host.py"
@@ -168,9 +156,9 @@ class VllmEngine(Closing):
 
     def baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> Measurement | Failure:
         """Measures the engine un-pipelined on one device, with `batch_size` sequences at once."""
-        stage = StagePlan(device=self.devices[0], first_layer=0, end_layer=self.shape.num_layers)
         settings = self._baseline.model_copy(update={"max_num_seqs": batch_size})
-        plan = Plan(stages=(stage,), micro_batch_size=1, engine=settings)
+        whole = Plan.from_layer_counts((self.shape.num_layers,), self.devices, 1)
+        plan = whole.model_copy(update={"engine": settings})
         outcome = self.measure(RunSpec(model=self.model, workload=workload, plan=plan, protocol=protocol))
         return outcome if isinstance(outcome, Failure) else outcome.model_copy(update={"batch_size": batch_size})
 
@@ -203,13 +191,11 @@ class VllmEngine(Closing):
         load_s, began = time.monotonic() - began, time.monotonic()
         if reference is not None:
             check = self._compare(reference, spec, deadline)
-            wrong = wrong_output(check, scored=True)
-            if wrong is not None and in_place:
+            if in_place and wrong_output(check, scored=True) is not None:
                 notes.append(IN_PLACE_NOTE)
                 self._start(spec, deadline)
                 check = self._compare(reference, spec, deadline)
-                wrong = wrong_output(check, scored=True)
-            if wrong is not None:
+            if (wrong := wrong_output(check, scored=True)) is not None:
                 return wrong
         check_s = round(time.monotonic() - began, 4) if check is not None else None
         warmup: list[float] = []
@@ -277,16 +263,16 @@ class VllmEngine(Closing):
         assert self._started is not None
         was, plan = self._started.plan, spec.plan
         assert was.engine is not None
-        rest: dict[str, Any] = {
-            "engine": was.engine.model_copy(update={name: getattr(plan.engine, name) for name in _LIMITS})
-        }
-        if len(was.stages) == len(plan.stages):
-            rest["stages"] = tuple(
-                one.model_copy(update={"first_layer": other.first_layer, "end_layer": other.end_layer})
-                for one, other in zip(was.stages, plan.stages, strict=True)
-            )
+        if len(was.stages) != len(plan.stages):
+            return False
+        stages = tuple(
+            one.model_copy(update={"first_layer": other.first_layer, "end_layer": other.end_layer})
+            for one, other in zip(was.stages, plan.stages, strict=True)
+        )
+        settings = was.engine.model_copy(update={name: getattr(plan.engine, name) for name in _LIMITS})
         has_room = self._longest(spec.workload) <= self._longest(self._started.workload)
-        return has_room and was.model_copy(update=rest) == plan and all(limits[k] <= self._limits[k] for k in limits)
+        is_alike = was.model_copy(update={"stages": stages, "engine": settings}) == plan
+        return has_room and is_alike and all(limits[name] <= self._limits[name] for name in limits)
 
     def _start(self, spec: RunSpec, deadline: float) -> None:
         self._stop()

@@ -3,8 +3,6 @@
 Profiles, generation and scoring are the fleet's alone: who wants them asks for a `Fleet`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Protocol
 

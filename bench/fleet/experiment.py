@@ -7,8 +7,6 @@ Experiment.start ──► fleet of workers, GPUs held against other studies
   renew          ──► fresh workers, the GPUs held on
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 No torch here: whatever a worker dies of, `bench.fleet.supervisor` turns it into a `Failure` in a driver that lives on.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -128,8 +126,7 @@ class Fleet(Closing):
             return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
         self._check_online(plan)
         lens = {"prompt_len": max(self.prompt_lens(workload)), "output_len": workload.generated_len}
-        slots = resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
-        return slots if isinstance(slots, Failure) else EffectivePlan(plan=plan, in_flight=slots)
+        return resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
 
     def _resolve(self, plan: Plan, prompt_lens: Sequence[int], output_len: int) -> EffectivePlan | Failure:
         return resolve_prompts(self.shape, plan, prompt_lens, output_len=output_len, device_bytes=self.device_bytes)
@@ -234,13 +231,7 @@ class Fleet(Closing):
         use = self._use(plan, prompts, max(lens), in_flight)
         if not isinstance(max_new_tokens, int) and len(lens) != len(use["prompts"]):
             raise ConfigError(f"max_new_tokens: {len(lens)} numbers for {len(use['prompts'])} prompts")
-        answer = self._call(
-            "generate",
-            **use,
-            max_new_tokens=max_new_tokens,
-            ignore_eos=ignore_eos,
-            sampling=sampling,
-        )
+        answer = self._call("generate", **use, max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, sampling=sampling)
         return tuple(
             GenerationResult(ttft_s=row["token_times_s"][0], e2el_s=row["token_times_s"][-1], **row)
             for row in answer["results"]
@@ -343,25 +334,21 @@ class Fleet(Closing):
         return self._queue
 
     def _slots(self, plan: Plan, *, prompt_len: int, output_len: int) -> int:
-        found = resolve_slots(
-            self.shape, plan, prompt_len=prompt_len, output_len=output_len, device_bytes=self.device_bytes
-        )
-        if isinstance(found, Failure):
-            raise PlanError(found.message)
-        return found
+        lens = {"prompt_len": prompt_len, "output_len": output_len}
+        return _in_flight(resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes))
 
     def _check_online(self, plan: Plan) -> None:
         self._check_stages(plan)
         check_plan(self.shape, plan)
         named = f"{self.shape.architecture} keeps recurrent states"
-        for refuses, why in (
-            (plan.replicas > 1, f"plan.replicas={plan.replicas}: one pipeline is given them; leave it at 1"),
-            (plan.compile, "plan.compile: its graphs are made for whole batches; leave it out"),
-            (len(hosts_of(plan.devices)) > 1, "plan.stages: orders do not travel between hosts yet; use one host's"),
-            (self.shape.recurrent, f"model: {named}, which cannot be moved within a slot yet; give it whole batches"),
-        ):
-            if refuses:
-                raise PlanError(f"requests over time: {why}")
+        refused = {
+            f"plan.replicas={plan.replicas}: one pipeline is given them; leave it at 1": plan.replicas > 1,
+            "plan.compile: its graphs are made for whole batches; leave it out": plan.compile,
+            "plan.stages: orders do not travel between hosts yet; use one host's": len(hosts_of(plan.devices)) > 1,
+            f"model: {named}, which cannot be moved within a slot yet; give it whole batches": self.shape.recurrent,
+        }
+        if why := next((text for text, applies in refused.items() if applies), None):
+            raise PlanError(f"requests over time: {why}")
 
     def _use(self, plan: Plan, prompts: Prompts, output_len: int, in_flight: int | None) -> dict[str, Any]:
         self._check_stages(plan)
@@ -371,10 +358,7 @@ class Fleet(Closing):
         if in_flight is None:
             # Text has at most about a token a byte.
             lens = [len(prompt) if not isinstance(prompt, str) else len(prompt.encode()) + 2 for prompt in given]
-            resolved = self._resolve(plan, lens, output_len)
-            if isinstance(resolved, Failure):
-                raise PlanError(resolved.message)
-            in_flight = resolved.in_flight
+            in_flight = _in_flight(self._resolve(plan, lens, output_len))
         return {"plan": plan, "in_flight": in_flight, "prompts": given}
 
     def interrupt(self) -> None:
@@ -467,3 +451,9 @@ class Fleet(Closing):
         if "error" in answer:
             raise (StudyError if answer["of_study"] else ConfigError)(answer["error"])
         return answer
+
+
+def _in_flight(resolved: EffectivePlan | Failure) -> int:
+    if isinstance(resolved, Failure):
+        raise PlanError(resolved.message)
+    return resolved.in_flight

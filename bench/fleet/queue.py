@@ -1,7 +1,5 @@
 """Requests given to a running pipeline one by one, from any thread: a handle each, with its tokens as they come."""
 
-from __future__ import annotations
-
 import itertools
 import queue
 import threading

@@ -4,8 +4,6 @@ Rank 0 alone is commanded. Every worker has a connection of its own for signs of
 rank cannot silence the diagnosis. No torch here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import selectors

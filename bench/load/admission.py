@@ -6,8 +6,6 @@ at the slot's next step. The first stage asks `decide` whenever it could begin a
 `prefilled` and `decoded`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import deque
@@ -66,10 +64,7 @@ class Rules:
 def rules_of(plan: Plan, in_flight: int) -> Rules:
     """How a plan admits requests: a slot for each micro-batch in flight."""
     return Rules(
-        slots=in_flight,
-        rows=plan.micro_batch_size,
-        prefill_rows=plan.prefill_size,
-        chunk_size=plan.prefill_chunk_size,
+        slots=in_flight, rows=plan.micro_batch_size, prefill_rows=plan.prefill_size, chunk_size=plan.prefill_chunk_size
     )
 
 

@@ -4,8 +4,6 @@ The processes and their names are those of `vllm bench serve`: gaps are gamma-di
 (1 is a Poisson process, infinity a constant rate), and scaled so that the last of n requests arrives at n / rate.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,10 +1,8 @@
 """Requests given to a pipeline over time, and what came of them: values that cross between driver and workers."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
-from pipetune.bench.record import Count, Intervals, LoadTask, RequestTimes, Seconds, StageTrace
+from pipetune.bench.record import Count, Iteration, RequestTimes, Seconds
 from pipetune.bench.spec import Value
 
 
@@ -31,18 +29,10 @@ class ServedRequest(RequestTimes):
     is_cancelled: bool = False
 
 
-class OnlineRun(Value):
-    """What a run over a trace of requests gave."""
+class OnlineRun(Iteration):
+    """What a run over a trace of requests gave; a record keeps what any iteration has of it."""
 
+    token_times_s: tuple[()] = ()
     requests: tuple[ServedRequest, ...]
     """In the order given."""
-    duration_s: Seconds
-    """From the start to the last token."""
-    tasks: tuple[LoadTask, ...]
-    stages: tuple[StageTrace, ...]
-    """Stage by stage; arrays run along `tasks`, and are empty without instrumentation."""
-    idle_s: Intervals
-    """Intervals in which no request was in the system."""
-    underfilled_s: Intervals
-    """Intervals in which all that were waited for their tokens, and none for a row."""
     transport: str

@@ -6,8 +6,6 @@ before it, and rows are `[0, n)`. Once a group's first tokens are known it is co
 clock. The clock starts as late as lets the rows come to their ends, so that a longer one seldom has to shift them.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -78,28 +76,21 @@ class Slots:
         """`max_len` holds any request's prompt and output."""
         self._max_len, self._pad = max_len, pad_token_id
         self._slots = [_Slot() for _ in range(rules.slots)]
-        self._free = list(range(rules.slots, 2 * rules.slots + 1))
+        self.free = list(range(rules.slots, 2 * rules.slots + 1))
+        """Caches for prompts that no group is in."""
         self._prefilling: dict[int, tuple[int, list[_Row]]] = {}
         """Cache and rows of each group, by its first request's number."""
-        self._rows: dict[int, _Row] = {}
+        self.rows: dict[int, _Row] = {}
+        """By the requests' numbers."""
         self._edits: list[Edit] = []
-
-    def __len__(self) -> int:
-        """Requests that are known."""
-        return len(self._rows)
-
-    @property
-    def free(self) -> int:
-        """Caches for prompts that no group is in."""
-        return len(self._free)
 
     def arrive(self, number: int, prompt: Sequence[int], output_len: int, draws: Sequence[float] | None) -> None:
         """Takes in a request."""
-        self._rows[number] = _Row(number, prompt, draws, len(prompt), output_len - 1)
+        self.rows[number] = _Row(number, prompt, draws, len(prompt), output_len - 1)
 
     def forget(self, number: int) -> None:
         """Lets a request go whose prefill was never ordered."""
-        del self._rows[number]
+        del self.rows[number]
 
     def order(self, order: Prefill | Decode) -> tuple[list[Edit], Task, tuple[int, ...]]:
         """What the stages do for an order: copies, the task behind them, and whose rows these are."""
@@ -113,7 +104,7 @@ class Slots:
         rows = own.rows[: len(tokens)]
         if isinstance(order, Prefill):
             cache, rows = self._prefilling.pop(order.requests[0].number)
-            self._free.append(cache)
+            self.free.append(cache)
         for row, token in zip(rows, tokens, strict=True):
             row.token = token
             row.known += 1
@@ -122,12 +113,12 @@ class Slots:
         else:
             self._leave(own, order.slot, finished)
         for number in finished:
-            del self._rows[number]
+            del self.rows[number]
 
     def _prefill(self, order: Prefill) -> tuple[Task, list[_Row]]:
         first = order.requests[0].number
         if order.first_token == 0:
-            self._prefilling[first] = self._free.pop(), [self._rows[one.number] for one in order.requests]
+            self._prefilling[first] = self.free.pop(), [self.rows[one.number] for one in order.requests]
         cache, rows = self._prefilling[first]
         longest = max(row.length for row in rows)
         ids: list[int] = []
@@ -144,11 +135,8 @@ class Slots:
             self._turn(own, order.slot, own.longest, own.rows)
         longest, rows = own.longest, list(own.rows)
         starts = [longest - row.length for row in rows]
-        task = Task(
-            *(order.slot, own.clock - longest, longest, 1, starts, True),
-            ids=[row.token for row in rows],
-            draws=_draws(rows, True),
-        )
+        ids, draws = [row.token for row in rows], _draws(rows, True)
+        task = Task(order.slot, own.clock - longest, longest, 1, starts, True, ids, draws)
         own.clock += 1
         for row in rows:
             row.length += 1

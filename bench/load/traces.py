@@ -9,8 +9,6 @@
 BurstGPT writes a response of 0 tokens for a request that failed: it is left out.
 """
 
-from __future__ import annotations
-
 import csv
 import datetime as dt
 import io

@@ -7,8 +7,6 @@ next. All others do what they are told, and know nothing of requests. Tasks run 
 graphs.
 """
 
-from __future__ import annotations
-
 import marshal
 import select
 import socket
@@ -42,7 +40,10 @@ _AHEAD = 2
 
 
 class Mail:
-    """One end of a line between the first stage and another: plain values, told within some 30 µs."""
+    """One end of a line between the first stage and another: plain values, told within some 30 µs.
+
+    All raise RuntimeError once the other end is gone.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         """`connection` is of kind SEQPACKET."""
@@ -53,11 +54,7 @@ class Mail:
         return self._socket.fileno()
 
     def send(self, value: Any) -> None:
-        """Tells the other end.
-
-        Raises:
-            RuntimeError: it is gone.
-        """
+        """Tells the other end."""
         self.put(marshal.dumps(value))
 
     def put(self, data: bytes) -> None:
@@ -70,11 +67,7 @@ class Mail:
             raise RuntimeError(f"a line for orders between stages: connection closed by peer ({error})") from error
 
     def receive(self, *, wait: bool = True) -> Any:
-        """What the other end told next; None if nothing is there and it is not waited for.
-
-        Raises:
-            RuntimeError: it is gone.
-        """
+        """What the other end told next; None if nothing is there and it is not waited for."""
         parts: list[bytes] = []
         while not parts or parts[-1][:1] == b"+":
             try:
@@ -224,9 +217,7 @@ class OnlineStage:
             target, source = self.caches[edit.target], self.caches[edit.source]
             target.copy(source, rows, span, to_row=edit.to_row, to_first=edit.to_first)
         output = self._forward(task, hidden)
-        tokens = None
-        if self.stage.is_last and task.samples:
-            tokens = self._sample(output, task.draws).tolist()
+        tokens = self._sample(output, task.draws).tolist() if self.stage.is_last and task.samples else None
         self.timeline.compute_ended()
         if self.edges.hidden_in is not None:
             self.edges.hidden_in.consumed()
@@ -256,23 +247,16 @@ class OnlineStage:
         rows, end = len(task.starts), task.past + task.tokens
         starts = torch.tensor(task.starts).unsqueeze(-1)
         positions = (torch.arange(task.past, end) - starts).clamp(min=0)
-        mask = None
-        if self.stage.needs_mask or any(task.starts):
-            mask = to_device((torch.arange(end) >= starts).long(), self.stage.device)
+        has_mask = self.stage.needs_mask or any(task.starts)
+        mask = to_device((torch.arange(end) >= starts).long(), self.stage.device) if has_mask else None
         if task.ids is None:
             ids = torch.full((rows, task.tokens), self.pad_token_id)
         else:
             ids = torch.tensor(task.ids).view(rows, task.tokens)
         cache = self.caches[task.cache]
         cache.seek_from(task.base, rows, task.past)
-        return self.stage.forward(
-            to_device(ids, self.stage.device),
-            mask,
-            to_device(positions, self.stage.device),
-            cache,
-            hidden,
-            without_logits=not task.samples,
-        )
+        ids, positions = to_device(ids, self.stage.device), to_device(positions, self.stage.device)
+        return self.stage.forward(ids, mask, positions, cache, hidden, without_logits=not task.samples)
 
     @torch.inference_mode()
     def _sample(self, logits: torch.Tensor, draws: Sequence[float] | None) -> torch.Tensor:
@@ -434,13 +418,12 @@ class Leader:
         if self._empty_since_s is not None and self._keep_tasks and one.arrived_s > self._empty_since_s:
             self.idle_s.append((self._empty_since_s, one.arrived_s))
         self._empty_since_s = None
-        number, prompt, sampling = one.request.number, one.request.prompt, self._stage.sampling
-        draws = None
-        if sampling is not None:
-            draws = uniforms(sampling, [number], one.request.output_len)[0].tolist()
+        number, prompt, length = one.request.number, one.request.prompt, one.request.output_len
+        sampling = self._stage.sampling
+        draws = uniforms(sampling, [number], length)[0].tolist() if sampling is not None else None
         one.admitted_s = self._now()
         self._served[number] = one
-        self.slots.arrive(number, prompt, one.request.output_len, draws)
+        self.slots.arrive(number, prompt, length, draws)
         self.admission.arrive(Request(number=number, prompt_len=len(prompt)))
 
     def _cancel(self, number: int) -> None:
@@ -463,15 +446,12 @@ class Leader:
             now = self._now()
             for number in numbers:
                 self._served[number].began_s = now
-        if self._lines:
-            told = task if self._stage.stage.reads_ids else task._replace(ids=None)
-            data = pack(edits, told)
-            for line in self._lines:
-                line.put(data)
+        data = pack(edits, task if self._stage.stage.reads_ids else task._replace(ids=None)) if self._lines else b""
+        for line in self._lines:
+            line.put(data)
         if self._keep_tasks:
-            kind: Any = "prefill" if isinstance(order, Prefill) else "decode"
-            shape = {"rows": len(numbers), "tokens": task.tokens, "past": task.past}
-            self.tasks.append(LoadTask(kind=kind, slot=order.slot, **shape))
+            shape = {"slot": order.slot, "rows": len(numbers), "tokens": task.tokens, "past": task.past}
+            self.tasks.append(LoadTask(kind="prefill" if isinstance(order, Prefill) else "decode", **shape))
         tokens = self._stage.run(edits, task, None)
         if tokens is not None:
             self._learn(order, numbers, tokens)

@@ -1,7 +1,5 @@
 """How commands and answers travel: JSON over a Unix socket to the driver and over gloo among workers; no pickle."""
 
-from __future__ import annotations
-
 import json
 import os
 import select

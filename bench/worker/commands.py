@@ -1,7 +1,5 @@
 """What a worker does: commands come over a socket by way of rank 0, and every rank carries them out."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import contextlib
@@ -17,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import validate_call
 
+from pipetune.bench import spec as s
 from pipetune.bench.errors import ConfigError, ModelError, StudyError, disk_fault
 from pipetune.bench.files import scratch_folder, write_durably
 from pipetune.bench.machine.hardware import bind_near, cores_of, device_bytes, read_machine
@@ -33,18 +32,6 @@ from pipetune.bench.runtime.loop import Status
 from pipetune.bench.runtime.stage.activations import measure_tasks
 from pipetune.bench.runtime.stage.unsplit import load_unsplit
 from pipetune.bench.runtime.wiring import communicators_bytes
-from pipetune.bench.spec import (
-    EffectivePlan,
-    ModelSpec,
-    Protocol,
-    RunSpec,
-    Workload,
-    device_host,
-    device_kind,
-    hosts_of,
-    local_name,
-    on_host,
-)
 from pipetune.bench.worker.baseline import measure_baseline
 from pipetune.bench.worker.channel import ControlGroup, DriverLink, agents_store
 from pipetune.bench.worker.faults import failure_of, is_out_of_memory
@@ -64,11 +51,11 @@ from pipetune.bench.worker.unsplit_reference import make_reference
 CONTROL_TIMEOUT = dt.timedelta(days=7)
 MOST_REFERRED = 64
 """Requests under arrivals whose tokens are compared with the unsplit model's."""
-_FOR_USE = ("prompts", "generate", "score", "run_trace", "open_queue", "measure")
-"""Commands that are refused where they cannot be carried out, and cost no worker."""
+_CHECKED = ("prompts", "measure")
+"""Commands, beside those for use, that are refused where they cannot be carried out, and cost no worker."""
 
 
-def find_model(spec: ModelSpec, say: Callable[[str], None]) -> dict[str, Any]:
+def find_model(spec: s.ModelSpec, say: Callable[[str], None]) -> dict[str, Any]:
     """A model whose files are whole and go together, as `resolved`, and its `shape`.
 
     Raises:
@@ -96,10 +83,10 @@ class Worker:
         name = self.devices[self.rank]
         self.blamed: str | None = name
         """The device that a fault of this worker is laid to; None where several come into question."""
-        host = device_host(name)
-        self._local = on_host(self.devices, host)
-        own_name = local_name(name)
-        if device_kind(name) == "cuda":
+        host = s.device_host(name)
+        self._local = s.on_host(self.devices, host)
+        own_name = s.local_name(name)
+        if s.device_kind(name) == "cuda":
             bind_near(own_name)
         cores = min(cores_of(own_name, self._local), len(os.sched_getaffinity(0)))
         device = DeviceContext(name, num_threads=cores)
@@ -112,19 +99,19 @@ class Worker:
         )
         group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.control = ControlGroup(group, self.rank, len(self.devices))
-        spec = ModelSpec.model_validate_json(args.model)
+        spec = s.ModelSpec.model_validate_json(args.model)
         check_attention_devices(spec, self.devices)
         # Rank 0 finds the model (and may have to convert it); the others take its word.
         found: dict[str, Any] = {}
         if self.rank == 0:
             found = find_model(spec, lambda message: self._progress("model", message=message))
-            if any(device_kind(one) == "cuda" for one in self.devices):
+            if any(s.device_kind(one) == "cuda" for one in self.devices):
                 tasks = measure_tasks(found["resolved"], found["shape"])
                 found["shape"] = found["shape"].model_copy(update={"task_bytes": tasks})
         found = self.control.broadcast(found)
         self.resolved = ResolvedModel.model_validate(found["resolved"])
         self._check_same_model()
-        nominal = device_bytes([one for one in self._local if device_kind(one) == "cpu"])
+        nominal = device_bytes([one for one in self._local if s.device_kind(one) == "cpu"])
         self.control.barrier()
         available = device.available_bytes(nominal.get(own_name), self.devices.count(name))
         available -= communicators_bytes(self.devices, name)
@@ -141,11 +128,16 @@ class Worker:
         )
         self.reference_path: Path | None = None
         self.tokens = Tokens(self.resolved, self.host.shape, self.host.stage.config, self.control)
-        self.serving = Serving(self.host, self.tokens)
-        self.online = Online(self.host, self.tokens, link)
+        self.online, serving = Online(self.host, self.tokens, link), Serving(self.host, self.tokens)
+        self._for_use: dict[str, Callable[..., dict[str, Any]]] = {
+            "generate": serving.generate,
+            "score": serving.score,
+            "run_trace": self.online.run_trace,
+            "open_queue": self.online.open_queue,
+        }
         self._unsplit: Any = None
         # Over all GPUs by `device_map`, or on one CPU worker's cores.
-        gpus = tuple(one for one in self._local if device_kind(one) == "cuda")
+        gpus = tuple(one for one in self._local if s.device_kind(one) == "cuda")
         self._unsplit_devices = tuple(dict.fromkeys(gpus)) or self._local[:1]
         device.touch_libraries(self.host.stage.dtype)
         self.host.note_idle_bytes()
@@ -155,14 +147,14 @@ class Worker:
         Raises:
             ModelError: another host has another model in its place, or none.
         """
-        if len(hosts_of(self.devices)) == 1:
+        if len(s.hosts_of(self.devices)) == 1:
             return
         digest = hashlib.sha256()
         for name in ("config.json", "model.safetensors.index.json"):
             if (path := self.resolved.folder / name).exists():
                 digest.update(path.read_bytes())
         seen = self.control.gather(digest.hexdigest())
-        if other := [device_host(one) for one, there in zip(self.devices, seen, strict=True) if there != seen[0]]:
+        if other := [s.device_host(one) for one, there in zip(self.devices, seen, strict=True) if there != seen[0]]:
             raise ModelError(
                 f"model.name: {self.resolved.folder} on {other[0]} is not what it is on host0; all hosts need the same "
                 "model at the same path, or the same revision in their caches"
@@ -177,10 +169,14 @@ class Worker:
             if name == "exit":
                 return
             try:
-                result = getattr(self, f"do_{name}")(**command["args"])
+                if name in self._for_use:
+                    self._drop_unsplit()
+                    result = self._for_use[name](**command["args"])
+                else:
+                    result = getattr(self, f"do_{name}")(**command["args"])
             except (ConfigError, StudyError) as error:
                 # A StudyError is the reference's: no plan's fault.
-                if isinstance(error, ConfigError) and name not in _FOR_USE:
+                if isinstance(error, ConfigError) and name not in (*self._for_use, *_CHECKED):
                     raise
                 result = {"error": str(error), "of_study": isinstance(error, StudyError)}
             if self.rank == 0:
@@ -201,7 +197,7 @@ class Worker:
 
     def _machine(self) -> Machine:
         """The machine, of all hosts; every rank calls it."""
-        hosts = [device_host(one) for one in self.devices]
+        hosts = [s.device_host(one) for one in self.devices]
         is_first = hosts.index(hosts[self.rank]) == self.rank
         found = self.control.gather(read_machine() if is_first else None)
         machine, *others = [Machine.model_validate(row) for row in found if row is not None]
@@ -210,12 +206,12 @@ class Worker:
         return machine.model_copy(update={"hostname": names, "hardware": hardware, "hardware_id": hardware.hardware_id})
 
     @validate_call
-    def do_prompts(self, workload: Workload, as_text: bool) -> dict[str, Any]:
+    def do_prompts(self, workload: s.Workload, as_text: bool) -> dict[str, Any]:
         """Token ids of the prompts."""
         return {"prompts": self.tokens.of_workload(workload, as_text=as_text)}
 
     @validate_call
-    def do_reference(self, path: Path, workload: Workload, protocol: Protocol) -> dict[str, Any]:
+    def do_reference(self, path: Path, workload: s.Workload, protocol: s.Protocol) -> dict[str, Any]:
         """Makes the study's reference with the unsplit model on rank 0."""
         prompts = self.tokens.of_workload(workload)
         make = partial(
@@ -233,7 +229,7 @@ class Worker:
         return {"failure": failure}
 
     @validate_call
-    def do_reference_from_plan(self, path: Path, spec: RunSpec, effective: EffectivePlan) -> dict[str, Any]:
+    def do_reference_from_plan(self, path: Path, spec: s.RunSpec, effective: s.EffectivePlan) -> dict[str, Any]:
         """Makes the study's reference with a plan, where the unsplit model does not fit."""
         job = self._job(spec, effective)
         self._drop_unsplit()
@@ -244,7 +240,7 @@ class Worker:
         return {}
 
     @validate_call
-    def do_use_reference(self, path: Path, workload: Workload) -> dict[str, Any]:
+    def do_use_reference(self, path: Path, workload: s.Workload) -> dict[str, Any]:
         """Takes a reference made earlier, if it can be read and is of this workload."""
         self._load_reference(path, reference_digest(self.resolved.spec, workload))
         self.reference_path = path
@@ -253,7 +249,7 @@ class Worker:
     @contextlib.contextmanager
     def _on_every_host(self, path: Path) -> Iterator[Path]:
         """A file of rank 0's host, by a name that it has here."""
-        if len(hosts_of(self.devices)) == 1:
+        if len(s.hosts_of(self.devices)) == 1:
             yield path
             return
         there = path.read_bytes() if self.rank == 0 and path.exists() else b""
@@ -267,7 +263,7 @@ class Worker:
     @contextlib.contextmanager
     def _kept_by_rank_0(self, path: Path) -> Iterator[Path]:
         """Where one rank may write a file that shall be on rank 0's host."""
-        if len(hosts_of(self.devices)) == 1:
+        if len(s.hosts_of(self.devices)) == 1:
             yield path
             return
         with scratch_folder() as folder:
@@ -292,10 +288,10 @@ class Worker:
         return reference
 
     @validate_call
-    def do_baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> dict[str, Any]:
+    def do_baseline(self, workload: s.Workload, protocol: s.Protocol, batch_size: int) -> dict[str, Any]:
         """Measures the baseline on rank 0."""
         prompts = self.tokens.of_workload(workload)
-        host = device_host(self.devices[0])
+        host = s.device_host(self.devices[0])
         work = partial(
             measure_baseline,
             prompts=prompts,
@@ -312,7 +308,7 @@ class Worker:
         return {"outcome": outcome}
 
     @validate_call
-    def do_measure(self, spec: RunSpec, effective: EffectivePlan) -> dict[str, Any]:
+    def do_measure(self, spec: s.RunSpec, effective: s.EffectivePlan) -> dict[str, Any]:
         """Measures one plan."""
         job = self._job(spec, effective)
         self._drop_unsplit()
@@ -320,7 +316,7 @@ class Worker:
         if self.reference_path is not None and spec.protocol.check_outputs:
             reference = self._load_reference(self.reference_path, reference_digest(spec.model, spec.workload))
         if spec.workload.arrivals is not None:
-            return {"outcome": LoadRun(self.host, spec, effective, job, reference, self.online).measure()}
+            return {"outcome": LoadRun(self.host, spec, effective.in_flight, job, reference, self.online).measure()}
         return {"outcome": PlanRun(self.host, spec, job, reference).measure()}
 
     @validate_call
@@ -341,27 +337,7 @@ class Worker:
         self.host.status.phase = "profile"
         return {"links": time_links(self.host)}
 
-    def do_generate(self, **given: Any) -> dict[str, Any]:
-        """Generates for use."""
-        self._drop_unsplit()
-        return self.serving.generate(**given)
-
-    def do_score(self, **given: Any) -> dict[str, Any]:
-        """Scores for use."""
-        self._drop_unsplit()
-        return self.serving.score(**given)
-
-    def do_run_trace(self, **given: Any) -> dict[str, Any]:
-        """Serves requests as they arrive."""
-        self._drop_unsplit()
-        return self.online.run_trace(**given)
-
-    def do_open_queue(self, **given: Any) -> dict[str, Any]:
-        """Serves requests as they are given."""
-        self._drop_unsplit()
-        return self.online.open_queue(**given)
-
-    def _job(self, spec: RunSpec, effective: EffectivePlan) -> Job:
+    def _job(self, spec: s.RunSpec, effective: s.EffectivePlan) -> Job:
         """The pass over all prompts that a run spec asks for."""
         return job_of(
             spec.plan,

@@ -1,17 +1,15 @@
 """A measured run under arrivals: each timed pass is a trace of requests, with gaps of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 from pipetune.bench.load.admission import rules_of
 from pipetune.bench.load.arrivals import arrival_times_s
 from pipetune.bench.load.online import OnlineRequest, OnlineRun
-from pipetune.bench.record import Iteration, RequestTimes
+from pipetune.bench.record import Iteration
 from pipetune.bench.runtime.job import Job
-from pipetune.bench.runtime.online import OnlineStage, Sizes, Source
-from pipetune.bench.spec import EffectivePlan, RunSpec
+from pipetune.bench.runtime.online import OnlineStage, Sizes
+from pipetune.bench.spec import RunSpec
 from pipetune.bench.worker.online import Online
 from pipetune.bench.worker.output_check import TimedCheck
 from pipetune.bench.worker.plan_run import PlanRun
@@ -23,68 +21,47 @@ class LoadRun(PlanRun):
     """Measures one plan under a workload's arrivals; the check before is that of any run."""
 
     def __init__(
-        self,
-        host: StageHost,
-        spec: RunSpec,
-        effective: EffectivePlan,
-        job: Job,
-        reference: Reference | None,
-        online: Online,
+        self, host: StageHost, spec: RunSpec, in_flight: int, job: Job, reference: Reference | None, online: Online
     ) -> None:
         super().__init__(host, spec, job, reference)
         assert spec.workload.arrivals is not None
         self._arrivals, self._online = spec.workload.arrivals, online
         self._lens = spec.workload.generated_lens
         self._sizes = Sizes(
-            rules=rules_of(self.plan, effective.in_flight),
+            rules=rules_of(self.plan, in_flight),
             max_len=max(len(prompt) + length for prompt, length in zip(job.prompts, self._lens, strict=True)),
             prompt_len=job.longest,
         )
         self._stage: OnlineStage | None = None
-
-    def _requests(self, times_s: Sequence[float]) -> tuple[OnlineRequest, ...]:
-        """The first prompts, at these times."""
-        return tuple(
-            OnlineRequest(
-                number=number, prompt=self.job.prompts[number], output_len=self._lens[number], at_s=round(at_s, 6)
-            )
-            for number, at_s in enumerate(times_s)
-        )
 
     def _open(self, jobs: Sequence[Job | None], *, before_check: bool) -> None:
         if before_check and self.reference is not None:
             return
         self._stage = self._online.open(self.plan, self._sizes, self.job.sampling, instrument=self.protocol.instrument)
 
-    def _serve(self, requests: tuple[OnlineRequest, ...], max_concurrency: int | None) -> OnlineRun:
-        run = self._online.serve(self._stage, Source(requests), self._sizes, max_concurrency)
-        return OnlineRun.model_validate(run)
+    def _serve(self, times_s: Sequence[float], max_concurrency: int | None) -> OnlineRun:
+        """The first prompts, at these times."""
+        prompts, lens = self.job.prompts, self._lens
+        requests = [
+            OnlineRequest(number=number, prompt=prompts[number], output_len=lens[number], at_s=round(at_s, 6))
+            for number, at_s in enumerate(times_s)
+        ]
+        return self._online.serve(self._stage, requests, self._sizes, max_concurrency)
 
     def _warm_up(self, jobs: Sequence[Job | None]) -> list[float]:
         """Twice as many requests as the slots hold, all at once."""
         rules, most = self._sizes.rules, len(self.job.prompts)
         self.host.report("warmup", 0, 1)
         count = min(most, self._arrivals.num_warmups or 2 * rules.slots * rules.rows)
-        return [self._serve(self._requests([0.0] * count), None).duration_s]
+        return [self._serve([0.0] * count, None).duration_s]
 
     def _pass(self, number: int, jobs: Sequence[Job | None], timed_check: TimedCheck) -> Iteration:
         seeded = self._arrivals.model_copy(update={"seed": self._arrivals.seed + number})
         times_s = arrival_times_s(seeded, len(self.job.prompts))
-        run = self._serve(self._requests(times_s), self._arrivals.max_concurrency)
+        run = self._serve(times_s, self._arrivals.max_concurrency)
         if self.host.rank == 0:
             timed_check.add_tokens({one.number: list(one.token_ids) for one in run.requests})
-        return Iteration(
-            duration_s=run.duration_s,
-            token_times_s=(),
-            stages=run.stages,
-            requests=tuple(
-                RequestTimes.model_validate(one.model_dump(exclude={"number", "token_ids", "is_cancelled"}))
-                for one in run.requests
-            ),
-            load_tasks=run.tasks,
-            idle_s=run.idle_s,
-            underfilled_s=run.underfilled_s,
-        )
+        return run
 
     def _is_steady(self, warmup: list[float], durations: list[float]) -> bool:
         # Traces differ, and how long one takes is mostly told by its rate.

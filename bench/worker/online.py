@@ -1,7 +1,5 @@
 """Requests over time inside the workers: the lines between the stages, a run over a trace, and what all of them saw."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Iterator, Sequence
@@ -13,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.load.admission import Rules
-from pipetune.bench.load.online import OnlineRequest, ServedRequest
+from pipetune.bench.load.online import OnlineRequest, OnlineRun, ServedRequest
 from pipetune.bench.prompts.forms import requests_of
 from pipetune.bench.runtime.device import undisturbed
 from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source
@@ -74,8 +72,7 @@ class Queue(Source):
         self._link.send("tokens", tokens=[(number, token, self._text(number, token)) for number, token in tokens])
 
     def _text(self, number: int, token: int) -> str | None:
-        fast = getattr(self._tokens.tokenizer, "backend_tokenizer", None)
-        if fast is None:
+        if (fast := getattr(self._tokens.tokenizer, "backend_tokenizer", None)) is None:
             return None
         stream = self._texts.setdefault(number, DecodeStream(skip_special_tokens=True))
         text: str | None = stream.step(fast, token)
@@ -106,45 +103,42 @@ class Online:
         instrument: bool,
     ) -> dict[str, Any]:
         """Serves requests as they arrive, until all have left."""
-        source = Source(requests)
         longest = max(len(one.prompt) for one in requests)
         max_len = max(len(one.prompt) + one.output_len for one in requests)
         self._tokens.encode([one.prompt for one in requests], max_len - longest)
         sizes = Sizes(rules=rules, max_len=max_len, prompt_len=longest)
         own = self.open(plan, sizes, sampling, instrument=instrument)
-        run = self.serve(own, source, sizes, max_concurrency)
+        run = self.serve(own, requests, sizes, max_concurrency)
         del own
         self._host.free()
         return {"run": run}
 
     def serve(
-        self, own: OnlineStage | None, source: Source, sizes: Sizes, max_concurrency: int | None
-    ) -> dict[str, Any]:
-        """One pass over a trace, as `OnlineRun` has it, on every rank."""
+        self, own: OnlineStage | None, requests: Sequence[OnlineRequest], sizes: Sizes, max_concurrency: int | None
+    ) -> OnlineRun:
+        """One pass over a trace, on every rank."""
         host = self._host
         assert host.placement is not None
-        ranks, leader = host.placement.replicas[0], None
+        ranks, leader, source = host.placement.replicas[0], None, Source(requests)
         if own is not None:
             own.timeline.reset()
         with self._lines(ranks) as lines, undisturbed():
             if own is not None and host.rank == ranks[0]:
                 leader = Leader(own, lines, source, sizes, max_concurrency=max_concurrency)
             zero_s = self._run(own, leader, lines)
-        mine: dict[str, Any] = {}
         zero_s = host.control.gather(zero_s)[ranks[0]]
-        if own is not None:
-            mine["trace"] = own.timeline.resolve().trace(zero_s)
+        mine: dict[str, Any] = {"trace": own.timeline.resolve().trace(zero_s)} if own is not None else {}
         if leader is not None:
             mine["run"] = {
                 "requests": source.in_order(),
                 "duration_s": leader.last_s,
-                "tasks": leader.tasks,
+                "load_tasks": leader.tasks,
                 "idle_s": leader.idle_s,
                 "underfilled_s": leader.underfilled_s,
             }
         rows = host.control.gather(mine)
-        stages = [rows[rank]["trace"] for rank in ranks]
-        return {**rows[ranks[0]]["run"], "stages": stages, "transport": host.transport()}
+        stages = tuple(rows[rank]["trace"] for rank in ranks)
+        return OnlineRun(**rows[ranks[0]]["run"], stages=stages, transport=host.transport())
 
     @validate_call
     def open_queue(self, plan: Plan, rules: Rules, max_len: int, sampling: Sampling | None) -> dict[str, Any]:

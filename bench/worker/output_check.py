@@ -15,20 +15,12 @@ from pipetune.bench.record import Failure, OutputCheck
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import PassResult
 from pipetune.bench.spec import DTYPE_BYTES, Plan, Protocol
+from pipetune.bench.worker import reference as ref
 from pipetune.bench.worker.acceptance import wrong_output, wrong_tokens
-from pipetune.bench.worker.reference import (
-    Reference,
-    choose_checked,
-    compare_logits,
-    compare_scores,
-    compare_tokens,
-    spread_of,
-    worst_check,
-)
 from pipetune.bench.worker.stage_host import StageHost
 
 
-def check_output(host: StageHost, plan: Plan, job: Job, reference: Reference) -> OutputCheck:
+def check_output(host: StageHost, plan: Plan, job: Job, reference: ref.Reference) -> OutputCheck:
     """Runs the checked prompts through every replica and compares logits, or log-probabilities; the worst counts.
 
     Every rank calls it under the plan, and gets the same.
@@ -38,11 +30,11 @@ def check_output(host: StageHost, plan: Plan, job: Job, reference: Reference) ->
     found = _small_pass(host, plan, job, checked, max(1, len(checked) // 2), tokens)
     mine: OutputCheck | None = None
     if found is not None and job.scores:
-        mine = compare_scores(reference, {checked[place]: row for place, row in found.items()})
+        mine = ref.compare_scores(reference, {checked[place]: row for place, row in found.items()})
     elif found is not None:
-        mine = compare_logits(reference, found)
+        mine = ref.compare_logits(reference, found)
     gathered = host.control.gather(mine)
-    return worst_check([OutputCheck.model_validate(row) for row in gathered if row is not None])
+    return ref.worst_check([OutputCheck.model_validate(row) for row in gathered if row is not None])
 
 
 def wrong_logits(check: OutputCheck, job: Job, shape: ModelShape, *, phase: str = "check") -> Failure | None:
@@ -57,7 +49,7 @@ def wrong_logits(check: OutputCheck, job: Job, shape: ModelShape, *, phase: str 
 class TimedCheck:
     """How the timed passes of this rank's replica compare with the reference: the worst of all iterations."""
 
-    def __init__(self, host: StageHost, plan: Plan, job: Job, reference: Reference | None) -> None:
+    def __init__(self, host: StageHost, plan: Plan, job: Job, reference: ref.Reference | None) -> None:
         """The job is over the prompts of all replicas."""
         assert host.placement is not None
         self._reference, self._job, self._shape = reference, job, host.shape
@@ -74,14 +66,16 @@ class TimedCheck:
         if result.tokens is not None:
             self.add_tokens({self._share[index]: row for index, row in result.tokens.items()})
         if result.scores is not None:
-            check = compare_scores(self._reference, {self._share[index]: row for index, row in result.scores.items()})
-            self._scores = worst_check([self._scores, check]) if self._scores is not None else check
+            check = ref.compare_scores(
+                self._reference, {self._share[index]: row for index, row in result.scores.items()}
+            )
+            self._scores = ref.worst_check([self._scores, check]) if self._scores is not None else check
 
     def add_tokens(self, tokens: dict[int, list[int]]) -> None:
         """Takes the tokens of prompts, by given index; those that the reference has are compared."""
         if self._reference is not None:
             known = {index: row for index, row in tokens.items() if index < len(self._reference.tokens)}
-            (wrong, near), (most_wrong, most_near) = compare_tokens(self._reference, known), self._counts or (0, 0)
+            (wrong, near), (most_wrong, most_near) = ref.compare_tokens(self._reference, known), self._counts or (0, 0)
             self._counts = max(wrong, most_wrong), max(near, most_near)
 
     def seen(self) -> dict[str, Any]:
@@ -93,7 +87,7 @@ class TimedCheck:
     ) -> tuple[OutputCheck | None, Failure | None]:
         """What all replicas' timed passes, as every rank has seen them, amount to, beside the check before them."""
         if checks := [OutputCheck.model_validate(row["scores"]) for row in seen if row["scores"] is not None]:
-            check = worst_check([*([check] if check is not None else []), *checks])
+            check = ref.worst_check([*([check] if check is not None else []), *checks])
             return check, wrong_logits(check, self._job, self._shape, phase="measure")
         if not (counts := [row["counts"] for row in seen if row["counts"] is not None]):
             return check, None
@@ -149,7 +143,7 @@ def make_reference_from_plan(
     jobs = (dataclasses.replace(job, keep_margins=not job.scores, output_lens=None),)
     host.open(jobs)
     result = host.run(jobs)
-    checked = choose_checked(job.prompts, protocol.check_prompts)
+    checked = ref.choose_checked(job.prompts, protocol.check_prompts)
     everyone = range(len(job.prompts))
     tokens, forced = torch.empty((len(everyone), 0), dtype=torch.long), None
     if not job.scores:
@@ -170,8 +164,8 @@ def make_reference_from_plan(
             margins = torch.stack([result.margins[index] for index in everyone])
             own, *others = [torch.stack(rows) for rows in found]
             logits = own
-        spread, typical = spread_of(own, others, dtype)
-        Reference(
+        spread, typical = ref.spread_of(own, others, dtype)
+        ref.Reference(
             source="plan",
             workload_digest=digest,
             tokens=tokens,

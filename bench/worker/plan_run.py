@@ -1,7 +1,5 @@
 """One measured run inside a worker: move to the plan, check its output, warm up, time it, and say what was seen."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Sequence
@@ -9,25 +7,9 @@ from typing import Any
 
 import torch
 
-from pipetune.bench.machine.telemetry import (
-    merge_telemetry,
-    peak_rss_bytes,
-    read_telemetry,
-    reset_peak_rss,
-    sensors_for,
-)
+from pipetune.bench import record as r
+from pipetune.bench.machine import telemetry as t
 from pipetune.bench.memory import stage_bytes
-from pipetune.bench.record import (
-    SHARED_DEVICE_NOTE,
-    Failure,
-    Iteration,
-    Measurement,
-    OutputCheck,
-    StageMemory,
-    StageTrace,
-    TaskShape,
-    Telemetry,
-)
 from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import PassResult
 from pipetune.bench.spec import RunSpec, device_kind
@@ -48,7 +30,7 @@ class PlanRun:
         self.protocol, self.reference = spec.protocol, reference
         self.goodput = spec.workload.goodput
 
-    def measure(self) -> Measurement | Failure | None:
+    def measure(self) -> r.Measurement | r.Failure | None:
         """Rank 0 gets the outcome, the others None."""
         host = self.host
         load_s, loaded = host.apply(self.plan)
@@ -73,7 +55,7 @@ class PlanRun:
         host.free()
         host.status.phase = "measure"
         outcome = self._iterate(jobs, check)
-        if outcome is None or isinstance(outcome, Failure):
+        if outcome is None or isinstance(outcome, r.Failure):
             return outcome
         steady = self._is_steady(warmup, [run.duration_s for run in outcome.iterations])
         return outcome.model_copy(
@@ -105,7 +87,7 @@ class PlanRun:
         shared = {name for name in devices if device_kind(name) == "cuda" and devices.count(name) > 1}
         if shared & set(self.plan.devices) and len(self.plan.devices) > 1:
             notes.append(
-                f"{SHARED_DEVICE_NOTE}: stages share a GPU, which proves correctness and never speed; not ranked"
+                f"{r.SHARED_DEVICE_NOTE}: stages share a GPU, which proves correctness and never speed; not ranked"
             )
         return notes
 
@@ -122,19 +104,19 @@ class PlanRun:
                 wanted = min(wanted + 1, most)
         return durations
 
-    def _iterate(self, jobs: Sequence[Job | None], check: OutputCheck | None) -> Measurement | Failure | None:
+    def _iterate(self, jobs: Sequence[Job | None], check: r.OutputCheck | None) -> r.Measurement | r.Failure | None:
         host = self.host
         assert host.placement is not None
-        sensors = sensors_for([host.device.name])
+        sensors = t.sensors_for([host.device.name])
         before = sensors.state()
         peak_was_reset = True
         host.device.synchronize()
         if host.device.is_cuda:
             torch.cuda.reset_peak_memory_stats(host.device.torch_device)
         else:
-            peak_was_reset = reset_peak_rss()
+            peak_was_reset = t.reset_peak_rss()
         sensors.start()
-        iterations: list[Iteration] = []
+        iterations: list[r.Iteration] = []
         timed_check = TimedCheck(host, self.plan, self.job, self.reference)
         compiled_before = host.compiled.graphs
         clock_error_s = 0.0
@@ -142,7 +124,7 @@ class PlanRun:
             host.report("measure", number, self.protocol.num_iters)
             iterations.append(self._pass(number, jobs, timed_check))
             clock_error_s = max(clock_error_s, host.device.clock_error_s)
-        telemetry = read_telemetry(sensors, before)
+        telemetry = t.read_telemetry(sensors, before)
         notes = [*host.compiled.notes]
         if host.compiled.graphs > compiled_before:
             count = host.compiled.graphs - compiled_before
@@ -169,10 +151,10 @@ class PlanRun:
             return failure
         # Stages that share a GPU saw the same sensors.
         watchers = {host.devices[rank]: rank for rank in ranks}.values()
-        memory = tuple(StageMemory.model_validate(rows[rank]["memory"]) for rank in ranks)
+        memory = tuple(r.StageMemory.model_validate(rows[rank]["memory"]) for rank in ranks)
         if (over := over_cap(memory)) is not None:
             return over
-        return Measurement(
+        return r.Measurement(
             **self._shapes(jobs),
             prompt_lens=tuple(len(prompt) for prompt in self.job.prompts),
             output_len=self.job.output_len,
@@ -187,19 +169,19 @@ class PlanRun:
                 *(() if all(rows[rank]["peak_was_reset"] for rank in ranks) else (PEAK_NOT_RESET_NOTE,)),
                 *(note for rank in ranks for note in rows[rank]["notes"]),
             ),
-            telemetry=merge_telemetry([Telemetry.model_validate(rows[rank]["telemetry"]) for rank in watchers]),
+            telemetry=t.merge_telemetry([r.Telemetry.model_validate(rows[rank]["telemetry"]) for rank in watchers]),
         )
 
     def _shapes(self, jobs: Sequence[Job | None]) -> dict[str, Any]:
         """What was run in which order, over all replicas: `order`, `micro_batch_sizes`, `tasks`, `replica_tasks`."""
         order: list[int] = []
         sizes: list[int] = []
-        tasks: list[TaskShape] = []
+        tasks: list[r.TaskShape] = []
         counts: list[int] = []
         chunked = self.job.chunk_size is not None
         for replica, job in enumerate(jobs):
             own = job.tasks() if job is not None else ()
-            tasks += [TaskShape.of(task, first_micro_batch=len(sizes), chunked=chunked) for task in own]
+            tasks += [r.TaskShape.of(task, first_micro_batch=len(sizes), chunked=chunked) for task in own]
             counts.append(len(own))
             if job is not None:
                 share = self.job.share(replica, len(jobs))
@@ -212,7 +194,7 @@ class PlanRun:
             "replica_tasks": tuple(counts) if len(jobs) > 1 else None,
         }
 
-    def _pass(self, number: int, jobs: Sequence[Job | None], timed_check: TimedCheck) -> Iteration:
+    def _pass(self, number: int, jobs: Sequence[Job | None], timed_check: TimedCheck) -> r.Iteration:
         """A timed pass; `number` counts them."""
         placement = self.host.placement
         result = self.host.run(jobs)
@@ -222,17 +204,17 @@ class PlanRun:
         assert placement is not None
         seen = [rows[rank] for rank in placement.ranks]
         last = [rows[rank] for rank in placement.last_ranks]
-        return Iteration(
+        return r.Iteration(
             duration_s=round(duration_s, 6),
             token_times_s=tuple(itertools.chain.from_iterable(row["tokens_s"] for row in last)),
-            stages=tuple(StageTrace.model_validate(row["trace"]) for row in seen),
+            stages=tuple(r.StageTrace.model_validate(row["trace"]) for row in seen),
             host_gap_s=tuple(row["gap_s"] for row in seen),
         )
 
     def _kv_bytes(self) -> int:
         return self.host.loop.kv_bytes() if self.host.loop is not None else 0
 
-    def _memory(self) -> StageMemory:
+    def _memory(self) -> r.StageMemory:
         host = self.host
         assert host.index is not None
         weights = host.stage.weights_bytes()
@@ -247,17 +229,17 @@ class PlanRun:
                 "peak_bytes": peak,
                 "peak_source": "cuda_allocator",
                 "graphs_bytes": uncounted + driver,
-                "nvml_used_bytes": sensors_for([host.device.name]).state()[0].memory_used_bytes,
+                "nvml_used_bytes": t.sensors_for([host.device.name]).state()[0].memory_used_bytes,
             }
         else:
             lens = {"prompt_len": self.job.longest, "output_len": self.job.output_len}
             own = {
                 "activation_bytes": stage_bytes(host.shape, self.plan, host.index, **lens).activations,
-                "peak_bytes": peak_rss_bytes(),
+                "peak_bytes": t.peak_rss_bytes(),
                 "peak_source": "vm_hwm",
                 "baseline_bytes": host.idle_bytes,
             }
-        return StageMemory(device=host.device.name, weights_bytes=weights, kv_bytes=kv, cap_bytes=cap, **own)
+        return r.StageMemory(device=host.device.name, weights_bytes=weights, kv_bytes=kv, cap_bytes=cap, **own)
 
 
 def _seen(result: PassResult | None, zero_s: float) -> dict[str, Any]:

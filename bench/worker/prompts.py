@@ -3,8 +3,6 @@
 Rank 0 reads and tokenizes, and the others take its word.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -217,7 +217,8 @@ def test_in_flight_is_no_more_than_micro_batches_nor_the_plan_s_own_limit() -> N
 def test_slots_leave_room_for_the_prompts_beside_them() -> None:
     def slots(wanted: Plan, room: int) -> int | Failure:
         lens = {"prompt_len": 32, "output_len": 8}
-        return resolve_slots(shape(), wanted, **lens, device_bytes=dict.fromkeys(wanted.devices, room))
+        found = resolve_slots(shape(), wanted, **lens, device_bytes=dict.fromkeys(wanted.devices, room))
+        return found if isinstance(found, Failure) else found.in_flight
 
     wanted = plan(3, 3, micro_batch_size=4, memory_fraction=1.0)
     assert slots(wanted, 2**40) == 4, "two a stage"

@@ -1,7 +1,5 @@
 """`pipetune bench`: measures one plan, serves prompts with it, or compares it with the un-pipelined model."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +8,9 @@ import typer
 
 from pipetune.tuner.cli import options as o
 
-_ENGINE = "vLLM in place of our runtime"
-_engine = partial(typer.Option, rich_help_panel=_ENGINE)
+_engine = partial(typer.Option, rich_help_panel="vLLM in place of our runtime")
 _plan = partial(typer.Option, rich_help_panel="Plan (one of --plan, --device-map and --layers)")
+_load = partial(typer.Option, rich_help_panel="Load")
 
 
 @o.on_hosts
@@ -46,8 +44,7 @@ def bench(
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison.")] = 5,
     engine_python: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Python that has vLLM, which runs the plan then.", rich_help_panel=_ENGINE),
+        Path | None, _engine(metavar="FILE", help="Python that has vLLM, which runs the plan then.")
     ] = None,
     max_num_batched_tokens: Annotated[int | None, _engine(min=1, help="Tokens of a batch. [the engine's]")] = None,
     max_num_seqs: Annotated[int | None, _engine(min=1, help="Sequences at once. [the engine's]")] = None,
@@ -56,27 +53,16 @@ def bench(
     ] = None,
     tensor_parallel_size: Annotated[int | None, _engine(min=1, help="Workers that share each layer. [1]")] = None,
     enforce_eager: Annotated[bool | None, _engine("--enforce-eager", help="Compile nothing.")] = None,
-    sweep: Annotated[
-        str | None, typer.Option(metavar="2,4,8", help="Rates to measure one after the other.", rich_help_panel="Load")
-    ] = None,
+    sweep: Annotated[str | None, _load(metavar="2,4,8", help="Rates to measure one after the other.")] = None,
     max_request_rate: Annotated[
-        bool,
-        typer.Option(
-            "--max-request-rate",
-            help="Find the highest rate that keeps --goodput, from --request-rate on.",
-            rich_help_panel="Load",
-        ),
+        bool, _load("--max-request-rate", help="Find the highest rate that keeps --goodput, from --request-rate on.")
     ] = False,
-    most_rates: Annotated[int, typer.Option(min=2, help="Rates it tries at most.", rich_help_panel="Load")] = 6,
+    most_rates: Annotated[int, _load(min=2, help="Rates it tries at most.")] = 6,
     plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Latency against rate, as PNG; the curves of --beside too.", rich_help_panel="Load"
-        ),
+        Path | None, _load(metavar="FILE", help="Latency against rate, as PNG; the curves of --beside too.")
     ] = None,
     beside: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Records of another plan's sweep (-o), for --plot.", rich_help_panel="Load"),
+        list[Path] | None, _load(metavar="FILE", help="Records of another plan's sweep (-o), for --plot.")
     ] = None,
     save_outputs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what is generated or scored, as JSONL.")
@@ -119,10 +105,7 @@ def bench(
             "--engine-python: vLLM's plans are measured alone; leave out --compare-baseline, --save-outputs"
         )
     check_load(
-        resolved.config,
-        compare_baseline=compare_baseline,
-        saves_outputs=save_outputs is not None,
-        finds_rate=max_request_rate,
+        resolved.config, compare_baseline=compare_baseline, saves=save_outputs is not None, finds_rate=max_request_rate
     )
     if show_config:
         typer.echo(sources.show(resolved), nl=False)

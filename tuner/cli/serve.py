@@ -1,7 +1,5 @@
 """`pipetune serve`: a plan behind OpenAI's HTTP API."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`bench`'s work: one plan measured, compared with the un-pipelined model, or used to generate."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -204,24 +202,24 @@ class _Work:
         )
 
     def _find_rate(
-        self, first: Measurement, effective: EffectivePlan, protocol: Protocol
+        self, outcome: Outcome, effective: EffectivePlan, protocol: Protocol
     ) -> tuple[list[tuple[float, Measurement]], float | None]:
         """What was measured at each rate tried, and the highest that is sustained, if two of them enclose it."""
         arrivals, wanted = self.job.config.workload.arrivals, self.job.config.slo_attainment
         assert arrivals is not None
         assert arrivals.request_rate is not None
-        found = {arrivals.request_rate: first}
-        while True:
-            shares = {rate: metrics.derive(one)["slo_attainment"] for rate, one in found.items()}
-            low, high = rates.bracket(shares, wanted)
-            is_narrow = low is not None and high is not None and high <= low * (1 + _NARROW)
-            if is_narrow or len(found) == self.job.most_rates:
-                return sorted(found.items()), rates.estimate(shares, wanted)
-            rate = float(f"{rates.next_rate(shares, wanted, guess=arrivals.request_rate):.4g}")
-            outcome = self._measure(f"measuring at {rate:g} requests/s", effective, protocol, rate=rate)
-            if rate in found or isinstance(outcome, Failure):
-                return sorted(found.items()), rates.estimate(shares, wanted)
+        found: dict[float, Measurement] = {}
+        rate, shares = arrivals.request_rate, dict[float, float]()
+        while isinstance(outcome, Measurement):
             found[rate] = outcome
+            shares = {one: metrics.derive(measured)["slo_attainment"] for one, measured in found.items()}
+            low, high = rates.bracket(shares, wanted)
+            rate = float(f"{rates.next_rate(shares, wanted, guess=arrivals.request_rate):.4g}")
+            is_narrow = low is not None and high is not None and high <= low * (1 + _NARROW)
+            if is_narrow or rate in found or len(found) == self.job.most_rates:
+                break
+            outcome = self._measure(f"measuring at {rate:g} requests/s", effective, protocol, rate=rate)
+        return sorted(found.items()), rates.estimate(shares, wanted)
 
     def _measure(
         self,
@@ -280,12 +278,7 @@ class _Work:
         objective = Objective(metric=SCORE_OBJECTIVE if config.workload.kind == "score" else GENERATE_OBJECTIVE)
         while True:
             due = finals.next_step(
-                self.records,
-                finalists,
-                objectives=(objective,),
-                min_rounds=rounds,
-                max_rounds=rounds,
-                seed=config.seed,
+                self.records, finalists, objectives=(objective,), min_rounds=rounds, max_rounds=rounds, seed=config.seed
             )
             if isinstance(due, finals.FinalsResult):
                 return comparison_of(self.records, titles, objective), missing
@@ -306,9 +299,8 @@ class _Work:
             for outcome, size in zip(outcomes, sizes, strict=True)
             if isinstance(outcome, Measurement)
         ]
-        return (
-            min(found)[1] if found else next(outcome for outcome in reversed(outcomes) if isinstance(outcome, Failure))
-        )
+        failures = (outcome for outcome in reversed(outcomes) if isinstance(outcome, Failure))
+        return min(found)[1] if found else next(failures)
 
     def _outputs(self, effective: EffectivePlan) -> str:
         workload = self.job.config.workload

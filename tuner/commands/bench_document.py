@@ -1,7 +1,5 @@
 """What `bench` found, for people and for machines."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,19 +10,9 @@ from pipetune.tuner.commands.bench import BenchResult, Comparison
 from pipetune.tuner.commands.conclude import PLANS_FAULT
 from pipetune.tuner.commands.sweep import sweep_table
 from pipetune.tuner.progress import values_text
+from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.data import host_us_a_task
 from pipetune.tuner.report.document import GAP, Column, Document, Part, Table, Text, left, rows_of
-from pipetune.tuner.report.wording import (
-    MISSING,
-    bytes_text,
-    compared_text,
-    model_text,
-    ms_text,
-    number_text,
-    percent_text,
-    steps_text,
-    workload_text,
-)
 
 _RATES = ("output_throughput", "total_token_throughput")
 _MOST_SHOWN = 4
@@ -88,7 +76,7 @@ def _swept(result: BenchResult) -> Iterator[Part]:
     assert spec is not None
     # Rates stand in the table.
     workload = spec.workload.model_copy(update={"arrivals": None})
-    yield Text(f"{model_text(spec.model)} · {workload_text(workload, result.sweep[0][1].prompt_lens)}")
+    yield Text(f"{w.model_text(spec.model)} · {w.workload_text(workload, result.sweep[0][1].prompt_lens)}")
     yield Text(f"{result.plan.describe()} · {result.in_flight} in flight")
     yield GAP
     yield sweep_table(result.sweep)
@@ -105,10 +93,10 @@ def _swept(result: BenchResult) -> Iterator[Part]:
 def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
     plan, derived = result.plan, metrics.derive(outcome)
     rates, spec, name = metrics.throughputs(outcome), result.spec, next(name for name in _RATES if name in derived)
-    named = f"{model_text(spec.model)} · {workload_text(spec.workload, outcome.prompt_lens)} · " if spec else ""
+    named = f"{w.model_text(spec.model)} · {w.workload_text(spec.workload, outcome.prompt_lens)} · " if spec else ""
     yield Text(f"{named}{len(rates)} iteration{'' if len(rates) == 1 else 's'}")
     yield Text(f"{plan.describe()} · {result.in_flight} in flight")
-    sd = f" ± {number_text(statistics.stdev(rates))}" if len(rates) > 1 else ""
+    sd = f" ± {w.number_text(statistics.stdev(rates))}" if len(rates) > 1 else ""
     yield Text(f"{derived[name]:.1f}{sd} tok/s · {values_text(derived, ['bubble_ratio'])}".removesuffix(" · "))
     yield GAP
     if outcome.is_under_arrivals:
@@ -116,7 +104,7 @@ def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
     named_ = {name: name.upper() for name in metrics.LATENCIES} | {"itl": "ITL", "client_queue_time": "CLIENT QUEUE"}
     latencies = {name: title for name, title in named_.items() if f"mean_{name}_ms" in derived}
     shown = ("mean", "median", "p99")
-    times = [(title, *(ms_text(derived.get(f"{of}_{name}_ms")) for of in shown)) for name, title in latencies.items()]
+    times = [(title, *(w.ms_text(derived.get(f"{of}_{name}_ms")) for of in shown)) for name, title in latencies.items()]
     yield Table(columns=(left(""), *map(Column, shown)), rows=rows_of(times))
     yield GAP
     stages, host_us = metrics.stage_metrics(outcome), host_us_a_task(outcome)
@@ -130,34 +118,34 @@ def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
                 f"{replica}.{own}" if plan.replicas > 1 else str(own),
                 device,
                 stage.range_text,
-                f"{stages['stage_busy_ms'][index] / 1e3:.2f} s" if stages else MISSING,
-                f"{stages['comm_ms'][index] / 1e3:.2f} s" if stages else MISSING,
-                f"{host_us[index]:.0f} µs" if host_us else MISSING,
-                bytes_text(memory.peak_bytes if memory else None),
-                _of_cap_text(memory) if memory else MISSING,
+                f"{stages['stage_busy_ms'][index] / 1e3:.2f} s" if stages else w.MISSING,
+                f"{stages['comm_ms'][index] / 1e3:.2f} s" if stages else w.MISSING,
+                f"{host_us[index]:.0f} µs" if host_us else w.MISSING,
+                w.bytes_text(memory.peak_bytes if memory else None),
+                _of_cap_text(memory) if memory else w.MISSING,
             )
         )
     numbers = map(Column, ("busy", "waits", "host/task", "peak memory", "of its cap"))
     yield Table(columns=(*map(left, ("stage", "device", "layers")), *numbers), rows=rows_of(rows))
     if plan.replicas > 1:
         yield Text("stages are numbered replica.stage")
-    yield Text(f"before the timed iterations: {steps_text(outcome)}")
+    yield Text(f"before the timed iterations: {w.steps_text(outcome)}")
 
 
 def _load_text(derived: Mapping[str, float]) -> str:
     """`3.9 requests/s done · 0.8 good ones (92 %) · idle 3 % · noticed within 12 ms`."""
     parts = [f"{derived['request_throughput']:.2f} requests/s done"]
     if "request_goodput" in derived:
-        parts.append(f"{derived['request_goodput']:.2f} good ones ({percent_text(derived['slo_attainment'])})")
+        parts.append(f"{derived['request_goodput']:.2f} good ones ({w.percent_text(derived['slo_attainment'])})")
     if "idle_ratio" in derived:
-        parts.append(f"idle {percent_text(derived['idle_ratio'])}")
-    return " · ".join((*parts, f"noticed within {ms_text(derived['arrival_lag_ms'])}"))
+        parts.append(f"idle {w.percent_text(derived['idle_ratio'])}")
+    return " · ".join((*parts, f"noticed within {w.ms_text(derived['arrival_lag_ms'])}"))
 
 
 def _of_cap_text(memory: StageMemory) -> str:
     """`9 % of 3.6 GiB`: what the model takes, without what the process took before any was loaded."""
     share = (memory.peak_bytes - memory.baseline_bytes) / memory.cap_bytes
-    return f"{percent_text(share)} of {bytes_text(memory.cap_bytes)}"
+    return f"{w.percent_text(share)} of {w.bytes_text(memory.cap_bytes)}"
 
 
 def _comparison(result: BenchResult, comparison: Comparison) -> Iterator[Part]:
@@ -173,8 +161,8 @@ def _comparison(result: BenchResult, comparison: Comparison) -> Iterator[Part]:
                 f"{row.throughput:.1f}",
                 f"{row.iqr:.1f}",
                 f"{row.ratio:.2f}",
-                MISSING if row.ratio_low is None else f"{row.ratio_low:.2f}–{row.ratio_high:.2f}",
-                MISSING if row.bubble_ratio is None else f"{100 * row.bubble_ratio:.0f} %",
+                w.MISSING if row.ratio_low is None else f"{row.ratio_low:.2f}–{row.ratio_high:.2f}",
+                w.MISSING if row.bubble_ratio is None else f"{100 * row.bubble_ratio:.0f} %",
                 f"{wait_ms / 1e3:.2f} s",
                 _busy_text(row.stage_busy_ms),
             )
@@ -194,7 +182,7 @@ def _comparison(result: BenchResult, comparison: Comparison) -> Iterator[Part]:
 def _busy_text(stage_busy_ms: Sequence[float]) -> str:
     """Seconds of each stage, or of very many the least and the largest."""
     if not stage_busy_ms:
-        return MISSING
+        return w.MISSING
     shown = [f"{busy / 1e3:.2f}" for busy in stage_busy_ms]
     if len(shown) > _MOST_SHOWN:
         shown = [f"{min(stage_busy_ms) / 1e3:.2f}–{max(stage_busy_ms) / 1e3:.2f}"]
@@ -206,5 +194,5 @@ def _check_text(outcome: Measurement) -> str:
     if check is None:
         return "output: not checked"
     tokens = {True: ", tokens equal", False: ", free-running tokens differ at near ties", None: ""}[check.tokens_equal]
-    compared = compared_text(check, scored=outcome.output_len == 0)
+    compared = w.compared_text(check, scored=outcome.output_len == 0)
     return f"output: as the {check.reference} model says, {compared}{tokens}"

@@ -231,12 +231,7 @@ def rank(plans: Sequence[PlannedPlan], objective: str) -> tuple[PlannedPlan, ...
 
 
 def _under_load(
-    config: TuneConfig,
-    known: Known,
-    planned: Sequence[PlannedPlan],
-    model: CostModel,
-    reporter: Reporter,
-    top: int,
+    config: TuneConfig, known: Known, planned: Sequence[PlannedPlan], model: CostModel, reporter: Reporter, top: int
 ) -> tuple[list[PlannedPlan], str, tuple[str, ...]]:
     """Plans as they are under arrivals, the metric that ranks them, and what a reader must know.
 
@@ -297,16 +292,11 @@ def _under_load(
 def _loaded(one: PlannedPlan, load: LoadPrediction, config: TuneConfig) -> PlannedPlan:
     memory = {name: value for name, value in one.metrics.items() if name.startswith("peak_")}
     metrics = load.metrics(config.workload.goodput) | memory
-    return replace(
-        one,
-        load=load,
-        metrics=metrics,
-        broken=_broken(config, metrics),
-        stages=tuple(
-            replace(stage, busy_s=busy_s, idle_share=1.0 - busy_s / load.duration_s)
-            for stage, busy_s in zip(one.stages, load.busy_s, strict=True)
-        ),
+    stages = tuple(
+        replace(stage, busy_s=busy_s, idle_share=1.0 - busy_s / load.duration_s)
+        for stage, busy_s in zip(one.stages, load.busy_s, strict=True)
     )
+    return replace(one, load=load, metrics=metrics, broken=_broken(config, metrics), stages=stages)
 
 
 def _broken(config: TuneConfig, metrics: Mapping[str, float]) -> tuple[Constraint, ...]:

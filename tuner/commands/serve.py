@@ -4,8 +4,6 @@ What the runtime cannot do is refused in words, never left out: other settings o
 answers to a prompt, log-probabilities, tools.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -15,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -75,6 +74,10 @@ class Body(BaseModel):
     ignore_eos: bool = False
 
 
+_Pieces = asyncio.Queue[tuple[int, str | None]]
+"""Text of a choice as it comes, by the choice's number; None once its result is there."""
+
+
 @dataclass
 class _Choice:
     """One prompt's answer as it grows."""
@@ -105,12 +108,8 @@ class _Choice:
 
     def ready(self) -> str:
         """Text that may be sent now: no end of it may still become a stop text."""
-        held = 0
-        if self.finish_reason is None:
-            held = max(
-                (size for stop in self.stops for size in range(1, len(stop)) if self.text.endswith(stop[:size])),
-                default=0,
-            )
+        begun = (stop[:size] for stop in self.stops for size in range(1, len(stop)) if self.finish_reason is None)
+        held = max((len(part) for part in begun if self.text.endswith(part)), default=0)
         piece = self.text[self.sent : len(self.text) - held]
         self.sent += len(piece)
         return piece
@@ -129,8 +128,8 @@ class Api:
         """The application."""
         return Starlette(
             routes=[
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", partial(self._answer, is_chat=False), methods=["POST"]),
+                Route("/v1/chat/completions", partial(self._answer, is_chat=True), methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/health", self._health),
             ],
@@ -144,15 +143,9 @@ class Api:
     async def _health(self, request: Request) -> Response:
         return Response(status_code=200 if self.queue.is_open else 503)
 
-    async def _completions(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=False)
-
-    async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=True)
-
     async def _answer(self, request: Request, *, is_chat: bool) -> Response:
         body, given = await self._read(request, "messages" if is_chat else "prompt")
-        pieces: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
+        pieces: _Pieces = asyncio.Queue()
         choices = self._submit(body, given, pieces, is_chat=is_chat)
         kind = ("chat.completion" if is_chat else "text_completion") + ".chunk" * (is_chat and body.stream)
         prefix = "chatcmpl" if is_chat else "cmpl"
@@ -195,9 +188,8 @@ class Api:
         for name, only in _ONLY.items():
             if (value := values.get(name)) not in (None, only):
                 raise Refused(f"{name}={value!r} is not served; leave it out, or give {only!r}", param=name)
-        mine = self.sampling or Sampling(temperature=1.0)
-        fixed = {"temperature": 0.0 if self.sampling is None else mine.temperature}
-        fixed |= {} if self.sampling is None else {"top_p": mine.top_p, "top_k": mine.top_k}
+        mine = self.sampling
+        fixed = {"temperature": 0.0} if mine is None else mine.model_dump(include={"temperature", "top_p", "top_k"})
         for name, only in fixed.items():
             if (value := getattr(body, name)) not in (None, only):
                 raise Refused(f"{name}={value}: this server draws all tokens with {name}={only}", param=name)
@@ -206,9 +198,7 @@ class Api:
         options = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
         return body, {name: values[name] for name in (key, *options) if name in values}
 
-    def _submit(
-        self, body: Body, given: Mapping[str, Any], pieces: asyncio.Queue[tuple[int, str | None]], *, is_chat: bool
-    ) -> list[_Choice]:
+    def _submit(self, body: Body, given: Mapping[str, Any], pieces: _Pieces, *, is_chat: bool) -> list[_Choice]:
         limit = body.max_completion_tokens or body.max_tokens or (None if is_chat else DEFAULT_MAX_TOKENS)
         stops = [stop for stop in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if stop]
         loop, choices = asyncio.get_running_loop(), list[_Choice]()
@@ -227,12 +217,9 @@ class Api:
                     on_text=lambda piece, index=index: tell(index, piece),  # type: ignore[misc]
                 )
                 choices.append(_Choice(handle, limit or self.queue.max_len, stops))
-        except ConfigError as error:
-            _cancel(choices)
-            raise Refused(str(error)) from None
         except PipetuneError as error:
             _cancel(choices)
-            raise Refused(str(error), status=503) from None
+            raise Refused(str(error), status=400 if isinstance(error, ConfigError) else 503) from None
         return choices
 
 
@@ -252,7 +239,7 @@ def _cancel(choices: Sequence[_Choice]) -> None:
             choice.handle.cancel()
 
 
-async def _grown(choices: Sequence[_Choice], pieces: asyncio.Queue[tuple[int, str | None]]) -> AsyncIterator[int]:
+async def _grown(choices: Sequence[_Choice], pieces: _Pieces) -> AsyncIterator[int]:
     """Choices, each time that one has grown or ended, until all have.
 
     Raises:
@@ -267,34 +254,23 @@ async def _grown(choices: Sequence[_Choice], pieces: asyncio.Queue[tuple[int, st
             left -= 1
             try:
                 choices[index].end()
-            except ConfigError as error:
-                raise Refused(str(error)) from None
             except PipetuneError as error:
-                raise Refused(str(error), status=500) from None
+                raise Refused(str(error), status=400 if isinstance(error, ConfigError) else 500) from None
         yield index
 
 
-async def _collect(choices: Sequence[_Choice], pieces: asyncio.Queue[tuple[int, str | None]]) -> None:
+async def _collect(choices: Sequence[_Choice], pieces: _Pieces) -> None:
     async for _ in _grown(choices, pieces):
         pass
 
 
 async def _events(
-    choices: Sequence[_Choice],
-    pieces: asyncio.Queue[tuple[int, str | None]],
-    head: Mapping[str, Any],
-    *,
-    is_chat: bool,
-    wants_usage: bool,
+    choices: Sequence[_Choice], pieces: _Pieces, head: Mapping[str, Any], *, is_chat: bool, wants_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events of a streamed answer."""
 
     def event(choice: Mapping[str, Any] | None, **more: Any) -> str:
         return f"data: {json.dumps({**head, 'choices': [choice] if choice else [], **more})}\n\n"
-
-    def part(index: int, text: str, reason: str | None) -> dict[str, Any]:
-        said: dict[str, Any] = {"delta": {"content": text} if text else {}} if is_chat else {"text": text}
-        return {"index": index, **said, "logprobs": None, "finish_reason": reason}
 
     try:
         if is_chat:
@@ -304,7 +280,8 @@ async def _events(
             choice = choices[index]
             text, reason = choice.ready(), choice.finish_reason if choice.result is not None else None
             if text or reason:
-                yield event(part(index, text, reason))
+                said: dict[str, Any] = {"delta": {"content": text} if text else {}} if is_chat else {"text": text}
+                yield event({"index": index, **said, "logprobs": None, "finish_reason": reason})
         if wants_usage:
             yield event(None, usage=_usage(choices))
     except Refused as error:
@@ -317,10 +294,7 @@ async def _events(
 
 def _usage(choices: Sequence[_Choice]) -> dict[str, int]:
     results = [choice.result for choice in choices if choice.result is not None]
-    prompt, completion = (
-        sum(map(len, column))
-        for column in zip(*((one.prompt_token_ids, one.token_ids) for one in results), strict=True)
-    )
+    prompt, completion = (sum(len(getattr(one, of)) for one in results) for of in ("prompt_token_ids", "token_ids"))
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
@@ -339,14 +313,11 @@ def serve(api: Api, *, host: str, port: int, say: Callable[[str], object]) -> No
     server = uvicorn.Server(uvicorn.Config(api.app(), log_level="warning", access_log=False))
 
     async def run() -> None:
-        async def watch() -> None:
-            while api.queue.is_open and not server.should_exit:
-                await asyncio.sleep(0.5)
-            server.should_exit = True
-
-        watching = asyncio.create_task(watch())
-        await server.serve(sockets=[listener])
-        watching.cancel()
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while api.queue.is_open and not serving.done():
+            await asyncio.wait({serving}, timeout=0.5)
+        server.should_exit = True
+        await serving
 
     # Once all is served, uvicorn raises the signal again that ended it: what ends here ends well.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}

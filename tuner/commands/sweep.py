@@ -1,7 +1,5 @@
 """A plan at several rates: what is asked for, the table, and the plot of latency against rate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +28,7 @@ def rates_of(text: str | None) -> tuple[float, ...]:
     return rates
 
 
-def check_load(config: TuneConfig, *, compare_baseline: bool, saves_outputs: bool, finds_rate: bool) -> None:
+def check_load(config: TuneConfig, *, compare_baseline: bool, saves: bool, finds_rate: bool) -> None:
     """Refuses what cannot be done under arrivals.
 
     Raises:
@@ -45,7 +43,7 @@ def check_load(config: TuneConfig, *, compare_baseline: bool, saves_outputs: boo
         raise ConfigError("--max-concurrency: it hides what rate a plan sustains; leave it out with --max-request-rate")
     refused = {
         "--compare-baseline: the un-pipelined model takes a batch at once": compare_baseline,
-        "--save-outputs: it generates for a batch at once": saves_outputs,
+        "--save-outputs: it generates for a batch at once": saves,
         "--workload-kind score: texts are scored in batches": workload.kind == "score",
     }
     if why := next((text for text, applies in refused.items() if applies), None):
@@ -60,15 +58,9 @@ def sweep_table(sweep: Sequence[tuple[float, Measurement]]) -> Table:
         values = metrics.derive(measurement)
         latencies = (f"{of}_{name}_ms" for name in ("ttft", "tpot") for of in ("median", "p99"))
         shares = (values.get(name) for name in ("slo_attainment", "bubble_ratio", "idle_ratio"))
-        rows.append(
-            (
-                f"{rate:g}",
-                f"{values['request_throughput']:.2f}",
-                f"{values['output_throughput']:.0f}",
-                *(ms_text(values.get(name)) for name in latencies),
-                *(MISSING if share is None else percent_text(share) for share in shares),
-            )
-        )
+        rates = f"{rate:g}", f"{values['request_throughput']:.2f}", f"{values['output_throughput']:.0f}"
+        times = (ms_text(values.get(name)) for name in latencies)
+        rows.append((*rates, *times, *(MISSING if share is None else percent_text(share) for share in shares)))
     return Table(columns=tuple(map(Column, heads)), rows=rows_of(rows))
 
 
@@ -78,23 +70,18 @@ def draw_sweeps(path: Path, records: Sequence[Record]) -> None:
 
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        arrivals = record.spec.workload.arrivals if record.spec is not None else None
-        if arrivals is None or arrivals.request_rate is None or not isinstance(record.result, Measurement):
-            continue
-        assert record.spec is not None
-        values = metrics.derive(record.result)
-        name = "p90_ttft_ms" if "p90_ttft_ms" in values else "median_ttft_ms"
-        curves.setdefault(record.spec.plan.describe(), []).append((arrivals.request_rate, values[name]))
+        arrivals = record.spec and record.spec.workload.arrivals
+        if record.spec and arrivals and arrivals.request_rate and isinstance(record.result, Measurement):
+            values = metrics.derive(record.result)
+            name = "p90_ttft_ms" if "p90_ttft_ms" in values else "median_ttft_ms"
+            curves.setdefault(record.spec.plan.describe(), []).append((arrivals.request_rate, values[name]))
     lines = tuple(
         Line(xs=xs, ys=ys, colour=colour, label=plan)
         for (plan, points), colour in zip(curves.items(), SERIES, strict=False)
         for xs, ys in [tuple(zip(*sorted(points), strict=True))]
     )
     chart = Chart(
-        title="Time to first token against rate",
-        x_label="requests per second",
-        y_label="p90 TTFT, ms",
-        marks=lines,
+        title="Time to first token against rate", x_label="requests per second", y_label="p90 TTFT, ms", marks=lines
     )
     path.write_bytes(render_png(chart))
 

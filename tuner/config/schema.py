@@ -1,7 +1,5 @@
 """All settings of a study as one frozen value; its defaults are the only ones, its dump is `study.yaml`."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

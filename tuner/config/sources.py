@@ -1,7 +1,5 @@
 """Where settings come from: flags over environment over file over defaults, each value with its source."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import itertools
@@ -125,11 +123,8 @@ def resolve(
     if "name" not in layers.values.get("model", {}):
         raise ConfigError("model.name: no model is given; use --model ID_OR_FOLDER, or model: {name: …} in a --config")
     config = layers.config()
-    return Resolved(
-        config=config.model_copy(update={"model": _from_anywhere(config.model)}),
-        sources=layers.sources,
-        warnings=tuple(warnings),
-    )
+    config = config.model_copy(update={"model": _from_anywhere(config.model)})
+    return Resolved(config=config, sources=layers.sources, warnings=tuple(warnings))
 
 
 def _from_anywhere(model: ModelSpec) -> ModelSpec:

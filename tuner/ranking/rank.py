@@ -15,18 +15,8 @@ from typing import Any
 from pipetune.bench.record import SHARED_DEVICE_NOTE, Failure, FailureKind, Measurement, OutputCheck, Record
 from pipetune.bench.spec import Plan
 from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, Constraint, SpaceConfig
+from pipetune.tuner.ranking import runs as r
 from pipetune.tuner.ranking.order import ordered, pareto_front
-from pipetune.tuner.ranking.runs import (
-    BASELINE,
-    Finals,
-    PlanRun,
-    by_name,
-    measured_spread,
-    medians_of,
-    searched_runs,
-    separation_of,
-    unpaired,
-)
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Objective, Ranking, Rival, Row, Spread
 from pipetune.tuner.stats.ratios import Ratio
 
@@ -60,10 +50,10 @@ def rank(
     assert objectives, "a ranking needs an objective"
     first = objectives[0]
     records = sorted(records, key=lambda record: record.number)
-    runs = [PlanRun(record) for record in records]
-    finals = Finals(runs, first)
+    runs = [r.PlanRun(record) for record in records]
+    finals = r.Finals(runs, first)
     measured = [run for run in runs if run.metrics]
-    plans = by_name([run for run in measured if run.record.effective])
+    plans = r.by_name([run for run in measured if run.record.effective])
     failed_runs = Counter(
         record.effective.key
         for record in records
@@ -75,7 +65,7 @@ def rank(
     front = pareto_front(fit, objectives)
     rows = [row.model_copy(update={"on_front": row.key in front}) for row in rows]
     rows, recommended_because = ordered(rows, objectives, state)
-    separation = separation_of(
+    separation = r.separation_of(
         [row for row in rows if row.feasible and not row.unranked_because], state, several=len(objectives) > 1
     )
 
@@ -83,14 +73,16 @@ def rank(
     rows.sort(key=lambda row: row.unranked_because is not None)
     compared = [row for row in rows if row.is_reference or not row.unranked_because]
     single = next((row for row in compared if len(row.plan.devices) == 1), None)
-    searched = {key: measured_spread(searched_runs(group), first.metric) for key, group in plans.items()}
-    searched[BASELINE] = next((row.spread for row in sweep if baseline and row.batch_size == baseline.batch_size), None)
+    searched = {key: r.measured_spread(r.searched_runs(group), first.metric) for key, group in plans.items()}
+    searched[r.BASELINE] = next(
+        (row.spread for row in sweep if baseline and row.batch_size == baseline.batch_size), None
+    )
 
     def gain(ours: str, theirs: str, *, anyhow: bool = False) -> Ratio | None:
         """Within the finals that ours was in; else, or `anyhow` without theirs, by the search's values."""
         if state and ours in finals.rounds and (theirs in finals.rounds or not anyhow):
             return state.ratio(ours, theirs) if theirs in finals.rounds else None
-        return unpaired(first, searched.get(ours), searched.get(theirs))
+        return r.unpaired(first, searched.get(ours), searched.get(theirs))
 
     def complete(row: Row, position: int) -> Row:
         update: dict[str, object] = {
@@ -98,7 +90,7 @@ def rank(
             "tied": row.key in separation.tied,
         }
         if row.is_reference or not row.unranked_because:
-            update["speedup_over_baseline"] = gain(row.key, BASELINE)
+            update["speedup_over_baseline"] = gain(row.key, r.BASELINE)
             update["speedup_over_single_stage"] = gain(row.key, single.key) if single else None
         return row.model_copy(update=update)
 
@@ -145,8 +137,8 @@ def _batch_size(record: Record) -> int | None:
 
 
 def _row(
-    group: Sequence[PlanRun],
-    finals: Finals,
+    group: Sequence[r.PlanRun],
+    finals: r.Finals,
     objectives: Sequence[Objective],
     constraints: Sequence[Constraint],
     failed_runs: int,
@@ -182,22 +174,22 @@ def _row(
     )
 
 
-def _pooled(group: Sequence[PlanRun], finals: Finals, name: str | None) -> tuple[list[PlanRun], dict[str, Any]]:
+def _pooled(group: Sequence[r.PlanRun], finals: r.Finals, name: str | None) -> tuple[list[r.PlanRun], dict[str, Any]]:
     """What a row of either kind says of all of its runs, and of those that its values come from, which are given too.
 
     Args:
         name: in the finals; None for values of the search, whatever came later.
     """
     rounds = finals.rounds.get(name, 0) if name else 0
-    used = finals.runs(name) if name and rounds else searched_runs(group)
+    used = finals.runs(name) if name and rounds else r.searched_runs(group)
 
     def spread(metric: str) -> Spread | None:
-        return finals.spread(name, metric) if name and rounds else measured_spread(used, metric)
+        return finals.spread(name, metric) if name and rounds else r.measured_spread(used, metric)
 
     return used, {
         "spread": spread(finals.objective.metric),
         "throughput": spread(GENERATE_OBJECTIVE) or spread(SCORE_OBJECTIVE),
-        "metrics": finals.values(name) if name and rounds else medians_of(used),
+        "metrics": finals.values(name) if name and rounds else r.medians_of(used),
         "in_finals": rounds > 0,
         "confirmed": rounds > 1,
         "records": tuple(run.record.number for run in group),
@@ -243,13 +235,13 @@ def _is_wrong(check: OutputCheck) -> bool:
 
 
 def _baselines(
-    runs: Sequence[PlanRun], finals: Finals, constraints: Sequence[Constraint]
+    runs: Sequence[r.PlanRun], finals: r.Finals, constraints: Sequence[Constraint]
 ) -> tuple[tuple[BaselineRow, ...], BaselineRow | None]:
     """The un-pipelined model at every batch size tried, and at its best one.
 
     The best is chosen by the sweep, among those that keep the constraints if any does, unless the finals chose already.
     """
-    by_size: dict[int, list[PlanRun]] = {}
+    by_size: dict[int, list[r.PlanRun]] = {}
     for run in runs:
         by_size.setdefault(run.measurement.batch_size or len(run.measurement.order), []).append(run)
 
@@ -265,4 +257,4 @@ def _baselines(
         was_chosen = any(run.confirms for run in by_size[size])
         return not was_chosen, broken, row.value is None, cost, -row.throughput.median
 
-    return tuple(sweep.values()), row(min(sweep, key=order), BASELINE) if sweep else None
+    return tuple(sweep.values()), row(min(sweep, key=order), r.BASELINE) if sweep else None

@@ -5,8 +5,6 @@ one is where a line through the two shares, over the logarithm of the rate, cros
 middle, where one of them is of a rate far beyond it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 
@@ -42,7 +40,8 @@ def next_rate(shares: Mapping[float, float], wanted: float, *, guess: float) -> 
 def estimate(shares: Mapping[float, float], wanted: float) -> float | None:
     """The highest rate, where two that were measured enclose it."""
     low, high = bracket(shares, wanted)
-    return None if low is None or high is None else math.exp(_crossing(shares, wanted, low, high, edge=0.0))
+    # By rounding it could lie below a rate that was sustained.
+    return None if low is None or high is None else max(low, math.exp(_crossing(shares, wanted, low, high, edge=0.0)))
 
 
 def _crossing(shares: Mapping[float, float], wanted: float, low: float, high: float, *, edge: float) -> float:

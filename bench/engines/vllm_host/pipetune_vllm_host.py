@@ -4,11 +4,8 @@ Beside it, from before vLLM is imported, a guard waits in a process of its own: 
 it kills what is left of the session and removes its files, also those in /dev/shm.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
-import importlib.metadata
 import json
 import os
 import select
@@ -18,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +95,8 @@ class Host:
 
     def serve(self) -> None:
         """Says who it is, then answers until nobody asks any more."""
-        distributions = importlib.metadata.packages_distributions()
-        versions = {
-            name: importlib.metadata.version(distributions[name][0])
-            for name in ("vllm", "torch", "transformers")
-            if name in distributions
-        }
+        known = packages_distributions()
+        versions = {name: version(known[name][0]) for name in ("vllm", "torch", "transformers") if name in known}
         self._send({"hello": os.getpid(), "versions": versions})
         threading.Thread(target=self._beat, daemon=True).start()
         for line in sys.stdin:
@@ -128,21 +122,16 @@ class Host:
             **settings,
         )
         workers = self._llm.collective_rpc("pipetune_install")
-        config = need(self._llm, "llm_engine", "vllm_config")
-        return {
-            "workers": workers,
-            "max_num_batched_tokens": need(config, "scheduler_config", "max_num_batched_tokens"),
-            "max_num_seqs": need(config, "scheduler_config", "max_num_seqs"),
-        }
+        config = need(self._llm, "llm_engine", "vllm_config", "scheduler_config")
+        return {"workers": workers, **{name: need(config, name) for name in ("max_num_batched_tokens", "max_num_seqs")}}
 
     def do_limits(self, max_num_batched_tokens: int, max_num_seqs: int) -> dict[str, Any]:
         """Other limits of the scheduler, no larger than those that the engine was started with."""
         scheduler = need(self._core, "scheduler")
-        for name in ("max_num_running_reqs", "max_num_active_reqs"):
+        limits = dict.fromkeys(("max_num_running_reqs", "max_num_active_reqs"), max_num_seqs)
+        for name, most in {**limits, "max_num_scheduled_tokens": max_num_batched_tokens}.items():
             need(scheduler, name)
-            setattr(scheduler, name, max_num_seqs)
-        need(scheduler, "max_num_scheduled_tokens")
-        scheduler.max_num_scheduled_tokens = max_num_batched_tokens
+            setattr(scheduler, name, most)
         return {}
 
     def do_repartition(self, layers: list[int]) -> dict[str, Any]:
@@ -228,20 +217,16 @@ class Host:
         if self._llm is None:
             return None
         workers = need(self._core, "model_executor", "workers")
-        ended = [(rank, worker.proc.exitcode) for rank, worker in enumerate(workers)]
-        ended = [one for one in ended if one[1] is not None]
-        if not ended:
-            return None
-        rank, code = min(ended, key=lambda one: (one[1] in (0, -signal.SIGTERM), one[0]))
-        return {"rank": rank, "exit_code": code}
+        codes = ((rank, worker.proc.exitcode) for rank, worker in enumerate(workers))
+        ended = [{"rank": rank, "exit_code": code} for rank, code in codes if code is not None]
+        return min(ended, key=lambda one: (one["exit_code"] in (0, -signal.SIGTERM), one["rank"]), default=None)
 
     def _beat(self) -> None:
         while True:
             time.sleep(BEAT_S)
-            try:
+            died = None
+            with contextlib.suppress(AttributeError):
                 died = self._died()
-            except AttributeError:
-                died = None
             self._send({"beat": self._steps, "died": died})
 
     def _send(self, message: dict[str, Any]) -> None:

@@ -4,8 +4,6 @@ Instances are wrapped, and vLLM's code is left as it is. Every name of vLLM's th
 a version without it says so.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import re
@@ -52,11 +50,9 @@ class StageProbe:
         self.pipetune_on, self.pipetune_entered = False, 0.0
         if not group.is_first_rank and need(runner, "intermediate_tensors") is None:
             # On CPUs vLLM 0.32 makes them in a dummy run, which eager mode has none of, and then fails an assertion.
-            runner.intermediate_tensors = need(model, "make_empty_intermediate_tensors")(
-                batch_size=need(runner, "max_num_tokens"),
-                dtype=need(runner, "model_config", "dtype"),
-                device=need(runner, "device"),
-            )
+            how = {"dtype": need(runner, "model_config", "dtype"), "device": need(runner, "device")}
+            make = need(model, "make_empty_intermediate_tensors")
+            runner.intermediate_tensors = make(batch_size=need(runner, "max_num_tokens"), **how)
         self._pipetune_wrap(runner, "execute_model", "compute", received=True)
         self._pipetune_wrap(runner, "sample_tokens", "sample")
         if "execute_model" not in vars(self):

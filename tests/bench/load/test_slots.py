@@ -120,8 +120,8 @@ def run(rules: Rules, slack: int, seed: int, count: int = 25) -> set[str]:
         memory.run(task, numbers, tokens)
         if task.samples:
             under_way.append((decision, numbers))
-    assert len(book) == 0
-    assert book.free == rules.slots + 1
+    assert not book.rows
+    assert len(book.free) == rules.slots + 1
     return memory.kinds
 
 

@@ -161,7 +161,8 @@ def check(served: dict[int, ServedRequest], expected: dict[int, list[int]]) -> N
 
 def is_empty(leader: Leader) -> bool:
     """Whether no request, no row and no cache for prompts is left taken."""
-    return (len(leader.admission), len(leader.slots), leader.slots.free) == (0, 0, leader.admission.rules.slots + 1)
+    slots = leader.slots
+    return (len(leader.admission), len(slots.rows), len(slots.free)) == (0, 0, leader.admission.rules.slots + 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

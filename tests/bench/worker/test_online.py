@@ -48,7 +48,7 @@ def test_a_trace_on_workers(family: str, tmp_path: Path) -> None:
             assert [one.arrived_s for one in run.requests] == [one.at_s for one in requests]
             assert run.duration_s == max(one.token_times_s[-1] for one in run.requests)
             assert len(run.stages) == len(plan.stages)
-            assert all(len(stage.compute_start_s) == len(run.tasks) for stage in run.stages)
+            assert all(len(stage.compute_start_s) == len(run.load_tasks) for stage in run.stages)
         # An offline pass finds its own slots again, behind which the plan is the same.
         results = fleet.generate(plan, [one.prompt for one in requests], max_new_tokens=4, ignore_eos=True)
         again = fleet.run_trace(plan, requests, instrument=False, max_concurrency=2)

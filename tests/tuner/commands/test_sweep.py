@@ -97,4 +97,4 @@ def test_a_search_under_arrivals_ranks_by_good_requests(
     assert [check.tokens_equal for check in checks] == [True] * 4
     assert (folder / "best_plan.json").exists()
     # It goes on where it was, and finds nothing left to do.
-    assert run(["tune", "--resume", str(folder), "--no-progress"]) == 0
+    assert run(["tune", "-o", str(folder), "--resume", "--no-progress"]) == 0

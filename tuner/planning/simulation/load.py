@@ -6,12 +6,10 @@ of the next one no further than the rings go, and tokens are known on the first 
 Replicas are pipelines of their own; a request goes to the one with the fewest requests.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,66 +76,45 @@ def simulate_load(
         rules: by default those of the plan.
         max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
     """
-    return _Load(model, plan, rules or rules_of(plan, in_flight), requests, max_concurrency or len(requests)).run()
+    rules, most = rules or rules_of(plan, in_flight), max_concurrency or len(requests)
+    replicas = [_Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)]
+    outside: deque[int] = deque()
+    events: list[tuple[float, int, Callable[[], None]]] = []
+    counter = itertools.count()
 
+    def note(at_s: float, happens: Callable[[], None]) -> None:
+        heapq.heappush(events, (at_s, next(counter), happens))
 
-class _Load:
-    def __init__(
-        self, model: CostModel, plan: Plan, rules: Rules, requests: Sequence[LoadedRequest], max_concurrency: int
-    ) -> None:
-        self.requests, self._max_concurrency = requests, max_concurrency
-        self._outside: deque[int] = deque()
-        self.replicas = [
-            _Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)
-        ]
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._counter = itertools.count()
-
-    def run(self) -> LoadPrediction:
-        for number, request in enumerate(self.requests):
-            self._at(request.at_s, partial(self._outside.append, number))
-        now = 0.0
-        while self._events:
-            now, _, happens = heapq.heappop(self._events)
-            happens()
-            # What happens at one moment is known before anything is decided.
-            if self._events and self._events[0][0] == now:
-                continue
-            while self._outside and sum(len(one.admission) for one in self.replicas) < self._max_concurrency:
-                self._arrive(self._outside.popleft(), now)
-            for replica in self.replicas:
-                while (task := replica.begin(now)) is not None:
-                    order, free_s, ended_s, known_s = task
-                    self._at(free_s, lambda: None)
-                    self._at(known_s, partial(replica.conclude, order, ended_s))
-        first, last = ([0.0] * len(self.requests) for _ in range(2))
-        for replica in self.replicas:
-            for number, (begin, end) in replica.served.items():
-                first[number], last[number] = begin, end
-        pairs = list(zip(self.requests, first, last, strict=True))
-        return LoadPrediction(
-            times_s={
-                "ttft": tuple(begin - one.at_s for one, begin, _ in pairs),
-                "tpot": tuple((end - begin) / max(one.output_len - 1, 1) for one, begin, end in pairs),
-                "e2el": tuple(end - one.at_s for one, _, end in pairs),
-            },
-            duration_s=max(last),
-            busy_s=tuple(itertools.chain.from_iterable(replica.busy_s for replica in self.replicas)),
-            idle_s=sum(len(replica.busy_s) * replica.idle_s(max(last)) for replica in self.replicas),
-        )
-
-    def _at(self, at_s: float, happens: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (at_s, next(self._counter), happens))
-
-    def _arrive(self, number: int, now_s: float) -> None:
-        replica = min(self.replicas, key=lambda one: len(one.admission))
-        replica.arrive(number, now_s)
-
-
-@dataclass(slots=True)
-class _Progress:
-    past: int
-    tokens: int = 0
+    for number, request in enumerate(requests):
+        note(request.at_s, partial(outside.append, number))
+    while events:
+        now, _, happens = heapq.heappop(events)
+        happens()
+        # What happens at one moment is known before anything is decided.
+        if events and events[0][0] == now:
+            continue
+        while outside and sum(len(one.admission) for one in replicas) < most:
+            min(replicas, key=lambda one: len(one.admission)).arrive(outside.popleft(), now)
+        for replica in replicas:
+            while (task := replica.begin(now)) is not None:
+                order, free_s, ended_s, known_s = task
+                note(free_s, lambda: None)
+                note(known_s, partial(replica.conclude, order, ended_s))
+    first, last = ([0.0] * len(requests) for _ in range(2))
+    for replica in replicas:
+        for number, (begin, end) in replica.served.items():
+            first[number], last[number] = begin, end
+    pairs = list(zip(requests, first, last, strict=True))
+    return LoadPrediction(
+        times_s={
+            "ttft": tuple(begin - one.at_s for one, begin, _ in pairs),
+            "tpot": tuple((end - begin) / max(one.output_len - 1, 1) for one, begin, end in pairs),
+            "e2el": tuple(end - one.at_s for one, _, end in pairs),
+        },
+        duration_s=max(last),
+        busy_s=tuple(itertools.chain.from_iterable(replica.busy_s for replica in replicas)),
+        idle_s=sum(len(replica.busy_s) * replica.idle_s(max(last)) for replica in replicas),
+    )
 
 
 @dataclass(slots=True)
@@ -156,7 +133,8 @@ class _Replica:
     _free_s: list[float] = field(init=False)
     _starts_s: list[list[float]] = field(init=False)
     _gaps_s: list[float] = field(init=False)
-    _progress: dict[int, _Progress] = field(default_factory=dict)
+    _tokens: Counter[int] = field(default_factory=Counter)
+    """By the requests' numbers."""
     _costs: dict[TaskKind, tuple[list[float], list[float], float]] = field(default_factory=dict)
     _empty_since_s: float = 0.0
     _idle_s: float = 0.0
@@ -172,9 +150,7 @@ class _Replica:
     def arrive(self, number: int, at_s: float) -> None:
         if not len(self.admission):
             self._idle_s += at_s - self._empty_since_s
-        request = self.requests[number]
-        self._progress[number] = _Progress(past=request.prompt_len)
-        self.admission.arrive(Request(number=number, prompt_len=request.prompt_len))
+        self.admission.arrive(Request(number=number, prompt_len=self.requests[number].prompt_len))
 
     def idle_s(self, end_s: float) -> float:
         """Seconds without a request, up to an end at which there is none."""
@@ -194,11 +170,13 @@ class _Replica:
         if isinstance(order, Prefill):
             return TaskKind(len(order.requests), order.end_token - order.first_token, order.first_token, order.samples)
         # All rows share one clock.
-        past = max(self._progress[request.number].past for request in order.requests)
+        past = max(request.prompt_len + self._tokens[request.number] - 1 for request in order.requests)
         return TaskKind(len(order.requests), 1, past)
 
     def _go_through(self, now_s: float, kind: TaskKind) -> tuple[float, float]:
-        busy, hops, back = self._cost(kind)
+        if kind not in self._costs:
+            self._costs[kind] = self.model.task_s(self.plan, kind)
+        busy, hops, back = self._costs[kind]
         ready = end = now_s
         index = len(self._starts_s[0])
         for stage, own_s in enumerate(busy):
@@ -223,22 +201,15 @@ class _Replica:
         share = min((others + (self.num_replicas - 1) * len(self._free_s)) / (contention.devices - 1), 1.0)
         return math.exp(-contention.of(decode=kind.is_decode) * (1.0 - share))
 
-    def _cost(self, kind: TaskKind) -> tuple[list[float], list[float], float]:
-        if kind not in self._costs:
-            self._costs[kind] = self.model.task_s(self.plan, kind)
-        return self._costs[kind]
-
     def conclude(self, order: Prefill | Decode, at_s: float) -> None:
         if isinstance(order, Prefill) and not order.samples:
             return
         finished = set()
         for request in order.requests:
-            progress = self._progress[request.number]
-            progress.tokens += 1
-            progress.past += isinstance(order, Decode)
+            self._tokens[request.number] += 1
             first, _ = self.served.get(request.number, (at_s, at_s))
             self.served[request.number] = first, at_s
-            if progress.tokens == self.requests[request.number].output_len:
+            if self._tokens[request.number] == self.requests[request.number].output_len:
                 finished.add(request.number)
         if isinstance(order, Prefill):
             self.admission.prefilled(order.requests, finished)

@@ -5,13 +5,12 @@ them corrected by what plans took (`refit`). None of them tells compiled from ea
 ones or CUDA graphs from launches: they predict these alike, unless they were measured with them.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +65,7 @@ class CostModel:
     @classmethod
     def of_workload(
         cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int], costs: Costs | None = None
-    ) -> CostModel:
+    ) -> Self:
         """A model for these prompts; `prompt_lens` in tokens, costs by nominal rates where none are given."""
         return cls(
             shape=shape,

@@ -6,8 +6,6 @@ takes less than the busiest of them, `bound_s`; the rest is time in which that s
     duration = ideal + imbalance (bound - ideal) + fill and drain (before its first and after its last task) + waits
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

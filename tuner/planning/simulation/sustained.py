@@ -1,7 +1,5 @@
 """What plans are predicted to give under a workload's arrivals, and the highest rate that each sustains."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Sequence
@@ -50,9 +48,14 @@ class Load:
         inputs, outputs = zip(*self._lens, strict=True)
         return max(inputs), max(outputs)
 
-    def serve(self, effective: EffectivePlan) -> LoadPrediction:
-        """What a plan is thought to give under the arrivals as they are."""
-        return self._serve(effective, self._times_s)
+    def serve(self, effective: EffectivePlan, times_s: Sequence[float] | None = None) -> LoadPrediction:
+        """What a plan is thought to give under the arrivals as they are, or at other times."""
+        requests = [
+            LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs)
+            for at, (inputs, outputs) in zip(self._times_s if times_s is None else times_s, self._lens, strict=False)
+        ]
+        most = self._arrivals.max_concurrency
+        return simulate_load(self._model, effective.plan, effective.in_flight, requests, max_concurrency=most)
 
     def highest_rate(
         self, effective: EffectivePlan, attainment: float, *, guess: float, is_rough: bool = False
@@ -68,23 +71,9 @@ class Load:
             times = unit_trace(min(count, len(self._lens)), self._arrivals.burstiness, seed)
 
             def attained(rate: float, times: Sequence[float] = times) -> float:
-                served = self._serve(effective, [at / rate for at in times])
+                served = self.serve(effective, [at / rate for at in times])
                 return served.metrics(self._workload.goodput)["slo_attainment"]
 
-            found.append(
-                highest_rate(attained, attainment, guess=guess, step=2.0 if is_rough else 1.1, tolerance=tolerance)
-            )
+            step = 2.0 if is_rough else 1.1
+            found.append(highest_rate(attained, attainment, guess=guess, step=step, tolerance=tolerance))
         return statistics.median(found)
-
-    def _serve(self, effective: EffectivePlan, times_s: Sequence[float]) -> LoadPrediction:
-        requests = [
-            LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs)
-            for at, (inputs, outputs) in zip(times_s, self._lens, strict=False)
-        ]
-        return simulate_load(
-            self._model,
-            effective.plan,
-            effective.in_flight,
-            requests,
-            max_concurrency=self._arrivals.max_concurrency,
-        )

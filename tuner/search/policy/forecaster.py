@@ -5,8 +5,6 @@ have doubled, and between that the most promising of them: what these are depend
 does not list all partitions, the best ones by the refitted model join them.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Lays the search space out: replicas and stages, partitions and the devices that hold them, sizes and caps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Which partitions on which devices are worth proposing, for a number of replicas and of stages: by predicted time."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

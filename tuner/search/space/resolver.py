@@ -1,9 +1,8 @@
 """What a plan comes to under the memory caps, and when two plans are one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from pipetune.bench import memory
 from pipetune.bench.memory import ModelShape, StageBytes
@@ -29,7 +28,7 @@ class Resolver:
     @classmethod
     def of_workload(
         cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int], device_bytes: dict[str, int]
-    ) -> Resolver:
+    ) -> Self:
         """A resolver for these prompts; `prompt_lens` in tokens."""
         return cls(
             shape=shape,
@@ -44,14 +43,13 @@ class Resolver:
         """The plan as it fits into memory, or why it does not; each plan is resolved once."""
         if plan not in self._known:
             lens = {"prompt_len": self.prompt_len, "output_len": self.output_len}
-            known: EffectivePlan | Failure | int
             if self.under_arrivals:
                 known = memory.resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
             else:
                 known = memory.resolve(
                     self.shape, plan, num_prompts=self.num_prompts, **lens, device_bytes=self.device_bytes
                 )
-            self._known[plan] = EffectivePlan(plan=plan, in_flight=known) if isinstance(known, int) else known
+            self._known[plan] = known
         return self._known[plan]
 
     def needed_bytes(self, effective: EffectivePlan) -> dict[str, int]:

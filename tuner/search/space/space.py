@@ -13,8 +13,6 @@ meant; its rank is then that of a neighbour.
 The space is stored with the study: partitions keep their ranks whatever becomes of the cost model.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import uuid
