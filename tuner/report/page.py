@@ -21,7 +21,16 @@ from pipetune.tuner.report.ranking import (
 )
 from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.study_charts import study_figures
-from pipetune.tuner.report.wording import bytes_text, clean, count_text, export_note, ms_text, peer_name, spread_text
+from pipetune.tuner.report.wording import (
+    bytes_text,
+    clean,
+    count_text,
+    definitions,
+    export_note,
+    ms_text,
+    peer_name,
+    spread_text,
+)
 from pipetune.tuner.study.plan_file import engine_replicas
 
 _NUMBERS = re.compile(r"[\d.]+")
@@ -165,63 +174,7 @@ def _uses(report: Report) -> list[doc.Section]:
 
 def _definitions(report: Report) -> tuple[tuple[str, str], ...]:
     """What the page's words mean."""
-    tokens, given, last = ("Scored", "texts", "score") if report.scores else ("Generated", "prompts", "token")
-    words = {
-        "tok/s": (
-            f"{tokens} tokens over the duration of an iteration, from the moment the {given} are given to the last "
-            f"{last}; median over all iterations used."
-        ),
-        "×": (
-            f"How many times better than the baseline in {report.objective}: in the finals the ratio of two levels, "
-            "with what the tests of all looks together leave possible (95 %); with ~ of two medians of the search."
-        ),
-        **_DEFINITIONS,
-        **(_OF_FRONTS if len(report.ranking.objectives) > 1 else {}),
-    }
-    return tuple(words.items())
-
-
-_DEFINITIONS = {
-    "Level": (
-        "Of the objective, throughput and duration in the finals: what a plan gives in a round as the rounds were on "
-        "the whole. The rounds' effects are taken out by least squares, so that drift of the machine moves no plan "
-        "against another; the centre of what is left is Hodges and Lehmann's."
-    ),
-    "TTFT, TPOT, E2EL": (
-        "Of a request: time to its first token; (last − first token) / (tokens − 1); time to its last token. All "
-        "prompts are given at once, so TTFT includes the queue."
-    ),
-    "Bubble ratio": (
-        "1 − Σ busy / (stages × duration): the share of stage time without compute. On GPUs spans include launch gaps."
-    ),
-    "Busy, waits, utilization": (
-        "Of one stage and iteration: time in compute; time blocked on input and output; busy over duration."
-    ),
-    "Host, a task": (
-        "What the worker's own loop takes around one task, neither compute nor waiting; median over iterations."
-    ),
-    "Replica": (
-        "One whole pipeline; several stand side by side, share the prompts out and hold the weights once each."
-    ),
-    "Memory": (
-        "The allocator's peak on GPUs; on CPU the peak resident set of the worker, Python and libraries included. Caps "
-        "count what the model takes: the peak without what the process took before any model was loaded."
-    ),
-    "Finals, confirmed": (
-        "The best plans are measured again in interleaved rounds after the search, beside the baseline and our single "
-        "stage. The best of many noisy numbers looks better than it is, so where there are finals, only one of their "
-        "plans is called best. What several rounds measured is confirmed."
-    ),
-    "Told apart, tie": (
-        "Finalists run in rounds until a one-sided t-test of the logarithms, with plans and rounds as blocks, tells "
-        "the fastest from all others, with 1 chance in 20 over all looks to prefer one of two equal plans; or until "
-        "all that are left are surely within 1 %, or the rounds are used up: a tie. Of tied plans measured within 1 % "
-        "the one on fewer devices, then with less memory, is best."
-    ),
-}
-_OF_FRONTS = {
-    "Knee": (
-        "Of a Pareto front: the plan farthest from the line, or plane, through the best of each objective, all scaled "
-        "to the front's range."
-    ),
-}
+    scored, given, last = ("Scored", "texts", "score") if report.scores else ("Generated", "prompts", "token")
+    words = definitions("all") | (definitions("fronts") if len(report.ranking.objectives) > 1 else {})
+    told = {"scored": scored, "given": given, "last": last, "objective": report.objective}
+    return tuple((word, text.format_map(told)) for word, text in words.items())
