@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pipetune.bench.record import Measurement
 from pipetune.tuner.report import document as doc
+from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.best_plan import best_plan_parts
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.profile import costs_of
@@ -21,16 +22,6 @@ from pipetune.tuner.report.ranking import (
 )
 from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.study_charts import study_figures
-from pipetune.tuner.report.wording import (
-    bytes_text,
-    clean,
-    count_text,
-    definitions,
-    export_note,
-    ms_text,
-    peer_name,
-    spread_text,
-)
 from pipetune.tuner.study.plan_file import engine_replicas
 
 _NUMBERS = re.compile(r"[\d.]+")
@@ -79,9 +70,9 @@ def _baseline(report: Report) -> tuple[doc.Part, ...]:
         missing = "No baseline was measured: this study cannot say what pipelining gains over the un-pipelined model."
         return (doc.Text(missing),)
     how = (
-        f"Hugging Face {peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours are. "
-        "Every × is over the batch size in bold, its best: in the finals over its rounds there, else over its runs "
-        "before them."
+        f"Hugging Face {w.peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours "
+        "are. Every × is over the batch size in bold, its best: in the finals over its rounds there, else over its "
+        "runs before them."
     )
     metric, latency = report.latency
     table = doc.Table(
@@ -91,9 +82,9 @@ def _baseline(report: Report) -> tuple[doc.Part, ...]:
                 (
                     label,
                     str(len(row.used_records)),
-                    spread_text(row.throughput),
-                    ms_text(row.metrics.get(metric)),
-                    bytes_text(row.metrics.get("peak_memory_bytes")),
+                    w.spread_text(row.throughput),
+                    w.ms_text(row.metrics.get(metric)),
+                    w.bytes_text(row.metrics.get("peak_memory_bytes")),
                 ),
                 "good" if best is not None and row.batch_size == best.batch_size else "",
             )
@@ -108,11 +99,11 @@ def _machine(report: Report) -> doc.Facts | doc.Text:
     if machine is None:
         return doc.Text("The study holds no description of its machine.")
     hardware, software = machine.hardware, machine.software
-    gpus = (f"{gpu.name}, {bytes_text(gpu.memory_bytes)}, {gpu.uuid}" for gpu in hardware.gpus)
+    gpus = (f"{gpu.name}, {w.bytes_text(gpu.memory_bytes)}, {gpu.uuid}" for gpu in hardware.gpus)
     facts = {
         "host": machine.hostname,
         "hardware id": machine.hardware_id,
-        "CPU": f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {bytes_text(hardware.memory_bytes)}",
+        "CPU": f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {w.bytes_text(hardware.memory_bytes)}",
         **{f"GPU {index}": text for index, text in enumerate(gpus)},
         "links": ", ".join(hardware.links),
         "system": software.os,
@@ -124,7 +115,7 @@ def _machine(report: Report) -> doc.Facts | doc.Text:
         "NCCL": software.nccl,
     }
     known = [(label, value) for label, value in facts.items() if value]
-    return doc.Facts(tuple((label, clean(value)) for label, value in (*known, *sorted(software.packages.items()))))
+    return doc.Facts(tuple((label, w.clean(value)) for label, value in (*known, *sorted(software.packages.items()))))
 
 
 def _notes(report: Report, *, measured: bool) -> doc.Bullets | doc.Text:
@@ -132,7 +123,7 @@ def _notes(report: Report, *, measured: bool) -> doc.Bullets | doc.Text:
     by_kind: dict[str, dict[int, str]] = {}
     for record in report.records:
         if isinstance(record.result, Measurement):
-            for text in map(clean, (*record.result.notes, *record.result.telemetry.disturbances)):
+            for text in map(w.clean, (*record.result.notes, *record.result.telemetry.disturbances)):
                 # Names of processes and numbers differ from run to run.
                 by_kind.setdefault(_NUMBERS.sub("", text.partition(": ")[0]), {}).setdefault(record.number, text)
     if by_kind:
@@ -141,7 +132,7 @@ def _notes(report: Report, *, measured: bool) -> doc.Bullets | doc.Text:
             numbers, first = [*texts], next(iter(texts.values()))
             alike = len(set(texts.values())) - 1
             more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
-            others = f", and {count_text(alike, 'note')} more of the kind" if alike else ""
+            others = f", and {w.count_text(alike, 'note')} more of the kind" if alike else ""
             told.append(f"{first}{others} (records {', '.join(f'{number:04}' for number in numbers[:8])}{more})")
         return doc.Bullets(tuple(told))
     none = "None: no run was disturbed as far as the sensors tell, and none had to fall back on anything."
@@ -153,8 +144,8 @@ def _uses(report: Report) -> list[doc.Section]:
     best = report.ranking.best
     if best is None:
         return []
-    folder = clean(str(report.folder))
-    note = f" ({text})" if (text := export_note(best.plan)) else ""
+    folder = w.clean(str(report.folder))
+    note = f" ({text})" if (text := w.export_note(best.plan)) else ""
     uses = {
         **next_steps(report),
         f"Load the same split with transformers, model being the checkpoint's id or folder{note}": (
@@ -175,6 +166,6 @@ def _uses(report: Report) -> list[doc.Section]:
 def _definitions(report: Report) -> tuple[tuple[str, str], ...]:
     """What the page's words mean."""
     scored, given, last = ("Scored", "texts", "score") if report.scores else ("Generated", "prompts", "token")
-    words = definitions("all") | (definitions("fronts") if len(report.ranking.objectives) > 1 else {})
+    words = w.definitions("all") | (w.definitions("fronts") if len(report.ranking.objectives) > 1 else {})
     told = {"scored": scored, "given": given, "last": last, "objective": report.objective}
     return tuple((word, text.format_map(told)) for word, text in words.items())
