@@ -205,11 +205,7 @@ class HostsLauncher:
                 say(f"waiting for {', '.join(others)}: pipetune join {self.address} --node-rank {ranks}")
             listen()
         self._round += 1
-        self._told = {
-            "devices": self.devices,
-            "model": model,
-            "environment": worker_environment(self.devices, ""),
-        }
+        self._told = {"devices": self.devices, "model": model, "environment": worker_environment(self.devices, "")}
         self._pids, self._workers = {}, {}
         self._processes = [_Remote() for _ in self.devices]
         agents = [self._agents[host] for host in self._hosts]

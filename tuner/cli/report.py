@@ -13,8 +13,7 @@ from pipetune.tuner.cli import options as o
 def report(
     study: o.StudyArgument,
     compare: Annotated[
-        list[str] | None,
-        typer.Option(metavar="STUDY", help="Compare it with this one, in its page; may be repeated."),
+        list[str] | None, typer.Option(metavar="STUDY", help="Compare it with this one, in its page; may be repeated.")
     ] = None,
     json: o.Json = False,
 ) -> int:

@@ -231,12 +231,7 @@ def rank(plans: Sequence[PlannedPlan], objective: str) -> tuple[PlannedPlan, ...
 
 
 def _under_load(
-    config: TuneConfig,
-    known: Known,
-    planned: Sequence[PlannedPlan],
-    model: CostModel,
-    reporter: Reporter,
-    top: int,
+    config: TuneConfig, known: Known, planned: Sequence[PlannedPlan], model: CostModel, reporter: Reporter, top: int
 ) -> tuple[list[PlannedPlan], str, tuple[str, ...]]:
     """Plans as they are under arrivals, the metric that ranks them, and what a reader must know.
 

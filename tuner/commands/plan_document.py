@@ -153,12 +153,7 @@ def _loads(planned: Planned) -> Table:
         for rank, plan in enumerate(planned.plans, start=1)
     ]
     numbers = map(Column, ("rows", "slots", *columns, "good", "max rate", "bubble"))
-    return Table(
-        columns=(Column("#"), left("plan", "prose"), *numbers),
-        rows=rows_of(rows),
-        legend=_LOAD_LEGEND,
-        gap=1,
-    )
+    return Table(columns=(Column("#"), left("plan", "prose"), *numbers), rows=rows_of(rows), legend=_LOAD_LEGEND, gap=1)
 
 
 def _stages(best: PlannedPlan) -> Table:

@@ -163,11 +163,7 @@ class Reason(StrEnum):
     """A file that is cut off, or none of ours."""
 
 
-VERDICTS = {
-    Reason.WORSE: Verdict.FAIL,
-    Reason.CANDIDATE_FAILED: Verdict.FAIL,
-    Reason.WITHIN_MARGIN: Verdict.OK,
-}
+VERDICTS = {Reason.WORSE: Verdict.FAIL, Reason.CANDIDATE_FAILED: Verdict.FAIL, Reason.WITHIN_MARGIN: Verdict.OK}
 """All other reasons are INCONCLUSIVE."""
 EXIT_CODES = {Verdict.OK: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
 

@@ -115,11 +115,7 @@ def failures_of(report: Report) -> tuple[doc.Section, ...]:
     if not report.ranking.failures:
         return ()
     table = doc.Table(
-        columns=(
-            doc.Column("record"),
-            *map(doc.left, ("plan", "kind", "where")),
-            doc.left("what happened", "prose"),
-        ),
+        columns=(doc.Column("record"), *map(doc.left, ("plan", "kind", "where")), doc.left("what happened", "prose")),
         rows=doc.rows_of(
             (
                 f"{row.record:04}",

@@ -65,12 +65,7 @@ class Terms:
     def forget(self) -> None:
         """Forgets the records, and what was made of them."""
         make = functools.partial(
-            Forecaster,
-            self.space,
-            self.model,
-            self.resolve,
-            objectives=self.objectives,
-            constraints=self.constraints,
+            Forecaster, self.space, self.model, self.resolve, objectives=self.objectives, constraints=self.constraints
         )
         self.history = History(self.space, self.resolve)
         self.forecaster = make(prior=self.prior)

@@ -28,12 +28,7 @@ class TpePolicy:
     """Proposes points of a space that TPE likes."""
 
     def __init__(
-        self,
-        space: SearchSpace,
-        *,
-        objectives: Sequence[str],
-        seed: int,
-        trials: Callable[[], Sequence[FrozenTrial]],
+        self, space: SearchSpace, *, objectives: Sequence[str], seed: int, trials: Callable[[], Sequence[FrozenTrial]]
     ) -> None:
         """
         Args:

@@ -55,11 +55,7 @@ class SharedStudy(OptunaStudy):
     ) -> None:
         """Takes the name of this process, and what names those that are no more."""
         super().__init__(
-            database.storage,
-            database.study,
-            space,
-            objectives=config.objectives,
-            constraints=config.constraints,
+            database.storage, database.study, space, objectives=config.objectives, constraints=config.constraints
         )
         self.database, self._name, self._gone, self._devices = database, name, gone, config.concrete_devices
         self._space, self._resolve = space, resolve
