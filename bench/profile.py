@@ -118,14 +118,6 @@ class Profile(Value):
     disturbances: tuple[str, ...] = ()
     """What makes it doubtful, in words; empty where nothing else ran."""
 
-    def of(self, device: str) -> DeviceProfile:
-        """The part of one device.
-
-        Raises:
-            KeyError: the device was not profiled.
-        """
-        return {profile.device: profile for profile in self.devices}[device]
-
 
 class ProfileGrid(Value):
     """Which kinds of tasks a profile times; those that the model or the memory has no room for are left out."""
