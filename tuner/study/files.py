@@ -100,6 +100,12 @@ def load_study(folder: Path) -> StudyContents:
     )
 
 
+def study_at(place: str) -> Path:
+    """A study's folder by its path, or by its name under `results/`."""
+    folder, named = Path(place), Path("results") / place
+    return named if not folder.exists() and named.exists() else folder
+
+
 def read_losses(folder: Path) -> Losses:
     """The devices that a study lost; raises as `read`."""
     path = folder / StudyFile.LOSSES
