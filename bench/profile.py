@@ -5,8 +5,6 @@ cached. Its time is that of its stage's layers and, once a task, `overhead_s`; o
 on the last one, where it samples, the head.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, NamedTuple
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """What a command says while it works: one live line on a terminal, plain lines elsewhere, always on stderr."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from typing import Self

@@ -4,8 +4,6 @@ pipetune tune --listen 10.0.0.1:29400 ─┬─ its own agent, host0 ── work
                                        └─ pipetune join, host1 ── workers
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """How the workers of a fleet come to be, end, and are listened to; on this host. No torch here."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

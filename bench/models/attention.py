@@ -1,7 +1,5 @@
 """Attention kernels asked for by name: what cannot work here is refused before anything is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 It runs at a batch size of its own, with prompts sorted and padded as ours are.
 """
 
-from __future__ import annotations
-
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The commands by name; each lives in a file of its own and loads what it needs when it runs."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

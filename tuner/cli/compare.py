@@ -1,7 +1,5 @@
 """`pipetune compare`: studies side by side, on one machine or on several."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`pipetune demo`: tunes a small real model in minutes, or shows again what it found."""
 
-from __future__ import annotations
-
 import typer
 
 from pipetune.tuner.cli import options as o

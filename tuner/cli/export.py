@@ -1,7 +1,5 @@
 """`pipetune export`: prints or writes one plan of a study in the form that another stack loads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

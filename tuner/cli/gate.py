@@ -1,7 +1,5 @@
 """`pipetune gate`: whether a candidate is worse than the baseline, measured side by side on this machine."""
 
-from __future__ import annotations
-
 import signal
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`pipetune report`: writes a study's reports anew and prints its ranking."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Annotated
 

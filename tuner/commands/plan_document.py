@@ -1,7 +1,5 @@
 """What `plan` predicts, for people and for machines: what it is made from, the best plans, the best one by stages."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

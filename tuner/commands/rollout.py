@@ -11,8 +11,6 @@
 Every step is durable once it is done, and is not done again.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

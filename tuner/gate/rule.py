@@ -7,8 +7,6 @@ that it is less than the margin worse, and this look could have said FAIL. Other
 Runs that failed, say nothing, or hold no number end a comparison whatever the numbers say.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The rehearsal is not counted: it fills the page cache, compares the output of bo
 tells how long a pair takes.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import time

@@ -5,8 +5,6 @@ revision's pipetune can be one of the sides. Metrics are derived here from the r
 both.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """What a gate is asked and what it answers, as frozen values; `GateResult` is the document of `gate --json`."""
 
-from __future__ import annotations
-
 import math
 from enum import StrEnum
 from typing import Any, Literal

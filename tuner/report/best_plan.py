@@ -1,7 +1,5 @@
 """What a page shows of the best plan: its stages, where time and memory go, and what gained what."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

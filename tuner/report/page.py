@@ -1,7 +1,5 @@
 """The page of a study, `report.html`: the best plan, the ranking, the search, and all that stands behind them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

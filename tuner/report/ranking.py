@@ -1,7 +1,5 @@
 """The ranking as a document: the best plan first, then the tables of plans, why rows have no rank, what failed."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace

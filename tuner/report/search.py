@@ -1,7 +1,5 @@
 """How a search went: its trials in order, predicted and measured, why it ended, and where the time went."""
 
-from __future__ import annotations
-
 import functools
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """How plans, numbers and foreign text are written for people; every report writes them alike."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The runs of a study: each one's record is durable before anybody hears of it, and no Ctrl-C comes in between."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import signal

@@ -1,7 +1,5 @@
 """What tasks cost, as a study knows it before its first run: from its own profile, kept beside it, or nominal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pipetune.bench.errors import FleetError

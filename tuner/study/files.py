@@ -1,7 +1,5 @@
 """What a study folder holds, and how it is read: every file by name, every fault with the file it is in."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The study folder: settings, machine and records on disk; the records are the truth, each one whole or not there."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime as dt
 import shutil

@@ -4,8 +4,6 @@ FAIL: surely above what the stored sessions let expect (`tuner.stats.sessions`),
 the known noise floor. OK: surely within the margin. What never differs by a byte, as memory may, is decided exactly.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

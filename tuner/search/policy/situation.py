@@ -1,7 +1,5 @@
 """What the rules of a search look at in one step, and whether a plan promises more than the noise hides."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass

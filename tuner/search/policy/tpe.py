@@ -1,7 +1,5 @@
 """Optuna's TPE as a pure function of the trials: what it likes next, without a trace in any database."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Sequence

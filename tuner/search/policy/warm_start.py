@@ -5,8 +5,6 @@ their best plans run first, measured anew: devices stand for each other by their
 has not measured itself.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -10,8 +10,6 @@ from elsewhere says the reader's names throughout: one plan is then one plan in 
 Which devices it really ran on stays beside it.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import re
