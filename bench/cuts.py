@@ -3,8 +3,6 @@
 Whoever has a config of transformers at hand may ask, without loading transformers.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 _EMBEDS_IN_LAYERS = ("zamba", "zamba2", "gemma3n", "gemma3n_text")

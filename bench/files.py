@@ -1,7 +1,5 @@
 """Files and folders that are whole or not there, even if their writer is killed or the machine dies."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -5,8 +5,6 @@ cached. Its time is that of its stage's layers and, once a task, `overhead_s`; o
 on the last one, where it samples, the head.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, NamedTuple
 
 from pydantic import Field
@@ -117,14 +115,6 @@ class Profile(Value):
     notes: tuple[str, ...] = ()
     disturbances: tuple[str, ...] = ()
     """What makes it doubtful, in words; empty where nothing else ran."""
-
-    def of(self, device: str) -> DeviceProfile:
-        """The part of one device.
-
-        Raises:
-            KeyError: the device was not profiled.
-        """
-        return {profile.device: profile for profile in self.devices}[device]
 
 
 class ProfileGrid(Value):

@@ -16,8 +16,6 @@ With fewer slots than micro-batches a finished micro-batch hands its slot to the
 the middle of a round, so that the pipeline never drains in between.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

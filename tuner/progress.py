@@ -1,10 +1,8 @@
 """What a command says while it works: one live line on a terminal, plain lines elsewhere, always on stderr."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
@@ -14,10 +12,8 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from pipetune.bench import metrics
+from pipetune.bench.fleet.fleet import Progress
 from pipetune.bench.record import Failure, Outcome
-
-if TYPE_CHECKING:
-    from pipetune.bench.fleet.fleet import Progress
 
 _MANY_STEPS = 8
 """Steps of a worker's that a bar is drawn for, and a log told of by quarters."""
@@ -48,10 +44,10 @@ class Steps:
         left_s = (time.monotonic() - self._began) * self.left / (self.done - self.first)
         return f" · about {left_s:.0f} s left" if left_s < 90 else f" · about {left_s / 60:.0f} min left"
 
-    def at(self, done: int, left: int, what: str) -> Steps:
+    def at(self, done: int, left: int, what: str) -> Self:
         """This one, further on; a new one where it is of something else."""
         if what != self.what or done < self.done:
-            return Steps(done, left, what)
+            return type(self)(done, left, what)
         self.done, self.left = done, left
         return self
 

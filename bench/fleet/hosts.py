@@ -4,8 +4,6 @@ pipetune tune --listen 10.0.0.1:29400 ─┬─ its own agent, host0 ── work
                                        └─ pipetune join, host1 ── workers
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import importlib.metadata
@@ -205,11 +203,7 @@ class HostsLauncher:
                 say(f"waiting for {', '.join(others)}: pipetune join {self.address} --node-rank {ranks}")
             listen()
         self._round += 1
-        self._told = {
-            "devices": self.devices,
-            "model": model,
-            "environment": worker_environment(self.devices, ""),
-        }
+        self._told = {"devices": self.devices, "model": model, "environment": worker_environment(self.devices, "")}
         self._pids, self._workers = {}, {}
         self._processes = [_Remote() for _ in self.devices]
         agents = [self._agents[host] for host in self._hosts]

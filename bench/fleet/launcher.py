@@ -1,7 +1,5 @@
 """How the workers of a fleet come to be, end, and are listened to; on this host. No torch here."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -47,13 +45,14 @@ class Channel(Protocol):
 
 
 class Launcher(Protocol):
-    """How a fleet's workers come to be, end, and are listened to."""
+    """How a fleet's workers come to be, end, and are listened to; as it is where only workers speak, on this host."""
 
     listener: socket.socket
 
     @property
     def connected(self) -> Sequence[Channel]:
         """Connections that outlive the fleet."""
+        return ()
 
     def accept(self, connection: socket.socket) -> Channel:
         """What listens to a connection."""
@@ -63,9 +62,11 @@ class Launcher(Protocol):
 
     def hears(self, message: dict[str, Any], channel: Channel) -> None:
         """Takes in what somebody says who is no worker."""
+        raise AssertionError(f"only workers speak here: {message}")
 
     def lost(self, channel: Channel) -> None:
         """Takes in that a connection has ended."""
+        return
 
     def start(
         self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]
@@ -120,7 +121,7 @@ def worker_environment(devices: Sequence[str], interface: str) -> dict[str, str]
     return added
 
 
-class LocalLauncher:
+class LocalLauncher(Launcher):
     """Processes of this host; a socket and a rendezvous in a private folder that goes with them."""
 
     def __init__(self, devices: Sequence[str], worker_env: Mapping[str, Mapping[str, str]]) -> None:
@@ -144,11 +145,6 @@ class LocalLauncher:
         path.chmod(0o600)
         self.listener.listen(len(self._devices))
 
-    @property
-    def connected(self) -> Sequence[Channel]:
-        """None."""
-        return ()
-
     def accept(self, connection: socket.socket) -> Channel:
         """Whoever can reach the socket is trusted."""
         return Lines(connection)
@@ -157,13 +153,6 @@ class LocalLauncher:
         """As it was told."""
         rank: int = hello["rank"]
         return rank
-
-    def hears(self, message: dict[str, Any], channel: Channel) -> None:
-        """Never called."""
-        raise AssertionError(f"only workers speak here: {message}")
-
-    def lost(self, channel: Channel) -> None:
-        """Nothing: processes tell of themselves."""
 
     def start(
         self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]

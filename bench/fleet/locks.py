@@ -1,7 +1,5 @@
 """Locks that name their holder: one study a folder, one study at a time on each GPU."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

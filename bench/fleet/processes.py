@@ -1,7 +1,5 @@
 """Worker processes of this host: forked by one that has imported torch, or each started by itself. No torch here."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

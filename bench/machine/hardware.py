@@ -3,8 +3,6 @@
 Loads no torch, so that a driver may ask; NVML and the kernel's files say it all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.metadata

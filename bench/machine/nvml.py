@@ -1,7 +1,5 @@
 """NVML, tamed: the GPUs that CUDA would show this process, in CUDA's numbering, and reads that may fail quietly."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence

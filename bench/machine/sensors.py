@@ -1,7 +1,5 @@
 """Sensors of CPUs and GPUs: the state of a device now, and what happened to it between two moments."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import statistics
@@ -10,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import psutil
 import pynvml
@@ -142,7 +140,7 @@ class _CpuLook:
     host: Any
 
     @classmethod
-    def take(cls) -> _CpuLook:
+    def take(cls) -> Self:
         processes = {}
         for process in psutil.process_iter(["pid", "create_time", "name", "cpu_times"]):
             if (times := process.info["cpu_times"]) is not None:
@@ -150,7 +148,7 @@ class _CpuLook:
                 processes[key] = (process.info["name"], times.user + times.system)
         return cls(at_s=time.monotonic(), processes=processes, host=psutil.cpu_times())
 
-    def foreign_since(self, earlier: _CpuLook, own: Collection[int]) -> list[tuple[int, str, float]]:
+    def foreign_since(self, earlier: Self, own: Collection[int]) -> list[tuple[int, str, float]]:
         """Pid, name and cores taken on average, of all but `own`; the largest first."""
         span_s = max(self.at_s - earlier.at_s, 1e-9)
         rows = []
@@ -160,11 +158,11 @@ class _CpuLook:
                 rows.append((key[0], name, spent_s / span_s))
         return sorted(rows, key=lambda row: -row[2])
 
-    def stolen_since(self, earlier: _CpuLook) -> float:
+    def stolen_since(self, earlier: Self) -> float:
         span_s = max(self.at_s - earlier.at_s, 1e-9)
         return max(0.0, float(self.host.steal - earlier.host.steal) / span_s)
 
-    def utilization_since(self, earlier: _CpuLook) -> float | None:
+    def utilization_since(self, earlier: Self) -> float | None:
         spent = [now - then for now, then in zip(self.host, earlier.host, strict=True)]
         idle = self.host.idle - earlier.host.idle + self.host.iowait - earlier.host.iowait
         # Guest time is part of user time and would count twice.

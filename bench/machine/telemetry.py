@@ -1,7 +1,5 @@
 """Telemetry of a run: its devices before and after, what ran over them meanwhile, and whether it was disturbed."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ No line is parsed before its signature is checked, and nothing is pickled. Lines
 states travel in the clear beside them, so the network has to be one's own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import json

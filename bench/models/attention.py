@@ -1,21 +1,15 @@
 """Attention kernels asked for by name: what cannot work here is refused before anything is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipetune.bench.errors import ModelError
-from pipetune.bench.models.hf_private import (
-    is_flash_attn_2_available,
-    is_flash_attn_3_available,
-    kernels_of,
-)
+from pipetune.bench.models import hf_private as hf
 from pipetune.bench.spec import ModelSpec, device_kind
 
 _FLASH: dict[str, tuple[Callable[[], bool], str]] = {
-    "flash_attention_2": (is_flash_attn_2_available, "flash-attn"),
-    "flash_attention_3": (is_flash_attn_3_available, "flash-attn-3"),
+    "flash_attention_2": (hf.is_flash_attn_2_available, "flash-attn"),
+    "flash_attention_3": (hf.is_flash_attn_3_available, "flash-attn-3"),
 }
 """Whether a kernel is installed for a GPU that is here, and the package that brings it."""
 
@@ -29,7 +23,7 @@ def check_attention(spec: ModelSpec, family: Any) -> None:
         ModelError: why not, and what else to choose.
     """
     place = f"model.attention={spec.attention}"
-    sdpa, flash, known = kernels_of(family)
+    sdpa, flash, known = hf.kernels_of(family)
     if spec.attention == "sdpa" and not sdpa:
         raise ModelError(f"{place}: {family.__name__} has none; choose eager or auto")
     if spec.attention not in _FLASH:

@@ -1,7 +1,5 @@
 """A checkpoint folder: is it whole, and what is the hash of its content. Reads files alone, loads no weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator

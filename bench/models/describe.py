@@ -1,7 +1,5 @@
 """What planning must know of a model, read from its modules on the meta device: no weights are touched."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any

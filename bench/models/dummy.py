@@ -5,8 +5,6 @@ agree without talking. The values are the family's own initialisation (norms 1, 
 drawn on the CPU in the tensor's own dtype: the same for every device, while another dtype is another set of values.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Folders that are not the checkpoint asked for: what they hold, which checkpoint is near, and the way out."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A GGUF file becomes an ordinary checkpoint folder, once: dequantised, saved as safetensors, kept in the cache."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.metadata

@@ -3,8 +3,6 @@
 Tried with 5.17.0, which lacks `DummyLayer`, and 5.23.0.
 """
 
-from __future__ import annotations
-
 from operator import attrgetter
 from typing import Any
 

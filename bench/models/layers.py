@@ -1,7 +1,5 @@
 """Where a model can be cut: the module list of its decoder layers, and what may not be cut at all."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

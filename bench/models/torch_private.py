@@ -3,8 +3,6 @@
 Tried with 2.13.0 alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from operator import attrgetter

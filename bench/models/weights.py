@@ -4,8 +4,6 @@ transformers itself loads the checkpoint's names and shapes, on the meta device.
 weights that the config ties and the checkpoint holds twice.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterable, Mapping

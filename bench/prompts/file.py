@@ -1,7 +1,5 @@
 """The file that prompts are given in: its text, whatever wrote it; and a copy that stands in for a pipe."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import stat

@@ -1,7 +1,5 @@
 """Forms that a prompt is given in: JSON of pipetune, vLLM, OpenAI and ShareGPT, and what Python code passes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ the heap, between activations, and the holes that plans leave behind stay in mem
 allocation is a mapping is set by hand: small while weights are loaded, as large as it goes while tasks run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import mmap

@@ -1,7 +1,5 @@
 """The device of one worker: where tensors live, how many threads compute, how spans are timed."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import time

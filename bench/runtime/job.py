@@ -1,11 +1,10 @@
 """What a pass works on: the prompts and how they are batched, alike on every rank, and the tensors they become."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -100,7 +99,7 @@ class Job:
         """Given indices of the prompts that one of several replicas works on: of every length its part."""
         return self.order[replica::replicas]
 
-    def part(self, share: Sequence[int]) -> Job:
+    def part(self, share: Sequence[int]) -> Self:
         """The pass over some of the prompts, by given index; draws stay what they are in the whole."""
         numbers = self.numbers or range(len(self.prompts))
         return dataclasses.replace(
@@ -137,7 +136,7 @@ class MicroBatchInputs:
     @classmethod
     def build(
         cls, prompts: Sequence[Sequence[int]], *, output_len: int, pad_token_id: int, device: torch.device
-    ) -> MicroBatchInputs:
+    ) -> Self:
         """Pads on the left to the longest prompt; places for generated tokens are attended to once they exist."""
         prompt_len = max(len(prompt) for prompt in prompts)
         total = prompt_len + output_len

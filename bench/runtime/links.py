@@ -16,8 +16,6 @@ Work put behind a mark starts when that work is done, and not, as it would on th
 is done that was issued meanwhile.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager

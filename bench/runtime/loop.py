@@ -5,8 +5,6 @@ the last stage to the first, which embeds them; and to all others where the mode
 may end early, so that every stage must know which micro-batches are done. Without them a stage's ids are padding.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable

@@ -4,8 +4,6 @@ What it gains depends on the machine: on AMD processors much, since MKL, which e
 there; see docs/performance.md. The packed weight takes the place of the plain one, so that memory stays what it was.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ u lies next to one.
 Shapes: B rows, V vocabulary, n tokens that may be drawn.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What one stage did and when: compute spans and waits, taken without stalling the device."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

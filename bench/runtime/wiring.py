@@ -1,7 +1,5 @@
 """Which transport lies between each pair of stages, and the edges made of it."""
 
-from __future__ import annotations
-
 import datetime as dt
 import itertools
 import os

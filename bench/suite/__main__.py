@@ -3,8 +3,6 @@
 Its benchmarks are named alike wherever it is started, so that files of different places can be compared.
 """
 
-from __future__ import annotations
-
 import sys
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A plan as the suite runs it, read from a `best_plan.json`, and one round of it."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Flags of the suite, what is wrong with them, and a benchmark for every plan that they name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What a run's numbers amount to: steady or not, right or wrong, within its cap or over it. Pure, no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pipetune.bench.record import Failure, FailureKind, OutputCheck, StageMemory

@@ -3,8 +3,6 @@
 It runs at a batch size of its own, with prompts sorted and padded as ours are.
 """
 
-from __future__ import annotations
-
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from pipetune.bench.machine.telemetry import peak_rss_bytes, read_telemetry, reset_peak_rss, sensors_for
 from pipetune.bench.record import Iteration, Measurement, StageMemory, TaskShape
@@ -139,10 +131,7 @@ def batches_of(
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         some = [prompts[index] for index in chosen]
-        yield (
-            chosen,
-            MicroBatchInputs.build(some, output_len=output_len, pad_token_id=pad_token_id, device=device),
-        )
+        yield (chosen, MicroBatchInputs.build(some, output_len=output_len, pad_token_id=pad_token_id, device=device))
 
 
 def measure_baseline(

@@ -1,7 +1,5 @@
 """From an exception in a worker to a failure that names its kind and the remedy."""
 
-from __future__ import annotations
-
 import re
 import traceback
 

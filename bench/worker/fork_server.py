@@ -4,8 +4,6 @@ Started as `python -P -m pipetune.bench.worker --fork-server`, with a socket of 
 each worker the file of its output. GPU workers start by themselves: CUDA does not survive a fork.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

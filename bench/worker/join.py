@@ -3,8 +3,6 @@
 `python -P -m pipetune.bench.worker.join HOST:PORT --node-rank R --nproc-per-node N`, ended by the driver.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

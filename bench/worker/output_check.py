@@ -1,7 +1,5 @@
 """Is a plan's output the model's? Small passes before timing, comparison of the timed ones, and a plan as the truth."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

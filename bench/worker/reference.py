@@ -6,11 +6,10 @@ instead. Its spread is the largest difference that the unsplit model itself show
 and uncached passes, in the dtype at hand: kernels round differently by shape.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,7 +92,7 @@ class Reference:
             raise ConfigError(f"{path}: cannot be written: {error}") from error
 
     @classmethod
-    def load(cls, path: Path, workload_digest: str) -> Reference:
+    def load(cls, path: Path, workload_digest: str) -> Self:
         """Reads a reference and makes sure that it belongs to this model and workload.
 
         Raises:

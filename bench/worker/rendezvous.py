@@ -5,8 +5,6 @@ When that is to be the driver alone says: it hears from every worker, and so kno
 are gone, which no agent notices.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """Plans in use inside the workers: generates for prompts and scores texts, for the answers and not to measure."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -4,8 +4,6 @@ Every rank runs the same steps in the same order; what one rank alone knows (tok
 rank decides, so that all decide alike.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import time

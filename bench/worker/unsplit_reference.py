@@ -1,7 +1,5 @@
 """Asks the unsplit model for the truth: tokens, margins and logits, or log-probabilities, and its own spread."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any

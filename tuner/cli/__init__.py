@@ -4,8 +4,6 @@
 Nothing heavy is imported before a command runs.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

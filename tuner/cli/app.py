@@ -1,28 +1,11 @@
 """The commands by name; each lives in a file of its own and loads what it needs when it runs."""
 
-from __future__ import annotations
-
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from pipetune.tuner.cli.bench import bench
-from pipetune.tuner.cli.collect import collect
-from pipetune.tuner.cli.compare import compare
-from pipetune.tuner.cli.demo import demo
-from pipetune.tuner.cli.doctor import doctor
-from pipetune.tuner.cli.export import export
-from pipetune.tuner.cli.gate import gate
-from pipetune.tuner.cli.history import history
-from pipetune.tuner.cli.join import join
-from pipetune.tuner.cli.metrics import metrics
 from pipetune.tuner.cli.options import SettingsCommand
-from pipetune.tuner.cli.plan import plan
-from pipetune.tuner.cli.profile import profile
-from pipetune.tuner.cli.report import report
-from pipetune.tuner.cli.rollout import rollout
-from pipetune.tuner.cli.serve import serve
-from pipetune.tuner.cli.tune import tune
 
 app = typer.Typer(
     name="pipetune",
@@ -32,26 +15,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-_COMMANDS = (
-    demo,
-    tune,
-    plan,
-    bench,
-    serve,
-    gate,
-    rollout,
-    compare,
-    history,
-    report,
-    collect,
-    export,
-    doctor,
-    profile,
-    join,
-    metrics,
-)
-for command in _COMMANDS:
-    app.command(cls=SettingsCommand)(command)
+_COMMANDS = "demo tune plan bench serve gate rollout compare history report collect export doctor profile join metrics"
+"""Each is a function of its name in a file of its name."""
+for command in _COMMANDS.split():
+    app.command(cls=SettingsCommand)(getattr(import_module(f"pipetune.tuner.cli.{command}"), command))
 
 
 def _version(wanted: bool) -> None:

@@ -1,7 +1,5 @@
 """`pipetune collect`: a folder of what the processes of a shared study have measured, from their database alone."""
 
-from __future__ import annotations
-
 import os
 from functools import partial
 from pathlib import Path

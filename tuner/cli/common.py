@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -73,10 +72,3 @@ def show_study(report: Report, *, json: bool, interrupted: bool = False, goes_on
     if why is not None and not interrupted:
         warn(why)
     return code
-
-
-def study_at(place: str) -> Path:
-    """A study's folder by its path, or by its name under `results/`."""
-    folder = Path(place)
-    named = Path("results") / place
-    return named if not folder.exists() and named.exists() else folder

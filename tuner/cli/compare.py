@@ -1,7 +1,5 @@
 """`pipetune compare`: studies side by side, on one machine or on several."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +33,9 @@ def compare(
     from pipetune.tuner.report.compare import files
     from pipetune.tuner.report.compare.join import compare_studies
     from pipetune.tuner.report.compare.wording import screen_of
+    from pipetune.tuner.study.files import study_at
 
-    reports, names = files.read_reports([common.study_at(study) for study in studies])
+    reports, names = files.read_reports([study_at(study) for study in studies])
     common.warn_unread(*reports)
     comparison = compare_studies(reports, names, parse_prices(price or []) if price else None)
     common.give(comparison.model_dump(mode="json"), screen_of(comparison), json=json)

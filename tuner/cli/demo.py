@@ -1,7 +1,5 @@
 """`pipetune demo`: tunes a small real model in minutes, or shows again what it found."""
 
-from __future__ import annotations
-
 import typer
 
 from pipetune.tuner.cli import options as o
@@ -9,10 +7,7 @@ from pipetune.tuner.cli import options as o
 
 @o.settings("devices", "output_dir", before="show_config")
 def demo(
-    ctx: typer.Context,
-    show_config: o.ShowConfig = False,
-    json: o.Json = False,
-    no_progress: o.NoProgress = False,
+    ctx: typer.Context, show_config: o.ShowConfig = False, json: o.Json = False, no_progress: o.NoProgress = False
 ) -> int:
     """Tune a small real model that fits on no device alone, and show the pipeline; a second call shows it again."""
     from pipetune.tuner.cli import common

@@ -1,7 +1,5 @@
 """`pipetune doctor`: looks at the machine, starts real workers on it, and says what a study would use and refuse."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`pipetune export`: prints or writes one plan of a study in the form that another stack loads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -29,13 +27,13 @@ def export(
     from pipetune.tuner.commands.conclude import plan_file
     from pipetune.tuner.report.data import Report
     from pipetune.tuner.report.wording import export_note
-    from pipetune.tuner.study.files import load_study, write_new
+    from pipetune.tuner.study.files import load_study, study_at, write_new
     from pipetune.tuner.study.plan_file import FORMATS, MAPS, render
 
     known = next((name for name in FORMATS if name == form), None)
     if known is None:
         raise ConfigError(f"--format: {form!r} is none of {', '.join(FORMATS)}")
-    contents = load_study(common.study_at(study))
+    contents = load_study(study_at(study))
     report = Report.of(contents)
     common.warn_unread(report)
     ranked = [row for row in report.ranking.rows if row.rank is not None]

@@ -1,7 +1,5 @@
 """`pipetune gate`: whether a candidate is worse than the baseline, measured side by side on this machine."""
 
-from __future__ import annotations
-
 import signal
 from functools import partial
 from pathlib import Path
@@ -52,8 +50,7 @@ def gate(
     ] = False,
     order_seed: Annotated[int | None, _rule(min=0, help="Seed of the randomised order.")] = None,
     output_dir: Annotated[
-        Path | None,
-        _output("--output-dir", "-o", metavar="FOLDER", help="New folder: JSON, JUnit, Markdown, plot."),
+        Path | None, _output("--output-dir", "-o", metavar="FOLDER", help="New folder: JSON, JUnit, Markdown, plot.")
     ] = None,
     junit: Annotated[Path | None, _output(metavar="FILE", help="JUnit XML alone.")] = None,
     wait_for_quiet: o.WaitForQuiet = None,

@@ -1,7 +1,5 @@
 """`pipetune history`: what nights measured, and where a level changed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

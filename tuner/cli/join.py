@@ -1,7 +1,5 @@
 """`pipetune join`: this host's devices, for a command that runs on another host."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

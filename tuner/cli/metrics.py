@@ -1,7 +1,5 @@
 """`pipetune metrics`: what objectives and constraints may name."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

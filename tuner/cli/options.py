@@ -34,8 +34,7 @@ DeviceFile = Annotated[
     typer.Option(metavar="FILE|CARDS", help="YAML of devices that need not be here, or cards: 2xH100,2xA10."),
 ]
 WaitForQuiet = Annotated[
-    float | None,
-    typer.Option("--wait-for-quiet", metavar="MINUTES", min=0.0, help="Wait so long for a quiet machine."),
+    float | None, typer.Option("--wait-for-quiet", metavar="MINUTES", min=0.0, help="Wait so long for a quiet machine.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUTPUT)]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Say nothing while working.", rich_help_panel=_OUTPUT)]

@@ -1,7 +1,5 @@
 """`pipetune plan`: prints the best predicted plans without running one, for devices that need not be here."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated

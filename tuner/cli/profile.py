@@ -1,7 +1,5 @@
 """`pipetune profile`: times a model's parts on each device and the links between them, or shows what was kept."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`pipetune rollout`: a split from a small fleet to a large one, each step predicted and then measured."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from pathlib import Path

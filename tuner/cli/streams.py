@@ -1,7 +1,5 @@
 """Standard output and error whatever they lead to: another encoding, no width, a full disk, a reader who left."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

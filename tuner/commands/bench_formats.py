@@ -1,7 +1,5 @@
 """What `bench` measured in the forms of others: Markdown, rows, vLLM's result, and github-action-benchmark's."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Callable, Mapping

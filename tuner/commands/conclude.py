@@ -1,7 +1,5 @@
 """The end of a study: best plan and device map exported, reports written, and what is to be said of it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The demo: a real model that is cut since it fits on no device; its settings and prompts come with the package."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """What `doctor` looks at: each check is a name, a verdict and a text; workers are really started."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import platform

@@ -1,7 +1,5 @@
 """What `tune --dry-run` prints: devices, baselines, the size of the space, and the plans that would run first."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

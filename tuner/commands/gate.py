@@ -1,12 +1,10 @@
 """What the flags of `gate` ask for: a gate that measures, one against a stored baseline, or one of two files."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import ValidationError
 
@@ -65,7 +63,7 @@ class GateRequest:
     order_seed: int | None = None
 
     @classmethod
-    def of(cls, params: Mapping[str, Any], *, warn: Callable[[str], None]) -> GateRequest:
+    def of(cls, params: Mapping[str, Any], *, warn: Callable[[str], None]) -> Self:
         """A request from the command's parameters, by their names; what was not given stays at its default."""
         own = {field.name: params[field.name] for field in fields(cls) if params.get(field.name) is not None}
         own = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in own.items()}

@@ -5,8 +5,6 @@ not be here. What tasks take on them comes from a profile, from devices describe
 the result says from which.
 """
 
-from __future__ import annotations
-
 import itertools
 import shlex
 from collections.abc import Mapping, Sequence

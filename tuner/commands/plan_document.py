@@ -1,7 +1,5 @@
 """What `plan` predicts, for people and for machines: what it is made from, the best plans, the best one by stages."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -153,12 +151,7 @@ def _loads(planned: Planned) -> Table:
         for rank, plan in enumerate(planned.plans, start=1)
     ]
     numbers = map(Column, ("rows", "slots", *columns, "good", "max rate", "bubble"))
-    return Table(
-        columns=(Column("#"), left("plan", "prose"), *numbers),
-        rows=rows_of(rows),
-        legend=_LOAD_LEGEND,
-        gap=1,
-    )
+    return Table(columns=(Column("#"), left("plan", "prose"), *numbers), rows=rows_of(rows), legend=_LOAD_LEGEND, gap=1)
 
 
 def _stages(best: PlannedPlan) -> Table:

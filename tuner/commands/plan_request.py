@@ -1,12 +1,10 @@
 """Which plan `bench` is to measure: from a plan file, a device map, or a count of layers per stage."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pipetune.bench.errors import ConfigError, PlanError, explain
 from pipetune.bench.memory import ModelShape
@@ -34,7 +32,7 @@ class PlanRequest:
     """Settings of another engine that flags set, where one is to run the plan."""
 
     @classmethod
-    def of(cls, params: Mapping[str, Any]) -> PlanRequest:
+    def of(cls, params: Mapping[str, Any]) -> Self:
         """From a command's parameters, by their names; what was not given is None or missing.
 
         A prefix, as in `plan_replicas`, tells fields of a plan from settings of the same name.

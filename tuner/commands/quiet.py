@@ -1,7 +1,5 @@
 """The load of a machine before something is measured on it: said, and waited for if that is asked for."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

@@ -11,8 +11,6 @@
 Every step is durable once it is done, and is not done again.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics
@@ -285,10 +283,7 @@ class _Chain:
             whole = read_model(self.request.of(self.request.fleets[0]), self.reporter, None)
             profile = deepened(profile, whole.model, whole.shape)
         described = larger_fleet(
-            profile,
-            self.request.fleets[0],
-            device_bytes(devices),
-            cores=self.machine.hardware.cpu_cores,
+            profile, self.request.fleets[0], device_bytes(devices), cores=self.machine.hardware.cpu_cores
         )
         planned = find_plans(
             self.request.of(devices),

@@ -1,7 +1,5 @@
 """A rollout for people: the verdict, the chain from the smallest fleet to the largest, and the gate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The section `gate` of a config: the metrics that are compared, and how much worse each may become."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator

@@ -1,7 +1,5 @@
 """Settings as a schema's fields state them: name, type, default and help of each flag and environment variable."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

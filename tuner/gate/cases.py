@@ -1,7 +1,5 @@
 """From settings to cases: both sides of every config, under one workload, and what is compared of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

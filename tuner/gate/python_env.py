@@ -5,8 +5,6 @@ the code that runs here, it runs in this environment, from there; else an enviro
 the user's cache under the commit.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

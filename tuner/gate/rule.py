@@ -7,37 +7,22 @@ that it is less than the margin worse, and this look could have said FAIL. Other
 Runs that failed, say nothing, or hold no number end a comparison whatever the numbers say.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
 
 from pipetune.tuner.config.gate import Tolerance
-from pipetune.tuner.gate.values import (
-    REHEARSAL,
-    SIDES,
-    Case,
-    Finding,
-    LookTaken,
-    Pair,
-    Reason,
-    Sample,
-    SideName,
-    change_of,
-    finding_of,
-    log_cost,
-)
+from pipetune.tuner.gate import values as v
 from pipetune.tuner.stats import signed_rank
 from pipetune.tuner.stats.signed_rank import Look
 
-Fault = tuple[Reason, str]
+Fault = tuple[v.Reason, str]
 """Why nothing can be compared, and that in words."""
 
 
 def judge(
-    case: Case, metric: str, pairs: Sequence[Pair], looks: Sequence[Look], *, because: Reason | None = None
-) -> Finding | None:
+    case: v.Case, metric: str, pairs: Sequence[v.Pair], looks: Sequence[Look], *, because: v.Reason | None = None
+) -> v.Finding | None:
     """What is to be said of a metric by now; None for: more pairs.
 
     What was decided at one look stays decided whatever later pairs show, or fail to show: a hypothesis may be judged
@@ -54,7 +39,7 @@ def judge(
         if (decided := told.look(look, last=looks[-1].pairs)) is not None:
             return told.finding(*decided, at=look.pairs)
     if len(told.differences) >= looks[-1].pairs:
-        return told.finding(*told.undecided(Reason.NOT_TOLD))
+        return told.finding(*told.undecided(v.Reason.NOT_TOLD))
     if told.broken is not None:
         return told.finding(*told.broken)
     return told.finding(*told.undecided(because)) if because is not None else None
@@ -62,7 +47,7 @@ def judge(
 
 def look_at(
     differences: Sequence[float], look: Look, tolerance: Tolerance, *, noise_floor: float, last: int
-) -> tuple[LookTaken, Reason | None]:
+) -> tuple[v.LookTaken, v.Reason | None]:
     """One look at one hypothesis: what it saw, and WORSE, WITHIN_MARGIN or, left open, None.
 
     Args:
@@ -71,7 +56,7 @@ def look_at(
         last: pairs of the last look, after which the noise floor is to hold.
     """
     floor = max(math.expm1(signed_rank.noise_floor(differences, last)), noise_floor)
-    taken = LookTaken(
+    taken = v.LookTaken(
         pairs=look.pairs,
         p_fail=signed_rank.above(differences),
         alpha_fail=look.alpha_fail,
@@ -81,23 +66,23 @@ def look_at(
         floor=floor,
     )
     if taken.p_fail <= taken.alpha_fail and taken.estimate >= max(tolerance.least_effect, floor):
-        return taken, Reason.WORSE
+        return taken, v.Reason.WORSE
     if floor <= tolerance.margin and taken.p_ok <= taken.alpha_ok:
-        return taken, Reason.WITHIN_MARGIN
+        return taken, v.Reason.WITHIN_MARGIN
     return taken, None
 
 
 class _Told:
     """One hypothesis while it is looked at."""
 
-    def __init__(self, case: Case, metric: str, pairs: Sequence[Pair]) -> None:
+    def __init__(self, case: v.Case, metric: str, pairs: Sequence[v.Pair]) -> None:
         self.case, self.metric, self.pairs = case, metric, pairs
         self.tolerance = case.metrics[metric]
-        self.taken: list[LookTaken] = []
+        self.taken: list[v.LookTaken] = []
         whole, self.broken = _break_of(metric, pairs)
         # log(candidate / baseline) of the pairs before anything broke, turned so that worse is positive.
         self.differences = tuple(
-            log_cost(metric, pair.candidate.metrics[metric] / pair.baseline.metrics[metric]) for pair in pairs[:whole]
+            v.log_cost(metric, pair.candidate.metrics[metric] / pair.baseline.metrics[metric]) for pair in pairs[:whole]
         )
 
     def look(self, look: Look, *, last: int) -> Fault | None:
@@ -107,36 +92,36 @@ class _Told:
         self.taken.append(one)
         if reason is None or self._unsteady(look.pairs) is not None:
             return None
-        if reason is Reason.WORSE:
-            worse = abs(change_of(self.metric, one.estimate))
+        if reason is v.Reason.WORSE:
+            worse = abs(v.change_of(self.metric, one.estimate))
             return reason, f"{worse:.1%} worse; p {one.p_fail:.2g}, and equal sides differ by {one.floor:.1%}"
         return reason, f"surely less than {self.tolerance.margin:.0%} worse"
 
-    def undecided(self, reason: Reason) -> Fault:
+    def undecided(self, reason: v.Reason) -> Fault:
         """Why nothing could be said when no more pairs come."""
         if (unsteady := self._unsteady(len(self.pairs))) is not None:
             return unsteady
         floor, margin = (self.taken[-1].floor if self.taken else 0.0), self.tolerance.margin
         if floor > margin:
             return (
-                Reason.UNFIT_MACHINE,
+                v.Reason.UNFIT_MACHINE,
                 f"equal sides may seem to differ by {floor:.1%} here, more than the margin of {margin:.0%}; "
                 "take a quieter machine, longer runs, or a wider margin",
             )
         count = len(self.differences)
-        if reason is Reason.SETTLED:
+        if reason is v.Reason.SETTLED:
             return reason, f"not told after {count} pairs, when another metric of the case failed"
-        if reason is Reason.OUT_OF_TIME:
+        if reason is v.Reason.OUT_OF_TIME:
             return reason, f"the time was up after {count} pairs; give more --max-minutes"
         return reason, (
             f"after {count} pairs it is neither surely worse nor surely within {margin:.0%}; "
             "longer runs or a quieter machine would tell"
         )
 
-    def finding(self, reason: Reason, text: str, *, at: int | None = None) -> Finding:
+    def finding(self, reason: v.Reason, text: str, *, at: int | None = None) -> v.Finding:
         differences = self.differences[:at]
         low, high = signed_rank.interval(differences, 0.95) if differences else (-math.inf, math.inf)
-        return finding_of(
+        return v.finding_of(
             self.case.name,
             self.metric,
             self.tolerance,
@@ -153,32 +138,32 @@ class _Told:
         )
 
     def _unsteady(self, count: int) -> Fault | None:
-        sides = (unsteady_of(name, [pair.side(name) for pair in self.pairs[:count]]) for name in SIDES)
+        sides = (unsteady_of(name, [pair.side(name) for pair in self.pairs[:count]]) for name in v.SIDES)
         return next((fault for fault in sides if fault is not None), None)
 
-    def _median(self, name: SideName) -> float | None:
+    def _median(self, name: v.SideName) -> float | None:
         values = [pair.side(name).metrics.get(self.metric, math.nan) for pair in self.pairs]
         values = [value for value in values if math.isfinite(value)]
         return statistics.median(values) if values else None
 
 
-def _break_of(metric: str, pairs: Sequence[Pair]) -> tuple[int, Fault | None]:
+def _break_of(metric: str, pairs: Sequence[v.Pair]) -> tuple[int, Fault | None]:
     """How many pairs are whole, and what is wrong with the next one."""
     hardware = next((pair.baseline.hardware_id for pair in pairs), None)
-    first_of: dict[SideName, str] = {}
+    first_of: dict[v.SideName, str] = {}
     for count, pair in enumerate(pairs):
-        for name in SIDES:
+        for name in v.SIDES:
             run = pair.side(name)
             recorded = run.recorded_hardware_id
             first = first_of.setdefault(name, recorded) if recorded is not None else None
             fault = fault_of(metric, name, run) or _moved(run, hardware, first)
             if fault is not None:
-                where = "rehearsal" if pair.number == REHEARSAL else f"pair {pair.number + 1}"
+                where = "rehearsal" if pair.number == v.REHEARSAL else f"pair {pair.number + 1}"
                 return count, (fault[0], f"{where}, {name}: {fault[1]}")
     return len(pairs), None
 
 
-def _moved(run: Sample, hardware: str | None, recorded: str | None) -> Fault | None:
+def _moved(run: v.Sample, hardware: str | None, recorded: str | None) -> Fault | None:
     """Whether a run was on other hardware than the first of all, or than the first of its side recorded."""
     if run.hardware_id is None:
         text = "the hardware that it ran on could not be read, so that none can be called equal"
@@ -188,30 +173,30 @@ def _moved(run: Sample, hardware: str | None, recorded: str | None) -> Fault | N
         text = f"it ran on hardware {run.recorded_hardware_id}, and the first run of its side on {recorded}"
     else:
         return None
-    return Reason.OTHER_HARDWARE, text
+    return v.Reason.OTHER_HARDWARE, text
 
 
-def fault_of(metric: str, side: SideName, run: Sample) -> Fault | None:
+def fault_of(metric: str, side: v.SideName, run: v.Sample) -> Fault | None:
     """Why a run yields no number to compare; None where it does."""
     if run.not_comparable is not None:
-        return Reason.NOT_COMPARABLE, run.not_comparable
+        return v.Reason.NOT_COMPARABLE, run.not_comparable
     if run.failure is not None:
-        failed = Reason.CANDIDATE_FAILED if side == "candidate" else Reason.BASELINE_FAILED
+        failed = v.Reason.CANDIDATE_FAILED if side == "candidate" else v.Reason.BASELINE_FAILED
         return failed, f"{run.failure.kind.value}: {run.failure.message}"
     if metric not in run.metrics:
-        return Reason.MISSING_METRIC, f"there is no {metric}; there are: {', '.join(run.metrics) or 'none'}"
+        return v.Reason.MISSING_METRIC, f"there is no {metric}; there are: {', '.join(run.metrics) or 'none'}"
     value = run.metrics[metric]
     if not (math.isfinite(value) and value > 0):
-        return Reason.NOT_FINITE, f"{metric} is {value}, of which there is no ratio"
+        return v.Reason.NOT_FINITE, f"{metric} is {value}, of which there is no ratio"
     return None
 
 
-def unsteady_of(side: SideName, runs: Sequence[Sample]) -> Fault | None:
+def unsteady_of(side: v.SideName, runs: Sequence[v.Sample]) -> Fault | None:
     """Whether more than a third of a side's runs never got steady."""
     unsteady = sum(not run.steady for run in runs)
     if 3 * unsteady <= len(runs):
         return None
-    return Reason.NEVER_STEADY, (
+    return v.Reason.NEVER_STEADY, (
         f"{unsteady} of {len(runs)} runs of the {side} never got steady; give them more warm-up "
         "(protocol.max_warmup), or look at what else the machine does"
     )

@@ -4,8 +4,6 @@ The rehearsal is not counted: it fills the page cache, compares the output of bo
 tells how long a pair takes.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import time
@@ -16,23 +14,10 @@ from typing import Any
 from pipetune.bench.fleet.fleet import warn_of_cores
 from pipetune.bench.record import Machine, timestamp
 from pipetune.tuner.config.sources import differences
+from pipetune.tuner.gate import values as v
 from pipetune.tuner.gate.python_env import OutOfTime
 from pipetune.tuner.gate.rule import judge
 from pipetune.tuner.gate.runners import SideRunner
-from pipetune.tuner.gate.values import (
-    EXIT_CODES,
-    REHEARSAL,
-    SIDES,
-    Case,
-    Finding,
-    GateResult,
-    Pair,
-    Reason,
-    Sample,
-    SideName,
-    Verdict,
-    verdict_of,
-)
 from pipetune.tuner.progress import Reporter, values_text
 from pipetune.tuner.stats.signed_rank import Look, looks_for
 
@@ -60,8 +45,8 @@ class Clock:
         return forecast if self.max_minutes is None else f"{forecast}, and no more than {self.max_minutes:g} in all"
 
     def sample(
-        self, runner: SideRunner, case: Case, name: SideName, reporter: Reporter, label: str, *, check: bool
-    ) -> Sample:
+        self, runner: SideRunner, case: v.Case, name: v.SideName, reporter: Reporter, label: str, *, check: bool
+    ) -> v.Sample:
         """One run of a side; one that the deadline ended is none, and says nothing of the side.
 
         Raises:
@@ -82,16 +67,16 @@ class Clock:
 class Gate:
     """Cases, who runs them, and for how long."""
 
-    cases: tuple[Case, ...]
+    cases: tuple[v.Case, ...]
     runner: SideRunner
     seed: int
     max_minutes: float | None = None
     """From the start to the end, what is built and rehearsed among them."""
     _clock: Clock = field(init=False)
-    _pairs: dict[str, list[Pair]] = field(init=False)
-    _findings: dict[tuple[str, str], Finding] = field(init=False)
+    _pairs: dict[str, list[v.Pair]] = field(init=False)
+    _findings: dict[tuple[str, str], v.Finding] = field(init=False)
 
-    def run(self, reporter: Reporter) -> GateResult:
+    def run(self, reporter: Reporter) -> v.GateResult:
         """Runs it to its end.
 
         Raises:
@@ -102,7 +87,7 @@ class Gate:
         self._pairs = {case.name: [] for case in self.cases}
         self._findings = {}
         looks = looks_for(sum(len(case.metrics) for case in self.cases))
-        machines: dict[SideName, Machine | None] = {}
+        machines: dict[v.SideName, Machine | None] = {}
         with reporter:
             reporter.begin("getting both sides ready")
             with self.runner:
@@ -112,7 +97,7 @@ class Gate:
                     self._compare(reporter, looks)
                 except OutOfTime:
                     for case in self.cases:
-                        self._decide(case, looks, because=Reason.OUT_OF_TIME)
+                        self._decide(case, looks, because=v.Reason.OUT_OF_TIME)
         findings = tuple(self._findings[case.name, metric] for case in self.cases for metric in case.metrics)
         return result_of(
             findings,
@@ -130,53 +115,53 @@ class Gate:
         """The rehearsal, which counts where a side failed, then pair after pair of what is not decided."""
         draws = random.Random(self.seed)
         pair_s: dict[str, float] = {}
-        for number in range(REHEARSAL, looks[-1].pairs):
+        for number in range(v.REHEARSAL, looks[-1].pairs):
             for case in self.cases:
                 # Drawn for the decided ones as well, so that the order of a case hangs on the seed alone.
-                first: SideName = SIDES[0] if number == REHEARSAL else draws.choice(SIDES)
-                if number != REHEARSAL and not self._open(case):
+                first: v.SideName = v.SIDES[0] if number == v.REHEARSAL else draws.choice(v.SIDES)
+                if number != v.REHEARSAL and not self._open(case):
                     continue
                 if pair_s.get(case.name, -math.inf) > self._clock.left_s():
                     raise OutOfTime
                 pair = self._pair(case, number, first, reporter)
-                runs = [pair.side(name) for name in SIDES]
+                runs = [pair.side(name) for name in v.SIDES]
                 is_measured = all(run.is_measured for run in runs)
                 if is_measured:
                     pair_s[case.name] = sum(run.wall_s for run in runs)
-                if number != REHEARSAL or not is_measured:
+                if number != v.REHEARSAL or not is_measured:
                     self._pairs[case.name].append(pair)
                     self._decide(case, looks)
                     open_ = sum(bool(self._open(one)) for one in self.cases)
                     reporter.course(
                         sum(map(len, self._pairs.values())), open_ * (looks[-1].pairs - number - 1), "pairs"
                     )
-            if number == REHEARSAL and pair_s:
+            if number == v.REHEARSAL and pair_s:
                 reporter.say(self._forecast(sum(pair_s.values()), looks))
-            if number == REHEARSAL + 1 and pair_s and self.max_minutes is not None:
+            if number == v.REHEARSAL + 1 and pair_s and self.max_minutes is not None:
                 reporter.say(self._whether_enough(sum(pair_s.values()), looks))
 
-    def _pair(self, case: Case, number: int, first: SideName, reporter: Reporter) -> Pair:
+    def _pair(self, case: v.Case, number: int, first: v.SideName, reporter: Reporter) -> v.Pair:
         """Both sides, one after the other; a rehearsal says what they are, and checks their outputs if it is asked."""
-        check = number == REHEARSAL and case.protocol.check_outputs
+        check = number == v.REHEARSAL and case.protocol.check_outputs
         found = {}
-        for name in sorted(SIDES, key=lambda name: name != first):
+        for name in sorted(v.SIDES, key=lambda name: name != first):
             label = f"{case.name} · pair {number + 1} · {name}"
-            if number == REHEARSAL:
+            if number == v.REHEARSAL:
                 label = f"{case.name} · rehearsal · {name}: {case.side(name).describe()}"
             found[name] = self._clock.sample(self.runner, case, name, reporter, label, check=check)
-        return Pair(case=case.name, number=number, first=first, **found)
+        return v.Pair(case=case.name, number=number, first=first, **found)
 
-    def _open(self, case: Case) -> list[str]:
+    def _open(self, case: v.Case) -> list[str]:
         """Metrics of a case that are not decided."""
         return [metric for metric in case.metrics if (case.name, metric) not in self._findings]
 
-    def _decide(self, case: Case, looks: tuple[Look, ...], *, because: Reason | None = None) -> None:
+    def _decide(self, case: v.Case, looks: tuple[Look, ...], *, because: v.Reason | None = None) -> None:
         for metric in self._open(case):
             if (finding := judge(case, metric, self._pairs[case.name], looks, because=because)) is not None:
                 self._findings[case.name, metric] = finding
-        failed = any(self._findings[key].verdict is Verdict.FAIL for key in self._findings if key[0] == case.name)
+        failed = any(self._findings[key].verdict is v.Verdict.FAIL for key in self._findings if key[0] == case.name)
         if failed and self._open(case):
-            self._decide(case, looks, because=Reason.SETTLED)
+            self._decide(case, looks, because=v.Reason.SETTLED)
 
     def _forecast(self, pair_s: float, looks: tuple[Look, ...]) -> str:
         """`8 to 24 pairs of about 26 s: 4 to 11 minutes`."""
@@ -199,14 +184,14 @@ class Gate:
 
 
 def result_of(
-    findings: tuple[Finding, ...], clock: Clock, *, cases: tuple[Case, ...], notes: Sequence[str], **values: Any
-) -> GateResult:
+    findings: tuple[v.Finding, ...], clock: Clock, *, cases: tuple[v.Case, ...], notes: Sequence[str], **values: Any
+) -> v.GateResult:
     """A gate that ends now; `values` are the further fields of its result."""
-    verdict = verdict_of(findings)
-    cores = [note for case in cases for name in SIDES for note in warn_of_cores(case.side(name).devices)]
-    return GateResult(
+    verdict = v.verdict_of(findings)
+    cores = [note for case in cases for name in v.SIDES for note in warn_of_cores(case.side(name).devices)]
+    return v.GateResult(
         verdict=verdict,
-        exit_code=EXIT_CODES[verdict],
+        exit_code=v.EXIT_CODES[verdict],
         findings=findings,
         started_at=clock.started_at,
         took_s=round(time.monotonic() - clock.began, 1),
@@ -216,7 +201,7 @@ def result_of(
     )
 
 
-def _said(sample: Sample) -> str:
+def _said(sample: v.Sample) -> str:
     """What came of a run, in a line."""
     if sample.failure is not None:
         return f"{sample.failure.kind.value}: {sample.failure.message}"
@@ -227,7 +212,7 @@ def _said(sample: Sample) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _fleets(cases: tuple[Case, ...]) -> list[str]:
+def _fleets(cases: tuple[v.Case, ...]) -> list[str]:
     """Workers without a stage take their share of the cores, so that fleets are part of what is compared."""
     return [
         f"{case.name}: the fleets differ: {', '.join(case.baseline.devices)} → {', '.join(case.candidate.devices)}; "
@@ -237,20 +222,20 @@ def _fleets(cases: tuple[Case, ...]) -> list[str]:
     ]
 
 
-def _software(machines: Mapping[SideName, Machine | None]) -> list[str]:
+def _software(machines: Mapping[v.SideName, Machine | None]) -> list[str]:
     """What differs in software is what a gate is for, and only shown."""
     if not machines:
         return []
-    one, other = (machines[name] for name in SIDES)
+    one, other = (machines[name] for name in v.SIDES)
     if one is None or other is None:
-        return [f"what the {name} runs on could not be read from it" for name in SIDES if machines[name] is None]
+        return [f"what the {name} runs on could not be read from it" for name in v.SIDES if machines[name] is None]
     return [f"software differs: {line}" for line in differences(one.software, other.software)]
 
 
-def _disturbed(pairs: Mapping[str, list[Pair]]) -> list[str]:
+def _disturbed(pairs: Mapping[str, list[v.Pair]]) -> list[str]:
     notes = []
     for case, rows in pairs.items():
-        runs = [pair.side(name) for pair in rows for name in SIDES]
+        runs = [pair.side(name) for pair in rows for name in v.SIDES]
         if disturbed := [run.disturbances[0] for run in runs if run.disturbances]:
             notes.append(f"{case}: {len(disturbed)} of {len(runs)} runs were disturbed: {disturbed[0]}, for one")
     return notes

@@ -5,8 +5,6 @@ revision's pipetune can be one of the sides. Metrics are derived here from the r
 both.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -16,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import yaml
 from pydantic import ValidationError
@@ -24,6 +22,7 @@ from pydantic import ValidationError
 from pipetune.bench import metrics
 from pipetune.bench.errors import ConfigError, PlanError, UserError, explain
 from pipetune.bench.files import scratch_folder
+from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import Closing
 from pipetune.bench.fleet.hosts import LISTEN_VARIABLE, STAY_VARIABLE, dismiss
 from pipetune.bench.record import Failure, FailureKind, Machine, Record, timestamp
@@ -31,9 +30,6 @@ from pipetune.bench.spec import Value, hosts_of
 from pipetune.tuner.config.sources import differences
 from pipetune.tuner.gate.python_env import Interpreter, of_python, of_ref
 from pipetune.tuner.gate.values import SIDES, Case, Method, Sample, SideName
-
-if TYPE_CHECKING:
-    from pipetune.bench.fleet.experiment import Experiment
 
 BLIND_IN_PROCESS = (
     "what differs from process to process (start-up, memory layout, luck): both sides shared one process",
@@ -164,8 +160,6 @@ class RunningFleet(Closing):
 
     def prepare(self, deadline: float) -> dict[SideName, Machine | None]:
         """Starts the fleet, which has bounds of its own; raises as `SideRunner.prepare`."""
-        from pipetune.bench.fleet.experiment import Experiment
-
         side = self._cases[0].baseline
         hang_timeout_s = max(case.protocol.hang_timeout_s for case in self._cases)
         folder = self._stack.enter_context(scratch_folder())

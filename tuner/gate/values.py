@@ -1,7 +1,5 @@
 """What a gate is asked and what it answers, as frozen values; `GateResult` is the document of `gate --json`."""
 
-from __future__ import annotations
-
 import math
 from enum import StrEnum
 from typing import Any, Literal
@@ -163,11 +161,7 @@ class Reason(StrEnum):
     """A file that is cut off, or none of ours."""
 
 
-VERDICTS = {
-    Reason.WORSE: Verdict.FAIL,
-    Reason.CANDIDATE_FAILED: Verdict.FAIL,
-    Reason.WITHIN_MARGIN: Verdict.OK,
-}
+VERDICTS = {Reason.WORSE: Verdict.FAIL, Reason.CANDIDATE_FAILED: Verdict.FAIL, Reason.WITHIN_MARGIN: Verdict.OK}
 """All other reasons are INCONCLUSIVE."""
 EXIT_CODES = {Verdict.OK: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
 

@@ -1,7 +1,5 @@
 """Arrays of seconds, and methods that remember those that they gave: many plans ask for the same again."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar

@@ -1,7 +1,5 @@
 """What a model consists of, where it can be cut, and what of it would fit: all from its shape, nothing is run."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

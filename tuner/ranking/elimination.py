@@ -21,8 +21,6 @@ Plans that fell behind leave, as in procedures that select the best by eliminati
 251-273); a plan that failed twice leaves too.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -137,7 +135,7 @@ class Fit:
         """Best first; those without any figure come last, in the order given."""
         return sorted(names, key=lambda name: self.levels.get(name, math.inf))
 
-    def gap(self, plan: str, other: str, pool: Fit | None = None) -> Gap | None:
+    def gap(self, plan: str, other: str, pool: Self | None = None) -> Gap | None:
         """How far one plan is behind another; None without a common round.
 
         Args:

@@ -8,8 +8,6 @@ practical margin of it, or `max_rounds` are over: `tuner.ranking.elimination` ha
 All that is here is a function of the records: a study that was stopped anywhere goes on with the run that was due.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

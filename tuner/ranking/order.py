@@ -6,8 +6,6 @@ gained for little of another, behind it the other way round; so it is what to ta
 18, 107-115.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ search values are set aside. What it gains over others is then read off these ro
 on all alike (`tuner.ranking.elimination`); plans of the search alone compare by the values of the search.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What the runs of plans say: pooled into medians, set against each other round by round, and told apart or not."""
 
-from __future__ import annotations
-
 import functools
 import math
 import statistics

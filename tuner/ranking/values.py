@@ -1,7 +1,5 @@
 """A ranking as frozen values: rows of plans, the baseline, the failures, and how sure the order is."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pipetune.bench.metrics import HIGHER_IS_BETTER

@@ -1,7 +1,5 @@
 """What a page shows of the best plan: its stages, where time and memory go, and what gained what."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,18 +18,6 @@ _LATENCIES = (
     ("time per output token", "median_tpot_ms", "median"),
 )
 _SCORE_LATENCIES = (("time to the scores", "mean_e2el_ms", "mean, all texts given at once"),)
-_BUBBLE_PARTS = {
-    "Fill and drain": (
-        "Stages wait for the first task to reach them and idle after their last. Smaller prefill pieces shorten both."
-    ),
-    "Imbalance": (
-        "Stages with less work than the slowest one idle while it computes. Moving layers away from it helps."
-    ),
-    "Waiting": (
-        "The rest: a token that is not back yet, communication, the host. More micro-batches in flight or a faster "
-        "link help."
-    ),
-}
 _STAGE_COLUMNS = (
     *(doc.left(name) for name in ("stage", "device", "layers")),
     *map(doc.Column, ("busy", "waits", "host, a task", "utilization")),
@@ -189,7 +175,7 @@ def _bubble(row: Row) -> tuple[doc.Part, ...]:
         doc.Segment(label, w.percent_text(share), max(share, 0.0) / total, colour)
         for colour, (label, share) in enumerate(parts, start=1)
     )
-    return doc.Bar(segments=segments), doc.Facts(tuple(_BUBBLE_PARTS.items()), stacked=True)
+    return doc.Bar(segments=segments), doc.Facts(tuple(w.definitions("bubble").items()), stacked=True)
 
 
 def _gains(report: Report, row: Row) -> list[doc.Bar]:

@@ -4,8 +4,6 @@ A chart is marks in a pair of axes, drawn in their order; where `rows` are given
 one label share a line of the legend, and those without one have none.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Reports of a study, written into its folder: tables, figures, a page and a trace, all derived from the records."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A model as `doctor` tells of it: facts, layers, memory of each stage, what would be refused."""
 
-from __future__ import annotations
-
 from pipetune.tuner.planning.model_fit import Fit, ModelFit, ranges_text
 from pipetune.tuner.report.document import GAP, Column, Facts, Part, Table, Text, left, rows_of
 from pipetune.tuner.report.wording import bytes_text, short_list, small_text

@@ -1,12 +1,11 @@
 """The page of a study, `report.html`: the best plan, the ranking, the search, and all that stands behind them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 
 from pipetune.bench.record import Measurement
 from pipetune.tuner.report import document as doc
+from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.best_plan import best_plan_parts
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.profile import costs_of
@@ -21,7 +20,6 @@ from pipetune.tuner.report.ranking import (
 )
 from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.study_charts import study_figures
-from pipetune.tuner.report.wording import bytes_text, clean, count_text, export_note, ms_text, peer_name, spread_text
 from pipetune.tuner.study.plan_file import engine_replicas
 
 _NUMBERS = re.compile(r"[\d.]+")
@@ -70,9 +68,9 @@ def _baseline(report: Report) -> tuple[doc.Part, ...]:
         missing = "No baseline was measured: this study cannot say what pipelining gains over the un-pipelined model."
         return (doc.Text(missing),)
     how = (
-        f"Hugging Face {peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours are. "
-        "Every × is over the batch size in bold, its best: in the finals over its rounds there, else over its runs "
-        "before them."
+        f"Hugging Face {w.peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours "
+        "are. Every × is over the batch size in bold, its best: in the finals over its rounds there, else over its "
+        "runs before them."
     )
     metric, latency = report.latency
     table = doc.Table(
@@ -82,9 +80,9 @@ def _baseline(report: Report) -> tuple[doc.Part, ...]:
                 (
                     label,
                     str(len(row.used_records)),
-                    spread_text(row.throughput),
-                    ms_text(row.metrics.get(metric)),
-                    bytes_text(row.metrics.get("peak_memory_bytes")),
+                    w.spread_text(row.throughput),
+                    w.ms_text(row.metrics.get(metric)),
+                    w.bytes_text(row.metrics.get("peak_memory_bytes")),
                 ),
                 "good" if best is not None and row.batch_size == best.batch_size else "",
             )
@@ -99,11 +97,11 @@ def _machine(report: Report) -> doc.Facts | doc.Text:
     if machine is None:
         return doc.Text("The study holds no description of its machine.")
     hardware, software = machine.hardware, machine.software
-    gpus = (f"{gpu.name}, {bytes_text(gpu.memory_bytes)}, {gpu.uuid}" for gpu in hardware.gpus)
+    gpus = (f"{gpu.name}, {w.bytes_text(gpu.memory_bytes)}, {gpu.uuid}" for gpu in hardware.gpus)
     facts = {
         "host": machine.hostname,
         "hardware id": machine.hardware_id,
-        "CPU": f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {bytes_text(hardware.memory_bytes)}",
+        "CPU": f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {w.bytes_text(hardware.memory_bytes)}",
         **{f"GPU {index}": text for index, text in enumerate(gpus)},
         "links": ", ".join(hardware.links),
         "system": software.os,
@@ -115,7 +113,7 @@ def _machine(report: Report) -> doc.Facts | doc.Text:
         "NCCL": software.nccl,
     }
     known = [(label, value) for label, value in facts.items() if value]
-    return doc.Facts(tuple((label, clean(value)) for label, value in (*known, *sorted(software.packages.items()))))
+    return doc.Facts(tuple((label, w.clean(value)) for label, value in (*known, *sorted(software.packages.items()))))
 
 
 def _notes(report: Report, *, measured: bool) -> doc.Bullets | doc.Text:
@@ -123,7 +121,7 @@ def _notes(report: Report, *, measured: bool) -> doc.Bullets | doc.Text:
     by_kind: dict[str, dict[int, str]] = {}
     for record in report.records:
         if isinstance(record.result, Measurement):
-            for text in map(clean, (*record.result.notes, *record.result.telemetry.disturbances)):
+            for text in map(w.clean, (*record.result.notes, *record.result.telemetry.disturbances)):
                 # Names of processes and numbers differ from run to run.
                 by_kind.setdefault(_NUMBERS.sub("", text.partition(": ")[0]), {}).setdefault(record.number, text)
     if by_kind:
@@ -132,7 +130,7 @@ def _notes(report: Report, *, measured: bool) -> doc.Bullets | doc.Text:
             numbers, first = [*texts], next(iter(texts.values()))
             alike = len(set(texts.values())) - 1
             more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
-            others = f", and {count_text(alike, 'note')} more of the kind" if alike else ""
+            others = f", and {w.count_text(alike, 'note')} more of the kind" if alike else ""
             told.append(f"{first}{others} (records {', '.join(f'{number:04}' for number in numbers[:8])}{more})")
         return doc.Bullets(tuple(told))
     none = "None: no run was disturbed as far as the sensors tell, and none had to fall back on anything."
@@ -144,8 +142,8 @@ def _uses(report: Report) -> list[doc.Section]:
     best = report.ranking.best
     if best is None:
         return []
-    folder = clean(str(report.folder))
-    note = f" ({text})" if (text := export_note(best.plan)) else ""
+    folder = w.clean(str(report.folder))
+    note = f" ({text})" if (text := w.export_note(best.plan)) else ""
     uses = {
         **next_steps(report),
         f"Load the same split with transformers, model being the checkpoint's id or folder{note}": (
@@ -165,63 +163,7 @@ def _uses(report: Report) -> list[doc.Section]:
 
 def _definitions(report: Report) -> tuple[tuple[str, str], ...]:
     """What the page's words mean."""
-    tokens, given, last = ("Scored", "texts", "score") if report.scores else ("Generated", "prompts", "token")
-    words = {
-        "tok/s": (
-            f"{tokens} tokens over the duration of an iteration, from the moment the {given} are given to the last "
-            f"{last}; median over all iterations used."
-        ),
-        "×": (
-            f"How many times better than the baseline in {report.objective}: in the finals the ratio of two levels, "
-            "with what the tests of all looks together leave possible (95 %); with ~ of two medians of the search."
-        ),
-        **_DEFINITIONS,
-        **(_OF_FRONTS if len(report.ranking.objectives) > 1 else {}),
-    }
-    return tuple(words.items())
-
-
-_DEFINITIONS = {
-    "Level": (
-        "Of the objective, throughput and duration in the finals: what a plan gives in a round as the rounds were on "
-        "the whole. The rounds' effects are taken out by least squares, so that drift of the machine moves no plan "
-        "against another; the centre of what is left is Hodges and Lehmann's."
-    ),
-    "TTFT, TPOT, E2EL": (
-        "Of a request: time to its first token; (last − first token) / (tokens − 1); time to its last token. All "
-        "prompts are given at once, so TTFT includes the queue."
-    ),
-    "Bubble ratio": (
-        "1 − Σ busy / (stages × duration): the share of stage time without compute. On GPUs spans include launch gaps."
-    ),
-    "Busy, waits, utilization": (
-        "Of one stage and iteration: time in compute; time blocked on input and output; busy over duration."
-    ),
-    "Host, a task": (
-        "What the worker's own loop takes around one task, neither compute nor waiting; median over iterations."
-    ),
-    "Replica": (
-        "One whole pipeline; several stand side by side, share the prompts out and hold the weights once each."
-    ),
-    "Memory": (
-        "The allocator's peak on GPUs; on CPU the peak resident set of the worker, Python and libraries included. Caps "
-        "count what the model takes: the peak without what the process took before any model was loaded."
-    ),
-    "Finals, confirmed": (
-        "The best plans are measured again in interleaved rounds after the search, beside the baseline and our single "
-        "stage. The best of many noisy numbers looks better than it is, so where there are finals, only one of their "
-        "plans is called best. What several rounds measured is confirmed."
-    ),
-    "Told apart, tie": (
-        "Finalists run in rounds until a one-sided t-test of the logarithms, with plans and rounds as blocks, tells "
-        "the fastest from all others, with 1 chance in 20 over all looks to prefer one of two equal plans; or until "
-        "all that are left are surely within 1 %, or the rounds are used up: a tie. Of tied plans measured within 1 % "
-        "the one on fewer devices, then with less memory, is best."
-    ),
-}
-_OF_FRONTS = {
-    "Knee": (
-        "Of a Pareto front: the plan farthest from the line, or plane, through the best of each objective, all scaled "
-        "to the front's range."
-    ),
-}
+    scored, given, last = ("Scored", "texts", "score") if report.scores else ("Generated", "prompts", "token")
+    words = w.definitions("all") | (w.definitions("fronts") if len(report.ranking.objectives) > 1 else {})
+    told = {"scored": scored, "given": given, "last": last, "objective": report.objective}
+    return tuple((word, text.format_map(told)) for word, text in words.items())

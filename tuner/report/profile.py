@@ -3,8 +3,6 @@
 `document_of` is what `pipetune profile` prints, `costs_of` a section of a study's page.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """The ranking as a document: the best plan first, then the tables of plans, why rows have no rank, what failed."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -115,11 +113,7 @@ def failures_of(report: Report) -> tuple[doc.Section, ...]:
     if not report.ranking.failures:
         return ()
     table = doc.Table(
-        columns=(
-            doc.Column("record"),
-            *map(doc.left, ("plan", "kind", "where")),
-            doc.left("what happened", "prose"),
-        ),
+        columns=(doc.Column("record"), *map(doc.left, ("plan", "kind", "where")), doc.left("what happened", "prose")),
         rows=doc.rows_of(
             (
                 f"{row.record:04}",

@@ -1,7 +1,5 @@
 """How a search went: its trials in order, predicted and measured, why it ended, and where the time went."""
 
-from __future__ import annotations
-
 import functools
 import statistics
 from collections.abc import Sequence
@@ -9,18 +7,9 @@ from dataclasses import dataclass, replace
 
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Measurement, Record
+from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.document import Bar, Cell, Column, Segment, Table, Text, left, rows_of
-from pipetune.tuner.report.wording import (
-    MISSING,
-    clean,
-    count_text,
-    metric_text,
-    ms_text,
-    number_text,
-    percent_text,
-    sentence,
-)
 from pipetune.tuner.study.files import was_interrupted
 from pipetune.tuner.study.search_log import LoggedTrial, Phase, SearchLog, Stop
 
@@ -133,16 +122,16 @@ def summarize(report: Report) -> SearchSummary | None:
         table = replace(table, legend=f"{legend}; error: what was predicted before the run, over what was measured")
     else:
         table = table.only(("trial", "plan", "measured"))
-    took = ms_text(1e3 * log.total_s)
+    took = w.ms_text(1e3 * log.total_s)
     by_size = sorted(log.seconds.items(), key=lambda item: -item[1])
     return SearchSummary(
         table=table,
         stop=_stop_text(trials, log.stop) if log.stop else "",
         errors=_errors_text(_errors(trials)),
-        time=f"{percent_text(1 - log.not_measuring_s / log.total_s)} of {took} went into measuring."
+        time=f"{w.percent_text(1 - log.not_measuring_s / log.total_s)} of {took} went into measuring."
         if log.seconds
         else "",
-        phases=", ".join(f"{name.replace('_', ' ')} {number_text(seconds, 2)} s" for name, seconds in by_size),
+        phases=", ".join(f"{name.replace('_', ' ')} {w.number_text(seconds, 2)} s" for name, seconds in by_size),
         shares=_shares(log) if log.seconds else None,
     )
 
@@ -150,23 +139,23 @@ def summarize(report: Report) -> SearchSummary | None:
 def _stop_text(trials: Sequence[Trial], stop: Stop) -> str:
     measured = sum(trial.measured is not None for trial in trials)
     if stop.kind == "budget" and measured == len(trials):
-        return sentence(clean(stop.text))
+        return w.sentence(w.clean(stop.text))
     some = "" if measured == len(trials) else f", {measured} of them measured"
-    return sentence(f"{count_text(len(trials), 'trial')}{some}; {clean(stop.text)}")
+    return w.sentence(f"{w.count_text(len(trials), 'trial')}{some}; {w.clean(stop.text)}")
 
 
 def _cells(report: Report, trial: Trial) -> tuple[Cell, ...]:
     record, metric = trial.record, report.objective.metric
-    plan = record.spec.plan.describe() if record.spec else MISSING
-    measured = metric_text(metric, trial.measured)
+    plan = record.spec.plan.describe() if record.spec else w.MISSING
+    measured = w.metric_text(metric, trial.measured)
     if not isinstance(record.result, Measurement):
         measured = "stopped" if was_interrupted(record) else record.result.kind.value.replace("_", " ")
-    predicted = metric_text(metric, trial.predicted)
+    predicted = w.metric_text(metric, trial.predicted)
     if trial.predicted is not None and trial.predicted_sd is not None:
-        predicted += f" ±{percent_text(trial.predicted_sd)}"
-    why = clean(trial.entry.reason) if trial.entry else MISSING
+        predicted += f" ±{w.percent_text(trial.predicted_sd)}"
+    why = w.clean(trial.entry.reason) if trial.entry else w.MISSING
     if record.source is not None:
-        why = f"measured by {clean(record.source.partition('/')[0])}"
+        why = f"measured by {w.clean(record.source.partition('/')[0])}"
     best = Text(measured, "strong") if trial.is_best_so_far else measured
     return (
         str(trial.number),
@@ -174,14 +163,14 @@ def _cells(report: Report, trial: Trial) -> tuple[Cell, ...]:
         why,
         predicted,
         best,
-        MISSING if trial.error is None else f"{100 * trial.error:+.1f} %",
+        w.MISSING if trial.error is None else f"{100 * trial.error:+.1f} %",
     )
 
 
 def _errors_text(errors: Sequence[float]) -> str:
     if not errors:
         return ""
-    count = count_text(len(errors), "trial")
+    count = w.count_text(len(errors), "trial")
     text = f"Predictions were off by {100 * statistics.median(errors):.1f} % in the median of {count}"
     if len(errors) > 3:
         later = statistics.median(errors[len(errors) // 2 :])
@@ -193,7 +182,7 @@ def _shares(log: SearchLog) -> Bar:
     sums = [(label, sum(log.seconds.get(phase, 0.0) for phase in phases), colour) for label, phases, colour in _GROUPS]
     return Bar(
         segments=tuple(
-            Segment(label, ms_text(1e3 * seconds), 100 * seconds / log.total_s, colour)
+            Segment(label, w.ms_text(1e3 * seconds), 100 * seconds / log.total_s, colour)
             for label, seconds, colour in sums
             if seconds > 0
         )

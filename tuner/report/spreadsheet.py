@@ -1,7 +1,5 @@
 """`ranking.csv`: every plan, baseline and failure in full precision, a line each, safe to open in a spreadsheet."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pipetune.bench.metrics import metric_names

@@ -1,7 +1,5 @@
 """The charts of a study: plans against their bubble and memory, the search, its predictions, and one iteration."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipetune.tuner.ranking.values import Row

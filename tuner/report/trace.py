@@ -5,8 +5,6 @@ moment the prompts were given. A record keeps how long a stage waited before and
 wait is drawn up to the task's compute, a send wait from its end on.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from typing import Any

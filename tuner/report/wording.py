@@ -1,8 +1,9 @@
 """How plans, numbers and foreign text are written for people; every report writes them alike."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
 
 from pipetune.bench.errors import harmless
 from pipetune.bench.record import Measurement, OutputCheck
@@ -30,6 +31,11 @@ def clean(text: str) -> str:
 def sentence(text: str | None) -> str:
     """The text with a capital and a full stop; empty for none."""
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def definitions(part: str) -> dict[str, str]:
+    """What words of a page mean: of the `bubble`, of `all` pages, or of `fronts`."""
+    return dict(yaml.safe_load(Path(__file__).with_name("definitions.yaml").read_text(encoding="utf-8"))[part])
 
 
 def layers_text(plan: Plan) -> str:

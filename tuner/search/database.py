@@ -1,7 +1,5 @@
 """The database that processes share: one at a time where they must agree, one clock, patience with short outages."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

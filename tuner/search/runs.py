@@ -1,16 +1,15 @@
 """The runs of a study: each one's record is durable before anybody hears of it, and no Ctrl-C comes in between."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.fleet.experiment import Attempt, Experiment, Labels
+from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, devices_here
 from pipetune.tuner.progress import Reporter, describe
@@ -18,9 +17,6 @@ from pipetune.tuner.search.policy.history import is_lost
 from pipetune.tuner.study.files import LOGS_FOLDER, StudyFile
 from pipetune.tuner.study.search_log import SearchLogWriter
 from pipetune.tuner.study.store import StudyStore
-
-if TYPE_CHECKING:
-    from pipetune.bench.fleet.fleet import Fleet
 
 _HOPELESS = 5
 """So many runs in a row that lost their workers: the machine is at fault, not the plans."""

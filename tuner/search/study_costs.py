@@ -1,12 +1,10 @@
 """What tasks cost, as a study knows it before its first run: from its own profile, kept beside it, or nominal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pipetune.bench.errors import FleetError
 from pipetune.bench.files import write_durably
+from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.profile import Profile, ProfileGrid
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config.schema import TuneConfig
@@ -19,9 +17,6 @@ from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.study.files import StudyFile, fitting, read
-
-if TYPE_CHECKING:
-    from pipetune.bench.fleet.fleet import Fleet
 
 
 def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel:

@@ -1,7 +1,5 @@
 """The trials of a study: asks the strategy, runs what it proposes, and tells everybody what came of it."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

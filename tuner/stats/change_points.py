@@ -16,8 +16,6 @@ Scores are values cut off at three robust deviations from the median, so that on
 more than half of the values are equal, as bytes are, they are signs.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """How many times better one thing is than another; every ratio that is shown anywhere is made here."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -16,8 +16,6 @@ Of one session nothing says how much nights differ. Where that is not told eithe
 say only what could be seen at most, were all nights alike.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

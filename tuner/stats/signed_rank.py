@@ -10,8 +10,6 @@ the whole gate has; the sum over looks and hypotheses is never more than that, w
 What a look cannot use, since so few pairs cannot give so small a p, goes to the next one.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a study folder holds, and how it is read: every file by name, every fault with the file it is in."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -98,6 +96,12 @@ def load_study(folder: Path) -> StudyContents:
         losses=losses,
         earlier=tuple(record for record in records if record.number < losses.first_record),
     )
+
+
+def study_at(place: str) -> Path:
+    """A study's folder by its path, or by its name under `results/`."""
+    folder, named = Path(place), Path("results") / place
+    return named if not folder.exists() and named.exists() else folder
 
 
 def read_losses(folder: Path) -> Losses:

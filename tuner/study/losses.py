@@ -1,7 +1,5 @@
 """Devices that a study lost on the way, and which of its records and files are of those that are left."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Writes a plan in the forms that people's stacks load: ours, transformers', vLLM's and SGLang's."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 It is kept beside the records as `search.json` and written whole at every step, so that a kill loses nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The study folder: settings, machine and records on disk; the records are the truth, each one whole or not there."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime as dt
 import shutil
@@ -21,20 +19,12 @@ from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import STUDY_NAME, TuneConfig
 from pipetune.tuner.config.sources import differences
 from pipetune.tuner.config.storage_url import check_sharing, sqlite_url
-from pipetune.tuner.study.files import (
-    LOGS_FOLDER,
-    RECORDS_FOLDER,
-    StudyFile,
-    load_records,
-    read,
-    read_config,
-    read_losses,
-    refuse_links,
-)
+from pipetune.tuner.study import files
+from pipetune.tuner.study.files import StudyFile
 from pipetune.tuner.study.losses import Loss
 
 _LOCK_FILE = ".lock"
-_FOLDERS = (RECORDS_FOLDER, LOGS_FOLDER)
+_FOLDERS = (files.RECORDS_FOLDER, files.LOGS_FOLDER)
 
 MAY_CHANGE = {
     *("name", "output_dir", "profile", "warm_start", "n_trials", "timeout_s", "stop_early", "on_device_loss"),
@@ -63,7 +53,7 @@ class StudyStore(Closing):
 
     def __init__(self, folder: Path, config: TuneConfig, records: Sequence[Record], lock: contextlib.ExitStack) -> None:
         self.folder = folder
-        self.losses = read_losses(folder)
+        self.losses = files.read_losses(folder)
         self._config = config
         self._records = list(records)
         self._fresh = False
@@ -123,9 +113,9 @@ class StudyStore(Closing):
             ConfigError: a shared study without a database that several processes can use, or prompts not to be read.
             StudyError: there is no study, it is in use, a setting differs (says which), or a record is cut off.
         """
-        recorded = read_config(folder)
-        in_place = (_LOCK_FILE, *_FOLDERS, f"{StudyFile.DATABASE}*", f"{LOGS_FOLDER}/*")
-        refuse_links(path for name in in_place for path in folder.glob(name))
+        recorded = files.read_config(folder)
+        in_place = (_LOCK_FILE, *_FOLDERS, f"{StudyFile.DATABASE}*", f"{files.LOGS_FOLDER}/*")
+        files.refuse_links(path for name in in_place for path in folder.glob(name))
         if odd := [name for name in StudyFile if (folder / name).exists() and not (folder / name).is_file()]:
             raise StudyError(f"{folder / odd[0]}: is no regular file; take it away")
         check_sharing(config)
@@ -152,7 +142,7 @@ class StudyStore(Closing):
                 )
             revision = recorded.model.revision
             config = _with_revision(config, config.model.revision or revision, recorded.model.dtype)
-            store = cls(folder, config, load_records(folder), stack)
+            store = cls(folder, config, files.load_records(folder), stack)
         store._recorded_revision = revision if (folder / StudyFile.MACHINE).exists() else None
         # A revision that was given anew is not written before the fleet has shown that it is the recorded one.
         write_durably(folder / StudyFile.CONFIG, sources.dump(_with_revision(config, revision)))
@@ -229,14 +219,14 @@ class StudyStore(Closing):
             write_durably(self.folder / StudyFile.SHAPE, shape.model_dump_json(indent=1))
             write_durably(path, machine.model_dump_json(indent=1))
             return ()
-        before = read(path, Machine)
+        before = files.read(path, Machine)
         if before.hardware_id != machine.hardware_id:
             raise StudyError(
                 f"{self.folder} was measured on other hardware, and its records would not compare:\n  "
                 + "\n  ".join(differences(before.hardware, machine.hardware))
                 + "\ntake another folder on this machine"
             )
-        if read(self.folder / StudyFile.SHAPE, ModelShape) != shape:
+        if files.read(self.folder / StudyFile.SHAPE, ModelShape) != shape:
             raise StudyError(f"{self.folder} was measured with another model than {self.config.model.name} is now")
         return tuple(differences(before.software, machine.software))
 
@@ -280,7 +270,7 @@ class StudyStore(Closing):
         key = record.effective and record.effective.key
         alike = (one.number for one in self._records if key and one.effective and one.effective.key == key)
         record = record.model_copy(update={"number": number, "replicate_of": next(alike, None)})
-        path = self.folder / RECORDS_FOLDER / f"{record.number:04}.json"
+        path = self.folder / files.RECORDS_FOLDER / f"{record.number:04}.json"
         assert not path.exists(), f"record {record.number} is there already"
         write_durably(path, record.model_dump_json())
         self._records.append(record)

@@ -9,8 +9,6 @@ Every new graph is compared with the eager layer when it is first used. A layer 
 something else, is no failure of the plan: the stage runs eagerly, and `notes` says why.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import os

@@ -113,7 +113,9 @@ class Pool:
                 with torch.cuda.graph(graph, pool=self._handle, stream=side, capture_error_mode="thread_local"):
                     output = work()
         except Exception:
-            self._end_allocation()
+            # The allocator would refuse ever after to give memory back. Where the capture did end in order, the first
+            # call is an error to ignore, and the second, which lets go of the pool once more, is not reached.
+            end_allocation(self._device.index, self._handle)
             raise
         finally:
             current.wait_stream(side)
@@ -124,14 +126,6 @@ class Pool:
         snapshot: Any = torch.cuda.memory_snapshot
         segments = [row for row in snapshot() if tuple(row.get("segment_pool_id", ())) == tuple(self._handle)]
         return sum(row["total_size"] for row in segments), sum(row["allocated_size"] for row in segments)
-
-    def _end_allocation(self) -> None:
-        """Tells the allocator that a capture is over which ended in an error before it could say so itself.
-
-        Else it would refuse ever after to give memory back. Where the capture did end in order, the first call is an
-        error to ignore, and the second, which lets go of the pool once more, is not reached.
-        """
-        end_allocation(self._device.index, self._handle)
 
 
 class DecodeGraphs:

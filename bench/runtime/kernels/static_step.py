@@ -12,10 +12,8 @@ less infinity is NaN. Keys and values that some tokens left are such; uninitiali
 A `Probe`, a made-up micro-batch, shows whether a step computes what an eager one does.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -193,7 +191,7 @@ class Probe:
     """`[rows, 1, M]`; None on the first stage."""
 
     @classmethod
-    def build(cls, stage: Stage, rows: int, *, position: int, seed: int = 0) -> Probe:
+    def build(cls, stage: Stage, rows: int, *, position: int, seed: int = 0) -> Self:
         """A micro-batch of so many rows, the first of them padded as well where there is room for it."""
         vocab_size = int(stage.config.get_text_config(decoder=True).vocab_size)
         generator = torch.Generator().manual_seed(seed)

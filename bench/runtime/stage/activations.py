@@ -5,8 +5,6 @@ written out or not. So a few tasks are run, and what lived at once is told apart
 """
 
 # mypy: allow-untyped-calls
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ step. Here each key is read by its queries where it lies. And where there is a m
 whether it can be left out; a stage has none where nothing is padded, so that nobody has to look.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace

@@ -8,8 +8,6 @@ Shapes: B rows, S new tokens, M values of a message.
 """
 
 # mypy: allow-untyped-calls
-from __future__ import annotations
-
 import contextlib
 import inspect
 import math

@@ -1,9 +1,7 @@
 """The KV cache of one slot: preallocated once, handed to the model as views, kept over micro-batches and runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -206,7 +204,7 @@ class SlotCache(hf.Cache):
         return type(self) is SlotCache and all(type(layer) in (SlotLayer, hf.DummyLayer) for layer in self.layers)
 
     @torch.inference_mode()
-    def copy(self, source: SlotCache, rows: slice, span: slice, *, to_row: int, to_first: int) -> None:
+    def copy(self, source: Self, rows: slice, span: slice, *, to_row: int, to_first: int) -> None:
         """Copies keys and values of some rows and positions from a cache that is movable as well, or from this one.
 
         Both have memory already.

@@ -1,8 +1,6 @@
 """Bytes of tensors that are alive, storage by storage: what an allocator would have given out."""
 
 # mypy: allow-untyped-calls
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

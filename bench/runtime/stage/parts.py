@@ -3,8 +3,6 @@
 A placeholder has its part's place and kind of return value, and no weights.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging

@@ -9,8 +9,6 @@ stage alone.
 Shapes: B rows, S new tokens, M values of a message, V vocabulary.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from typing import Any

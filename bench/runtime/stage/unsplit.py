@@ -1,7 +1,5 @@
 """The whole model as transformers itself builds it: the truth that plans are compared with, and the baseline."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """How long messages take between two workers: round trips over the runtime's own transport, the others idle."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import time

@@ -1,7 +1,5 @@
 """How the time of a task is shared among the parts of a stage: stamps by hooks on the embedding and on each layer."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal, Self

@@ -9,8 +9,6 @@ Whole tasks are timed as plans run them. How a task is shared among its parts co
 parts, which plans do not have; a part's time is its share of the whole. So the parts of a window always add up to it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random

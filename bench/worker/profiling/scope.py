@@ -7,8 +7,6 @@ read. A window is a run of layers, as long as a stage of the model on so many de
 layer of every kind.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random

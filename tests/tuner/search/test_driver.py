@@ -78,7 +78,7 @@ def test_a_study_is_profiled_once_and_keeps_its_profile(tmp_path: Path, monkeypa
     lab = Lab()
     study(tmp_path / "s", lab, config(n_trials=2, finalists=0))
     profile = Profile.model_validate_json((tmp_path / "s/profile.json").read_bytes())
-    assert profile.of("cpu:0").layers[0].layers == tuple(range(30))
+    assert profile.devices[0].layers[0].layers == tuple(range(30))
     # Another study on this machine finds it in the cache, and a resume beside its records.
     study(tmp_path / "other", lab, config(n_trials=2, finalists=0))
     monkeypatch.setenv("PIPETUNE_CACHE", str(tmp_path / "empty"))

@@ -1,7 +1,5 @@
 """Writes what a gate leaves behind: a folder of it, JUnit XML alone, and a job's summary where GitHub asks for one."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A gate as JUnit XML: a suite for every case, a test for every metric; INCONCLUSIVE is an error, never a skip."""
 
-from __future__ import annotations
-
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence

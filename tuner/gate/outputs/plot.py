@@ -1,7 +1,5 @@
 """A chart of the paired differences: a row for every hypothesis, a dot for every pair, the margin as a line."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

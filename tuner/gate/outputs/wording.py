@@ -1,7 +1,5 @@
 """A gate in words: its table and its remarks, as documents for the screen and for Markdown."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping

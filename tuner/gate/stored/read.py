@@ -1,7 +1,5 @@
 """Stored sessions, and whether they did the same work: runs of a study's best plan, or of a file's benchmarks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

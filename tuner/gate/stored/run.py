@@ -4,8 +4,6 @@ The units are sessions, as `tuner.gate.stored.rule` judges them. One stored sess
 differ, and decides nothing unless `gate.session_noise` says it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

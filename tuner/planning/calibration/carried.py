@@ -1,7 +1,5 @@
 """What a smaller fleet tells of a larger one: what its devices take, and how far predictions made so may be off."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -11,8 +11,6 @@ more term for each on each device; B and c tell the first and the last stage fro
 nobody foresaw. So what was never run gets what it has in common with all that was.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Small enough to be shared through a database: some numbers a stage, however long the run was.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -1,7 +1,5 @@
 """What tasks cost on devices, as the simulation asks for it: measured, described, or corrected by what plans took."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from pipetune.bench.profile import TaskKind

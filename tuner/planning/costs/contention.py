@@ -7,8 +7,6 @@ as long as the busiest stage, or as all stages need for each of them. While one 
 share of this time, but no more others than there are further micro-batches to work on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

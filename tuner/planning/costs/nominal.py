@@ -14,8 +14,6 @@ Compilation, CUDA graphs and packed weights speed every plan up alike, as far as
 decide the order of plans, so they need not be those of the machine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -13,8 +13,6 @@ prefill of so many tokens takes, times what the fit says of their past, times wh
 or less than that.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math

@@ -5,8 +5,6 @@ The form of transformers names every module; ours may give layers as ranges:
     {"model.embed_tokens": "cuda:0", "model.layers.0-15": "cuda:0", "model.layers.16-31": "cuda:1", "lm_head": "cuda:1"}
 """
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import json

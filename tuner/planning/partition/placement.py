@@ -6,8 +6,6 @@ Held and R. M. Karp, A dynamic programming approach to sequencing problems, 1962
 larger by exchanges that shorten it, from the order given and from nearest neighbours, until none does.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

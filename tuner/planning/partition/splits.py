@@ -17,15 +17,13 @@ These values bound what an unfinished split can become. A search that always goe
 unfinished one, and looks at nothing that cannot end within the bound, thus finishes splits best first.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -242,7 +240,7 @@ class Columns:
     @classmethod
     def of(
         cls, classes: Sequence[int], by_speed: Sequence[int], *, replicas: int, stages: int, any_order: bool
-    ) -> Columns:
+    ) -> Self:
         """Columns of these devices.
 
         Args:

@@ -4,8 +4,6 @@ Tables are `[first, end]`, for the layers `[first, end)`. What begins with layer
 the last layer a last one.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Reads studies to compare, and writes what a comparison leaves behind."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Joins studies by what was run: the same model, workload and plan, whatever the devices are called. Pure."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

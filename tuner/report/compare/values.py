@@ -1,7 +1,5 @@
 """A comparison of studies as frozen values; `StudyComparison` is the document of `compare --json`."""
 
-from __future__ import annotations
-
 from pipetune.bench.record import Machine
 from pipetune.bench.spec import ModelSpec, Plan, Protocol, SchemaVersion, Value, Workload
 from pipetune.tuner.stats.ratios import Ratio

@@ -1,7 +1,5 @@
 """A comparison of studies in words, cells and charts: documents of the screen, Markdown and the page, and its CSV."""
 
-from __future__ import annotations
-
 import string
 import textwrap
 from collections.abc import Iterator, Sequence

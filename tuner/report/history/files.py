@@ -1,7 +1,5 @@
 """Reads the studies of a history, and writes what it leaves behind."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

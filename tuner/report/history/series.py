@@ -1,11 +1,10 @@
 """From studies to series: nights of one question in order of time, and the changes of their levels. Pure."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.record import Hardware
@@ -40,7 +39,7 @@ class StudyNight:
     """What was asked, and where: equal for nights that make a series."""
 
     @classmethod
-    def of(cls, report: Report) -> StudyNight | None:
+    def of(cls, report: Report) -> Self | None:
         """None for a study that has not measured anything yet."""
         if report.machine is None or not report.records:
             return None

@@ -1,7 +1,5 @@
 """A history as frozen values; `History` is the document of `history --json`."""
 
-from __future__ import annotations
-
 from pipetune.bench.spec import SchemaVersion, Value
 
 

@@ -1,7 +1,5 @@
 """A history as documents: what changed from each night on, newest first, each series in a line, and in a chart."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections import defaultdict

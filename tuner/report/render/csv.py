@@ -1,7 +1,5 @@
 """Cells as CSV: full precision for machines, and safe to open in a spreadsheet."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence

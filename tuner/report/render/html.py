@@ -1,7 +1,5 @@
 """Documents as self-contained pages: no scripts, and not a single request to anywhere."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 

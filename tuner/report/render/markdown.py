@@ -1,7 +1,5 @@
 """Documents as GitHub-flavoured Markdown; nothing in their text is read as markup."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 

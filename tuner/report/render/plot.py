@@ -3,8 +3,6 @@
 Colours are those of Okabe and Ito, which people tell apart whatever their colour vision; marks differ in shape as well.
 """
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from functools import lru_cache

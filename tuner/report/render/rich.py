@@ -1,7 +1,5 @@
 """Documents on a terminal, made for 80 columns; nothing in their text is read as markup."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

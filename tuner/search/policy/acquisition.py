@@ -3,8 +3,6 @@
 Costs are logs of metrics, turned so that less is better: a gain of 0.01 is one of a hundredth, whatever the metric.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

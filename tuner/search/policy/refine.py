@@ -6,8 +6,6 @@ the devices and sizes of a promising candidate. Such a point carries its cuts, b
 that is nearest: it means the same plan for ever, and TPE sees the neighbour.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

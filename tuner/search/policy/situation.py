@@ -1,7 +1,5 @@
 """What the rules of a search look at in one step, and whether a plan promises more than the noise hides."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -65,12 +63,7 @@ class Terms:
     def forget(self) -> None:
         """Forgets the records, and what was made of them."""
         make = functools.partial(
-            Forecaster,
-            self.space,
-            self.model,
-            self.resolve,
-            objectives=self.objectives,
-            constraints=self.constraints,
+            Forecaster, self.space, self.model, self.resolve, objectives=self.objectives, constraints=self.constraints
         )
         self.history = History(self.space, self.resolve)
         self.forecaster = make(prior=self.prior)

@@ -3,8 +3,6 @@
 No clock and no global random numbers: replaying the records gives the same proposals.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Sequence
 

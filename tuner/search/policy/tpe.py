@@ -1,7 +1,5 @@
 """Optuna's TPE as a pure function of the trials: what it likes next, without a trace in any database."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -28,12 +26,7 @@ class TpePolicy:
     """Proposes points of a space that TPE likes."""
 
     def __init__(
-        self,
-        space: SearchSpace,
-        *,
-        objectives: Sequence[str],
-        seed: int,
-        trials: Callable[[], Sequence[FrozenTrial]],
+        self, space: SearchSpace, *, objectives: Sequence[str], seed: int, trials: Callable[[], Sequence[FrozenTrial]]
     ) -> None:
         """
         Args:

@@ -5,8 +5,6 @@ their best plans run first, measured anew: devices stand for each other by their
 has not measured itself.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.search.policy.refine import Refiner
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import Point, SearchSpace
-from pipetune.tuner.study.files import StudyContents, load_study, read
+from pipetune.tuner.study.files import StudyContents, load_study, read, study_at
 
 BEST_PLANS = 3
 """Taken of each earlier study."""
@@ -74,7 +72,7 @@ def read_warm_start(
     said: list[str] = []
     for folder in config.warm_start:
         try:
-            earlier = load_study(_place(folder))
+            earlier = load_study(study_at(folder))
         except StudyError as error:
             raise StudyError(f"warm_start: {error}") from None
         if earlier.machine is None or earlier.shape is None:
@@ -114,12 +112,6 @@ def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Se
             if _RUNS_ALIKE(space.plan(point)) == _RUNS_ALIKE(wanted):
                 return point
     return None
-
-
-def _place(folder: str) -> Path:
-    """A study by its folder, or by its name under `results/`."""
-    path, named = Path(folder), Path("results") / folder
-    return named if not path.exists() and named.exists() else path
 
 
 def _why_no_lesson(earlier: StudyContents, config: TuneConfig, model: ModelSpec) -> str | None:

@@ -1,7 +1,5 @@
 """A study's folder made of a shared database alone: for reports where no process's own folder is at hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import optuna

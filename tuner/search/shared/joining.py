@@ -1,7 +1,5 @@
 """What a process brings on joining a shared study: a key that must equal the study's, and a name and number."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -56,7 +54,7 @@ class StudyKey(Value):
             hardware=hardware.model_copy(update={"gpus": gpus}),
         )
 
-    def require(self, wanted: StudyKey, *, study: str) -> None:
+    def require(self, wanted: Self, *, study: str) -> None:
         """Raises a StudyError that says what differs, where a process asks something else."""
         if self.digest() == wanted.digest():
             return

@@ -4,8 +4,6 @@ The shared database knows the study's key and space, a sign of life of each proc
 Each process keeps a folder that is whole by itself: what others measured is written there too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Mapping

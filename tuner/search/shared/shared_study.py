@@ -10,8 +10,6 @@ from elsewhere says the reader's names throughout: one plan is then one plan in 
 Which devices it really ran on stays beside it.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import re
@@ -55,11 +53,7 @@ class SharedStudy(OptunaStudy):
     ) -> None:
         """Takes the name of this process, and what names those that are no more."""
         super().__init__(
-            database.storage,
-            database.study,
-            space,
-            objectives=config.objectives,
-            constraints=config.constraints,
+            database.storage, database.study, space, objectives=config.objectives, constraints=config.constraints
         )
         self.database, self._name, self._gone, self._devices = database, name, gone, config.concrete_devices
         self._space, self._resolve = space, resolve
