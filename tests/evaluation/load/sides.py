@@ -31,11 +31,14 @@ class Trace:
     prompts: Sequence[Sequence[int]]
     output_lens: Sequence[int]
     unit_s: Sequence[float]
+    max_len: int
+    """Tokens that a request of any trace of the model has at most, its prompt's among them."""
 
     @classmethod
-    def drawn(cls, prompts: Sequence[Sequence[int]], output_lens: Sequence[int], *, seed: int) -> Trace:
+    def drawn(cls, prompts: Sequence[Sequence[int]], output_lens: Sequence[int], *, max_len: int, seed: int) -> Trace:
         """With Poisson gaps."""
-        return cls(prompts=prompts, output_lens=output_lens, unit_s=unit_trace(len(prompts), 1.0, seed))
+        unit_s = unit_trace(len(prompts), 1.0, seed)
+        return cls(prompts=prompts, output_lens=output_lens, unit_s=unit_s, max_len=max_len)
 
     def at(self, rate: float | None) -> tuple[OnlineRequest, ...]:
         """The requests at a rate, or all at once."""
@@ -47,11 +50,6 @@ class Trace:
                 zip(self.prompts, self.output_lens, self.unit_s, strict=True)
             )
         )
-
-    @property
-    def max_len(self) -> int:
-        """Tokens of the longest request."""
-        return max(len(prompt) + length for prompt, length in zip(self.prompts, self.output_lens, strict=True))
 
 
 class Setting(Protocol):
