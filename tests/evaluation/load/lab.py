@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -203,10 +203,9 @@ class Lab:
 
     def _find_limits(self) -> Limits:
         alone = [
-            serve_alone(side, side.settings()[0], self.pilot, self.extent.alone, gap_s=_GAP_S, used=self.used)
-            for side in self.sides
+            serve_alone(side, side.settings()[0], self.pilot, self.extent.alone, used=self.used) for side in self.sides
         ]
-        pair = serve_alone(self.ours, self.subject.pair, self.pilot, self.extent.alone, gap_s=_GAP_S, used=self.used)
+        pair = serve_alone(self.ours, self.subject.pair, self.pilot, self.extent.alone, used=self.used)
         return limits_of([*alone, pair], ttft_factor=TTFT_FACTOR, tpot_factor=TPOT_FACTOR)
 
     def share(self, side: Side, setting: Setting, trace: Trace, rate: float) -> float:
@@ -223,8 +222,6 @@ class Lab:
 
     def choose(self, side: Side) -> tuple[Setting, float, list[tuple[str, float | None]]]:
         """A side's best setting, by the pilot's trace, its rate there, and what was seen of each."""
-        limits = self.limits
-        assert limits
         trace, extent = self.pilot, self.extent
         best, rate, seen = best_setting(
             side.settings(),
@@ -237,15 +234,7 @@ class Lab:
         return best, rate, [(setting.name, found) for setting, found in seen]
 
 
-_GAP_S = 1.0
-
-
 def _vocab_size(folder: Path) -> int:
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
-
-
-def names(given: str | None, *, quick: bool) -> Sequence[str]:
-    """The subjects that are compared."""
-    return given.split(",") if given else ((DUMMY,) if quick else tuple(SUBJECTS))

@@ -51,7 +51,7 @@ class Curve:
         if place in (0, len(self.rates)):
             return self.shares[min(place, len(self.rates) - 1)]
         low, high = self.rates[place - 1], self.rates[place]
-        part = math.log(rate / low) / math.log(high / low)
+        part: float = math.log(rate / low) / math.log(high / low)
         return self.shares[place - 1] + part * (self.shares[place] - self.shares[place - 1])
 
     def crossing(self, wanted: float) -> float:
@@ -59,7 +59,7 @@ class Curve:
         for place in range(1, len(self.rates)):
             if self.shares[place] < wanted:
                 above, below = self.shares[place - 1], self.shares[place]
-                part = min(max((above - wanted) / (above - below), 0.0), 1.0) if above > below else 0.0
+                part: float = min(max((above - wanted) / (above - below), 0.0), 1.0) if above > below else 0.0
                 return self.rates[place - 1] * (self.rates[place] / self.rates[place - 1]) ** part
         return self.rates[-1]
 

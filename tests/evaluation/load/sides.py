@@ -102,7 +102,10 @@ class PeerSetting:
 class Side(Protocol):
     """One of what is compared."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """In words."""
+        ...
 
     def settings(self) -> Sequence[Setting]:
         """What it may be run with."""
@@ -125,13 +128,13 @@ def serve(side: Side, setting: Setting, trace: Trace, rate: float | None, *, use
     return side.serve(setting, trace, trace.at(rate))
 
 
-def serve_alone(
-    side: Side, setting: Setting, trace: Trace, count: int, *, gap_s: float, used: dict[str, Setting]
-) -> list[Served]:
-    """The first requests, so far apart that none meets another."""
-    serve(side, setting, trace, None, used=used)
-    requests = [one.model_copy(update={"at_s": gap_s * number}) for number, one in enumerate(trace.at(None)[:count])]
-    return side.serve(setting, trace, requests)
+def serve_alone(side: Side, setting: Setting, trace: Trace, count: int, *, used: dict[str, Setting]) -> list[Served]:
+    """The first requests, each when the one before is done."""
+    requests = trace.at(None)[:count]
+    if used.get(side.name) != setting:
+        side.serve(setting, trace, requests)
+        used[side.name] = setting
+    return [served for one in requests for served in side.serve(setting, trace, [one])]
 
 
 @dataclass(kw_only=True)
