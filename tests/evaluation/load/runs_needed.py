@@ -60,7 +60,7 @@ class Curve:
             if self.shares[place] < wanted:
                 above, below = self.shares[place - 1], self.shares[place]
                 part: float = min(max((above - wanted) / (above - below), 0.0), 1.0) if above > below else 0.0
-                return self.rates[place - 1] * (self.rates[place] / self.rates[place - 1]) ** part
+                return self.rates[place - 1] * math.pow(self.rates[place] / self.rates[place - 1], part)
         return self.rates[-1]
 
 
