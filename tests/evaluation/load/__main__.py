@@ -147,7 +147,11 @@ def _in_labs(
             found, raw[name] = work(lab, name)
             rows += found
             limits = lab.limits
-            origin = "given" if lab.given else f"{TTFT_FACTOR:g} and {TPOT_FACTOR:g} times a request alone"
+            origin = (
+                "given"
+                if lab.given
+                else f"{TTFT_FACTOR:g} and {TPOT_FACTOR:g} times a request alone on the slower peer"
+            )
             told.append(
                 f"{lab.subject.describe()}; ttft {limits.ttft:g} ms and tpot {limits.tpot:g} ms ({origin}), "
                 f"{lab.requests} requests a trace."

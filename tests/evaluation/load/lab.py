@@ -28,7 +28,7 @@ from tests.evaluation.load.sides import (
 from tests.evaluation.peers.rig import Rig
 
 TTFT_FACTOR, TPOT_FACTOR = 5.0, 3.0
-"""Limits are so many times what a request alone takes on the slowest side."""
+"""Limits are so many times what a request alone takes on the slower peer."""
 PILOT_SEED = 1000
 """Of the trace by which settings are chosen: no round has it."""
 
@@ -114,8 +114,8 @@ class Extent:
     runs: int
     """Of each side in a round, at most."""
     tolerance: float
-    settings: int | None
-    """Of each side, those from the end of its grid; None takes all."""
+    is_short: bool = False
+    """Whether sides have a setting or two, in place of their grids."""
 
 
 FULL = Extent(
@@ -127,18 +127,17 @@ FULL = Extent(
     pilot_tolerance=0.1,
     runs=7,
     tolerance=0.03,
-    settings=None,
 )
 QUICK = Extent(
     rounds=1,
-    requests={"smollm2-135m": 16, DUMMY: 48},
+    requests={"smollm2-135m": 16, DUMMY: 24},
     alone=2,
     pilot_share=1.0,
     pilot_runs=2,
     pilot_tolerance=0.3,
     runs=3,
     tolerance=0.2,
-    settings=1,
+    is_short=True,
 )
 
 
@@ -159,9 +158,11 @@ class Lab:
         resolved = resolve_model(self.subject.model)
         self._vocab_size = _vocab_size(resolved.folder)
         self.rig = Rig(self.subject.model, on_start=say)
-        last = None if self.extent.settings is None else -self.extent.settings
-        peers = self.subject.peers[:1] if last else self.subject.peers
-        self.ours = Ours(rig=self.rig, grid=(self.subject.ours[0], self.subject.pair) if last else self.subject.ours)
+        is_short = self.extent.is_short
+        peers = self.subject.peers[:1] if is_short else self.subject.peers
+        self.ours = Ours(
+            rig=self.rig, grid=(self.subject.pair, self.subject.ours[0]) if is_short else self.subject.ours
+        )
         self.one = Continuous(rig=self.rig, grid=peers, size=1)
         self.two = Continuous(rig=self.rig, grid=peers, size=2)
         return self
@@ -195,18 +196,16 @@ class Lab:
 
     @property
     def limits(self) -> Limits:
-        """Fixed before any rate is measured: multiples of what a request alone takes on the slowest side."""
+        """Fixed before any rate is measured: multiples of what a request alone takes on the slower peer."""
         if self._limits is None:
             self._limits = self.given or self._find_limits()
             say(f"limits: ttft {self._limits.ttft:g} ms, tpot {self._limits.tpot:g} ms")
         return self._limits
 
     def _find_limits(self) -> Limits:
-        alone = [
-            serve_alone(side, side.settings()[0], self.pilot, self.extent.alone, used=self.used) for side in self.sides
-        ]
-        pair = serve_alone(self.ours, self.subject.pair, self.pilot, self.extent.alone, used=self.used)
-        return limits_of([*alone, pair], ttft_factor=TTFT_FACTOR, tpot_factor=TPOT_FACTOR)
+        peers = (self.one, self.two)
+        alone = [serve_alone(side, side.settings()[0], self.pilot, self.extent.alone, used=self.used) for side in peers]
+        return limits_of(alone, ttft_factor=TTFT_FACTOR, tpot_factor=TPOT_FACTOR)
 
     def share(self, side: Side, setting: Setting, trace: Trace, rate: float) -> float:
         """The share of requests that keep the limits, measured."""
