@@ -49,12 +49,15 @@ def best_setting(
 ) -> tuple[S, float, list[tuple[S, float | None]]]:
     """The setting of the highest rate, that rate, and what was seen of each: None of those that lost at the best rate.
 
+    Where none sustained any rate that was tried, the first one is taken, with the lowest of its rates.
+
     A setting is challenged at the best rate so far: most losers cost one run.
 
     Args:
         guess: where to begin with the first one.
     """
     best, best_rate = settings[0], 0.0
+    lowest = guess
     seen: list[tuple[S, float | None]] = []
     for setting in settings:
         search = RateSearch(wanted=ATTAINMENT, guess=best_rate or guess, tolerance=tolerance, most=most)
@@ -62,8 +65,10 @@ def best_setting(
             search.tell(rate, share_at(setting, rate))
             if best_rate and search.shares[next(iter(search.shares))] < ATTAINMENT:
                 break
+        if setting == settings[0]:
+            lowest = min(search.shares)
         lost = bool(best_rate) and search.highest < best_rate
         seen.append((setting, None if lost else search.highest))
         if search.highest > best_rate:
             best, best_rate = setting, search.highest
-    return best, best_rate or guess, seen
+    return best, best_rate or lowest, seen

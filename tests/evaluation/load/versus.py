@@ -39,7 +39,10 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
         say(f"{name}, round {number}: " + ", ".join(f"{key} {search.highest:.3g}/s" for key, search in found.items()))
     rates = {key: [found[key].highest for found in rounds] for key in chosen}
     ours, one, two = (side.name for side in lab.sides)
-    ratios = [own / max(a, b) for own, a, b in zip(rates[ours], rates[one], rates[two], strict=True) if max(a, b)]
+    # A search that enclosed nothing within its runs says nothing of the ratio.
+    ratios = [
+        own / max(a, b) for own, a, b in zip(rates[ours], rates[one], rates[two], strict=True) if min(own, a, b) > 0
+    ]
     raw = {
         "limits": {"ttft": lab.limits.ttft, "tpot": lab.limits.tpot},
         "chosen": {key: {"setting": setting.name, "tried": seen} for key, (_, setting, _, seen) in chosen.items()},
@@ -51,6 +54,8 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
     if ratios:
         low, high = interval(ratios)
         note = f"{name}; of the better peer in each round"
+        if missing := len(rounds) - len(ratios):
+            note += f"; {missing} rounds in which a side sustained no rate that was tried are left out"
         rows.append(
             Row(
                 name="highest rate, ours / continuous batching",
