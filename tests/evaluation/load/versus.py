@@ -35,7 +35,7 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
             most=lab.extent.runs,
         )
         rounds.append(found)
-        guesses = {key: search.highest or guesses[key] for key, search in found.items()}
+        guesses = {key: search.highest or min(search.shares) for key, search in found.items()}
         say(f"{name}, round {number}: " + ", ".join(f"{key} {search.highest:.3g}/s" for key, search in found.items()))
     rates = {key: [found[key].highest for found in rounds] for key in chosen}
     ours, one, two = (side.name for side in lab.sides)
