@@ -80,7 +80,9 @@ def simulated_share(model: CostModel, setting: OurSetting, trace: Trace, limits:
 
 def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
     """Each of our settings: predicted and measured, by the median over the rounds' traces."""
-    settings = [setting for setting in lab.ours.settings() if isinstance(setting, OurSetting)]
+    settings = list(lab.subject.ours)
+    if lab.extent.is_short:
+        settings = [setting for setting in settings if len(setting.counts) > 1][:2]
     traces = [lab.trace(number) for number in range(max(1, lab.extent.rounds // 2))]
     costs = _profiles(lab, settings)
     models = {setting.name: _model(lab, setting, costs[len(setting.counts)], traces[0]) for setting in settings}
