@@ -20,12 +20,12 @@ from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import write_durably
 from pipetune.bench.machine.hardware import cpu_cores, read_machine
 from pipetune.bench.metrics import percentile
-from pipetune.bench.record import timestamp
+from pipetune.bench.record import Machine, timestamp
 from pipetune.bench.spec import Goodput
 from tests.evaluation.harness import ROOT, around_marks, exit_code_of, put_between_marks, say
 from tests.evaluation.load import predicted, runs_needed, versus
 from tests.evaluation.load.estimates import Limits, interval
-from tests.evaluation.load.lab import DUMMY, FULL, QUICK, SUBJECTS, TPOT_FACTOR, TTFT_FACTOR, Extent, Lab
+from tests.evaluation.load.lab import DUMMY, FULL, QUICK, SUBJECTS, Extent, Lab
 from tests.evaluation.load.table import render
 from tests.evaluation.load.values import Part, Row
 from tests.evaluation.online import against_batch, order_cost
@@ -98,9 +98,8 @@ def _measure(number: int, names: Sequence[str], args: argparse.Namespace) -> Non
         rows=tuple(rows),
         raw=raw,
     )
-    folder = folder_of(args.output, machine)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{number}{'-quick' if args.quick else ''}.json"
+    path = _path(number, machine, args)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, part.model_dump_json(indent=1) + "\n")
     say(f"part {number} is in {path}")
 
@@ -134,8 +133,28 @@ def _extent(args: argparse.Namespace) -> Extent:
 
 def _lab(name: str, args: argparse.Namespace) -> Lab:
     extent = _extent(args)
-    requests = args.requests or extent.requests[name]
-    return Lab(subject=SUBJECTS[name], extent=extent, requests=requests, given=_limits(args.goodput))
+    given, origin = _limits(args.goodput), "given"
+    if given is None and not getattr(args, "fresh_limits", False):
+        given, origin = _kept_limits(name, args), "as in part 1"
+    return Lab(
+        subject=SUBJECTS[name],
+        extent=extent,
+        requests=args.requests or extent.requests[name],
+        given=given,
+        origin=origin,
+    )
+
+
+def _kept_limits(name: str, args: argparse.Namespace) -> Limits | None:
+    """Those of part 1, if it ran on this machine."""
+    path = _path(1, read_machine(), args)
+    part = _read(path) if path.exists() else None
+    kept = part.raw.get(name, {}).get("limits") if part else None
+    return Limits(**kept) if kept else None
+
+
+def _path(number: int, machine: Machine, args: argparse.Namespace) -> Path:
+    return folder_of(args.output, machine) / f"{number}{'-quick' if args.quick else ''}.json"
 
 
 def _in_labs(
@@ -146,20 +165,12 @@ def _in_labs(
         with _lab(name, args) as lab:
             found, raw[name] = work(lab, name)
             rows += found
-            limits = lab.limits
-            origin = (
-                "given"
-                if lab.given
-                else f"{TTFT_FACTOR:g} and {TPOT_FACTOR:g} times a request alone on the slower peer"
-            )
-            told.append(
-                f"{lab.subject.describe()}; ttft {limits.ttft:g} ms and tpot {limits.tpot:g} ms ({origin}), "
-                f"{lab.requests} requests a trace."
-            )
+            told.append(f"{lab.describe()}{'' if found else '; no side sustained any rate that was tried'}.")
     return rows, raw, " ".join(told)
 
 
 def _versus(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], str]:
+    args = argparse.Namespace(**{**vars(args), "fresh_limits": True})
     return _in_labs(names, args, versus.compare)
 
 

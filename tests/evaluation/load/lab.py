@@ -55,14 +55,6 @@ class Subject:
             random_output_range_ratio=ratio,
         )
 
-    def describe(self) -> str:
-        """In words."""
-        return (
-            f"{self.model.name.rpartition('/')[2]}: {self.input_len} tokens in and {self.output_len} out, each ± 50 %; "
-            f"ours of {'; '.join(one.name for one in self.ours)}; "
-            f"continuous batching of {'; '.join(one.name for one in self.peers)}"
-        )
-
 
 def _ours(*rows: tuple[tuple[int, ...], int, int]) -> tuple[OurSetting, ...]:
     return tuple(OurSetting(counts=counts, rows=size, slots=slots) for counts, size, slots in rows)
@@ -150,6 +142,8 @@ class Lab:
     requests: int
     given: Limits | None = None
     """Limits that are not looked for."""
+    origin: str = "given"
+    """Where those come from, in words."""
     order: random.Random = field(default_factory=lambda: random.Random(0))
     used: dict[str, Setting] = field(default_factory=dict)
     _limits: Limits | None = None
@@ -176,6 +170,16 @@ class Lab:
     def sides(self) -> tuple[Side, ...]:
         """All that are compared."""
         return self.ours, self.one, self.two
+
+    def describe(self) -> str:
+        """What is served, and within which limits, in words."""
+        subject, limits = self.subject, self.limits
+        found = f"{TTFT_FACTOR:g} and {TPOT_FACTOR:g} times a request alone on the slower peer"
+        return (
+            f"{subject.model.name.rpartition('/')[2]}: {self.requests} requests a trace, {subject.input_len} tokens in "
+            f"and {subject.output_len} out, each ± 50 %; ttft {limits.ttft:g} ms and tpot {limits.tpot:g} ms "
+            f"({self.origin if self.given else found})"
+        )
 
     def trace(self, seed: int, count: int | None = None) -> Trace:
         """Requests with gaps of this seed; the prompts are the same for all."""

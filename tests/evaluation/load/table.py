@@ -40,7 +40,9 @@ def _line(part: Part, row: Row) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 10 else f"{value:.1f}"
+    if abs(value) < 1e-4:
+        return "0"
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def _about(part: Part) -> str:

@@ -43,6 +43,12 @@ def test_each_row_tells_its_aim_its_count_and_its_interval() -> None:
     assert "load 0.1 before, 2.0 after" in text
 
 
+def test_a_small_number_is_none() -> None:
+    assert "| 2.22 % | 0–2.5 |" in render(
+        [part(5, Row(name="error", value=2.222, low=1e-14, high=2.5, n=9, of="runs", unit="%"))]
+    )
+
+
 def test_quick_runs_are_named_and_nothing_is_a_line() -> None:
     assert "a quick run" in render([part(1, Row(name="ratio", value=1.0, n=1, of="rounds"), quick=True)])
     assert render([]) == "Nothing was measured yet.\n"

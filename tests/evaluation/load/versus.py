@@ -69,13 +69,20 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
             )
         )
     for key, (_, setting, _, _) in chosen.items():
-        low, high = interval(rates[key])
-        value = statistics.median(rates[key])
-        note = f"{name}; {setting.name}"
-        rows.append(
-            Row(name=f"highest rate, {key}", value=value, low=low, high=high, n=len(rounds), of="rounds", unit="/s",
-                note=note)
-        )  # fmt: skip
+        if own := [rate for rate in rates[key] if rate > 0]:
+            low, high = interval(own)
+            rows.append(
+                Row(
+                    name=f"highest rate, {key}",
+                    value=statistics.median(own),
+                    low=low,
+                    high=high,
+                    n=len(own),
+                    of="rounds",
+                    unit="/s",
+                    note=f"{name}; {setting.name}",
+                )
+            )
     for key, (same, count) in equal.items():
         rows.append(Row(name=f"outputs equal to ours, {key}", value=same / count, n=count, of="requests", note=name))
     return rows, raw
