@@ -131,10 +131,10 @@ def _extent(args: argparse.Namespace) -> Extent:
     return replace(extent, rounds=args.rounds) if args.rounds else extent
 
 
-def _lab(name: str, args: argparse.Namespace) -> Lab:
+def _lab(name: str, args: argparse.Namespace, *, finds_limits: bool = False) -> Lab:
     extent = _extent(args)
     given, origin = _limits(args.goodput), "given"
-    if given is None and not getattr(args, "fresh_limits", False):
+    if given is None and not finds_limits:
         given, origin = _kept_limits(name, args), "as in part 1"
     return Lab(
         subject=SUBJECTS[name],
@@ -158,11 +158,15 @@ def _path(number: int, machine: Machine, args: argparse.Namespace) -> Path:
 
 
 def _in_labs(
-    names: Sequence[str], args: argparse.Namespace, work: Callable[[Lab, str], Measured]
+    names: Sequence[str],
+    args: argparse.Namespace,
+    work: Callable[[Lab, str], Measured],
+    *,
+    finds_limits: bool = False,
 ) -> tuple[list[Row], dict[str, Any], str]:
     rows, raw, told = [], {}, []
     for name in names:
-        with _lab(name, args) as lab:
+        with _lab(name, args, finds_limits=finds_limits) as lab:
             found, raw[name] = work(lab, name)
             rows += found
             told.append(f"{lab.describe()}{'' if found else '; no side sustained any rate that was tried'}.")
@@ -170,8 +174,7 @@ def _in_labs(
 
 
 def _versus(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], str]:
-    args = argparse.Namespace(**{**vars(args), "fresh_limits": True})
-    return _in_labs(names, args, versus.compare)
+    return _in_labs(names, args, versus.compare, finds_limits=True)
 
 
 def _against_batch(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], str]:
