@@ -233,7 +233,7 @@ class Lab:
             tolerance=extent.pilot_tolerance,
             most=extent.pilot_runs,
         )
-        say(f"{side.name}: {best.name} sustains {rate:.3g} requests/s, best of {len(seen)} settings")
+        say(f"{side.name}: {best.name} is taken of {len(seen)} settings; the rounds begin at {rate:.3g} requests/s")
         return best, rate, [(setting.name, found) for setting, found in seen]
 
 
