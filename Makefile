@@ -7,6 +7,7 @@
 # make check    all that CI runs: lint, types, import contracts, tests
 # make bench-peers   our runtime beside its peers, in rounds, for up to an hour; QUICK=1 takes some minutes
 # make bench-search  our search beside others on the landscapes in results/landscapes; make landscapes measures them, hours
+# make bench-load    the highest rate of requests beside transformers' continuous batching, for hours; results/load
 # make bench-gate    the gate's error rates, simulated and on this machine, for hours; goes on where it was left
 # make gpu-check     what only a machine with an NVIDIA GPU can show, in 8 minutes; results/gpu/<machine>
 # make lint     check without tests; make format rewrites; make clean removes .venv and caches, never results
@@ -20,6 +21,7 @@ GPU_CHECK_ARGS ?=
 SEARCH_ARGS ?=
 LANDSCAPES ?=
 GATE_ARGS ?=
+LOAD_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -27,7 +29,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench-peers bench-search landscapes bench-gate gpu-check gpu-rehearsal test-fast test-lowest test test-families test-hosts test-vllm models-table check lint format hooks clean
+.PHONY: help demo bench-peers bench-search landscapes bench-load bench-gate gpu-check gpu-rehearsal test-fast test-lowest test test-families test-hosts test-vllm models-table check lint format hooks clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 12
@@ -71,6 +73,10 @@ bench-search: $(VENV)/.installed-run
 # A landscape that is complete is not measured again; one that is not goes on. LANDSCAPES: their names; all by default.
 landscapes: $(VENV)/.installed-run
 	$(BIN)/python -m tests.evaluation.search measure $(LANDSCAPES) $(SEARCH_ARGS)
+
+# LOAD_ARGS: see `python -m tests.evaluation.load --help`; `--docs docs/performance.md` writes its table.
+bench-load: $(VENV)/.installed-run
+	$(BIN)/python -m tests.evaluation.load $(if $(QUICK),--quick) $(LOAD_ARGS)
 
 # GATE_ARGS: see `python -m tests.evaluation.gate --help`.
 bench-gate: $(VENV)/.installed-run

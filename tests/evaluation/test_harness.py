@@ -23,12 +23,14 @@ HARNESSES = (
     "tests.evaluation.gate",
     "tests.evaluation.gpu",
     "tests.evaluation.gpu.section",
+    "tests.evaluation.load",
+    "tests.evaluation.load.worker",
     "tests.evaluation.peers",
     "tests.evaluation.peers.worker",
     "tests.evaluation.search",
     "tests.evaluation.search.finals_power",
 )
-COMMANDS = ("bench-peers", "bench-search", "bench-gate")
+COMMANDS = ("bench-peers", "bench-search", "bench-load", "bench-gate")
 
 
 @pytest.mark.slow

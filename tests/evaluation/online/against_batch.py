@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+from collections.abc import Sequence
 
 from pipetune.bench.fleet.experiment import Experiment
+from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.load.online import OnlineRequest
 from pipetune.bench.spec import ModelSpec, Plan
 from tests.evaluation.harness import exit_code_of, say
@@ -42,38 +44,43 @@ def main() -> int:
     )
     source = random.Random(0)
     prompts = [[source.randrange(100, 1000) for _ in range(args.input_len)] for _ in range(args.num_prompts)]
-    requests = [
-        OnlineRequest(number=number, prompt=tuple(prompt), output_len=args.output_len)
-        for number, prompt in enumerate(prompts)
-    ]
-    count = args.num_prompts * args.output_len
-    ratios = []
     with Experiment.start(ModelSpec(name=args.model), devices) as experiment:
-        fleet = experiment.fleet
-        for number in range(args.rounds + 1):
-            took: dict[str, float] = {}
-            tokens: dict[str, list[tuple[int, ...]]] = {}
-            for way in ("online", "batch") if number % 2 else ("batch", "online"):
-                if way == "online":
-                    run = fleet.run_trace(plan, requests, in_flight=args.in_flight)
-                    took[way] = run.duration_s
-                    tokens[way] = [one.token_ids for one in run.requests]
-                else:
-                    results = fleet.generate(
-                        plan, prompts, max_new_tokens=args.output_len, in_flight=args.in_flight, ignore_eos=True
-                    )
-                    took[way] = max(result.e2el_s for result in results)
-                    tokens[way] = [result.token_ids for result in results]
-            same = sum(one == other for one, other in zip(*tokens.values(), strict=True))
-            say(
-                f"round {number}: online {count / took['online']:.1f}, batch {count / took['batch']:.1f} tokens/s, "
-                f"ratio {took['batch'] / took['online']:.3f}; {same} of {len(prompts)} outputs equal"
-                + ("; warms up" if number == 0 else "")
-            )
-            if number:
-                ratios.append(took["batch"] / took["online"])
+        ratios = measure(experiment.fleet, plan, prompts, args.output_len, in_flight=args.in_flight, rounds=args.rounds)
     print(f"online / batch: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
     return 0
+
+
+def measure(
+    fleet: Fleet, plan: Plan, prompts: Sequence[Sequence[int]], output_len: int, *, in_flight: int, rounds: int
+) -> list[float]:
+    """Tokens a second served one by one, over those of a batch, round by round behind one that warms up."""
+    requests = [
+        OnlineRequest(number=number, prompt=tuple(prompt), output_len=output_len)
+        for number, prompt in enumerate(prompts)
+    ]
+    count = len(prompts) * output_len
+    ratios = []
+    for number in range(rounds + 1):
+        took: dict[str, float] = {}
+        tokens: dict[str, list[tuple[int, ...]]] = {}
+        for way in ("online", "batch") if number % 2 else ("batch", "online"):
+            if way == "online":
+                run = fleet.run_trace(plan, requests, in_flight=in_flight)
+                took[way] = run.duration_s
+                tokens[way] = [one.token_ids for one in run.requests]
+            else:
+                results = fleet.generate(plan, prompts, max_new_tokens=output_len, in_flight=in_flight, ignore_eos=True)
+                took[way] = max(result.e2el_s for result in results)
+                tokens[way] = [result.token_ids for result in results]
+        same = sum(one == other for one, other in zip(*tokens.values(), strict=True))
+        say(
+            f"round {number}: online {count / took['online']:.1f}, batch {count / took['batch']:.1f} tokens/s, "
+            f"ratio {took['batch'] / took['online']:.3f}; {same} of {len(prompts)} outputs equal"
+            + ("; warms up" if number == 0 else "")
+        )
+        if number:
+            ratios.append(took["batch"] / took["online"])
+    return ratios
 
 
 if __name__ == "__main__":

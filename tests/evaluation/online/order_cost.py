@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--followers", type=int, default=1)
     args = parser.parse_args()
-    lines = [_start() for _ in range(args.followers)]
-    parts = _measure(lines, args.rows, args.steps)
+    lines = [start() for _ in range(args.followers)]
+    parts = measure(lines, args.rows, args.steps)
     for line in lines:
         line.send(())
     print(f"{args.rows} rows, {args.followers} followers, {args.steps} steps; µs")
@@ -36,7 +36,8 @@ def main() -> None:
         print(f"{name:>8}: p50 {1e6 * p50:6.1f}  p90 {1e6 * p90:6.1f}")
 
 
-def _start() -> Mail:
+def start() -> Mail:
+    """A line to a follower, a process of its own."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     multiprocessing.get_context("fork").Process(target=_answer, args=(Mail(theirs),), daemon=True).start()
     return Mail(ours)
@@ -47,7 +48,8 @@ def _answer(line: Mail) -> None:
         line.send(time.monotonic())
 
 
-def _measure(lines: Sequence[Mail], rows: int, steps: int) -> dict[str, list[float]]:
+def measure(lines: Sequence[Mail], rows: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of each part, step by step; `lines` lead to followers."""
     rules = Rules(slots=1, rows=rows, prefill_rows=rows)
     admission, slots = Admission(rules), Slots(rules, steps + 20)
     for number in range(rows):

@@ -19,7 +19,10 @@ from tests.evaluation.harness import findable, module_command
 START_TIMEOUT_S = 300.0
 """Torch, transformers and the weights; a model that must be fetched was fetched before."""
 
-Kind = Literal["hf", "pp", "gpipe"]
+Kind = Literal["hf", "pp", "gpipe", "cb"]
+"""What `worker` says of them; `cb` is that of `tests.evaluation.load.worker`."""
+
+WORKERS = {"cb": "tests.evaluation.load.worker"}
 
 
 class PeerError(Exception):
@@ -66,7 +69,7 @@ class PeerGroup:
             with log.open("ab") as output:
                 process = subprocess.Popen(
                     [
-                        *module_command("tests.evaluation.peers.worker"),
+                        *module_command(WORKERS.get(kind, "tests.evaluation.peers.worker")),
                         *("--kind", kind, "--rank", str(rank), "--size", str(size), "--threads", str(threads)),
                         *("--model", model.model_dump_json()),
                         *("--rendezvous", str(self._folder / "rendezvous")),

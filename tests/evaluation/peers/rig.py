@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -53,7 +53,7 @@ class Rig:
             group.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def experiment(self, name: str) -> Experiment:
+    def experiment(self, name: str, devices: Sequence[str] = DEVICES) -> Experiment:
         """Our workers, a fleet for each plan that is compared, so that no round moves layers.
 
         Raises:
@@ -63,7 +63,7 @@ class Rig:
             self._on_start(f"starting our workers for {name}")
             self._experiments[name] = Experiment.start(
                 self.model,
-                DEVICES,
+                devices,
                 log_dir=self._folder / f"fleet-{name}",
                 on_progress=lambda progress: self.on_progress(progress),
             )

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipetune.bench.worker.main import die_with_driver
@@ -201,10 +201,10 @@ def _log_probs(logits: Any, ids: Any) -> Any:
     return own - logits[:, :-1].logsumexp(-1)
 
 
-def main() -> None:
+def main(start: Callable[[argparse.Namespace], Peer] = Peer) -> None:
     """Serves commands until stdin ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kind", choices=("hf", "pp", "gpipe"), required=True)
+    parser.add_argument("--kind", choices=("hf", "pp", "gpipe", "cb"), required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -221,7 +221,7 @@ def main() -> None:
         answers.write(json.dumps(values) + "\n")
 
     try:
-        peer = Peer(args)
+        peer = start(args)
     except Exception as error:
         traceback.print_exc()
         answer(error=f"{type(error).__name__}: {error}")
