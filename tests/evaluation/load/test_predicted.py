@@ -45,7 +45,7 @@ def test_tasks_that_took_twice_as_long_tell_a_factor_of_two(model: CostModel) ->
         for stage in range(2)
     )
     run = OnlineRun(
-        requests=(), duration_s=1.0, tasks=tasks, stages=stages, idle_s=(), underfilled_s=(), transport="gloo"
+        requests=(), duration_s=1.0, load_tasks=tasks, stages=stages, idle_s=(), underfilled_s=(), transport="gloo"
     )
     found = factors(model, SETTING.plan, run)
     assert found == pytest.approx({"prefill": 2.0, "decode": 1.0})
