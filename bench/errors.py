@@ -11,8 +11,6 @@ PipetuneError
 └── FleetError           exit 4: workers that die, hang or answer nonsense; carries a Failure
 """
 
-from __future__ import annotations
-
 import errno
 from typing import TYPE_CHECKING
 
@@ -61,7 +59,7 @@ class StorageError(PipetuneError):
 class FleetError(PipetuneError):
     """The workers failed; `failure` says which stage, when and why."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: "Failure") -> None:
         super().__init__(failure.message)
         self.failure = failure
 

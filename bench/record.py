@@ -3,8 +3,6 @@
 Times are seconds. Those of one iteration count from the moment its prompts were given (`t = 0`).
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import operator
 from enum import StrEnum
@@ -375,7 +373,7 @@ class Hardware(Value):
     gpus: tuple[GpuInfo, ...] = ()
     links: tuple[str, ...] = ()
     """`0-1:NV18`: what lies between each pair of GPUs."""
-    further_hosts: tuple[Hardware, ...] = ()
+    further_hosts: "tuple[Hardware, ...]" = ()
     """Host 1 and so on, where a fleet is on several."""
 
     @property

@@ -3,7 +3,6 @@
 Engines tell log-probabilities of given tokens and no logits: these are compared, within the tolerance of logits.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from pipetune.bench.errors import StudyError
 from pipetune.bench.record import OutputCheck
 
 # As in `bench.worker.reference`, which loads torch.
 SPREAD_FACTOR, TYPICAL_FACTOR = 2.0, 3.0
-_DTYPES = {"I64": "<i8", "F32": "<f4"}
 _LARGEST = 3.4e38
 
 
@@ -40,15 +39,8 @@ class EngineReference:
             StudyError: it cannot be read.
         """
         try:
-            data = path.read_bytes()
-            begin = 8 + int.from_bytes(data[:8], "little")
-            header = json.loads(data[8:begin])
-            metadata = header.pop("__metadata__")
-            arrays = {}
-            for name, one in header.items():
-                first, end = one["data_offsets"]
-                array = np.frombuffer(data[begin + first : begin + end], _DTYPES[one["dtype"]])
-                arrays[name] = array.reshape(one["shape"])
+            with safe_open(path, "numpy") as file:
+                metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             tolerance = SPREAD_FACTOR * float(metadata["spread"])
             return cls(
                 tokens=arrays["tokens"],
@@ -59,7 +51,7 @@ class EngineReference:
                 typical_tolerance=min(TYPICAL_FACTOR * float(metadata["typical"]), tolerance),
                 is_unsplit=metadata["source"] == "unsplit",
             )
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError) as error:
             raise StudyError(f"{path}: not a reference ({error!r}); --resume makes it anew") from error
 
     def forced(self) -> list[list[int]]:

@@ -88,7 +88,7 @@ class VllmEngine(Closing):
         software = software.model_copy(update={"packages": packages})
         self.machine = self.machine.model_copy(update={"software": software})
 
-    def prompts(self, workload: Workload) -> tuple[tuple[int, ...], ...]:
+    def prompts(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
         """Token ids of every prompt; raises as `Fleet.prompts` does."""
         key = workload.digest()
         if key not in self._prompts:

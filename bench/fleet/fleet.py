@@ -36,20 +36,8 @@ from pipetune.bench.spec import (
     hosts_of,
 )
 
-__all__ = [
-    "Closing",
-    "Fleet",
-    "GenerationResult",
-    "Progress",
-    "RequestHandle",
-    "RequestQueue",
-    "ScoreResult",
-    "available_devices",
-    "device_bytes",
-    "load_now",
-    "warn_of_cores",
-]
-
+MAX_LEN = 2048
+"""Positions of a queue's requests, unless told otherwise."""
 _OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Outcome)
 
 
@@ -62,10 +50,6 @@ class ScoreResult(Value):
     """Natural logarithms of the probabilities of all tokens but the first, which has none; empty for a single token."""
     text: str | None
     """None where the model has no tokenizer."""
-
-
-MAX_LEN = 2048
-"""Positions of a queue's requests, unless told otherwise."""
 
 
 class Fleet(Closing):
@@ -258,7 +242,6 @@ class Fleet(Closing):
         requests: Sequence[OnlineRequest],
         *,
         in_flight: int | None = None,
-        rules: Rules | None = None,
         max_concurrency: int | None = None,
         sampling: Sampling | None = None,
         instrument: bool = True,
@@ -269,7 +252,6 @@ class Fleet(Closing):
         Args:
             requests: with numbers of their own; those without a time are there from the start.
             in_flight: slots; by default as many as the plan's memory caps let be, at most two a stage.
-            rules: how requests are admitted, with slots of their own; by default those of the plan.
             max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
             sampling: how tokens are drawn, by the requests' numbers; None takes the likeliest token.
             instrument: keep what every stage did and when.
@@ -283,15 +265,13 @@ class Fleet(Closing):
         if not requests or len({one.number for one in requests}) < len(requests):
             raise ConfigError(f"requests: {len(requests)} are given; give at least one, each with a number of its own")
         self._check_online(plan)
-        lens = {
-            "prompt_len": max(len(one.prompt) for one in requests),
-            "output_len": max(one.output_len for one in requests),
-        }
+        prompt_len, output_len = max(len(one.prompt) for one in requests), max(one.output_len for one in requests)
+        in_flight = in_flight or self._slots(plan, prompt_len=prompt_len, output_len=output_len)
         answer = self._call(
             "run_trace",
             timeout_s=timeout_s,
             plan=plan,
-            rules=rules or rules_of(plan, in_flight or self._slots(plan, **lens)),
+            rules=rules_of(plan, in_flight),
             requests=requests,
             max_concurrency=max_concurrency,
             sampling=sampling,
@@ -305,14 +285,13 @@ class Fleet(Closing):
         *,
         max_len: int | None = None,
         in_flight: int | None = None,
-        rules: Rules | None = None,
         sampling: Sampling | None = None,
     ) -> RequestQueue:
         """A queue for requests that are served as they are given; until it is closed the fleet does nothing else.
 
         Args:
             max_len: tokens of the longest prompt with its output; by default the model's positions, at most 2048.
-            in_flight, rules: as in `run_trace`.
+            in_flight: as in `run_trace`.
             sampling: how tokens are drawn, by the order in which requests are given.
 
         Raises:
@@ -327,7 +306,7 @@ class Fleet(Closing):
         limit = self.shape.max_positions or max_len
         if not 2 <= max_len <= limit:
             raise ConfigError(f"max_len={max_len}: must hold a prompt and a token, and at most {limit} positions")
-        rules = rules or rules_of(plan, in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1))
+        rules = rules_of(plan, in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1))
         self._wake()
         args = {"plan": plan, "rules": rules, "max_len": max_len, "sampling": sampling}
         self._queue = RequestQueue(self._supervisor, partial(self._request, "open_queue", args, math.inf), max_len)

@@ -1,7 +1,5 @@
 """Each plan as a benchmark: a round is a fleet of fresh processes, its time the workload's own."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +23,9 @@ def measured_s() -> float:
 
 @pytest.mark.benchmark(timer=measured_s)
 @pytest.mark.timeout(0)
-def test_plan(benchmark: BenchmarkFixture, plan_case: PlanCase, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_plan(
+    benchmark: "BenchmarkFixture", plan_case: PlanCase, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """A rehearsal, whose output is compared with the unsplit model's and which is not counted; then the rounds."""
     check = not request.config.getoption("--plan-no-check")
     num_iters: int = request.config.getoption("--plan-iters")

@@ -3,8 +3,6 @@
 Started as `python -P -m pipetune.bench.worker`. Before anything heavy is imported it arranges to die with its driver.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import ctypes
@@ -75,7 +73,7 @@ def serve_remote_driver() -> None:
     work(args, link)
 
 
-def work(args: argparse.Namespace, link: DriverLink) -> None:
+def work(args: argparse.Namespace, link: "DriverLink") -> None:
     """Serves the driver until it says that it is over; everything that goes wrong is told to it."""
     # What `ps` and `top` show: forked workers have one command line.
     ctypes.CDLL(None).prctl(PR_SET_NAME, f"pipetune-rank-{args.rank}".encode(), 0, 0, 0)

@@ -36,8 +36,7 @@ def bench(
         float | None, _plan(min=1e-9, max=1.0, help="Cap of each device, a share. [0.9]")
     ] = None,
     max_memory_bytes: Annotated[
-        str | None,
-        _plan("--max-memory-per-device", metavar="SIZE", help="Cap in bytes: 600MiB."),
+        str | None, _plan("--max-memory-per-device", metavar="SIZE", help="Cap in bytes: 600MiB.")
     ] = None,
     compare_baseline: Annotated[
         bool, typer.Option("--compare-baseline", help="Beside the un-pipelined model, in rounds.")
@@ -101,9 +100,7 @@ def bench(
     params = {**ctx.params, "request_rate": rates[0]} if rates else ctx.params
     resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
     if engine_python is not None and (compare_baseline or save_outputs is not None):
-        raise ConfigError(
-            "--engine-python: vLLM's plans are measured alone; leave out --compare-baseline, --save-outputs"
-        )
+        raise ConfigError("--engine-python: measures a plan alone; leave out --compare-baseline and --save-outputs")
     check_load(
         resolved.config, compare_baseline=compare_baseline, saves=save_outputs is not None, finds_rate=max_request_rate
     )

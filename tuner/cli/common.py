@@ -1,7 +1,5 @@
 """What commands share: consoles, and output for people and machines."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,7 @@ def err() -> Console:
     return Console(file=sys.stderr, highlight=False)
 
 
-def show(document: Document) -> None:
+def show(document: "Document") -> None:
     """Prints a document on stdout."""
     from pipetune.tuner.report.render.rich import render_rich
 
@@ -37,7 +35,7 @@ def print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=1) + "\n")
 
 
-def give(values: Any, document: Document, *, json: bool) -> None:
+def give(values: Any, document: "Document", *, json: bool) -> None:
     """A result on stdout: its values as JSON, or its document for people."""
     if json:
         print_json(values)
@@ -50,13 +48,13 @@ def warn(text: str) -> None:
     err().print(f"pipetune: {harmless(text)}", markup=False, soft_wrap=True)
 
 
-def warn_unread(*reports: Report) -> None:
+def warn_unread(*reports: "Report") -> None:
     """Says on stderr which files of studies are damaged and left out."""
     for text in (text for report in reports for text in report.unread):
         warn(f"not read: {text}")
 
 
-def show_study(report: Report, *, json: bool, interrupted: bool = False, goes_on: bool = False) -> int:
+def show_study(report: "Report", *, json: bool, interrupted: bool = False, goes_on: bool = False) -> int:
     """Prints a study for people or machines, and returns the exit code it amounts to."""
     from pipetune.tuner.commands import conclude
 

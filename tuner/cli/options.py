@@ -1,7 +1,5 @@
 """Options of commands: those of settings, built from the fields that they set, and those that commands share."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -57,7 +55,7 @@ class SettingsGroup:
     without: tuple[str, ...]
     before: str
 
-    def settings(self) -> list[Setting]:
+    def settings(self) -> "list[Setting]":
         """The settings in the order of their options; a name that means none is a fault of the command."""
         from pipetune.tuner.config import sources
 
@@ -188,7 +186,7 @@ def examples_of(name: str | None) -> tuple[str, ...]:
     return tuple(line for line in lines if line.split()[1:2] == [name])
 
 
-def _options_of(chosen: Iterable[Setting]) -> list[Any]:
+def _options_of(chosen: "Iterable[Setting]") -> list[Any]:
     """Options as typer makes them for a function with these parameters; none has a default, which is the config's."""
 
     def holder(**values: object) -> None: ...
@@ -211,7 +209,7 @@ def _parameters_of(function: Callable[..., None], panel: str | None = None) -> l
     return found
 
 
-def _annotation(setting: Setting) -> Any:
+def _annotation(setting: "Setting") -> Any:
     from pipetune.tuner.config.schema import GPU_DEFAULTS
 
     flag, default = setting.flag, setting.default_text

@@ -29,8 +29,7 @@ def serve(
     from pipetune.tuner.progress import make_reporter
 
     try:
-        from pipetune.tuner.commands.serve import Api
-        from pipetune.tuner.commands.serve import serve as serve_api
+        from pipetune.tuner.commands import serve as api
     except ImportError as error:
         raise ConfigError(f"serve needs {error.name}: pip install 'pipetune[serve]'") from None
     request = PlanRequest.of(ctx.params)
@@ -46,5 +45,6 @@ def serve(
             sampling, name = config.workload.sampling, served_model_name or config.model.name
             with pipeline.open_queue(max_len=max_model_len, sampling=sampling) as queue:
                 reporter.end(f"{pipeline.plan.describe()}, prompts and answers of up to {queue.max_len} tokens")
-                serve_api(Api(queue=queue, model=name, sampling=sampling), host=host, port=port, say=reporter.say)
+                served = api.Api(queue=queue, model=name, sampling=sampling)
+                api.serve(served, host=host, port=port, say=reporter.say)
     return 0

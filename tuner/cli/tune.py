@@ -1,7 +1,5 @@
 """`pipetune tune`: searches for the best plan by running plans, or goes on with a search."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -62,8 +60,8 @@ def tune(
 
 def tune_study(
     folder: Path,
-    config: TuneConfig,
-    reporter: Reporter,
+    config: "TuneConfig",
+    reporter: "Reporter",
     *,
     resume: bool,
     json: bool,
@@ -104,7 +102,7 @@ def tune_study(
             raise
 
 
-def _conclude(folder: Path, show: Callable[[Report], int] = lambda report: 0) -> int:
+def _conclude(folder: Path, show: "Callable[[Report], int]" = lambda report: 0) -> int:
     """Exports and reports; how long they took stands in the search's log, though not in the reports themselves."""
     from pipetune.tuner.commands.conclude import conclude
     from pipetune.tuner.study.files import StudyFile

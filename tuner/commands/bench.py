@@ -151,8 +151,7 @@ class _Work:
     def run(self, reference: Path) -> BenchResult:
         config, fleet = self.job.config, self.experiment.fleet
         num_prompts = config.workload.num_prompts
-        if self.job.engine_python is None:
-            fleet.prompts(config.workload, as_text=self.job.save_outputs is not None)
+        fleet.prompts(config.workload, as_text=self.job.save_outputs is not None)
         plan = self.job.request.complete(fleet.shape, fleet.devices, num_prompts, config.device_names)
         effective = fleet.resolve(plan, config.workload)
         if isinstance(effective, Failure):

@@ -18,8 +18,8 @@ _LATENCIES = tuple(f"{of}_{name}_ms" for name in ("ttft", "tpot", "e2el") for of
 def _row(result: BenchResult, outcome: Measurement) -> dict[str, Any]:
     """What ran and every metric, in one flat row; `…_sd` over the iterations."""
     spec, rates = result.spec, metrics.throughputs(outcome)
-    arrivals = spec.workload.arrivals if spec is not None else None
-    load = {} if arrivals is None else arrivals.model_dump(include={"request_rate", "burstiness", "max_concurrency"})
+    arrivals = spec and spec.workload.arrivals
+    load = arrivals.model_dump(include={"request_rate", "burstiness", "max_concurrency"}) if arrivals else {}
     return {
         "model": spec and spec.model.name,
         "dtype": spec and spec.model.dtype,

@@ -279,7 +279,7 @@ def _under_load(
                 rate = load.highest_rate(one.effective, config.slo_attainment, guess=guess, is_rough=is_rough)
                 rated.append(replace(one, metrics={**one.metrics, "max_request_rate": rate}))
             found = list(rank(rated, objective)[: max(top, _MOST_RATED)])
-    notes = [f"simulated with {len(load)} requests; nothing here runs under arrivals yet"]
+    notes = [f"simulated with {len(load)} requests"]
     if trace is not None and trace.failed:
         notes.append(f"{trace.failed} requests of the trace had failed when it was recorded, and are left out")
     if all(one.broken for one in found):

@@ -196,15 +196,13 @@ def resolve_settings(
 
 def _with_trace(resolved: Resolved, warn: Callable[[str], None]) -> Resolved:
     """The trace's times, lengths and prompts; all of them, unless a number is given."""
-    arrivals = resolved.config.workload.arrivals
-    if arrivals is None or arrivals.trace is None:
+    workload = resolved.config.workload
+    if (arrivals := workload.arrivals) is None or (path := arrivals.trace) is None:
         return resolved
-    path, is_limited = arrivals.trace, ("workload", "num_prompts") in resolved.sources
-    limit = resolved.config.workload.num_prompts if is_limited else None
+    limit = workload.num_prompts if ("workload", "num_prompts") in resolved.sources else None
     rows, failed = read_trace(path, time_scale=arrivals.time_scale, limit=limit)
     if failed:
         warn(f"{path}: {failed} requests had failed when it was recorded, and are left out")
-    workload = resolved.config.workload
     values: dict[KeyPath, object] = {
         ("num_prompts",): len(rows),
         ("arrivals", "times_s"): [row.at_s for row in rows],

@@ -1,7 +1,5 @@
 """The URL of a study's database: which driver opens it, how it is shown without its password, and who may share it."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +85,7 @@ def check_sharing(config: TuneConfig) -> None:
         )
 
 
-def _parse(url: str) -> URL:
+def _parse(url: str) -> "URL":
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 

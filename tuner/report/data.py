@@ -1,7 +1,5 @@
 """What every report of a study is made from: its settings, its machine, its records and their ranking."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Iterable
@@ -39,7 +37,7 @@ class Report:
     losses: Losses = field(default_factory=Losses)
 
     @classmethod
-    def of(cls, study: StudyContents) -> Report:
+    def of(cls, study: StudyContents) -> "Report":
         """Ranks a study by its own objectives and constraints; what of it is damaged is left out, and named."""
         config, unread, losses = study.config, list(study.unread), study.losses
         log, profile = study.folder / StudyFile.SEARCH, losses.path(study.folder, StudyFile.PROFILE)

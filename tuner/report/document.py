@@ -18,8 +18,6 @@ of `Figures` a screen draws bars alone. Where media differ in what they hold, th
 from the same parts. All text is foreign to every renderer: none reads markup in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -108,18 +106,18 @@ class Table:
     gap: int = 2
     """Spaces between columns of a screen."""
 
-    def only(self, titles: Iterable[str]) -> Table:
+    def only(self, titles: Iterable[str]) -> "Table":
         """The table with the named columns alone, in the order they have."""
         wanted = frozenset(titles)
         return self._arranged([place for place, column in enumerate(self.columns) if column.title in wanted])
 
-    def led_by(self, titles: Sequence[str]) -> Table:
+    def led_by(self, titles: Sequence[str]) -> "Table":
         """The table with the named columns in front, in this order."""
         last = len(titles)
         known = [titles.index(column.title) if column.title in titles else last for column in self.columns]
         return self._arranged(sorted(range(len(known)), key=known.__getitem__))
 
-    def _arranged(self, kept: Sequence[int]) -> Table:
+    def _arranged(self, kept: Sequence[int]) -> "Table":
         return replace(
             self,
             columns=tuple(self.columns[place] for place in kept),
@@ -193,7 +191,7 @@ class Section:
     """Parts that belong together, under a heading or under none."""
 
     heading: str
-    parts: tuple[Part, ...]
+    parts: "tuple[Part, ...]"
     is_hero: bool = False
     """Whether it is what a page shows first: centred, its first text large."""
     is_folded: bool = False

@@ -3,8 +3,6 @@
 The order is fixed, and every step first looks at what is on disk: a study that was stopped anywhere goes on there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import random
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from pipetune.bench.fleet.fleet import Fleet
 
 
-def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..., Fleet] | None = None) -> bool:
+def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: "Callable[..., Fleet] | None" = None) -> bool:
     """Runs what is left of a study.
 
     Args:
@@ -60,7 +58,7 @@ def run_plans(
     reporter: Reporter,
     plans: Sequence[EffectivePlan],
     *,
-    start_fleet: Callable[..., Fleet] | None = None,
+    start_fleet: "Callable[..., Fleet] | None" = None,
 ) -> bool:
     """Runs given plans in place of a search: each once a round, in an order of its own, and none again that is there.
 
@@ -244,12 +242,7 @@ def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) 
         runs.reporter.say(other)
         return
     finalists = finals.choose(
-        store.current,
-        objectives,
-        config.constraints,
-        count=config.finalists,
-        space=config.space,
-        preferred=preferred,
+        store.current, objectives, config.constraints, count=config.finalists, space=config.space, preferred=preferred
     )
     if not finalists.plans:
         return

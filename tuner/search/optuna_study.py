@@ -4,8 +4,6 @@ Out of memory is a broken constraint of graded amount, then PRUNED: so TPE learn
 carries every constraint, in one order. What failed for another reason is FAIL, which TPE passes over.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain, count
 
@@ -65,7 +63,7 @@ class OptunaStudy:
         name: str = "pipetune",
         say: Callable[[str], None] = lambda text: None,
         is_own: bool = False,
-    ) -> OptunaStudy:
+    ) -> "OptunaStudy":
         """The study of a space in its database.
 
         Args:

@@ -10,8 +10,6 @@ Only compute that never asks the host can be captured. What cannot runs as befor
 step is compared with an eager one before it is used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time
@@ -161,7 +159,7 @@ class DecodeGraphs:
         self._has_failed = False
         self._notes: dict[str, None] = {}
 
-    def again(self, whose: str) -> DecodeGraphs:
+    def again(self, whose: str) -> "DecodeGraphs":
         """One for the same stage that has captured nothing: its graphs hold what is hooked to modules by then."""
         return DecodeGraphs(self._stage, self._device, where=whose + self._where, capture=self._captures)
 

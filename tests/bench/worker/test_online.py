@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from pipetune.bench.errors import ConfigError, FleetError, PlanError
 from pipetune.bench.fleet import supervisor
 from pipetune.bench.fleet.fleet import Fleet
-from pipetune.bench.load.admission import Rules
 from pipetune.bench.load.online import OnlineRequest
 from pipetune.bench.record import FailureKind
 from pipetune.bench.spec import ModelSpec, Plan, Sampling
@@ -134,7 +133,7 @@ def test_a_killed_stage_is_named(rank: int, tmp_path: Path) -> None:
         timer = threading.Timer(1.0, os.kill, (worker_pids(fleet)[rank], signal.SIGKILL))
         timer.start()
         with pytest.raises(FleetError) as caught:
-            fleet.run_trace(plan, requests, rules=Rules(slots=3, rows=4, prefill_rows=2))
+            fleet.run_trace(plan, requests, in_flight=3)
         assert (caught.value.failure.kind, caught.value.failure.stage) == (FailureKind.WORKER_DIED, rank)
         # The next use starts the workers again.
         assert len(fleet.run_trace(plan, requests[:2]).requests) == 2

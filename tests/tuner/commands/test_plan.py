@@ -131,7 +131,7 @@ def test_a_trace_says_when_requests_come_and_how_long_they_are(
     document = printed(capsys)
     assert document["objective"] == "p90_e2el_ms"
     assert document["notes"] == [
-        "simulated with 32 requests; nothing here runs under arrivals yet",
+        "simulated with 32 requests",
         "8 requests of the trace had failed when it was recorded, and are left out",
     ]
     trace.write_text('{"timestamp": 0, "prompt": "text"}\n')

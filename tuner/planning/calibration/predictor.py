@@ -4,8 +4,6 @@ A model is refitted by the times of tasks (`regression`), and in what lies betwe
 messages, gaps, stalls and contention.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import defaultdict
@@ -55,7 +53,7 @@ class PredictedMetrics:
             {name: float(values[place]) for name, values in self.relative_sd.items()},
         )
 
-    def joined(self, other: PredictedMetrics) -> PredictedMetrics:
+    def joined(self, other: "PredictedMetrics") -> "PredictedMetrics":
         """The metrics of these plans and then of others."""
         return PredictedMetrics(
             mean={name: np.concatenate([values, other.mean[name]]) for name, values in self.mean.items()},

@@ -9,8 +9,6 @@ the uncorrected costs do. How wide a prior should be depends on where these are 
 their modes averaged by the evidence for each, in Laplace's approximation (D. J. C. MacKay, Neural Computation 4, 1992).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics
@@ -24,16 +22,7 @@ from scipy.special import huber
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import StagePlan
 from pipetune.tuner.planning.arrays import Floats, remembered
-from pipetune.tuner.planning.calibration.corrected_costs import (
-    SMALLEST,
-    Term,
-    Weighted,
-    group_term,
-    layer_terms,
-    octaves_of,
-    place_terms,
-    speed_terms,
-)
+from pipetune.tuner.planning.calibration import corrected_costs as corrected
 from pipetune.tuner.planning.calibration.observation import Observation, TaskSpan
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.contention import Contention
@@ -107,7 +96,7 @@ class Rows:
         """In the largest plan seen, or those measured."""
         self.middles = _middles(observations)
         self.groups = np.eye(max(groups) + 1)[list(groups)]
-        self.columns: dict[Term, int] = {}
+        self.columns: dict[corrected.Term, int] = {}
         self.log_s: list[float] = []
         self.counts: list[int] = []
         self.disturbed: list[bool] = []
@@ -147,30 +136,32 @@ class Rows:
             share = min(span.others / (self.devices - 1), 1.0) - 1.0
             log_s -= share * self.measured.of(decode=kind.is_decode)
             self._enter("whole", [(("contention", kind.is_decode), share)])
-        self._enter("whole", speed_terms(device, kind))
+        self._enter("whole", corrected.speed_terms(device, kind))
         self._enter("layers", terms)
-        self._enter("ends", place_terms("ends", kind, **place))
-        unit = float(self.base.layers_s(device, SMALLEST).mean())
-        self._enter("extra", place_terms("extra", kind, **place), unit)
-        self.group_columns.append([self._column(group_term(group, kind)) for group in range(self.groups.shape[1])])
+        self._enter("ends", corrected.place_terms("ends", kind, **place))
+        unit = float(self.base.layers_s(device, corrected.SMALLEST).mean())
+        self._enter("extra", corrected.place_terms("extra", kind, **place), unit)
+        self.group_columns.append(
+            [self._column(corrected.group_term(group, kind)) for group in range(self.groups.shape[1])]
+        )
         self.log_s.append(log_s)
 
-    def _enter(self, part: str, terms: Iterable[tuple[Term, float]], unit: float = 1.0) -> None:
+    def _enter(self, part: str, terms: Iterable[tuple[corrected.Term, float]], unit: float = 1.0) -> None:
         """Puts terms into the row to come."""
         row = len(self.log_s)
         self.entries[part] += [(row, self._column(term), weight * unit) for term, weight in terms]
 
     @remembered
-    def _of_kind(self, device: str, kind: TaskKind) -> tuple[Floats, Weighted]:
+    def _of_kind(self, device: str, kind: TaskKind) -> tuple[Floats, corrected.Weighted]:
         """Sums of the layers before each layer, `[layers + 1, groups]`, and the terms."""
         each = self.base.layers_s(device, kind)[:, None] * self.groups
         sums = np.concatenate([np.zeros((1, each.shape[1])), np.cumsum(each, axis=0)])
-        return sums, layer_terms(device, kind, self.middles[kind.is_decode])
+        return sums, corrected.layer_terms(device, kind, self.middles[kind.is_decode])
 
-    def _column(self, term: Term) -> int:
+    def _column(self, term: corrected.Term) -> int:
         return self.columns.setdefault(term, len(self.columns))
 
-    def contention(self, terms: Mapping[Term, float]) -> Contention | None:
+    def contention(self, terms: Mapping[corrected.Term, float]) -> Contention | None:
         """What devices lose to each other; None where they were never seen together."""
         if self.devices < 2:
             return None
@@ -180,7 +171,7 @@ class Rows:
         )
         return Contention(prefill=prefill, decode=decode, devices=self.devices)
 
-    def fit(self) -> dict[Term, float]:
+    def fit(self) -> dict[corrected.Term, float]:
         """The mode of the posterior under each prior, averaged by how likely the times are under each."""
         fits = [self._mode(_Problem(self, widths)) for widths in PRIORS]
         logs = np.array([evidence + widths.log_odds for (evidence, _), widths in zip(fits, PRIORS, strict=True)])
@@ -188,7 +179,7 @@ class Rows:
         values = sum(share * values for share, (_, values) in zip(shares / shares.sum(), fits, strict=True))
         return dict(zip(self.columns, np.asarray(values).tolist(), strict=True))
 
-    def _mode(self, problem: _Problem) -> tuple[float, Floats]:
+    def _mode(self, problem: "_Problem") -> tuple[float, Floats]:
         """Logarithm of the evidence for the prior, and the mode of the posterior."""
         values = np.zeros(len(self.columns))
         objective = problem.objective(values)
@@ -212,7 +203,7 @@ def _middles(observations: Sequence[Observation]) -> tuple[int, int]:
     seen: dict[bool, list[float]] = {False: [0.0], True: [0.0]}
     for observation in observations:
         for span in observation.tasks:
-            seen[span.kind.is_decode].append(octaves_of(span.kind))
+            seen[span.kind.is_decode].append(corrected.octaves_of(span.kind))
     prefill, decode = (round(statistics.median(seen[is_decode][1:] or [0.0])) for is_decode in (False, True))
     return prefill, decode
 

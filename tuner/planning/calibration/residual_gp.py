@@ -10,8 +10,6 @@ So a plan beside a measured one gets nearly its error, and a far one that of all
 likeliest of a few, under a prior: everything is deterministic.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math
@@ -55,7 +53,7 @@ class Features:
     """`[plan, feature]` in lengths."""
 
     @classmethod
-    def of(cls, plans: Sequence[tuple[Plan, int]], shares: Sequence[Sequence[float]], *, longest: int) -> Features:
+    def of(cls, plans: Sequence[tuple[Plan, int]], shares: Sequence[Sequence[float]], *, longest: int) -> "Features":
         """Where plans are.
 
         Args:
@@ -80,7 +78,7 @@ class Features:
             places=places,
         )
 
-    def take(self, rows: Sequence[int]) -> Features:
+    def take(self, rows: Sequence[int]) -> "Features":
         """Some of the plans."""
         index = list(rows)
         return Features(self.layouts[index], self.orders[index], self.switches[index], self.places[index])

@@ -16,8 +16,6 @@ of a measured profile, has; `speed` makes everything on it so many times as fast
 first one counts; two devices of one profile have the link that was measured there, unless the file says otherwise.
 """
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import re
@@ -145,7 +143,7 @@ class DescribedDevices:
                 )
         return {name: sizes[name] for name in names}
 
-    def costs(self, shape: ModelShape, *, scores: bool = False) -> DescribedCosts:
+    def costs(self, shape: ModelShape, *, scores: bool = False) -> "DescribedCosts":
         """What tasks of a model take on these devices.
 
         Raises:

@@ -1,7 +1,5 @@
 """Profiles kept from command to command: measured once for a machine, a model and a grid, then read from the cache."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -51,7 +49,7 @@ class KeptProfile(Value):
 
 
 def profile_for(
-    fleet: Fleet, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True, refresh: bool = False
+    fleet: "Fleet", grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True, refresh: bool = False
 ) -> Profile:
     """The profile of a fleet's model on its devices: from the cache but to refresh it, or measured now and kept.
 
@@ -73,7 +71,7 @@ def profile_for(
     return keep(key, profile)
 
 
-def profile_key(fleet: Fleet, grid: ProfileGrid, *, packed_weights: bool, cuda_graphs: bool) -> ProfileKey:
+def profile_key(fleet: "Fleet", grid: ProfileGrid, *, packed_weights: bool, cuda_graphs: bool) -> ProfileKey:
     """What a profile of this fleet would depend on."""
     software = fleet.machine.software
     return ProfileKey(

@@ -14,8 +14,6 @@ next tick or so, for which the receiver then waits: `stall_s`. It makes balanced
 Replicas do not disturb each other: each is simulated alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,7 +59,7 @@ class TaskSequence:
     """`[prompt]`, tokens generated for it."""
 
     @classmethod
-    def of(cls, tasks: Sequence[Task], sizes: Sequence[int], output_lens: Sequence[int]) -> TaskSequence:
+    def of(cls, tasks: Sequence[Task], sizes: Sequence[int], output_lens: Sequence[int]) -> "TaskSequence":
         """The sequence of a schedule over micro-batches of these sizes, whose rows generate so many tokens."""
         known: dict[TaskKind, int] = {}
         kind_of = []

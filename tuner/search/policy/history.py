@@ -3,8 +3,6 @@
 Plans that would run the same way are one, whatever points proposed them. It grows with the records, each read once.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import statistics
@@ -102,7 +100,7 @@ class History:
         for record in records[len(self.records) :]:
             self._read(record, observe(record))
 
-    def until(self, count: int) -> History:
+    def until(self, count: int) -> "History":
         """The history as it was when there were so many records."""
         before = History(self._space, self._resolve)
         for record, lesson in zip(self.records[:count], self._lessons[:count], strict=True):

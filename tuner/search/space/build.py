@@ -198,10 +198,7 @@ def count_raw_partitions(config: SpaceConfig, shape: ModelShape, num_devices: in
     cuts = shape.num_layers - 1 - len(set(shape.forbidden_cuts))
     return sum(
         count_partitions(
-            shape.num_layers,
-            min_stages=stages.start,
-            max_stages=stages.stop - 1,
-            forbidden_cuts=shape.forbidden_cuts,
+            shape.num_layers, min_stages=stages.start, max_stages=stages.stop - 1, forbidden_cuts=shape.forbidden_cuts
         )
         for _, stages in _widths(config, num_devices, cuts + 1, num_prompts)
     )
