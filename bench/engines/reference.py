@@ -40,7 +40,7 @@ class EngineReference:
         """
         try:
             with safe_open(path, "numpy") as file:
-                metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             tolerance = SPREAD_FACTOR * float(metadata["spread"])
             return cls(
                 tokens=arrays["tokens"],
