@@ -120,6 +120,17 @@ def test_a_users_own_bench_does_no_harm(installed: Path, tmp_path: Path) -> None
     assert "Usage" in run_python("-m", "pipetune", "--help", cwd=tmp_path, path=installed)
 
 
+def serves_until_it_is_told_to_end(arguments: list[str], *, cwd: Path, path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    command = [sys.executable, "-m", "pipetune", *arguments]
+    with subprocess.Popen(command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = next((line for line in process.stderr if "http://127.0.0.1:" in line), None)
+        process.terminate()
+        assert said is not None
+        assert process.wait(timeout=60) == 0
+
+
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
 def test_every_line_of_the_readme_works_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
@@ -139,6 +150,7 @@ def test_every_line_of_the_readme_works_in_an_empty_folder(installed: Path, tmp_
     }
     fewer = {"MAX_MEMORY_PER_DEVICE": "75MiB", "N_TRIALS": 1, "FINALISTS": 1, "FINALIST_ROUNDS": 1}
     environment = {f"PIPETUNE_{name}": str(value) for name, value in (smaller | fewer).items()}
+    few = {"PIPETUNE_NUM_PROMPTS": "4", "PIPETUNE_NUM_ITERS": "1"}
     for line in lines:
         arguments = [model.get(word, word) for word in line[1:]]
         if arguments[0] == "tune":
@@ -148,8 +160,10 @@ def test_every_line_of_the_readme_works_in_an_empty_folder(installed: Path, tmp_
             shutil.copytree(tmp_path / "work/results/demo", tmp_path / "work" / line[line.index("-o") + 1])
         elif arguments[0] == "gate":
             run_python("-m", "pipetune", *arguments, "--show-config", cwd=tmp_path / "work", path=installed)
+        elif arguments[0] == "serve":
+            serves_until_it_is_told_to_end([*arguments, "--port", "0"], cwd=tmp_path / "work", path=installed)
         else:
-            extra = environment if arguments == ["demo"] else {}
+            extra = environment if arguments == ["demo"] else few if "--sweep" in arguments else {}
             run_python("-m", "pipetune", *arguments, cwd=tmp_path / "work", path=installed, extra=extra)
     assert (tmp_path / "work/comparison/compare.html").exists()
 
