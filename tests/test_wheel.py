@@ -125,9 +125,13 @@ def serves_until_it_is_told_to_end(arguments: list[str], *, cwd: Path, path: Pat
     command = [sys.executable, "-m", "pipetune", *arguments]
     with subprocess.Popen(command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = next((line for line in process.stderr if "http://127.0.0.1:" in line), None)
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "http://127.0.0.1:" in line:
+                break
         process.terminate()
-        assert said is not None
+        assert "http://127.0.0.1:" in said, said
         assert process.wait(timeout=60) == 0
 
 
@@ -161,7 +165,9 @@ def test_every_line_of_the_readme_works_in_an_empty_folder(installed: Path, tmp_
         elif arguments[0] == "gate":
             run_python("-m", "pipetune", *arguments, "--show-config", cwd=tmp_path / "work", path=installed)
         elif arguments[0] == "serve":
-            serves_until_it_is_told_to_end([*arguments, "--port", "0"], cwd=tmp_path / "work", path=installed)
+            serves_until_it_is_told_to_end(
+                [*arguments, "--port", "0", "--max-model-len", "16"], cwd=tmp_path / "work", path=installed
+            )
         else:
             extra = environment if arguments == ["demo"] else few if "--sweep" in arguments else {}
             run_python("-m", "pipetune", *arguments, cwd=tmp_path / "work", path=installed, extra=extra)

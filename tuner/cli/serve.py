@@ -45,6 +45,5 @@ def serve(
             sampling, name = config.workload.sampling, served_model_name or config.model.name
             with pipeline.open_queue(max_len=max_model_len, sampling=sampling) as queue:
                 reporter.end(f"{pipeline.plan.describe()}, prompts and answers of up to {queue.max_len} tokens")
-                served = api.Api(queue=queue, model=name, sampling=sampling)
-                api.serve(served, host=host, port=port, say=reporter.say)
+                api.serve(api.Api(queue=queue, model=name, sampling=sampling), host=host, port=port, say=reporter.say)
     return 0

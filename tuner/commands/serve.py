@@ -308,8 +308,6 @@ def serve(api: Api, *, host: str, port: int, say: Callable[[str], object]) -> No
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigError(f"--host {host} --port {port}: nobody can listen there: {error.strerror}") from None
-    shown = f"[{host}]" if ":" in host else host
-    say(f"serving {api.model} at http://{shown}:{listener.getsockname()[1]}/v1; Ctrl-C ends it")
     server = uvicorn.Server(uvicorn.Config(api.app(), log_level="warning", access_log=False))
 
     async def run() -> None:
@@ -319,8 +317,10 @@ def serve(api: Api, *, host: str, port: int, say: Callable[[str], object]) -> No
         server.should_exit = True
         await serving
 
-    # Once all is served, uvicorn raises the signal again that ended it: what ends here ends well.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Also before uvicorn listens to signals, and when it raises again, at its end, the one that ended it.
+    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+    shown = f"[{host}]" if ":" in host else host
+    say(f"serving {api.model} at http://{shown}:{listener.getsockname()[1]}/v1; Ctrl-C ends it")
     try:
         asyncio.run(run())
     finally:
