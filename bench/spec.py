@@ -395,6 +395,8 @@ class Workload(Value):
     def _scores_are_not_sampled(self) -> Self:
         if self.kind == "score" and self.sampling is not None:
             raise ValueError("workload.sampling: nothing is sampled where texts are scored; leave it out")
+        if self.kind == "score" and self.arrivals is not None:
+            raise ValueError("workload.arrivals: texts are scored in batches, and do not come over time; leave it out")
         if self.kind == "score" and self.goodput is not None and {*self.goodput.limits} != {"e2el"}:
             raise ValueError("workload.goodput: where texts are scored there is no latency but e2el; give e2el alone")
         times_s = self.arrivals.times_s if self.arrivals is not None else None

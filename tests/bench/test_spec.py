@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipetune.bench.spec import (
+    Arrivals,
     EffectivePlan,
     Goodput,
     ModelSpec,
@@ -311,6 +312,8 @@ def test_limits_of_a_good_request_are_written_as_vllm_writes_them() -> None:
     for wanted in ("ttft:500 tpot:50", "ttft:500,tpot:50", ["ttft:500", "tpot:50"], {"ttft": 500, "tpot": 50}):
         assert Workload.model_validate({"goodput": wanted}).goodput == Goodput(ttft=500, tpot=50)
     text = Workload(goodput=Goodput(ttft=500, tpot=50)).model_dump_json()
+    with pytest.raises(ValueError, match=r"workload\.arrivals: texts are scored in batches"):
+        Workload(kind="score", arrivals=Arrivals(request_rate=1.0))
     # Records are read strictly.
     assert Workload.model_validate_json(text, strict=True).goodput == Goodput(ttft=500, tpot=50)
     assert '"ttft:500 tpot:50"' in text

@@ -64,8 +64,9 @@ stages share it, which proves correctness and says nothing of the speed of pipel
   kernels of about 2 µs, take 63 % of its time, and matrix products 26 %. A layer of the 7B shape
   has as many. They stay transformers' own, so that a stage's numbers stay the unsplit model's to
   the bit; `--compile` fuses them.
-- `tune` on `cuda:0` ended by itself with its report: the best plan was predicted within 1.1 % in
-  the second half of its trials, and was 6.2 times as fast as `device_map="auto"`.
+- `tune` on `cuda:0` ended by itself with its report. Predictions were off by 1.1 % in the median of
+  the second half of its trials, and its best plan was 6.2 times as fast as `device_map="auto"`, not
+  measured side by side.
 
 Not run on any GPU: several GPUs, NVLink, MIG, flash-attention kernels of other packages, NCCL
 between hosts, and whatever a rehearsal on stubbed GPUs (`tests/rehearsal`) shows alone: lost GPUs,

@@ -90,7 +90,7 @@ def bench(
     from pipetune.tuner.commands.sweep import check_load, draw_sweeps, rates_of, read_sweeps
     from pipetune.tuner.config import sources
     from pipetune.tuner.progress import make_reporter
-    from pipetune.tuner.study.files import write_new
+    from pipetune.tuner.study.files import refuse_existing, write_new
 
     if form not in (forms := ("text", "json", "md", *FORMATS)):
         raise ConfigError(f"--format: {form!r} is none of {', '.join(forms)}")
@@ -105,6 +105,7 @@ def bench(
     if show_config:
         typer.echo(sources.show(resolved), nl=False)
         return 0
+    refuse_existing(plot)
     job = Bench(
         config=resolved.config,
         request=request,

@@ -44,7 +44,6 @@ def check_load(config: TuneConfig, *, compare_baseline: bool, saves: bool, finds
     refused = {
         "--compare-baseline: the un-pipelined model takes a batch at once": compare_baseline,
         "--save-outputs: it generates for a batch at once": saves,
-        "--workload-kind score: texts are scored in batches": workload.kind == "score",
     }
     if why := next((text for text, applies in refused.items() if applies), None):
         raise ConfigError(f"{why}; leave it out where requests come over time")
