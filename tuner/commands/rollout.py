@@ -35,7 +35,14 @@ from pipetune.tuner.gate.outputs import files as outputs
 from pipetune.tuner.gate.run import Gate
 from pipetune.tuner.gate.runners import FreshProcesses
 from pipetune.tuner.gate.values import GateResult, Side, SideName, Verdict
-from pipetune.tuner.planning.calibration.carried import FEWER_LAYERS_SD, PRIOR_SD, deepened, half_width, larger_fleet
+from pipetune.tuner.planning.calibration.carried import (
+    FEWER_LAYERS_SD,
+    PRIOR_SD,
+    deepened,
+    half_width,
+    larger_fleet,
+    slowed,
+)
 from pipetune.tuner.planning.calibration.observation import Observation, observe
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.report.data import Report
@@ -211,7 +218,8 @@ class _Chain:
     report: Report
     machine: Machine
     profile: Profile | None
-    observations: list[Observation]
+    observations: dict[tuple[str, ...], list[Observation]]
+    """By the fleet whose runs they are of."""
 
     @classmethod
     def of(cls, request: RolloutRequest, reporter: Reporter) -> Self:
@@ -227,11 +235,7 @@ class _Chain:
             report=report,
             machine=study.machine,
             profile=read(profile, Profile) if profile.exists() else None,
-            observations=[
-                one
-                for record in (study.records if request.first_model is None else ())
-                if (one := observe(record)) is not None
-            ],
+            observations={request.fleets[0]: _lessons(study.records if request.first_model is None else ())},
         )
 
     @property
@@ -252,7 +256,7 @@ class _Chain:
         width = half_width(misses, PRIOR_SD if self.request.first_model is None else FEWER_LAYERS_SD)
         prediction = self._predict(folder.with_suffix(".json"), devices, width)
         records = self._measure(folder, prediction)
-        self.observations += [one for record in records if (one := observe(record)) is not None]
+        self.observations[devices] = _lessons(records)
         tried = []
         for predicted in prediction.plans:
             runs = [record for record in records if record.spec and record.spec.plan == predicted.effective.plan]
@@ -282,14 +286,14 @@ class _Chain:
         if profile is not None and self.request.first_model is not None:
             whole = read_model(self.request.of(self.request.fleets[0]), self.reporter, None)
             profile = deepened(profile, whole.model, whole.shape)
-        described = larger_fleet(
-            profile, self.request.fleets[0], device_bytes(devices), cores=self.machine.hardware.cpu_cores
-        )
+        cores = self.machine.hardware.cpu_cores
+        described = larger_fleet(profile, self.request.fleets[0], device_bytes(devices), cores=cores)
+        lessons = [one for fleet, own in self.observations.items() for one in slowed(own, fleet, devices, cores=cores)]
         planned = find_plans(
             self.request.of(devices),
             self.reporter,
             described=described,
-            observations=self.observations,
+            observations=lessons,
             top=self.request.top,
         )
         if self.objective not in planned.plans[0].metrics:
@@ -302,7 +306,7 @@ class _Chain:
             raise NothingFeasibleError(f"fleet {','.join(devices)}: every plan is predicted to break {broken}")
         found = Prediction(
             devices=devices,
-            made_from=f"{described.about}, and {len(self.observations)} runs",
+            made_from=f"{described.about}, and {len(lessons)} runs",
             half_width=width,
             plans=tuple(Predicted(effective=one.effective, value=one.metrics[self.objective]) for one in kept),
         )
@@ -408,3 +412,7 @@ class _Chain:
         return chain.model_copy(
             update={"today": today, "gate": gate, "promoted": True, "verdict": verdict, "exit_code": 0}
         )
+
+
+def _lessons(records: Sequence[Record]) -> list[Observation]:
+    return [one for record in records if (one := observe(record)) is not None]

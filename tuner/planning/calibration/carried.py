@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from scipy.special import stdtrit
 
@@ -11,6 +11,7 @@ from pipetune.bench.errors import ConfigError
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import LayerTimes, LinkProfile, Profile
 from pipetune.bench.spec import ModelSpec, device_kind
+from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.costs.described import DescribedDevice, DescribedDevices
 from pipetune.tuner.planning.costs.nominal import RATES
 
@@ -105,7 +106,25 @@ def larger_fleet(
     return DescribedDevices(place=f"what {','.join(smaller)} showed", about=about, devices=tuple(devices), links=links)
 
 
-def _cores_each(fleet: Sequence[str] | Mapping[str, int], cores: int) -> float:
+def slowed(
+    observations: Sequence[Observation], smaller: Sequence[str], larger: Sequence[str], *, cores: int
+) -> list[Observation]:
+    """What a smaller fleet's runs would have shown with the cores that each CPU worker has in a larger one: its tasks
+    and gaps, and not what it came to."""
+    times = _cores_each(smaller, cores) / _cores_each(larger, cores)
+    found = []
+    for one in observations:
+        on_cpu = [device_kind(device) == "cpu" for device in one.effective.plan.devices]
+        tasks = (
+            task.model_copy(update={"seconds": task.seconds * times}) if on_cpu[task.stage] else task
+            for task in one.tasks
+        )
+        gaps = (gap and gap * times if slow else gap for gap, slow in zip(one.gap_s, on_cpu, strict=True))
+        found.append(one.model_copy(update={"tasks": tuple(tasks), "gap_s": tuple(gaps)}))
+    return found
+
+
+def _cores_each(fleet: Collection[str], cores: int) -> float:
     """Cores that each of so many workers computes with while all do: a whole number, but where there are fewer."""
     workers = len(fleet)
     return float(cores // workers) if workers <= cores else cores / workers

@@ -9,14 +9,19 @@ import pytest
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.profile import LayerTimes, TaskKind
+from pipetune.bench.spec import EffectivePlan, Plan, Workload
 from pipetune.tuner.planning.calibration.carried import (
     FEWER_LAYERS_SD,
     PRIOR_SD,
     deepened,
     half_width,
     larger_fleet,
+    slowed,
 )
+from pipetune.tuner.planning.calibration.observation import Observation, TaskSpan
+from pipetune.tuner.planning.calibration.predictor import refit
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
+from pipetune.tuner.planning.simulation.model import CostModel
 from tests.record_factory import make_shape
 from tests.study_factory import make_profile
 
@@ -34,6 +39,25 @@ def test_workers_that_share_cores_are_as_much_slower_and_others_as_fast() -> Non
         said = larger_fleet(profile, ("cpu:0", "cpu:1"), SIZES, cores=cores).about or ""
         assert f"each CPU worker {1 / times:.2g} times as fast: 4 of them share {cores} cores" in said
         assert ratio == pytest.approx(np.full(shape.num_layers, times))
+
+
+def test_runs_of_workers_with_more_cores_teach_as_if_they_had_had_fewer() -> None:
+    profile, shape = make_profile(), make_shape()
+    plan = Plan.from_layer_counts((shape.num_layers,), ("cpu:0",), 8)
+    task = TaskSpan(stage=0, rows=8, new_tokens=1, past_tokens=64, seconds=0.05, count=4)
+    seen = Observation(
+        effective=EffectivePlan(plan=plan, in_flight=1), tasks=(task,), gap_s=(1e-3,), metrics={"duration_s": 1.0}
+    )
+    model = CostModel.of_workload(shape, Workload(num_prompts=16), (64,) * 16, ProfiledCosts(profile))
+    alone = refit(model, [seen]).task_s(plan, DECODE)[0][0]
+    sizes = dict(list(SIZES.items())[:2])
+    shared = larger_fleet(profile, ("cpu:0",), sizes, cores=2)
+    lessons = slowed([seen], ("cpu:0",), tuple(sizes), cores=2)
+    beside = refit(CostModel.of_workload(shape, Workload(num_prompts=16), (64,) * 16, shared.costs(shape)), lessons)
+    assert lessons[0].gap_s == (2e-3,)
+    # As it was told: what one worker took on both cores takes twice as long on one of them.
+    assert beside.task_s(plan, DECODE)[0][0] == pytest.approx(2 * alone, rel=0.02)
+    assert slowed([seen], ("cpu:0",), ("cpu:0",), cores=2) == [seen]
 
 
 def test_links_that_nobody_timed_are_as_slow_as_the_slowest_or_nominal() -> None:
