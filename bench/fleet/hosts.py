@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipetune.bench.errors import ConfigError, FleetError
-from pipetune.bench.fleet.launcher import LOST, Channel, worker_environment
-from pipetune.bench.fleet.processes import Process
-from pipetune.bench.machine.wire import DEFAULT_PORT, HANDSHAKE_S, Wire, read_token, split_address
+from pipetune.bench.fleet.launcher import LOST, worker_environment
+from pipetune.bench.machine.wire import DEFAULT_PORT, HANDSHAKE_S, Lines, Wire, read_token, split_address
 from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, device_host, on_host
 
@@ -37,31 +36,27 @@ NODE_RANK_VARIABLES = ("SLURM_NODEID", "PET_NODE_RANK", "GROUP_RANK", "JOB_COMPL
 JOIN = (sys.executable, "-P", "-m", "pipetune.bench.worker.join")
 
 
-class _Remote:
+class RemoteProcess:
     """A worker on a host that its agent alone sees: it lives as long as its connection."""
 
     def __init__(self) -> None:
         self.pid = 0
-        self.code: int | None = None
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         """`LOST` once its connection has ended."""
-        return self.code
-
-    def wait(self, timeout: float) -> int:
-        """The same, at once: nobody says when."""
-        return LOST if self.code is None else self.code
+        return self._code
 
     def kill(self) -> None:
         """Takes it for lost; its agent ends it."""
-        self.code = self.code or LOST
+        self._code = LOST
 
 
 class _Agent:
     """A host that has joined."""
 
-    def __init__(self, channel: Wire, hostname: str) -> None:
-        self.channel, self.hostname = channel, hostname
+    def __init__(self, channel: Lines) -> None:
+        self.channel = channel
         self.store: list[Any] | None = None
         """Where it would have the workers' store; None while its workers run."""
 
@@ -70,10 +65,7 @@ class HostsLauncher:
     """Listens for agents and workers, at one address for as long as this process lives."""
 
     def __init__(self, address: str, secret: bytes) -> None:
-        """
-        Raises:
-            ConfigError: nothing can listen there.
-        """
+        """Raises ConfigError where nothing can listen."""
         self.address, self._secret = address, secret
         host, port = split_address(address)
         if host in ("", "0.0.0.0", "::"):  # noqa: S104
@@ -93,20 +85,20 @@ class HostsLauncher:
         self._agents: dict[str, _Agent] = {}
         self._own: subprocess.Popen[bytes] | None = None
         self._log_dir = tempfile.TemporaryDirectory(prefix="pipetune-host0-")
-        self._strangers: dict[Wire, float] = {}
+        self._strangers: dict[Lines, float] = {}
         self._round = 0
         self._told: dict[str, Any] = {}
-        self._workers: dict[Wire, _Remote] = {}
-        self._processes: list[_Remote] = []
+        self._workers: dict[Lines, RemoteProcess] = {}
+        self._processes: list[RemoteProcess] = []
         self._pids: dict[str, list[int]] = {}
         self._refused = ""
 
     @property
-    def connected(self) -> Sequence[Channel]:
-        """The agents'."""
+    def connected(self) -> Sequence[Lines]:
+        """The agents' connections, which outlive the fleet."""
         return [agent.channel for agent in self._agents.values()]
 
-    def accept(self, connection: socket.socket) -> Channel:
+    def accept(self, connection: socket.socket) -> Lines:
         """A stranger, until it has shown the token."""
         now = time.monotonic()
         self._strangers = {wire: since for wire, since in self._strangers.items() if not wire.is_trusted}
@@ -119,9 +111,8 @@ class HostsLauncher:
         self._strangers[wire] = now
         return wire
 
-    def rank_of(self, hello: dict[str, Any], channel: Channel) -> int | None:
-        """By host and place there; tells the worker what it is."""
-        assert isinstance(channel, Wire)
+    def rank_of(self, hello: dict[str, Any], channel: Lines) -> int | None:
+        """Rank of the worker that says hello, by host and place there, which it is told; None if it has no place."""
         if hello["node"] >= len(self._hosts):
             return None
         host = self._hosts[hello["node"]]
@@ -140,9 +131,8 @@ class HostsLauncher:
         channel.send({"type": "assignment", "rank": rank, **self._told})
         return rank
 
-    def hears(self, message: dict[str, Any], channel: Channel) -> None:
+    def hears(self, message: dict[str, Any], channel: Lines) -> None:
         """An agent that joins, or whose workers have ended."""
-        assert isinstance(channel, Wire)
         if message["type"] == "ask":
             workers = len(on_host(self.devices, f"host{message['node']}"))
             stays = message["node"] > 0 and STAY_VARIABLE in os.environ
@@ -164,7 +154,7 @@ class HostsLauncher:
                 self._refused = f"{host} ({message['hostname']}) {why}"
                 channel.send({"type": "close", "why": self._refused})
                 return
-            self._agents[host] = _Agent(channel, message["hostname"])
+            self._agents[host] = _Agent(channel)
         for host, agent in self._agents.items():
             if agent.channel is channel and message["type"] == "join":
                 agent.store = message["store"]
@@ -173,9 +163,8 @@ class HostsLauncher:
                     if device_host(device) == host:
                         worker.kill()
 
-    def lost(self, channel: Channel) -> None:
+    def lost(self, channel: Lines) -> None:
         """A worker that is gone, or an agent, whose workers go with it."""
-        assert isinstance(channel, Wire)
         self._strangers.pop(channel, None)
         if (worker := self._workers.pop(channel, None)) is not None:
             worker.kill()
@@ -183,11 +172,11 @@ class HostsLauncher:
 
     def start(
         self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]
-    ) -> Sequence[tuple[Process, Path | None]]:
+    ) -> Sequence[tuple[RemoteProcess, None]]:
         """Waits for every host, then has all agents start their workers.
 
-        Raises:
-            FleetError: a host that does not join in time, or has other versions.
+        Meanwhile `listen` hears connections for a moment, and `say` tells people. A host that does not join in time, or
+        has other versions, is a FleetError.
         """
         self._start_own(log_dir)
         deadline, said, self._refused = time.monotonic() + self.patience_s, -_SAY_EVERY_S, ""
@@ -205,7 +194,7 @@ class HostsLauncher:
         self._round += 1
         self._told = {"devices": self.devices, "model": model, "environment": worker_environment(self.devices, "")}
         self._pids, self._workers = {}, {}
-        self._processes = [_Remote() for _ in self.devices]
+        self._processes = [RemoteProcess() for _ in self.devices]
         agents = [self._agents[host] for host in self._hosts]
         store = agents[0].store
         for node, agent in enumerate(agents):

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from pipetune.bench.errors import ConfigError, FleetError
-from pipetune.bench.fleet.hosts import HOST_TIMEOUT_S, LISTEN_VARIABLE, launcher_at
-from pipetune.bench.fleet.launcher import LOST, Channel, Launcher, LocalLauncher
+from pipetune.bench.fleet.hosts import HOST_TIMEOUT_S, LISTEN_VARIABLE, HostsLauncher, RemoteProcess, launcher_at
+from pipetune.bench.fleet.launcher import LOST, LocalLauncher
 from pipetune.bench.fleet.processes import Process
+from pipetune.bench.machine.wire import Lines
 from pipetune.bench.record import REMEDIES, Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, Value, device_host, device_kind, hosts_of
 
@@ -65,9 +66,9 @@ class FleetOptions(TypedDict, total=False):
 class _Worker:
     """The driver's view of one worker process."""
 
-    def __init__(self, device: str, process: Process, log: Path | None) -> None:
+    def __init__(self, device: str, process: Process | RemoteProcess, log: Path | None) -> None:
         self.device, self.process, self.log = device, process, log
-        self.channel: Channel | None = None
+        self.channel: Lines | None = None
         self.ready = False
         self.beat_at = time.monotonic()
         self.state: dict[str, Any] = {"phase": "start", "activity": "idle", "tasks_done": 0, "stage": None}
@@ -106,7 +107,7 @@ class Supervisor:
         self._devices, self._log_dir = tuple(devices), options.get("log_dir")
         self._options = options
         self._workers: list[_Worker] = []
-        self._launcher: Launcher | None = None
+        self._launcher: LocalLauncher | HostsLauncher | None = None
         self._selector: selectors.BaseSelector | None = None
         self._telling = threading.Lock()
         self._next_id = 0
@@ -237,7 +238,7 @@ class Supervisor:
     def _say(self, message: str) -> None:
         self.on_progress(Progress(phase="start", message=message))
 
-    def _make_launcher(self) -> Launcher:
+    def _make_launcher(self) -> LocalLauncher | HostsLauncher:
         listen = self._options.get("listen") or os.environ.get(LISTEN_VARIABLE)
         if hosts_of(self._devices) == ("",):
             if listen:
@@ -274,7 +275,7 @@ class Supervisor:
             for message in messages:
                 self._receive(message, channel)
 
-    def _receive(self, message: dict[str, Any], channel: Channel) -> None:
+    def _receive(self, message: dict[str, Any], channel: Lines) -> None:
         assert self._launcher is not None
         if message["type"] == "hello":
             rank = self._launcher.rank_of(message, channel)
