@@ -289,11 +289,7 @@ def resolve_slots(
 
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:
-    """Refuses a plan that does not fit the model.
-
-    Raises:
-        PlanError: too few or too many layers, a forbidden cut, or prefill cut where a state covers the micro-batch.
-    """
+    """Refuses, by a PlanError, other layers than the model's, a forbidden cut, or prefill cut where a state covers all."""
     if plan.num_layers != shape.num_layers:
         is_short = plan.num_layers < shape.num_layers
         what = f"layer {plan.num_layers} is missing" if is_short else "there are too many layers"

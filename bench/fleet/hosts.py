@@ -259,11 +259,8 @@ class HostsLauncher:
 def join(address: str, node_rank: int, *, host_ip: str | None = None, timeout_s: float = HOST_TIMEOUT_S) -> int:
     """Puts this host's devices at the disposal of the driver at an address, until it ends; 0 for a good end, else 4.
 
-    Args:
-        host_ip: this host's address for the others; by default the one that leads to the driver.
-
-    Raises:
-        ConfigError: no token, or no address.
+    `host_ip` is this host's address for the others; by default the one that leads to the driver. Without a token or an
+    address it is a ConfigError.
     """
     read_token()
     split_address(address)
@@ -302,11 +299,7 @@ def lead_or_join(
     master_port: int | None,
     host_ip: str | None,
 ) -> int | None:
-    """Exit status of a host that serves another's command; None on the host that leads, which listens from now on.
-
-    Raises:
-        ConfigError: something is missing, or does not go together.
-    """
+    """Exit status of a host that joined another; None on the one that leads, and listens from now on. Or ConfigError."""
     if nnodes is None or nnodes == 1:
         if listen:
             os.environ[LISTEN_VARIABLE] = listen
@@ -332,11 +325,7 @@ _launchers: dict[tuple[int, str], HostsLauncher] = {}
 
 
 def launcher_at(address: str, devices: Sequence[str], *, patience_s: float) -> HostsLauncher:
-    """The one that listens at an address, for a fleet of these devices.
-
-    Raises:
-        ConfigError: no token, or nothing can listen there.
-    """
+    """The one that listens at an address, for a fleet of these devices; ConfigError without a token, or as its own."""
     key = os.getpid(), address
     if key not in _launchers:
         _launchers[key] = HostsLauncher(address, read_token())

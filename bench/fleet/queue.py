@@ -93,10 +93,7 @@ class RequestQueue(Closing):
 
         Args:
             max_len: tokens of the longest prompt with its output.
-            serve: returns once they were told to stop and have served all.
-
-        Raises:
-            PipetuneError: `serve` did.
+            serve: returns once they were told to stop and have served all; what it raises is raised here as well.
         """
         self._supervisor, self._serve, self.max_len = supervisor, serve, max_len
         self._handles: dict[int, RequestHandle] = {}
@@ -156,11 +153,7 @@ class RequestQueue(Closing):
         return handle
 
     def close(self) -> None:
-        """Takes no more requests, and waits for those that were given.
-
-        Raises:
-            PipetuneError: what the workers died of.
-        """
+        """Takes no more requests, and waits for those that were given; raises what the workers died of."""
         with self._lock:
             if not self._is_closed:
                 self._supervisor.tell("stop")

@@ -122,11 +122,8 @@ class Supervisor:
     def start(self, model: ModelSpec) -> None:
         """Starts one worker per device and waits until each has read the model.
 
-        Whoever calls this kills what was started if anything is raised, an interrupt among them.
-
-        Raises:
-            ConfigError: the folder for temporary files has too long a path for a socket.
-            FleetError: workers that do not start; they were killed.
+        Whoever calls this kills what was started if anything is raised: ConfigError for a TMPDIR that is too long,
+        FleetError for workers that do not start, an interrupt.
         """
         self._oom_kills_before = oom_kills()
         self._launcher = self._make_launcher()
@@ -142,11 +139,7 @@ class Supervisor:
         self._await(lambda: all(worker.ready for worker in self._workers), START_TIMEOUT_S, "start")
 
     def request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Sends a command to rank 0, values among its arguments as JSON, and waits for its answer.
-
-        Raises:
-            FleetError: the workers failed, and were killed.
-        """
+        """Sends rank 0 a command, values in it as JSON, and waits for its answer; FleetError if the workers failed."""
         self._next_id += 1
         number = self._next_id
         for worker in self._workers:

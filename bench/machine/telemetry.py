@@ -59,11 +59,7 @@ def judge(before: Sequence[DeviceState], after: Sequence[DeviceState], reading: 
 
 
 def reset_peak_rss() -> bool:
-    """Makes `peak_rss_bytes` start anew from what is resident now; it never falls by itself.
-
-    Returns:
-        False where the kernel was built without it, or a container forbids it.
-    """
+    """Makes `peak_rss_bytes` start anew from what is resident now; False where the kernel or a container forbids it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

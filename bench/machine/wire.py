@@ -33,7 +33,7 @@ class WireError(ConnectionError):
 
 
 def read_token() -> bytes:
-    """The secret that all hosts share, from the environment, as command lines are seen by everybody; ConfigError if short."""
+    """The secret that all hosts share, from the environment: everybody sees command lines. ConfigError if short."""
     found = os.environ.get(TOKEN_VARIABLE, "")
     if len(found) < LEAST_TOKEN:
         raise ConfigError(

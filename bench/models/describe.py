@@ -31,9 +31,8 @@ _STATE_TOKENS = 8
 def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
     """The model that `AutoModelForCausalLM` would build, without memory; what is untied in its checkpoint, is.
 
-    Raises:
-        ModelError: no causal LM class goes with the config, the config is inconsistent, or the family has not the
-            attention kernel asked for.
+    ModelError where no causal LM class goes with the config, the config is inconsistent, or the family has not the
+    attention kernel asked for.
     """
     spec = resolved.spec
     untyped: Any = AutoModelForCausalLM
@@ -61,11 +60,7 @@ def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
 
 
 def describe_model(resolved: ResolvedModel) -> ModelShape:
-    """Builds the model on the meta device and reads off sizes, layers and where it may be cut.
-
-    Raises:
-        ModelError: the model cannot be built from its config, or cannot be split.
-    """
+    """Builds the model on the meta device and reads off sizes, layers and where it may be cut, or raises ModelError."""
     check_family(resolved.model_type)
     model = build_on_meta(resolved)
     find_layers(model)
@@ -83,10 +78,7 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
 def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
     """Sizes, layers and where it may be cut, of a causal LM at hand, which may be on the meta device.
 
-    Numbers that are computed with and cached have `dtype_bytes`.
-
-    Raises:
-        ModelError: the model's layers are not found.
+    Numbers that are computed with and cached have `dtype_bytes`. ModelError where its layers are not found.
     """
     prefix, layers = find_layers(model)
     config = model.config.get_text_config(decoder=True)

@@ -35,8 +35,7 @@ class Request(NamedTuple):
 def requests_of(value: Any, place: str) -> list[Request]:
     """Requests of one JSON value: none for a conversation in which no human speaks, as vLLM leaves it out.
 
-    Raises:
-        ConfigError: another form, a length that is none of an output, or half a character.
+    ConfigError for another form, a length that is none of an output, or half a character.
     """
     if not isinstance(value, dict):
         raise ConfigError(f"{place}: a {type(value).__name__} is no prompt; write {_FORMS}")

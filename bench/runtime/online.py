@@ -168,11 +168,7 @@ class OnlineStage:
             cache.fill(0.0)
 
     def follow(self, line: Mail) -> None:
-        """Carries out the orders of the first stage until it says that all is over; for the stages behind it.
-
-        Raises:
-            RuntimeError: the first stage, or a neighbour, is gone.
-        """
+        """Carries out the first stage's orders until it says that all is over, on those behind it; raises as `Mail`."""
         receiver = self.edges.hidden_in
         assert receiver is not None
         orders: deque[tuple[list[Edit], Task]] = deque()
@@ -367,11 +363,7 @@ class Leader:
         self._zero_s = 0.0
 
     def run(self) -> float:
-        """Serves until no more requests come and all have left; returns the moment from which times are counted.
-
-        Raises:
-            RuntimeError: another stage is gone.
-        """
+        """Serves until no requests come and all have left; the moment from which times are counted. Raises as `Mail`."""
         self._zero_s = self._stage.device.now()
         self._stage.timeline.receive_begins()
         self._listen(0.0)

@@ -42,8 +42,7 @@ class DriverRendezvous(RendezvousHandler):
     def __init__(self, params: RendezvousParameters) -> None:
         """Joins the driver at the endpoint, as the host of rank `node`; tries for `join_timeout` seconds.
 
-        Raises:
-            RendezvousConnectionError: nobody is there who knows the token.
+        RendezvousConnectionError where nobody is there who knows the token.
         """
         host, port = split_address(params.endpoint)
         self._run_id, self._backend = params.run_id, params.backend
@@ -173,10 +172,8 @@ class DriverRendezvous(RendezvousHandler):
 
 
 def connect(host: str, port: int, patience_s: float) -> Wire:
-    """A connection to the driver, once it listens.
-
-    Raises:
-        RendezvousConnectionError: it does not within so many seconds, or knows another token.
+    """A connection to the driver, once it listens, within so many seconds; else, or for another token, a
+    RendezvousConnectionError.
     """
     deadline = time.monotonic() + patience_s
     while True:

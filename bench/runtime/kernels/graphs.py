@@ -92,12 +92,9 @@ class Pool:
         """Runs some work twice beside the compute stream, then captures it there; returns the graph and its output.
 
         The first run may compile, load kernels and make workspaces. What asks the host in the second would break the
-        capture, and with it more than itself, so that it is refused before. Capture happens on the stream of these
-        runs, since cuBLAS keeps a workspace for each stream: made here, outside of the pool, it outlives every graph.
-        Only this thread's calls can break it: NCCL's watchdog queries events from another.
-
-        Raises:
-            RuntimeError: the work waits for the device, or memory ran out.
+        capture, and with it more than itself, so that it is refused before, by a RuntimeError. Capture happens on the
+        stream of these runs, since cuBLAS keeps a workspace for each stream: made here, outside of the pool, it
+        outlives every graph. Only this thread's calls can break it: NCCL's watchdog queries events from another.
         """
         side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
