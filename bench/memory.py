@@ -289,7 +289,9 @@ def resolve_slots(
 
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:
-    """Refuses, by a PlanError, other layers than the model's, a forbidden cut, or prefill cut where a state covers all."""
+    """Refuses, by a PlanError, other layers than the model's, a forbidden cut, or prefill cut where a state covers a whole
+    micro-batch.
+    """
     if plan.num_layers != shape.num_layers:
         is_short = plan.num_layers < shape.num_layers
         what = f"layer {plan.num_layers} is missing" if is_short else "there are too many layers"

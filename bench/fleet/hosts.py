@@ -299,7 +299,9 @@ def lead_or_join(
     master_port: int | None,
     host_ip: str | None,
 ) -> int | None:
-    """Exit status of a host that joined another; None on the one that leads, and listens from now on. Or ConfigError."""
+    """Exit status of a host that joined another; None on the one that leads, and listens from now on; or ConfigError
+    where something is missing, or does not go together.
+    """
     if nnodes is None or nnodes == 1:
         if listen:
             os.environ[LISTEN_VARIABLE] = listen

@@ -42,7 +42,7 @@ def hold(path: Path, what: str, *, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_gpus(devices: Sequence[str], gpus: Sequence[GpuInfo]) -> Iterator[None]:
-    """Holds GPUs among the devices by UUID, for this user; StudyError where another study has one. CPUs need no lock."""
+    """Holds the devices' GPUs by UUID, for this user; StudyError where another study has one. CPUs need no lock."""
     used = sorted({device_index(device) for device in devices if device_kind(device) == "cuda"})
     remedy = "two studies on one GPU would spoil each other: wait for it, or take other devices"
     with contextlib.ExitStack() as stack:

@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that `from_pretrained` would read; ModelError if missing, cut short or in another format."""
+    """The safetensors files that `from_pretrained` would read; ModelError if missing, cut short or of another kind."""
     named = read_config(folder).get("transformers_weights")
     candidates = [str(named)] if named else [SINGLE, INDEX]
     found = next((name for name in candidates if (folder / name).is_file()), None)

@@ -178,7 +178,7 @@ def convert(
 
 
 def read_header(file: Path) -> Header:
-    """A file's metadata and its list of tensors, checked to be there; ModelError for one that is no GGUF, or cut short."""
+    """A file's metadata and its list of tensors, checked to be there; ModelError if it is no GGUF, or cut short."""
     from gguf import GGUFReader
 
     try:

@@ -363,7 +363,7 @@ class Leader:
         self._zero_s = 0.0
 
     def run(self) -> float:
-        """Serves until no requests come and all have left; the moment from which times are counted. Raises as `Mail`."""
+        """Serves until no requests come and all have left; the moment from which times count. Raises as `Mail`."""
         self._zero_s = self._stage.device.now()
         self._stage.timeline.receive_begins()
         self._listen(0.0)

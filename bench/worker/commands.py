@@ -56,7 +56,7 @@ _CHECKED = ("prompts", "measure")
 
 
 def find_model(spec: s.ModelSpec, say: Callable[[str], None]) -> dict[str, Any]:
-    """A model whose files are whole and go together, as `resolved`, and its `shape`; else ModelError says what is not."""
+    """A model whose files are whole and go together, as `resolved`, and its `shape`; ModelError says what is not so."""
     try:
         resolved = resolve_model(spec, on_progress=say)
         check_text_files(resolved.folder)
@@ -353,8 +353,8 @@ class Worker:
     def _with_unsplit(self, phase: str, work: Callable[[Any], Measurement | None]) -> Measurement | Failure | None:
         """Does something with the unsplit model on rank 0, in whose way no stage lies; every rank calls it.
 
-        The model is kept until a plan wants the memory. Rank 0 gets what the work gives, or the failure where memory runs
-        out, which the process survives.
+        The model is kept until a plan wants the memory. Rank 0 gets what the work gives, or the failure where memory
+        runs out, which the process survives.
         """
         self.host.release()
         # Rank 0 is about to use the memory of all.
