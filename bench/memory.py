@@ -1,7 +1,6 @@
 """What a model's parts cost, and what fits under a cap: pure arithmetic on a `ModelShape`."""
 
 import math
-from collections.abc import Sequence
 from typing import Self
 
 from pydantic import Field
@@ -258,14 +257,6 @@ def resolve(
         if need.kv_per_slot:
             in_flight = min(in_flight, (cap - need.weights - need.activations) // need.kv_per_slot)
     return EffectivePlan(plan=plan, in_flight=in_flight)
-
-
-def resolve_prompts(
-    shape: ModelShape, plan: Plan, prompt_lens: Sequence[int], *, output_len: int, device_bytes: dict[str, int]
-) -> EffectivePlan | Failure:
-    """`resolve` for prompts of given lengths in tokens, of which the longest counts; at least one."""
-    lens = {"num_prompts": len(prompt_lens), "prompt_len": max(prompt_lens), "output_len": output_len}
-    return resolve(shape, plan, **lens, device_bytes=device_bytes)
 
 
 def resolve_slots(

@@ -122,10 +122,6 @@ def convert(
     Values are exact: quantised ones become float32, others keep their dtype. The config calls the model by `name`, or
     else as the file is called. ModelError where transformers cannot read the file, or does not find all weights in it.
     """
-    try:
-        importlib.metadata.version("gguf")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError("GGUF files are converted with the package gguf; `pip install gguf`") from error
     header = read_header(file)
     _check(file, header)
     import torch

@@ -17,7 +17,7 @@ from pipetune.bench.models.resolve import ResolvedModel
 from pipetune.bench.models.torch_private import ASKS, GROUPED_MM, TorchDispatchMode, address_of, tree_leaves
 from pipetune.bench.runtime.stage.boundary import probe
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
-from pipetune.bench.runtime.stage.live_bytes import ROUND_BYTES, LiveBytes
+from pipetune.bench.runtime.stage.live_bytes import LiveBytes
 from pipetune.bench.runtime.stage.stage import Stage
 
 META = torch.device("meta")
@@ -35,7 +35,7 @@ class TaskMemory(TorchDispatchMode):
 
     def __init__(self, kind: str = "meta") -> None:
         super().__init__()
-        self.live = LiveBytes(rounded=ROUND_BYTES)
+        self.live = LiveBytes()
         self._kind = kind
         self._given: set[int] = set()
 

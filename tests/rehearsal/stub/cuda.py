@@ -84,7 +84,7 @@ class Memory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = LiveBytes(rounded=ROUND_BYTES)
+        self.live = LiveBytes()
         self.cap: int | None = None
         self._is_counting = True
 
