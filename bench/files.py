@@ -122,9 +122,7 @@ def read_text(path: Path) -> str:
 def write_durably(path: Path, text: str | bytes) -> None:
     """Writes a file that is either whole or not there, even if the machine dies: temporary name, fsync, replace.
 
-    Raises:
-        OSError: it cannot be written, and is named; or there is something else than a file, such as a device, which is
-            not replaced.
+    OSError names the file that cannot be written, or where something else is, such as a device, which is not replaced.
     """
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "is no file, and is not replaced by one", str(path))

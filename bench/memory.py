@@ -219,8 +219,7 @@ def resolve(
 ) -> EffectivePlan | Failure:
     """How many micro-batches the memory caps let be in flight, or why not even one fits.
 
-    Raises:
-        PlanError: the plan does not cover the model's layers, cuts where it must not, or names an unknown device.
+    Raises as `check_plan`, and PlanError for an unknown device.
     """
     check_plan(shape, plan)
     for place, device in enumerate(plan.devices):
@@ -280,8 +279,8 @@ def resolve_slots(
 
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:
-    """Refuses, by a PlanError, other layers than the model's, a forbidden cut, or prefill cut where a state covers a whole
-    micro-batch.
+    """Refuses, by a PlanError, other layers than the model's, a forbidden cut, or prefill cut where a state covers a
+    whole micro-batch.
     """
     if plan.num_layers != shape.num_layers:
         is_short = plan.num_layers < shape.num_layers

@@ -41,7 +41,11 @@ class ScoreResult(s.Value):
 
 
 class Fleet(Closing):
-    """One worker process per device, kept over plans; rebuilt by itself after a failure, when next used."""
+    """One worker process per device, kept over plans; rebuilt by itself after a failure, when next used.
+
+    Whatever it is asked raises FleetError where the workers failed, and were killed; ConfigError for prompts that cannot be
+    used, or while a queue of requests is open.
+    """
 
     def __init__(self, model: s.ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> None:
         self.model = model
@@ -75,24 +79,17 @@ class Fleet(Closing):
         return fleet
 
     def prompts(self, workload: s.Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
-        """Token ids of every prompt, in the order given; `as_text` where the answers will be wanted as text.
-
-        Raises:
-            ConfigError: prompts that cannot be used, or a tokenizer that does not load.
-            FleetError: the workers failed.
-        """
+        """Token ids of every prompt, in the order given; `as_text` where the answers will be wanted as text."""
         return tuple(tuple(ids) for ids in self._call("prompts", workload=workload, as_text=as_text)["prompts"])
 
     def prompt_lens(self, workload: s.Workload) -> tuple[int, ...]:
-        """Length of every prompt in tokens; raises as `prompts` does."""
+        """Length of every prompt in tokens."""
         return tuple(len(prompt) for prompt in self.prompts(workload))
 
     def resolve(self, plan: s.Plan, workload: s.Workload) -> s.EffectivePlan | Failure:
         """How many micro-batches the plan's memory caps let be in flight here, or why not even one fits.
 
-        Raises:
-            ConfigError: prompts that cannot be used.
-            PlanError: the plan does not suit the model, or names a device that is not the fleet's.
+        PlanError for a plan that does not suit the model, or names a device that is not the fleet's.
         """
         if workload.arrivals is None:
             return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
@@ -120,12 +117,7 @@ class Fleet(Closing):
         )
 
     def use_reference(self, path: Path, workload: s.Workload) -> None:
-        """Takes a reference made earlier, as on a resume.
-
-        Raises:
-            StudyError: it cannot be read, or is of another model or workload.
-            FleetError: the workers failed.
-        """
+        """Takes a reference made earlier, as on a resume; StudyError if it cannot be read, or is of other work."""
         self._call("use_reference", path=path.absolute(), workload=workload)
         self._reference = path.absolute(), workload
 
@@ -139,19 +131,14 @@ class Fleet(Closing):
         )
 
     def measure(self, spec: s.RunSpec, effective: s.EffectivePlan) -> Measurement | Failure:
-        """Moves to the plan, checks its output, warms up and measures.
-
-        Raises:
-            PlanError: the plan names a device more often than this fleet has workers on it.
-        """
+        """Moves to the plan, checks its output, warms up and measures; PlanError for devices that are not there."""
         self._check_stages(spec.plan)
         return self._outcome("measure", timeout_s=spec.protocol.timeout_s, spec=spec, effective=effective)
 
     def profile(self, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True) -> Profile:
         """Times the model's parts on every device, all of them busy at once, and links; the switches are as in plans.
 
-        Raises:
-            FleetError: the workers failed, or not even one layer of each kind fits between embedding and head.
+        FleetError as well where not even one layer of each kind fits between embedding and head.
         """
         answer = self._call("profile", grid=grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
         if "failure" in answer:
@@ -169,11 +156,7 @@ class Fleet(Closing):
         )
 
     def time_links(self) -> tuple[LinkProfile, ...]:
-        """Times the links between the devices alone, as a profile does.
-
-        Raises:
-            FleetError: the workers failed.
-        """
+        """Times the links between the devices alone, as a profile does."""
         return tuple(map(LinkProfile.model_validate, self._call("links")["links"]))
 
     def generate(
@@ -186,17 +169,10 @@ class Fleet(Closing):
         ignore_eos: bool = False,
         sampling: s.Sampling | None = None,
     ) -> tuple[GenerationResult, ...]:
-        """Generates for use, as `Pipeline.generate` does, under any plan over the fleet's devices.
+        """Generates for use, as `Pipeline.generate` does, under any plan over the fleet's devices; raises as that.
 
-        Args:
-            in_flight: micro-batches resident at once; by default as many as the plan's memory caps let be.
-
-        Raises:
-            TypeError: something else than prompts.
-            ConfigError: prompts that cannot be used.
-            PlanError: the plan names a device more often than this fleet has workers on it, or not even one micro-batch
-                fits under its memory caps.
-            FleetError: the workers failed.
+        `in_flight` micro-batches are resident at once; by default as many as the plan's memory caps let be. PlanError also
+        where the plan names a device more often than this fleet has workers on it.
         """
         lens = [max_new_tokens] if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if min(lens, default=0) < 1:
@@ -211,14 +187,7 @@ class Fleet(Closing):
         )
 
     def score(self, plan: s.Plan, texts: Prompts, *, in_flight: int | None = None) -> tuple[ScoreResult, ...]:
-        """Log-probabilities of the tokens of given texts, each under those before it.
-
-        Args:
-            in_flight: micro-batches resident at once; by default as many as the plan's memory caps let be.
-
-        Raises:
-            TypeError, PipetuneError: as `generate` does.
-        """
+        """Log-probabilities of the tokens of given texts, each under those before it; all else is as in `generate`."""
         answer = self._call("score", **self._use(plan, texts, 0, in_flight))
         return tuple(
             ScoreResult(token_ids=tuple(row["prompt_token_ids"]), logprobs=tuple(row["logprobs"]), text=row["text"])
@@ -246,10 +215,8 @@ class Fleet(Closing):
             instrument: keep what every stage did and when.
 
         Raises:
-            ConfigError: requests that cannot be used.
             PlanError: a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, or of a
                 model whose cache cannot be.
-            FleetError: the workers failed.
         """
         if not requests or len({one.number for one in requests}) < len(requests):
             raise ConfigError(f"requests: {len(requests)} are given; give at least one, each with a number of its own")
@@ -284,9 +251,8 @@ class Fleet(Closing):
             sampling: how tokens are drawn, by the order in which requests are given.
 
         Raises:
-            ConfigError: another queue is open, `max_len` is beyond the model's positions, or its cache unfit.
+            ConfigError: `max_len` is beyond the model's positions, or its cache unfit.
             PlanError: as `run_trace`, or the first stage is not on the fleet's first device.
-            FleetError: the workers failed.
         """
         self._check_online(plan)
         if plan.devices[0] != self.devices[0]:
@@ -398,13 +364,7 @@ class Fleet(Closing):
         return outcome.model_copy(update={"notes": (*outcome.notes, *self._notes)})
 
     def _call(self, command: str, *, timeout_s: float = START_TIMEOUT_S, **args: Any) -> dict[str, Any]:
-        """Sends a command and waits for its answer, on a fleet that is started again if it is down.
-
-        Raises:
-            ConfigError: prompts that cannot be used, or an open queue of requests.
-            StudyError: a reference that cannot be used.
-            FleetError: the workers failed, and were killed.
-        """
+        """Sends a command and waits for its answer, on a fleet that is started again if it is down."""
         self._wake()
         return self._request(command, args, timeout_s)
 

@@ -27,8 +27,7 @@ def start_worker(
 ) -> "Process":
     """One worker's process, in a session of its own, with its output in a file.
 
-    Args:
-        forked: it may start from a process that imported everything under the same environment: no worker with a GPU.
+    Where `forked`, it may start from one that imported everything under the same environment: no worker with a GPU.
     """
     if forked and (server := _server_for(environment)) is not None:
         with contextlib.suppress(OSError):

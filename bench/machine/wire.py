@@ -72,9 +72,7 @@ class Lines:
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Messages that these bytes complete.
 
-        Raises:
-            WireError: a wrong proof or signature, a replayed line, or one over `most_bytes`.
-            OSError: the other side is gone.
+        WireError for a wrong proof or signature, a replayed line, or one over `most_bytes`; OSError for a lost other side.
         """
         *lines, self._rest = (self._rest + data).split(b"\n")
         if max(map(len, (*lines, self._rest))) > self.most_bytes:

@@ -107,9 +107,7 @@ def whole(text: str, place: str) -> str:
 def prompts_of_call(given: Any) -> list[str | list[int]]:
     """Prompts as Python code passes them; one alone is one, whether as text or as ids.
 
-    Raises:
-        TypeError: something else, such as a batch of a tokenizer or messages of a chat.
-        ConfigError: half a character.
+    TypeError for anything else, such as a batch of a tokenizer or messages of a chat; ConfigError for half a character.
     """
     listed = _listed(given, "prompts")
     if isinstance(listed, str) or (listed and all(type(one) is int for one in listed)):

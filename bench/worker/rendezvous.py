@@ -160,7 +160,7 @@ class DriverRendezvous(elastic.RendezvousHandler):
 
 
 def connect(host: str, port: int, patience_s: float) -> Wire:
-    """A connection to the driver, once it listens; RendezvousConnectionError where it does not in time, or knows another
+    """A connection to the driver, once it listens; RendezvousConnectionError if it does not in time, or knows another
     token.
     """
     deadline = time.monotonic() + patience_s

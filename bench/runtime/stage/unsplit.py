@@ -19,7 +19,7 @@ from pipetune.bench.spec import ModelSpec, device_index, device_kind
 
 
 def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
-    """The whole model on one device, or spread over GPUs as `device_map="auto"` does; MemoryError if it is too large."""
+    """The whole model on one device, or spread over GPUs as `device_map="auto"` does; MemoryError if it is too big."""
     spec = resolved.spec
     kind = device_kind(devices[0])
     skeleton: Any = build_on_meta(resolved)
