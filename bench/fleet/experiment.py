@@ -88,8 +88,8 @@ class Experiment(Closing, Generic[Runner]):
     def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
         """Keeps in a file what the unsplit model says, which later outputs are compared with.
 
-        Gives None, or why there is no reference, where the model fits on no device. ModelError where it cannot be split, or
-        comes out wrong when it is.
+        Gives None, or why there is no reference, where the model fits on no device. ModelError where it cannot be
+        split, or comes out wrong when it is.
         """
         failure = self.fleet.make_reference(path, workload, protocol)
         if failure is None or failure.kind is FailureKind.OUT_OF_MEMORY:

@@ -43,8 +43,8 @@ class ScoreResult(s.Value):
 class Fleet(Closing):
     """One worker process per device, kept over plans; rebuilt by itself after a failure, when next used.
 
-    Whatever it is asked raises FleetError where the workers failed, and were killed; ConfigError for prompts that cannot be
-    used, or while a queue of requests is open.
+    Whatever it is asked raises FleetError where the workers failed, and were killed; ConfigError for prompts that
+    cannot be used, or while a queue of requests is open.
     """
 
     def __init__(self, model: s.ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> None:
@@ -171,8 +171,8 @@ class Fleet(Closing):
     ) -> tuple[GenerationResult, ...]:
         """Generates for use, as `Pipeline.generate` does, under any plan over the fleet's devices; raises as that.
 
-        `in_flight` micro-batches are resident at once; by default as many as the plan's memory caps let be. PlanError also
-        where the plan names a device more often than this fleet has workers on it.
+        By default as many micro-batches are in flight as the plan's memory caps let be. PlanError also where the plan
+        names a device more often than this fleet has workers on it.
         """
         lens = [max_new_tokens] if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if min(lens, default=0) < 1:

@@ -84,8 +84,8 @@ class _Worker:
         detail = f"its log is on {device_host(self.device)}, in the folder that its agent names"
         if self.log is not None:
             detail = ""
-        with contextlib.suppress(OSError):
-            detail = detail if self.log is None else self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            with contextlib.suppress(OSError):
+                detail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
         return Failure(
             kind=kind,
             stage=self.state["stage"],

@@ -72,7 +72,7 @@ class Lines:
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Messages that these bytes complete.
 
-        WireError for a wrong proof or signature, a replayed line, or one over `most_bytes`; OSError for a lost other side.
+        WireError for a wrong proof or signature, a replayed line, or one over `most_bytes`; OSError where nobody is.
         """
         *lines, self._rest = (self._rest + data).split(b"\n")
         if max(map(len, (*lines, self._rest))) > self.most_bytes:
@@ -126,7 +126,11 @@ class Wire(Lines):
         self.is_trusted, self._secret, self._is_driver = False, secret, is_driver
         self._nonce, self._key = secrets.token_bytes(_NONCE), b""
         self._sent = self._received = 0
-        notice_absence(connection)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # It ends some 9 seconds after the other host vanished, whether there is something to send or not.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("KEEPIDLE", 3), ("KEEPINTVL", 2), ("KEEPCNT", 3), ("USER_TIMEOUT", 9_000)):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
         if is_driver:
             connection.sendall(self._nonce)
 
@@ -200,11 +204,3 @@ class Wire(Lines):
     def _sign(self, by_driver: bool, number: int, payload: bytes) -> bytes:
         told = (b"d" if by_driver else b"c") + str(number).encode() + b":" + payload
         return hmac.new(self._key, told, hashlib.sha256).hexdigest().encode()
-
-
-def notice_absence(connection: socket.socket) -> None:
-    """Ends a connection some 9 seconds after the other host vanished, whether there is something to send or not."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 9_000)):
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

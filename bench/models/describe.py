@@ -15,7 +15,7 @@ from pipetune.bench.models.attention import check_attention
 from pipetune.bench.models.hf_private import DummyLayer, DynamicCache, LinearAttentionLayer, family_of, kernel_of
 from pipetune.bench.models.layers import cache_name, check_family, check_splittable, find_layers, is_recurrent
 from pipetune.bench.models.resolve import ResolvedModel
-from pipetune.bench.models.torch_private import tensors_of
+from pipetune.bench.models.torch_private import tensors_in, tensors_of
 from pipetune.bench.spec import DTYPE_BYTES
 
 _BEHIND = re.compile(
@@ -274,12 +274,4 @@ def _kept_bytes(model: Any, name: str, tokens: int) -> list[int]:
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     with torch.no_grad():
         model(input_ids=ids, use_cache=True, **{name: cache})
-    return [_held(vars(layer)) for layer in cache.layers]
-
-
-def _held(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return int(value.nbytes)
-    if isinstance(value, dict):
-        return sum(map(_held, value.values()))
-    return sum(map(_held, value)) if isinstance(value, list | tuple) else 0
+    return [_bytes(tensors_in(vars(layer))) for layer in cache.layers]

@@ -14,7 +14,7 @@ from pipetune.bench.memory import ModelShape, Samples, TaskBytes
 from pipetune.bench.models.describe import build_on_meta
 from pipetune.bench.models.layers import find_layers
 from pipetune.bench.models.resolve import ResolvedModel
-from pipetune.bench.models.torch_private import ASKS, GROUPED_MM, TorchDispatchMode, address_of, tree_leaves
+from pipetune.bench.models.torch_private import ASKS, GROUPED_MM, TorchDispatchMode, address_of, tensors_in
 from pipetune.bench.runtime.stage.boundary import probe
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.live_bytes import LiveBytes
@@ -42,10 +42,10 @@ class TaskMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = self.kernel(func, args, kwargs)
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if not self.live.knows(address_of(tensor.untyped_storage())):
                 self._given.add(address_of(tensor.untyped_storage()))
-        made = (tensor for tensor in _tensors(result) if tensor.device.type == self._kind)
+        made = (tensor for tensor in tensors_in(result) if tensor.device.type == self._kind)
         self.live.add(tensor for tensor in made if address_of(tensor.untyped_storage()) not in self._given)
         return result
 
@@ -62,10 +62,6 @@ class TaskMemory(TorchDispatchMode):
         if func in ASKS and args[0].device.type == self._kind:
             return {torch.bool: False}.get(args[0].dtype, 1)
         return func(*args, **kwargs)
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def measure_tasks(resolved: ResolvedModel, shape: ModelShape) -> TaskBytes | None:
