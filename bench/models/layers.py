@@ -78,6 +78,13 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     return bool(hf.is_stateful(model)) or not kinds <= set(_KEPT_BY_ROW)
 
 
+def kind_of(layer: nn.Module) -> tuple[Any, ...]:
+    """What layers that are made alike have in common: classes and windows of their modules, shapes of parameters."""
+    named = layer.named_modules()
+    modules = tuple((name, type(one).__qualname__, getattr(one, "sliding_window", None)) for name, one in named)
+    return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+
+
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder layers, the shallowest module list with as many entries as the config has, and its qualified name.
 

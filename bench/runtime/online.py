@@ -339,19 +339,16 @@ class Leader:
         max_concurrency: int | None = None,
         keep_tasks: bool = True,
     ) -> None:
-        """
-        Args:
-            lines: to the other stages, in their order.
-            max_concurrency: requests in the system at once; others wait before it.
-            keep_tasks: whether tasks and `idle_s` are kept, which grow with time.
+        """`lines` go to the other stages, in their order.
+
+        At most `max_concurrency` requests are in the system at once. `keep_tasks` keeps what grows with time: tasks,
+        `idle_s` and `underfilled_s`.
         """
         self.admission = Admission(sizes.rules)
         self.slots = Slots(sizes.rules, sizes.max_len, stage.pad_token_id)
         self.tasks: list[LoadTask] = []
         self.idle_s: list[tuple[float, float]] = []
-        """Intervals without a request."""
         self.underfilled_s: list[tuple[float, float]] = []
-        """Intervals in which all requests waited for their tokens, and none for a row."""
         self.last_s = 0.0
         """When the last token was known."""
         self._stage, self._lines, self._source = stage, lines, source

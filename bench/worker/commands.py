@@ -177,13 +177,10 @@ class Worker:
 
     def do_describe(self) -> dict[str, Any]:
         """Model, shape, machine and memory."""
-        machine = self._machine()
-        if self.rank != 0:
-            return {}
         return {
             "model": self.resolved.spec,
             "shape": self.host.shape,
-            "machine": machine,
+            "machine": self._machine(),
             "device_bytes": self.device_bytes,
             "folder": str(self.resolved.folder),
         }

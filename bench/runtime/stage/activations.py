@@ -8,11 +8,10 @@ written out or not. So a few tasks are run, and what lived at once is told apart
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipetune.bench.memory import ModelShape, Samples, TaskBytes
 from pipetune.bench.models.describe import build_on_meta
-from pipetune.bench.models.layers import find_layers
+from pipetune.bench.models.layers import find_layers, kind_of
 from pipetune.bench.models.resolve import ResolvedModel
 from pipetune.bench.models.torch_private import ASKS, GROUPED_MM, TorchDispatchMode, address_of, tensors_in
 from pipetune.bench.runtime.stage.boundary import probe
@@ -92,7 +91,7 @@ def _stage(resolved: ResolvedModel) -> Stage:
     """All of a model on the meta device; layers like those before them pass on what they get."""
     stage, model = Stage(resolved, META), build_on_meta(resolved)
     _, layers = find_layers(model)
-    kinds = [_kind(layer) for layer in layers]
+    kinds = [kind_of(layer) for layer in layers]
     returns = probe(build_on_meta(resolved)).returns_tuple_of
 
     def pass_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -103,11 +102,6 @@ def _stage(resolved: ResolvedModel) -> Stage:
     stage._model, stage.own_layers, stage.is_first, stage.is_last = model, range(len(layers)), True, True
     stage._attach()
     return stage
-
-
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    modules = tuple((type(module), getattr(module, "sliding_window", None)) for module in layer.modules())
-    return modules, tuple(tuple(parameter.shape) for parameter in layer.parameters())
 
 
 def _bytes(stage: Stage, slot: SlotCache, new: int, length: int, *, has_head: bool) -> int:
