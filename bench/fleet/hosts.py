@@ -52,15 +52,6 @@ class RemoteProcess:
         self._code = LOST
 
 
-class _Agent:
-    """A host that has joined."""
-
-    def __init__(self, channel: Lines) -> None:
-        self.channel = channel
-        self.store: list[Any] | None = None
-        """Where it would have the workers' store; None while its workers run."""
-
-
 class HostsLauncher:
     """Listens for agents and workers, at one address for as long as this process lives."""
 
@@ -82,7 +73,9 @@ class HostsLauncher:
         self.devices: tuple[str, ...] = ()
         self.patience_s = HOST_TIMEOUT_S
         self._hosts: tuple[str, ...] = ()
-        self._agents: dict[str, _Agent] = {}
+        self._agents: dict[str, Lines] = {}
+        self._stores: dict[str, list[Any]] = {}
+        """Where each host that has joined would have the workers' store; not while its workers run."""
         self._own: subprocess.Popen[bytes] | None = None
         self._log_dir = tempfile.TemporaryDirectory(prefix="pipetune-host0-")
         self._strangers: dict[Lines, float] = {}
@@ -96,7 +89,7 @@ class HostsLauncher:
     @property
     def connected(self) -> Sequence[Lines]:
         """The agents' connections, which outlive the fleet."""
-        return [agent.channel for agent in self._agents.values()]
+        return list(self._agents.values())
 
     def accept(self, connection: socket.socket) -> Lines:
         """A stranger, until it has shown the token."""
@@ -154,10 +147,11 @@ class HostsLauncher:
                 self._refused = f"{host} ({message['hostname']}) {why}"
                 channel.send({"type": "close", "why": self._refused})
                 return
-            self._agents[host] = _Agent(channel)
+            self._agents[host] = channel
+            self._stores.pop(host, None)
         for host, agent in self._agents.items():
-            if agent.channel is channel and message["type"] == "join":
-                agent.store = message["store"]
+            if agent is channel and message["type"] == "join":
+                self._stores[host] = message["store"]
                 # It comes for the next round: its workers of this one have ended.
                 for device, worker in zip(self.devices, self._processes, strict=False):
                     if device_host(device) == host:
@@ -168,7 +162,8 @@ class HostsLauncher:
         self._strangers.pop(channel, None)
         if (worker := self._workers.pop(channel, None)) is not None:
             worker.kill()
-        self._agents = {host: agent for host, agent in self._agents.items() if agent.channel is not channel}
+        self._agents = {host: agent for host, agent in self._agents.items() if agent is not channel}
+        self._stores = {host: store for host, store in self._stores.items() if host in self._agents}
 
     def start(
         self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]
@@ -180,7 +175,7 @@ class HostsLauncher:
         """
         self._start_own(log_dir)
         deadline, said, self._refused = time.monotonic() + self.patience_s, -_SAY_EVERY_S, ""
-        while missing := [host for host in self._hosts if host not in self._agents or not self._agents[host].store]:
+        while missing := [host for host in self._hosts if host not in self._stores]:
             if self._refused or time.monotonic() > deadline:
                 why = self._refused or f"did not join {self.address} within {self.patience_s:.0f} s"
                 text = why if self._refused else f"{', '.join(missing)} {why}"
@@ -195,13 +190,11 @@ class HostsLauncher:
         self._told = {"devices": self.devices, "model": model, "environment": worker_environment(self.devices, "")}
         self._pids, self._workers = {}, {}
         self._processes = [RemoteProcess() for _ in self.devices]
-        agents = [self._agents[host] for host in self._hosts]
-        store = agents[0].store
-        for node, agent in enumerate(agents):
-            agent.store = None
-            agent.channel.send(
-                {"type": "round", "round": self._round, "node": node, "nodes": len(self._hosts), "store": store}
-            )
+        store = self._stores[self._hosts[0]]
+        for node, host in enumerate(self._hosts):
+            del self._stores[host]
+            told = {"round": self._round, "node": node, "nodes": len(self._hosts), "store": store}
+            self._agents[host].send({"type": "round", **told})
         return [(process, None) for process in self._processes]
 
     def end(self) -> None:
@@ -211,9 +204,9 @@ class HostsLauncher:
         for wire in self._workers:
             wire.socket.close()
         for host, agent in self._agents.items():
-            if agent.store is None:
+            if host not in self._stores:
                 with contextlib.suppress(OSError):
-                    agent.channel.send({"type": "end", "pids": self._pids.get(host, [])})
+                    agent.send({"type": "end", "pids": self._pids.get(host, [])})
         self._workers, self._processes = {}, []
 
     def close(self) -> None:
@@ -221,8 +214,8 @@ class HostsLauncher:
         self.end()
         for agent in self._agents.values():
             with contextlib.suppress(OSError):
-                agent.channel.send({"type": "close"})
-                agent.channel.socket.close()
+                agent.send({"type": "close"})
+                agent.socket.close()
         self.listener.close()
         if self._own is not None:
             try:
