@@ -245,8 +245,8 @@ class Fleet(Closing):
     ) -> RequestQueue:
         """A queue for requests that are served as they are given; until it is closed the fleet does nothing else.
 
-        All is as in `Pipeline.open_queue`, and `in_flight` as in `run_trace`. ConfigError also where `max_len` is beyond
-        the model's positions, or its cache unfit; PlanError where the first stage is not on the first device.
+        All is as in `Pipeline.open_queue`, and `in_flight` as in `run_trace`. ConfigError also where `max_len` is
+        beyond the model's positions, or its cache unfit; PlanError where the first stage is not on the first device.
         """
         self._check_online(plan)
         if plan.devices[0] != self.devices[0]:
