@@ -57,7 +57,7 @@ class Lines:
     """One connection, a line of JSON a message: here plain ones, of a socket in a folder that keeps others out."""
 
     most_bytes = math.inf
-    """Of a line."""
+    """Longest line that is taken in."""
     is_trusted = True
 
     def __init__(self, connection: socket.socket) -> None:

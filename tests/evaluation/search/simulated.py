@@ -100,9 +100,7 @@ class SimulatedWorld:
 
     def resolve(self, plan: Plan) -> EffectivePlan:
         lens = {"prompt_len": max(self.prompt_lens), "output_len": self.workload.generated_len}
-        resolved = resolve(
-            self.shape, plan, num_prompts=len(self.prompt_lens), **lens, device_bytes=self.device_bytes
-        )
+        resolved = resolve(self.shape, plan, num_prompts=len(self.prompt_lens), **lens, device_bytes=self.device_bytes)
         assert isinstance(resolved, EffectivePlan), resolved
         return resolved
 
