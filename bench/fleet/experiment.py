@@ -98,6 +98,10 @@ class Experiment(Closing, Generic[Runner]):
             raise ModelError(failure.message)
         raise FleetError(failure)
 
+    def refer_to_plan(self, path: Path, spec: RunSpec, effective: EffectivePlan) -> Failure | None:
+        """Takes a plan's own output for the reference, where the unsplit model fits nowhere; else why it failed."""
+        return self.fleet.make_reference_from_plan(path, spec, effective)
+
     def spec(self, plan: Plan, workload: Workload, protocol: Protocol) -> RunSpec:
         """The whole run of a plan, with the revision that the model resolved to."""
         return RunSpec(model=self.fleet.model, workload=workload, plan=plan, protocol=protocol)

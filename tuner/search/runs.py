@@ -151,8 +151,7 @@ class Runs:
         """Makes a plan the reference where the unsplit model fits nowhere; a plan that fails leaves it to the next."""
         self.reporter.begin(f"reference: {spec.plan.describe()} in place of the unsplit model")
         with self.log.spend("reference"), self.stop.interruptible():
-            path = self.store.folder / StudyFile.REFERENCE
-            failure = self.experiment.fleet.make_reference_from_plan(path, spec, effective)
+            failure = self.experiment.refer_to_plan(self.store.folder / StudyFile.REFERENCE, spec, effective)
         self._plan_must_be_reference = failure is not None
         self.reporter.end("kept; every later plan's output is compared with it" if failure is None else failure.message)
 
