@@ -72,12 +72,8 @@ def build_once(folder: Path, build: Callable[[Path], None], *, on_wait: Callable
     `folder` finds it whole. A lock lets one process build while others wait; the kernel frees it when its holder
     dies, and whoever holds it next clears what the dead one left.
 
-    Args:
-        build: fills the empty folder it is given.
-        on_wait: called once if another process is building.
-
-    Raises:
-        OSError: the cache cannot be written.
+    `build` fills the empty folder it is given; `on_wait` is called once if another process is building. OSError where
+    the cache cannot be written.
     """
     if folder.is_dir():
         return folder
@@ -111,9 +107,8 @@ def build_once(folder: Path, build: Callable[[Path], None], *, on_wait: Callable
 def read_text(path: Path) -> str:
     """The text of a regular file, or of a link to one; nothing else is waited for, or read without end.
 
-    Raises:
-        OSError: it cannot be read, is a pipe, device or folder, or is larger than any file of ours.
-        UnicodeDecodeError: it is not UTF-8.
+    OSError for what cannot be read, a pipe, device or folder, or more than any file of ours has; UnicodeDecodeError for
+    what is not UTF-8.
     """
     with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
@@ -127,9 +122,7 @@ def read_text(path: Path) -> str:
 def write_durably(path: Path, text: str | bytes) -> None:
     """Writes a file that is either whole or not there, even if the machine dies: temporary name, fsync, replace.
 
-    Raises:
-        OSError: it cannot be written, and is named; or there is something else than a file, such as a device, which is
-            not replaced.
+    OSError names the file that cannot be written, or where something else is, such as a device, which is not replaced.
     """
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "is no file, and is not replaced by one", str(path))

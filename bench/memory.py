@@ -1,7 +1,6 @@
 """What a model's parts cost, and what fits under a cap: pure arithmetic on a `ModelShape`."""
 
 import math
-from collections.abc import Sequence
 from typing import Self
 
 from pydantic import Field
@@ -220,8 +219,7 @@ def resolve(
 ) -> EffectivePlan | Failure:
     """How many micro-batches the memory caps let be in flight, or why not even one fits.
 
-    Raises:
-        PlanError: the plan does not cover the model's layers, cuts where it must not, or names an unknown device.
+    Raises as `check_plan`, and PlanError for an unknown device.
     """
     check_plan(shape, plan)
     for place, device in enumerate(plan.devices):
@@ -260,14 +258,6 @@ def resolve(
     return EffectivePlan(plan=plan, in_flight=in_flight)
 
 
-def resolve_prompts(
-    shape: ModelShape, plan: Plan, prompt_lens: Sequence[int], *, output_len: int, device_bytes: dict[str, int]
-) -> EffectivePlan | Failure:
-    """`resolve` for prompts of given lengths in tokens, of which the longest counts; at least one."""
-    lens = {"num_prompts": len(prompt_lens), "prompt_len": max(prompt_lens), "output_len": output_len}
-    return resolve(shape, plan, **lens, device_bytes=device_bytes)
-
-
 def resolve_slots(
     shape: ModelShape, plan: Plan, *, prompt_len: int, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
@@ -289,10 +279,8 @@ def resolve_slots(
 
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:
-    """Refuses a plan that does not fit the model.
-
-    Raises:
-        PlanError: too few or too many layers, a forbidden cut, or prefill cut where a state covers the micro-batch.
+    """Refuses, by a PlanError, other layers than the model's, a forbidden cut, or prefill cut where a state covers a
+    whole micro-batch.
     """
     if plan.num_layers != shape.num_layers:
         is_short = plan.num_layers < shape.num_layers

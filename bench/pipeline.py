@@ -103,11 +103,7 @@ class Pipeline(Closing):
     def score(self, texts: Prompts) -> tuple[ScoreResult, ...]:
         """Log-probabilities of the tokens of given texts, each under those before it, in the order given.
 
-        Args:
-            texts: as prompts to `generate`.
-
-        Raises:
-            TypeError, PipetuneError: as `generate` does.
+        Texts are given as prompts are to `generate`, and it raises what that does.
         """
         return self._surviving(lambda: self._fleet.score(self.plan, texts))
 

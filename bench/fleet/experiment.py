@@ -88,12 +88,8 @@ class Experiment(Closing, Generic[Runner]):
     def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
         """Keeps in a file what the unsplit model says, which later outputs are compared with.
 
-        Returns:
-            None; or why there is no reference, where the model fits on no device.
-
-        Raises:
-            ModelError: the model cannot be split, or comes out wrong when it is.
-            FleetError: the workers failed.
+        Gives None, or why there is no reference, where the model fits on no device. ModelError where it cannot be
+        split, or comes out wrong when it is.
         """
         failure = self.fleet.make_reference(path, workload, protocol)
         if failure is None or failure.kind is FailureKind.OUT_OF_MEMORY:
@@ -120,14 +116,9 @@ class Experiment(Closing, Generic[Runner]):
         attempt: Attempt = _once,
         **labels: Unpack[Labels],
     ) -> Record:
-        """Measures a plan, or says why it is not run.
+        """Measures a plan, or says why it is not run; raises as the fleet's `resolve` and `measure`.
 
-        Args:
-            resolved: what the plan comes to under its memory caps; None resolves it here.
-
-        Raises:
-            ConfigError: prompts that cannot be used.
-            PlanError: the plan does not suit the model or the fleet.
+        `resolved` is what the plan comes to under its memory caps; None resolves it here.
         """
         known = self.fleet.resolve(plan, workload) if resolved is None else resolved
         spec = self.spec(plan, workload, protocol)

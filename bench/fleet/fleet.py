@@ -11,6 +11,7 @@ from typing import Any, Self, Unpack
 
 from pydantic import TypeAdapter
 
+from pipetune.bench import spec as s
 from pipetune.bench.errors import ConfigError, FleetError, ModelError, PlanError, StudyError
 from pipetune.bench.fleet.queue import Closing, GenerationResult, RequestHandle, RequestQueue
 from pipetune.bench.fleet.supervisor import START_TIMEOUT_S, FleetOptions, Progress, Supervisor
@@ -18,30 +19,17 @@ from pipetune.bench.load.admission import Rules, rules_of
 from pipetune.bench.load.online import OnlineRequest, OnlineRun
 from pipetune.bench.machine.hardware import available_devices, device_bytes, warn_of_cores
 from pipetune.bench.machine.telemetry import load_now
-from pipetune.bench.memory import ModelShape, check_plan, resolve_prompts, resolve_slots
+from pipetune.bench.memory import ModelShape, check_plan, resolve, resolve_slots
 from pipetune.bench.profile import LinkProfile, Profile, ProfileGrid
 from pipetune.bench.prompts.forms import Prompts, prompts_of_call
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, Outcome, timestamp
-from pipetune.bench.spec import (
-    EffectivePlan,
-    ModelSpec,
-    Plan,
-    Protocol,
-    RunSpec,
-    Sampling,
-    Value,
-    Workload,
-    device_kind,
-    devices_here,
-    hosts_of,
-)
 
 MAX_LEN = 2048
 """Positions of a queue's requests, unless told otherwise."""
 _OUTCOME: TypeAdapter[Measurement | Failure] = TypeAdapter(Outcome)
 
 
-class ScoreResult(Value):
+class ScoreResult(s.Value):
     """What the model makes of one text."""
 
     token_ids: tuple[int, ...]
@@ -53,9 +41,13 @@ class ScoreResult(Value):
 
 
 class Fleet(Closing):
-    """One worker process per device, kept over plans; rebuilt by itself after a failure, when next used."""
+    """One worker process per device, kept over plans; rebuilt by itself after a failure, when next used.
 
-    def __init__(self, model: ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> None:
+    Whatever it is asked raises FleetError where the workers failed, and were killed; ConfigError for prompts that
+    cannot be used, or while a queue of requests is open.
+    """
+
+    def __init__(self, model: s.ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> None:
         self.model = model
         self.devices = tuple(devices)
         self.worker_env = {device: dict(env) for device, env in (options.get("worker_env") or {}).items()}
@@ -66,11 +58,11 @@ class Fleet(Closing):
         """Holds the model's files, on the first host."""
         self._notes = warn_of_cores(self.devices)
         self._supervisor = Supervisor(self.devices, **options)
-        self._reference: tuple[Path, Workload] | None = None
+        self._reference: tuple[Path, s.Workload] | None = None
         self._queue: RequestQueue | None = None
 
     @classmethod
-    def start(cls, model: ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> Self:
+    def start(cls, model: s.ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> Self:
         """Starts one worker per device and waits until the model is known to all.
 
         Args:
@@ -86,25 +78,18 @@ class Fleet(Closing):
         fleet._launch()
         return fleet
 
-    def prompts(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
-        """Token ids of every prompt, in the order given; `as_text` where the answers will be wanted as text.
-
-        Raises:
-            ConfigError: prompts that cannot be used, or a tokenizer that does not load.
-            FleetError: the workers failed.
-        """
+    def prompts(self, workload: s.Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
+        """Token ids of every prompt, in the order given; `as_text` where the answers will be wanted as text."""
         return tuple(tuple(ids) for ids in self._call("prompts", workload=workload, as_text=as_text)["prompts"])
 
-    def prompt_lens(self, workload: Workload) -> tuple[int, ...]:
-        """Length of every prompt in tokens; raises as `prompts` does."""
+    def prompt_lens(self, workload: s.Workload) -> tuple[int, ...]:
+        """Length of every prompt in tokens."""
         return tuple(len(prompt) for prompt in self.prompts(workload))
 
-    def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
+    def resolve(self, plan: s.Plan, workload: s.Workload) -> s.EffectivePlan | Failure:
         """How many micro-batches the plan's memory caps let be in flight here, or why not even one fits.
 
-        Raises:
-            ConfigError: prompts that cannot be used.
-            PlanError: the plan does not suit the model, or names a device that is not the fleet's.
+        PlanError for a plan that does not suit the model, or names a device that is not the fleet's.
         """
         if workload.arrivals is None:
             return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
@@ -112,14 +97,15 @@ class Fleet(Closing):
         lens = {"prompt_len": max(self.prompt_lens(workload)), "output_len": workload.generated_len}
         return resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
 
-    def _resolve(self, plan: Plan, prompt_lens: Sequence[int], output_len: int) -> EffectivePlan | Failure:
-        return resolve_prompts(self.shape, plan, prompt_lens, output_len=output_len, device_bytes=self.device_bytes)
+    def _resolve(self, plan: s.Plan, prompt_lens: Sequence[int], output_len: int) -> s.EffectivePlan | Failure:
+        lens = {"num_prompts": len(prompt_lens), "prompt_len": max(prompt_lens), "output_len": output_len}
+        return resolve(self.shape, plan, **lens, device_bytes=self.device_bytes)
 
-    def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
+    def make_reference(self, path: Path, workload: s.Workload, protocol: s.Protocol) -> Failure | None:
         """Asks the unsplit model for the truth that plans are checked against, and keeps it in a file."""
         return self._refer("reference", path, workload, workload=workload, protocol=protocol)
 
-    def make_reference_from_plan(self, path: Path, spec: RunSpec, effective: EffectivePlan) -> Failure | None:
+    def make_reference_from_plan(self, path: Path, spec: s.RunSpec, effective: s.EffectivePlan) -> Failure | None:
         """Takes a plan's own output for the truth, where the unsplit model fits on no device.
 
         Later plans can be told apart from it; whether it was right itself cannot be told.
@@ -130,17 +116,12 @@ class Fleet(Closing):
             "reference_from_plan", path, spec.workload, timeout_s=timeout_s, spec=spec, effective=effective
         )
 
-    def use_reference(self, path: Path, workload: Workload) -> None:
-        """Takes a reference made earlier, as on a resume.
-
-        Raises:
-            StudyError: it cannot be read, or is of another model or workload.
-            FleetError: the workers failed.
-        """
+    def use_reference(self, path: Path, workload: s.Workload) -> None:
+        """Takes a reference made earlier, as on a resume; StudyError if it cannot be read, or is of other work."""
         self._call("use_reference", path=path.absolute(), workload=workload)
         self._reference = path.absolute(), workload
 
-    def baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> Measurement | Failure:
+    def baseline(self, workload: s.Workload, protocol: s.Protocol, batch_size: int) -> Measurement | Failure:
         """Measures the model un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`.
 
         By HF `generate`, or by plain forward passes where texts are scored.
@@ -149,20 +130,15 @@ class Fleet(Closing):
             "baseline", timeout_s=protocol.timeout_s, workload=workload, protocol=protocol, batch_size=batch_size
         )
 
-    def measure(self, spec: RunSpec, effective: EffectivePlan) -> Measurement | Failure:
-        """Moves to the plan, checks its output, warms up and measures.
-
-        Raises:
-            PlanError: the plan names a device more often than this fleet has workers on it.
-        """
+    def measure(self, spec: s.RunSpec, effective: s.EffectivePlan) -> Measurement | Failure:
+        """Moves to the plan, checks its output, warms up and measures; PlanError for devices that are not there."""
         self._check_stages(spec.plan)
         return self._outcome("measure", timeout_s=spec.protocol.timeout_s, spec=spec, effective=effective)
 
     def profile(self, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True) -> Profile:
         """Times the model's parts on every device, all of them busy at once, and links; the switches are as in plans.
 
-        Raises:
-            FleetError: the workers failed, or not even one layer of each kind fits between embedding and head.
+        FleetError as well where not even one layer of each kind fits between embedding and head.
         """
         answer = self._call("profile", grid=grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
         if "failure" in answer:
@@ -180,34 +156,23 @@ class Fleet(Closing):
         )
 
     def time_links(self) -> tuple[LinkProfile, ...]:
-        """Times the links between the devices alone, as a profile does.
-
-        Raises:
-            FleetError: the workers failed.
-        """
+        """Times the links between the devices alone, as a profile does."""
         return tuple(map(LinkProfile.model_validate, self._call("links")["links"]))
 
     def generate(
         self,
-        plan: Plan,
+        plan: s.Plan,
         prompts: Prompts,
         *,
         max_new_tokens: int | Sequence[int],
         in_flight: int | None = None,
         ignore_eos: bool = False,
-        sampling: Sampling | None = None,
+        sampling: s.Sampling | None = None,
     ) -> tuple[GenerationResult, ...]:
-        """Generates for use, as `Pipeline.generate` does, under any plan over the fleet's devices.
+        """Generates for use, as `Pipeline.generate` does, under any plan over the fleet's devices; raises as that.
 
-        Args:
-            in_flight: micro-batches resident at once; by default as many as the plan's memory caps let be.
-
-        Raises:
-            TypeError: something else than prompts.
-            ConfigError: prompts that cannot be used.
-            PlanError: the plan names a device more often than this fleet has workers on it, or not even one micro-batch
-                fits under its memory caps.
-            FleetError: the workers failed.
+        By default as many micro-batches are in flight as the plan's memory caps let be. PlanError also where the plan
+        names a device more often than this fleet has workers on it.
         """
         lens = [max_new_tokens] if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if min(lens, default=0) < 1:
@@ -221,15 +186,8 @@ class Fleet(Closing):
             for row in answer["results"]
         )
 
-    def score(self, plan: Plan, texts: Prompts, *, in_flight: int | None = None) -> tuple[ScoreResult, ...]:
-        """Log-probabilities of the tokens of given texts, each under those before it.
-
-        Args:
-            in_flight: micro-batches resident at once; by default as many as the plan's memory caps let be.
-
-        Raises:
-            TypeError, PipetuneError: as `generate` does.
-        """
+    def score(self, plan: s.Plan, texts: Prompts, *, in_flight: int | None = None) -> tuple[ScoreResult, ...]:
+        """Log-probabilities of the tokens of given texts, each under those before it; all else is as in `generate`."""
         answer = self._call("score", **self._use(plan, texts, 0, in_flight))
         return tuple(
             ScoreResult(token_ids=tuple(row["prompt_token_ids"]), logprobs=tuple(row["logprobs"]), text=row["text"])
@@ -238,12 +196,12 @@ class Fleet(Closing):
 
     def run_trace(
         self,
-        plan: Plan,
+        plan: s.Plan,
         requests: Sequence[OnlineRequest],
         *,
         in_flight: int | None = None,
         max_concurrency: int | None = None,
-        sampling: Sampling | None = None,
+        sampling: s.Sampling | None = None,
         instrument: bool = True,
         timeout_s: float = START_TIMEOUT_S,
     ) -> OnlineRun:
@@ -257,10 +215,8 @@ class Fleet(Closing):
             instrument: keep what every stage did and when.
 
         Raises:
-            ConfigError: requests that cannot be used.
             PlanError: a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, or of a
                 model whose cache cannot be.
-            FleetError: the workers failed.
         """
         if not requests or len({one.number for one in requests}) < len(requests):
             raise ConfigError(f"requests: {len(requests)} are given; give at least one, each with a number of its own")
@@ -281,23 +237,16 @@ class Fleet(Closing):
 
     def open_queue(
         self,
-        plan: Plan,
+        plan: s.Plan,
         *,
         max_len: int | None = None,
         in_flight: int | None = None,
-        sampling: Sampling | None = None,
+        sampling: s.Sampling | None = None,
     ) -> RequestQueue:
         """A queue for requests that are served as they are given; until it is closed the fleet does nothing else.
 
-        Args:
-            max_len: tokens of the longest prompt with its output; by default the model's positions, at most 2048.
-            in_flight: as in `run_trace`.
-            sampling: how tokens are drawn, by the order in which requests are given.
-
-        Raises:
-            ConfigError: another queue is open, `max_len` is beyond the model's positions, or its cache unfit.
-            PlanError: as `run_trace`, or the first stage is not on the fleet's first device.
-            FleetError: the workers failed.
+        All is as in `Pipeline.open_queue`, and `in_flight` as in `run_trace`. ConfigError also where `max_len` is
+        beyond the model's positions, or its cache unfit; PlanError where the first stage is not on the first device.
         """
         self._check_online(plan)
         if plan.devices[0] != self.devices[0]:
@@ -312,24 +261,24 @@ class Fleet(Closing):
         self._queue = RequestQueue(self._supervisor, partial(self._request, "open_queue", args, math.inf), max_len)
         return self._queue
 
-    def _slots(self, plan: Plan, *, prompt_len: int, output_len: int) -> int:
+    def _slots(self, plan: s.Plan, *, prompt_len: int, output_len: int) -> int:
         lens = {"prompt_len": prompt_len, "output_len": output_len}
         return _in_flight(resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes))
 
-    def _check_online(self, plan: Plan) -> None:
+    def _check_online(self, plan: s.Plan) -> None:
         self._check_stages(plan)
         check_plan(self.shape, plan)
         named = f"{self.shape.architecture} keeps recurrent states"
         refused = {
             f"plan.replicas={plan.replicas}: one pipeline is given them; leave it at 1": plan.replicas > 1,
             "plan.compile: its graphs are made for whole batches; leave it out": plan.compile,
-            "plan.stages: orders do not travel between hosts yet; use one host's": len(hosts_of(plan.devices)) > 1,
+            "plan.stages: orders do not travel between hosts yet; use one host's": len(s.hosts_of(plan.devices)) > 1,
             f"model: {named}, which cannot be moved within a slot yet; give it whole batches": self.shape.recurrent,
         }
         if why := next((text for text, applies in refused.items() if applies), None):
             raise PlanError(f"requests over time: {why}")
 
-    def _use(self, plan: Plan, prompts: Prompts, output_len: int, in_flight: int | None) -> dict[str, Any]:
+    def _use(self, plan: s.Plan, prompts: Prompts, output_len: int, in_flight: int | None) -> dict[str, Any]:
         self._check_stages(plan)
         given = prompts_of_call(prompts)
         if not given:
@@ -353,13 +302,13 @@ class Fleet(Closing):
             raise ConfigError("devices: there is none; give cpu:0-1, cuda:0,cuda:1 or auto")
         there = available_devices()
         if missing := [
-            name for name in devices_here(self.devices) if device_kind(name) == "cuda" and name not in there
+            name for name in s.devices_here(self.devices) if s.device_kind(name) == "cuda" and name not in there
         ]:
             raise ConfigError(
                 f"devices: {missing[0]} is not on this machine; there are {', '.join(there)} and any cpu:N"
             )
 
-    def _check_stages(self, plan: Plan) -> None:
+    def _check_stages(self, plan: s.Plan) -> None:
         named = list(plan.devices)
         for device in named:
             if named.count(device) > self.devices.count(device):
@@ -372,7 +321,7 @@ class Fleet(Closing):
         try:
             self._supervisor.start(self.model)
             described = self._supervisor.request("describe", {}, START_TIMEOUT_S)
-            self.model = ModelSpec.model_validate(described["model"])
+            self.model = s.ModelSpec.model_validate(described["model"])
             self.shape = ModelShape.model_validate(described["shape"])
             self.machine = Machine.model_validate(described["machine"])
             self.device_bytes = described["device_bytes"]
@@ -388,7 +337,7 @@ class Fleet(Closing):
             raise
 
     def _refer(
-        self, command: str, path: Path, of: Workload, *, timeout_s: float = START_TIMEOUT_S, **args: Any
+        self, command: str, path: Path, of: s.Workload, *, timeout_s: float = START_TIMEOUT_S, **args: Any
     ) -> Failure | None:
         try:
             answer = self._call(command, timeout_s=timeout_s, path=path.absolute(), **args)
@@ -409,13 +358,7 @@ class Fleet(Closing):
         return outcome.model_copy(update={"notes": (*outcome.notes, *self._notes)})
 
     def _call(self, command: str, *, timeout_s: float = START_TIMEOUT_S, **args: Any) -> dict[str, Any]:
-        """Sends a command and waits for its answer, on a fleet that is started again if it is down.
-
-        Raises:
-            ConfigError: prompts that cannot be used, or an open queue of requests.
-            StudyError: a reference that cannot be used.
-            FleetError: the workers failed, and were killed.
-        """
+        """Sends a command and waits for its answer, on a fleet that is started again if it is down."""
         self._wake()
         return self._request(command, args, timeout_s)
 
@@ -432,7 +375,7 @@ class Fleet(Closing):
         return answer
 
 
-def _in_flight(resolved: EffectivePlan | Failure) -> int:
+def _in_flight(resolved: s.EffectivePlan | Failure) -> int:
     if isinstance(resolved, Failure):
         raise PlanError(resolved.message)
     return resolved.in_flight

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipetune.bench.errors import ConfigError, FleetError
-from pipetune.bench.fleet.launcher import LOST, Channel, worker_environment
-from pipetune.bench.fleet.processes import Process
-from pipetune.bench.machine.wire import DEFAULT_PORT, HANDSHAKE_S, Wire, read_token, split_address
+from pipetune.bench.fleet.launcher import LOST, worker_environment
+from pipetune.bench.machine.wire import DEFAULT_PORT, HANDSHAKE_S, Lines, Wire, read_token, split_address
 from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, device_host, on_host
 
@@ -37,43 +36,27 @@ NODE_RANK_VARIABLES = ("SLURM_NODEID", "PET_NODE_RANK", "GROUP_RANK", "JOB_COMPL
 JOIN = (sys.executable, "-P", "-m", "pipetune.bench.worker.join")
 
 
-class _Remote:
+class RemoteProcess:
     """A worker on a host that its agent alone sees: it lives as long as its connection."""
 
     def __init__(self) -> None:
         self.pid = 0
-        self.code: int | None = None
+        self._code: int | None = None
 
     def poll(self) -> int | None:
         """`LOST` once its connection has ended."""
-        return self.code
-
-    def wait(self, timeout: float) -> int:
-        """The same, at once: nobody says when."""
-        return LOST if self.code is None else self.code
+        return self._code
 
     def kill(self) -> None:
         """Takes it for lost; its agent ends it."""
-        self.code = self.code or LOST
-
-
-class _Agent:
-    """A host that has joined."""
-
-    def __init__(self, channel: Wire, hostname: str) -> None:
-        self.channel, self.hostname = channel, hostname
-        self.store: list[Any] | None = None
-        """Where it would have the workers' store; None while its workers run."""
+        self._code = LOST
 
 
 class HostsLauncher:
     """Listens for agents and workers, at one address for as long as this process lives."""
 
     def __init__(self, address: str, secret: bytes) -> None:
-        """
-        Raises:
-            ConfigError: nothing can listen there.
-        """
+        """Raises ConfigError where nothing can listen."""
         self.address, self._secret = address, secret
         host, port = split_address(address)
         if host in ("", "0.0.0.0", "::"):  # noqa: S104
@@ -90,23 +73,25 @@ class HostsLauncher:
         self.devices: tuple[str, ...] = ()
         self.patience_s = HOST_TIMEOUT_S
         self._hosts: tuple[str, ...] = ()
-        self._agents: dict[str, _Agent] = {}
+        self._agents: dict[str, Lines] = {}
+        self._stores: dict[str, list[Any]] = {}
+        """Where each host that has joined would have the workers' store; not while its workers run."""
         self._own: subprocess.Popen[bytes] | None = None
         self._log_dir = tempfile.TemporaryDirectory(prefix="pipetune-host0-")
-        self._strangers: dict[Wire, float] = {}
+        self._strangers: dict[Lines, float] = {}
         self._round = 0
         self._told: dict[str, Any] = {}
-        self._workers: dict[Wire, _Remote] = {}
-        self._processes: list[_Remote] = []
+        self._workers: dict[Lines, RemoteProcess] = {}
+        self._processes: list[RemoteProcess] = []
         self._pids: dict[str, list[int]] = {}
         self._refused = ""
 
     @property
-    def connected(self) -> Sequence[Channel]:
-        """The agents'."""
-        return [agent.channel for agent in self._agents.values()]
+    def connected(self) -> Sequence[Lines]:
+        """The agents' connections, which outlive the fleet."""
+        return list(self._agents.values())
 
-    def accept(self, connection: socket.socket) -> Channel:
+    def accept(self, connection: socket.socket) -> Lines:
         """A stranger, until it has shown the token."""
         now = time.monotonic()
         self._strangers = {wire: since for wire, since in self._strangers.items() if not wire.is_trusted}
@@ -119,9 +104,8 @@ class HostsLauncher:
         self._strangers[wire] = now
         return wire
 
-    def rank_of(self, hello: dict[str, Any], channel: Channel) -> int | None:
-        """By host and place there; tells the worker what it is."""
-        assert isinstance(channel, Wire)
+    def rank_of(self, hello: dict[str, Any], channel: Lines) -> int | None:
+        """Rank of the worker that says hello, by host and place there, which it is told; None if it has no place."""
         if hello["node"] >= len(self._hosts):
             return None
         host = self._hosts[hello["node"]]
@@ -140,9 +124,8 @@ class HostsLauncher:
         channel.send({"type": "assignment", "rank": rank, **self._told})
         return rank
 
-    def hears(self, message: dict[str, Any], channel: Channel) -> None:
+    def hears(self, message: dict[str, Any], channel: Lines) -> None:
         """An agent that joins, or whose workers have ended."""
-        assert isinstance(channel, Wire)
         if message["type"] == "ask":
             workers = len(on_host(self.devices, f"host{message['node']}"))
             stays = message["node"] > 0 and STAY_VARIABLE in os.environ
@@ -164,34 +147,35 @@ class HostsLauncher:
                 self._refused = f"{host} ({message['hostname']}) {why}"
                 channel.send({"type": "close", "why": self._refused})
                 return
-            self._agents[host] = _Agent(channel, message["hostname"])
+            self._agents[host] = channel
+            self._stores.pop(host, None)
         for host, agent in self._agents.items():
-            if agent.channel is channel and message["type"] == "join":
-                agent.store = message["store"]
+            if agent is channel and message["type"] == "join":
+                self._stores[host] = message["store"]
                 # It comes for the next round: its workers of this one have ended.
                 for device, worker in zip(self.devices, self._processes, strict=False):
                     if device_host(device) == host:
                         worker.kill()
 
-    def lost(self, channel: Channel) -> None:
+    def lost(self, channel: Lines) -> None:
         """A worker that is gone, or an agent, whose workers go with it."""
-        assert isinstance(channel, Wire)
         self._strangers.pop(channel, None)
         if (worker := self._workers.pop(channel, None)) is not None:
             worker.kill()
-        self._agents = {host: agent for host, agent in self._agents.items() if agent.channel is not channel}
+        self._agents = {host: agent for host, agent in self._agents.items() if agent is not channel}
+        self._stores = {host: store for host, store in self._stores.items() if host in self._agents}
 
     def start(
         self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]
-    ) -> Sequence[tuple[Process, Path | None]]:
+    ) -> Sequence[tuple[RemoteProcess, None]]:
         """Waits for every host, then has all agents start their workers.
 
-        Raises:
-            FleetError: a host that does not join in time, or has other versions.
+        Meanwhile `listen` hears connections for a moment, and `say` tells people. A host that does not join in time, or
+        has other versions, is a FleetError.
         """
         self._start_own(log_dir)
         deadline, said, self._refused = time.monotonic() + self.patience_s, -_SAY_EVERY_S, ""
-        while missing := [host for host in self._hosts if host not in self._agents or not self._agents[host].store]:
+        while missing := [host for host in self._hosts if host not in self._stores]:
             if self._refused or time.monotonic() > deadline:
                 why = self._refused or f"did not join {self.address} within {self.patience_s:.0f} s"
                 text = why if self._refused else f"{', '.join(missing)} {why}"
@@ -205,14 +189,12 @@ class HostsLauncher:
         self._round += 1
         self._told = {"devices": self.devices, "model": model, "environment": worker_environment(self.devices, "")}
         self._pids, self._workers = {}, {}
-        self._processes = [_Remote() for _ in self.devices]
-        agents = [self._agents[host] for host in self._hosts]
-        store = agents[0].store
-        for node, agent in enumerate(agents):
-            agent.store = None
-            agent.channel.send(
-                {"type": "round", "round": self._round, "node": node, "nodes": len(self._hosts), "store": store}
-            )
+        self._processes = [RemoteProcess() for _ in self.devices]
+        store = self._stores[self._hosts[0]]
+        for node, host in enumerate(self._hosts):
+            del self._stores[host]
+            told = {"round": self._round, "node": node, "nodes": len(self._hosts), "store": store}
+            self._agents[host].send({"type": "round", **told})
         return [(process, None) for process in self._processes]
 
     def end(self) -> None:
@@ -222,9 +204,9 @@ class HostsLauncher:
         for wire in self._workers:
             wire.socket.close()
         for host, agent in self._agents.items():
-            if agent.store is None:
+            if host not in self._stores:
                 with contextlib.suppress(OSError):
-                    agent.channel.send({"type": "end", "pids": self._pids.get(host, [])})
+                    agent.send({"type": "end", "pids": self._pids.get(host, [])})
         self._workers, self._processes = {}, []
 
     def close(self) -> None:
@@ -232,8 +214,8 @@ class HostsLauncher:
         self.end()
         for agent in self._agents.values():
             with contextlib.suppress(OSError):
-                agent.channel.send({"type": "close"})
-                agent.channel.socket.close()
+                agent.send({"type": "close"})
+                agent.socket.close()
         self.listener.close()
         if self._own is not None:
             try:
@@ -270,11 +252,8 @@ class HostsLauncher:
 def join(address: str, node_rank: int, *, host_ip: str | None = None, timeout_s: float = HOST_TIMEOUT_S) -> int:
     """Puts this host's devices at the disposal of the driver at an address, until it ends; 0 for a good end, else 4.
 
-    Args:
-        host_ip: this host's address for the others; by default the one that leads to the driver.
-
-    Raises:
-        ConfigError: no token, or no address.
+    `host_ip` is this host's address for the others; by default the one that leads to the driver. Without a token or an
+    address it is a ConfigError.
     """
     read_token()
     split_address(address)
@@ -313,10 +292,8 @@ def lead_or_join(
     master_port: int | None,
     host_ip: str | None,
 ) -> int | None:
-    """Exit status of a host that serves another's command; None on the host that leads, which listens from now on.
-
-    Raises:
-        ConfigError: something is missing, or does not go together.
+    """Exit status of a host that joined another; None on the one that leads, and listens from now on; or ConfigError
+    where something is missing, or does not go together.
     """
     if nnodes is None or nnodes == 1:
         if listen:
@@ -343,11 +320,7 @@ _launchers: dict[tuple[int, str], HostsLauncher] = {}
 
 
 def launcher_at(address: str, devices: Sequence[str], *, patience_s: float) -> HostsLauncher:
-    """The one that listens at an address, for a fleet of these devices.
-
-    Raises:
-        ConfigError: no token, or nothing can listen there.
-    """
+    """The one that listens at an address, for a fleet of these devices; ConfigError without a token, or as its own."""
     key = os.getpid(), address
     if key not in _launchers:
         _launchers[key] = HostsLauncher(address, read_token())

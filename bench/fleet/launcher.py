@@ -1,20 +1,18 @@
 """How the workers of a fleet come to be, end, and are listened to; on this host. No torch here."""
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-from pydantic_core import to_jsonable_python
+from typing import Any
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.fleet.processes import Process, start_worker
+from pipetune.bench.machine.wire import Lines
 from pipetune.bench.spec import ModelSpec, device_kind
 
 LOST = -1000
@@ -23,82 +21,6 @@ _MAX_SOCKET_PATH = 103
 """Bytes; of the systems that pipetune runs on, the least that a socket's address holds."""
 _KILL_TIMEOUT_S = 60.0
 """A killed worker that is not gone after so long is left to the kernel."""
-
-
-class Channel(Protocol):
-    """One worker's connection: bytes in, messages out."""
-
-    socket: socket.socket
-
-    def send(self, message: dict[str, Any]) -> None:
-        """
-        Raises:
-            OSError: the worker is gone.
-        """
-
-    def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """Messages that these bytes complete.
-
-        Raises:
-            ConnectionError: they are none that a worker of ours would send.
-        """
-
-
-class Launcher(Protocol):
-    """How a fleet's workers come to be, end, and are listened to; as it is where only workers speak, on this host."""
-
-    listener: socket.socket
-
-    @property
-    def connected(self) -> Sequence[Channel]:
-        """Connections that outlive the fleet."""
-        return ()
-
-    def accept(self, connection: socket.socket) -> Channel:
-        """What listens to a connection."""
-
-    def rank_of(self, hello: dict[str, Any], channel: Channel) -> int | None:
-        """Rank of the worker that says hello; None for who is no worker, or one of a fleet that has ended."""
-
-    def hears(self, message: dict[str, Any], channel: Channel) -> None:
-        """Takes in what somebody says who is no worker."""
-        raise AssertionError(f"only workers speak here: {message}")
-
-    def lost(self, channel: Channel) -> None:
-        """Takes in that a connection has ended."""
-        return
-
-    def start(
-        self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]
-    ) -> Sequence[tuple[Process, Path | None]]:
-        """One process a rank, with its log where that is on this host.
-
-        Args:
-            listen: hears connections for a moment, while hosts are waited for.
-            say: tells people.
-
-        Raises:
-            FleetError: a host that does not come.
-        """
-
-    def end(self) -> None:
-        """Ends all workers at once."""
-
-
-class Lines:
-    """Plain lines of JSON: the folder that the socket lies in keeps others out."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket, self._rest = connection, b""
-
-    def send(self, message: dict[str, Any]) -> None:
-        """A line."""
-        self.socket.sendall((json.dumps(message, default=to_jsonable_python) + "\n").encode())
-
-    def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """What these bytes complete."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
 
 
 def worker_environment(devices: Sequence[str], interface: str) -> dict[str, str]:
@@ -121,14 +43,14 @@ def worker_environment(devices: Sequence[str], interface: str) -> dict[str, str]
     return added
 
 
-class LocalLauncher(Launcher):
+class LocalLauncher:
     """Processes of this host; a socket and a rendezvous in a private folder that goes with them."""
 
+    connected: Sequence[Lines] = ()
+    """Connections that outlive the fleet."""
+
     def __init__(self, devices: Sequence[str], worker_env: Mapping[str, Mapping[str, str]]) -> None:
-        """
-        Raises:
-            ConfigError: the folder for temporary files has too long a path for a socket.
-        """
+        """Raises ConfigError where the folder for temporary files has too long a path for a socket."""
         self._devices, self._worker_env = tuple(devices), worker_env
         self._processes: list[Process] = []
         self._scratch = contextlib.ExitStack()
@@ -145,19 +67,26 @@ class LocalLauncher(Launcher):
         path.chmod(0o600)
         self.listener.listen(len(self._devices))
 
-    def accept(self, connection: socket.socket) -> Channel:
-        """Whoever can reach the socket is trusted."""
+    def accept(self, connection: socket.socket) -> Lines:
+        """What listens to a connection: whoever can reach the socket is trusted."""
         return Lines(connection)
 
-    def rank_of(self, hello: dict[str, Any], channel: Channel) -> int | None:
-        """As it was told."""
+    def rank_of(self, hello: dict[str, Any], channel: Lines) -> int | None:
+        """Rank of the worker that says hello, as it was told."""
         rank: int = hello["rank"]
         return rank
+
+    def hears(self, message: dict[str, Any], channel: Lines) -> None:
+        """Takes in what somebody says who is no worker."""
+        raise AssertionError(f"only workers speak here: {message}")
+
+    def lost(self, channel: Lines) -> None:
+        """Takes in that a connection has ended."""
 
     def start(
         self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]
     ) -> Sequence[tuple[Process, Path | None]]:
-        """At once."""
+        """One process a rank, with its log; at once."""
         log_dir = log_dir or self._folder
         log_dir.mkdir(parents=True, exist_ok=True)
         environment = {

@@ -18,15 +18,9 @@ from pipetune.bench.spec import device_index, device_kind
 
 @contextlib.contextmanager
 def hold(path: Path, what: str, *, remedy: str) -> Iterator[None]:
-    """Holds a lock until the block or the process ends, and writes beside it who holds it.
+    """Holds a lock until the block or the process ends, and writes beside it who holds it; the file at `path` stays.
 
-    Args:
-        path: of the lock file, which stays.
-        what: what is locked, for the message.
-        remedy: what a user can do who does not get it.
-
-    Raises:
-        StudyError: somebody else holds it; names them.
+    Who does not get it gets a StudyError that names what is locked, who holds it, and a remedy.
     """
     lock = FileLock(path, blocking=False)
     holder = path.with_name(f"{path.name}.holder")
@@ -48,11 +42,7 @@ def hold(path: Path, what: str, *, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_gpus(devices: Sequence[str], gpus: Sequence[GpuInfo]) -> Iterator[None]:
-    """Holds every one of the machine's GPUs among the devices by its UUID, for this user; CPU workers need no lock.
-
-    Raises:
-        StudyError: another study runs on one of them.
-    """
+    """Holds the devices' GPUs by UUID, for this user; StudyError where another study has one. CPUs need no lock."""
     used = sorted({device_index(device) for device in devices if device_kind(device) == "cuda"})
     remedy = "two studies on one GPU would spoil each other: wait for it, or take other devices"
     with contextlib.ExitStack() as stack:

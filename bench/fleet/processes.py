@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 WORKER = (sys.executable, "-P", "-m", "pipetune.bench.worker")
 _PATIENCE_S = 300.0
@@ -22,32 +22,12 @@ _NOT_READ = frozenset({"PYTEST_CURRENT_TEST"})
 """Variables that no worker reads, and that change under a driver."""
 
 
-class Process(Protocol):
-    """A worker's process; of `subprocess.Popen`, what is needed of one."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """Its exit status, that of a signal negative; None while it runs."""
-
-    def wait(self, timeout: float) -> int:
-        """The same, once it has ended.
-
-        Raises:
-            subprocess.TimeoutExpired: it has not by then; `timeout` in seconds.
-        """
-
-    def kill(self) -> None:
-        """Ends it, if it has not ended."""
-
-
 def start_worker(
     arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], *, forked: bool
-) -> Process:
+) -> "Process":
     """One worker's process, in a session of its own, with its output in a file.
 
-    Args:
-        forked: it may start from a process that imported everything under the same environment: no worker with a GPU.
+    Where `forked`, it may start from one that imported everything under the same environment: no worker with a GPU.
     """
     if forked and (server := _server_for(environment)) is not None:
         with contextlib.suppress(OSError):
@@ -67,10 +47,7 @@ class _ForkServer:
     """A process that forks workers, from outside."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        """
-        Raises:
-            OSError: it does not start; a worker that is started by itself will say why.
-        """
+        """Raises OSError where it does not start; a worker that is started by itself will say why."""
         self.environment = dict(environment)
         self._lock = threading.RLock()
         self._forked: list[int] = []
@@ -106,12 +83,8 @@ class _ForkServer:
         """Whether none of its workers runs."""
         return all(self.exit_code(pid) is not None for pid in self._forked)
 
-    def fork(self, arguments: Sequence[str], output: IO[bytes]) -> Process:
-        """One worker's process.
-
-        Raises:
-            OSError: the server is gone.
-        """
+    def fork(self, arguments: Sequence[str], output: IO[bytes]) -> "_Forked":
+        """One worker's process; OSError where the server is gone."""
         request = json.dumps({"arguments": arguments, "cwd": str(Path.cwd())}).encode()
         with self._lock:
             known = len(self._forked)
@@ -165,7 +138,7 @@ class _ForkServer:
 
 
 class _Forked:
-    """A worker's process that is no child of ours."""
+    """A worker's process that is no child of ours, as `subprocess.Popen` is of one."""
 
     def __init__(self, pid: int, server: _ForkServer) -> None:
         self.pid, self._server = pid, server
@@ -187,6 +160,7 @@ class _Forked:
                 os.kill(self.pid, signal.SIGKILL)
 
 
+Process = subprocess.Popen[bytes] | _Forked
 _servers: dict[int, list[_ForkServer]] = {}
 """By process: one that forked has none of its parent's. Ended with the process."""
 

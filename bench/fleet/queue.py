@@ -82,6 +82,8 @@ class RequestHandle:
 class RequestQueue(Closing):
     """Requests that are served as they are given, from any thread; times count from when the first stage took them.
 
+    A prompt with its output has at most `max_len` tokens.
+
     Example:
         >>> with pipeline.open_queue(max_len=2048) as requests:
         ...     for token in requests.submit([1, 2, 3], max_new_tokens=64):
@@ -89,15 +91,7 @@ class RequestQueue(Closing):
     """
 
     def __init__(self, supervisor: Supervisor, serve: Callable[[], object], max_len: int) -> None:
-        """Waits until the workers are ready.
-
-        Args:
-            max_len: tokens of the longest prompt with its output.
-            serve: returns once they were told to stop and have served all.
-
-        Raises:
-            PipetuneError: `serve` did.
-        """
+        """Waits until the workers are ready; raises what `serve` does, which returns once they have served all."""
         self._supervisor, self._serve, self.max_len = supervisor, serve, max_len
         self._handles: dict[int, RequestHandle] = {}
         self._numbers = itertools.count()
@@ -156,11 +150,7 @@ class RequestQueue(Closing):
         return handle
 
     def close(self) -> None:
-        """Takes no more requests, and waits for those that were given.
-
-        Raises:
-            PipetuneError: what the workers died of.
-        """
+        """Takes no more requests, and waits for those that were given; raises what the workers died of."""
         with self._lock:
             if not self._is_closed:
                 self._supervisor.tell("stop")

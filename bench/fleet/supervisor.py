@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from pipetune.bench.errors import ConfigError, FleetError
-from pipetune.bench.fleet.hosts import HOST_TIMEOUT_S, LISTEN_VARIABLE, launcher_at
-from pipetune.bench.fleet.launcher import LOST, Channel, Launcher, LocalLauncher
+from pipetune.bench.fleet.hosts import HOST_TIMEOUT_S, LISTEN_VARIABLE, HostsLauncher, RemoteProcess, launcher_at
+from pipetune.bench.fleet.launcher import LOST, LocalLauncher
 from pipetune.bench.fleet.processes import Process
+from pipetune.bench.machine.wire import Lines
 from pipetune.bench.record import REMEDIES, Failure, FailureKind
 from pipetune.bench.spec import ModelSpec, Value, device_host, device_kind, hosts_of
 
@@ -65,9 +66,9 @@ class FleetOptions(TypedDict, total=False):
 class _Worker:
     """The driver's view of one worker process."""
 
-    def __init__(self, device: str, process: Process, log: Path | None) -> None:
+    def __init__(self, device: str, process: Process | RemoteProcess, log: Path | None) -> None:
         self.device, self.process, self.log = device, process, log
-        self.channel: Channel | None = None
+        self.channel: Lines | None = None
         self.ready = False
         self.beat_at = time.monotonic()
         self.state: dict[str, Any] = {"phase": "start", "activity": "idle", "tasks_done": 0, "stage": None}
@@ -83,8 +84,8 @@ class _Worker:
         detail = f"its log is on {device_host(self.device)}, in the folder that its agent names"
         if self.log is not None:
             detail = ""
-        with contextlib.suppress(OSError):
-            detail = detail if self.log is None else self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            with contextlib.suppress(OSError):
+                detail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
         return Failure(
             kind=kind,
             stage=self.state["stage"],
@@ -106,7 +107,7 @@ class Supervisor:
         self._devices, self._log_dir = tuple(devices), options.get("log_dir")
         self._options = options
         self._workers: list[_Worker] = []
-        self._launcher: Launcher | None = None
+        self._launcher: LocalLauncher | HostsLauncher | None = None
         self._selector: selectors.BaseSelector | None = None
         self._telling = threading.Lock()
         self._next_id = 0
@@ -121,11 +122,8 @@ class Supervisor:
     def start(self, model: ModelSpec) -> None:
         """Starts one worker per device and waits until each has read the model.
 
-        Whoever calls this kills what was started if anything is raised, an interrupt among them.
-
-        Raises:
-            ConfigError: the folder for temporary files has too long a path for a socket.
-            FleetError: workers that do not start; they were killed.
+        Whoever calls this kills what was started if anything is raised: ConfigError for a TMPDIR that is too long,
+        FleetError for workers that do not start, an interrupt.
         """
         self._oom_kills_before = oom_kills()
         self._launcher = self._make_launcher()
@@ -141,11 +139,7 @@ class Supervisor:
         self._await(lambda: all(worker.ready for worker in self._workers), START_TIMEOUT_S, "start")
 
     def request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Sends a command to rank 0, values among its arguments as JSON, and waits for its answer.
-
-        Raises:
-            FleetError: the workers failed, and were killed.
-        """
+        """Sends rank 0 a command, values in it as JSON, and waits for its answer; FleetError if the workers failed."""
         self._next_id += 1
         number = self._next_id
         for worker in self._workers:
@@ -237,7 +231,7 @@ class Supervisor:
     def _say(self, message: str) -> None:
         self.on_progress(Progress(phase="start", message=message))
 
-    def _make_launcher(self) -> Launcher:
+    def _make_launcher(self) -> LocalLauncher | HostsLauncher:
         listen = self._options.get("listen") or os.environ.get(LISTEN_VARIABLE)
         if hosts_of(self._devices) == ("",):
             if listen:
@@ -274,7 +268,7 @@ class Supervisor:
             for message in messages:
                 self._receive(message, channel)
 
-    def _receive(self, message: dict[str, Any], channel: Channel) -> None:
+    def _receive(self, message: dict[str, Any], channel: Lines) -> None:
         assert self._launcher is not None
         if message["type"] == "hello":
             rank = self._launcher.rank_of(message, channel)

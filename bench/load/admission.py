@@ -52,10 +52,7 @@ class Rules:
     of a long one."""
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            ValueError: a number below 1.
-        """
+        """Raises ValueError for a number below 1."""
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")

@@ -79,10 +79,7 @@ def available_devices() -> tuple[str, ...]:
 
 def device_bytes(devices: Sequence[str]) -> dict[str, int]:
     """Memory of each device: a GPU's, or an even share of it where several workers share the GPU; of the host's, limits
-    of the cgroup respected, an even share per `cpu:N`.
-
-    Raises:
-        ValueError: a GPU is named that is not there, or whose memory is not known.
+    of the cgroup respected, an even share per `cpu:N`. ValueError for a GPU that is not there, or does not tell.
     """
     num_cpus = sum(device_kind(device) == "cpu" for device in devices)
     with visible_gpus() as gpus:
@@ -109,8 +106,7 @@ def cpu_cores() -> int:
 def warn_of_cores(devices: tuple[str, ...]) -> tuple[str, ...]:
     """Logs, once, what spoils the times of a fleet of these devices: cores that its workers share or may not have.
 
-    Returns:
-        The warning as a note; none where every worker has a core, and CPU workers have all of the machine's.
+    It is returned as a note; none where every worker has a core, and CPU workers have all of the machine's.
     """
     devices = devices_here(devices)
     limits, there, count = _core_limits(), os.cpu_count() or 1, len(devices)

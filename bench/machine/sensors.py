@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import psutil
 import pynvml
@@ -52,19 +52,6 @@ class Reading:
     """CPU cores that the hypervisor gave to other guests."""
 
 
-class Sensors(Protocol):
-    """Watches some devices. Not for several threads."""
-
-    def state(self) -> tuple[DeviceState, ...]:
-        """The devices as they are now; takes a fifth of a second on CPUs. Processes of `family` are no disturbance."""
-
-    def start(self) -> None:
-        """Begins to watch."""
-
-    def stop(self) -> Reading:
-        """Ends what `start` began."""
-
-
 def family(*, below: bool = False) -> frozenset[int]:
     """This process, the one that started it, and all that those started: a fleet's driver and its workers.
 
@@ -91,7 +78,7 @@ class CpuSensors:
         self._began: _CpuLook | None = None
 
     def state(self) -> tuple[DeviceState, ...]:
-        """The devices as they are now."""
+        """The devices as they are now; takes a fifth of a second. Processes of `family` are no disturbance."""
         own = family()
         first = _CpuLook.take()
         time.sleep(_LOOK_S)
@@ -182,7 +169,7 @@ class NvmlSensors:
         self._thread: threading.Thread | None = None
 
     def state(self) -> tuple[DeviceState, ...]:
-        """The devices as they are now."""
+        """The devices as they are now; processes of `family` are no disturbance."""
         own = family()
         with self._handles() as gpus:
             return tuple(
@@ -237,6 +224,10 @@ class NvmlSensors:
                     self._samples[device].take(handle)
                 if self._halt.wait(_SAMPLE_PERIOD_S):
                     return
+
+
+Sensors = CpuSensors | NvmlSensors
+"""Watches some devices. Not for several threads."""
 
 
 class _GpuSamples:

@@ -1,6 +1,5 @@
 """Telemetry of a run: its devices before and after, what ran over them meanwhile, and whether it was disturbed."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,8 @@ _DISTURBING = ("hardware slowdown", "thermal limit (software)", "thermal limit (
 
 
 def sensors_for(devices: Sequence[str]) -> Sensors:
-    """The sensors of these devices, of one kind or of both."""
-    parts: list[Sensors] = []
-    if gpus := [device for device in devices if device_kind(device) == "cuda"]:
-        parts.append(NvmlSensors(gpus))
-    if cpus := [device for device in devices if device_kind(device) == "cpu"]:
-        parts.append(CpuSensors(cpus))
-    return parts[0] if len(parts) == 1 else _Together(parts)
+    """The sensors of these devices, which are of one kind."""
+    return NvmlSensors(devices) if device_kind(devices[0]) == "cuda" else CpuSensors(devices)
 
 
 def load_now(devices: Sequence[str], look_s: float = 0.5) -> tuple[str, ...]:
@@ -64,31 +58,8 @@ def judge(before: Sequence[DeviceState], after: Sequence[DeviceState], reading: 
     )
 
 
-class _Together:
-    """Sensors of several kinds, as one."""
-
-    def __init__(self, parts: Sequence[Sensors]) -> None:
-        self._parts = tuple(parts)
-
-    def state(self) -> tuple[DeviceState, ...]:
-        return tuple(state for part in self._parts for state in part.state())
-
-    def start(self) -> None:
-        for part in self._parts:
-            part.start()
-
-    def stop(self) -> Reading:
-        readings = [dataclasses.asdict(part.stop()) for part in self._parts]
-        # Each kind fills fields of its own.
-        return Reading(**{name: value for reading in readings for name, value in reading.items() if value})
-
-
 def reset_peak_rss() -> bool:
-    """Makes `peak_rss_bytes` start anew from what is resident now; it never falls by itself.
-
-    Returns:
-        False where the kernel was built without it, or a container forbids it.
-    """
+    """Makes `peak_rss_bytes` start anew from what is resident now; False where the kernel or a container forbids it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,12 +1,14 @@
-"""Messages between the driver and other hosts: signed JSON lines over TCP, after both sides have shown their token.
+"""Messages between the driver and its workers: lines of JSON, and with other hosts signed ones over TCP.
 
-No line is parsed before its signature is checked, and nothing is pickled. Lines are signed, not encrypted: hidden
-states travel in the clear beside them, so the network has to be one's own.
+There both sides have shown their token before, no line is parsed before its signature is checked, and nothing is
+pickled. Lines are signed, not encrypted: hidden states travel in the clear beside them, so the network has to be one's
+own.
 """
 
 import hashlib
 import hmac
 import json
+import math
 import os
 import secrets
 import socket
@@ -22,8 +24,6 @@ LEAST_TOKEN = 16
 DEFAULT_PORT = 29400
 """That of torchrun's rendezvous."""
 HANDSHAKE_S = 5.0
-MAX_LINE = 64 * 2**20
-"""Bytes."""
 _NONCE, _MAC = 32, 32
 """Bytes."""
 
@@ -33,11 +33,7 @@ class WireError(ConnectionError):
 
 
 def read_token() -> bytes:
-    """The secret that all hosts share, from the environment: a command line would show it to everybody.
-
-    Raises:
-        ConfigError: there is none, or it is short.
-    """
+    """The secret that all hosts share, from the environment: everybody sees command lines. ConfigError if short."""
     found = os.environ.get(TOKEN_VARIABLE, "")
     if len(found) < LEAST_TOKEN:
         raise ConfigError(
@@ -48,11 +44,7 @@ def read_token() -> bytes:
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """Host and port of `host:port`, `[::1]:port` or `host`.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
+    """Host and port of `host:port`, `[::1]:port` or `host`; ConfigError for anything else."""
     host, colon, port = text.rpartition(":")
     if not colon or text.endswith("]"):
         host, port = text, str(DEFAULT_PORT)
@@ -61,37 +53,90 @@ def split_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-class Wire:
-    """One connection: bytes that came go in, messages come out, once the other side has shown that it knows the token.
+class Lines:
+    """One connection, a line of JSON a message: here plain ones, of a socket in a folder that keeps others out."""
+
+    most_bytes = math.inf
+    """Longest line that is taken in."""
+    is_trusted = True
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket, self.was_cut = connection, False
+        self._rest = b""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Sends one; OSError where the other side is gone."""
+        payload = json.dumps(message, allow_nan=False, default=to_jsonable_python).encode()
+        self.socket.sendall(self._seal(payload) + b"\n")
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Messages that these bytes complete.
+
+        WireError for a wrong proof or signature, a replayed line, or one over `most_bytes`; OSError where nobody is.
+        """
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if max(map(len, (*lines, self._rest))) > self.most_bytes:
+            raise WireError(f"a line of more than {self.most_bytes} bytes")
+        return [self._open(line) for line in lines]
+
+    def receive(self) -> dict[str, Any] | None:
+        """Waits for one message; None once the other side is gone, or is not who it was."""
+        while not self.holds_message:
+            try:
+                data = self.socket.recv(1 << 16)
+            except OSError:
+                # The other process did not end: the network or its host did.
+                self.was_cut = True
+                return None
+            if not data or len(self._rest) > self.most_bytes:
+                return None
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        try:
+            return self._open(line)
+        except WireError:
+            return None
+
+    @property
+    def holds_message(self) -> bool:
+        """Whether `receive` need not wait."""
+        return b"\n" in self._rest
+
+    def _seal(self, payload: bytes) -> bytes:
+        return payload
+
+    def _open(self, line: bytes) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+class Wire(Lines):
+    """Signed lines to another host, once the other side has shown that it knows the token.
 
     driver → client   nonce
     client → driver   nonce, proof
     driver → client   proof
     """
 
-    def __init__(self, connection: socket.socket, secret: bytes, *, is_driver: bool) -> None:
-        """Sends the driver's nonce.
+    most_bytes = 64 * 2**20
 
-        Raises:
-            OSError: the other side is gone.
-        """
-        self.socket, self.is_trusted, self.was_cut = connection, False, False
-        self._secret, self._is_driver = secret, is_driver
-        self._nonce = secrets.token_bytes(_NONCE)
-        self._rest, self._key = b"", b""
+    def __init__(self, connection: socket.socket, secret: bytes, *, is_driver: bool) -> None:
+        """Sends the driver's nonce; OSError where the other side is gone."""
+        super().__init__(connection)
+        self.is_trusted, self._secret, self._is_driver = False, secret, is_driver
+        self._nonce, self._key = secrets.token_bytes(_NONCE), b""
         self._sent = self._received = 0
-        notice_absence(connection)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # It ends some 9 seconds after the other host vanished, whether there is something to send or not.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("KEEPIDLE", 3), ("KEEPINTVL", 2), ("KEEPCNT", 3), ("USER_TIMEOUT", 9_000)):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
         if is_driver:
             connection.sendall(self._nonce)
 
     @classmethod
     def connect(cls, host: str, port: int, secret: bytes, *, timeout_s: float = HANDSHAKE_S) -> Self:
-        """A client's connection, trusted.
-
-        Raises:
-            WireError: the driver does not know the token.
-            OSError: nobody listens there.
-        """
+        """A client's connection, trusted; WireError where the driver does not know the token, OSError where none is."""
         connection = socket.create_connection((host, port), timeout=timeout_s)
         try:
             wire = cls(connection, secret, is_driver=False)
@@ -111,49 +156,12 @@ class Wire:
             raise
         return wire
 
-    def send(self, message: dict[str, Any]) -> None:
-        """
-        Raises:
-            OSError: the other side is gone.
-        """
-        payload = json.dumps(message, allow_nan=False, default=to_jsonable_python).encode()
-        self.socket.sendall(self._sign(self._is_driver, self._sent, payload) + b" " + payload + b"\n")
-        self._sent += 1
-
     def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """Messages that these bytes complete.
-
-        Raises:
-            WireError: a wrong proof or signature, a replayed line, or one over `MAX_LINE`.
-            OSError: the other side is gone.
-        """
-        self._rest += data
+        """Messages that these bytes complete, behind the handshake; raises as that of any lines."""
         if not self.is_trusted:
+            self._rest, data = self._rest + data, b""
             self._shake()
-        if not self.is_trusted:
-            return []
-        *lines, self._rest = self._rest.split(b"\n")
-        if max(map(len, (*lines, self._rest))) > MAX_LINE:
-            raise WireError(f"a line of more than {MAX_LINE} bytes")
-        return [self._open(line) for line in lines]
-
-    def receive(self) -> dict[str, Any] | None:
-        """Waits for one message; None once the other side is gone, or is not who it was."""
-        while b"\n" not in self._rest:
-            try:
-                data = self.socket.recv(1 << 16)
-            except OSError:
-                # The other process did not end: the network or its host did.
-                self.was_cut = True
-                return None
-            if not data or len(self._rest) > MAX_LINE:
-                return None
-            self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
-        try:
-            return self._open(line)
-        except WireError:
-            return None
+        return super().feed(data) if self.is_trusted else []
 
     def _shake(self) -> None:
         if self._is_driver:
@@ -182,22 +190,17 @@ class Wire:
         if not hmac.compare_digest(proof, self._proof(side, nonces)):
             raise WireError("the other side does not know the token")
 
+    def _seal(self, payload: bytes) -> bytes:
+        self._sent += 1
+        return self._sign(self._is_driver, self._sent, payload) + b" " + payload
+
     def _open(self, line: bytes) -> dict[str, Any]:
         signature, _, payload = line.partition(b" ")
-        if not hmac.compare_digest(signature, self._sign(not self._is_driver, self._received, payload)):
+        if not hmac.compare_digest(signature, self._sign(not self._is_driver, self._received + 1, payload)):
             raise WireError("a line with a wrong signature")
         self._received += 1
-        message: dict[str, Any] = json.loads(payload)
-        return message
+        return super()._open(payload)
 
     def _sign(self, by_driver: bool, number: int, payload: bytes) -> bytes:
         told = (b"d" if by_driver else b"c") + str(number).encode() + b":" + payload
         return hmac.new(self._key, told, hashlib.sha256).hexdigest().encode()
-
-
-def notice_absence(connection: socket.socket) -> None:
-    """Ends a connection some 9 seconds after the other host vanished, whether there is something to send or not."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 3), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 9_000)):
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

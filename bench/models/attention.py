@@ -15,12 +15,9 @@ _FLASH: dict[str, tuple[Callable[[], bool], str]] = {
 
 
 def check_attention(spec: ModelSpec, family: Any) -> None:
-    """Refuses a kernel that a family, a class of models, does not have, or that is not installed.
+    """Refuses, by a ModelError, a kernel that a family, a class of models, does not have, or that is not installed.
 
     transformers itself would fetch some from the hub, or take another one than was asked for.
-
-    Raises:
-        ModelError: why not, and what else to choose.
     """
     place = f"model.attention={spec.attention}"
     sdpa, flash, known = hf.kernels_of(family)
@@ -44,11 +41,7 @@ def check_attention(spec: ModelSpec, family: Any) -> None:
 
 
 def check_attention_devices(spec: ModelSpec, devices: Sequence[str]) -> None:
-    """Refuses a kernel that runs on GPUs alone where a stage may be on another device.
-
-    Raises:
-        ModelError: the device, and what else to choose.
-    """
+    """Refuses, by a ModelError, a kernel that runs on GPUs alone where a stage may be on another device."""
     other = next((name for name in devices if device_kind(name) != "cuda"), None)
     if spec.attention in _FLASH and other is not None:
         raise ModelError(

@@ -37,11 +37,7 @@ _METHOD_KEYS = ("quant_method", "quant_algo", "format", "qformat_weight", "versi
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`.
-
-    Raises:
-        ModelError: it is missing or is no JSON object.
-    """
+    """The folder's `config.json`; ModelError where it is missing or is no JSON object."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -56,11 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that `from_pretrained` would read, checked to be there and not cut short.
-
-    Raises:
-        ModelError: the weights are missing, in another format, or damaged.
-    """
+    """The safetensors files that `from_pretrained` would read; ModelError if missing, cut short or of another kind."""
     named = read_config(folder).get("transformers_weights")
     candidates = [str(named)] if named else [SINGLE, INDEX]
     found = next((name for name in candidates if (folder / name).is_file()), None)
@@ -89,11 +81,7 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """All that safetensors files hold, by name.
-
-    Raises:
-        ModelError: a file cannot be read, is damaged, cut short or none at all.
-    """
+    """All that safetensors files hold, by name; ModelError for one that cannot be read, is cut short or none at all."""
     found = {}
     for file in files:
         try:
@@ -157,11 +145,7 @@ def is_whole(folder: Path, *, weights: bool = True) -> bool:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Refuses a LoRA adapter, alone or beside weights: transformers would load another model than the folder's.
-
-    Raises:
-        ModelError: says how to merge it.
-    """
+    """Refuses, by a ModelError, a LoRA adapter, alone or beside weights: transformers would load another model."""
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"model.name: {folder} is a LoRA adapter (adapter_config.json); merge it into its base model with "

@@ -15,7 +15,7 @@ from pipetune.bench.models.attention import check_attention
 from pipetune.bench.models.hf_private import DummyLayer, DynamicCache, LinearAttentionLayer, family_of, kernel_of
 from pipetune.bench.models.layers import cache_name, check_family, check_splittable, find_layers, is_recurrent
 from pipetune.bench.models.resolve import ResolvedModel
-from pipetune.bench.models.torch_private import tensors_of
+from pipetune.bench.models.torch_private import tensors_in, tensors_of
 from pipetune.bench.spec import DTYPE_BYTES
 
 _BEHIND = re.compile(
@@ -31,9 +31,8 @@ _STATE_TOKENS = 8
 def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
     """The model that `AutoModelForCausalLM` would build, without memory; what is untied in its checkpoint, is.
 
-    Raises:
-        ModelError: no causal LM class goes with the config, the config is inconsistent, or the family has not the
-            attention kernel asked for.
+    ModelError where no causal LM class goes with the config, the config is inconsistent, or the family has not the
+    attention kernel asked for.
     """
     spec = resolved.spec
     untyped: Any = AutoModelForCausalLM
@@ -61,11 +60,7 @@ def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
 
 
 def describe_model(resolved: ResolvedModel) -> ModelShape:
-    """Builds the model on the meta device and reads off sizes, layers and where it may be cut.
-
-    Raises:
-        ModelError: the model cannot be built from its config, or cannot be split.
-    """
+    """Builds the model on the meta device and reads off sizes, layers and where it may be cut, or raises ModelError."""
     check_family(resolved.model_type)
     model = build_on_meta(resolved)
     find_layers(model)
@@ -83,10 +78,7 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
 def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
     """Sizes, layers and where it may be cut, of a causal LM at hand, which may be on the meta device.
 
-    Numbers that are computed with and cached have `dtype_bytes`.
-
-    Raises:
-        ModelError: the model's layers are not found.
+    Numbers that are computed with and cached have `dtype_bytes`. ModelError where its layers are not found.
     """
     prefix, layers = find_layers(model)
     config = model.config.get_text_config(decoder=True)
@@ -282,12 +274,4 @@ def _kept_bytes(model: Any, name: str, tokens: int) -> list[int]:
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     with torch.no_grad():
         model(input_ids=ids, use_cache=True, **{name: cache})
-    return [_held(vars(layer)) for layer in cache.layers]
-
-
-def _held(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return int(value.nbytes)
-    if isinstance(value, dict):
-        return sum(map(_held, value.values()))
-    return sum(map(_held, value)) if isinstance(value, list | tuple) else 0
+    return [_bytes(tensors_in(vars(layer))) for layer in cache.layers]

@@ -55,10 +55,8 @@ class Header:
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that a user's path means: the file itself, or the one in a folder without safetensors.
 
-    Projectors of multimodal models (`mmproj`) do not count. Of a split file it is the first part.
-
-    Raises:
-        ModelError: a folder with several to choose from.
+    Projectors of multimodal models (`mmproj`) do not count. Of a split file it is the first part. A folder with several
+    is a ModelError.
     """
     if path.is_file():
         return path if path.suffix == ".gguf" else None
@@ -92,10 +90,8 @@ def gguf_revision(file: Path) -> str:
 def gguf_folder(file: Path, revision: str, say: Callable[[str], None], *, weights: bool = True) -> Path:
     """The converted checkpoint in the user's cache; a changed file, by its `gguf_revision`, is converted anew.
 
-    Without weights it has config and tokenizer, which are enough for dummy ones.
-
-    Raises:
-        ModelError: the file cannot be read or converted, or the cache cannot be written.
+    Without weights it has config and tokenizer, which are enough for dummy ones. ModelError for a file that cannot be
+    read or converted, and as `kept`.
     """
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", file.stem)[:64]
     stem += f"-{revision}{'' if weights else '-config'}"
@@ -107,8 +103,7 @@ def kept(
 ) -> Path:
     """A converted checkpoint in the user's cache, which `build` makes at the first call in the folder it is given.
 
-    Raises:
-        ModelError: the cache cannot be written; says to name an `other` one.
+    ModelError where the cache cannot be written; it says to name an `other` one.
     """
     folder = cache_root() / "models" / stem
     try:
@@ -125,15 +120,8 @@ def convert(
     """Writes config, weights and tokenizer of a GGUF file into an empty folder, as a checkpoint.
 
     Values are exact: quantised ones become float32, others keep their dtype. The config calls the model by `name`, or
-    else as the file is called.
-
-    Raises:
-        ModelError: transformers cannot read the file, or does not find all weights in it.
+    else as the file is called. ModelError where transformers cannot read the file, or does not find all weights in it.
     """
-    try:
-        importlib.metadata.version("gguf")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError("GGUF files are converted with the package gguf; `pip install gguf`") from error
     header = read_header(file)
     _check(file, header)
     import torch
@@ -186,11 +174,7 @@ def convert(
 
 
 def read_header(file: Path) -> Header:
-    """Reads a file's metadata and its list of tensors, and checks that the tensors are there.
-
-    Raises:
-        ModelError: it is no GGUF file, or cut short.
-    """
+    """A file's metadata and its list of tensors, checked to be there; ModelError if it is no GGUF, or cut short."""
     from gguf import GGUFReader
 
     try:

@@ -36,21 +36,13 @@ _KEPT_BY_ROW = (hf.DynamicLayer, hf.DynamicSlidingWindowLayer, hf.DynamicIndexed
 
 
 def check_family(model_type: str) -> None:
-    """Refuses a family that is known to come out wrong when it is cut.
-
-    Raises:
-        ModelError: the family is one of `UNSPLITTABLE`.
-    """
+    """Refuses, by a ModelError, a family of `UNSPLITTABLE`, known to come out wrong when it is cut."""
     if model_type in UNSPLITTABLE:
         raise _refusal(model_type, UNSPLITTABLE[model_type])
 
 
 def check_splittable(model: PreTrainedModel) -> None:
-    """Refuses a model whose family, config or cache says that it comes out wrong when it is cut.
-
-    Raises:
-        ModelError: with the reason.
-    """
+    """Refuses, by a ModelError, a model whose family, config or cache says that it comes out wrong when it is cut."""
     config = model.config.get_text_config(decoder=True)
     for model_type in (model.config.model_type, config.model_type):
         check_family(model_type)
@@ -86,13 +78,18 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     return bool(hf.is_stateful(model)) or not kinds <= set(_KEPT_BY_ROW)
 
 
+def kind_of(layer: nn.Module) -> tuple[Any, ...]:
+    """What layers that are made alike have in common: classes and windows of their modules, shapes of parameters."""
+    named = layer.named_modules()
+    modules = tuple((name, type(one).__qualname__, getattr(one, "sliding_window", None)) for name, one in named)
+    return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+
+
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder layers, the shallowest module list with as many entries as the config has, and its qualified name.
 
-    Works on a pruned model too, as long as its foreign layers were replaced and not removed.
-
-    Raises:
-        ModelError: there is no such list.
+    Works on a pruned model too, as long as its foreign layers were replaced and not removed. ModelError without such a
+    list.
     """
     config = model.config.get_text_config(decoder=True)
     num_layers = next((getattr(config, name) for name in _LAYER_COUNTS if hasattr(config, name)), None)

@@ -41,12 +41,9 @@ def resolve_model(spec: ModelSpec, *, on_progress: Callable[[str], None] | None 
     the hub. A GGUF is converted once, into the user's cache.
 
     The revision is the commit for models of the hub, else a hash of the content (see `content_revision`).
-    If the spec has one already, exactly that is demanded.
+    If the spec has one already, exactly that is demanded. `on_progress` is told, in words, what takes long.
 
-    `on_progress` is told, in words, what takes long.
-
-    Raises:
-        ModelError: there is no such model, its files are incomplete or of the wrong kind, or it is not a causal LM.
+    ModelError for no such model, files that are incomplete or of the wrong kind, and what is not a causal LM.
     """
     say = on_progress or (lambda message: None)
     folder, revision = _locate(spec, say)

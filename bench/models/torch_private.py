@@ -36,6 +36,11 @@ def end_allocation(device_index: int, pool: Any) -> None:
         torch._C._cuda_releasePool(device_index, pool)
 
 
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Tensors among values, in lists, tuples and dicts of them at any depth."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
 def compilers() -> tuple[Any, Any]:
     """Dynamo and inductor, which are loaded at their first use."""
     return torch._dynamo, torch._inductor

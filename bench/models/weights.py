@@ -29,8 +29,7 @@ _TABLES = re.compile(
 def check_weights(resolved: ResolvedModel) -> ResolvedModel:
     """The model with what its checkpoint says of ties; none of its weights lacks, and nothing stored goes unread.
 
-    Raises:
-        ModelError: names the first weight that does not go with the config.
+    Else ModelError names the first weight that does not go with the config.
     """
     if resolved.spec.load_format == "dummy":
         return resolved

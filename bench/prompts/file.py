@@ -18,8 +18,7 @@ _PIPE = "-"
 def read_text(path: str | Path) -> str:
     """The text, with plain newlines and without a byte order mark, which editors and systems change as they like.
 
-    Raises:
-        ConfigError: the file cannot be read, or holds no text.
+    ConfigError for a file that cannot be read, or holds no text.
     """
     try:
         with open(0 if path == _PIPE else path, "rb", closefd=path != _PIPE) as file:
@@ -43,11 +42,7 @@ def sha256_of(text: str) -> str:
 def rereadable(given: str) -> str:
     """A path that each process can read as often as it likes: the given one, or a copy of what a pipe gives once.
 
-    Args:
-        given: `-` is what comes in.
-
-    Raises:
-        ConfigError: it cannot be read, or not be kept.
+    `-` is what comes in. ConfigError where it cannot be read, or not be kept.
     """
     path = Path(given)
     try:
@@ -78,10 +73,8 @@ def _unreadable(path: str | Path, why: Exception | str) -> ConfigError:
 def read_requests(path: str | Path) -> list[tuple[str, Request]]:
     """Requests and their places, from a JSON object a line, or from one JSON array of them.
 
-    Only a newline ends a line: other separators may stand within a string.
-
-    Raises:
-        ConfigError: the file cannot be read, holds something else, or holds no prompt.
+    Only a newline ends a line: other separators may stand within a string. ConfigError for a file that cannot be read,
+    holds something else, or holds no prompt.
     """
     text = read_text(path)
     whole = _parsed(text)
@@ -99,8 +92,7 @@ def read_requests(path: str | Path) -> list[tuple[str, Request]]:
 def output_lens(workload: Workload, requests: list[tuple[str, Request]]) -> tuple[int, ...] | None:
     """Tokens to generate for each prompt of a workload; None where the file says nothing else than the workload.
 
-    Raises:
-        ConfigError: the file says it for texts that are scored.
+    ConfigError where it says it for texts that are scored.
     """
     used = requests[: workload.num_prompts]
     if workload.kind == "score":

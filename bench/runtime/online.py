@@ -168,11 +168,7 @@ class OnlineStage:
             cache.fill(0.0)
 
     def follow(self, line: Mail) -> None:
-        """Carries out the orders of the first stage until it says that all is over; for the stages behind it.
-
-        Raises:
-            RuntimeError: the first stage, or a neighbour, is gone.
-        """
+        """Carries out the first stage's orders until it says that all is over, on those behind it; raises as `Mail`."""
         receiver = self.edges.hidden_in
         assert receiver is not None
         orders: deque[tuple[list[Edit], Task]] = deque()
@@ -343,19 +339,16 @@ class Leader:
         max_concurrency: int | None = None,
         keep_tasks: bool = True,
     ) -> None:
-        """
-        Args:
-            lines: to the other stages, in their order.
-            max_concurrency: requests in the system at once; others wait before it.
-            keep_tasks: whether tasks and `idle_s` are kept, which grow with time.
+        """`lines` go to the other stages, in their order.
+
+        At most `max_concurrency` requests are in the system at once. `keep_tasks` keeps what grows with time: tasks,
+        `idle_s` and `underfilled_s`.
         """
         self.admission = Admission(sizes.rules)
         self.slots = Slots(sizes.rules, sizes.max_len, stage.pad_token_id)
         self.tasks: list[LoadTask] = []
         self.idle_s: list[tuple[float, float]] = []
-        """Intervals without a request."""
         self.underfilled_s: list[tuple[float, float]] = []
-        """Intervals in which all requests waited for their tokens, and none for a row."""
         self.last_s = 0.0
         """When the last token was known."""
         self._stage, self._lines, self._source = stage, lines, source
@@ -367,11 +360,7 @@ class Leader:
         self._zero_s = 0.0
 
     def run(self) -> float:
-        """Serves until no more requests come and all have left; returns the moment from which times are counted.
-
-        Raises:
-            RuntimeError: another stage is gone.
-        """
+        """Serves until no requests come and all have left; the moment from which times count. Raises as `Mail`."""
         self._zero_s = self._stage.device.now()
         self._stage.timeline.receive_begins()
         self._listen(0.0)

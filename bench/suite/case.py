@@ -28,11 +28,7 @@ class PlanCase(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Reads a file.
-
-        Raises:
-            PlanError: it cannot be read, or lacks the plan, the model or the workload.
-        """
+        """Reads a file; PlanError where it cannot be read, or lacks the plan, the model or the workload."""
         try:
             case = cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
@@ -65,8 +61,7 @@ class Round:
 def run_fresh(case: PlanCase, protocol: Protocol, folder: Path) -> Round:
     """Starts a fleet, measures the plan once, and ends it; the unsplit model's output, if compared, goes to `folder`.
 
-    Raises:
-        PipetuneError: the plan did not run, or its output is wrong; says why.
+    PipetuneError says why where the plan did not run, or its output is wrong.
     """
     started_at, began = timestamp(), time.monotonic()
     devices = case.devices or case.plan.devices

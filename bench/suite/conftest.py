@@ -32,11 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Reads the plans.
-
-    Raises:
-        UsageError: a flag or a plan that cannot be used, or pytest-benchmark is missing.
-    """
+    """Reads the plans; UsageError for a flag or a plan that cannot be used, or where pytest-benchmark is missing."""
     config = session.config
     paths = [Path(text) for text in config.getoption("--plan")]
     if not config.pluginmanager.hasplugin("benchmark"):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from pipetune.bench.record import Failure, FailureKind, OutputCheck, StageMemory
 
-BYTES_PER_MIB = 2**20
 MAX_OUTLIERS = 0.05
 """Share of the positions that may come out otherwise where experts may be chosen otherwise."""
 MIN_POSITIONS = 8
@@ -72,8 +71,8 @@ def over_cap(memory: Sequence[StageMemory]) -> Failure | None:
                 bytes_wanted=used,
                 bytes_had=stage.cap_bytes,
                 message=(
-                    f"stage {index} on {stage.device} peaked at {used / BYTES_PER_MIB:.0f} MiB, above its cap of "
-                    f"{stage.cap_bytes / BYTES_PER_MIB:.0f} MiB; give it fewer layers or smaller micro-batches"
+                    f"stage {index} on {stage.device} peaked at {used / 2**20:.0f} MiB, above its cap of "
+                    f"{stage.cap_bytes / 2**20:.0f} MiB; give it fewer layers or smaller micro-batches"
                 ),
             )
     return None

@@ -48,10 +48,6 @@ class BaselinePass:
     """Where texts are scored: by given index `[length - 1]`, log-probabilities of all tokens but the first."""
 
 
-Processor = Callable[[Sequence[int], int], LogitsProcessor]
-"""Makes what changes the scores of a batch, from its prompts' given indices and its padded length."""
-
-
 def generate_once(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -60,14 +56,14 @@ def generate_once(
     batch_size: int,
     pad_token_id: int,
     sampling: Sampling | None = None,
-    processor: Processor | None = None,
+    processor: Callable[[Sequence[int], int], LogitsProcessor] | None = None,
 ) -> BaselinePass:
     """Runs `generate` over the prompts, longest first, `batch_size` at a time.
 
     Args:
         output_lens: tokens to generate for each; a batch goes on until its last prompt has them.
         sampling: transformers' own sampling with these settings; its draws are not ours, their cost is.
-        processor: made for each batch.
+        processor: makes what changes the scores of a batch, from its prompts' given indices and its padded length.
     """
     how: dict[str, Any] = {"do_sample": sampling is not None}
     if sampling is not None:

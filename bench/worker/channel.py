@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from pydantic_core import to_jsonable_python
 
-from pipetune.bench.machine.wire import Wire, read_token, split_address
+from pipetune.bench.machine.wire import Lines, Wire, read_token, split_address
 
 PINGS = 8
 """Round trips by which two hosts' clocks are compared."""
@@ -26,10 +26,9 @@ class DriverLink:
     When the driver goes away the connection ends, and the worker with it.
     """
 
-    def __init__(self, wire: Wire | socket.socket, rank: int, **hello: Any) -> None:
-        self._wire, self.rank = wire, rank
+    def __init__(self, lines: Lines, rank: int, **hello: Any) -> None:
+        self._lines, self.rank = lines, rank
         self._lock = threading.Lock()
-        self._buffer = b""
         self.send("hello", **hello)
 
     @classmethod
@@ -37,7 +36,7 @@ class DriverLink:
         """A connection to the driver of this host, by the path of its socket."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.connect(path)
-        return cls(connection, rank)
+        return cls(Lines(connection), rank)
 
     @classmethod
     def remote(cls, address: str, round_number: int, node: int, local_rank: int) -> tuple[Self, dict[str, Any]]:
@@ -55,39 +54,26 @@ class DriverLink:
 
     def send(self, kind: str, **fields: Any) -> None:
         """Sends one message; ends the process if nobody listens any more."""
-        message = {"type": kind, "rank": self.rank, **fields}
         try:
             with self._lock:
-                if isinstance(self._wire, Wire):
-                    self._wire.send(message)
-                else:
-                    self._wire.sendall(_encode(message) + b"\n")
+                self._lines.send({"type": kind, "rank": self.rank, **fields})
         except OSError:
             os._exit(1)
 
     def receive(self) -> dict[str, Any]:
         """Waits for the next command; ends the process when the driver is gone."""
-        if isinstance(self._wire, Wire):
-            if (received := self._wire.receive()) is None:
-                os._exit(1)
-            return received
-        while b"\n" not in self._buffer:
-            if not (data := self._wire.recv(1 << 16)):
-                os._exit(1)
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        command: dict[str, Any] = json.loads(line)
-        return command
+        if (received := self._lines.receive()) is None:
+            os._exit(1)
+        return received
 
     def fileno(self) -> int:
-        """What turns readable when a command comes; of a driver on this host."""
-        assert isinstance(self._wire, socket.socket)
-        return self._wire.fileno()
+        """What turns readable when a command comes."""
+        return self._lines.socket.fileno()
 
     def pending(self) -> list[dict[str, Any]]:
         """Commands that have come, without waiting for more."""
         found = []
-        while b"\n" in self._buffer or select.select([self], [], [], 0)[0]:
+        while self._lines.holds_message or select.select([self], [], [], 0)[0]:
             found.append(self.receive())
         return found
 

@@ -56,11 +56,7 @@ _CHECKED = ("prompts", "measure")
 
 
 def find_model(spec: s.ModelSpec, say: Callable[[str], None]) -> dict[str, Any]:
-    """A model whose files are whole and go together, as `resolved`, and its `shape`.
-
-    Raises:
-        ModelError: names what is wrong with it.
-    """
+    """A model whose files are whole and go together, as `resolved`, and its `shape`; ModelError says what is not so."""
     try:
         resolved = resolve_model(spec, on_progress=say)
         check_text_files(resolved.folder)
@@ -143,10 +139,7 @@ class Worker:
         self.host.note_idle_bytes()
 
     def _check_same_model(self) -> None:
-        """
-        Raises:
-            ModelError: another host has another model in its place, or none.
-        """
+        """Raises ModelError where another host has another model in its place, or none."""
         if len(s.hosts_of(self.devices)) == 1:
             return
         digest = hashlib.sha256()
@@ -184,13 +177,10 @@ class Worker:
 
     def do_describe(self) -> dict[str, Any]:
         """Model, shape, machine and memory."""
-        machine = self._machine()
-        if self.rank != 0:
-            return {}
         return {
             "model": self.resolved.spec,
             "shape": self.host.shape,
-            "machine": machine,
+            "machine": self._machine(),
             "device_bytes": self.device_bytes,
             "folder": str(self.resolved.folder),
         }
@@ -360,10 +350,8 @@ class Worker:
     def _with_unsplit(self, phase: str, work: Callable[[Any], Measurement | None]) -> Measurement | Failure | None:
         """Does something with the unsplit model on rank 0, in whose way no stage lies; every rank calls it.
 
-        The model is kept until a plan wants the memory.
-
-        Returns:
-            On rank 0 what the work gives, or the failure where memory runs out, which the process survives.
+        The model is kept until a plan wants the memory. Rank 0 gets what the work gives, or the failure where memory
+        runs out, which the process survives.
         """
         self.host.release()
         # Rank 0 is about to use the memory of all.

@@ -43,7 +43,10 @@ def serve(fd: int, driver_pid: int) -> list[str]:
             if not packet:
                 break
             request: dict[str, Any] = json.loads(packet)
-            pid = _fork()
+            with warnings.catch_warnings():
+                # Threads of BLAS libraries, which look after themselves.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -54,13 +57,6 @@ def serve(fd: int, driver_pid: int) -> list[str]:
             os.close(files[0])
             _say(control, started=pid)
     os._exit(0)
-
-
-def _fork() -> int:
-    with warnings.catch_warnings():
-        # Threads of BLAS libraries, which look after themselves.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
 
 
 def _become(request: dict[str, Any], output: int) -> list[str]:

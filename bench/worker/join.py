@@ -24,13 +24,8 @@ def main() -> int:
     if args.driver_pid:
         die_with_driver(args.driver_pid)
 
+    import torch.distributed.elastic.rendezvous as elastic
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-    from torch.distributed.elastic.rendezvous import (
-        RendezvousClosedError,
-        RendezvousConnectionError,
-        RendezvousParameters,
-        rendezvous_handler_registry,
-    )
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from pipetune.bench.machine.wire import split_address
@@ -38,11 +33,11 @@ def main() -> int:
 
     made: list[DriverRendezvous] = []
 
-    def make(params: RendezvousParameters) -> DriverRendezvous:
+    def make(params: elastic.RendezvousParameters) -> DriverRendezvous:
         made.append(DriverRendezvous(params))
         return made[-1]
 
-    rendezvous_handler_registry.register("pipetune-join", make)
+    elastic.rendezvous_handler_registry.register("pipetune-join", make)
     log_dir = args.log_dir or tempfile.mkdtemp(prefix="pipetune-join-")
     stays, said, gives_up_at = False, "", 0.0
     while True:
@@ -59,7 +54,7 @@ def main() -> int:
                 stays, gives_up_at = answer["stays"], time.monotonic() + args.timeout
             if answer is None or not answer["workers"]:
                 hosts = "" if answer is None else f"; its hosts are {', '.join(answer['hosts'])}"
-                raise RendezvousConnectionError(f"{args.address} has no work for host{args.node_rank}{hosts}")
+                raise elastic.RendezvousConnectionError(f"{args.address} has no work for host{args.node_rank}{hosts}")
             sys.stderr.write(f"pipetune join: {answer['workers']} workers for {args.address}; logs in {log_dir}\n")
             config = LaunchConfig(
                 min_nodes=1,
@@ -75,10 +70,10 @@ def main() -> int:
                 logs_specs=DefaultLogsSpecs(log_dir=log_dir, redirects=Std.ALL),
             )
             elastic_launch(config, sys.executable)("-P", "-m", "pipetune.bench.worker")
-        except RendezvousClosedError:
+        except elastic.RendezvousClosedError:
             if not stays:
                 return 0
-        except (RendezvousConnectionError, OSError) as error:
+        except (elastic.RendezvousConnectionError, OSError) as error:
             if str(error) != said:
                 said = str(error)
                 sys.stderr.write(f"pipetune join: {said}\n")

@@ -27,11 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 def check_text_files(folder: Path) -> None:
-    """Finds out before anything is measured that what lies beside a model's weights is damaged.
-
-    Raises:
-        ModelError: names the file.
-    """
+    """Finds out before anything is measured what lies damaged beside a model's weights; ModelError names the file."""
     for name in HASHED:
         path = folder / name
         if not os.path.lexists(path) or path.suffix == ".model":
@@ -61,8 +57,7 @@ class Tokens:
     def of_workload(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
         """Prompts of a workload, alike on every rank; `as_text` where the answers will be wanted as text.
 
-        Raises:
-            ConfigError: on every rank, what is wrong with them, or with the tokenizer that they need.
+        ConfigError, on every rank, says what is wrong with them, or with the tokenizer that they need.
         """
         digest = workload.digest()
         if digest not in self._prompts or as_text:
@@ -77,13 +72,9 @@ class Tokens:
         return self._prompts[digest]
 
     def encode(self, prompts: Sequence[Any], max_new_tokens: int) -> tuple[tuple[int, ...], ...]:
-        """Ids of prompts given as text or ids, alike on every rank.
+        """Ids of prompts given as text or ids, alike on every rank; ConfigError, on each, says what is wrong with them.
 
-        Args:
-            max_new_tokens: to be generated for each; 0 where they are scored.
-
-        Raises:
-            ConfigError: on every rank, what is wrong with them.
+        For each `max_new_tokens` are to be generated; 0 where they are scored.
         """
 
         def read() -> tuple[tuple[int, ...], ...]:
@@ -100,11 +91,7 @@ class Tokens:
         return self._from_rank_0(read)
 
     def read(self, prompt: Any, place: str = "prompt") -> tuple[int, ...]:
-        """Ids of one prompt, on this rank alone.
-
-        Raises:
-            ConfigError: what is wrong with it.
-        """
+        """Ids of one prompt, on this rank alone; ConfigError says what is wrong with it."""
         return encode(prompt, self.tokenizer, self._shape.vocab_size, place)
 
     def _from_rank_0(self, read: Callable[[], tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
@@ -152,8 +139,7 @@ def load_prompts(
 ) -> tuple[tuple[int, ...], ...]:
     """Token ids of every prompt.
 
-    Raises:
-        ConfigError: the file is missing or malformed, holds too few prompts, or a prompt does not fit the model.
+    ConfigError where the file is missing or malformed, holds too few prompts, or a prompt does not fit the model.
     """
     if workload.prompts_file is None:
         prompts = random_prompts(workload, vocab_size)
@@ -199,9 +185,8 @@ def random_prompts(workload: Workload, vocab_size: int) -> tuple[tuple[int, ...]
 def encode(entry: Prompt | Sequence[int], tokenizer: Any, vocab_size: int, place: str) -> tuple[int, ...]:
     """Ids of one prompt.
 
-    Raises:
-        ConfigError: text without a tokenizer, messages without a template that takes them, an empty prompt, or an id
-            outside the vocabulary.
+    ConfigError for text without a tokenizer, messages without a template that takes them, an empty prompt, or an id
+    outside the vocabulary.
     """
     ids: tuple[int, ...]
     if isinstance(entry, str):

@@ -64,11 +64,7 @@ class Reference:
         return None if self.typical is None else min(TYPICAL_FACTOR * self.typical, self.tolerance)
 
     def save(self, path: Path) -> None:
-        """Writes the file under a temporary name first.
-
-        Raises:
-            ConfigError: the disk is full, or read-only.
-        """
+        """Writes the file under a temporary name first; ConfigError where the disk is full, or read-only."""
         temporary = path.with_name(f".{path.name}.tmp")
         tensors = {
             "tokens": self.tokens,
@@ -93,11 +89,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path, workload_digest: str) -> Self:
-        """Reads a reference and makes sure that it belongs to this model and workload.
-
-        Raises:
-            StudyError: the file is missing, damaged, or of another workload.
-        """
+        """Reads a reference of this model and workload; StudyError where it is missing, damaged, or of others."""
         try:
             if not path.is_file():
                 raise FileNotFoundError("there is no such file")
@@ -190,11 +182,7 @@ def worst_check(checks: Sequence[OutputCheck]) -> OutputCheck:
 
 
 def compare_tokens(reference: Reference, tokens: dict[int, list[int]]) -> tuple[int, int]:
-    """Compares free-running tokens, greedy or drawn, with the reference's.
-
-    Returns:
-        Prompts that part from the reference where its token was clear, and prompts that part at a near tie.
-    """
+    """Prompts whose free-running tokens, greedy or drawn, part from the reference where it is clear, and near a tie."""
     wrong = near = 0
     for index, own in tokens.items():
         truth = reference.tokens[index].tolist()
@@ -211,13 +199,8 @@ def compare_tokens(reference: Reference, tokens: dict[int, list[int]]) -> tuple[
 def spread_of(logits: torch.Tensor, others: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[float, float]:
     """How far passes of the same work differ: at most, and in the median over positions.
 
-    Both are a few units in the last place if the passes agree more closely than that.
-
-    Args:
-        logits: `[…, V]`, or log-probabilities `[n]`.
-
-    Raises:
-        ModelError: there are no numbers to compare: the model overflows in this dtype.
+    Both are a few units in the last place if the passes agree more closely than that. `logits` are `[…, V]`, or
+    log-probabilities `[n]`. ModelError where there are no numbers to compare: the model overflows in this dtype.
     """
     if not all(bool(one.isfinite().all()) for one in (logits, *others)):
         name = str(dtype).removeprefix("torch.")

@@ -16,14 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.rendezvous import (
-    RendezvousClosedError,
-    RendezvousConnectionError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousStoreInfo,
-)
+import torch.distributed.elastic.rendezvous as elastic
 
 from pipetune.bench.machine.wire import Wire, WireError, read_token, split_address
 
@@ -36,14 +29,13 @@ _torch: Any = dist
 """Whose stores have no types."""
 
 
-class DriverRendezvous(RendezvousHandler):
+class DriverRendezvous(elastic.RendezvousHandler):
     """One host's part in the rounds that the driver calls."""
 
-    def __init__(self, params: RendezvousParameters) -> None:
+    def __init__(self, params: elastic.RendezvousParameters) -> None:
         """Joins the driver at the endpoint, as the host of rank `node`; tries for `join_timeout` seconds.
 
-        Raises:
-            RendezvousConnectionError: nobody is there who knows the token.
+        RendezvousConnectionError where nobody is there who knows the token.
         """
         host, port = split_address(params.endpoint)
         self._run_id, self._backend = params.run_id, params.backend
@@ -54,6 +46,7 @@ class DriverRendezvous(RendezvousHandler):
         # own name may resolve to loopback.
         self._address: str = params.get("host_ip") or self._wire.socket.getsockname()[0]
         self._listener = socket.create_server((self._address, 0))
+        self._port: int = self._listener.getsockname()[1]
         self._store: Any = None
         self._news = threading.Condition()
         self._round: dict[str, Any] | None = None
@@ -81,18 +74,18 @@ class DriverRendezvous(RendezvousHandler):
         """Workers use the agents' store."""
         return True
 
-    def next_rendezvous(self) -> RendezvousInfo:
+    def next_rendezvous(self) -> elastic.RendezvousInfo:
         """Waits until every host is there and the driver wants workers."""
         with self._news:
             self._is_over = False
         with contextlib.suppress(OSError):
-            self._wire.send({"type": "join", "store": [self._address, self._listener_port]})
+            self._wire.send({"type": "join", "store": [self._address, self._port]})
         with self._news:
             self._news.wait_for(lambda: self._round is not None or self._is_closed or self._is_lost)
             if self._is_closed:
                 raise self._end()
             if self._round is None:
-                raise RendezvousConnectionError("the driver is gone")
+                raise elastic.RendezvousConnectionError("the driver is gone")
             told, self._round = self._round, None
         address, port = told["store"]
         is_host = told["node"] == 0
@@ -108,24 +101,18 @@ class DriverRendezvous(RendezvousHandler):
             )
         os.environ[ROUND_VARIABLE] = str(told["round"])
         store = _torch.PrefixStore(f"agents-{told['round']}", self._store)
-        return RendezvousInfo(store, told["node"], told["nodes"], RendezvousStoreInfo(address, port))
-
-    @property
-    def _listener_port(self) -> int:
-        if self._store is None:
-            self._port: int = self._listener.getsockname()[1]
-        return self._port
+        return elastic.RendezvousInfo(store, told["node"], told["nodes"], elastic.RendezvousStoreInfo(address, port))
 
     def num_nodes_waiting(self) -> int:
         """The agent asks ten times a second; more than none ends its workers and brings it to `next_rendezvous`."""
         if self._is_closed:
             raise self._end()
         if self._is_lost:
-            raise RendezvousConnectionError("the driver is gone")
+            raise elastic.RendezvousConnectionError("the driver is gone")
         return int(self._is_over)
 
     def _end(self) -> Exception:
-        return RendezvousConnectionError(self._why) if self._why else RendezvousClosedError()
+        return elastic.RendezvousConnectionError(self._why) if self._why else elastic.RendezvousClosedError()
 
     @property
     def was_cut(self) -> bool:
@@ -173,20 +160,18 @@ class DriverRendezvous(RendezvousHandler):
 
 
 def connect(host: str, port: int, patience_s: float) -> Wire:
-    """A connection to the driver, once it listens.
-
-    Raises:
-        RendezvousConnectionError: it does not within so many seconds, or knows another token.
+    """A connection to the driver, once it listens; RendezvousConnectionError if it does not in time, or knows another
+    token.
     """
     deadline = time.monotonic() + patience_s
     while True:
         try:
             return Wire.connect(host, port, read_token())
         except WireError as error:
-            raise RendezvousConnectionError(str(error)) from None
+            raise elastic.RendezvousConnectionError(str(error)) from None
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RendezvousConnectionError(
+                raise elastic.RendezvousConnectionError(
                     f"{host}:{port}: no driver listens there ({error}); start it with --listen, or look at the firewall"
                 ) from None
         time.sleep(RETRY_S)

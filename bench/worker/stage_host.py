@@ -105,8 +105,7 @@ class StageHost:
     def apply(self, plan: Plan) -> tuple[float, tuple[int, ...]]:
         """Moves to a plan; loads only layers that changed hands.
 
-        Returns:
-            Seconds until the slowest stage was ready, and all layers that were loaded.
+        Gives the seconds until the slowest stage was ready, and all layers that were loaded.
         """
         self.status.phase = "load"
         began = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.fleet.fleet import Progress
-from pipetune.bench.memory import ModelShape, resolve_prompts
+from pipetune.bench.memory import ModelShape, resolve
 from pipetune.bench.profile import DeviceProfile, LayerTimes, LinkProfile, Profile, ProfileGrid, TaskTime
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
@@ -57,8 +57,9 @@ class FakeFleet:
         return make_prompt_lens(workload)
 
     def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
-        lens, output_len = self.prompt_lens(workload), workload.generated_len
-        return resolve_prompts(self.shape, plan, lens, output_len=output_len, device_bytes=self.device_bytes)
+        prompt_lens = self.prompt_lens(workload)
+        lens = {"prompt_len": max(prompt_lens), "output_len": workload.generated_len}
+        return resolve(self.shape, plan, num_prompts=len(prompt_lens), **lens, device_bytes=self.device_bytes)
 
     def make_reference(self, path: Path, workload: Workload, protocol: Protocol) -> Failure | None:
         self._lab.calls.append("reference")

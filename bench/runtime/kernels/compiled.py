@@ -23,7 +23,7 @@ from torch import nn
 from pipetune.bench.files import cache_root
 from pipetune.bench.models.hf_private import Cache
 from pipetune.bench.models.layers import find_layers
-from pipetune.bench.models.torch_private import compilers, packed_linear, tree_leaves
+from pipetune.bench.models.torch_private import compilers, packed_linear, tensors_in
 from pipetune.bench.runtime.kernels.graphs import TOLERANCES
 from pipetune.bench.runtime.kernels.static_step import StaticSlotLayer, disagreement
 from pipetune.bench.runtime.packed_linear import PackedLinear
@@ -219,15 +219,13 @@ def _mark_sizes(*values: Any) -> None:
     marked, always: a graph is not used for what has more marks than it was made with.
     """
     dynamo, _ = compilers()
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, torch.Tensor):
-            for axis in range(leaf.dim()):
-                dynamo.maybe_mark_dynamic(leaf, axis)
+    for tensor in tensors_in(values):
+        for axis in range(tensor.dim()):
+            dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def _outputs(output: Any) -> list[torch.Tensor]:
-    leaves = tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() > 1]
+    return [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.dim() > 1]
 
 
 def _first_line(error: Exception) -> str:

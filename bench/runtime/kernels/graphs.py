@@ -92,12 +92,9 @@ class Pool:
         """Runs some work twice beside the compute stream, then captures it there; returns the graph and its output.
 
         The first run may compile, load kernels and make workspaces. What asks the host in the second would break the
-        capture, and with it more than itself, so that it is refused before. Capture happens on the stream of these
-        runs, since cuBLAS keeps a workspace for each stream: made here, outside of the pool, it outlives every graph.
-        Only this thread's calls can break it: NCCL's watchdog queries events from another.
-
-        Raises:
-            RuntimeError: the work waits for the device, or memory ran out.
+        capture, and with it more than itself, so that it is refused before, by a RuntimeError. Capture happens on the
+        stream of these runs, since cuBLAS keeps a workspace for each stream: made here, outside of the pool, it
+        outlives every graph. Only this thread's calls can break it: NCCL's watchdog queries events from another.
         """
         side, current = _side_stream(self._device), torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
@@ -217,16 +214,10 @@ class DecodeGraphs:
     def run(
         self, task: Task, inputs: MicroBatchInputs, hidden: torch.Tensor | None, u: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """The stage's output for a decode step; None if it is none, or is not captured.
+        """The stage's output for a decode step, as `Stage.forward`'s; None if it is none, or is not captured.
 
-        Args:
-            inputs: of the task's micro-batch, the same object for all its steps.
-            hidden: `[rows, 1, M]` as received; None on the first stage.
-            u: `[rows]`, what tokens are drawn by, if they are.
-
-        Returns:
-            As `Stage.forward`. On the last stage the logits lie where the next run may write: use them on the same
-            stream before it. On others the tensor is the caller's own.
+        What it is given is as in `StaticStep.load`. On the last stage the logits lie where the next run may write: use
+        them on the same stream before it. On others the tensor is the caller's own.
         """
         self.chosen = None
         if task.is_prefill or not self._steps:
@@ -329,7 +320,7 @@ class DecodeGraphs:
         for seed in range(-(-PROBE_ROWS // key.rows)):
             probe = Probe.build(self._stage, key.rows, position=last, seed=seed)
             expected.append(probe.run_eagerly(self._stage, self._slots[key.slot]))
-            probe.load(step)
+            step.load(last, probe.inputs, probe.hidden)
             actual.append(step.run().clone())
             error = disagreement(torch.cat(expected), torch.cat(actual))
             if error <= TOLERANCES[self._stage.dtype]:

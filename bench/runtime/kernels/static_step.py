@@ -145,8 +145,8 @@ class StaticStep:
 
         Args:
             position: of the padded prompts and what was generated behind them.
-            inputs: of the micro-batch; its mask is copied once for all its steps.
-            hidden: `[rows, 1, M]`; None on the first stage.
+            inputs: of the micro-batch, the same object for all its steps: its mask is copied once.
+            hidden: `[rows, 1, M]` as received; None on the first stage.
             u: `[rows]`, what tokens are drawn by; None where they are not, or not by the step.
         """
         # Held, so that no other micro-batch can come to have this one's identity.
@@ -213,10 +213,6 @@ class Probe:
         slot.seek(0, inputs.ids.shape[0], position)
         ids, positions = inputs.ids[:, position:], inputs.positions[:, position:]
         return stage.forward(ids, inputs.mask, positions, slot, self.hidden)
-
-    def load(self, step: StaticStep) -> None:
-        """Gives the step to a static one."""
-        step.load(self.inputs.prompt_len, self.inputs, self.hidden)
 
 
 def disagreement(expected: torch.Tensor, actual: torch.Tensor) -> float:

@@ -8,16 +8,15 @@ written out or not. So a few tasks are run, and what lived at once is told apart
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipetune.bench.memory import ModelShape, Samples, TaskBytes
 from pipetune.bench.models.describe import build_on_meta
-from pipetune.bench.models.layers import find_layers
+from pipetune.bench.models.layers import find_layers, kind_of
 from pipetune.bench.models.resolve import ResolvedModel
-from pipetune.bench.models.torch_private import ASKS, GROUPED_MM, TorchDispatchMode, address_of, tree_leaves
+from pipetune.bench.models.torch_private import ASKS, GROUPED_MM, TorchDispatchMode, address_of, tensors_in
 from pipetune.bench.runtime.stage.boundary import probe
 from pipetune.bench.runtime.stage.kv_cache import SlotCache
-from pipetune.bench.runtime.stage.live_bytes import ROUND_BYTES, LiveBytes
+from pipetune.bench.runtime.stage.live_bytes import LiveBytes
 from pipetune.bench.runtime.stage.stage import Stage
 
 META = torch.device("meta")
@@ -35,17 +34,17 @@ class TaskMemory(TorchDispatchMode):
 
     def __init__(self, kind: str = "meta") -> None:
         super().__init__()
-        self.live = LiveBytes(rounded=ROUND_BYTES)
+        self.live = LiveBytes()
         self._kind = kind
         self._given: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = self.kernel(func, args, kwargs)
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if not self.live.knows(address_of(tensor.untyped_storage())):
                 self._given.add(address_of(tensor.untyped_storage()))
-        made = (tensor for tensor in _tensors(result) if tensor.device.type == self._kind)
+        made = (tensor for tensor in tensors_in(result) if tensor.device.type == self._kind)
         self.live.add(tensor for tensor in made if address_of(tensor.untyped_storage()) not in self._given)
         return result
 
@@ -62,10 +61,6 @@ class TaskMemory(TorchDispatchMode):
         if func in ASKS and args[0].device.type == self._kind:
             return {torch.bool: False}.get(args[0].dtype, 1)
         return func(*args, **kwargs)
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def measure_tasks(resolved: ResolvedModel, shape: ModelShape) -> TaskBytes | None:
@@ -96,7 +91,7 @@ def _stage(resolved: ResolvedModel) -> Stage:
     """All of a model on the meta device; layers like those before them pass on what they get."""
     stage, model = Stage(resolved, META), build_on_meta(resolved)
     _, layers = find_layers(model)
-    kinds = [_kind(layer) for layer in layers]
+    kinds = [kind_of(layer) for layer in layers]
     returns = probe(build_on_meta(resolved)).returns_tuple_of
 
     def pass_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -107,11 +102,6 @@ def _stage(resolved: ResolvedModel) -> Stage:
     stage._model, stage.own_layers, stage.is_first, stage.is_last = model, range(len(layers)), True, True
     stage._attach()
     return stage
-
-
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    modules = tuple((type(module), getattr(module, "sliding_window", None)) for module in layer.modules())
-    return modules, tuple(tuple(parameter.shape) for parameter in layer.parameters())
 
 
 def _bytes(stage: Stage, slot: SlotCache, new: int, length: int, *, has_head: bool) -> int:

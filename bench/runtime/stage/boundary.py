@@ -20,7 +20,7 @@ from torch import nn
 
 from pipetune.bench.cuts import embeds_in_layers
 from pipetune.bench.models.layers import CARRIED, find_layers
-from pipetune.bench.models.torch_private import TorchDispatchMode, address_of, tree_leaves
+from pipetune.bench.models.torch_private import TorchDispatchMode, address_of, tensors_in
 
 _ROWS, _TOKENS = 7, 11
 """Sizes by which a probe knows the two axes again."""
@@ -123,8 +123,7 @@ class _Reads(TorchDispatchMode):
 
     def shows(self, values: Any) -> bool:
         """Whether the ids are among these."""
-        tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-        return any(address_of(tensor.untyped_storage()) == self._storage for tensor in tensors)
+        return any(address_of(tensor.untyped_storage()) == self._storage for tensor in tensors_in(values))
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

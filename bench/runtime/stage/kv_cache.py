@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 
 from pipetune.bench.models import hf_private as hf
+from pipetune.bench.models.torch_private import tensors_in
 from pipetune.bench.runtime import allocator
 
 
@@ -233,7 +234,7 @@ class SlotCache(hf.Cache):
 
     def nbytes(self) -> int:
         """Bytes of keys, values and states held by this stage."""
-        tensors = {id(tensor): tensor for layer in self.layers for tensor in _tensors(vars(layer))}
+        tensors = {id(tensor): tensor for layer in self.layers for tensor in tensors_in(vars(layer))}
         return sum(int(tensor.nbytes) for tensor in tensors.values())
 
     def _templates(self, num_layers: int) -> list[Any]:
@@ -256,14 +257,6 @@ class SlotCache(hf.Cache):
         return SlotLayer(**sizes, sliding_window=window)
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in values.values():
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict):
-            yield from _tensors(value)
-
-
 class MiniMaxSlotCache(SlotCache, hf.MiniMaxCache):
     """Keys and values by layers, the states of linear attention by list."""
 
@@ -277,8 +270,7 @@ class MiniMaxSlotCache(SlotCache, hf.MiniMaxCache):
 
     def nbytes(self) -> int:
         """Bytes of keys, values and states held by this stage."""
-        states = getattr(self, "linear_cache", [])
-        return super().nbytes() + sum(int(state.nbytes) for state in states if state is not None)
+        return super().nbytes() + sum(int(state.nbytes) for state in tensors_in(getattr(self, "linear_cache", [])))
 
     def _entry(self, template: Any, is_own: bool) -> Any:
         # As in transformers, where such a layer counts no positions, and masks are made by the first layer's count.
@@ -299,7 +291,7 @@ class XlstmSlotCache(SlotCache, hf.xLSTMCache):
 
     def nbytes(self) -> int:
         """Bytes of states held by this stage."""
-        return sum(int(tensor.nbytes) for states in getattr(self, "rnn_state", {}).values() for tensor in states)
+        return sum(int(state.nbytes) for state in tensors_in(getattr(self, "rnn_state", {})))
 
 
 SLOT_CACHES: dict[str, type[SlotCache]] = {"minimax": MiniMaxSlotCache, "xlstm": XlstmSlotCache}

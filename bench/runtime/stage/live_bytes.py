@@ -14,8 +14,7 @@ ROUND_BYTES = 512
 class LiveBytes:
     """Storages added so far, as long as they live; looks whether they do only where it matters."""
 
-    def __init__(self, *, rounded: int = 1) -> None:
-        self._rounded = rounded
+    def __init__(self) -> None:
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
         self._most = 0
         """Bytes known, those among them that are gone since the last look."""
@@ -32,7 +31,7 @@ class LiveBytes:
             storage = tensor.untyped_storage()
             address = address_of(storage)
             if address not in self._known:
-                size = -(-storage.nbytes() // self._rounded) * self._rounded
+                size = -(-storage.nbytes() // ROUND_BYTES) * ROUND_BYTES
                 self._known[address] = StorageWeakRef(storage), size
                 added += size
         self._most += added

@@ -130,11 +130,7 @@ class Parts:
         self._ties: dict[str, str] = dict(skeleton.all_tied_weights_keys)
 
     def load(self, own: Iterable[int], *, embedding: bool, head: bool) -> Any:
-        """Builds the model with only these parts real, and reads only their weights.
-
-        Raises:
-            ModelError: the checkpoint lacks some of them.
-        """
+        """Builds the model with only these parts real, and reads only their weights; ModelError if some are missing."""
         # An embedding that is stored as the head needs it beside it, too.
         with_head = head or (embedding and self._resolved.embedding_in_head)
         prune = functools.partial(self._prune, keep=set(own), embedding=embedding, head=with_head)

@@ -19,11 +19,7 @@ from pipetune.bench.spec import ModelSpec, device_index, device_kind
 
 
 def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
-    """The whole model on one device, or with its layers spread over GPUs as `device_map="auto"` does.
-
-    Raises:
-        MemoryError: it does not fit on these GPUs.
-    """
+    """The whole model on one device, or spread over GPUs as `device_map="auto"` does; MemoryError if it is too big."""
     spec = resolved.spec
     kind = device_kind(devices[0])
     skeleton: Any = build_on_meta(resolved)
@@ -51,8 +47,7 @@ def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
 def spread_over(model: Any, gpus: Sequence[str]) -> dict[str, int]:
     """The map that `device_map="auto"` makes over these GPUs alone, with a tenth of what is free left for the KV cache.
 
-    Raises:
-        MemoryError: part of the model would end on the host or on disk.
+    MemoryError where part of the model would end on the host or on disk.
     """
     limits = {device_index(name): int(0.9 * torch.cuda.mem_get_info(device_index(name))[0]) for name in gpus}
     whole, _ = device_map_hints(model)

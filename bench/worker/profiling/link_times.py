@@ -48,10 +48,8 @@ def time_links(host: StageHost) -> tuple[LinkProfile, ...]:
 def time_sizes(round_trips: Callable[[int, int], Sequence[float]], budget_s: float = PAIR_S) -> dict[int, float]:
     """Seconds of one way by size in bytes, from as many of `ROUND_TRIPS` as there is time for.
 
-    Time is spent on the next trip only if it fits, were it to grow as fast as its size.
-
-    Args:
-        round_trips: makes so many of a size, and gives the seconds of each.
+    Time is spent on the next trip only if it fits, were it to grow as fast as its size. `round_trips` makes so many of
+    a size, and gives the seconds of each.
     """
     found: dict[int, float] = {}
     last, trip_s = min(ROUND_TRIPS), 0.0
@@ -71,15 +69,9 @@ def time_sizes(round_trips: Callable[[int, int], Sequence[float]], budget_s: flo
 
 
 def fit(seconds: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Latency and bandwidth of `latency + bytes / bandwidth` through the times of messages of some sizes.
+    """Latency, s, and bandwidth, bytes/s, of `latency + bytes / bandwidth` through times of messages by size in bytes.
 
     Least squares of the relative errors, so that small messages count as much as large ones; neither is below 0.
-
-    Args:
-        seconds: by size in bytes.
-
-    Returns:
-        Seconds, and bytes a second.
     """
     pairs = [(float(size), time_s) for size, time_s in dict(seconds).items()]
     sizes, times = np.array(pairs).T

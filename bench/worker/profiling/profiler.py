@@ -21,7 +21,7 @@ from typing import Any
 from pipetune.bench.cuts import idle_layers
 from pipetune.bench.machine.telemetry import read_telemetry, sensors_for
 from pipetune.bench.models.describe import build_on_meta
-from pipetune.bench.models.layers import find_layers
+from pipetune.bench.models.layers import find_layers, kind_of
 from pipetune.bench.profile import DeviceProfile, LayerTimes, ProfileGrid, TaskKind, TaskTime
 from pipetune.bench.record import Failure
 from pipetune.bench.runtime.device import undisturbed
@@ -257,13 +257,7 @@ def _alike(host: StageHost) -> tuple[int, ...]:
         skeleton = build_on_meta(host.stage.resolved)
         idle = idle_layers(skeleton.config)
         for index, layer in enumerate(find_layers(skeleton)[1]):
-            modules = tuple(
-                (name, type(module).__qualname__, getattr(module, "sliding_window", None))
-                for name, module in layer.named_modules()
-            )
-            parameters = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
-            signature = (host.shape.layers[index], modules, parameters, index in idle)
-            found.append(kinds.setdefault(signature, len(kinds)))
+            found.append(kinds.setdefault((host.shape.layers[index], kind_of(layer), index in idle), len(kinds)))
     return tuple(host.control.broadcast(found))
 
 

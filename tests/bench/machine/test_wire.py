@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.machine import wire as module
 from pipetune.bench.machine.wire import Wire, WireError, read_token, split_address
 
 SECRET = b"a secret of the tests"
@@ -99,7 +98,7 @@ def test_a_line_that_is_said_again_is_refused(ends: tuple[Wire, Wire]) -> None:
 
 
 def test_an_overlong_line_is_refused_before_it_ends(ends: tuple[Wire, Wire], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_LINE", 1000)
+    monkeypatch.setattr(Wire, "most_bytes", 1000)
     with pytest.raises(WireError, match="more than 1000 bytes"):
         ends[0].feed(b"x" * 1001)
 

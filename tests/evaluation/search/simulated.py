@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from pipetune.bench.memory import LayerShape, ModelShape, resolve_prompts
+from pipetune.bench.memory import LayerShape, ModelShape, resolve
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import Iteration, Measurement, Record, StageTrace, TaskShape
 from pipetune.bench.schedule import build_schedule, micro_batch_sizes
@@ -99,10 +99,8 @@ class SimulatedWorld:
         self._durations: dict[str, float] = {}
 
     def resolve(self, plan: Plan) -> EffectivePlan:
-        output_len = self.workload.generated_len
-        resolved = resolve_prompts(
-            self.shape, plan, self.prompt_lens, output_len=output_len, device_bytes=self.device_bytes
-        )
+        lens = {"prompt_len": max(self.prompt_lens), "output_len": self.workload.generated_len}
+        resolved = resolve(self.shape, plan, num_prompts=len(self.prompt_lens), **lens, device_bytes=self.device_bytes)
         assert isinstance(resolved, EffectivePlan), resolved
         return resolved
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from pipetune.bench import metrics
 from pipetune.bench.errors import StudyError
-from pipetune.bench.memory import ModelShape, resolve_prompts
+from pipetune.bench.memory import ModelShape, resolve
 from pipetune.bench.profile import Profile
 from pipetune.bench.record import Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan, Workload
@@ -118,10 +118,8 @@ class MeasuredWorld:
         return self._runs
 
     def resolve(self, plan: Plan) -> EffectivePlan:
-        output_len = self.workload.generated_len
-        resolved = resolve_prompts(
-            self.shape, plan, self.prompt_lens, output_len=output_len, device_bytes=self.device_bytes
-        )
+        lens = {"prompt_len": max(self.prompt_lens), "output_len": self.workload.generated_len}
+        resolved = resolve(self.shape, plan, num_prompts=len(self.prompt_lens), **lens, device_bytes=self.device_bytes)
         assert isinstance(resolved, EffectivePlan), f"{self.name}: {resolved}"
         return resolved
 

@@ -19,7 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipetune.bench.runtime.stage.live_bytes import ROUND_BYTES, LiveBytes
+from pipetune.bench.runtime.stage.live_bytes import LiveBytes
 from tests.rehearsal.stub import nccl
 from tests.rehearsal.stub.machine import GIB, StubGpu, StubMachine
 
@@ -84,7 +84,7 @@ class Memory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = LiveBytes(rounded=ROUND_BYTES)
+        self.live = LiveBytes()
         self.cap: int | None = None
         self._is_counting = True
 
