@@ -15,10 +15,11 @@ from pipetune.tuner.search.driver import baseline_batch_sizes
 from pipetune.tuner.search.policy.acquisition import even_weights
 from pipetune.tuner.search.policy.forecaster import Forecaster
 from pipetune.tuner.search.policy.history import History
-from pipetune.tuner.search.space.build import build_space, count_raw_partitions
+from pipetune.tuner.search.runs import starter_of
+from pipetune.tuner.search.space.build import count_raw_partitions
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
-from pipetune.tuner.search.study_costs import kept_costs
+from pipetune.tuner.search.study_costs import kept_costs, new_space, resolver_of
 
 _SHOWN = 16
 
@@ -119,12 +120,14 @@ def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
     """
     reporter.begin(f"reading {config.model.name}")
     devices, workload = config.concrete_devices, config.workload
-    with Experiment.start(config.model, devices, exclusive=False, on_progress=reporter.fleet) as experiment:
+    with Experiment.start(
+        config.model, devices, exclusive=False, start_fleet=starter_of(config), on_progress=reporter.fleet
+    ) as experiment:
         fleet, shape = experiment.fleet, experiment.fleet.shape
         lens = fleet.prompt_lens(workload)
-        resolve = Resolver.of_workload(shape, workload, lens, fleet.device_bytes)
+        resolve = resolver_of(fleet, config, lens)
         cost, over_profile = kept_costs(fleet, config, lens, resolve)
-        space = build_space(config.space, fleet.devices, shape, cost, resolve)
+        space = new_space(config, fleet, cost, resolve)
         return DryRun(
             folder=folder,
             config=config,

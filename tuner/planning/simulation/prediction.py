@@ -16,6 +16,7 @@ import numpy as np
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, samples_needed
 from pipetune.bench.spec import Goodput
 from pipetune.tuner.planning.arrays import Floats
+from pipetune.tuner.planning.simulation.engine_steps import EngineSteps
 from pipetune.tuner.planning.simulation.schedule import TaskSequence, Timeline
 
 Limit = Literal["compute", "imbalance", "fill and drain", "waits"]
@@ -47,7 +48,7 @@ class Prediction:
 class SimulatedRun:
     """One replica of many plans."""
 
-    sequence: TaskSequence
+    sequence: TaskSequence | EngineSteps
     timeline: Timeline
     busy_s: Floats
     """`[stage, plan]`, over the run."""
