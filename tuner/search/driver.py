@@ -251,6 +251,9 @@ def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) 
     if not finalists.plans:
         return
     protocol = finals.side_by_side(config.protocol)
+    if config.engine is not None:
+        # Without the check an engine is started anew for every split.
+        protocol = protocol.model_copy(update={"check_outputs": config.protocol.check_outputs})
     most = max(config.finalist_rounds, config.max_finalist_rounds)
     ran = False
     while True:
