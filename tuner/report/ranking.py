@@ -263,8 +263,15 @@ def next_steps(report: Report) -> dict[str, str]:
     model = shlex.quote(w.clean(report.config.model.name))
     dummy = " --load-format dummy" if report.config.model.load_format == "dummy" else ""
     names = ",".join(f"cuda:{index}" for index in range(len(best.plan.stages)))
+    plan = shlex.quote(f"{folder}/{PLAN_FILE}")
+    if report.config.engine is not None:
+        python = shlex.quote(report.config.engine.python)
+        return {
+            "Measure it again": f"pipetune bench --model {model}{dummy} --plan {plan} --engine-python {python}",
+            "Serve with it": f"pipetune export {shlex.quote(folder)} --format vllm",
+        }
     return {
-        "Measure it again": f"pipetune bench --model {model}{dummy} --plan {shlex.quote(f'{folder}/{PLAN_FILE}')}",
+        "Measure it again": f"pipetune bench --model {model}{dummy} --plan {plan}",
         "Export it for other devices": f"pipetune export {shlex.quote(folder)} --device-names {names}",
     }
 
