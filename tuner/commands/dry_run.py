@@ -41,6 +41,25 @@ class DryRun:
     give decides what follows."""
 
     @property
+    def _sizes(self) -> dict[str, str]:
+        space = self.space
+        return {
+            "micro-batches": _joined(space.micro_batch_sizes),
+            "prefill": _joined(space.prefill_sizes),
+            "chunks": ", ".join("whole prompts" if size is None else str(size) for size in space.chunk_sizes),
+            "memory caps": _joined(space.memory_fractions)
+            + (" (others make no difference)" if len(space.memory_fractions) == 1 else ""),
+            "compiled": " and ".join("yes" if switch else "no" for switch in space.compile),
+        }
+
+    @property
+    def _limits(self) -> dict[str, str]:
+        """Those of another engine."""
+        limits = {"token budgets": self.space.token_budgets, "sequences": self.space.max_num_seqs}
+        texts = {name: ", ".join(str(most or "its own") for most in choices) for name, choices in limits.items()}
+        return {"shards": _joined(tuple(sorted(set(self.space.shards)))), **texts}
+
+    @property
     def _replicas(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.space.replicas))) or (1,)
 
@@ -92,12 +111,7 @@ class DryRun:
             "baseline": f"batch sizes {_joined(self.baseline_batch_sizes)}",
             "partitions": f"{self.num_partitions}, of which the best {len(space.partitions)} are ranked",
             "replicas": _joined(self._replicas),
-            "micro-batches": _joined(space.micro_batch_sizes),
-            "prefill": _joined(space.prefill_sizes),
-            "chunks": ", ".join("whole prompts" if size is None else str(size) for size in space.chunk_sizes),
-            "memory caps": _joined(space.memory_fractions)
-            + (" (others make no difference)" if len(space.memory_fractions) == 1 else ""),
-            "compiled": " and ".join("yes" if switch else "no" for switch in space.compile),
+            **(self._sizes if space.engine is None else self._limits),
             "space": f"{space.num_points} points, {config.n_trials} trials",
             "finals": finals,
         }
@@ -133,7 +147,9 @@ def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
             config=config,
             shape=shape,
             baseline_batch_sizes=baseline_batch_sizes(config.baseline_batch_sizes, workload.num_prompts),
-            num_partitions=count_raw_partitions(config.space, shape, len(devices), workload.num_prompts),
+            num_partitions=len(space.partitions)
+            if space.engine
+            else count_raw_partitions(config.space, shape, len(devices), workload.num_prompts),
             space=space,
             over_profile=over_profile,
             queue=_queue(config, space, cost, resolve),
