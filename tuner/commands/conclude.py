@@ -137,7 +137,9 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
 
 
 def _rival(rival: Rival | None) -> dict[str, Any] | None:
-    return rival and {"plan": rival.row.plan.model_dump(mode="json"), "gain_over_it": _ratio(rival.gain)}
+    if rival is None:
+        return None
+    return {"plan": rival.row.plan.model_dump(mode="json"), "gain_over_it": _ratio(rival.gain)}
 
 
 def _row(row: Row | None) -> dict[str, Any] | None:

@@ -163,9 +163,13 @@ class EngineConfig(Value):
     """Most tokens of a batch, to choose among; None: halves of all prompts' tokens, and the engine's own."""
     max_num_seqs: Annotated[Sizes | None, Flag("Engine", "Sequences at once: 16,32. [halves of all]")] = None
     """Most sequences at once, to choose among; None: halves of all prompts, and the engine's own."""
-    tensor_parallel_sizes: Annotated[Sizes | None, Flag("Engine", "Workers that share a stage: 1,2. [what fits]")] = None
+    tensor_parallel_sizes: Annotated[Sizes | None, Flag("Engine", "Workers that share a stage: 1,2. [what fits]")] = (
+        None
+    )
     """Workers that share each stage; None: every division of the devices that divides the attention heads."""
-    kv_cache_memory_bytes: Annotated[Bytes | None, Flag("Engine", "KV cache of a worker. [what the caps leave]")] = None
+    kv_cache_memory_bytes: Annotated[
+        Bytes | None, Flag("Engine", "KV cache of a worker: 2GiB. [what the caps leave]", metavar="SIZE")
+    ] = None
     """KV cache of each worker; None: what the caps leave."""
     enforce_eager: Annotated[bool, Flag("Engine", "Compile nothing.")] = False
 
@@ -336,7 +340,9 @@ class TuneConfig(Value):
             name = "replicas" if max(replicas) > 1 else "compile"
             raise ValueError(f"space.{name}: requests over time go to one pipeline, uncompiled; leave it out")
         if self.engine is not None and (self.shared_study or self.workload.arrivals or self.space.compile):
-            raise ValueError("engine: it is searched by one process, for prompts given at once; space.compile is not its own")
+            raise ValueError(
+                "engine: it is searched by one process, for prompts given at once; space.compile is not its own"
+            )
         fewest = min(replicas)
         if fewest * space.min_stages > len(self.devices):
             raise ValueError(

@@ -104,10 +104,11 @@ def rank(
         baseline_sweep=sweep,
         single_stage=next((row for row in rows if single and row.key == single.key), None),
         rival=Rival(row=other, gain=gain(ranked[0].key, other.key, anyhow=True)) if other else None,
-        engine_default=default
-        and Rival(
+        engine_default=Rival(
             row=default, gain=gain(ranked[0].key, default.key, anyhow=True) if default is not ranked[0] else None
-        ),
+        )
+        if default
+        else None,
         failures=tuple(
             FailureRow(
                 record=record.number,

@@ -65,7 +65,7 @@ class FakeHost:
         self, prompts: list[list[int]], output_lens: list[int], sampling: dict[str, Any], start_at: float
     ) -> dict[str, Any]:
         off = OPTIONS.get("wrong_tokens", 0)
-        step_s = STEP_S * (2 if self.budget > OPTIONS.get("fast_budget", self.budget) else 1)
+        step_s = STEP_S * (2 if self.layers[0] > OPTIONS.get("fast_layers", self.layers[0]) else 1)
         requests = [
             {
                 "scheduled_s": 0.001,

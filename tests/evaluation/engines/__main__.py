@@ -1,4 +1,4 @@
-"""The command behind `make bench-engines`: measure the landscape of vLLM's plans, search it, and tell what was found."""
+"""The command behind `make bench-engines`: measures the landscape of vLLM's plans, searches it, and tells the rest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.evaluation.harness import ROOT, exit_code_of, put_between_marks, say
+
+if TYPE_CHECKING:
+    from tests.evaluation.engines.world import EngineWorld
+    from tests.evaluation.search.replay import Curve
 
 FOLDER = ROOT / "results" / "landscapes"
 COMMAND = "bench-engines"
@@ -67,16 +72,14 @@ def _search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _search_one(folder: Path, job: tuple[str, int]) -> object:
+def _search_one(folder: Path, job: tuple[str, int]) -> Curve:
     from tests.evaluation.engines.world import METHODS, EngineWorld
     from tests.evaluation.search.replay import search
 
     method, seed = job
     if folder not in _worlds:
         _worlds[folder] = EngineWorld(folder)
-    world = _worlds[folder]
-    assert isinstance(world, EngineWorld)
-    return search(world, method, seed, BUDGET, METHODS)
+    return search(_worlds[folder], method, seed, BUDGET, METHODS)
 
 
 def _numbers(args: argparse.Namespace) -> int:
@@ -86,7 +89,7 @@ def _numbers(args: argparse.Namespace) -> int:
     return 0
 
 
-_worlds: dict[Path, object] = {}
+_worlds: dict[Path, EngineWorld] = {}
 """Landscapes that a worker process has read."""
 
 WORK: dict[str, Callable[[argparse.Namespace], int]] = {"measure": _measure, "search": _search, "numbers": _numbers}

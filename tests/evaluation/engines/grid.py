@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.errors import FleetError
-from pipetune.bench.fleet.experiment import Experiment
+from pipetune.bench.fleet.experiment import Experiment, Labels
 from pipetune.bench.record import Record
 from pipetune.bench.spec import EngineSettings, ModelSpec, Plan, Protocol, Workload
 from tests.evaluation.search.landscape import Landscape, LandscapeFolder, LandscapeSpec, cell_of, is_undisturbed
@@ -60,9 +60,7 @@ SMOLLM2 = EngineLandscape(
 )
 
 
-def measure(
-    spec: EngineLandscape, folder: Path, python: Path, *, timeout_s: float, say: Callable[[str], None]
-) -> bool:
+def measure(spec: EngineLandscape, folder: Path, python: Path, *, timeout_s: float, say: Callable[[str], None]) -> bool:
     """Goes on until every plan has its repeats or time is up; whether it is complete.
 
     A repeat is a block: partitions in random order, and all limits of one in random order before the next, which saves
@@ -96,10 +94,12 @@ def measure(
                 return False
             if not records or records[-1].result.outcome != "measurement":
                 say(f"{spec.name}: begins with {plans[cell].describe()}")
-            params = {"cell": cell, "repeat": repeat}
-            record = experiment.measure(
-                plans[cell], spec.workload, spec.protocol, number=len(records), role="trial", params=params
-            )
+            labels: Labels = {
+                "number": len(records),
+                "role": "trial",
+                "params": {"cell": cell, "repeat": repeat},
+            }
+            record = experiment.measure(plans[cell], spec.workload, spec.protocol, **labels)
             files.append(record)
             records.append(record)
             if len(records) % 10 == 0:

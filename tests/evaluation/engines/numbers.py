@@ -116,9 +116,7 @@ def _pass_s(engine: VllmEngine, spec: RunSpec, is_watched: bool) -> float:
     return float(answer["duration_s"])
 
 
-def _beside_ours(
-    folder: Path, theirs: dict[str, Any], python: Path, rounds: int, say: Callable[[str], None]
-) -> str:
+def _beside_ours(folder: Path, theirs: dict[str, Any], python: Path, rounds: int, say: Callable[[str], None]) -> str:
     """Both runtimes' best plans for one workload, each in fresh processes, in rounds of random order."""
     say("our runtime for the same workload")
     ours = _study(*_arguments(WORKLOADS["balanced"]), "--n-trials", "10", folder=folder / "pipetune-balanced")

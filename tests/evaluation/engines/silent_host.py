@@ -8,7 +8,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench" / "engines" / "vllm_host"))
 
-import pipetune_vllm_host as host  # noqa: E402
+import pipetune_vllm_host as host
 
 
 class SilentHost(host.Host):  # type: ignore[misc]

@@ -41,9 +41,7 @@ def landscape_table(world: EngineWorld) -> str:
         cells = []
         for place in range(len(spec.partitions)):
             number = place * len(spec.limits) + index
-            bubble = statistics.median(
-                metrics.derive(_result(row))["bubble_ratio"] for row in world.runs[keys[number]]
-            )
+            bubble = statistics.median(metrics.derive(_result(row))["bubble_ratio"] for row in world.runs[keys[number]])
             cells.append(f"{scale * rates[number]:.1f} tok/s, {bubble:.0%}")
         lines.append(f"| {budget} / {seqs} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 
@@ -77,15 +78,17 @@ class EngineOurs(Ours):
                 enforce_eager=True,
             ),
         )
-        resolve = EngineResolver.of_engine(
-            world.shape, world.workload, world.prompt_lens, world.device_bytes, engine=_Resolving(world)
-        )
+        engine: Any = _Resolving(world)
+        of = (world.shape, world.workload, world.prompt_lens, world.device_bytes)
+        resolve = EngineResolver.of_engine(*of, engine=engine)
         model = EngineModel.of_workload(world.shape, world.workload, world.prompt_lens)
         space = build_engine_space(config, world.devices, model, resolve)
         kept = [place for place, split in enumerate(space.partitions) if split in spec.partitions]
         lists = {name: getattr(space, name) for name in ("partitions", "replicas", "shards", "orders")}
-        return model, resolve, space.model_copy(
-            update={name: tuple(values[place] for place in kept) for name, values in lists.items()}
+        return (
+            model,
+            resolve,
+            space.model_copy(update={name: tuple(values[place] for place in kept) for name, values in lists.items()}),
         )
 
     @staticmethod

@@ -26,9 +26,9 @@ from tests.bench.engines.conftest import describe
 CONFIG = {
     "model": {"name": "m"},
     "devices": "cpu:0-1",
-    "workload": {"num_prompts": 8, "input_len": 64, "output_len": 4},
+    "workload": {"num_prompts": 8, "input_len": 16, "output_len": 4},
     "protocol": {"num_iters": 1, "num_iters_warmup": 0, "max_warmup": 0, "hang_timeout_s": 2.0},
-    "engine": {"python": sys.executable, "max_num_seqs": "8"},
+    "engine": {"python": sys.executable},
     "space": {"min_stages": 2},
     "baseline_batch_sizes": "8",
     "n_trials": 4,
@@ -41,11 +41,9 @@ CONFIG = {
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    told = {"told": str(tmp_path / "told"), "fast_budget": 128}
+    told = {"told": str(tmp_path / "told"), "fast_layers": 14}
     monkeypatch.setenv("FAKE_HOST", json.dumps(told))
-    return partial(
-        VllmEngine, python=Path(sys.executable), script=Path(fake_host.__file__), start_fleet=describe
-    )
+    return partial(VllmEngine, python=Path(sys.executable), script=Path(fake_host.__file__), start_fleet=describe)
 
 
 def run(folder: Path, start: Any, config: TuneConfig, *, resume: bool = False) -> tuple[Record, ...]:
@@ -68,8 +66,7 @@ def test_a_study_begins_with_the_engine_as_it_is_and_says_what_is_gained(tmp_pat
     report = Report.of(load_study(tmp_path / "s"))
     best, default = report.ranking.best, report.ranking.engine_default
     assert best is not None
-    assert best.plan.engine is not None
-    assert (best.plan.engine.max_num_batched_tokens or 10**9) <= 128
+    assert best.plan.layer_counts[0] <= 14
     assert default is not None
     assert default.row.plan.is_engine_default
     assert default.gain is not None

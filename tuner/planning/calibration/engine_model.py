@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.calibration.observation import Observation
-from pipetune.tuner.planning.simulation.engine_steps import EngineSteps, engine_steps
+from pipetune.tuner.planning.simulation.engine_steps import EngineSteps, Indices, engine_steps
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.prediction import Prediction, SimulatedRun, predictions_of
 
@@ -168,7 +168,7 @@ def layout_of(plan: Plan) -> Layout:
     return plan.replicas, len(plan.stages), plan.width
 
 
-def _features(layers: float, tokens: Floats | int, rows: Floats | int, *, is_last: bool) -> Floats:
+def _features(layers: float, tokens: Floats | Indices | int, rows: Floats | Indices | int, *, is_last: bool) -> Floats:
     """`[rate]`, or `[rate, step]` of many steps."""
     one, last = np.ones_like(tokens, dtype=float), float(is_last)
     return np.array([one, layers * one, layers * tokens, layers * rows, last * one, last * rows])

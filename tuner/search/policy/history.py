@@ -202,7 +202,9 @@ class History:
 def kinds_of(plan: Plan, num_devices: int) -> tuple[tuple[str, int], ...]:
     """What the cost model knows least of: replicas, prompts in chunks, compiled layers; or a single device of many."""
     if plan.engine is not None:
-        return (("replicas", plan.replicas), ("stages", len(plan.stages)), ("shards", plan.width))
+        budget = plan.engine.max_num_batched_tokens is not None
+        layout = ("replicas", plan.replicas), ("stages", len(plan.stages)), ("shards", plan.width)
+        return (*layout, ("budget", int(budget)))
     if len(plan.devices) == 1 < num_devices:
         return (("devices", 1),)
     return (

@@ -15,7 +15,7 @@ from pipetune.tuner.search.space.engine import EngineResolver, build_engine_spac
 from pipetune.tuner.search.space.space import SearchSpace, candidates
 from tests.record_factory import make_shape
 
-SHAPE = make_shape()
+SHAPE = make_shape().model_copy(update={"num_attention_heads": 8})
 LENS = (32,) * 16
 
 
@@ -52,8 +52,6 @@ def kinds(space: SearchSpace) -> set[tuple[int, int, int]]:
 
 def test_every_use_of_the_devices_is_there() -> None:
     space, _ = space_of(4)
-    heads = SHAPE.num_attention_heads
-    assert heads % 4 == 0
     # Replicas, shards, stages.
     wanted = {(1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 2, 2), (2, 2, 1), (1, 4, 1)}
     assert kinds(space) == wanted
@@ -95,6 +93,11 @@ def test_splits_that_do_not_fit_are_left_out() -> None:
     assert set(space.partitions) == {(most, SHAPE.num_layers - most)}
     with pytest.raises(NothingFeasibleError, match="too large"):
         space_of(2, most_layers=1)
+
+
+def test_shards_that_do_not_divide_the_heads_are_left_out() -> None:
+    space, _ = space_of(3)
+    assert kinds(space) == {(1, 1, 1), (1, 1, 2), (1, 1, 3), (3, 1, 1)}
 
 
 def test_bounds_that_leave_nothing_are_named() -> None:
