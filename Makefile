@@ -2,7 +2,8 @@
 # make test-fast   the tests of the inner loop: no workers, no real models, no whole studies
 # make test-lowest   the same with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make test     all tests: side by side, and those that run whole studies one after the other
-# make test-vllm   plans run by unpatched vLLM, in .venv-vllm: 3 GB
+# make test-vllm   plans run by unpatched vLLM, in .venv-vllm: 3 GB; make demo-vllm tunes one, in 10 minutes
+# make bench-engines   our search over vLLM's plans beside others, and the engine beside its own defaults and ours
 # make test-families   every causal-LM family that transformers knows; make models-table writes docs/models.md
 # make check    all that CI runs: lint, types, import contracts, tests
 # make bench-peers   our runtime beside its peers, in rounds, for up to an hour; QUICK=1 takes some minutes
@@ -29,10 +30,10 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo bench-peers bench-search landscapes bench-load bench-gate gpu-check gpu-rehearsal test-fast test-lowest test test-families test-hosts test-vllm models-table check lint format hooks clean
+.PHONY: help demo demo-vllm bench-engines bench-peers bench-search landscapes bench-load bench-gate gpu-check gpu-rehearsal test-fast test-lowest test test-families test-hosts test-vllm models-table check lint format hooks clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 12
+	@sed -n 's/^# //p' Makefile | head -n 15
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -109,6 +110,19 @@ $(VLLM)/.installed: $(BIN)/python tests/bench/engines/vllm-requirements.txt
 	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check -r tests/bench/engines/vllm-requirements.txt
 	@$(VLLM)/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec opencv-python-headless
 	@touch $@
+
+# A second `make demo-vllm` goes on with what the first one recorded, or shows it again.
+demo-vllm: $(VENV)/.installed-run $(VLLM)/.installed
+	$(BIN)/pipetune tune --resume auto -o $(DEMO)-vllm --model smollm2-135m --dtype bfloat16 --devices cpu:0-1 \
+		--engine vllm --engine-python $(VLLM)/bin/python --enforce-eager --kv-cache-memory-bytes 512MiB \
+		--num-iters 1 --n-trials 6 --finalists 2 --max-finalist-rounds 4 --baseline-batch-sizes 32
+	$(BIN)/pipetune export $(DEMO)-vllm --format vllm
+
+# The landscape is measured where it is not there yet, which takes half an hour.
+bench-engines: $(VENV)/.installed-run $(VLLM)/.installed
+	$(BIN)/python -m tests.evaluation.engines measure --python $(VLLM)/bin/python
+	$(BIN)/python -m tests.evaluation.engines search --docs docs/performance.md
+	$(BIN)/python -m tests.evaluation.engines numbers --python $(VLLM)/bin/python
 
 test-vllm: $(VENV)/.installed-test $(VLLM)/.installed
 	PIPETUNE_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(PYTEST) tests/bench/engines/test_real_vllm.py

@@ -596,6 +596,12 @@ class Plan(Value):
         return (*(stage.device for stage in self.stages), *(name for row in self.replica_devices for name in row))
 
     @property
+    def is_engine_default(self) -> bool:
+        """Whether another engine runs it as one pipeline, at its own limits."""
+        limits = self.engine and (self.engine.max_num_batched_tokens, self.engine.max_num_seqs)
+        return limits == (None, None) and self.replicas == self.width == 1
+
+    @property
     def width(self) -> int:
         """Workers of each stage."""
         return self.engine.tensor_parallel_size if self.engine is not None else 1

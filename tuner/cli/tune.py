@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @o.on_hosts
-@o.settings("Model", "Workload", "Load", "Search", "output_dir", "study_name", before="resume")
+@o.settings("Model", "Workload", "Load", "Search", "Engine", "output_dir", "study_name", before="resume")
 @o.settings("Study", before="show_config")
 def tune(
     ctx: typer.Context,

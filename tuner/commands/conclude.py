@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipetune.bench.record import FailureKind
-from pipetune.tuner.ranking.values import Ranking, Row
+from pipetune.tuner.ranking.values import Ranking, Rival, Row
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.document import Section
 from pipetune.tuner.report.files import write_report
@@ -125,8 +125,8 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
         "separated": ranking.separation.separated,
         "separation": ranking.separation.text,
         "search": _search(report),
-        "rival": ranking.rival
-        and {"plan": ranking.rival.row.plan.model_dump(mode="json"), "gain_over_it": _ratio(ranking.rival.gain)},
+        "rival": _rival(ranking.rival),
+        "engine_default": _rival(ranking.engine_default),
         "ranking": [_row(row) for row in ranking.rows],
         "failures": [
             {"record": row.record, "role": row.role, "kind": row.failure.kind.value, "message": row.failure.message}
@@ -134,6 +134,12 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
         ],
         "files": files,
     }
+
+
+def _rival(rival: Rival | None) -> dict[str, Any] | None:
+    if rival is None:
+        return None
+    return {"plan": rival.row.plan.model_dump(mode="json"), "gain_over_it": _ratio(rival.gain)}
 
 
 def _row(row: Row | None) -> dict[str, Any] | None:

@@ -15,10 +15,11 @@ from pipetune.tuner.search.driver import baseline_batch_sizes
 from pipetune.tuner.search.policy.acquisition import even_weights
 from pipetune.tuner.search.policy.forecaster import Forecaster
 from pipetune.tuner.search.policy.history import History
-from pipetune.tuner.search.space.build import build_space, count_raw_partitions
+from pipetune.tuner.search.runs import starter_of
+from pipetune.tuner.search.space.build import count_raw_partitions
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
-from pipetune.tuner.search.study_costs import kept_costs
+from pipetune.tuner.search.study_costs import kept_costs, new_space, resolver_of
 
 _SHOWN = 16
 
@@ -38,6 +39,25 @@ class DryRun:
     queue: tuple[tuple[Plan, dict[str, float]], ...]
     """Plans that are predicted to be best, with the metrics predicted: the first ones would run first, and what they
     give decides what follows."""
+
+    @property
+    def _sizes(self) -> dict[str, str]:
+        space = self.space
+        return {
+            "micro-batches": _joined(space.micro_batch_sizes),
+            "prefill": _joined(space.prefill_sizes),
+            "chunks": ", ".join("whole prompts" if size is None else str(size) for size in space.chunk_sizes),
+            "memory caps": _joined(space.memory_fractions)
+            + (" (others make no difference)" if len(space.memory_fractions) == 1 else ""),
+            "compiled": " and ".join("yes" if switch else "no" for switch in space.compile),
+        }
+
+    @property
+    def _limits(self) -> dict[str, str]:
+        """Those of another engine."""
+        limits = {"token budgets": self.space.token_budgets, "sequences": self.space.max_num_seqs}
+        texts = {name: ", ".join(str(most or "its own") for most in choices) for name, choices in limits.items()}
+        return {"shards": _joined(tuple(sorted(set(self.space.shards)))), **texts}
 
     @property
     def _replicas(self) -> tuple[int, ...]:
@@ -91,12 +111,7 @@ class DryRun:
             "baseline": f"batch sizes {_joined(self.baseline_batch_sizes)}",
             "partitions": f"{self.num_partitions}, of which the best {len(space.partitions)} are ranked",
             "replicas": _joined(self._replicas),
-            "micro-batches": _joined(space.micro_batch_sizes),
-            "prefill": _joined(space.prefill_sizes),
-            "chunks": ", ".join("whole prompts" if size is None else str(size) for size in space.chunk_sizes),
-            "memory caps": _joined(space.memory_fractions)
-            + (" (others make no difference)" if len(space.memory_fractions) == 1 else ""),
-            "compiled": " and ".join("yes" if switch else "no" for switch in space.compile),
+            **(self._sizes if space.engine is None else self._limits),
             "space": f"{space.num_points} points, {config.n_trials} trials",
             "finals": finals,
         }
@@ -119,18 +134,22 @@ def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
     """
     reporter.begin(f"reading {config.model.name}")
     devices, workload = config.concrete_devices, config.workload
-    with Experiment.start(config.model, devices, exclusive=False, on_progress=reporter.fleet) as experiment:
+    with Experiment.start(
+        config.model, devices, exclusive=False, start_fleet=starter_of(config), on_progress=reporter.fleet
+    ) as experiment:
         fleet, shape = experiment.fleet, experiment.fleet.shape
         lens = fleet.prompt_lens(workload)
-        resolve = Resolver.of_workload(shape, workload, lens, fleet.device_bytes)
+        resolve = resolver_of(fleet, config, lens)
         cost, over_profile = kept_costs(fleet, config, lens, resolve)
-        space = build_space(config.space, fleet.devices, shape, cost, resolve)
+        space = new_space(config, fleet, cost, resolve)
         return DryRun(
             folder=folder,
             config=config,
             shape=shape,
             baseline_batch_sizes=baseline_batch_sizes(config.baseline_batch_sizes, workload.num_prompts),
-            num_partitions=count_raw_partitions(config.space, shape, len(devices), workload.num_prompts),
+            num_partitions=len(space.partitions)
+            if space.engine
+            else count_raw_partitions(config.space, shape, len(devices), workload.num_prompts),
             space=space,
             over_profile=over_profile,
             queue=_queue(config, space, cost, resolve),

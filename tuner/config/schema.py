@@ -154,6 +154,32 @@ class SpaceConfig(Value):
         return self
 
 
+class EngineConfig(Value):
+    """Another engine that runs the plans, and what the search may set of it; None is left open."""
+
+    name: Annotated[Literal["vllm"], Flag("Engine", "vllm, in place of our own runtime.", name="engine")] = "vllm"
+    python: Annotated[str, Flag("Engine", "Python that has the engine.", name="engine_python", metavar="FILE")] = ""
+    max_num_batched_tokens: Annotated[Sizes | None, Flag("Engine", "Token budgets: 256,512. [halves of all]")] = None
+    """Most tokens of a batch, to choose among; None: halves of all prompts' tokens, and the engine's own."""
+    max_num_seqs: Annotated[Sizes | None, Flag("Engine", "Sequences at once: 16,32. [halves of all]")] = None
+    """Most sequences at once, to choose among; None: halves of all prompts, and the engine's own."""
+    tensor_parallel_sizes: Annotated[Sizes | None, Flag("Engine", "Workers that share a stage: 1,2. [what fits]")] = (
+        None
+    )
+    """Workers that share each stage; None: every division of the devices that divides the attention heads."""
+    kv_cache_memory_bytes: Annotated[
+        Bytes | None, Flag("Engine", "KV cache of a worker: 2GiB. [what the caps leave]", metavar="SIZE")
+    ] = None
+    """KV cache of each worker; None: what the caps leave."""
+    enforce_eager: Annotated[bool, Flag("Engine", "Compile nothing.")] = False
+
+    @model_validator(mode="after")
+    def _has_python(self) -> Self:
+        if not self.python:
+            raise ValueError(f"engine.python: which Python has {self.name}? Give it by --engine-python")
+        return self
+
+
 def in_task(folder: str) -> str:
     """A folder's name with this task's number for `{task}`.
 
@@ -231,6 +257,8 @@ class TuneConfig(Value):
     ] = Field(default=0, ge=0)
     """Seed of the search; the workload and dummy weights have their own."""
     space: SpaceConfig = SpaceConfig()
+    engine: EngineConfig | None = None
+    """Another engine that runs the plans in place of our own runtime."""
     baseline_batch_sizes: Annotated[Sizes | None, Flag("Search", "Un-pipelined, to try: 8,16. [all, 1/2, 1/4]")] = None
     """Prompts that the un-pipelined model takes at once; None: all of them, a half and a quarter."""
     finalists: Annotated[int, Flag("Search", "Best plans to measure again.")] = Field(default=3, ge=0)
@@ -311,6 +339,10 @@ class TuneConfig(Value):
         if self.workload.arrivals is not None and (max(replicas) > 1 or space.compile):
             name = "replicas" if max(replicas) > 1 else "compile"
             raise ValueError(f"space.{name}: requests over time go to one pipeline, uncompiled; leave it out")
+        if self.engine is not None and (self.shared_study or self.workload.arrivals or self.space.compile):
+            raise ValueError(
+                "engine: it is searched by one process, for prompts given at once; space.compile is not its own"
+            )
         fewest = min(replicas)
         if fewest * space.min_stages > len(self.devices):
             raise ValueError(

@@ -1,7 +1,7 @@
 """Settings as a schema's fields state them: name, type, default and help of each flag and environment variable."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -96,9 +96,14 @@ def _walk(schema: type[BaseModel], above: KeyPath) -> Iterator[Setting]:
 
 def _kind(field: FieldInfo) -> type[bool] | type[int] | type[float] | type[str]:
     kinds = [kind for kind in _members(field.annotation) if kind is not type(None)]
-    if any(isinstance(one, BeforeValidator) for one in field.metadata):
+    if _is_text((*field.metadata, field.annotation)):
         return str
     return next((kind for kind in (bool, int, float) if kinds == [kind]), str)
+
+
+def _is_text(parts: Iterable[object]) -> bool:
+    """Whether values are read from text, whatever they become; parts of an annotation may lie within others."""
+    return any(isinstance(one, BeforeValidator) or _is_text(get_args(one)) for one in parts)
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -33,7 +33,8 @@ class Finalists:
     plans: tuple[EffectivePlan, ...]
     """Those that compete; empty: there is no finals."""
     single_stage: EffectivePlan | None = None
-    """Our runtime without a pipeline, where it may not be best: it runs in every round and competes with nobody."""
+    """Our runtime without a pipeline, or another engine at its defaults, where it may not be best: it runs in every
+    round and competes with nobody."""
     baseline_batch_size: int | None
     """None where no baseline was measured."""
 
@@ -81,9 +82,9 @@ def choose(
 
     Plans that keep the constraints and the bounds of the search. Of three or more places the last goes to the best
     pipeline where all others went to replicas, or the other way round: which of the two ways is better is then told by
-    common rounds. Of several objectives' front those around its knee are taken. The single stage takes part beside
-    them, so that what pipelining gains is told by the same rounds; not where it has missed the first of them, as in
-    finals from before it did.
+    common rounds. Of several objectives' front those around its knee are taken. The single stage, or what another
+    engine does by itself, takes part beside them, so that what is gained is told by the same rounds; not where it has
+    missed the first of them, as in finals from before it did.
 
     Args:
         preferred: keys of plans, best first, that go before all others where there is one objective; before them go
@@ -92,7 +93,7 @@ def choose(
     first_round, own = last_finals(records)
     ran = [record.effective.key for record in own if record.effective is not None]
     ranking = rank(before_finals(records), objectives, constraints, space=space)
-    single = ranking.single_stage
+    single = ranking.engine_default.row if ranking.engine_default else ranking.single_stage
     rows = [row for row in ranking.rows if row.feasible and row is not single]
     if len(objectives) > 1:
         rows = _knee_first(rows, objectives)[:count]

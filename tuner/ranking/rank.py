@@ -94,7 +94,7 @@ def rank(
 
     rows = [complete(row, at) for at, row in enumerate(rows, start=1)]
     ranked = tuple(row for row in rows if not row.unranked_because)
-    other = _rival(ranked)
+    other, default = _rival(ranked), _engine_default(ranked)
     return Ranking(
         objectives=tuple(objectives),
         constraints=tuple(constraints),
@@ -104,6 +104,11 @@ def rank(
         baseline_sweep=sweep,
         single_stage=next((row for row in rows if single and row.key == single.key), None),
         rival=Rival(row=other, gain=gain(ranked[0].key, other.key, anyhow=True)) if other else None,
+        engine_default=Rival(
+            row=default, gain=gain(ranked[0].key, default.key, anyhow=True) if default is not ranked[0] else None
+        )
+        if default
+        else None,
         failures=tuple(
             FailureRow(
                 record=record.number,
@@ -127,6 +132,12 @@ def _rival(ranked: Sequence[Row]) -> Row | None:
     replicated = ranked[0].plan.replicas > 1
     others = (row for row in ranked if row.feasible and len(row.plan.devices) > 1)
     return next((row for row in others if (row.plan.replicas > 1) != replicated), None)
+
+
+def _engine_default(ranked: Sequence[Row]) -> Row | None:
+    """The most even of an engine's longest pipelines at its own limits."""
+    found = [row for row in ranked if row.plan.is_engine_default]
+    return max(found, key=lambda row: (len(row.plan.stages), -max(row.plan.layer_counts)), default=None)
 
 
 def _batch_size(record: Record) -> int | None:

@@ -178,6 +178,8 @@ class Ranking(Value):
     not."""
     rival: Rival | None = None
     """None where plans of one kind alone are ranked."""
+    engine_default: Rival | None = None
+    """What another engine does by itself, one pipeline at its own limits; without a gain where nothing is better."""
     failures: tuple[FailureRow, ...]
     separation: Separation
     recommended_because: str | None = None

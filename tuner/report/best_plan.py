@@ -184,7 +184,7 @@ def _gains(report: Report, row: Row) -> list[doc.Bar]:
     single, base = ranking.single_stage, ranking.baseline_beside(row.in_finals)
     steps: list[tuple[str, str, Spread | None, int]] = []
     if base:
-        steps.append((BASELINE_NAME, w.baseline_text(base, report.config.workload), base.spread, 4))
+        steps.append((BASELINE_NAME, w.baseline_text(base, report.config), base.spread, 4))
     if single and single.key != row.key and single.in_finals == row.in_finals:
         steps.append(("single stage", f"our runtime on one device, {single.plan.describe()}", single.spread, 2))
     steps.append(("best plan" if row.rank == 1 else "plan", w.row_text(row), row.spread, 1))

@@ -195,9 +195,9 @@ def facts_of(report: Report) -> tuple[tuple[str, str], ...]:
     if ranking.constraints:
         facts.append(("constraints", ", ".join(str(constraint) for constraint in ranking.constraints)))
     base, single = ranking.baseline, ranking.single_stage
-    text = w.baseline_text(base, report.config.workload) if base else "none was measured, so there is no ×"
+    text = w.baseline_text(base, report.config) if base else "none was measured, so there is no ×"
     facts.append(("baseline", text))
-    if single:
+    if single and report.config.engine is None:
         facts.append(("single stage", f"{single.plan.describe()}: our runtime without pipelining"))
     return tuple(facts)
 
@@ -240,7 +240,13 @@ def verdict_of(report: Report) -> list[doc.Text]:
     ties = f"; tied with {w.list_text(tied)}" if tied else ""
     because, rival, note = ranking.recommended_because, w.rival_text(ranking), w.export_note(best.plan, DEVICE_MAP_FILE)
     warnings = w.warnings_of(best)
-    told = (w.sentence(ranking.separation.text), w.sentence(because), rival, w.sentence(note))
+    told = (
+        w.engine_default_text(ranking),
+        w.sentence(ranking.separation.text),
+        w.sentence(because),
+        rival,
+        w.sentence(note),
+    )
     return [
         doc.Text(f"Best plan: {w.row_text(best)}: {value}{over}{ties}", "warning" if warnings else "good"),
         *(doc.Text(warning, "warning") for warning in warnings),
@@ -257,8 +263,15 @@ def next_steps(report: Report) -> dict[str, str]:
     model = shlex.quote(w.clean(report.config.model.name))
     dummy = " --load-format dummy" if report.config.model.load_format == "dummy" else ""
     names = ",".join(f"cuda:{index}" for index in range(len(best.plan.stages)))
+    plan = shlex.quote(f"{folder}/{PLAN_FILE}")
+    if report.config.engine is not None:
+        python = shlex.quote(report.config.engine.python)
+        return {
+            "Measure it again": f"pipetune bench --model {model}{dummy} --plan {plan} --engine-python {python}",
+            "Serve with it": f"pipetune export {shlex.quote(folder)} --format vllm",
+        }
     return {
-        "Measure it again": f"pipetune bench --model {model}{dummy} --plan {shlex.quote(f'{folder}/{PLAN_FILE}')}",
+        "Measure it again": f"pipetune bench --model {model}{dummy} --plan {plan}",
         "Export it for other devices": f"pipetune export {shlex.quote(folder)} --device-names {names}",
     }
 

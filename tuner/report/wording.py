@@ -8,6 +8,7 @@ import yaml
 from pipetune.bench.errors import harmless
 from pipetune.bench.record import Measurement, OutputCheck
 from pipetune.bench.spec import Arrivals, ModelSpec, Plan, Sampling, Workload
+from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Row, Spread
 from pipetune.tuner.stats.ratios import Ratio
 
@@ -203,9 +204,10 @@ def peer_name(workload: Workload) -> str:
     return "forward" if workload.kind == "score" else "generate"
 
 
-def baseline_text(row: BaselineRow, workload: Workload) -> str:
+def baseline_text(row: BaselineRow, config: TuneConfig) -> str:
     """`HF generate un-pipelined, batch 8`."""
-    return f"HF {peer_name(workload)} un-pipelined, batch {row.batch_size}"
+    who = f"HF {peer_name(config.workload)}" if config.engine is None else config.engine.name
+    return f"{who} un-pipelined, batch {row.batch_size}"
 
 
 def column_title(metric: str) -> str:
@@ -254,6 +256,17 @@ def rival_text(ranking: Ranking) -> str | None:
     most = max(best.plan.replicas, rival.row.plan.replicas)
     beat = "beat" if several else "beats"
     return sentence(f"{ours} {beat} {against}; {most} replicas hold the weights {most} times")
+
+
+def engine_default_text(ranking: Ranking) -> str | None:
+    """What is gained over another engine's own defaults; None where our own runtime ran the plans."""
+    default = ranking.engine_default
+    if default is None or default.row.plan.engine is None:
+        return None
+    name, what = default.row.plan.engine.name, default.row.plan.describe()
+    if default.gain is None:
+        return f"Nothing is better than what {name} does by itself ({what})."
+    return f"Over what {name} does by itself ({what}): {ratio_text(default.gain)}, {ratio_evidence(default.gain)}."
 
 
 def compared_text(check: OutputCheck, *, scored: bool) -> str:

@@ -24,9 +24,10 @@ from pipetune.tuner.search.policy.history import is_due
 from pipetune.tuner.search.policy.warm_start import warm_start
 from pipetune.tuner.search.runs import Interrupted, Runs
 from pipetune.tuner.search.shared.participant import Participant, participate
+from pipetune.tuner.search.space.engine import default_point
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
-from pipetune.tuner.search.study_costs import space_of, study_costs
+from pipetune.tuner.search.study_costs import resolver_of, space_of, study_costs
 from pipetune.tuner.search.trials import Search
 from pipetune.tuner.study.files import RECORDS_FOLDER, StudyFile, fitting
 from pipetune.tuner.study.store import StudyStore
@@ -137,7 +138,7 @@ def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
         participant.check(fleet.machine)
         with runs.stop.interruptible():
             lens = fleet.prompt_lens(store.workload)
-    resolve = Resolver.of_workload(fleet.shape, store.workload, lens, fleet.device_bytes)
+    resolve = resolver_of(fleet, store.config, lens)
     with log.spend("profile"):
         cost = study_costs(runs, lens, resolve)
     with log.spend("search"):
@@ -145,6 +146,9 @@ def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
         warm = warm_start(store.path(StudyFile.WARM_START), store.config, fleet.model, fleet.machine, space, resolve)
         for line in warm.said:
             runs.reporter.say(f"warm start: {line}")
+        if space.engine is not None:
+            # What the engine does by itself is what others are compared with.
+            warm = warm.model_copy(update={"first": (default_point(space), *warm.first)})
     if not store.current:
         # A model that comes out wrong when it is cut is found out before anything else is measured.
         runs.ensure_reference()
@@ -214,7 +218,7 @@ def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> 
 
     Where it does not fit below `max_memory_per_device`, it is measured without that cap, to compare with.
     """
-    if not is_due([record for record in runs.store.current if record.role == "single_stage"]):
+    if space.engine is not None or not is_due([one for one in runs.store.current if one.role == "single_stage"]):
         return
     baseline, workload = rank_study(runs.store).baseline, runs.store.config.workload
     most = workload.num_prompts if workload.arrivals is None else max(space.micro_batch_sizes)
@@ -247,6 +251,9 @@ def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) 
     if not finalists.plans:
         return
     protocol = finals.side_by_side(config.protocol)
+    if config.engine is not None:
+        # Without the check an engine is started anew for every split.
+        protocol = protocol.model_copy(update={"check_outputs": config.protocol.check_outputs})
     most = max(config.finalist_rounds, config.max_finalist_rounds)
     ran = False
     while True:

@@ -4,14 +4,17 @@ import contextlib
 import functools
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, Unpack
 
+from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.fleet.experiment import Attempt, Experiment, Labels
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record
-from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, devices_here
+from pipetune.bench.spec import EffectivePlan, EngineSettings, Plan, Protocol, RunSpec, devices_here
+from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.progress import Reporter, describe
 from pipetune.tuner.search.policy.history import is_lost
 from pipetune.tuner.study.files import LOGS_FOLDER, StudyFile
@@ -20,6 +23,14 @@ from pipetune.tuner.study.store import StudyStore
 
 _HOPELESS = 5
 """So many runs in a row that lost their workers: the machine is at fault, not the plans."""
+
+
+def starter_of(config: TuneConfig) -> Callable[..., Any] | None:
+    """What starts the engine of a study; None for our own runtime."""
+    if config.engine is None:
+        return None
+    settings = EngineSettings(name=config.engine.name, enforce_eager=config.engine.enforce_eager)
+    return functools.partial(VllmEngine, python=Path(config.engine.python), baseline=settings)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,7 +81,7 @@ class Runs:
         self.store, self.reporter = store, reporter
         self.stop, self.log = StopSignal(), SearchLogWriter(store.folder / StudyFile.SEARCH)
         self.experiment: Experiment
-        self._start_fleet = start_fleet
+        self._start_fleet = start_fleet or starter_of(store.config)
         self._done = self._left = 0
         self._lost: list[str | None] = []
         """Devices that were lost in a row, where they are known."""

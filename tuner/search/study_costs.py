@@ -8,15 +8,25 @@ from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.profile import Profile, ProfileGrid
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.calibration.engine_model import EngineModel
 from pipetune.tuner.planning.costs.nominal import NominalCosts
 from pipetune.tuner.planning.costs.profile_cache import grid_for, profile_for, profile_key, read_kept
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.runs import Runs
 from pipetune.tuner.search.space.build import build_space
+from pipetune.tuner.search.space.engine import EngineResolver, build_engine_space
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.study.files import StudyFile, fitting, read
+
+
+def resolver_of(fleet: Fleet, config: TuneConfig, lens: Sequence[int]) -> Resolver:
+    """What tells what plans of a study come to, by its fleet or its engine."""
+    of = (fleet.shape, config.workload, lens, fleet.device_bytes)
+    if config.engine is None:
+        return Resolver.of_workload(*of)
+    return EngineResolver.of_engine(*of, engine=fleet)
 
 
 def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel:
@@ -28,6 +38,8 @@ def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel
         Interrupted: somebody asked to stop.
     """
     store, fleet = runs.store, runs.fleet
+    if store.config.engine is not None:
+        return EngineModel.of_workload(fleet.shape, store.workload, lens)
     path = store.path(StudyFile.PROFILE)
     profile = read(path, Profile) if path.exists() else None
     if profile is not None and profile.disturbances:
@@ -43,6 +55,8 @@ def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel
 def kept_costs(fleet: Fleet, config: TuneConfig, lens: Sequence[int], resolve: Resolver) -> tuple[CostModel, bool]:
     """The cost model that a study would begin with if nothing is measured, and whether it is over a kept profile."""
     profile = None
+    if config.engine is not None:
+        return EngineModel.of_workload(fleet.shape, config.workload, lens), False
     if config.profile:
         space = build_space(config.space, fleet.devices, fleet.shape, _model(fleet, config.workload, lens), resolve)
         profile = read_kept(
@@ -61,7 +75,14 @@ def space_of(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
     path = runs.store.path(StudyFile.SPACE)
     if path.exists():
         return read(path, SearchSpace)
-    return build_space(runs.store.config.space, runs.fleet.devices, runs.fleet.shape, cost, resolve)
+    return new_space(runs.store.config, runs.fleet, cost, resolve)
+
+
+def new_space(config: TuneConfig, fleet: Fleet, cost: CostModel, resolve: Resolver) -> SearchSpace:
+    """A space to search; raises as `build_space`."""
+    if isinstance(cost, EngineModel) and isinstance(resolve, EngineResolver):
+        return build_engine_space(config, fleet.devices, cost, resolve)
+    return build_space(config.space, fleet.devices, fleet.shape, cost, resolve)
 
 
 def _model(fleet: Fleet, workload: Workload, lens: Sequence[int], profile: Profile | None = None) -> CostModel:

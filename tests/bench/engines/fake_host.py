@@ -65,11 +65,12 @@ class FakeHost:
         self, prompts: list[list[int]], output_lens: list[int], sampling: dict[str, Any], start_at: float
     ) -> dict[str, Any]:
         off = OPTIONS.get("wrong_tokens", 0)
+        step_s = STEP_S * (2 if self.layers[0] > OPTIONS.get("fast_layers", self.layers[0]) else 1)
         requests = [
             {
                 "scheduled_s": 0.001,
                 "token_ids": [right(prompt, place) + off for place in range(length)],
-                "token_times_s": [STEP_S * (place + 1) for place in range(length)],
+                "token_times_s": [step_s * (place + 1) for place in range(length)],
             }
             for prompt, length in zip(prompts, output_lens, strict=True)
         ]
@@ -78,14 +79,14 @@ class FakeHost:
         for stage in range(len(self.layers)):
             spans: list[list[Any]] = []
             for step in range(steps):
-                begin = start_at + STEP_S * step + 0.001 * stage
+                begin = start_at + step_s * step + 0.001 * stage
                 if stage:
                     spans.append(["receive", begin - 0.001, begin, 0, 0])
                 spans.append(["compute", begin, begin + 0.01, len(prompts), min(self.budget, 64)])
                 spans.append(["sample", begin + 0.01, begin + 0.012, 0, 0])
             peak = OPTIONS.get("peak_bytes", BASELINE_BYTES + 2**29)
             workers += [{"spans": spans, "peak_bytes": peak + shard} for shard in range(self.width)]
-        return {"duration_s": STEP_S * steps, "requests": requests, "workers": workers, "peak_was_reset": True}
+        return {"duration_s": step_s * steps, "requests": requests, "workers": workers, "peak_was_reset": True}
 
     def logprobs(self, prompts: list[list[int]], continuations: list[list[int]]) -> dict[str, Any]:
         off = OPTIONS.get("wrong_logprobs", 0.0)

@@ -115,6 +115,8 @@ def is_undisturbed(record: Record) -> bool:
 class LandscapeFolder:
     """A landscape's files."""
 
+    document: type[Landscape] = Landscape
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lines = folder / "runs.jsonl"
@@ -155,7 +157,7 @@ class LandscapeFolder:
         """
         path = self.folder / "landscape.json"
         try:
-            return Landscape.model_validate_json(path.read_bytes())
+            return self.document.model_validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise StudyError(f"{path}: holds no landscape: {error}") from error
 

@@ -146,7 +146,9 @@ def apart(cuts: list[int], num_layers: int) -> tuple[int, ...]:
 
 
 OURS = "pipetune"
-METHODS: dict[str, Callable[[World, int, int], Method]] = {
+Make = Callable[..., Method]
+"""A search of a world, by a seed, with a number of trials."""
+METHODS: dict[str, Make] = {
     OURS: Ours,
     "TPE, default": lambda world, seed, budget: Tpe(world, seed, multivariate=False),
     "TPE, multivariate": lambda world, seed, budget: Tpe(world, seed, multivariate=True),

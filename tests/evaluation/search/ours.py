@@ -14,7 +14,7 @@ from pipetune.tuner.search.policy.strategy import Strategy
 from pipetune.tuner.search.policy.tpe import TpePolicy
 from pipetune.tuner.search.space.build import build_space
 from pipetune.tuner.search.space.resolver import Resolver
-from pipetune.tuner.search.space.space import Point
+from pipetune.tuner.search.space.space import Point, SearchSpace
 from pipetune.tuner.study.search_log import Stop
 from tests.evaluation.search.world import METRIC, World, bounds_of
 
@@ -33,9 +33,7 @@ class Ours:
         Args:
             budget: runs in all; the longest finals are within it.
         """
-        model = CostModel.of_workload(world.shape, world.workload, world.prompt_lens, world.costs)
-        resolve = Resolver.of_workload(world.shape, world.workload, world.prompt_lens, world.device_bytes)
-        self._space = build_space(bounds_of(world), world.devices, world.shape, model, resolve)
+        model, resolve, self._space = self.known(world)
         self._study = OptunaStudy.open("sqlite://", self._space, objectives=(METRIC,), constraints=())
         tpe = TpePolicy(self._space, objectives=(METRIC,), seed=seed, trials=self._study.trials)
         self._strategy = Strategy(
@@ -47,6 +45,7 @@ class Ours:
             n_trials=max(1, budget - FINALISTS * MAX_ROUNDS),
             seed=seed,
             stop_early=True,
+            first=self.first(self._space),
             suggest=tpe.suggest,
         )
         self._seed = seed
@@ -57,6 +56,18 @@ class Ours:
         self._best: Plan | None = None
         self.trials: int | None = None
         self.stopped: str | None = None
+
+    @staticmethod
+    def known(world: World) -> tuple[CostModel, Resolver, SearchSpace]:
+        """What is known before any plan has run."""
+        model = CostModel.of_workload(world.shape, world.workload, world.prompt_lens, world.costs)
+        resolve = Resolver.of_workload(world.shape, world.workload, world.prompt_lens, world.device_bytes)
+        return model, resolve, build_space(bounds_of(world), world.devices, world.shape, model, resolve)
+
+    @staticmethod
+    def first(space: SearchSpace) -> tuple[Point, ...]:
+        """Points that are run before the model is asked."""
+        return ()
 
     def next(self) -> Plan | None:
         """The plan that the strategy proposes, or whose turn it is in the finals; None when these have ended."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 
 from pipetune.bench.spec import Plan, Value
-from tests.evaluation.search.methods import METHODS, OURS
+from tests.evaluation.search.methods import METHODS, OURS, Make
 from tests.evaluation.search.world import World, throughput
 
 
@@ -38,7 +39,7 @@ class Curve(Value):
         return None if count is None else self.device_seconds[count - 1]
 
 
-def search(world: World, method: str, seed: int, budget: int) -> Curve:
+def search(world: World, method: str, seed: int, budget: int, methods: Mapping[str, Make] = METHODS) -> Curve:
     """Lets a method search a world for so many runs, or until it ends by itself."""
     visits: Counter[str] = Counter()
     seen: dict[str, list[float]] = defaultdict(list)
@@ -46,7 +47,7 @@ def search(world: World, method: str, seed: int, budget: int) -> Curve:
     scores: list[float] = []
     spent: list[float] = []
     keys: list[str] = []
-    searcher = METHODS[method](world, seed, budget)
+    searcher = methods[method](world, seed, budget)
     cost = world.profile_s * len(world.devices) if method == OURS else 0.0
     while len(scores) < budget:
         plan = searcher.next()

@@ -100,7 +100,18 @@ def test_a_setting_has_the_type_of_its_field() -> None:
 
 def test_what_a_flag_also_sets_are_fields() -> None:
     config = TuneConfig.model_validate(
-        {"model": {"name": "m"}, "workload": {"sampling": {}, "arrivals": {"request_rate": 1}}}
+        {
+            "model": {"name": "m"},
+            "workload": {"sampling": {}, "arrivals": {"request_rate": 1}},
+            "engine": {"python": "python"},
+        }
     )
     fields = leaves_of(config.model_dump(mode="json"))
     assert {path for setting in settings_of(TuneConfig).values() for path in setting.paths} <= fields.keys()
+
+
+@pytest.mark.parametrize("option", ["--max-memory-per-device", "--kv-cache-memory-bytes"])
+def test_an_amount_of_memory_has_a_unit(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--model", "m", "--devices", "cpu:0-1", "--engine-python", "python", option, "600MiB")
+    lines = shown(capsys, *given)
+    assert f"{600 * 2**20}   # {option}" in lines[settings_of(TuneConfig)[option[2:].replace("-", "_")].path[-1]]

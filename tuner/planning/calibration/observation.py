@@ -7,6 +7,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -87,7 +88,11 @@ def observe(record: Record) -> Observation | None:
         device.
     """
     measurement = record.result
-    if not isinstance(measurement, Measurement) or measurement.method != "pipeline" or record.effective is None:
+    if not isinstance(measurement, Measurement) or record.effective is None:
+        return None
+    if measurement.method == "engine":
+        return _observe_engine(record.effective, measurement)
+    if measurement.method != "pipeline":
         return None
     if any(note.startswith(SHARED_DEVICE_NOTE) for note in measurement.notes):
         return None
@@ -102,19 +107,75 @@ def observe(record: Record) -> Observation | None:
         _StageSpans(measurement, kinds, others, slice(*tasks), range(replica * num_stages, (replica + 1) * num_stages))
         for replica, tasks in enumerate(itertools.pairwise(itertools.accumulate(counts, initial=0)))
     ]
-    durations = [run.duration_s for run in measurement.iterations]
-    is_repeated = len(durations) > 1
     return Observation(
         effective=record.effective,
         tasks=tuple(task for each in spans for task in each.tasks()),
         gap_s=tuple(gap for each in spans for gap in each.gaps_s()),
         stall_s=tuple(stall for each in spans for stall in each.stalls_s()),
         hand_overs=tuple(hand_over for each in spans for hand_over in each.hand_overs()),
-        metrics=derive(measurement),
-        spread=round(statistics.stdev(map(math.log, durations)), 6) if is_repeated else None,
-        iterations=len(durations),
-        disturbed=bool(measurement.telemetry.disturbances) or (is_repeated and not measurement.steady),
+        **_of_whole(measurement),
     )
+
+
+def _of_whole(measurement: Measurement) -> dict[str, Any]:
+    """What an observation says of a whole run."""
+    durations = [run.duration_s for run in measurement.iterations]
+    is_repeated = len(durations) > 1
+    return {
+        "metrics": derive(measurement),
+        "spread": round(statistics.stdev(map(math.log, durations)), 6) if is_repeated else None,
+        "iterations": len(durations),
+        "disturbed": bool(measurement.telemetry.disturbances) or (is_repeated and not measurement.steady),
+    }
+
+
+def _observe_engine(effective: EffectivePlan, measurement: Measurement) -> Observation | None:
+    """Steps of an engine, those of similar batches taken together: `new_tokens` are of all rows, and a step of the last
+    stage ends with its sampling."""
+    depth, count = len(effective.plan.stages), len(measurement.iterations[0].stages)
+    groups: dict[tuple[int, int, int], list[tuple[int, int, float]]] = {}
+    gaps: list[list[float]] = [[] for _ in range(count)]
+    for run in measurement.iterations:
+        steps = [_steps_of(trace) for trace in run.stages]
+        for stage, (starts, ends, rows, tokens) in enumerate(steps):
+            first = stage - stage % depth
+            if len(starts) != len(steps[first][0]) or not len(starts):
+                return None
+            for row, new, took in zip(rows.tolist(), tokens.tolist(), (ends - starts).tolist(), strict=True):
+                groups.setdefault((stage, _bucket(row), _bucket(new)), []).append((row, new, took))
+            before = ends[:-1]
+            ready = steps[stage - 1][1][1:] if stage > first else np.full(len(before), -np.inf)
+            if stage == first:
+                known = steps[first + depth - 1][1][: max(0, len(starts) - depth)]
+                ready[depth - 1 :] = known
+            gaps[stage] += (starts[1:] - np.maximum(before, ready)).tolist()
+    tasks = []
+    for (stage, _, _), seen in groups.items():
+        rows_, tokens_, took_ = (statistics.fmean(column) for column in zip(*seen, strict=True))
+        tasks.append(
+            TaskSpan(
+                stage=stage,
+                rows=round(rows_),
+                new_tokens=round(tokens_),
+                past_tokens=0,
+                seconds=round(took_, 7),
+                count=len(seen),
+            )
+        )
+    return Observation(
+        effective=effective,
+        tasks=tuple(tasks),
+        gap_s=tuple(round(max(0.0, statistics.median(each)), 7) if each else None for each in gaps),
+        **_of_whole(measurement),
+    )
+
+
+def _steps_of(trace: StageTrace) -> tuple[Floats, Floats, Floats, Floats]:
+    """Begins, ends, requests and tokens of a stage's steps; what has no tokens is the sampling of the step before."""
+    rows, tokens = np.array(trace.step_requests), np.array(trace.step_tokens)
+    steps = np.flatnonzero(tokens)
+    ends = np.array(trace.compute_end_s)[np.append(steps[1:], len(tokens)) - 1] if len(steps) else np.array([])
+    return np.array(trace.compute_start_s)[steps], ends, rows[steps], tokens[steps]
 
 
 def _task_kinds(measurement: Measurement) -> tuple[TaskKind, ...]:

@@ -16,6 +16,7 @@ from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.calibration.corrected_costs import RefittedCosts, between_hosts
+from pipetune.tuner.planning.calibration.engine_model import EngineModel
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.regression import Rows
 from pipetune.tuner.planning.calibration.residual_gp import PRIOR_SD, Features, Process
@@ -74,7 +75,7 @@ class Predictor:
             model: over uncorrected costs.
             metrics: names of some that it predicts.
         """
-        self.model = refit(model, observations)
+        self.model = model.refit(observations) if isinstance(model, EngineModel) else refit(model, observations)
         self.noise = noise_of(observations)
         """Relative standard deviation of a repeated run."""
         self.metrics = tuple(metrics)

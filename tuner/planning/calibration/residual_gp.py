@@ -26,6 +26,8 @@ CUT_LENGTH = 0.25
 """Length scale of cuts, in times of a mean stage."""
 LENGTHS = {"micro_batch": 1.5, "prefill": 1.5, "chunk": 2.0, "in_flight": 3.0}
 """Length scales of the other features, in doublings."""
+_OPEN = 1 << 14
+"""Stands for a limit that is left to an engine."""
 COMMON_SD, LAYOUT_SD, SWITCHES_SD = 0.01, 0.01, 0.3
 LOCAL_SDS = (0.005, 0.01, 0.02, 0.04, 0.08)
 _LOCAL_MEDIAN, _LOCAL_LOG_SD = 0.015, 0.7
@@ -68,11 +70,17 @@ class Features:
             places[row, : count - 1] = done[:-1] / done[-1] * count / CUT_LENGTH
             chunk = min(plan.prefill_chunk_size or longest, longest)
             sizes = (plan.micro_batch_size, plan.prefill_size, chunk, in_flight)
+            if plan.engine is not None:
+                # What is left to the engine stands far above.
+                most = plan.engine.max_num_seqs or _OPEN, plan.engine.max_num_batched_tokens or _OPEN
+                sizes = (most[0], 1, most[1], in_flight)
             places[row, widest - 1 :] = [
                 math.log2(size) / length for size, length in zip(sizes, LENGTHS.values(), strict=True)
             ]
         return cls(
-            layouts=np.array([4096 * plan.replicas + len(plan.stages) for plan, _ in plans], dtype=np.intp),
+            layouts=np.array(
+                [4096 * (plan.replicas + 4096 * plan.width) + len(plan.stages) for plan, _ in plans], dtype=np.intp
+            ),
             orders=np.array([_number(plan.devices) for plan, _ in plans], dtype=np.intp),
             switches=np.array([_number(plan.switches) if plan.switches else 0 for plan, _ in plans], dtype=np.intp),
             places=places,

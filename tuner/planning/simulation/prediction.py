@@ -9,13 +9,15 @@ takes less than the busiest of them, `bound_s`; the rest is time in which that s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Generic, Literal
 
 import numpy as np
+from typing_extensions import TypeVar
 
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, samples_needed
 from pipetune.bench.spec import Goodput
 from pipetune.tuner.planning.arrays import Floats
+from pipetune.tuner.planning.simulation.engine_steps import EngineSteps
 from pipetune.tuner.planning.simulation.schedule import TaskSequence, Timeline
 
 Limit = Literal["compute", "imbalance", "fill and drain", "waits"]
@@ -43,18 +45,21 @@ class Prediction:
     """All work spread evenly over the plan's devices."""
 
 
+Sequenced = TypeVar("Sequenced", bound=TaskSequence | EngineSteps, default=TaskSequence)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
-class SimulatedRun:
+class SimulatedRun(Generic[Sequenced]):
     """One replica of many plans."""
 
-    sequence: TaskSequence
+    sequence: Sequenced
     timeline: Timeline
     busy_s: Floats
     """`[stage, plan]`, over the run."""
 
 
 def predictions_of(
-    runs: Sequence[SimulatedRun],
+    runs: Sequence[SimulatedRun[Any]],
     *,
     prompt_lens: Sequence[int],
     output_lens: Sequence[int],
@@ -113,7 +118,7 @@ def _of_stages(parts: Sequence[Floats], num_stages: int) -> Floats:
 
 
 def _latencies(
-    runs: Sequence[SimulatedRun], num_prompts: int, goodput: Goodput | None, duration_s: Floats
+    runs: Sequence[SimulatedRun[Any]], num_prompts: int, goodput: Goodput | None, duration_s: Floats
 ) -> dict[str, Floats]:
     """`[plan]` by metric."""
 

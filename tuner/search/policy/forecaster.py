@@ -176,7 +176,7 @@ class Forecaster:
             self._orders[doubled] = self._best_first(self._predict(then, [one.effective for one in self._candidates]))
         chosen = [self._candidates[index] for index in self._shortlist(self._orders[doubled], history)]
         metrics = self._predict(predictor, [one.effective for one in chosen])
-        if count:
+        if count and self._space.engine is None:
             further = self._refine(predictor.model, chosen, metrics, history)
             metrics = metrics.joined(self._predict(predictor, [one.effective for one in further]))
             chosen += further

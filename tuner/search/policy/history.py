@@ -201,6 +201,10 @@ class History:
 
 def kinds_of(plan: Plan, num_devices: int) -> tuple[tuple[str, int], ...]:
     """What the cost model knows least of: replicas, prompts in chunks, compiled layers; or a single device of many."""
+    if plan.engine is not None:
+        budget = plan.engine.max_num_batched_tokens is not None
+        layout = ("replicas", plan.replicas), ("stages", len(plan.stages)), ("shards", plan.width)
+        return (*layout, ("budget", int(budget)))
     if len(plan.devices) == 1 < num_devices:
         return (("devices", 1),)
     return (
@@ -219,6 +223,8 @@ def traits(plan: Plan) -> tuple[tuple[str, object], ...]:
         ("prefill", plan.prefill_size),
         ("chunk", plan.prefill_chunk_size),
         ("compile", plan.compile),
+        ("shards", plan.width),
+        ("budget", plan.engine and plan.engine.max_num_batched_tokens),
     )
 
 

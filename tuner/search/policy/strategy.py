@@ -272,6 +272,9 @@ def _is_likely(now: Situation, point: Point) -> bool:
 
 
 _KIND_WORDS: dict[str, Callable[[int], str]] = {
+    "stages": lambda count: "one stage" if count == 1 else f"{count} stages",
+    "budget": lambda given: "a token budget" if given else "the engine's own token budget",
+    "shards": lambda count: "one worker a stage" if count == 1 else f"{count} workers a stage",
     "replicas": lambda count: "one pipeline" if count == 1 else f"{count} replicas",
     "chunks": lambda cut: "prompts in chunks" if cut else "whole prompts",
     "compile": lambda on: "compiled layers" if on else "eager layers",

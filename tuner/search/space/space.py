@@ -5,7 +5,8 @@ cost, on a log scale: TPE then learns how far down the list it pays to look, whi
 many replicas a partition has, and on which devices it lies where these are unlike, is part of its entry, since stages
 and replicas share the devices: every point can run.
 `micro_batch_index`, `prefill_index` and `chunk_index` count through ascending sizes, `memory_index` through memory
-fractions, `compile_index` from off to on; the last three are there only when they make a difference.
+fractions, `compile_index` from off to on; the last three are there only when they make a difference. Where another
+engine runs the plans, `budget_index` and `seqs_index` stand in place of all these.
 
 A point may also carry cuts (`cut_1`, `cut_2` …), the first layers of its stages, where no partition listed is the one
 meant; its rank is then that of a neighbour.
@@ -22,7 +23,7 @@ from typing import TypeVar
 
 from pydantic import Field
 
-from pipetune.bench.spec import EffectivePlan, Plan, Value
+from pipetune.bench.spec import EffectivePlan, EngineSettings, Plan, Value
 from pipetune.tuner.planning.partition.splits import Partition
 from pipetune.tuner.search.space.resolver import Resolver
 
@@ -61,10 +62,21 @@ class SearchSpace(Value):
     packed_weights: bool = True
     num_prompts: int | None = None
     """A micro-batch is no larger than a replica's share of them; None leaves sizes as they are."""
+    engine: EngineSettings | None = None
+    """Another engine that runs the plans, with the settings that are the same for all."""
+    shards: tuple[int, ...] = ()
+    """Workers that share each stage of each partition, on as many devices; empty for one."""
+    token_budgets: tuple[int | None, ...] = (None,)
+    max_num_seqs: tuple[int | None, ...] = (None,)
+    """Ascending; None, which is last, for the engine's own default."""
 
     def replicas_of(self, point: Mapping[str, int]) -> int:
         """How many pipelines side by side the point stands for."""
         return self.replicas[point["partition_rank"] - 1] if self.replicas else 1
+
+    def shards_of(self, point: Mapping[str, int]) -> int:
+        """How many workers share each stage."""
+        return self.shards[point["partition_rank"] - 1] if self.shards else 1
 
     def plan(self, point: Mapping[str, int]) -> Plan:
         """The plan that a point stands for."""
@@ -74,6 +86,8 @@ class SearchSpace(Value):
             cuts = (point[cut_name(stage)] for stage in range(1, len(partition)))
             partition = tuple(end - first for first, end in itertools.pairwise((0, *cuts, sum(partition))))
         order = self.orders[index] if self.orders else ()
+        if self.engine is not None:
+            return self._engine_plan(point, partition, tuple(self.devices[place] for place in order) or self.devices)
         micro_batch_size = self.micro_batch_sizes[point["micro_batch_index"]]
         if replicas > 1 and self.num_prompts is not None:
             micro_batch_size = min(micro_batch_size, math.ceil(self.num_prompts / replicas))
@@ -92,18 +106,40 @@ class SearchSpace(Value):
             )
         )
 
+    def _engine_plan(self, point: Mapping[str, int], partition: Partition, devices: tuple[str, ...]) -> Plan:
+        assert self.engine is not None
+        budget = _pick(self.token_budgets, point, "budget_index")
+        seqs = _pick(self.max_num_seqs, point, "seqs_index")
+        settings = {
+            "max_num_batched_tokens": budget,
+            "max_num_seqs": min(seqs, budget) if seqs and budget else seqs,
+            "tensor_parallel_size": self.shards_of(point),
+        }
+        plan = Plan.from_layer_counts(
+            partition,
+            devices,
+            1,
+            replicas=self.replicas_of(point),
+            memory_fraction=self.memory_fractions[-1],
+            max_memory_bytes=self.max_memory_bytes,
+        )
+        return plan.model_copy(update={"engine": self.engine.model_copy(update=settings)})
+
     def switch(self, plan: Plan) -> Plan:
         """The plan with the switches that are set for the whole study."""
         return plan.model_copy(update={"cuda_graphs": self.cuda_graphs, "packed_weights": self.packed_weights})
 
     def dimensions(self) -> dict[str, tuple[int, int, bool]]:
         """Name → (low, high, whether on a log scale), both ends included."""
-        dimensions = {
-            "partition_rank": (1, len(self.partitions), True),
-            "micro_batch_index": (0, len(self.micro_batch_sizes) - 1, False),
-            "prefill_index": (0, len(self.prefill_sizes) - 1, False),
-        }
+        dimensions = {"partition_rank": (1, len(self.partitions), True)}
+        if self.engine is None:
+            dimensions |= {
+                "micro_batch_index": (0, len(self.micro_batch_sizes) - 1, False),
+                "prefill_index": (0, len(self.prefill_sizes) - 1, False),
+            }
         optional = {
+            "budget_index": self.token_budgets,
+            "seqs_index": self.max_num_seqs,
             "chunk_index": self.chunk_sizes,
             "memory_index": self.memory_fractions,
             "compile_index": self.compile,
@@ -153,9 +189,10 @@ def candidates(space: SearchSpace, resolve: Resolver, *, limit: int = MAX_CANDID
 
 def best_ranks(space: SearchSpace, count: int) -> tuple[int, ...]:
     """Ranks of the best partitions, and of the best one of each number of replicas and of stages: these at least."""
-    firsts: dict[tuple[int, int], int] = {}
+    firsts: dict[tuple[int, int, int], int] = {}
     for rank, partition in enumerate(space.partitions, start=1):
-        firsts.setdefault((space.replicas_of({"partition_rank": rank}), len(partition)), rank)
+        point = {"partition_rank": rank}
+        firsts.setdefault((space.replicas_of(point), space.shards_of(point), len(partition)), rank)
     others = [rank for rank in range(1, len(space.partitions) + 1) if rank not in firsts.values()]
     return tuple(sorted([*firsts.values(), *others[: max(0, count - len(firsts))]]))
 
@@ -164,7 +201,10 @@ def _points(space: SearchSpace, limit: int) -> Iterator[Point]:
     """Points of the best partitions, cap by cap from the largest on."""
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
     sizes = {(rows, min(prefill, rows)) for rows in space.micro_batch_sizes for prefill in space.prefill_sizes}
-    ranks = best_ranks(space, limit // (len(sizes) * len(space.chunk_sizes) * len(space.compile)))
+    others = math.prod(
+        len(choices) for choices in (space.chunk_sizes, space.compile, space.token_budgets, space.max_num_seqs)
+    )
+    ranks = best_ranks(space, limit // (len(sizes) * others))
     many_caps = len(space.memory_fractions) > 1
     for cap in reversed(range(len(space.memory_fractions))):
         for rank in ranks:

@@ -1,0 +1,30 @@
+"""vLLM's host, but for passes that its probe does not record when it is told so."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench" / "engines" / "vllm_host"))
+
+import pipetune_vllm_host as host
+
+
+class SilentHost(host.Host):  # type: ignore[misc]
+    """Runs with or without a record."""
+
+    def do_run(self, record: bool = True, **given: Any) -> Any:
+        """As the host's, and without spans where they are not wanted."""
+        if record:
+            return super().do_run(**given)
+        rpc = self._llm.collective_rpc
+        try:
+            self._llm.collective_rpc = lambda name, *args, **kwargs: []
+            return super().do_run(**given)
+        finally:
+            self._llm.collective_rpc = rpc
+
+
+host.Host = SilentHost
+host.main()

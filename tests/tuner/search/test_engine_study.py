@@ -1,0 +1,89 @@
+"""A whole study of another engine's plans, run by hosts that speak its protocol."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipetune.bench.engines.vllm import VllmEngine
+from pipetune.bench.record import Measurement, Record
+from pipetune.tuner.commands.conclude import document
+from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.progress import Reporter
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.search.driver import rank_study, run_study
+from pipetune.tuner.study.files import load_study
+from pipetune.tuner.study.store import StudyStore
+from tests.bench.engines import fake_host
+from tests.bench.engines.conftest import describe
+
+CONFIG = {
+    "model": {"name": "m"},
+    "devices": "cpu:0-1",
+    "workload": {"num_prompts": 8, "input_len": 16, "output_len": 4},
+    "protocol": {"num_iters": 1, "num_iters_warmup": 0, "max_warmup": 0, "hang_timeout_s": 2.0},
+    "engine": {"python": sys.executable},
+    "space": {"min_stages": 2},
+    "baseline_batch_sizes": "8",
+    "n_trials": 4,
+    "stop_early": False,
+    "finalists": 1,
+    "finalist_rounds": 2,
+    "max_finalist_rounds": 2,
+}
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    told = {"told": str(tmp_path / "told"), "fast_layers": 14}
+    monkeypatch.setenv("FAKE_HOST", json.dumps(told))
+    return partial(VllmEngine, python=Path(sys.executable), script=Path(fake_host.__file__), start_fleet=describe)
+
+
+def run(folder: Path, start: Any, config: TuneConfig, *, resume: bool = False) -> tuple[Record, ...]:
+    with StudyStore.resume(folder, config) if resume else StudyStore.create(folder, config) as store:
+        assert run_study(store, Reporter(), start_fleet=start)
+        return store.records
+
+
+def budgets(records: Sequence[Record]) -> list[int | None]:
+    plans = [one.spec.plan for one in records if one.role == "trial" and one.spec]
+    return [plan.engine.max_num_batched_tokens for plan in plans if plan.engine]
+
+
+def test_a_study_begins_with_the_engine_as_it_is_and_says_what_is_gained(tmp_path: Path, start: Any) -> None:
+    config = TuneConfig.model_validate(CONFIG)
+    records = run(tmp_path / "s", start, config)
+    assert all(isinstance(one.result, Measurement) for one in records)
+    assert [one.role for one in records[:2]] == ["baseline", "trial"]
+    assert budgets(records)[0] is None
+    report = Report.of(load_study(tmp_path / "s"))
+    best, default = report.ranking.best, report.ranking.engine_default
+    assert best is not None
+    assert best.plan.layer_counts[0] <= 14
+    assert default is not None
+    assert default.row.plan.is_engine_default
+    assert default.gain is not None
+    assert default.gain.paired
+    assert default.gain.value > 1.5
+    told = document(report)["engine_default"]
+    assert told["gain_over_it"]["value"] == pytest.approx(default.gain.value)
+
+
+def test_a_stopped_study_goes_on_with_its_space(tmp_path: Path, start: Any) -> None:
+    whole = run(tmp_path / "whole", start, TuneConfig.model_validate(CONFIG))
+    short = TuneConfig.model_validate({**CONFIG, "n_trials": 2, "finalists": 0})
+    run(tmp_path / "s", start, short)
+    resumed = run(tmp_path / "s", start, TuneConfig.model_validate(CONFIG), resume=True)
+    with StudyStore.resume(tmp_path / "s", TuneConfig.model_validate(CONFIG)) as store:
+        assert rank_study(store).best is not None
+    trials = [one.effective.key for one in resumed if one.role == "trial" and one.effective]
+    assert trials[:2] == [one.effective.key for one in whole if one.role == "trial" and one.effective][:2]
+    assert len(trials) == 4
+    assert len(set(trials)) == 4

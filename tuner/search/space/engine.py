@@ -1,0 +1,164 @@
+"""The search space of another engine: its replicas, stages and shards, splits near the even one, and its limits."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Self
+
+import numpy as np
+
+from pipetune.bench import memory
+from pipetune.bench.errors import ConfigError, NothingFeasibleError
+from pipetune.bench.fleet.engine import Engine
+from pipetune.bench.memory import ModelShape
+from pipetune.bench.record import Failure
+from pipetune.bench.spec import EffectivePlan, EngineSettings, Plan, Workload
+from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.calibration.engine_model import EngineModel
+from pipetune.tuner.planning.partition.splits import Partition, best_partitions
+from pipetune.tuner.planning.partition.stage_table import stage_seconds
+from pipetune.tuner.search.space.resolver import Resolver, overrun
+from pipetune.tuner.search.space.space import SearchSpace
+
+SPLITS = 24
+"""Of each number of replicas, stages and shards, the most even ones."""
+_TOLERANCE = 0.5
+_LEAST_BUDGET, _BUDGETS, _SEQS = 32, 6, 3
+"""Tokens of the least budget, and how many halves of all prompts' tokens and of all prompts are tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineResolver(Resolver):
+    """Tells what a plan comes to on an engine."""
+
+    engine: Engine
+    workload: Workload
+    _resolved: dict[Plan, EffectivePlan | Failure] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of_engine(
+        cls, shape: ModelShape, workload: Workload, lens: Sequence[int], device_bytes: dict[str, int], *, engine: Engine
+    ) -> Self:
+        """A resolver for prompts of these lengths, tokens."""
+        own = Resolver.of_workload(shape, workload, lens, device_bytes)
+        values = {one.name: getattr(own, one.name) for one in fields(Resolver) if one.init and one.name[0] != "_"}
+        return cls(**values, engine=engine, workload=workload)
+
+    def __call__(self, plan: Plan) -> EffectivePlan | Failure:
+        """The plan, or why it does not fit; each plan is resolved once."""
+        if plan not in self._resolved:
+            self._resolved[plan] = self.engine.resolve(plan, self.workload)
+        return self._resolved[plan]
+
+    def stage_bytes(self, plan: Plan, index: int) -> memory.StageBytes:
+        """Weights and KV cache of each worker; the engine does not tell what else it needs."""
+        own = memory.stage_bytes(self.shape, plan, index, prompt_len=self.prompt_len, output_len=self.output_len)
+        given = plan.engine and plan.engine.kv_cache_memory_bytes
+        kv = given * len(plan.stages) if given else own.kv_per_slot * self.num_prompts
+        return memory.StageBytes(weights=own.weights // plan.width, kv_per_slot=kv // len(plan.stages), activations=0)
+
+
+def build_engine_space(
+    config: TuneConfig, devices: Sequence[str], cost: EngineModel, resolve: EngineResolver
+) -> SearchSpace:
+    """Lays the space out.
+
+    Raises:
+        ConfigError: bounds that neither model nor devices can meet.
+        NothingFeasibleError: no split fits into memory at the engine's own limits.
+    """
+    assert config.engine is not None
+    given = config.engine
+    settings = EngineSettings(
+        name=given.name, enforce_eager=given.enforce_eager, kv_cache_memory_bytes=given.kv_cache_memory_bytes
+    )
+    space = SearchSpace(
+        devices=tuple(devices),
+        partitions=((resolve.shape.num_layers,),),
+        micro_batch_sizes=(1,),
+        prefill_sizes=(1,),
+        memory_fractions=(max(config.space.memory_fractions),),
+        max_memory_bytes=config.space.max_memory_per_device,
+        num_prompts=cost.num_prompts,
+        engine=settings,
+        token_budgets=_limits(given.max_num_batched_tokens, sum(cost.prompt_lens), _BUDGETS, least=_LEAST_BUDGET),
+        max_num_seqs=_limits(given.max_num_seqs, cost.num_prompts, _SEQS),
+    )
+    found: list[tuple[float, tuple[int, int, Partition]]] = []
+    refused: list[Failure] = []
+    entries = list(_entries(config, len(devices), cost))
+    if not entries:
+        raise ConfigError(
+            f"space.min_stages={config.space.min_stages}, space.replicas, engine.tensor_parallel_sizes: no such plan "
+            f"on {len(devices)} devices for {resolve.shape.num_attention_heads} attention heads and {cost.num_prompts} "
+            "prompts; allow fewer"
+        )
+    for entry in entries:
+        plan = _space_of(space, [entry]).plan({"partition_rank": 1})
+        resolved = resolve(plan)
+        if isinstance(resolved, Failure):
+            refused.append(resolved)
+        else:
+            found.append((cost.predict(plan).duration_s, entry))
+    if not found:
+        raise NothingFeasibleError(f"no plan fits into memory; the nearest one: {min(refused, key=overrun).message}")
+    return _space_of(space, [entry for _, entry in sorted(found)])
+
+
+def default_point(space: SearchSpace) -> dict[str, int]:
+    """What the engine does by itself over all devices: one pipeline, split most evenly, at its own limits."""
+    alike = [
+        rank
+        for rank, partition in enumerate(space.partitions, start=1)
+        if space.replicas_of({"partition_rank": rank}) == space.shards_of({"partition_rank": rank}) == 1
+    ]
+    longest = max((len(space.partitions[rank - 1]) for rank in alike), default=0)
+    if not alike:
+        alike, longest = [1], len(space.partitions[0])
+    among = [rank for rank in alike if len(space.partitions[rank - 1]) == longest]
+    rank = min(among, key=lambda one: max(space.partitions[one - 1]) - min(space.partitions[one - 1]))
+    limits = {"budget_index": len(space.token_budgets) - 1, "seqs_index": len(space.max_num_seqs) - 1}
+    return {"partition_rank": rank} | {name: place for name, place in limits.items() if place}
+
+
+def _entries(config: TuneConfig, num_devices: int, cost: EngineModel) -> Iterator[tuple[int, int, Partition]]:
+    """Replicas, shards and layers of stages, of every kind; one pipeline may leave devices idle."""
+    assert config.engine is not None
+    bounds, shape = config.space, cost.shape
+    divisors = [count for count in range(1, num_devices + 1) if num_devices % count == 0]
+    for shards in config.engine.tensor_parallel_sizes or divisors:
+        if shape.num_attention_heads % shards:
+            continue
+        for replicas in bounds.replicas or divisors:
+            most = min(num_devices // (replicas * shards), bounds.max_stages or num_devices)
+            least = bounds.min_stages if replicas == shards == 1 else max(bounds.min_stages, most)
+            if replicas <= cost.num_prompts:
+                for stages in range(least, most + 1):
+                    yield from ((replicas, shards, split) for split in _splits(cost, stages))
+
+
+def _splits(cost: EngineModel, stages: int) -> tuple[Partition, ...]:
+    """By nominal rates on equal devices."""
+    shape = cost.shape
+    if stages > shape.num_layers - len(set(shape.forbidden_cuts)):
+        return ()
+    whole = Plan.from_layer_counts((shape.num_layers,), ("cpu:0",), cost.num_prompts)
+    table = stage_seconds(cost.costs, "cpu:0", cost.kinds(whole))
+    return best_partitions(np.array([table] * stages), shape.forbidden_cuts, tolerance=_TOLERANCE, limit=SPLITS)
+
+
+def _space_of(space: SearchSpace, entries: Sequence[tuple[int, int, Partition]]) -> SearchSpace:
+    replicas, shards, partitions = zip(*entries, strict=True)
+    # A stage's shards are on its device and on those after it.
+    orders = [tuple(range(0, many * width * len(split), width)) for many, width, split in entries]
+    return space.model_copy(
+        update={"partitions": partitions, "replicas": replicas, "shards": shards, "orders": tuple(orders)}
+    )
+
+
+def _limits(wanted: Sequence[int] | None, whole: int, count: int, least: int = 1) -> tuple[int | None, ...]:
+    """Given limits; else halves of the whole, and the engine's own."""
+    if wanted is not None:
+        return tuple(sorted(set(wanted)))
+    halves = {math.ceil(whole / 2**power) for power in range(1, count)}
+    return (*sorted(half for half in halves if half >= least), None)
