@@ -1,5 +1,6 @@
 """The end of a study: best plan and device map exported, reports written, and what is to be said of it."""
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +11,7 @@ from pipetune.tuner.ranking.values import Ranking, Row
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.document import Section
 from pipetune.tuner.report.files import write_report
-from pipetune.tuner.report.search import median_error, trials_of
-from pipetune.tuner.stats.ratios import Ratio
+from pipetune.tuner.report.search import prediction_errors, trials_of
 from pipetune.tuner.study.files import StudyContents, load_study
 from pipetune.tuner.study.plan_file import DEVICE_MAP_FILE, PLAN_FILE, PlanFile, write_best
 
@@ -102,6 +102,7 @@ def why_nothing(ranking: Ranking) -> str | None:
 def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
     """The study for machines: what `--json` prints."""
     ranking = report.ranking
+    rival = ranking.rival and ranking.rival.model_dump(mode="json")
     files = sorted(path.name for path in report.folder.iterdir() if not path.name.startswith("."))
     return {
         "schema_version": 1,
@@ -121,12 +122,11 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
         },
         "single_stage": _row(ranking.single_stage),
         "recommended_because": ranking.recommended_because,
-        "front": [row.rank for row in ranking.front],
+        "front": [row.rank for row in ranking.rows if row.on_front],
         "separated": ranking.separation.separated,
         "separation": ranking.separation.text,
         "search": _search(report),
-        "rival": ranking.rival
-        and {"plan": ranking.rival.row.plan.model_dump(mode="json"), "gain_over_it": _ratio(ranking.rival.gain)},
+        "rival": rival and {"plan": rival["row"]["effective"]["plan"], "gain_over_it": rival["gain"]},
         "ranking": [_row(row) for row in ranking.rows],
         "failures": [
             {"record": row.record, "role": row.role, "kind": row.failure.kind.value, "message": row.failure.message}
@@ -139,26 +139,21 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
 def _row(row: Row | None) -> dict[str, Any] | None:
     if row is None:
         return None
-    return {
-        "rank": row.rank,
+    speedups = {"speedup_over_baseline", "speedup_over_single_stage"}
+    shown = {"rank", "confirmed", "tied", "metrics", "broken_constraints", "records", *speedups}
+    return row.model_dump(mode="json", include=shown) | {
         "plan": row.plan.model_dump(mode="json"),
         "layers": list(row.plan.layer_counts),
         "in_flight": row.effective.in_flight,
         "measured_in": "finals" if row.in_finals else "search",
-        "confirmed": row.confirmed,
-        "tied": row.tied,
         "recommended": row.recommended,
-        "metrics": row.metrics,
-        "speedup_over_baseline": _ratio(row.speedup_over_baseline),
-        "speedup_over_single_stage": _ratio(row.speedup_over_single_stage),
-        "broken_constraints": list(row.broken_constraints),
-        "records": list(row.records),
     }
 
 
 def _search(report: Report) -> dict[str, Any]:
     """How the search went; times and the reason of its end are null in studies from before a search log was kept."""
     trials, log = trials_of(report), report.log
+    errors = prediction_errors(trials)
     return {
         "stop": log.stop.model_dump(mode="json") if log and log.stop else None,
         "trials": [
@@ -175,11 +170,7 @@ def _search(report: Report) -> dict[str, Any]:
             }
             for trial in trials
         ],
-        "median_prediction_error": median_error(trials),
+        "median_prediction_error": statistics.median(errors) if errors else None,
         "seconds": dict(log.seconds) if log else None,
         "measuring_share": 1 - log.not_measuring_s / log.total_s if log and log.seconds else None,
     }
-
-
-def _ratio(ratio: Ratio | None) -> dict[str, Any] | None:
-    return None if ratio is None else ratio.model_dump(mode="json")

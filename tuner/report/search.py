@@ -101,13 +101,8 @@ def trials_of(report: Report) -> tuple[Trial, ...]:
     return tuple(trials)
 
 
-def median_error(trials: Sequence[Trial]) -> float | None:
-    """Median size of the prediction errors; None where nothing was predicted and measured."""
-    errors = _errors(trials)
-    return statistics.median(errors) if errors else None
-
-
-def _errors(trials: Sequence[Trial]) -> list[float]:
+def prediction_errors(trials: Sequence[Trial]) -> list[float]:
+    """Sizes of the errors of what was predicted and measured."""
     return [abs(trial.error) for trial in trials if trial.error is not None]
 
 
@@ -127,7 +122,7 @@ def summarize(report: Report) -> SearchSummary | None:
     return SearchSummary(
         table=table,
         stop=_stop_text(trials, log.stop) if log.stop else "",
-        errors=_errors_text(_errors(trials)),
+        errors=_errors_text(prediction_errors(trials)),
         time=f"{w.percent_text(1 - log.not_measuring_s / log.total_s)} of {took} went into measuring."
         if log.seconds
         else "",
