@@ -279,7 +279,7 @@ class _Work:
             due = finals.next_step(
                 self.records, finalists, objectives=(objective,), min_rounds=rounds, max_rounds=rounds, seed=config.seed
             )
-            if isinstance(due, finals.FinalsResult):
+            if isinstance(due, str):
                 return comparison_of(self.records, titles, objective), missing
             label = f"round {due.shown_round + 1} of {rounds} · {titles[due.name][0]}"
             what = batch_size if due.name == BASELINE else finalists.plan(due.name)

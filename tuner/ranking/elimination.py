@@ -176,10 +176,6 @@ class State:
     due: tuple[str, ...] = ()
     """Plans and controls that the round to come still lacks."""
 
-    @property
-    def incumbent(self) -> str | None:
-        """The plan that is best so far; None where none is left."""
-        return next(iter(self.active), None)
 
     def ratio(self, ours: str, theirs: str) -> Ratio | None:
         """How many times better ours is: of two rivals by the rivals' noise; None without a common round.
