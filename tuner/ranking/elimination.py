@@ -171,11 +171,8 @@ class State:
     """The fit of the rivals' alone, whose noise their tests go by."""
     active: tuple[str, ...]
     """Best first: those that did not leave."""
-    behind: tuple[str, ...] = ()
-    """Best first: those told apart from the incumbent."""
     due: tuple[str, ...] = ()
     """Plans and controls that the round to come still lacks."""
-
 
     def ratio(self, ours: str, theirs: str) -> Ratio | None:
         """How many times better ours is: of two rivals by the rivals' noise; None without a common round.
@@ -208,7 +205,7 @@ def decide(
     first_look = max(min_rounds, MIN_ROUNDS)
     level = nominal_level(first_look, max(first_look, last))
     table = {name: row for name, row in cells.items() if name not in controls and (rivals is None or name in rivals)}
-    active, behind, rounds = list(table), list[str](), 0
+    active, any_left, rounds = list(table), False, 0
     while True:
         active = [name for name in active if _failures(table[name], rounds) <= _MOST_FAILURES]
         gaps: dict[str, Gap] = {}
@@ -217,13 +214,13 @@ def decide(
             fastest, *others = active = fit.ordered(active)
             gaps = {name: gap for name in others if (gap := fit.gap(name, fastest, pool))}
             beaten = [name for name, gap in gaps.items() if gap.is_behind(level)]
-            active, behind = [name for name in active if name not in beaten], [*beaten, *behind]
+            active, any_left = [name for name in active if name not in beaten], any_left or bool(beaten)
         are_alike = all(name in gaps and gaps[name].is_within(MARGIN) for name in active[1:])
         kind: Kind = "open"
         if not active:
             kind = "none"
         elif rounds >= min_rounds and len(active) == 1:
-            kind = "separated" if behind else "alone"
+            kind = "separated" if any_left else "alone"
         elif rounds >= last or (rounds >= first_look and are_alike):
             kind = "tie"
         running = [name for name in controls if _failures(cells[name], rounds) <= _MOST_FAILURES]
@@ -237,7 +234,6 @@ def decide(
                 fit=fit,
                 pool=pool,
                 active=tuple(fit.ordered(active)),
-                behind=tuple(fit.ordered(behind)),
                 due=due if kind == "open" else (),
             )
         rounds += 1

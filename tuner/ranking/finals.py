@@ -53,7 +53,6 @@ class Due:
     """Number within these finals, from 0."""
 
 
-
 def choose(
     records: Sequence[Record],
     objectives: Sequence[Objective],
