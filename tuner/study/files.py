@@ -131,6 +131,20 @@ def load_records(folder: Path, unread: list[str] | None = None) -> tuple[Record,
     return tuple(sorted(records, key=lambda record: record.number))
 
 
+def read_records(path: Path, flag: str = "") -> list[Record]:
+    """Records as `pipetune bench -o` writes them.
+
+    Raises:
+        StudyError: the file, after the flag that named it, cannot be read or holds something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [Record.model_validate_json(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        what = f"is no file of records, as pipetune bench -o writes them ({explain(error)})"
+        raise StudyError(f"{flag}{path}{written_by(path)}: {what}") from None
+
+
 def refuse_links(paths: Iterable[Path]) -> None:
     """Refuses links where something is written in place: a study may be a stranger's, and lead to the user's own files.
 
