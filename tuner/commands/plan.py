@@ -154,11 +154,7 @@ class Planned:
         )
 
     def write(self, path: Path) -> None:
-        """Writes the best plan in the form that `bench --plan` reads.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Writes the best plan in the form that `bench --plan` reads."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, render(self.plan_file(), self.known.shape, "plan"))
 

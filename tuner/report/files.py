@@ -58,11 +58,7 @@ def write_documents(
     figures: Mapping[str, Figure],
     cells: str | None = None,
 ) -> None:
-    """Writes a value's `.json`, `.md`, `.html` and `.csv`, and a picture of each figure; earlier ones are replaced.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
+    """Writes a value's `.json`, `.md`, `.html` and `.csv`, and a picture of each figure; earlier ones are replaced."""
     # Who only looks at the screen need not wait for matplotlib.
     from pipetune.tuner.report.render.html import render_html
     from pipetune.tuner.report.render.plot import render_png

@@ -146,11 +146,8 @@ def read_records(path: Path, flag: str = "") -> list[Record]:
 
 
 def refuse_links(paths: Iterable[Path]) -> None:
-    """Refuses links where something is written in place: a study may be a stranger's, and lead to the user's own files.
-
-    Raises:
-        StudyError: names the first, and where it leads.
-    """
+    """Raises a StudyError that names the first link, where something is written in place: a study may be a stranger's,
+    and lead to the user's own files."""
     for path in paths:
         if path.is_symlink():
             raise StudyError(f"{path}: is a link to {path.readlink()}, which would be written to; take it away")
@@ -257,11 +254,6 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Writes a new file.
-
-    Raises:
-        ConfigError: it is there already.
-        OSError: it cannot be written.
-    """
+    """Writes a new file; refuses as `refuse_existing`."""
     refuse_existing(path)
     write_durably(path, text)

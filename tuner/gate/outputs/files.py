@@ -30,11 +30,7 @@ def refuse_places(folder: Path | None, junit: Path | None) -> None:
 
 
 def write(result: GateResult, folder: Path | None, junit: Path | None) -> None:
-    """Writes what was asked for.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes what was asked for."""
     tests, markdown = render_junit(result), render_markdown(markdown_of(result), level=2)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
