@@ -83,8 +83,7 @@ def bench(
     from pipetune.bench.errors import ConfigError
     from pipetune.tuner.cli import common
     from pipetune.tuner.commands.bench import Bench
-    from pipetune.tuner.commands.bench_document import document_of, exit_code, json_of
-    from pipetune.tuner.commands.bench_formats import FORMATS, render
+    from pipetune.tuner.commands.bench_document import FORMATS, document_of, exit_code, json_of, render
     from pipetune.tuner.commands.plan_request import PlanRequest
     from pipetune.tuner.commands.quiet import look_at_load
     from pipetune.tuner.commands.sweep import check_load, draw_sweeps, rates_of
