@@ -1,12 +1,13 @@
 """How plans, numbers and foreign text are written for people; every report writes them alike."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from pipetune.bench.errors import harmless
-from pipetune.bench.record import Measurement, OutputCheck
+from pipetune.bench.record import Hardware, Measurement, OutputCheck
 from pipetune.bench.spec import Arrivals, ModelSpec, Plan, Sampling, Workload
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Row, Spread
 from pipetune.tuner.stats.ratios import Ratio
@@ -149,6 +150,13 @@ def metric_text(name: str, value: float | None) -> str:
     if name.startswith("bubble") or name.endswith(("_utilization", "_fraction", "_attainment")):
         return percent_text(value)
     return number_text(value) + _UNITS.get(name, "")
+
+
+def hardware_text(hardware: Hardware) -> str:
+    """`2 × NVIDIA A10 · AMD EPYC 7413, 16 cores`."""
+    counts = Counter(clean(gpu.name) for gpu in hardware.gpus)
+    gpus = (f"{count} × {name}" for name, count in counts.items())
+    return " · ".join((*gpus, f"{clean(hardware.cpu_model)}, {hardware.cpu_cores} cores"))
 
 
 def model_text(model: ModelSpec) -> str:

@@ -1,14 +1,13 @@
 """A gate in words: its table and its remarks, as documents for the screen and for Markdown."""
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-from pipetune.bench.record import Machine
 from pipetune.tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict, change_of
 from pipetune.tuner.report import document as doc
-from pipetune.tuner.report.wording import MISSING, bytes_text, clean, ms_text, number_text
+from pipetune.tuner.report.wording import MISSING, bytes_text, clean, hardware_text, ms_text, number_text
 
 _LEGEND = "Change: of the metric itself. A rate that falls is worse, as are a time and memory that grow."
 _METHODS = {
@@ -182,7 +181,8 @@ def _facts(result: GateResult) -> list[tuple[str, str]]:
     else:
         facts += [(f"{name}, {label}", text) for name, of in sides.items() for label, text in of]
     # Pairs are of one machine, which is shown once; stored runs of another one are told apart in the findings.
-    facts += [("machine", _machine(machine)) for machine in list(result.machines.values())[-1:] if machine is not None]
+    for machine in filter(None, list(result.machines.values())[-1:]):
+        facts.append(("machine", f"{machine.hostname} · {hardware_text(machine.hardware)}"))
     if result.order_seed is not None:
         facts.append(("order seed", str(result.order_seed)))
     return facts
@@ -193,9 +193,3 @@ def _sides(case: Case) -> list[tuple[str, str]]:
     if baseline == candidate:
         return [("both sides", baseline)]
     return [("baseline", baseline), ("candidate", candidate)]
-
-
-def _machine(machine: Machine) -> str:
-    hardware = machine.hardware
-    gpus = (f"{count} × {name}" for name, count in Counter(gpu.name for gpu in hardware.gpus).items())
-    return " · ".join((machine.hostname, *gpus, f"{hardware.cpu_model}, {hardware.cpu_cores} cores"))

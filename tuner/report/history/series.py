@@ -11,7 +11,7 @@ from pipetune.bench.record import Hardware
 from pipetune.tuner.report.compare.join import plan_key
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.history.values import History, LevelChange, Night, Question, Series
-from pipetune.tuner.report.wording import clean, model_text, workload_text
+from pipetune.tuner.report.wording import hardware_text, model_text, workload_text
 from pipetune.tuner.stats.change_points import LEAST_NIGHTS, change_points, dependence
 
 METRICS = ("mean_ttft_ms", "mean_tpot_ms", "bubble_ratio", "peak_memory_bytes")
@@ -83,14 +83,13 @@ def _question(group: list[StudyNight], metrics: Sequence[str]) -> Question:
     # What is too short or always the same can show no change, and takes no share of the chance of a false one.
     open_ = sum(len(one.values) >= 2 * LEAST_NIGHTS and len(set(one.values)) > 1 for one in series)
     alpha = FALSE_CHANGES / max(1, open_)
-    cpu = f"{clean(hardware.cpu_model)}, {hardware.cpu_cores} cores"
-    config, gpus = report.config, ", ".join(dict.fromkeys(clean(gpu.name) for gpu in hardware.gpus))
+    config = report.config
     title = [model_text(config.model), workload_text(config.workload), ", ".join(config.concrete_devices)]
     title += [f"for {', '.join(goals)}"] if goals != [report.throughput_metric] else []
     return Question(
         title=" · ".join(title),
         hardware_id=hardware.hardware_id,
-        machine=f"{len(hardware.gpus)} × {gpus}" if gpus else cpu,
+        machine=hardware_text(hardware),
         nights=nights,
         alpha=alpha,
         series=tuple(_with_changes(one, nights, alpha) for one in series),
