@@ -17,7 +17,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from pydantic import Field
 
@@ -26,7 +25,7 @@ from pipetune.bench.files import write_durably
 from pipetune.bench.fleet.fleet import device_bytes
 from pipetune.bench.metrics import derive
 from pipetune.bench.profile import Profile
-from pipetune.bench.record import Failure, Machine, Measurement, Record
+from pipetune.bench.record import Failure, Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan, SchemaVersion, Value
 from pipetune.tuner.commands.plan import find_plans, read_model
 from pipetune.tuner.config.schema import TuneConfig
@@ -36,8 +35,9 @@ from pipetune.tuner.gate.run import Gate
 from pipetune.tuner.gate.runners import FreshProcesses
 from pipetune.tuner.gate.values import GateResult, Side, SideName, Verdict
 from pipetune.tuner.planning.calibration.carried import FEWER_LAYERS_SD, PRIOR_SD, deepened, half_width, larger_fleet
-from pipetune.tuner.planning.calibration.observation import Observation, observe
+from pipetune.tuner.planning.calibration.observation import observe
 from pipetune.tuner.progress import Reporter
+from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.search.driver import run_plans
 from pipetune.tuner.study.files import StudyFile, load_study, read
@@ -199,44 +199,25 @@ class RolloutRequest:
             UserError: the study found no plan, a step's files are damaged or of other fleets, nothing fits.
             FleetError: the workers failed.
         """
-        return _Chain.of(self, reporter).run()
+        return _Chain(self, reporter).run()
 
 
-@dataclass(kw_only=True)
 class _Chain:
     """A rollout under way."""
 
-    request: RolloutRequest
-    reporter: Reporter
-    report: Report
-    machine: Machine
-    profile: Profile | None
-    observations: list[Observation]
-
-    @classmethod
-    def of(cls, request: RolloutRequest, reporter: Reporter) -> Self:
+    def __init__(self, request: RolloutRequest, reporter: Reporter) -> None:
         study = load_study(request.folder / TUNE)
-        report, profile = Report.of(study), study.folder / StudyFile.PROFILE
-        if report.ranking.best is None or study.machine is None:
+        ranking, profile = Report.of(study).ranking, study.folder / StudyFile.PROFILE
+        if ranking.best is None or study.machine is None:
             raise StudyError(f"{study.folder}: no plan of the first fleet has a rank; see its report")
         if (known := study.config.model.name) != (wanted := request.first.model.name):
             raise StudyError(f"{study.folder}: it is of {known}, and not of {wanted}; name the same, or another -o")
-        return cls(
-            request=request,
-            reporter=reporter,
-            report=report,
-            machine=study.machine,
-            profile=read(profile, Profile) if profile.exists() else None,
-            observations=[
-                one
-                for record in (study.records if request.first_model is None else ())
-                if (one := observe(record)) is not None
-            ],
-        )
-
-    @property
-    def objective(self) -> str:
-        return self.request.config.objectives[0]
+        self.request, self.reporter = request, reporter
+        self.objective = request.config.objectives[0]
+        self.first, self.machine = ranking.best, study.machine
+        self.profile = read(profile, Profile) if profile.exists() else None
+        runs = study.records if request.first_model is None else ()
+        self.observations = [*filter(None, map(observe, runs))]
 
     def run(self) -> Rollout:
         fleets: list[FleetStep] = []
@@ -252,7 +233,7 @@ class _Chain:
         width = half_width(misses, PRIOR_SD if self.request.first_model is None else FEWER_LAYERS_SD)
         prediction = self._predict(folder.with_suffix(".json"), devices, width)
         records = self._measure(folder, prediction)
-        self.observations += [one for record in records if (one := observe(record)) is not None]
+        self.observations += filter(None, map(observe, records))
         tried = []
         for predicted in prediction.plans:
             runs = [record for record in records if record.spec and record.spec.plan == predicted.effective.plan]
@@ -321,9 +302,7 @@ class _Chain:
 
     def _conclude(self, fleets: tuple[FleetStep, ...]) -> Rollout:
         """The gate, if the last prediction held, and what is promoted."""
-        best_row = self.report.ranking.best
-        assert best_row is not None, "it was looked at before"
-        objective = self.report.ranking.objectives[0]
+        objective = Objective(metric=self.objective)
         ran = [one for one in fleets[-1].tried if one.level is not None]
         best = min(ran, key=lambda one: objective.cost(one.level or 0.0), default=None)
         chain = Rollout(
@@ -331,8 +310,8 @@ class _Chain:
             model=self.request.config.model.name,
             first_model=self.request.first_model,
             first_devices=self.request.fleets[0],
-            first_plan=best_row.plan,
-            first_value=best_row.metrics[self.objective],
+            first_plan=self.first.plan,
+            first_value=self.first.metrics[self.objective],
             fleets=fleets,
             best=best,
             verdict=f"nothing that was predicted ran on {','.join(fleets[-1].devices)}",
