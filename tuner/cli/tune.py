@@ -30,7 +30,7 @@ def tune(
 ) -> int:
     """Find the best plan for a model: measure the un-pipelined baseline, then plans, then the best ones again."""
     from pipetune.tuner.cli import common
-    from pipetune.tuner.commands.dry_run import dry_run_of
+    from pipetune.tuner.commands.dry_run import DryRun
     from pipetune.tuner.config import sources
     from pipetune.tuner.progress import make_reporter
     from pipetune.tuner.study.store import study_folder
@@ -50,7 +50,7 @@ def tune(
     reporter = make_reporter(common.err(), silent=no_progress)
     if dry_run:
         with reporter:
-            intended = dry_run_of(folder, resolved.config, reporter)
+            intended = DryRun(folder, resolved.config, reporter)
         common.give(intended.json(), intended.document(), json=json)
         return 0
     return tune_study(
