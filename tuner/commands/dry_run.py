@@ -45,7 +45,6 @@ class DryRun:
         # Plans that are predicted to be best: the first ones would run first, and what they give decides what follows.
         self.queue = [(forecast.effective[place].plan, forecast.metrics.of(place)[0]) for place in first]
 
-
     def json(self) -> dict[str, Any]:
         """The document of `--json`."""
         return {
