@@ -127,23 +127,22 @@ class Planned:
     config: TuneConfig
     known: Known
     source: Source
-    num_partitions: int
-    num_points: int
-    num_candidates: int
+    space: dict[str, int]
+    """How many partitions and points there are, and how many plans were predicted."""
     objective: str
     """What plans are ranked by."""
     plans: tuple[PlannedPlan, ...]
     """Best first; those that break constraints come behind those that keep them."""
     notes: tuple[str, ...]
 
-    def plan_file(self) -> PlanFile:
-        """The best plan, marked as predicted."""
+    def write(self, path: Path) -> None:
+        """Writes the best plan, marked as predicted, in the form that `bench --plan` reads."""
         best = self.plans[0]
         # What is measured of it is a batch.
         workload = self.config.workload.model_copy(update={"arrivals": None})
         if workload.prompts_file is not None:
             workload = workload.model_copy(update={"prompts_file": str(Path(workload.prompts_file).absolute())})
-        return PlanFile(
+        plan_file = PlanFile(
             plan=best.plan,
             model=self.known.model,
             workload=workload,
@@ -152,11 +151,8 @@ class Planned:
             predicted=best.metrics,
             predicted_from=self.source.text,
         )
-
-    def write(self, path: Path) -> None:
-        """Writes the best plan in the form that `bench --plan` reads."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, render(self.plan_file(), self.known.shape, "plan"))
+        write_durably(path, render(plan_file, self.known.shape, "plan"))
 
 
 def find_plans(
@@ -202,9 +198,7 @@ def find_plans(
         config=config,
         known=known,
         source=source,
-        num_partitions=len(space.partitions),
-        num_points=space.num_points,
-        num_candidates=len(found),
+        space={"partitions": len(space.partitions), "points": space.num_points, "predicted": len(found)},
         objective=objective,
         plans=rank(planned, objective)[:top],
         notes=notes,

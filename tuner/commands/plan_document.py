@@ -35,11 +35,7 @@ def json_of(planned: Planned) -> dict[str, Any]:
         "device_bytes": known.device_bytes,
         "objective": planned.objective,
         "constraints": [str(constraint) for constraint in config.constraints],
-        "space": {
-            "partitions": planned.num_partitions,
-            "points": planned.num_points,
-            "predicted": planned.num_candidates,
-        },
+        "space": planned.space,
         "notes": list(planned.notes),
         "plans": [_plan_json(rank, plan) for rank, plan in enumerate(planned.plans, start=1)],
     }
@@ -79,7 +75,7 @@ def document_of(planned: Planned) -> Document:
                     ),
                     ("workload", w.workload_text(planned.config.workload, known.prompt_lens)),
                     ("devices", _devices_text(known.device_bytes)),
-                    ("looked at", f"{planned.num_candidates} plans of {planned.num_partitions} ranked partitions"),
+                    ("looked at", "{predicted} plans of {partitions} ranked partitions".format_map(planned.space)),
                     ("ranked by", planned.objective),
                 )
             ),
