@@ -18,7 +18,7 @@ from pipetune.tuner.gate.cases import SideRequest, case_of, parse_env
 from pipetune.tuner.gate.python_env import commit_of
 from pipetune.tuner.gate.run import Gate
 from pipetune.tuner.gate.runners import FreshProcesses, RunningFleet, SideRunner
-from pipetune.tuner.gate.stored.run import StoredGate, compare_files, nothing_stored
+from pipetune.tuner.gate.stored.run import compare_files, compare_stored, nothing_stored
 from pipetune.tuner.gate.values import GateResult, Side, SideName
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.study.files import StudyFile, read_config
@@ -145,12 +145,10 @@ class GateRequest:
         candidate = self._side("candidate", plan, config)
         if hosts_of(candidate.side.devices) != ("",):
             raise ConfigError("--stored: runs on one host; compare plans over several by --baseline-plan FILE")
-        return StoredGate(
-            stored=self.stored,
-            candidate=candidate,
-            other_dtype=self.candidate_dtype is not None,
-            max_minutes=self.max_minutes,
-        ).run
+        other_dtype = self.candidate_dtype is not None
+        return lambda reporter: compare_stored(
+            self.stored, candidate, reporter, other_dtype=other_dtype, max_minutes=self.max_minutes
+        )
 
     def _given(self, *names: str) -> list[str]:
         """Those of the flags that are not at their defaults."""

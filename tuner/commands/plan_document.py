@@ -61,24 +61,20 @@ def document_of(planned: Planned) -> Document:
     best, known = planned.plans[0], planned.known
     took = w.ms_text((best.load or best.prediction).duration_s * 1e3)
     remedy = planned.source.remedy
+    facts = {
+        "model": f"{w.model_text(known.model)} ({known.shape.architecture}, {known.shape.num_layers} layers)",
+        "workload": w.workload_text(planned.config.workload, known.prompt_lens),
+        "devices": _devices_text(known.device_bytes),
+        "looked at": "{predicted} plans of {partitions} ranked partitions".format_map(planned.space),
+        "ranked by": planned.objective,
+    }
     return Document(
         parts=(
             Text("Predictions: nothing was run.", "strong"),
             Text(f"From {planned.source.text}."),
             *((Text(f"{remedy}."),) if remedy is not None else ()),
             GAP,
-            Facts(
-                (
-                    (
-                        "model",
-                        f"{w.model_text(known.model)} ({known.shape.architecture}, {known.shape.num_layers} layers)",
-                    ),
-                    ("workload", w.workload_text(planned.config.workload, known.prompt_lens)),
-                    ("devices", _devices_text(known.device_bytes)),
-                    ("looked at", "{predicted} plans of {partitions} ranked partitions".format_map(planned.space)),
-                    ("ranked by", planned.objective),
-                )
-            ),
+            Facts(tuple(facts.items())),
             GAP,
             _ranking(planned) if best.load is None else _loads(planned),
             GAP,
