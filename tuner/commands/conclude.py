@@ -40,15 +40,14 @@ def conclude(folder: Path, show: Callable[[Report], int], sections: Sequence[Sec
         StudyError: the folder holds no study that can be read.
         OSError: a file cannot be written.
     """
-    contents = load_study(folder)
-    report = Report.of(contents)
+    report = Report.of(load_study(folder))
     best = report.ranking.best
     try:
         if best is None:
             for name in (PLAN_FILE, DEVICE_MAP_FILE):
                 (folder / name).unlink(missing_ok=True)
-        elif contents.shape is not None:
-            write_best(folder, plan_file(contents, best), contents.shape, contents.config.device_names)
+        elif report.shape is not None:
+            write_best(folder, plan_file(report, best), report.shape, report.config.device_names)
         write_report(report, sections)
     finally:
         code = show(report)

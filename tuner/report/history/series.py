@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from pipetune.bench.metrics import HIGHER_IS_BETTER
@@ -56,7 +56,7 @@ class StudyNight:
         config, goals = report.config, [*map(str, report.ranking.objectives), *map(str, report.config.constraints)]
         digests = config.model.by_content.digest(), config.workload.model_copy(update={"prompts_file": None}).digest()
         question = (hardware.hardware_id, *digests, *config.concrete_devices, *goals)
-        slim = replace(report, records=(), log=None, profile=None)
+        slim = report.model_copy(update={"records": (), "earlier": (), "log": None, "profile": None})
         return cls(night=night, report=slim, hardware=hardware, goals=goals, question=question)
 
 
