@@ -1,6 +1,6 @@
 """The best predicted plans, with what they come to stage by stage; nothing of them is run.
 
-`find_plans` reads the model's shape with a single worker, which loads no weights, so that the devices planned for need
+The model's shape is read with a single worker, which loads no weights, so that the devices planned for need
 not be here. What tasks take on them comes from a profile, from devices described in a file, or from nominal rates, and
 the result says from which.
 """
@@ -120,20 +120,53 @@ class Known:
     device_bytes: dict[str, int]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What `pipetune plan` found."""
+    """The plans that are best by prediction; none is run."""
 
-    config: TuneConfig
-    known: Known
-    source: Source
-    space: dict[str, int]
-    """How many partitions and points there are, and how many plans were predicted."""
-    objective: str
-    """What plans are ranked by."""
-    plans: tuple[PlannedPlan, ...]
-    """Best first; those that break constraints come behind those that keep them."""
-    notes: tuple[str, ...]
+    def __init__(
+        self,
+        config: TuneConfig,
+        reporter: Reporter,
+        *,
+        described: DescribedDevices | None = None,
+        profile_file: Path | None = None,
+        observations: Sequence[Observation] = (),
+        top: int = 10,
+    ) -> None:
+        """
+        Args:
+            config: with its devices resolved; `profile` says whether this machine's cache of profiles is looked into.
+            described: devices to plan for, where they come from a file.
+            profile_file: a profile to take instead of the cached one.
+            observations: runs that correct what tasks take.
+            top: plans to keep.
+
+        Raises:
+            UserError: a model, prompts, bounds or a profile that cannot be used.
+            NothingFeasibleError: no plan fits into memory.
+        """
+        reporter.begin(f"reading {config.model.name}")
+        self.config, self.known = config, read_model(config, reporter, described)
+        known, workload = self.known, config.workload
+        costs, self.source = _costs(config, known, described, profile_file)
+        reporter.begin("predicting")
+        resolve = Resolver.of_workload(known.shape, workload, known.prompt_lens, known.device_bytes)
+        model = refit(CostModel.of_workload(known.shape, workload, known.prompt_lens, costs), observations)
+        space = build_space(config.space, config.concrete_devices, known.shape, model, resolve)
+        found = [candidate.effective for candidate in candidates(space, resolve)]
+        self.space = {"partitions": len(space.partitions), "points": space.num_points, "predicted": len(found)}
+        predictions = model.predict_many([(effective.plan, effective.in_flight) for effective in found])
+        prompt_len = max(known.prompt_lens)
+        planned = [
+            _planned(effective, prediction, known, config, prompt_len)
+            for effective, prediction in zip(found, predictions, strict=True)
+        ]
+        self.objective, self.notes = config.objectives[0], _notes(config, planned)
+        if workload.arrivals is not None:
+            planned, self.objective, self.notes = _under_load(config, known, planned, model, reporter, top)
+        if all(one.broken for one in planned):
+            self.notes.append("no plan is predicted to keep all constraints; those come first that break them least")
+        self.plans = rank(planned, self.objective)[:top]
 
     def write(self, path: Path) -> None:
         """Writes the best plan, marked as predicted, in the form that `bench --plan` reads."""
@@ -155,56 +188,6 @@ class Planned:
         write_durably(path, render(plan_file, self.known.shape, "plan"))
 
 
-def find_plans(
-    config: TuneConfig,
-    reporter: Reporter,
-    *,
-    described: DescribedDevices | None = None,
-    profile_file: Path | None = None,
-    observations: Sequence[Observation] = (),
-    top: int = 10,
-) -> Planned:
-    """Plans without running any.
-
-    Args:
-        config: with its devices resolved; `profile` says whether this machine's cache of profiles is looked into.
-        described: devices to plan for, where they come from a file.
-        profile_file: a profile to take instead of the cached one.
-        observations: runs that correct what tasks take.
-        top: plans to keep.
-
-    Raises:
-        UserError: a model, prompts, bounds or a profile that cannot be used.
-        NothingFeasibleError: no plan fits into memory.
-    """
-    reporter.begin(f"reading {config.model.name}")
-    known = read_model(config, reporter, described)
-    costs, source = _costs(config, known, described, profile_file)
-    reporter.begin("predicting")
-    resolve = Resolver.of_workload(known.shape, config.workload, known.prompt_lens, known.device_bytes)
-    model = refit(CostModel.of_workload(known.shape, config.workload, known.prompt_lens, costs), observations)
-    space = build_space(config.space, config.concrete_devices, known.shape, model, resolve)
-    found = [candidate.effective for candidate in candidates(space, resolve)]
-    predictions = model.predict_many([(effective.plan, effective.in_flight) for effective in found])
-    prompt_len = max(known.prompt_lens)
-    planned = [
-        _planned(effective, prediction, known, config, prompt_len)
-        for effective, prediction in zip(found, predictions, strict=True)
-    ]
-    objective, notes = config.objectives[0], _notes(config, planned)
-    if config.workload.arrivals is not None:
-        planned, objective, notes = _under_load(config, known, planned, model, reporter, top)
-    return Planned(
-        config=config,
-        known=known,
-        source=source,
-        space={"partitions": len(space.partitions), "points": space.num_points, "predicted": len(found)},
-        objective=objective,
-        plans=rank(planned, objective)[:top],
-        notes=notes,
-    )
-
-
 def rank(plans: Sequence[PlannedPlan], objective: str) -> tuple[PlannedPlan, ...]:
     """Best first by a predicted metric, or by duration where it is not predicted; broken constraints go last."""
     sign = -1.0 if objective in HIGHER_IS_BETTER else 1.0
@@ -220,7 +203,7 @@ def rank(plans: Sequence[PlannedPlan], objective: str) -> tuple[PlannedPlan, ...
 
 def _under_load(
     config: TuneConfig, known: Known, planned: Sequence[PlannedPlan], model: CostModel, reporter: Reporter, top: int
-) -> tuple[list[PlannedPlan], str, tuple[str, ...]]:
+) -> tuple[list[PlannedPlan], str, list[str]]:
     """Plans as they are under arrivals, the metric that ranks them, and what a reader must know.
 
     Of plans that differ in where they are cut alone the one is taken that is fastest with a batch, with a slot and
@@ -272,9 +255,7 @@ def _under_load(
     notes = [f"simulated with {len(load)} requests"]
     if trace is not None and trace.failed:
         notes.append(f"{trace.failed} requests of the trace had failed when it was recorded, and are left out")
-    if all(one.broken for one in found):
-        notes.append("no plan is predicted to keep all constraints; those come first that break them least")
-    return found, objective, tuple(notes)
+    return found, objective, notes
 
 
 def _loaded(one: PlannedPlan, load: LoadPrediction, config: TuneConfig) -> PlannedPlan:
@@ -425,7 +406,7 @@ def _planned(
     )
 
 
-def _notes(config: TuneConfig, planned: Sequence[PlannedPlan]) -> tuple[str, ...]:
+def _notes(config: TuneConfig, planned: Sequence[PlannedPlan]) -> list[str]:
     """What a reader must know of objectives and constraints."""
     predicted = planned[0].metrics
     notes = []
@@ -435,6 +416,4 @@ def _notes(config: TuneConfig, planned: Sequence[PlannedPlan]) -> tuple[str, ...
         notes.append(f"ranked by {config.objectives[0]} alone, of {len(config.objectives)} objectives")
     if unknown := [str(constraint) for constraint in config.constraints if constraint.metric not in predicted]:
         notes.append(f"not predicted, and so not looked at: {', '.join(unknown)}")
-    if all(plan.broken for plan in planned):
-        notes.append("no plan is predicted to keep all constraints; those come first that break them least")
-    return tuple(notes)
+    return notes

@@ -36,7 +36,7 @@ def json_of(planned: Planned) -> dict[str, Any]:
         "objective": planned.objective,
         "constraints": [str(constraint) for constraint in config.constraints],
         "space": planned.space,
-        "notes": list(planned.notes),
+        "notes": planned.notes,
         "plans": [_plan_json(rank, plan) for rank, plan in enumerate(planned.plans, start=1)],
     }
 

@@ -27,7 +27,7 @@ from pipetune.bench.metrics import derive
 from pipetune.bench.profile import Profile
 from pipetune.bench.record import Failure, Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan, SchemaVersion, Value
-from pipetune.tuner.commands.plan import find_plans, read_model
+from pipetune.tuner.commands.plan import Planned, read_model
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.gate.cases import SideRequest, case_of
 from pipetune.tuner.gate.outputs import files as outputs
@@ -266,7 +266,7 @@ class _Chain:
         described = larger_fleet(
             profile, self.request.fleets[0], device_bytes(devices), cores=self.machine.hardware.cpu_cores
         )
-        planned = find_plans(
+        planned = Planned(
             self.request.of(devices),
             self.reporter,
             described=described,
