@@ -171,5 +171,5 @@ def _search(report: Report) -> dict[str, Any]:
         ],
         "median_prediction_error": statistics.median(errors) if errors else None,
         "seconds": dict(log.seconds) if log else None,
-        "measuring_share": 1 - log.not_measuring_s / log.total_s if log and log.seconds else None,
+        "measuring_share": log.measuring_share if log else None,
     }

@@ -22,7 +22,7 @@ def page_of(report: Report, sections: Sequence[doc.Section] = ()) -> doc.Documen
     drawn = study_figures(report)
 
     def figures(*names: str) -> doc.Figures:
-        return doc.Figures(tuple(drawn[name] for name in names if name in drawn))
+        return doc.Figures(tuple(figure for name in names if (figure := drawn[name])))
 
     tables, plots = r.ranking_tables(report), figures("throughput_vs_bubble", "throughput_vs_memory")
     remarks = doc.Bullets(tuple(doc.Bullet(remark, "warning") for remark in r.remarks_of(report)))
