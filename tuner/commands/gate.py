@@ -124,16 +124,14 @@ class GateRequest:
                 "files of pytest-benchmark are compared alone: one or more of the baseline, then the candidate's; "
                 f"given are {' '.join(map(str, self.files))}{' and ' if given else ''}{', '.join(given)}"
             )
-        gate = self._gate_config(self._gate_of_files())
+        gate = GateConfig()
+        if (config := self._one_config()) is not None:
+            # What ran is said by the files.
+            unused: sources.Below = ({("model", "name"): "that of the files"}, "the files")
+            gate = sources.resolve_settings({"config": config}, below=unused, warn=self.warn).config.gate
+        gate = self._gate_config(gate)
         *baselines, candidate = self.files
         return lambda reporter: compare_files(baselines, candidate, gate)
-
-    def _gate_of_files(self) -> GateConfig:
-        """The section of the config, if one is given: what ran is said by the files."""
-        if (config := self._one_config()) is None:
-            return GateConfig()
-        unused: sources.Below = ({("model", "name"): "that of the files"}, "the files")
-        return sources.resolve_settings({"config": config}, below=unused, warn=self.warn).config.gate
 
     def _stored(self) -> Job:
         if given := self._given(*_OF_BASELINES_THAT_RUN):

@@ -6,8 +6,7 @@ from pathlib import Path
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import write_durably
 from pipetune.tuner.gate.outputs.junit import render_junit
-from pipetune.tuner.gate.outputs.plot import differences_chart
-from pipetune.tuner.gate.outputs.wording import markdown_of
+from pipetune.tuner.gate.outputs.wording import differences_chart, markdown_of
 from pipetune.tuner.gate.values import GateResult
 from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.report.render.plot import render_png
