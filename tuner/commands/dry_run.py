@@ -22,10 +22,7 @@ class DryRun:
     """A study that does not run. The model is read by a fleet, which ends again; nothing is written."""
 
     def __init__(self, folder: Path, config: TuneConfig, reporter: Reporter) -> None:
-        """
-        Raises:
-            UserError: a model, prompts or bounds that cannot be used.
-        """
+        """Raises a UserError for a model, prompts or bounds that cannot be used."""
         self.folder, self.config = folder, config
         reporter.begin(f"reading {config.model.name}")
         devices, workload = config.concrete_devices, config.workload

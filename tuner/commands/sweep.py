@@ -29,11 +29,7 @@ def rates_of(text: str | None) -> tuple[float, ...]:
 
 
 def check_load(config: TuneConfig, *, compare_baseline: bool, saves: bool, finds_rate: bool) -> None:
-    """Refuses what cannot be done under arrivals.
-
-    Raises:
-        ConfigError: names the options.
-    """
+    """Raises a ConfigError that names the options, for what cannot be done under arrivals."""
     workload = config.workload
     if finds_rate and (workload.goodput is None or workload.arrivals is None or workload.arrivals.request_rate is None):
         raise ConfigError("--max-request-rate: give --goodput, such as ttft:500, and a --request-rate to begin with")

@@ -232,11 +232,7 @@ def written_by(path: Path) -> str:
 
 
 def refuse_existing(path: Path | None) -> None:
-    """Refuses to overwrite a file that a user names.
-
-    Raises:
-        ConfigError: the file is there, or its folder is not, or cannot be written to.
-    """
+    """Raises a ConfigError where a file that a user names is there, or its folder is not, or cannot be written to."""
     if path is None:
         return
     if path.exists():

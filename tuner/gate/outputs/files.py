@@ -16,11 +16,7 @@ SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
 
 def refuse_places(folder: Path | None, junit: Path | None) -> None:
-    """Refuses to overwrite what is there, before anything is measured.
-
-    Raises:
-        ConfigError: the folder holds something, or the file is there, or one cannot be written.
-    """
+    """Raises a ConfigError where the folder holds something, the file is there, or one of them cannot be written."""
     if folder is not None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} exists and is not an empty folder; name a new one for this gate")
