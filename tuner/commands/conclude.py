@@ -138,14 +138,21 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
 def _row(row: Row | None) -> dict[str, Any] | None:
     if row is None:
         return None
-    speedups = {"speedup_over_baseline", "speedup_over_single_stage"}
-    shown = {"rank", "confirmed", "tied", "metrics", "broken_constraints", "records", *speedups}
-    return row.model_dump(mode="json", include=shown) | {
-        "plan": row.plan.model_dump(mode="json"),
+    values = row.model_dump(mode="json")
+    return {
+        "rank": row.rank,
+        "plan": values["effective"]["plan"],
         "layers": list(row.plan.layer_counts),
         "in_flight": row.effective.in_flight,
         "measured_in": "finals" if row.in_finals else "search",
+        "confirmed": row.confirmed,
+        "tied": row.tied,
         "recommended": row.recommended,
+        "metrics": row.metrics,
+        "speedup_over_baseline": values["speedup_over_baseline"],
+        "speedup_over_single_stage": values["speedup_over_single_stage"],
+        "broken_constraints": list(row.broken_constraints),
+        "records": list(row.records),
     }
 
 
