@@ -25,16 +25,7 @@ from pipetune.tuner.study.files import StudyFile, read_config
 from pipetune.tuner.study.plan_file import PLAN_FILE, read_plan
 
 Job = Callable[[Reporter], GateResult]
-_OF_CANDIDATES = ("candidate_plan", "candidate_dtype", "candidate_python", "candidate_env")
-_OF_BASELINES_THAT_RUN = (
-    "baseline_plan",
-    "baseline_dtype",
-    "baseline_python",
-    "baseline_ref",
-    "baseline_env",
-    "rounds_in_process",
-    "order_seed",
-)
+_OF_PAIRS = ("rounds_in_process", "order_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +108,7 @@ class GateRequest:
         return self.baseline_plan
 
     def _of_files(self) -> Job:
-        given = self._given("stored", *_OF_CANDIDATES, "max_minutes", *_OF_BASELINES_THAT_RUN)
+        given = self._given("stored", *self._of("candidate"), "max_minutes", *self._of("baseline"), *_OF_PAIRS)
         given += [sources.settings()[name].option for name in sources.given(self.params) if name != "output_dir"]
         if len(self.files) < 2 or given:
             raise ConfigError(
@@ -134,7 +125,7 @@ class GateRequest:
         return lambda reporter: compare_files(baselines, candidate, gate)
 
     def _stored(self) -> Job:
-        if given := self._given(*_OF_BASELINES_THAT_RUN):
+        if given := self._given(*self._of("baseline"), *_OF_PAIRS):
             raise ConfigError(f"--stored and {given[0]}: the baseline is stored, and does not run; leave one out")
         config = self._one_config()
         plan = self.candidate_plan or self._stored_plan()
@@ -147,6 +138,9 @@ class GateRequest:
         return lambda reporter: compare_stored(
             self.stored, candidate, reporter, other_dtype=other_dtype, max_minutes=self.max_minutes
         )
+
+    def _of(self, side: SideName) -> list[str]:
+        return [field.name for field in fields(self) if field.name.startswith(f"{side}_")]
 
     def _given(self, *names: str) -> list[str]:
         """Those of the flags that are not at their defaults."""
