@@ -95,6 +95,16 @@ class Tried(Value):
         """Whether the measured value lies in its interval."""
         return self.level is not None and self.low <= self.level <= self.high
 
+    @property
+    def held(self) -> str:
+        """What it says that the measured value lies within the interval."""
+        factor = math.sqrt(self.high / self.low)
+        return (
+            "the prediction held"
+            if factor < _TELLING
+            else f"the prediction, good to a factor of {factor:.2g}, says little"
+        )
+
 
 class FleetStep(Value):
     """One larger fleet: predicted, then measured."""
@@ -324,10 +334,7 @@ class _Chain:
             if gate.verdict is Verdict.INCONCLUSIVE:
                 why += f"; to run it again, remove {self.request.folder / GATE}"
             return chain.model_copy(update={"today": today, "gate": gate, "verdict": why, "exit_code": gate.exit_code})
-        factor, held = math.sqrt(best.high / best.low), "the prediction held"
-        if factor >= _TELLING:
-            held = f"the prediction, good to a factor of {factor:.2g}, says little"
-        return self._promoted(chain, today, gate, f"promoted: {held}, and the gate says OK")
+        return self._promoted(chain, today, gate, f"promoted: {best.held}, and the gate says OK")
 
     def _today(self, like: Plan) -> Plan:
         if self.request.today is not None:
