@@ -85,10 +85,9 @@ def bench(
     from pipetune.tuner.commands.bench import Bench
     from pipetune.tuner.commands.bench_document import FORMATS, document_of, exit_code, json_of, render
     from pipetune.tuner.commands.plan_request import PlanRequest
-    from pipetune.tuner.commands.quiet import look_at_load
     from pipetune.tuner.commands.sweep import check_load, draw_sweeps, rates_of
     from pipetune.tuner.config import sources
-    from pipetune.tuner.progress import make_reporter
+    from pipetune.tuner.progress import look_at_load, make_reporter
     from pipetune.tuner.study.files import read_records, refuse_existing, write_new
 
     if form not in (forms := ("text", "json", "md", *FORMATS)):

@@ -72,7 +72,7 @@ def tune_study(
     from pipetune.bench.errors import PipetuneError, StudyError, UserError, disk_fault
     from pipetune.bench.record import Measurement
     from pipetune.tuner.cli import common
-    from pipetune.tuner.commands.quiet import look_at_load
+    from pipetune.tuner.progress import look_at_load
     from pipetune.tuner.search.driver import run_study
     from pipetune.tuner.study.store import StudyStore
 
