@@ -43,7 +43,7 @@ MARGIN = 0.01
 _BETA = 0.05
 """Chance that a plan called no further behind than the margin is."""
 _MOST_FAILURES = 1
-_NODES = 96
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
 _NOTHING = 1e-12
 """Differences of logarithms that rounding makes."""
 
@@ -255,21 +255,15 @@ def _crossing(bound: float, first_look: int, last_look: int) -> float:
     The density of the sums that have not crossed is carried from look to look by quadrature (Armitage, McPherson and
     Rowe 1969, JRSS A 132, 235-244).
     """
-    nodes, weights = _quadrature()
     crossed, place, mass = float(ndtr(-bound)), np.zeros(1), np.ones(1)
     step = math.sqrt(first_look)
     for look in range(first_look, last_look):
         top, foot = bound * math.sqrt(look), -8.0 * math.sqrt(look)
-        here = foot + (nodes + 1) * (top - foot) / 2
+        here = foot + (_NODES + 1) * (top - foot) / 2
         density = np.exp(-0.5 * ((here[:, None] - place[None, :]) / step) ** 2) @ mass / (step * math.sqrt(2 * math.pi))
-        place, mass, step = here, density * weights * (top - foot) / 2, 1.0
+        place, mass, step = here, density * _WEIGHTS * (top - foot) / 2, 1.0
         crossed += float(mass @ ndtr(place - bound * math.sqrt(look + 1)))
     return crossed
-
-
-@functools.cache
-def _quadrature() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    return np.polynomial.legendre.leggauss(_NODES)
 
 
 def _failures(row: Mapping[int, float | None], rounds: int) -> int:

@@ -94,10 +94,8 @@ def short_list(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 2].rpartition(',')[0]}, …"
 
 
-def spread_text(spread: Spread | None) -> str:
+def spread_text(spread: Spread) -> str:
     """`60.8 ±4.9`: the median and the interquartile range."""
-    if spread is None:
-        return MISSING
     return number_text(spread.median) + (f" ±{number_text(spread.iqr, 2)}" if spread.samples > 1 else "")
 
 

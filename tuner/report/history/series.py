@@ -8,7 +8,7 @@ from typing import Self
 
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.record import Hardware
-from pipetune.tuner.report.compare.join import plan_key
+from pipetune.tuner.report.compare.join import rows_by_key
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.history.values import History, LevelChange, Night, Question, Series
 from pipetune.tuner.report.wording import hardware_text, model_text, workload_text
@@ -102,14 +102,11 @@ def _series(ordered: Sequence[StudyNight], metrics: Sequence[str]) -> Iterator[S
     shared: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
     texts: dict[str, str] = {}
     for index, one in enumerate(ordered):
-        ranking, devices = one.report.ranking, one.report.config.concrete_devices
+        ranking = one.report.ranking
         subjects[BEST] |= {index: ranking.best.metrics} if ranking.best else {}
         subjects[BASELINE] |= {index: ranking.baseline.metrics} if ranking.baseline else {}
-        for row in ranking.rows:
-            key = plan_key(row.plan, devices)
-            # Of two that differ in their caps alone the better counts.
-            if index not in shared[key]:
-                shared[key][index], texts[key] = row.metrics, row.plan.describe()
+        for key, row in rows_by_key(one.report).items():
+            shared[key][index], texts[key] = row.metrics, row.plan.describe()
     # A plan that was best on all of its nights would only repeat what the best plan's series say.
     often = [key for key in shared if len(shared[key]) >= LEAST_SHARED_NIGHTS and shared[key] != subjects[BEST]]
     often.sort(key=lambda key: -len(shared[key]))
