@@ -16,7 +16,7 @@ from pipetune.bench.files import scratch_folder
 from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import Fleet, available_devices, load_now, warn_of_cores
 from pipetune.bench.spec import ModelSpec, Plan, Value
-from pipetune.tuner.commands.plan import model_flags, read_model
+from pipetune.tuner.commands.plan import Known, model_flags
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.costs.described import DescribedDevices
 from pipetune.tuner.planning.model_fit import ModelFit, Wanted, fit_model
@@ -170,7 +170,7 @@ def _look_at_model(
     devices, costs = config.concrete_devices, None
     lens: tuple[int, ...] = (config.workload.input_len,)
     if described is not None:
-        known = read_model(config, reporter, described)
+        known = Known(config, reporter, described)
         shape, lens, sizes = known.shape, known.prompt_lens, known.device_bytes
         costs = described.costs(shape, scores=config.workload.kind == "score")
         found.add("described", f"{', '.join(devices)}, by {described.place}")

@@ -17,10 +17,10 @@ from pipetune.bench.files import write_durably
 from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import device_bytes
 from pipetune.bench.load.traces import read_trace
-from pipetune.bench.memory import ModelShape, stage_bytes
+from pipetune.bench.memory import stage_bytes
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.profile import Profile
-from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, device_kind
+from pipetune.bench.spec import EffectivePlan, Plan, device_kind
 from pipetune.tuner.config.schema import Constraint, TuneConfig
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.predictor import refit
@@ -108,16 +108,31 @@ class PlannedPlan:
         return self.prediction.bound_s / self.prediction.duration_s
 
 
-@dataclass(frozen=True, kw_only=True)
 class Known:
-    """What a worker says of the model and the prompts."""
+    """What a worker says of the model and the prompts.
 
-    model: ModelSpec
-    """With its revision."""
-    shape: ModelShape
-    hardware_id: str
-    prompt_lens: tuple[int, ...]
-    device_bytes: dict[str, int]
+    One on the CPU is enough, but for GPUs of this machine, whose free memory they alone know.
+    """
+
+    def __init__(self, config: TuneConfig, reporter: Reporter, described: DescribedDevices | None) -> None:
+        devices, model = config.concrete_devices, config.model
+        on_gpus = described is None and any(device_kind(device) == "cuda" for device in devices)
+        if not on_gpus and model.attention.startswith("flash"):
+            # Such kernels need a GPU; the shape is the same without them.
+            model = model.model_copy(update={"attention": "auto"})
+        workers = devices if on_gpus else ("cpu:0",)
+        with Experiment.start(model, workers, exclusive=False, on_progress=reporter.fleet) as experiment:
+            fleet, self.shape = experiment.fleet, experiment.fleet.shape
+            if described is not None:
+                self.device_bytes = described.device_bytes(devices)
+                task_bytes = described.task_bytes or self.shape.task_bytes
+                self.shape = self.shape.model_copy(update={"task_bytes": task_bytes})
+            else:
+                self.device_bytes = dict(fleet.device_bytes) if on_gpus else device_bytes(devices)
+            self.model = fleet.model.model_copy(update={"attention": config.model.attention})
+            """With its revision."""
+            self.hardware_id = fleet.machine.hardware_id
+            self.prompt_lens = fleet.prompt_lens(config.workload)
 
 
 class Planned:
@@ -146,7 +161,7 @@ class Planned:
             NothingFeasibleError: no plan fits into memory.
         """
         reporter.begin(f"reading {config.model.name}")
-        self.config, self.known = config, read_model(config, reporter, described)
+        self.config, self.known = config, Known(config, reporter, described)
         known, workload = self.known, config.workload
         costs, self.source = _costs(config, known, described, profile_file)
         reporter.begin("predicting")
@@ -274,34 +289,6 @@ def _broken(config: TuneConfig, metrics: Mapping[str, float]) -> tuple[Constrain
         for constraint in config.constraints
         if constraint.metric in metrics and constraint.excess(metrics[constraint.metric]) > 0
     )
-
-
-def read_model(config: TuneConfig, reporter: Reporter, described: DescribedDevices | None) -> Known:
-    """What a worker says of the model and the prompts.
-
-    One on the CPU is enough, but for GPUs of this machine, whose free memory they alone know.
-    """
-    devices = config.concrete_devices
-    on_gpus = described is None and any(device_kind(device) == "cuda" for device in devices)
-    model = config.model
-    if not on_gpus and model.attention.startswith("flash"):
-        # Such kernels need a GPU; the shape is the same without them.
-        model = model.model_copy(update={"attention": "auto"})
-    workers = devices if on_gpus else ("cpu:0",)
-    with Experiment.start(model, workers, exclusive=False, on_progress=reporter.fleet) as experiment:
-        fleet, shape = experiment.fleet, experiment.fleet.shape
-        if described is not None:
-            sizes = described.device_bytes(devices)
-            shape = shape.model_copy(update={"task_bytes": described.task_bytes or shape.task_bytes})
-        else:
-            sizes = dict(fleet.device_bytes) if on_gpus else device_bytes(devices)
-        return Known(
-            model=fleet.model.model_copy(update={"attention": config.model.attention}),
-            shape=shape,
-            hardware_id=fleet.machine.hardware_id,
-            prompt_lens=fleet.prompt_lens(config.workload),
-            device_bytes=sizes,
-        )
 
 
 def _costs(

@@ -27,7 +27,7 @@ from pipetune.bench.metrics import derive
 from pipetune.bench.profile import Profile
 from pipetune.bench.record import Failure, Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan, SchemaVersion, Value
-from pipetune.tuner.commands.plan import Planned, read_model
+from pipetune.tuner.commands.plan import Known, Planned
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.gate.cases import SideRequest, case_of
 from pipetune.tuner.gate.outputs import files as outputs
@@ -261,7 +261,7 @@ class _Chain:
             return known
         profile = self.profile
         if profile is not None and self.request.first_model is not None:
-            whole = read_model(self.request.of(self.request.fleets[0]), self.reporter, None)
+            whole = Known(self.request.of(self.request.fleets[0]), self.reporter, None)
             profile = deepened(profile, whole.model, whole.shape)
         described = larger_fleet(
             profile, self.request.fleets[0], device_bytes(devices), cores=self.machine.hardware.cpu_cores
