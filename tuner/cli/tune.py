@@ -116,12 +116,7 @@ def _conclude(folder: Path, show: "Callable[[Report], int]" = lambda report: 0) 
 
 
 def _recorded(params: Mapping[str, Any], resume: str) -> Path | None:
-    """The folder of the study to resume; None where there is none, and it may begin there.
-
-    Raises:
-        ConfigError: nothing says which.
-        StudyError: it holds no study.
-    """
+    """The folder of the study to resume; None where there is none, and it may begin there."""
     from pipetune.bench.errors import ConfigError, StudyError
     from pipetune.tuner.config import sources
 

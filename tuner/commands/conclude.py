@@ -38,7 +38,6 @@ def conclude(folder: Path, show: Callable[[Report], int], sections: Sequence[Sec
 
     Raises:
         StudyError: the folder holds no study that can be read.
-        OSError: a file cannot be written.
     """
     report = Report.of(load_study(folder))
     best = report.ranking.best

@@ -212,12 +212,7 @@ def _start(model: ModelSpec, devices: Sequence[str], reporter: Reporter) -> Expe
 
 
 def _start_or_describe(model: ModelSpec, devices: Sequence[str], reporter: Reporter, found: DoctorResult) -> Experiment:
-    """The model's fleet; where only its config is at hand, that is a fault, and the model is described all the same.
-
-    Raises:
-        ModelError: the model cannot be found, read or split.
-        FleetError: workers that do not start.
-    """
+    """The model's fleet; where only its config is at hand, that is a fault, and the model is described all the same."""
     try:
         return _start(model, devices, reporter)
     except ModelError as error:

@@ -87,10 +87,9 @@ class GateRequest:
         return Gate(cases=cases, runner=runner, seed=seed, max_minutes=self.max_minutes).run
 
     def shown(self) -> str:
-        """The settings of every case with their sources, as YAML; those of the baseline, where sides differ.
+        """All settings of each case, with their sources, as YAML; those of the baseline, where sides differ.
 
-        Raises:
-            UserError: as `job`.
+        Raises as `job`.
         """
         plan = self.candidate_plan or self._stored_plan() if self.stored else self._measured_plan()
         if plan is None:
@@ -202,11 +201,7 @@ class GateRequest:
         )
 
     def _gate_config(self, config: GateConfig) -> GateConfig:
-        """The section of the config, with what flags say instead.
-
-        Raises:
-            ConfigError: a metric or a margin that cannot be.
-        """
+        """The section of the config, with what flags say instead."""
         metrics = dict(config.metrics)
         try:
             if self.metric:

@@ -323,11 +323,7 @@ def model_flags(config: TuneConfig) -> str:
 
 
 def _profile(config: TuneConfig, known: Known, profile_file: Path | None) -> Profile | None:
-    """The profile given, or the newest that was kept of this machine; None where there is none, or none is wanted.
-
-    Raises:
-        ConfigError: the profile given is of another model, or lacks a device.
-    """
+    """The profile given, or the newest that was kept of this machine; None where there is none, or none is wanted."""
     if profile_file is None:
         if not config.profile:
             return None

@@ -78,11 +78,9 @@ class StudyContents(Value):
 
 
 def load_study(folder: Path) -> StudyContents:
-    """Reads a study; what beside its settings cannot be read is named, and passed over.
+    """Reads a study; what beside its settings and losses cannot be read is named, and passed over.
 
-    Raises:
-        StudyError: the folder holds no study, or its `losses.json` is damaged.
-        ConfigError: its `study.yaml` is damaged.
+    Raises as `read_config`, and as `read_losses`.
     """
     unread: list[str] = []
     records, losses = load_records(folder, unread), read_losses(folder)

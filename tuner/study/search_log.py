@@ -79,11 +79,7 @@ class SearchLogWriter:
     """Writes the log of a study."""
 
     def __init__(self, path: Path) -> None:
-        """Goes on with what is there.
-
-        Raises:
-            StudyError: what is there cannot be read.
-        """
+        """Goes on with what is there; raises as `read`."""
         self._path = path
         self.log = read(path, SearchLog) if path.exists() else SearchLog()
         self._phases: list[Phase] = []
