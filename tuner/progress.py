@@ -100,8 +100,7 @@ def make_reporter(console: Console, *, silent: bool = False) -> Reporter:
 
 def look_at_load(devices: Sequence[str], reporter: Reporter, wait_minutes: float | None = None) -> None:
     """Says what else these devices do, once it was waited for so long; where nobody listens, it only waits."""
-    is_silent = type(reporter) is Reporter
-    if is_silent and not wait_minutes:
+    if type(reporter) is Reporter and not wait_minutes:
         return
     began = time.monotonic()
     busy = load_now(devices)

@@ -112,9 +112,11 @@ def ratio_evidence(ratio: Ratio) -> str:
     return rounds if ratio.low is None else f"{ratio.low:.2f}–{ratio.high:.2f} {rounds}"
 
 
-def percent_text(share: float | None) -> str:
-    """`18 %` for 0.18."""
-    return MISSING if share is None else f"{round(share * 100)} %"
+def percent_text(share: float | None, digits: int | None = None) -> str:
+    """`18 %` for 0.18; `18.27 %` with four digits."""
+    if share is None:
+        return MISSING
+    return f"{round(share * 100) if digits is None else number_text(share * 100, digits)} %"
 
 
 def ms_text(milliseconds: float | None, digits: int = 3) -> str:
@@ -137,17 +139,17 @@ def with_unit(name: str) -> str:
     return ",".join([name, *filter(None, (_UNITS.get(name),))])
 
 
-def metric_text(name: str, value: float | None) -> str:
-    """A metric with its unit, by the ending of its name."""
+def metric_text(name: str, value: float | None, digits: int | None = None) -> str:
+    """A metric with its unit, by the ending of its name; with so many digits, or as many as people need."""
     if value is None:
         return MISSING
     if name.endswith(("_ms", "_s")):
-        return ms_text(value if name.endswith("_ms") else value * 1e3)
+        return ms_text(value if name.endswith("_ms") else value * 1e3, digits or 3)
     if name.endswith("_bytes"):
         return bytes_text(value)
     if name.startswith("bubble") or name.endswith(("_utilization", "_fraction", "_attainment")):
-        return percent_text(value)
-    return number_text(value) + _UNITS.get(name, "")
+        return percent_text(value, digits)
+    return number_text(value, digits or 3) + _UNITS.get(name, "")
 
 
 def hardware_text(hardware: Hardware) -> str:

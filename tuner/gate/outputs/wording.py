@@ -9,7 +9,7 @@ from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict, change_of
 from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.chart import Bars, Chart, Colour, Dots, Line, Mark, Rule
-from pipetune.tuner.report.wording import MISSING, bytes_text, clean, hardware_text, ms_text, number_text
+from pipetune.tuner.report.wording import MISSING, clean, hardware_text, metric_text
 
 _LEGEND = "Change: of the metric itself. A rate that falls is worse, as are a time and memory that grow."
 _METHODS = {
@@ -105,17 +105,7 @@ def margin_text(finding: Finding) -> str:
 
 def value_text(metric: str, value: float | None) -> str:
     """In the metric's unit, with the digits that a margin of some percent needs."""
-    if value is None or not math.isfinite(value):
-        return MISSING if value is None else str(value)
-    if metric.endswith(("token_throughput", "output_throughput")):
-        return f"{number_text(value, 4)} tok/s"
-    if metric in ("request_throughput", "request_goodput"):
-        return f"{number_text(value, 4)} req/s"
-    if metric.endswith("_ms"):
-        return ms_text(value, 4)
-    if metric.endswith("_s"):
-        return ms_text(1000 * value)
-    return bytes_text(value) if metric.endswith("_bytes") else number_text(value, 4)
+    return metric_text(metric, value, 4) if value is None or math.isfinite(value) else str(value)
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
