@@ -333,7 +333,7 @@ def comparison_of(records: Sequence[Record], titles: Mapping[str, tuple[str, str
         objective: a throughput.
     """
     found = Finals([PlanRun(record) for record in records], objective)
-    fit = Fit.of(found.cells)
+    fit = Fit(found.cells)
     return Comparison(
         rounds=found.rounds[BASELINE],
         contenders=tuple(_contender(*titles[name], found, name, fit.gap(BASELINE, name)) for name in titles),

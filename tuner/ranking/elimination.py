@@ -25,10 +25,9 @@ import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import ndtr, stdtr
 
 from pipetune.tuner.stats.ratios import TAIL, Ratio, ratio_of
@@ -85,47 +84,32 @@ class Gap:
         return float(stdtr(self.freedom, (log_ratio - self.log_ratio) / self.error))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """Log costs as plan + round + noise, by least squares."""
+    """Log costs that were measured before a round, as plan + round + noise, by least squares."""
 
-    figures: Mapping[str, Mapping[int, float]]
-    """What was measured, by plan and round."""
-    effects: Mapping[int, float]
-    """Log cost of each round over their mean."""
-    levels: Mapping[str, float]
-    """Level of each plan that has a figure."""
-    sd: float
-    """Standard deviation of one run."""
-    freedom: int
-    _inverse: npt.NDArray[np.floating]
-
-    @classmethod
-    def of(cls, cells: Cells, rounds: float = math.inf) -> Self:
-        """The fit of what was measured before that round."""
-        figures = {
+    def __init__(self, cells: Cells, rounds: float = math.inf) -> None:
+        self.figures = {
             name: {at: x for at, x in row.items() if at < rounds and x is not None} for name, row in cells.items()
         }
-        names = [name for name, row in figures.items() if row]
-        numbers = sorted({at for name in names for at in figures[name]})
-        entries = [(place, numbers.index(at), x) for place, name in enumerate(names) for at, x in figures[name].items()]
+        """What was measured, by plan and round."""
+        names = [name for name, row in self.figures.items() if row]
+        numbers = sorted({at for name in names for at in self.figures[name]})
+        entries = [
+            (place, numbers.index(at), x) for place, name in enumerate(names) for at, x in self.figures[name].items()
+        ]
         design = np.zeros((len(entries), len(names) + len(numbers)))
         for line, (place, at, _) in enumerate(entries):
             design[line, place] = design[line, len(names) + at] = 1.0
         values, inverse = np.array([x for *_, x in entries]), np.linalg.pinv(design)
-        solution = inverse @ values
-        freedom = len(entries) - round(float(np.trace(design @ inverse)))
-        residual = values - design @ solution
-        own = solution[len(names) :]
-        effects = dict(zip(numbers, map(float, own - own.mean()), strict=True)) if names else {}
-        return cls(
-            figures=figures,
-            effects=effects,
-            levels={name: hodges_lehmann([x - effects[at] for at, x in figures[name].items()]) for name in names},
-            sd=math.sqrt(float(residual @ residual) / freedom) if freedom else 0.0,
-            freedom=freedom,
-            _inverse=inverse[: len(names)],
-        )
+        solution, self._inverse = inverse @ values, inverse[: len(names)]
+        residual, own = values - design @ solution, solution[len(names) :]
+        self.freedom = len(entries) - round(float(np.trace(design @ inverse)))
+        self.sd = math.sqrt(float(residual @ residual) / self.freedom) if self.freedom else 0.0
+        """Standard deviation of one run."""
+        self.effects = dict(zip(numbers, map(float, own - own.mean()), strict=True)) if names else {}
+        """Log cost of each round over their mean."""
+        self.levels = {name: hodges_lehmann(self.steady(name)) for name in names}
+        """Level of each plan that has a figure."""
 
     def steady(self, name: str) -> tuple[float, ...]:
         """The plan's log costs without the effects of their rounds."""
@@ -135,7 +119,7 @@ class Fit:
         """Best first; those without any figure come last, in the order given."""
         return sorted(names, key=lambda name: self.levels.get(name, math.inf))
 
-    def gap(self, plan: str, other: str, pool: Self | None = None) -> Gap | None:
+    def gap(self, plan: str, other: str, pool: "Fit | None" = None) -> Gap | None:
         """How far one plan is behind another; None without a common round.
 
         Args:
@@ -210,7 +194,7 @@ def decide(
         active = [name for name in active if _failures(table[name], rounds) <= _MOST_FAILURES]
         gaps: dict[str, Gap] = {}
         if rounds >= first_look and active:
-            fit, pool = Fit.of(cells, rounds), Fit.of(table, rounds)
+            fit, pool = Fit(cells, rounds), Fit(table, rounds)
             fastest, *others = active = fit.ordered(active)
             gaps = {name: gap for name in others if (gap := fit.gap(name, fastest, pool))}
             beaten = [name for name, gap in gaps.items() if gap.is_behind(level)]
@@ -226,7 +210,7 @@ def decide(
         running = [name for name in controls if _failures(cells[name], rounds) <= _MOST_FAILURES]
         due = tuple(name for name in (*active, *running) if rounds not in cells[name])
         if kind != "open" or due:
-            fit, pool = Fit.of(cells), Fit.of(table)
+            fit, pool = Fit(cells), Fit(table)
             return State(
                 kind=kind,
                 rounds=rounds,

@@ -103,7 +103,7 @@ class Finals:
         own = () if self.objective.metric in _PER_ITERATION else (self.objective,)
         goals = [*own, *(Objective(metric=name) for name in sorted(_PER_ITERATION))]
         cells = ({name: log_costs(own, self.first_round, goal) for name, own in self._runs.items()} for goal in goals)
-        return {goal.metric: (Fit.of(table), goal) for goal, table in zip(goals, cells, strict=True)}
+        return {goal.metric: (Fit(table), goal) for goal, table in zip(goals, cells, strict=True)}
 
 
 def searched_runs(group: Sequence[PlanRun]) -> list[PlanRun]:
