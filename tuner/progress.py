@@ -12,11 +12,13 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from pipetune.bench import metrics
-from pipetune.bench.fleet.fleet import Progress
+from pipetune.bench.fleet.fleet import Progress, load_now
 from pipetune.bench.record import Failure, Outcome
 
 _MANY_STEPS = 8
 """Steps of a worker's that a bar is drawn for, and a log told of by quarters."""
+_LOOK_S = 5.0
+"""How long a machine must be quiet."""
 
 
 class Steps:
@@ -58,7 +60,6 @@ class Reporter:
     It is entered around all work that it is told of, and may be entered again.
     """
 
-    is_silent = True
     _course: Steps | None = None
     _steps = Steps(0, 0, "")
 
@@ -95,6 +96,22 @@ def make_reporter(console: Console, *, silent: bool = False) -> Reporter:
     if silent:
         return Reporter()
     return LiveReporter(console) if console.is_terminal and not console.is_dumb_terminal else PlainReporter(console)
+
+
+def look_at_load(devices: Sequence[str], reporter: Reporter, wait_minutes: float | None = None) -> None:
+    """Says what else these devices do, once it was waited for so long; where nobody listens, it only waits."""
+    if type(reporter) is Reporter and not wait_minutes:
+        return
+    began = time.monotonic()
+    busy = load_now(devices)
+    if busy and wait_minutes:
+        reporter.begin(f"waiting for a quiet machine, {wait_minutes:g} min at most: {'; '.join(busy)}")
+        while busy and time.monotonic() - began < 60 * wait_minutes:
+            busy = load_now(devices, _LOOK_S)
+        reporter.end(f"{'still busy' if busy else 'quiet'} after {time.monotonic() - began:.0f} s")
+    if busy:
+        way_out = "" if wait_minutes else ", or wait by --wait-for-quiet MINUTES"
+        reporter.say(f"this machine is busy: {'; '.join(busy)}. What is measured now is doubtful: end them{way_out}")
 
 
 def progress_text(progress: Progress) -> str:
@@ -139,8 +156,6 @@ def _value_text(name: str, value: float, *, scored: bool) -> str:
 class PlainReporter(Reporter):
     """Whole lines, for logs: what begins, what came of it, and long first steps such as a download."""
 
-    is_silent = False
-
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last_message = ""
@@ -182,8 +197,6 @@ class PlainReporter(Reporter):
 
 class LiveReporter(Reporter):
     """Lines that stay scroll by above two that change: what runs now, and the best so far."""
-
-    is_silent = False
 
     def __init__(self, console: Console) -> None:
         self._console = console

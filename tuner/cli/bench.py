@@ -83,18 +83,17 @@ def bench(
     from pipetune.bench.errors import ConfigError
     from pipetune.tuner.cli import common
     from pipetune.tuner.commands.bench import Bench
-    from pipetune.tuner.commands.bench_document import document_of, exit_code, json_of
-    from pipetune.tuner.commands.bench_formats import FORMATS, render
+    from pipetune.tuner.commands.bench_document import FORMATS, document_of, exit_code, json_of, render
     from pipetune.tuner.commands.plan_request import PlanRequest
-    from pipetune.tuner.commands.quiet import look_at_load
-    from pipetune.tuner.commands.sweep import check_load, draw_sweeps, rates_of, read_sweeps
+    from pipetune.tuner.commands.sweep import check_load, draw_sweeps, rates_of
     from pipetune.tuner.config import sources
-    from pipetune.tuner.progress import make_reporter
-    from pipetune.tuner.study.files import refuse_existing, write_new
+    from pipetune.tuner.progress import look_at_load, make_reporter
+    from pipetune.tuner.study.files import read_records, refuse_existing, write_new
 
     if form not in (forms := ("text", "json", "md", *FORMATS)):
         raise ConfigError(f"--format: {form!r} is none of {', '.join(forms)}")
-    request, rates, others = PlanRequest.of(ctx.params), rates_of(sweep), read_sweeps(beside or ())
+    request, rates = PlanRequest.of(ctx.params), rates_of(sweep)
+    others = [record for path in beside or () for record in read_records(path, "--beside ")]
     params = {**ctx.params, "request_rate": rates[0]} if rates else ctx.params
     resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
     if engine_python is not None and (compare_baseline or save_outputs is not None):

@@ -25,7 +25,7 @@ def doctor(
     what of it would fit, also on devices that are only described."""
     from pipetune.bench.errors import ConfigError
     from pipetune.tuner.cli import common
-    from pipetune.tuner.commands.doctor import Fitting, run_doctor
+    from pipetune.tuner.commands.doctor import run_doctor
     from pipetune.tuner.config.sources import resolve_settings
     from pipetune.tuner.planning.costs.described import read_devices
     from pipetune.tuner.progress import make_reporter
@@ -41,9 +41,9 @@ def doctor(
         warn=common.warn,
     )
     given = {"micro_batch_size": micro_batch_size, "memory_fraction": memory_fraction}
-    fitting = Fitting.model_validate({name: value for name, value in given.items() if value is not None})
+    fitting = {name: value for name, value in given.items() if value is not None} if named else None
     reporter = make_reporter(common.err(), silent=no_progress)
-    result = run_doctor(resolved.config, fitting if named else None, reporter, described)
+    result = run_doctor(resolved.config, fitting, reporter, described)
     values = result.model_dump(mode="json", by_alias=True) | {"schema_version": 1, "exit_code": result.fault_code}
     common.give(values, result.document(), json=json)
     return result.fault_code

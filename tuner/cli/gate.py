@@ -61,10 +61,9 @@ def gate(
     """Say whether a candidate is worse than the baseline: FAIL (exit code 1), OK (0) or INCONCLUSIVE (3)."""
     from pipetune.tuner.cli import common
     from pipetune.tuner.commands.gate import GateRequest
-    from pipetune.tuner.commands.quiet import look_at_load
     from pipetune.tuner.gate.outputs import files as outputs
     from pipetune.tuner.gate.outputs.wording import screen_of
-    from pipetune.tuner.progress import make_reporter
+    from pipetune.tuner.progress import look_at_load, make_reporter
 
     request = GateRequest.of(ctx.params, warn=common.warn)
     if show_config:

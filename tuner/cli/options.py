@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,27 +47,19 @@ _COMMON = (
 Function = Callable[..., int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SettingsGroup:
-    """Settings that a command takes as options, listed in front of one of its own parameters."""
+def chosen(names: Iterable[str], without: Iterable[str] = ()) -> "list[Setting]":
+    """Settings as `settings` names them, in the order of their options; a name that means none is a command's fault."""
+    from pipetune.tuner.config import sources
 
-    names: tuple[str, ...]
-    without: tuple[str, ...]
-    before: str
-
-    def settings(self) -> "list[Setting]":
-        """The settings in the order of their options; a name that means none is a fault of the command."""
-        from pipetune.tuner.config import sources
-
-        known = sources.settings()
-        chosen: dict[str, Setting] = {}
-        for name in self.names:
-            found = [setting for setting in known.values() if setting.flag.panel == name]
-            found = found or ([known[name]] if name in known else [])
-            found = found or [setting for setting in known.values() if setting.path[0] == name]
-            assert found, f"{name} is no panel, no setting and no section"
-            chosen |= {one.name: one for one in found if not {one.name, one.path[0]} & {*self.without}}
-        return list(chosen.values())
+    known, left_out = sources.settings(), {*without}
+    found: dict[str, Setting] = {}
+    for name in names:
+        own = [setting for setting in known.values() if setting.flag.panel == name]
+        own = own or ([known[name]] if name in known else [])
+        own = own or [setting for setting in known.values() if setting.path[0] == name]
+        assert own, f"{name} is no panel, no setting and no section"
+        found |= {one.name: one for one in own if not {one.name, one.path[0]} & left_out}
+    return list(found.values())
 
 
 def settings(*names: str, before: str, without: tuple[str, ...] = ()) -> Callable[[Function], Function]:
@@ -80,15 +72,14 @@ def settings(*names: str, before: str, without: tuple[str, ...] = ()) -> Callabl
     """
 
     def add(function: Function) -> Function:
-        group = SettingsGroup(names=names, without=without, before=before)
-        vars(function)["settings_groups"] = (group, *groups_of(function))
+        vars(function)["settings_groups"] = ((before, partial(chosen, names, without)), *groups_of(function))
         return function
 
     return add
 
 
-def groups_of(function: object) -> tuple[SettingsGroup, ...]:
-    """The groups that `settings` gave to a command, in the order in which they are written."""
+def groups_of(function: object) -> "tuple[tuple[str, Callable[[], list[Setting]]], ...]":
+    """The settings that a command was given, behind the parameter that they stand before, in the order written."""
     return getattr(function, "settings_groups", ())
 
 
@@ -147,10 +138,10 @@ class SettingsCommand(typer.core.TyperCommand):
             function, own = self.callback, [parameter.name for parameter in self.params]
             assert function is not None
             self._function = function
-            for group in groups_of(function):
+            for before, settings_of in groups_of(function):
                 there = [parameter.name for parameter in self.params]
-                options = [option for option in _options_of(group.settings()) if option.name not in there]
-                self.params[there.index(group.before) : there.index(group.before)] = options
+                options = [option for option in _options_of(settings_of()) if option.name not in there]
+                self.params[there.index(before) : there.index(before)] = options
             if vars(function).get("is_on_hosts"):
                 self.params += _parameters_of(_host_options, "Several hosts" + _ADVANCED)
             self.callback = lambda **given: function(**{name: given[name] for name in own if name in given})

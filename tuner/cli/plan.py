@@ -33,7 +33,7 @@ def plan(
     """Print the best predicted plans without running one; for devices here, or described in a file."""
     from pipetune.bench.errors import ConfigError
     from pipetune.tuner.cli import common
-    from pipetune.tuner.commands.plan import find_plans
+    from pipetune.tuner.commands.plan import Planned
     from pipetune.tuner.commands.plan_document import document_of, json_of
     from pipetune.tuner.config import sources
     from pipetune.tuner.planning.costs.described import read_devices
@@ -52,7 +52,7 @@ def plan(
         return 0
     reporter = make_reporter(common.err(), silent=no_progress)
     with reporter:
-        planned = find_plans(resolved.config, reporter, described=described, profile_file=profile_file, top=top)
+        planned = Planned(resolved.config, reporter, described=described, profile_file=profile_file, top=top)
     if output is not None:
         planned.write(output)
     common.give(json_of(planned), document_of(planned), json=json)

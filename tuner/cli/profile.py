@@ -29,10 +29,9 @@ def profile(
     from pipetune.bench.fleet.experiment import Experiment
     from pipetune.bench.profile import ProfileGrid
     from pipetune.tuner.cli import common
-    from pipetune.tuner.commands.quiet import look_at_load
     from pipetune.tuner.config.sources import resolve_settings
     from pipetune.tuner.planning.costs import profile_cache
-    from pipetune.tuner.progress import make_reporter
+    from pipetune.tuner.progress import look_at_load, make_reporter
     from pipetune.tuner.report.profile import document_of
 
     resolved = resolve_settings(ctx.params, warn=common.warn).config

@@ -30,7 +30,7 @@ def tune(
 ) -> int:
     """Find the best plan for a model: measure the un-pipelined baseline, then plans, then the best ones again."""
     from pipetune.tuner.cli import common
-    from pipetune.tuner.commands.dry_run import dry_run_of
+    from pipetune.tuner.commands.dry_run import DryRun
     from pipetune.tuner.config import sources
     from pipetune.tuner.progress import make_reporter
     from pipetune.tuner.study.store import study_folder
@@ -50,7 +50,7 @@ def tune(
     reporter = make_reporter(common.err(), silent=no_progress)
     if dry_run:
         with reporter:
-            intended = dry_run_of(folder, resolved.config, reporter)
+            intended = DryRun(folder, resolved.config, reporter)
         common.give(intended.json(), intended.document(), json=json)
         return 0
     return tune_study(
@@ -72,7 +72,7 @@ def tune_study(
     from pipetune.bench.errors import PipetuneError, StudyError, UserError, disk_fault
     from pipetune.bench.record import Measurement
     from pipetune.tuner.cli import common
-    from pipetune.tuner.commands.quiet import look_at_load
+    from pipetune.tuner.progress import look_at_load
     from pipetune.tuner.search.driver import run_study
     from pipetune.tuner.study.store import StudyStore
 
@@ -116,12 +116,7 @@ def _conclude(folder: Path, show: "Callable[[Report], int]" = lambda report: 0) 
 
 
 def _recorded(params: Mapping[str, Any], resume: str) -> Path | None:
-    """The folder of the study to resume; None where there is none, and it may begin there.
-
-    Raises:
-        ConfigError: nothing says which.
-        StudyError: it holds no study.
-    """
+    """The folder of the study to resume; None where there is none, and it may begin there."""
     from pipetune.bench.errors import ConfigError, StudyError
     from pipetune.tuner.config import sources
 

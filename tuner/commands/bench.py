@@ -67,9 +67,9 @@ class Comparison(Value):
     contenders: tuple[Contender, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class BenchResult:
-    """What `bench` found."""
+    """What `bench` found, so far."""
 
     plan: Plan
     outcome: Outcome
@@ -77,13 +77,13 @@ class BenchResult:
     comparison: Comparison | None = None
     single_stage_missing: str | None = None
     """Why our single stage is not in the comparison."""
-    sweep: tuple[tuple[float, Measurement], ...] = ()
+    sweep: list[tuple[float, Measurement]] = field(default_factory=list)
     """Requests a second, and what was measured at them."""
     max_request_rate: float | None = None
     """The highest rate that was found to be sustained."""
     finds_rate: bool = False
     """Whether it was looked for."""
-    records: tuple[Record, ...] = ()
+    records: Sequence[Record] = ()
     files: dict[Path, str] = field(default_factory=dict)
     """What was asked for, not written yet."""
 
@@ -164,61 +164,44 @@ class _Work:
             )
         # In a comparison the rounds repeat the plan: one repetition is enough for the check.
         protocol = config.protocol.model_copy(update={"num_iters": 1}) if self.job.rounds else config.protocol
-        outcome = self._measure(f"measuring {plan.describe()}", effective, protocol)
-        sweep: list[tuple[float, Measurement]] = []
-        for rate in self.job.rates:
-            if sweep:
-                outcome = self._measure(f"measuring at {rate:g} requests/s", effective, protocol, rate=rate)
-            if isinstance(outcome, Failure):
-                break
-            sweep.append((rate, outcome))
-        max_request_rate = None
-        if self.job.most_rates and isinstance(outcome, Measurement):
-            sweep, max_request_rate = self._find_rate(outcome, effective, protocol)
-        comparison, single_missing = None, None
-        if isinstance(outcome, Measurement) and self.job.rounds:
-            sizes = baseline_batch_sizes(config.baseline_batch_sizes, num_prompts)
-            self.most_records = 1 + len(sizes) + 3 * self.job.rounds
-            compared, single_missing = self._compare(effective)
-            if isinstance(compared, Failure):
-                outcome = compared
-            else:
-                comparison = compared
-        files = {}
-        if isinstance(outcome, Measurement) and self.job.save_outputs is not None:
-            files[self.job.save_outputs] = self._outputs(effective)
-        return BenchResult(
+        found = BenchResult(
             plan=plan,
-            outcome=outcome,
+            outcome=self._measure(f"measuring {plan.describe()}", effective, protocol),
             in_flight=effective.in_flight,
-            comparison=comparison,
-            single_stage_missing=single_missing,
-            sweep=tuple(sweep),
-            max_request_rate=max_request_rate,
             finds_rate=self.job.most_rates > 0,
-            records=tuple(self.records),
-            files=files,
+            records=self.records,
         )
+        for rate in self.job.rates:
+            if found.sweep:
+                found.outcome = self._measure(f"measuring at {rate:g} requests/s", effective, protocol, rate=rate)
+            if isinstance(found.outcome, Failure):
+                break
+            found.sweep.append((rate, found.outcome))
+        if found.finds_rate and isinstance(found.outcome, Measurement):
+            self._find_rate(found, effective, protocol)
+        if isinstance(found.outcome, Measurement) and self.job.rounds:
+            self._compare(found, effective)
+        if isinstance(found.outcome, Measurement) and self.job.save_outputs is not None:
+            found.files[self.job.save_outputs] = self._outputs(effective)
+        return found
 
-    def _find_rate(
-        self, outcome: Outcome, effective: EffectivePlan, protocol: Protocol
-    ) -> tuple[list[tuple[float, Measurement]], float | None]:
-        """What was measured at each rate tried, and the highest that is sustained, if two of them enclose it."""
+    def _find_rate(self, found: BenchResult, effective: EffectivePlan, protocol: Protocol) -> None:
+        """Measures at further rates, until two of them enclose the highest that is sustained."""
         arrivals, wanted = self.job.config.workload.arrivals, self.job.config.slo_attainment
         assert arrivals is not None
         assert arrivals.request_rate is not None
-        found: dict[float, Measurement] = {}
-        rate, shares = arrivals.request_rate, dict[float, float]()
+        tried: dict[float, Measurement] = {}
+        outcome, rate, shares = found.outcome, arrivals.request_rate, dict[float, float]()
         while isinstance(outcome, Measurement):
-            found[rate] = outcome
-            shares = {one: metrics.derive(measured)["slo_attainment"] for one, measured in found.items()}
+            tried[rate] = outcome
+            shares = {one: metrics.derive(measured)["slo_attainment"] for one, measured in tried.items()}
             low, high = rates.bracket(shares, wanted)
             rate = float(f"{rates.next_rate(shares, wanted, guess=arrivals.request_rate):.4g}")
             is_narrow = low is not None and high is not None and high <= low * (1 + _NARROW)
-            if is_narrow or rate in found or len(found) == self.job.most_rates:
+            if is_narrow or rate in tried or len(tried) == self.job.most_rates:
                 break
             outcome = self._measure(f"measuring at {rate:g} requests/s", effective, protocol, rate=rate)
-        return sorted(found.items()), rates.estimate(shares, wanted)
+        found.sweep, found.max_request_rate = sorted(tried.items()), rates.estimate(shares, wanted)
 
     def _measure(
         self,
@@ -251,16 +234,19 @@ class _Work:
             self.reporter.course(len(self.records), max(0, self.most_records - len(self.records)))
         return record.result
 
-    def _compare(self, effective: EffectivePlan) -> tuple[Comparison | Failure, str | None]:
+    def _compare(self, found: BenchResult, effective: EffectivePlan) -> None:
         """A finals of the plan, our single stage, and the un-pipelined model at its best batch size.
 
         All take part in every round; the first failure ends it.
         """
         config, fleet, rounds = self.job.config, self.experiment.fleet, self.job.rounds
         once = finals.side_by_side(config.protocol)
-        batch_size = self._best_batch_size(once)
+        sizes = baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts)
+        self.most_records = 1 + len(sizes) + 3 * rounds
+        batch_size = self._best_batch_size(sizes, once)
         if isinstance(batch_size, Failure):
-            return batch_size, None
+            found.outcome = batch_size
+            return
         plan = effective.plan
         switches = {name: getattr(plan, name) for name in ("compile", "cuda_graphs", "packed_weights")}
         whole = Plan.from_layer_counts((fleet.shape.num_layers,), fleet.devices, batch_size).model_copy(update=switches)
@@ -272,24 +258,24 @@ class _Work:
             plans.insert(0, single)
             titles[single.key] = "single stage", f"our runtime on {fleet.devices[0]} alone, {whole.describe()}"
         titles[effective.key] = "plan", f"{plan.describe()} · on {', '.join(plan.devices)}"
-        missing = single.message if isinstance(single, Failure) else None
+        found.single_stage_missing = single.message if isinstance(single, Failure) else None
         finalists = finals.Finalists(plans=tuple(plans), baseline_batch_size=batch_size)
         objective = Objective(metric=SCORE_OBJECTIVE if config.workload.kind == "score" else GENERATE_OBJECTIVE)
         while True:
             due = finals.next_step(
                 self.records, finalists, objectives=(objective,), min_rounds=rounds, max_rounds=rounds, seed=config.seed
             )
-            if isinstance(due, finals.FinalsResult):
-                return comparison_of(self.records, titles, objective), missing
+            if isinstance(due, str):
+                found.comparison = comparison_of(self.records, titles, objective)
+                return
             label = f"round {due.shown_round + 1} of {rounds} · {titles[due.name][0]}"
             what = batch_size if due.name == BASELINE else finalists.plan(due.name)
             outcome = self._measure(label, what, once, due)
             if isinstance(outcome, Failure):
-                return outcome, missing
+                found.outcome = outcome
+                return
 
-    def _best_batch_size(self, once: Protocol) -> int | Failure:
-        config = self.job.config
-        sizes = baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts)
+    def _best_batch_size(self, sizes: Sequence[int], once: Protocol) -> int | Failure:
         if len(sizes) == 1:
             return sizes[0]
         outcomes = [self._measure(f"baseline: un-pipelined, batch size {size}", size, once) for size in sizes]
@@ -347,7 +333,7 @@ def comparison_of(records: Sequence[Record], titles: Mapping[str, tuple[str, str
         objective: a throughput.
     """
     found = Finals([PlanRun(record) for record in records], objective)
-    fit = Fit.of(found.cells)
+    fit = Fit(found.cells)
     return Comparison(
         rounds=found.rounds[BASELINE],
         contenders=tuple(_contender(*titles[name], found, name, fit.gap(BASELINE, name)) for name in titles),

@@ -1,5 +1,6 @@
 """The end of a study: best plan and device map exported, reports written, and what is to be said of it."""
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +11,7 @@ from pipetune.tuner.ranking.values import Ranking, Rival, Row
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.document import Section
 from pipetune.tuner.report.files import write_report
-from pipetune.tuner.report.search import median_error, trials_of
-from pipetune.tuner.stats.ratios import Ratio
+from pipetune.tuner.report.search import prediction_errors, trials_of
 from pipetune.tuner.study.files import StudyContents, load_study
 from pipetune.tuner.study.plan_file import DEVICE_MAP_FILE, PLAN_FILE, PlanFile, write_best
 
@@ -38,17 +38,15 @@ def conclude(folder: Path, show: Callable[[Report], int], sections: Sequence[Sec
 
     Raises:
         StudyError: the folder holds no study that can be read.
-        OSError: a file cannot be written.
     """
-    contents = load_study(folder)
-    report = Report.of(contents)
+    report = Report.of(load_study(folder))
     best = report.ranking.best
     try:
         if best is None:
             for name in (PLAN_FILE, DEVICE_MAP_FILE):
                 (folder / name).unlink(missing_ok=True)
-        elif contents.shape is not None:
-            write_best(folder, plan_file(contents, best), contents.shape, contents.config.device_names)
+        elif report.shape is not None:
+            write_best(folder, plan_file(report, best), report.shape, report.config.device_names)
         write_report(report, sections)
     finally:
         code = show(report)
@@ -121,7 +119,7 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
         },
         "single_stage": _row(ranking.single_stage),
         "recommended_because": ranking.recommended_because,
-        "front": [row.rank for row in ranking.front],
+        "front": [row.rank for row in ranking.rows if row.on_front],
         "separated": ranking.separation.separated,
         "separation": ranking.separation.text,
         "search": _search(report),
@@ -139,15 +137,17 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
 def _rival(rival: Rival | None) -> dict[str, Any] | None:
     if rival is None:
         return None
-    return {"plan": rival.row.plan.model_dump(mode="json"), "gain_over_it": _ratio(rival.gain)}
+    values = rival.model_dump(mode="json")
+    return {"plan": values["row"]["effective"]["plan"], "gain_over_it": values["gain"]}
 
 
 def _row(row: Row | None) -> dict[str, Any] | None:
     if row is None:
         return None
+    values = row.model_dump(mode="json")
     return {
         "rank": row.rank,
-        "plan": row.plan.model_dump(mode="json"),
+        "plan": values["effective"]["plan"],
         "layers": list(row.plan.layer_counts),
         "in_flight": row.effective.in_flight,
         "measured_in": "finals" if row.in_finals else "search",
@@ -155,8 +155,8 @@ def _row(row: Row | None) -> dict[str, Any] | None:
         "tied": row.tied,
         "recommended": row.recommended,
         "metrics": row.metrics,
-        "speedup_over_baseline": _ratio(row.speedup_over_baseline),
-        "speedup_over_single_stage": _ratio(row.speedup_over_single_stage),
+        "speedup_over_baseline": values["speedup_over_baseline"],
+        "speedup_over_single_stage": values["speedup_over_single_stage"],
         "broken_constraints": list(row.broken_constraints),
         "records": list(row.records),
     }
@@ -165,6 +165,7 @@ def _row(row: Row | None) -> dict[str, Any] | None:
 def _search(report: Report) -> dict[str, Any]:
     """How the search went; times and the reason of its end are null in studies from before a search log was kept."""
     trials, log = trials_of(report), report.log
+    errors = prediction_errors(trials)
     return {
         "stop": log.stop.model_dump(mode="json") if log and log.stop else None,
         "trials": [
@@ -181,11 +182,7 @@ def _search(report: Report) -> dict[str, Any]:
             }
             for trial in trials
         ],
-        "median_prediction_error": median_error(trials),
+        "median_prediction_error": statistics.median(errors) if errors else None,
         "seconds": dict(log.seconds) if log else None,
-        "measuring_share": 1 - log.not_measuring_s / log.total_s if log and log.seconds else None,
+        "measuring_share": log.measuring_share if log else None,
     }
-
-
-def _ratio(ratio: Ratio | None) -> dict[str, Any] | None:
-    return None if ratio is None else ratio.model_dump(mode="json")

@@ -5,19 +5,18 @@ import json
 import platform
 import shlex
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from pipetune.bench.errors import FleetError, ModelError, NothingFeasibleError, PipetuneError, UserError
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import Fleet, available_devices, load_now, warn_of_cores
 from pipetune.bench.spec import ModelSpec, Plan, Value
-from pipetune.tuner.commands.plan import model_flags, read_model
+from pipetune.tuner.commands.plan import Known, model_flags
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.costs.described import DescribedDevices
 from pipetune.tuner.planning.model_fit import ModelFit, Wanted, fit_model
@@ -54,23 +53,24 @@ class Check(Value):
     text: str
 
 
-class Fitting(Value):
-    """How a model is to be fitted onto the devices."""
+class DoctorResult(BaseModel):
+    """All checks, and the model if one was named; it grows as they are made."""
 
-    micro_batch_size: int | None = None
-    """None: one micro-batch a stage, or smaller ones if those do not fit."""
-    memory_fraction: float = 0.9
-
-
-class DoctorResult(Value):
-    """All checks, and the model if one was named."""
-
-    checks: tuple[Check, ...]
+    checks: list[Check] = Field(default_factory=list)
     model_fit: ModelFit | None = Field(default=None, serialization_alias="anatomy")
     fault_code: int = 0
     """Exit code of the first fault: 0, 2, 3 or 4."""
     next_command: str = "pipetune demo"
     """What to type where all is well."""
+
+    def add(self, name: str, text: str, verdict: Verdict = "ok") -> None:
+        """Adds a check."""
+        self.checks.append(Check(name=name, verdict=verdict, text=text))
+
+    def fail(self, name: str, text: str, code: int) -> None:
+        """Adds a fault; the first one decides the exit code."""
+        self.add(name, text, "failed")
+        self.fault_code = self.fault_code or code
 
     def document(self) -> Document:
         """The checks, and the model if one was named, for people."""
@@ -85,34 +85,17 @@ class DoctorResult(Value):
         return Document(parts=(checks, *fit, GAP, Cell(f"Verdict: {verdict}{names}", _STYLES[worst]), *next_one))
 
 
-@dataclass
-class _Findings:
-    """What was found so far."""
-
-    checks: list[Check] = field(default_factory=list)
-    model_fit: ModelFit | None = None
-    fault_code: int = 0
-
-    def add(self, name: str, text: str, verdict: Verdict = "ok") -> None:
-        self.checks.append(Check(name=name, verdict=verdict, text=text))
-
-    def fail(self, name: str, text: str, code: int) -> None:
-        """The first fault decides the exit code."""
-        self.add(name, text, "failed")
-        self.fault_code = self.fault_code or code
-
-
 def run_doctor(
-    config: TuneConfig, fitting: Fitting | None, reporter: Reporter, described: DescribedDevices | None = None
+    config: TuneConfig, fitting: Mapping[str, Any] | None, reporter: Reporter, described: DescribedDevices | None = None
 ) -> DoctorResult:
     """Looks at software, disk, devices and, with real workers, at what is needed to run.
 
     Args:
         config: with its devices resolved.
-        fitting: None leaves the model out: the workers pass tokens of a tiny one.
+        fitting: fields of `Wanted` that were given; None leaves the model out: the workers pass tokens of a tiny one.
         described: devices to fit it onto in place of this machine's, which then start no workers.
     """
-    found = _Findings()
+    found = DoctorResult()
     _look_at_host(found)
     try:
         with reporter:
@@ -125,14 +108,13 @@ def run_doctor(
         if isinstance(error, FleetError) and error.failure.detail:
             text += f"; the last it said: {error.failure.detail.strip().splitlines()[-1]}"
         found.fail("model" if isinstance(error, ModelError) else "workers", text, error.exit_code)
-    told = {}
     if fitting is not None:
         verb, file = ("tune", "") if described is None else ("plan", f" --device-file {shlex.quote(described.place)}")
-        told["next_command"] = f"pipetune {verb} {model_flags(config)}{file}"
-    return DoctorResult(checks=tuple(found.checks), model_fit=found.model_fit, fault_code=found.fault_code, **told)
+        found.next_command = f"pipetune {verb} {model_flags(config)}{file}"
+    return found
 
 
-def _look_at_host(found: _Findings) -> None:
+def _look_at_host(found: DoctorResult) -> None:
     found.add("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         try:
@@ -160,7 +142,7 @@ def _look_at_host(found: _Findings) -> None:
         found.add("governor", f"{', '.join(sorted(governors))}{slow}", "ok" if steady else "warning")
 
 
-def _look_at_workers(config: TuneConfig, reporter: Reporter, found: _Findings) -> None:
+def _look_at_workers(config: TuneConfig, reporter: Reporter, found: DoctorResult) -> None:
     """Starts workers on a model with a layer for each, and passes tokens through them."""
     devices = config.concrete_devices
     with scratch_folder() as folder:
@@ -178,13 +160,17 @@ def _look_at_workers(config: TuneConfig, reporter: Reporter, found: _Findings) -
 
 
 def _look_at_model(
-    config: TuneConfig, fitting: Fitting, reporter: Reporter, found: _Findings, described: DescribedDevices | None
+    config: TuneConfig,
+    fitting: Mapping[str, Any],
+    reporter: Reporter,
+    found: DoctorResult,
+    described: DescribedDevices | None,
 ) -> None:
     """Starts workers on the model, or one for devices that are only described; no weights are loaded."""
     devices, costs = config.concrete_devices, None
     lens: tuple[int, ...] = (config.workload.input_len,)
     if described is not None:
-        known = read_model(config, reporter, described)
+        known = Known(config, reporter, described)
         shape, lens, sizes = known.shape, known.prompt_lens, known.device_bytes
         costs = described.costs(shape, scores=config.workload.kind == "score")
         found.add("described", f"{', '.join(devices)}, by {described.place}")
@@ -213,7 +199,7 @@ def _look_at_model(
         device_bytes=sizes,
         max_memory_bytes=config.space.max_memory_per_device,
         costs=costs,
-        **fitting.model_dump(),
+        **fitting,
     )
     found.model_fit = fit_model(shape, wanted)
     if found.model_fit.remedy is not None:
@@ -225,13 +211,8 @@ def _start(model: ModelSpec, devices: Sequence[str], reporter: Reporter) -> Expe
     return Experiment.start(model, devices, exclusive=False, on_progress=reporter.fleet)
 
 
-def _start_or_describe(model: ModelSpec, devices: Sequence[str], reporter: Reporter, found: _Findings) -> Experiment:
-    """The model's fleet; where only its config is at hand, that is a fault, and the model is described all the same.
-
-    Raises:
-        ModelError: the model cannot be found, read or split.
-        FleetError: workers that do not start.
-    """
+def _start_or_describe(model: ModelSpec, devices: Sequence[str], reporter: Reporter, found: DoctorResult) -> Experiment:
+    """The model's fleet; where only its config is at hand, that is a fault, and the model is described all the same."""
     try:
         return _start(model, devices, reporter)
     except ModelError as error:
@@ -248,7 +229,7 @@ def _start_or_describe(model: ModelSpec, devices: Sequence[str], reporter: Repor
         return experiment
 
 
-def _look_at_machine(fleet: Fleet, found: _Findings) -> None:
+def _look_at_machine(fleet: Fleet, found: DoctorResult) -> None:
     hardware, software = fleet.machine.hardware, fleet.machine.software
     memory = f"{hardware.memory_bytes / 2**30:.0f} GiB"
     found.add("cpu", f"{hardware.cpu_model}, {hardware.cpu_cores} cores, {memory}")

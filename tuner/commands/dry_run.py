@@ -1,14 +1,10 @@
 """What `tune --dry-run` prints: devices, baselines, the size of the space, and the plans that would run first."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipetune.bench.fleet.experiment import Experiment
-from pipetune.bench.memory import ModelShape
-from pipetune.bench.spec import Plan
 from pipetune.tuner.config.schema import TuneConfig
-from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import Reporter, values_text
 from pipetune.tuner.report.document import GAP, Document, Facts, Text
 from pipetune.tuner.search.driver import baseline_batch_sizes
@@ -17,51 +13,38 @@ from pipetune.tuner.search.policy.forecaster import Forecaster
 from pipetune.tuner.search.policy.history import History
 from pipetune.tuner.search.runs import starter_of
 from pipetune.tuner.search.space.build import count_raw_partitions
-from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
 from pipetune.tuner.search.study_costs import kept_costs, new_space, resolver_of
 
 _SHOWN = 16
 
 
-@dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """A study that did not run."""
+    """A study that does not run. The model is read by a fleet, which ends again; nothing is written."""
 
-    folder: Path
-    config: TuneConfig
-    shape: ModelShape
-    baseline_batch_sizes: tuple[int, ...]
-    num_partitions: int
-    space: SearchSpace
-    over_profile: bool
-    """Whether the cost model knows this machine; else its rates are nominal."""
-    queue: tuple[tuple[Plan, dict[str, float]], ...]
-    """Plans that are predicted to be best, with the metrics predicted: the first ones would run first, and what they
-    give decides what follows."""
-
-    @property
-    def _sizes(self) -> dict[str, str]:
-        space = self.space
-        return {
-            "micro-batches": _joined(space.micro_batch_sizes),
-            "prefill": _joined(space.prefill_sizes),
-            "chunks": ", ".join("whole prompts" if size is None else str(size) for size in space.chunk_sizes),
-            "memory caps": _joined(space.memory_fractions)
-            + (" (others make no difference)" if len(space.memory_fractions) == 1 else ""),
-            "compiled": " and ".join("yes" if switch else "no" for switch in space.compile),
-        }
-
-    @property
-    def _limits(self) -> dict[str, str]:
-        """Those of another engine."""
-        limits = {"token budgets": self.space.token_budgets, "sequences": self.space.max_num_seqs}
-        texts = {name: ", ".join(str(most or "its own") for most in choices) for name, choices in limits.items()}
-        return {"shards": _joined(tuple(sorted(set(self.space.shards)))), **texts}
-
-    @property
-    def _replicas(self) -> tuple[int, ...]:
-        return tuple(sorted(set(self.space.replicas))) or (1,)
+    def __init__(self, folder: Path, config: TuneConfig, reporter: Reporter) -> None:
+        """Raises a UserError for a model, prompts or bounds that cannot be used."""
+        self.folder, self.config = folder, config
+        reporter.begin(f"reading {config.model.name}")
+        devices, workload = config.concrete_devices, config.workload
+        with Experiment.start(
+            config.model, devices, exclusive=False, start_fleet=starter_of(config), on_progress=reporter.fleet
+        ) as experiment:
+            fleet, self.shape = experiment.fleet, experiment.fleet.shape
+            lens = fleet.prompt_lens(workload)
+            resolve = resolver_of(fleet, config, lens)
+            cost, self.over_profile = kept_costs(fleet, config, lens, resolve)
+            self.space = new_space(config, fleet, cost, resolve)
+        self.replicas = tuple(sorted(set(self.space.replicas))) or (1,)
+        self.baseline_batch_sizes = baseline_batch_sizes(config.baseline_batch_sizes, workload.num_prompts)
+        raw = count_raw_partitions(config.space, self.shape, len(devices), workload.num_prompts)
+        self.num_partitions = len(self.space.partitions) if config.engine else raw
+        forecaster = Forecaster(self.space, cost, resolve, objectives=config.objectives, constraints=config.constraints)
+        forecast = forecaster.look(History(self.space, resolve))
+        worth = forecast.worth(forecast.scalar(even_weights(len(config.objectives)))[0])
+        first = sorted(range(len(worth)), key=lambda place: -worth[place])[:_SHOWN]
+        # Plans that are predicted to be best: the first ones would run first, and what they give decides what follows.
+        self.queue = [(forecast.effective[place].plan, forecast.metrics.of(place)[0]) for place in first]
 
     def json(self) -> dict[str, Any]:
         """The document of `--json`."""
@@ -76,7 +59,7 @@ class DryRun:
             "space": {
                 "partitions": self.num_partitions,
                 "ranked_partitions": len(self.space.partitions),
-                "replicas": list(self._replicas),
+                "replicas": list(self.replicas),
                 "micro_batch_sizes": list(self.space.micro_batch_sizes),
                 "prefill_micro_batch_sizes": list(self.space.prefill_sizes),
                 "prefill_chunk_sizes": list(self.space.chunk_sizes),
@@ -110,8 +93,8 @@ class DryRun:
             "study": str(self.folder),
             "baseline": f"batch sizes {_joined(self.baseline_batch_sizes)}",
             "partitions": f"{self.num_partitions}, of which the best {len(space.partitions)} are ranked",
-            "replicas": _joined(self._replicas),
-            **(self._sizes if space.engine is None else self._limits),
+            "replicas": _joined(self.replicas),
+            **(_sizes(space) if space.engine is None else _limits(space)),
             "space": f"{space.num_points} points, {config.n_trials} trials",
             "finals": finals,
         }
@@ -126,44 +109,22 @@ class DryRun:
         return Document(parts=(Facts(tuple(facts.items())), GAP, Text("predicted to be best:"), *queue, Text(claim)))
 
 
-def dry_run_of(folder: Path, config: TuneConfig, reporter: Reporter) -> DryRun:
-    """Plans a study without running it. The model is read by a fleet, which ends again; nothing is written.
-
-    Raises:
-        UserError: a model, prompts or bounds that cannot be used.
-    """
-    reporter.begin(f"reading {config.model.name}")
-    devices, workload = config.concrete_devices, config.workload
-    with Experiment.start(
-        config.model, devices, exclusive=False, start_fleet=starter_of(config), on_progress=reporter.fleet
-    ) as experiment:
-        fleet, shape = experiment.fleet, experiment.fleet.shape
-        lens = fleet.prompt_lens(workload)
-        resolve = resolver_of(fleet, config, lens)
-        cost, over_profile = kept_costs(fleet, config, lens, resolve)
-        space = new_space(config, fleet, cost, resolve)
-        return DryRun(
-            folder=folder,
-            config=config,
-            shape=shape,
-            baseline_batch_sizes=baseline_batch_sizes(config.baseline_batch_sizes, workload.num_prompts),
-            num_partitions=len(space.partitions)
-            if space.engine
-            else count_raw_partitions(config.space, shape, len(devices), workload.num_prompts),
-            space=space,
-            over_profile=over_profile,
-            queue=_queue(config, space, cost, resolve),
-        )
+def _sizes(space: SearchSpace) -> dict[str, str]:
+    return {
+        "micro-batches": _joined(space.micro_batch_sizes),
+        "prefill": _joined(space.prefill_sizes),
+        "chunks": ", ".join("whole prompts" if size is None else str(size) for size in space.chunk_sizes),
+        "memory caps": _joined(space.memory_fractions)
+        + (" (others make no difference)" if len(space.memory_fractions) == 1 else ""),
+        "compiled": " and ".join("yes" if switch else "no" for switch in space.compile),
+    }
 
 
-def _queue(
-    config: TuneConfig, space: SearchSpace, cost: CostModel, resolve: Resolver
-) -> tuple[tuple[Plan, dict[str, float]], ...]:
-    forecaster = Forecaster(space, cost, resolve, objectives=config.objectives, constraints=config.constraints)
-    forecast = forecaster.look(History(space, resolve))
-    worth = forecast.worth(forecast.scalar(even_weights(len(config.objectives)))[0])
-    first = sorted(range(len(worth)), key=lambda place: -worth[place])[:_SHOWN]
-    return tuple((forecast.effective[place].plan, forecast.metrics.of(place)[0]) for place in first)
+def _limits(space: SearchSpace) -> dict[str, str]:
+    """Those of another engine."""
+    limits = {"token budgets": space.token_budgets, "sequences": space.max_num_seqs}
+    texts = {name: ", ".join(str(most or "its own") for most in choices) for name, choices in limits.items()}
+    return {"shards": _joined(tuple(sorted(set(space.shards)))), **texts}
 
 
 def _joined(values: tuple[float, ...]) -> str:

@@ -18,23 +18,14 @@ from pipetune.tuner.gate.cases import SideRequest, case_of, parse_env
 from pipetune.tuner.gate.python_env import commit_of
 from pipetune.tuner.gate.run import Gate
 from pipetune.tuner.gate.runners import FreshProcesses, RunningFleet, SideRunner
-from pipetune.tuner.gate.stored.run import StoredGate, compare_files, nothing_stored
+from pipetune.tuner.gate.stored.run import compare_files, compare_stored, nothing_stored
 from pipetune.tuner.gate.values import GateResult, Side, SideName
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.study.files import StudyFile, read_config
 from pipetune.tuner.study.plan_file import PLAN_FILE, read_plan
 
 Job = Callable[[Reporter], GateResult]
-_OF_CANDIDATES = ("candidate_plan", "candidate_dtype", "candidate_python", "candidate_env")
-_OF_BASELINES_THAT_RUN = (
-    "baseline_plan",
-    "baseline_dtype",
-    "baseline_python",
-    "baseline_ref",
-    "baseline_env",
-    "rounds_in_process",
-    "order_seed",
-)
+_OF_PAIRS = ("rounds_in_process", "order_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +87,9 @@ class GateRequest:
         return Gate(cases=cases, runner=runner, seed=seed, max_minutes=self.max_minutes).run
 
     def shown(self) -> str:
-        """The settings of every case with their sources, as YAML; those of the baseline, where sides differ.
+        """All settings of each case, with their sources, as YAML; those of the baseline, where sides differ.
 
-        Raises:
-            UserError: as `job`.
+        Raises as `job`.
         """
         plan = self.candidate_plan or self._stored_plan() if self.stored else self._measured_plan()
         if plan is None:
@@ -117,26 +107,24 @@ class GateRequest:
         return self.baseline_plan
 
     def _of_files(self) -> Job:
-        given = self._given("stored", *_OF_CANDIDATES, "max_minutes", *_OF_BASELINES_THAT_RUN)
+        given = self._given("stored", *self._of("candidate"), "max_minutes", *self._of("baseline"), *_OF_PAIRS)
         given += [sources.settings()[name].option for name in sources.given(self.params) if name != "output_dir"]
         if len(self.files) < 2 or given:
             raise ConfigError(
                 "files of pytest-benchmark are compared alone: one or more of the baseline, then the candidate's; "
                 f"given are {' '.join(map(str, self.files))}{' and ' if given else ''}{', '.join(given)}"
             )
-        gate = self._gate_config(self._gate_of_files())
+        gate = GateConfig()
+        if (config := self._one_config()) is not None:
+            # What ran is said by the files.
+            unused: sources.Below = ({("model", "name"): "that of the files"}, "the files")
+            gate = sources.resolve_settings({"config": config}, below=unused, warn=self.warn).config.gate
+        gate = self._gate_config(gate)
         *baselines, candidate = self.files
         return lambda reporter: compare_files(baselines, candidate, gate)
 
-    def _gate_of_files(self) -> GateConfig:
-        """The section of the config, if one is given: what ran is said by the files."""
-        if (config := self._one_config()) is None:
-            return GateConfig()
-        unused: sources.Below = ({("model", "name"): "that of the files"}, "the files")
-        return sources.resolve_settings({"config": config}, below=unused, warn=self.warn).config.gate
-
     def _stored(self) -> Job:
-        if given := self._given(*_OF_BASELINES_THAT_RUN):
+        if given := self._given(*self._of("baseline"), *_OF_PAIRS):
             raise ConfigError(f"--stored and {given[0]}: the baseline is stored, and does not run; leave one out")
         config = self._one_config()
         plan = self.candidate_plan or self._stored_plan()
@@ -145,12 +133,13 @@ class GateRequest:
         candidate = self._side("candidate", plan, config)
         if hosts_of(candidate.side.devices) != ("",):
             raise ConfigError("--stored: runs on one host; compare plans over several by --baseline-plan FILE")
-        return StoredGate(
-            stored=self.stored,
-            candidate=candidate,
-            other_dtype=self.candidate_dtype is not None,
-            max_minutes=self.max_minutes,
-        ).run
+        other_dtype = self.candidate_dtype is not None
+        return lambda reporter: compare_stored(
+            self.stored, candidate, reporter, other_dtype=other_dtype, max_minutes=self.max_minutes
+        )
+
+    def _of(self, side: SideName) -> list[str]:
+        return [field.name for field in fields(self) if field.name.startswith(f"{side}_")]
 
     def _given(self, *names: str) -> list[str]:
         """Those of the flags that are not at their defaults."""
@@ -212,11 +201,7 @@ class GateRequest:
         )
 
     def _gate_config(self, config: GateConfig) -> GateConfig:
-        """The section of the config, with what flags say instead.
-
-        Raises:
-            ConfigError: a metric or a margin that cannot be.
-        """
+        """The section of the config, with what flags say instead."""
         metrics = dict(config.metrics)
         try:
             if self.metric:

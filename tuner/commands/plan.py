@@ -1,6 +1,6 @@
 """The best predicted plans, with what they come to stage by stage; nothing of them is run.
 
-`find_plans` reads the model's shape with a single worker, which loads no weights, so that the devices planned for need
+The model's shape is read with a single worker, which loads no weights, so that the devices planned for need
 not be here. What tasks take on them comes from a profile, from devices described in a file, or from nominal rates, and
 the result says from which.
 """
@@ -17,10 +17,10 @@ from pipetune.bench.files import write_durably
 from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.fleet.fleet import device_bytes
 from pipetune.bench.load.traces import read_trace
-from pipetune.bench.memory import ModelShape, stage_bytes
+from pipetune.bench.memory import stage_bytes
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.profile import Profile
-from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, device_kind
+from pipetune.bench.spec import EffectivePlan, Plan, device_kind
 from pipetune.tuner.config.schema import Constraint, TuneConfig
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.predictor import refit
@@ -108,42 +108,89 @@ class PlannedPlan:
         return self.prediction.bound_s / self.prediction.duration_s
 
 
-@dataclass(frozen=True, kw_only=True)
 class Known:
-    """What a worker says of the model and the prompts."""
+    """What a worker says of the model and the prompts.
 
-    model: ModelSpec
-    """With its revision."""
-    shape: ModelShape
-    hardware_id: str
-    prompt_lens: tuple[int, ...]
-    device_bytes: dict[str, int]
+    One on the CPU is enough, but for GPUs of this machine, whose free memory they alone know.
+    """
+
+    def __init__(self, config: TuneConfig, reporter: Reporter, described: DescribedDevices | None) -> None:
+        devices, model = config.concrete_devices, config.model
+        on_gpus = described is None and any(device_kind(device) == "cuda" for device in devices)
+        if not on_gpus and model.attention.startswith("flash"):
+            # Such kernels need a GPU; the shape is the same without them.
+            model = model.model_copy(update={"attention": "auto"})
+        workers = devices if on_gpus else ("cpu:0",)
+        with Experiment.start(model, workers, exclusive=False, on_progress=reporter.fleet) as experiment:
+            fleet, self.shape = experiment.fleet, experiment.fleet.shape
+            if described is not None:
+                self.device_bytes = described.device_bytes(devices)
+                task_bytes = described.task_bytes or self.shape.task_bytes
+                self.shape = self.shape.model_copy(update={"task_bytes": task_bytes})
+            else:
+                self.device_bytes = dict(fleet.device_bytes) if on_gpus else device_bytes(devices)
+            self.model = fleet.model.model_copy(update={"attention": config.model.attention})
+            """With its revision."""
+            self.hardware_id = fleet.machine.hardware_id
+            self.prompt_lens = fleet.prompt_lens(config.workload)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What `pipetune plan` found."""
+    """The plans that are best by prediction; none is run."""
 
-    config: TuneConfig
-    known: Known
-    source: Source
-    num_partitions: int
-    num_points: int
-    num_candidates: int
-    objective: str
-    """What plans are ranked by."""
-    plans: tuple[PlannedPlan, ...]
-    """Best first; those that break constraints come behind those that keep them."""
-    notes: tuple[str, ...]
+    def __init__(
+        self,
+        config: TuneConfig,
+        reporter: Reporter,
+        *,
+        described: DescribedDevices | None = None,
+        profile_file: Path | None = None,
+        observations: Sequence[Observation] = (),
+        top: int = 10,
+    ) -> None:
+        """
+        Args:
+            config: with its devices resolved; `profile` says whether this machine's cache of profiles is looked into.
+            described: devices to plan for, where they come from a file.
+            profile_file: a profile to take instead of the cached one.
+            observations: runs that correct what tasks take.
+            top: plans to keep.
 
-    def plan_file(self) -> PlanFile:
-        """The best plan, marked as predicted."""
+        Raises:
+            UserError: a model, prompts, bounds or a profile that cannot be used.
+            NothingFeasibleError: no plan fits into memory.
+        """
+        reporter.begin(f"reading {config.model.name}")
+        self.config, self.known = config, Known(config, reporter, described)
+        known, workload = self.known, config.workload
+        costs, self.source = _costs(config, known, described, profile_file)
+        reporter.begin("predicting")
+        resolve = Resolver.of_workload(known.shape, workload, known.prompt_lens, known.device_bytes)
+        model = refit(CostModel.of_workload(known.shape, workload, known.prompt_lens, costs), observations)
+        space = build_space(config.space, config.concrete_devices, known.shape, model, resolve)
+        found = [candidate.effective for candidate in candidates(space, resolve)]
+        self.space = {"partitions": len(space.partitions), "points": space.num_points, "predicted": len(found)}
+        predictions = model.predict_many([(effective.plan, effective.in_flight) for effective in found])
+        prompt_len = max(known.prompt_lens)
+        planned = [
+            _planned(effective, prediction, known, config, prompt_len)
+            for effective, prediction in zip(found, predictions, strict=True)
+        ]
+        self.objective, self.notes = config.objectives[0], _notes(config, planned)
+        if workload.arrivals is not None:
+            planned, self.objective, self.notes = _under_load(config, known, planned, model, reporter, top)
+        if all(one.broken for one in planned):
+            self.notes.append("no plan is predicted to keep all constraints; those come first that break them least")
+        self.plans = rank(planned, self.objective)[:top]
+
+    def write(self, path: Path) -> None:
+        """Writes the best plan, marked as predicted, in the form that `bench --plan` reads."""
         best = self.plans[0]
         # What is measured of it is a batch.
         workload = self.config.workload.model_copy(update={"arrivals": None})
         if workload.prompts_file is not None:
             workload = workload.model_copy(update={"prompts_file": str(Path(workload.prompts_file).absolute())})
-        return PlanFile(
+        plan_file = PlanFile(
             plan=best.plan,
             model=self.known.model,
             workload=workload,
@@ -152,67 +199,8 @@ class Planned:
             predicted=best.metrics,
             predicted_from=self.source.text,
         )
-
-    def write(self, path: Path) -> None:
-        """Writes the best plan in the form that `bench --plan` reads.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, render(self.plan_file(), self.known.shape, "plan"))
-
-
-def find_plans(
-    config: TuneConfig,
-    reporter: Reporter,
-    *,
-    described: DescribedDevices | None = None,
-    profile_file: Path | None = None,
-    observations: Sequence[Observation] = (),
-    top: int = 10,
-) -> Planned:
-    """Plans without running any.
-
-    Args:
-        config: with its devices resolved; `profile` says whether this machine's cache of profiles is looked into.
-        described: devices to plan for, where they come from a file.
-        profile_file: a profile to take instead of the cached one.
-        observations: runs that correct what tasks take.
-        top: plans to keep.
-
-    Raises:
-        UserError: a model, prompts, bounds or a profile that cannot be used.
-        NothingFeasibleError: no plan fits into memory.
-    """
-    reporter.begin(f"reading {config.model.name}")
-    known = read_model(config, reporter, described)
-    costs, source = _costs(config, known, described, profile_file)
-    reporter.begin("predicting")
-    resolve = Resolver.of_workload(known.shape, config.workload, known.prompt_lens, known.device_bytes)
-    model = refit(CostModel.of_workload(known.shape, config.workload, known.prompt_lens, costs), observations)
-    space = build_space(config.space, config.concrete_devices, known.shape, model, resolve)
-    found = [candidate.effective for candidate in candidates(space, resolve)]
-    predictions = model.predict_many([(effective.plan, effective.in_flight) for effective in found])
-    prompt_len = max(known.prompt_lens)
-    planned = [
-        _planned(effective, prediction, known, config, prompt_len)
-        for effective, prediction in zip(found, predictions, strict=True)
-    ]
-    objective, notes = config.objectives[0], _notes(config, planned)
-    if config.workload.arrivals is not None:
-        planned, objective, notes = _under_load(config, known, planned, model, reporter, top)
-    return Planned(
-        config=config,
-        known=known,
-        source=source,
-        num_partitions=len(space.partitions),
-        num_points=space.num_points,
-        num_candidates=len(found),
-        objective=objective,
-        plans=rank(planned, objective)[:top],
-        notes=notes,
-    )
+        write_durably(path, render(plan_file, self.known.shape, "plan"))
 
 
 def rank(plans: Sequence[PlannedPlan], objective: str) -> tuple[PlannedPlan, ...]:
@@ -230,7 +218,7 @@ def rank(plans: Sequence[PlannedPlan], objective: str) -> tuple[PlannedPlan, ...
 
 def _under_load(
     config: TuneConfig, known: Known, planned: Sequence[PlannedPlan], model: CostModel, reporter: Reporter, top: int
-) -> tuple[list[PlannedPlan], str, tuple[str, ...]]:
+) -> tuple[list[PlannedPlan], str, list[str]]:
     """Plans as they are under arrivals, the metric that ranks them, and what a reader must know.
 
     Of plans that differ in where they are cut alone the one is taken that is fastest with a batch, with a slot and
@@ -282,9 +270,7 @@ def _under_load(
     notes = [f"simulated with {len(load)} requests"]
     if trace is not None and trace.failed:
         notes.append(f"{trace.failed} requests of the trace had failed when it was recorded, and are left out")
-    if all(one.broken for one in found):
-        notes.append("no plan is predicted to keep all constraints; those come first that break them least")
-    return found, objective, tuple(notes)
+    return found, objective, notes
 
 
 def _loaded(one: PlannedPlan, load: LoadPrediction, config: TuneConfig) -> PlannedPlan:
@@ -303,34 +289,6 @@ def _broken(config: TuneConfig, metrics: Mapping[str, float]) -> tuple[Constrain
         for constraint in config.constraints
         if constraint.metric in metrics and constraint.excess(metrics[constraint.metric]) > 0
     )
-
-
-def read_model(config: TuneConfig, reporter: Reporter, described: DescribedDevices | None) -> Known:
-    """What a worker says of the model and the prompts.
-
-    One on the CPU is enough, but for GPUs of this machine, whose free memory they alone know.
-    """
-    devices = config.concrete_devices
-    on_gpus = described is None and any(device_kind(device) == "cuda" for device in devices)
-    model = config.model
-    if not on_gpus and model.attention.startswith("flash"):
-        # Such kernels need a GPU; the shape is the same without them.
-        model = model.model_copy(update={"attention": "auto"})
-    workers = devices if on_gpus else ("cpu:0",)
-    with Experiment.start(model, workers, exclusive=False, on_progress=reporter.fleet) as experiment:
-        fleet, shape = experiment.fleet, experiment.fleet.shape
-        if described is not None:
-            sizes = described.device_bytes(devices)
-            shape = shape.model_copy(update={"task_bytes": described.task_bytes or shape.task_bytes})
-        else:
-            sizes = dict(fleet.device_bytes) if on_gpus else device_bytes(devices)
-        return Known(
-            model=fleet.model.model_copy(update={"attention": config.model.attention}),
-            shape=shape,
-            hardware_id=fleet.machine.hardware_id,
-            prompt_lens=fleet.prompt_lens(config.workload),
-            device_bytes=sizes,
-        )
 
 
 def _costs(
@@ -365,11 +323,7 @@ def model_flags(config: TuneConfig) -> str:
 
 
 def _profile(config: TuneConfig, known: Known, profile_file: Path | None) -> Profile | None:
-    """The profile given, or the newest that was kept of this machine; None where there is none, or none is wanted.
-
-    Raises:
-        ConfigError: the profile given is of another model, or lacks a device.
-    """
+    """The profile given, or the newest that was kept of this machine; None where there is none, or none is wanted."""
     if profile_file is None:
         if not config.profile:
             return None
@@ -435,7 +389,7 @@ def _planned(
     )
 
 
-def _notes(config: TuneConfig, planned: Sequence[PlannedPlan]) -> tuple[str, ...]:
+def _notes(config: TuneConfig, planned: Sequence[PlannedPlan]) -> list[str]:
     """What a reader must know of objectives and constraints."""
     predicted = planned[0].metrics
     notes = []
@@ -445,6 +399,4 @@ def _notes(config: TuneConfig, planned: Sequence[PlannedPlan]) -> tuple[str, ...
         notes.append(f"ranked by {config.objectives[0]} alone, of {len(config.objectives)} objectives")
     if unknown := [str(constraint) for constraint in config.constraints if constraint.metric not in predicted]:
         notes.append(f"not predicted, and so not looked at: {', '.join(unknown)}")
-    if all(plan.broken for plan in planned):
-        notes.append("no plan is predicted to keep all constraints; those come first that break them least")
-    return tuple(notes)
+    return notes

@@ -35,12 +35,8 @@ def json_of(planned: Planned) -> dict[str, Any]:
         "device_bytes": known.device_bytes,
         "objective": planned.objective,
         "constraints": [str(constraint) for constraint in config.constraints],
-        "space": {
-            "partitions": planned.num_partitions,
-            "points": planned.num_points,
-            "predicted": planned.num_candidates,
-        },
-        "notes": list(planned.notes),
+        "space": planned.space,
+        "notes": planned.notes,
         "plans": [_plan_json(rank, plan) for rank, plan in enumerate(planned.plans, start=1)],
     }
 
@@ -65,24 +61,20 @@ def document_of(planned: Planned) -> Document:
     best, known = planned.plans[0], planned.known
     took = w.ms_text((best.load or best.prediction).duration_s * 1e3)
     remedy = planned.source.remedy
+    facts = {
+        "model": f"{w.model_text(known.model)} ({known.shape.architecture}, {known.shape.num_layers} layers)",
+        "workload": w.workload_text(planned.config.workload, known.prompt_lens),
+        "devices": _devices_text(known.device_bytes),
+        "looked at": "{predicted} plans of {partitions} ranked partitions".format_map(planned.space),
+        "ranked by": planned.objective,
+    }
     return Document(
         parts=(
             Text("Predictions: nothing was run.", "strong"),
             Text(f"From {planned.source.text}."),
             *((Text(f"{remedy}."),) if remedy is not None else ()),
             GAP,
-            Facts(
-                (
-                    (
-                        "model",
-                        f"{w.model_text(known.model)} ({known.shape.architecture}, {known.shape.num_layers} layers)",
-                    ),
-                    ("workload", w.workload_text(planned.config.workload, known.prompt_lens)),
-                    ("devices", _devices_text(known.device_bytes)),
-                    ("looked at", f"{planned.num_candidates} plans of {planned.num_partitions} ranked partitions"),
-                    ("ranked by", planned.objective),
-                )
-            ),
+            Facts(tuple(facts.items())),
             GAP,
             _ranking(planned) if best.load is None else _loads(planned),
             GAP,

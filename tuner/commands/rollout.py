@@ -17,7 +17,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from pydantic import Field
 
@@ -26,9 +25,9 @@ from pipetune.bench.files import write_durably
 from pipetune.bench.fleet.fleet import device_bytes
 from pipetune.bench.metrics import derive
 from pipetune.bench.profile import Profile
-from pipetune.bench.record import Failure, Machine, Measurement, Record
+from pipetune.bench.record import Failure, Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan, SchemaVersion, Value
-from pipetune.tuner.commands.plan import find_plans, read_model
+from pipetune.tuner.commands.plan import Known, Planned
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.gate.cases import SideRequest, case_of
 from pipetune.tuner.gate.outputs import files as outputs
@@ -43,8 +42,9 @@ from pipetune.tuner.planning.calibration.carried import (
     larger_fleet,
     slowed,
 )
-from pipetune.tuner.planning.calibration.observation import Observation, observe
+from pipetune.tuner.planning.calibration.observation import observe
 from pipetune.tuner.progress import Reporter
+from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.search.driver import run_plans
 from pipetune.tuner.study.files import StudyFile, load_study, read
@@ -206,41 +206,26 @@ class RolloutRequest:
             UserError: the study found no plan, a step's files are damaged or of other fleets, nothing fits.
             FleetError: the workers failed.
         """
-        return _Chain.of(self, reporter).run()
+        return _Chain(self, reporter).run()
 
 
-@dataclass(kw_only=True)
 class _Chain:
     """A rollout under way."""
 
-    request: RolloutRequest
-    reporter: Reporter
-    report: Report
-    machine: Machine
-    profile: Profile | None
-    observations: dict[tuple[str, ...], list[Observation]]
-    """By the fleet whose runs they are of."""
-
-    @classmethod
-    def of(cls, request: RolloutRequest, reporter: Reporter) -> Self:
+    def __init__(self, request: RolloutRequest, reporter: Reporter) -> None:
         study = load_study(request.folder / TUNE)
-        report, profile = Report.of(study), study.folder / StudyFile.PROFILE
-        if report.ranking.best is None or study.machine is None:
+        ranking, profile = Report.of(study).ranking, study.folder / StudyFile.PROFILE
+        if ranking.best is None or study.machine is None:
             raise StudyError(f"{study.folder}: no plan of the first fleet has a rank; see its report")
         if (known := study.config.model.name) != (wanted := request.first.model.name):
             raise StudyError(f"{study.folder}: it is of {known}, and not of {wanted}; name the same, or another -o")
-        return cls(
-            request=request,
-            reporter=reporter,
-            report=report,
-            machine=study.machine,
-            profile=read(profile, Profile) if profile.exists() else None,
-            observations={request.fleets[0]: _lessons(study.records if request.first_model is None else ())},
-        )
-
-    @property
-    def objective(self) -> str:
-        return self.request.config.objectives[0]
+        self.request, self.reporter = request, reporter
+        self.objective = request.config.objectives[0]
+        self.first, self.machine = ranking.best, study.machine
+        self.profile = read(profile, Profile) if profile.exists() else None
+        runs = study.records if request.first_model is None else ()
+        self.observations = {request.fleets[0]: [*filter(None, map(observe, runs))]}
+        """By the fleet whose runs they are of."""
 
     def run(self) -> Rollout:
         fleets: list[FleetStep] = []
@@ -256,7 +241,7 @@ class _Chain:
         width = half_width(misses, PRIOR_SD if self.request.first_model is None else FEWER_LAYERS_SD)
         prediction = self._predict(folder.with_suffix(".json"), devices, width)
         records = self._measure(folder, prediction)
-        self.observations[devices] = _lessons(records)
+        self.observations[devices] = [*filter(None, map(observe, records))]
         tried = []
         for predicted in prediction.plans:
             runs = [record for record in records if record.spec and record.spec.plan == predicted.effective.plan]
@@ -284,12 +269,12 @@ class _Chain:
             return known
         profile = self.profile
         if profile is not None and self.request.first_model is not None:
-            whole = read_model(self.request.of(self.request.fleets[0]), self.reporter, None)
+            whole = Known(self.request.of(self.request.fleets[0]), self.reporter, None)
             profile = deepened(profile, whole.model, whole.shape)
         cores = self.machine.hardware.cpu_cores
         described = larger_fleet(profile, self.request.fleets[0], device_bytes(devices), cores=cores)
         lessons = [one for fleet, own in self.observations.items() for one in slowed(own, fleet, devices, cores=cores)]
-        planned = find_plans(
+        planned = Planned(
             self.request.of(devices),
             self.reporter,
             described=described,
@@ -325,9 +310,7 @@ class _Chain:
 
     def _conclude(self, fleets: tuple[FleetStep, ...]) -> Rollout:
         """The gate, if the last prediction held, and what is promoted."""
-        best_row = self.report.ranking.best
-        assert best_row is not None, "it was looked at before"
-        objective = self.report.ranking.objectives[0]
+        objective = Objective(metric=self.objective)
         ran = [one for one in fleets[-1].tried if one.level is not None]
         best = min(ran, key=lambda one: objective.cost(one.level or 0.0), default=None)
         chain = Rollout(
@@ -335,8 +318,8 @@ class _Chain:
             model=self.request.config.model.name,
             first_model=self.request.first_model,
             first_devices=self.request.fleets[0],
-            first_plan=best_row.plan,
-            first_value=best_row.metrics[self.objective],
+            first_plan=self.first.plan,
+            first_value=self.first.metrics[self.objective],
             fleets=fleets,
             best=best,
             verdict=f"nothing that was predicted ran on {','.join(fleets[-1].devices)}",
@@ -412,7 +395,3 @@ class _Chain:
         return chain.model_copy(
             update={"today": today, "gate": gate, "promoted": True, "verdict": verdict, "exit_code": 0}
         )
-
-
-def _lessons(records: Sequence[Record]) -> list[Observation]:
-    return [one for record in records if (one := observe(record)) is not None]

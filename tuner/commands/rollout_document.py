@@ -6,21 +6,8 @@ from collections.abc import Iterator
 from pipetune.tuner.commands.plan_document import fleet_text
 from pipetune.tuner.commands.rollout import PROMOTED_FILE, Rollout, RolloutRequest, Tried
 from pipetune.tuner.gate.outputs import wording as gate_wording
+from pipetune.tuner.report import document as doc
 from pipetune.tuner.report import wording as w
-from pipetune.tuner.report.document import (
-    GAP,
-    Bullets,
-    Column,
-    Document,
-    Facts,
-    Part,
-    Section,
-    Style,
-    Table,
-    Text,
-    left,
-    rows_of,
-)
 from pipetune.tuner.report.files import write_documents
 
 _LEGEND = "predicted: with the interval for 95 of 100 fleets; miss: measured over predicted; !: outside of the interval"
@@ -28,33 +15,34 @@ _FAR = math.log(2)
 """A miss from which on it is told as a factor."""
 
 
-def document_of(rollout: Rollout, *, title: str = "") -> Document:
+def document_of(rollout: Rollout, *, title: str = "") -> doc.Document:
     """The whole of it, for every medium."""
-    style: Style = "good" if rollout.promoted else "bad" if rollout.exit_code == 1 else "warning"
+    style: doc.Style = "good" if rollout.promoted else "bad" if rollout.exit_code == 1 else "warning"
     facts = [("model", rollout.model), ("objective", w.with_unit(rollout.objective))]
     facts += [(f"{fleet_text(fleet.devices)} by", fleet.made_from) for fleet in rollout.fleets]
     if rollout.first_model is not None:
         layers = rollout.first_plan.stages[-1].end_layer
         about = f"{rollout.first_model}, {layers} layers with random weights; intervals begin twice as wide"
         facts.insert(1, ("tuned with", about))
-    parts: list[Part] = [Text(w.clean(rollout.verdict), style), GAP, _chain(rollout), GAP, Facts(tuple(facts))]
+    verdict = doc.Text(w.clean(rollout.verdict), style)
+    parts: list[doc.Part] = [verdict, doc.GAP, _chain(rollout), doc.GAP, doc.Facts(tuple(facts))]
     failed = [one for fleet in rollout.fleets for one in fleet.tried if one.failure]
     if failed:
         told = (w.clean(f"{one.predicted.effective.plan.describe()}: {one.failure}") for one in failed)
-        parts += [GAP, Bullets(tuple(told))]
+        parts += [doc.GAP, doc.Bullets(tuple(told))]
     if rollout.gate is not None:
-        parts.append(GAP)
-        parts.append(Section("Gate against what runs today", gate_wording.screen_of(rollout.gate).parts))
+        parts.append(doc.GAP)
+        parts.append(doc.Section("Gate against what runs today", gate_wording.screen_of(rollout.gate).parts))
     if rollout.promoted:
-        parts += [GAP, Text(f"The plan with its evidence is in {PROMOTED_FILE}.")]
-    return Document(title=title, parts=tuple(parts))
+        parts += [doc.GAP, doc.Text(f"The plan with its evidence is in {PROMOTED_FILE}.")]
+    return doc.Document(title=title, parts=tuple(parts))
 
 
-def _chain(rollout: Rollout) -> Table:
-    numbers = map(Column, ("measured", "miss"))
-    return Table(
-        columns=(left("fleet", "narrow"), left("plan", "prose"), Column("predicted", wrap="narrow"), *numbers),
-        rows=rows_of(_rows(rollout)),
+def _chain(rollout: Rollout) -> doc.Table:
+    numbers = (doc.Column("predicted", wrap="narrow"), *map(doc.Column, ("measured", "miss")))
+    return doc.Table(
+        columns=(doc.left("fleet", "narrow"), doc.left("plan", "prose"), *numbers),
+        rows=doc.rows_of(_rows(rollout)),
         legend=_LEGEND,
         gap=1,
     )
@@ -80,18 +68,14 @@ def _miss(one: Tried) -> str:
     )
 
 
-def intended(request: RolloutRequest) -> Document:
+def intended(request: RolloutRequest) -> doc.Document:
     """What would run, and what is there already."""
     rows = [(what, place, "there" if done else "to do") for what, place, done in request.steps()]
-    columns = (left("step", "prose"), left("leaves", "narrow"), left(""))
-    return Document(parts=(Text(f"In {request.folder}:"), Table(columns=columns, rows=rows_of(rows))))
+    columns = (doc.left("step", "prose"), doc.left("leaves", "narrow"), doc.left(""))
+    return doc.Document(parts=(doc.Text(f"In {request.folder}:"), doc.Table(columns=columns, rows=doc.rows_of(rows))))
 
 
 def write(rollout: Rollout, request: RolloutRequest) -> None:
-    """Writes `rollout.json`, `.md` and `.html`.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Writes `rollout.json`, `.md` and `.html`."""
     whole = document_of(rollout, title=f"Rollout of {rollout.model}")
     write_documents(request.folder, "rollout", rollout, whole=whole, page=whole, figures={})

@@ -240,11 +240,7 @@ def _cancel(choices: Sequence[_Choice]) -> None:
 
 
 async def _grown(choices: Sequence[_Choice], pieces: _Pieces) -> AsyncIterator[int]:
-    """Choices, each time that one has grown or ended, until all have.
-
-    Raises:
-        Refused: one cannot be answered.
-    """
+    """Choices, each time that one has grown or ended, until all have, or one cannot be answered."""
     left = len(choices)
     while left:
         index, piece = await pieces.get()

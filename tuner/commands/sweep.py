@@ -29,11 +29,7 @@ def rates_of(text: str | None) -> tuple[float, ...]:
 
 
 def check_load(config: TuneConfig, *, compare_baseline: bool, saves: bool, finds_rate: bool) -> None:
-    """Refuses what cannot be done under arrivals.
-
-    Raises:
-        ConfigError: names the options.
-    """
+    """Raises a ConfigError that names the options, for what cannot be done under arrivals."""
     workload = config.workload
     if finds_rate and (workload.goodput is None or workload.arrivals is None or workload.arrivals.request_rate is None):
         raise ConfigError("--max-request-rate: give --goodput, such as ttft:500, and a --request-rate to begin with")
@@ -83,19 +79,3 @@ def draw_sweeps(path: Path, records: Sequence[Record]) -> None:
         title="Time to first token against rate", x_label="requests per second", y_label="p90 TTFT, ms", marks=lines
     )
     path.write_bytes(render_png(chart))
-
-
-def read_sweeps(paths: Sequence[Path]) -> list[Record]:
-    """Records that `bench -o` wrote.
-
-    Raises:
-        ConfigError: a file without such.
-    """
-    records = []
-    for path in paths:
-        try:
-            records += [Record.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or type(error).__name__
-            raise ConfigError(f"--beside {path}: holds no records of `bench -o`: {why}") from None
-    return records

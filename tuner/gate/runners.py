@@ -85,10 +85,7 @@ class FreshProcesses(Closing):
     cannot_see: tuple[str, ...] = ()
 
     def __init__(self, cases: tuple[Case, ...]) -> None:
-        """
-        Raises:
-            ConfigError: sides over several hosts that differ in what each of these hosts has of its own.
-        """
+        """Raises a ConfigError for sides over several hosts that differ in what each of these hosts has of its own."""
         sides = [side for case in cases for side in (case.baseline, case.candidate)]
         self._hosts = tuple({host: None for side in sides for host in hosts_of(side.devices)})
         for side in sides if self._hosts != ("",) else ():
@@ -136,10 +133,7 @@ class RunningFleet(Closing):
     _experiment: Experiment
 
     def __init__(self, cases: tuple[Case, ...]) -> None:
-        """
-        Raises:
-            ConfigError: the sides, or the cases, differ in more than plans and workloads.
-        """
+        """Raises a ConfigError where the sides, or the cases, differ in more than plans and workloads."""
         first = cases[0].baseline
         for case in cases:
             for side in (case.baseline, case.candidate):

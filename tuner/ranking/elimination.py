@@ -25,10 +25,9 @@ import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import ndtr, stdtr
 
 from pipetune.tuner.stats.ratios import TAIL, Ratio, ratio_of
@@ -43,7 +42,7 @@ MARGIN = 0.01
 _BETA = 0.05
 """Chance that a plan called no further behind than the margin is."""
 _MOST_FAILURES = 1
-_NODES = 96
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
 _NOTHING = 1e-12
 """Differences of logarithms that rounding makes."""
 
@@ -85,47 +84,32 @@ class Gap:
         return float(stdtr(self.freedom, (log_ratio - self.log_ratio) / self.error))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """Log costs as plan + round + noise, by least squares."""
+    """Log costs that were measured before a round, as plan + round + noise, by least squares."""
 
-    figures: Mapping[str, Mapping[int, float]]
-    """What was measured, by plan and round."""
-    effects: Mapping[int, float]
-    """Log cost of each round over their mean."""
-    levels: Mapping[str, float]
-    """Level of each plan that has a figure."""
-    sd: float
-    """Standard deviation of one run."""
-    freedom: int
-    _inverse: npt.NDArray[np.floating]
-
-    @classmethod
-    def of(cls, cells: Cells, rounds: float = math.inf) -> Self:
-        """The fit of what was measured before that round."""
-        figures = {
+    def __init__(self, cells: Cells, rounds: float = math.inf) -> None:
+        self.figures = {
             name: {at: x for at, x in row.items() if at < rounds and x is not None} for name, row in cells.items()
         }
-        names = [name for name, row in figures.items() if row]
-        numbers = sorted({at for name in names for at in figures[name]})
-        entries = [(place, numbers.index(at), x) for place, name in enumerate(names) for at, x in figures[name].items()]
+        """What was measured, by plan and round."""
+        names = [name for name, row in self.figures.items() if row]
+        numbers = sorted({at for name in names for at in self.figures[name]})
+        entries = [
+            (place, numbers.index(at), x) for place, name in enumerate(names) for at, x in self.figures[name].items()
+        ]
         design = np.zeros((len(entries), len(names) + len(numbers)))
         for line, (place, at, _) in enumerate(entries):
             design[line, place] = design[line, len(names) + at] = 1.0
         values, inverse = np.array([x for *_, x in entries]), np.linalg.pinv(design)
-        solution = inverse @ values
-        freedom = len(entries) - round(float(np.trace(design @ inverse)))
-        residual = values - design @ solution
-        own = solution[len(names) :]
-        effects = dict(zip(numbers, map(float, own - own.mean()), strict=True)) if names else {}
-        return cls(
-            figures=figures,
-            effects=effects,
-            levels={name: hodges_lehmann([x - effects[at] for at, x in figures[name].items()]) for name in names},
-            sd=math.sqrt(float(residual @ residual) / freedom) if freedom else 0.0,
-            freedom=freedom,
-            _inverse=inverse[: len(names)],
-        )
+        solution, self._inverse = inverse @ values, inverse[: len(names)]
+        residual, own = values - design @ solution, solution[len(names) :]
+        self.freedom = len(entries) - round(float(np.trace(design @ inverse)))
+        self.sd = math.sqrt(float(residual @ residual) / self.freedom) if self.freedom else 0.0
+        """Standard deviation of one run."""
+        self.effects = dict(zip(numbers, map(float, own - own.mean()), strict=True)) if names else {}
+        """Log cost of each round over their mean."""
+        self.levels = {name: hodges_lehmann(self.steady(name)) for name in names}
+        """Level of each plan that has a figure."""
 
     def steady(self, name: str) -> tuple[float, ...]:
         """The plan's log costs without the effects of their rounds."""
@@ -135,7 +119,7 @@ class Fit:
         """Best first; those without any figure come last, in the order given."""
         return sorted(names, key=lambda name: self.levels.get(name, math.inf))
 
-    def gap(self, plan: str, other: str, pool: Self | None = None) -> Gap | None:
+    def gap(self, plan: str, other: str, pool: "Fit | None" = None) -> Gap | None:
         """How far one plan is behind another; None without a common round.
 
         Args:
@@ -171,15 +155,8 @@ class State:
     """The fit of the rivals' alone, whose noise their tests go by."""
     active: tuple[str, ...]
     """Best first: those that did not leave."""
-    behind: tuple[str, ...] = ()
-    """Best first: those told apart from the incumbent."""
     due: tuple[str, ...] = ()
     """Plans and controls that the round to come still lacks."""
-
-    @property
-    def incumbent(self) -> str | None:
-        """The plan that is best so far; None where none is left."""
-        return next(iter(self.active), None)
 
     def ratio(self, ours: str, theirs: str) -> Ratio | None:
         """How many times better ours is: of two rivals by the rivals' noise; None without a common round.
@@ -212,28 +189,28 @@ def decide(
     first_look = max(min_rounds, MIN_ROUNDS)
     level = nominal_level(first_look, max(first_look, last))
     table = {name: row for name, row in cells.items() if name not in controls and (rivals is None or name in rivals)}
-    active, behind, rounds = list(table), list[str](), 0
+    active, any_left, rounds = list(table), False, 0
     while True:
         active = [name for name in active if _failures(table[name], rounds) <= _MOST_FAILURES]
         gaps: dict[str, Gap] = {}
         if rounds >= first_look and active:
-            fit, pool = Fit.of(cells, rounds), Fit.of(table, rounds)
+            fit, pool = Fit(cells, rounds), Fit(table, rounds)
             fastest, *others = active = fit.ordered(active)
             gaps = {name: gap for name in others if (gap := fit.gap(name, fastest, pool))}
             beaten = [name for name, gap in gaps.items() if gap.is_behind(level)]
-            active, behind = [name for name in active if name not in beaten], [*beaten, *behind]
+            active, any_left = [name for name in active if name not in beaten], any_left or bool(beaten)
         are_alike = all(name in gaps and gaps[name].is_within(MARGIN) for name in active[1:])
         kind: Kind = "open"
         if not active:
             kind = "none"
         elif rounds >= min_rounds and len(active) == 1:
-            kind = "separated" if behind else "alone"
+            kind = "separated" if any_left else "alone"
         elif rounds >= last or (rounds >= first_look and are_alike):
             kind = "tie"
         running = [name for name in controls if _failures(cells[name], rounds) <= _MOST_FAILURES]
         due = tuple(name for name in (*active, *running) if rounds not in cells[name])
         if kind != "open" or due:
-            fit, pool = Fit.of(cells), Fit.of(table)
+            fit, pool = Fit(cells), Fit(table)
             return State(
                 kind=kind,
                 rounds=rounds,
@@ -241,7 +218,6 @@ def decide(
                 fit=fit,
                 pool=pool,
                 active=tuple(fit.ordered(active)),
-                behind=tuple(fit.ordered(behind)),
                 due=due if kind == "open" else (),
             )
         rounds += 1
@@ -263,21 +239,15 @@ def _crossing(bound: float, first_look: int, last_look: int) -> float:
     The density of the sums that have not crossed is carried from look to look by quadrature (Armitage, McPherson and
     Rowe 1969, JRSS A 132, 235-244).
     """
-    nodes, weights = _quadrature()
     crossed, place, mass = float(ndtr(-bound)), np.zeros(1), np.ones(1)
     step = math.sqrt(first_look)
     for look in range(first_look, last_look):
         top, foot = bound * math.sqrt(look), -8.0 * math.sqrt(look)
-        here = foot + (nodes + 1) * (top - foot) / 2
+        here = foot + (_NODES + 1) * (top - foot) / 2
         density = np.exp(-0.5 * ((here[:, None] - place[None, :]) / step) ** 2) @ mass / (step * math.sqrt(2 * math.pi))
-        place, mass, step = here, density * weights * (top - foot) / 2, 1.0
+        place, mass, step = here, density * _WEIGHTS * (top - foot) / 2, 1.0
         crossed += float(mass @ ndtr(place - bound * math.sqrt(look + 1)))
     return crossed
-
-
-@functools.cache
-def _quadrature() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    return np.polynomial.legendre.leggauss(_NODES)
 
 
 def _failures(row: Mapping[int, float | None], rounds: int) -> int:

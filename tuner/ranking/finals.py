@@ -11,7 +11,6 @@ All that is here is a function of the records: a study that was stopped anywhere
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pipetune.bench.record import Record
 from pipetune.bench.spec import EffectivePlan, Protocol
@@ -53,20 +52,6 @@ class Due:
     """Number in the record, which counts on over all finals of a study."""
     shown_round: int
     """Number within these finals, from 0."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinalsResult:
-    """What the finals found."""
-
-    kind: Literal["separated", "tie", "front", "alone", "none"]
-    """`front`: of several objectives no single one can tell plans apart. `alone`: one finalist was left, or there was
-    but one; `none`: not even one."""
-    incumbent: str | None
-    tied: tuple[str, ...]
-    """Keys of the plans that are not told apart from the incumbent."""
-    rounds: int
-    text: str
 
 
 def choose(
@@ -141,8 +126,8 @@ def next_step(
     min_rounds: int,
     max_rounds: int,
     seed: int,
-) -> Due | FinalsResult:
-    """The run that is due, or what the finals found.
+) -> Due | str:
+    """The run that is due, or what the finals found, in words.
 
     A plan that falls behind after `min_rounds`, breaks a constraint by the medians of so many rounds, or fails twice,
     leaves; with several objectives each finalist gets `min_rounds`. The baseline takes part in every round, whose order
@@ -152,11 +137,10 @@ def next_step(
     rivals = [effective.key for effective in finalists.plans]
     controls = [finalists.single_stage.key] if finalists.single_stage else []
     controls += [BASELINE] if finalists.baseline_batch_size is not None else []
-    several = len(objectives) > 1
     state = decide(
         {name: finals.cells.get(name, {}) for name in (*rivals, *controls)},
         min_rounds=min_rounds,
-        max_rounds=min_rounds if several else max_rounds,
+        max_rounds=min_rounds if len(objectives) > 1 else max_rounds,
         rivals=[
             name
             for name in rivals
@@ -174,16 +158,9 @@ def next_step(
             shown_round=state.rounds,
         )
     if state.kind == "none":
-        text = "no finalist is left: each failed twice or breaks a constraint"
-        return FinalsResult(kind="none", incumbent=None, tied=(), rounds=state.rounds, text=text)
+        return "no finalist is left: each failed twice or breaks a constraint"
     ranking = rank(records, objectives, constraints, (min_rounds, max_rounds), space=space)
-    return FinalsResult(
-        kind="front" if several else state.kind,
-        incumbent=state.incumbent,
-        tied=() if several else state.active[1:],
-        rounds=state.rounds,
-        text="; ".join(text for text in (ranking.separation.text, ranking.recommended_because) if text),
-    )
+    return "; ".join(text for text in (ranking.separation.text, ranking.recommended_because) if text)
 
 
 def side_by_side(protocol: Protocol) -> Protocol:

@@ -103,7 +103,7 @@ class Finals:
         own = () if self.objective.metric in _PER_ITERATION else (self.objective,)
         goals = [*own, *(Objective(metric=name) for name in sorted(_PER_ITERATION))]
         cells = ({name: log_costs(own, self.first_round, goal) for name, own in self._runs.items()} for goal in goals)
-        return {goal.metric: (Fit.of(table), goal) for goal, table in zip(goals, cells, strict=True)}
+        return {goal.metric: (Fit(table), goal) for goal, table in zip(goals, cells, strict=True)}
 
 
 def searched_runs(group: Sequence[PlanRun]) -> list[PlanRun]:
@@ -113,13 +113,9 @@ def searched_runs(group: Sequence[PlanRun]) -> list[PlanRun]:
 
 
 def measured_spread(runs: Sequence[PlanRun], name: str) -> Spread | None:
-    """None where no run has the metric."""
-    return spread_of(runs, name) if any(name in run.metrics for run in runs) else None
-
-
-def spread_of(runs: Sequence[PlanRun], name: str) -> Spread:
-    """Median and quartiles over the samples of all runs; at least one run has the metric."""
-    samples = _samples(runs, name)
+    """Median and quartiles over the samples of all runs; None where no run has the metric."""
+    if not (samples := _samples(runs, name)):
+        return None
     q1, median, q3 = (metrics.percentile(samples, quantile) for quantile in (0.25, 0.5, 0.75))
     return Spread(median=median, q1=q1, q3=q3, samples=len(samples), runs=len(runs))
 

@@ -196,8 +196,3 @@ class Ranking(Value):
             return self.baseline
         own = (row for row in self.baseline_sweep if row.batch_size == self.baseline.batch_size)
         return None if in_finals else next(own)
-
-    @property
-    def front(self) -> tuple[Row, ...]:
-        """The Pareto front, best first."""
-        return tuple(row for row in self.rows if row.on_front)

@@ -3,41 +3,32 @@
 import itertools
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from typing import Any, Self
 
-from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import Profile
-from pipetune.bench.record import Machine, Measurement, OutputCheck, Record
-from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
+from pipetune.bench.record import Measurement, OutputCheck
+from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective, Ranking, Row
 from pipetune.tuner.study.files import StudyContents, StudyFile, read_sound, still_told
-from pipetune.tuner.study.losses import Loss, Losses
+from pipetune.tuner.study.losses import Loss
 from pipetune.tuner.study.search_log import SearchLog
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Report:
-    """A study, ranked; it equals itself alone."""
+class Report(StudyContents):
+    """A study, ranked, with the records from before the last loss among the others."""
 
-    folder: Path
-    config: TuneConfig
-    machine: Machine | None
-    shape: ModelShape | None
-    records: tuple[Record, ...]
+    __hash__ = object.__hash__
+
     ranking: Ranking
     log: SearchLog | None = None
     """None in studies from before one was kept."""
     profile: Profile | None = None
     """What predictions were made from; None where nominal rates were."""
-    unread: tuple[str, ...] = ()
-    """Files that are damaged and left out, and why."""
-    losses: Losses = field(default_factory=Losses)
 
     @classmethod
-    def of(cls, study: StudyContents) -> "Report":
+    def of(cls, study: StudyContents) -> Self:
         """Ranks a study by its own objectives and constraints; what of it is damaged is left out, and named."""
         config, unread, losses = study.config, list(study.unread), study.losses
         log, profile = study.folder / StudyFile.SEARCH, losses.path(study.folder, StudyFile.PROFILE)
@@ -52,18 +43,13 @@ class Report:
         ranking = ranked(losses.current(records))
         for loss, own in losses.earlier(records):
             ranking = _beside(ranking, loss, ranked(own))
-        return cls(
-            folder=study.folder,
-            config=config,
-            machine=study.machine,
-            shape=study.shape,
-            records=records,
-            ranking=ranking,
-            log=read_sound(log, SearchLog, unread) if log.exists() else None,
-            profile=read_sound(profile, Profile, unread) if profile.exists() else None,
-            unread=tuple(unread),
-            losses=losses,
-        )
+        found: dict[str, Any] = {
+            "records": records,
+            "ranking": ranking,
+            "log": read_sound(log, SearchLog, unread) if log.exists() else None,
+            "profile": read_sound(profile, Profile, unread) if profile.exists() else None,
+        }
+        return cls(**{**dict(study), **found, "unread": tuple(unread)})
 
     @property
     def name(self) -> str:

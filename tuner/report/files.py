@@ -12,7 +12,7 @@ from pipetune.tuner.report.ranking import whole_of
 from pipetune.tuner.report.render.csv import render_csv
 from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.report.spreadsheet import columns_of, entries_of
-from pipetune.tuner.report.study_charts import FIGURES, study_figures
+from pipetune.tuner.report.study_charts import study_figures
 from pipetune.tuner.report.trace import render_trace
 from pipetune.tuner.study.files import refuse_links
 
@@ -33,11 +33,11 @@ def write_report(report: Report, sections: Sequence[Section] = ()) -> None:
     folder, figures = report.folder, study_figures(report)
     refuse_links([folder / PLOTS_FOLDER])
     (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
-    for name in FIGURES:
-        if name not in figures:
-            (folder / PLOTS_FOLDER / f"{name}.png").unlink(missing_ok=True)
     for name, figure in figures.items():
-        write_durably(folder / PLOTS_FOLDER / f"{name}.png", render_png(figure.chart))
+        if figure is None:
+            (folder / PLOTS_FOLDER / f"{name}.png").unlink(missing_ok=True)
+        else:
+            write_durably(folder / PLOTS_FOLDER / f"{name}.png", render_png(figure.chart))
     trace = render_trace(report)
     if trace is None:
         (folder / TRACE_FILE).unlink(missing_ok=True)
@@ -58,11 +58,7 @@ def write_documents(
     figures: Mapping[str, Figure],
     cells: str | None = None,
 ) -> None:
-    """Writes a value's `.json`, `.md`, `.html` and `.csv`, and a picture of each figure; earlier ones are replaced.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
+    """Writes a value's `.json`, `.md`, `.html` and `.csv`, and a picture of each figure; earlier ones are replaced."""
     # Who only looks at the screen need not wait for matplotlib.
     from pipetune.tuner.report.render.html import render_html
     from pipetune.tuner.report.render.plot import render_png

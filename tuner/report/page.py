@@ -5,19 +5,11 @@ from collections.abc import Sequence
 
 from pipetune.bench.record import Measurement
 from pipetune.tuner.report import document as doc
+from pipetune.tuner.report import ranking as r
 from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.best_plan import best_plan_parts
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.profile import costs_of
-from pipetune.tuner.report.ranking import (
-    facts_of,
-    failures_of,
-    legend_of,
-    next_steps,
-    ranking_tables,
-    remarks_of,
-    title_of,
-)
 from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.study_charts import study_figures
 from pipetune.tuner.study.plan_file import engine_replicas
@@ -30,11 +22,11 @@ def page_of(report: Report, sections: Sequence[doc.Section] = ()) -> doc.Documen
     drawn = study_figures(report)
 
     def figures(*names: str) -> doc.Figures:
-        return doc.Figures(tuple(drawn[name] for name in names if name in drawn))
+        return doc.Figures(tuple(figure for name in names if (figure := drawn[name])))
 
-    tables, plots = ranking_tables(report), figures("throughput_vs_bubble", "throughput_vs_memory")
-    remarks = doc.Bullets(tuple(doc.Bullet(remark, "warning") for remark in remarks_of(report)))
-    legend = legend_of(report) if tables else doc.Text("Nothing was measured.")
+    tables, plots = r.ranking_tables(report), figures("throughput_vs_bubble", "throughput_vs_memory")
+    remarks = doc.Bullets(tuple(doc.Bullet(remark, "warning") for remark in r.remarks_of(report)))
+    legend = r.legend_of(report) if tables else doc.Text("Nothing was measured.")
     # What a phone has room for.
     shown = (table.led_by(("#", "plan", "tok/s", "×")) for table in tables)
     ranked = doc.Section("Ranking", (*shown, remarks, legend, plots))
@@ -50,13 +42,13 @@ def page_of(report: Report, sections: Sequence[doc.Section] = ()) -> doc.Documen
     parts += [
         *sections,
         doc.Section("Baseline", _baseline(report)),
-        *failures_of(report),
+        *r.failures_of(report),
         *_uses(report),
         doc.Section("Machine and software", (_machine(report),)),
         doc.Section("Notes and disturbances", (_notes(report, measured=bool(tables)),)),
         doc.Section("Definitions", (doc.Facts(_definitions(report), stacked=True), reference)),
     ]
-    return doc.Document(title=title_of(report), facts=facts_of(report), parts=tuple(parts))
+    return doc.Document(title=r.title_of(report), facts=r.facts_of(report), parts=tuple(parts))
 
 
 def _baseline(report: Report) -> tuple[doc.Part, ...]:
@@ -145,7 +137,7 @@ def _uses(report: Report) -> list[doc.Section]:
     folder = w.clean(str(report.folder))
     note = f" ({text})" if (text := w.export_note(best.plan)) else ""
     uses = {
-        **next_steps(report),
+        **r.next_steps(report),
         f"Load the same split with transformers, model being the checkpoint's id or folder{note}": (
             f"device_map = json.load(open({f'{folder}/best_device_map.json'!r}))\n"
             "AutoModelForCausalLM.from_pretrained(model, device_map=device_map)"

@@ -1,7 +1,4 @@
-"""A profile as people read it: each device's parts at a few kinds of tasks, then links and bytes.
-
-`document_of` is what `pipetune profile` prints, `costs_of` a section of a study's page.
-"""
+"""A profile as people read it: each device's parts at a few kinds of tasks, then links and bytes."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +15,7 @@ _MAX_SPREAD = 0.2
 
 
 def document_of(profile: Profile, *, kept: bool) -> doc.Document:
-    """The document of a profile, measured now or kept by an earlier command."""
+    """What `pipetune profile` prints of a profile, measured now or kept by an earlier command."""
     return doc.Document(parts=tuple(_parts(profile, kept=kept)))
 
 
@@ -47,7 +44,7 @@ def _parts(profile: Profile, *, kept: bool) -> Iterator[doc.Part]:
 
 
 def costs_of(profile: Profile) -> doc.Section:
-    """The profile's times in ms at the least, the largest and a middle kind of prefill and of decode; its links."""
+    """A page's section: times in ms at the least, the largest and a middle kind of prefill and of decode; links."""
     prefill, decode = _kinds(time for device in profile.devices for time in device.overhead)
     lines = []
     for device in profile.devices:

@@ -184,10 +184,7 @@ def facts_of(report: Report) -> tuple[tuple[str, str], ...]:
     facts = [("model", model), ("workload", w.workload_text(report.config.workload, report.prompt_lens))]
     if report.machine:
         hardware = report.machine.hardware
-        names = sorted({w.clean(gpu.name) for gpu in hardware.gpus})
-        gpus = f"{len(hardware.gpus)} × {', '.join(names)} · " if hardware.gpus else ""
-        cpu = f"{w.clean(hardware.cpu_model)}, {hardware.cpu_cores} cores, {w.bytes_text(hardware.memory_bytes)}"
-        facts.append(("machine", gpus + cpu))
+        facts.append(("machine", f"{w.hardware_text(hardware)}, {w.bytes_text(hardware.memory_bytes)}"))
     if report.config.devices != "auto":
         facts.append(("devices", ", ".join(report.config.devices)))
     if metric != report.throughput_metric or len(ranking.objectives) > 1:

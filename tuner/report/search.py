@@ -46,22 +46,24 @@ class Trial:
         return self.predicted / self.measured - 1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSummary:
-    """How a search went, in words."""
+    """How a search went, in words; what is not known is empty."""
 
-    table: Table
-    """A row for each trial."""
-    stop: str
-    """Why it ended; empty where that is not known."""
-    errors: str
-    """How well it was predicted; empty where nothing was."""
-    time: str
-    """How much of it went into measuring; empty where that is not known."""
-    phases: str
-    """Where it went, phase by phase."""
-    shares: Bar | None
-    """The same as a bar; None where it is not known."""
+    def __init__(self, report: Report, trials: Sequence[Trial]) -> None:
+        log = report.log or SearchLog()
+        took, by_size = w.ms_text(1e3 * log.total_s), sorted(log.seconds.items(), key=lambda item: -item[1])
+        self.table = _table(report, trials)
+        """A row for each trial."""
+        self.stop = _stop_text(trials, log.stop) if log.stop else ""
+        """Why it ended."""
+        self.errors = _errors_text(prediction_errors(trials))
+        """How well it was predicted."""
+        self.time = f"{w.percent_text(log.measuring_share)} of {took} went into measuring." if log.seconds else ""
+        """How much of it went into measuring."""
+        self.phases = ", ".join(f"{name.replace('_', ' ')} {w.number_text(seconds, 2)} s" for name, seconds in by_size)
+        """Where it went, phase by phase."""
+        self.shares = _shares(log) if log.seconds else None
+        """The same as a bar."""
 
     @property
     def text(self) -> str:
@@ -101,39 +103,23 @@ def trials_of(report: Report) -> tuple[Trial, ...]:
     return tuple(trials)
 
 
-def median_error(trials: Sequence[Trial]) -> float | None:
-    """Median size of the prediction errors; None where nothing was predicted and measured."""
-    errors = _errors(trials)
-    return statistics.median(errors) if errors else None
-
-
-def _errors(trials: Sequence[Trial]) -> list[float]:
+def prediction_errors(trials: Sequence[Trial]) -> list[float]:
+    """Sizes of the errors of what was predicted and measured."""
     return [abs(trial.error) for trial in trials if trial.error is not None]
 
 
 def summarize(report: Report) -> SearchSummary | None:
     """The search as text; None where no trial was to run."""
-    if not (trials := trials_of(report)):
-        return None
-    log = report.log or SearchLog()
+    trials = trials_of(report)
+    return SearchSummary(report, trials) if trials else None
+
+
+def _table(report: Report, trials: Sequence[Trial]) -> Table:
     legend = f"measured: {report.objective.metric} of the trial's own run, before any finals; bold: the best so far"
     table = Table(columns=_COLUMNS, rows=rows_of(_cells(report, trial) for trial in trials), legend=legend)
     if any(trial.entry for trial in trials):
-        table = replace(table, legend=f"{legend}; error: what was predicted before the run, over what was measured")
-    else:
-        table = table.only(("trial", "plan", "measured"))
-    took = w.ms_text(1e3 * log.total_s)
-    by_size = sorted(log.seconds.items(), key=lambda item: -item[1])
-    return SearchSummary(
-        table=table,
-        stop=_stop_text(trials, log.stop) if log.stop else "",
-        errors=_errors_text(_errors(trials)),
-        time=f"{w.percent_text(1 - log.not_measuring_s / log.total_s)} of {took} went into measuring."
-        if log.seconds
-        else "",
-        phases=", ".join(f"{name.replace('_', ' ')} {w.number_text(seconds, 2)} s" for name, seconds in by_size),
-        shares=_shares(log) if log.seconds else None,
-    )
+        return replace(table, legend=f"{legend}; error: what was predicted before the run, over what was measured")
+    return table.only(("trial", "plan", "measured"))
 
 
 def _stop_text(trials: Sequence[Trial], stop: Stop) -> str:

@@ -19,24 +19,22 @@ _LOOKS = {
 _MOST_NAMES = 60
 """More of them hide each other, and take most of the time that a chart takes."""
 
-FIGURES = ("throughput_vs_bubble", "throughput_vs_memory", "history", "predicted_vs_measured", "timeline")
-"""Names of all there may be."""
 
-
-def study_figures(report: Report) -> dict[str, Figure]:
-    """All figures that the study has data for, by file name without ending."""
+def study_figures(report: Report) -> dict[str, Figure | None]:
+    """All figures by file name without ending; None where the study has no data for one."""
     predictions = prediction_chart(report)
     bubble = plans_chart(report, "bubble_ratio", "bubble ratio, % of stage time without compute", 100.0)
     memory = plans_chart(report, "peak_memory_bytes", "peak memory of the fullest stage, MiB", 2.0**-20)
-    charts = (
-        ("Throughput against bubble ratio", bubble),
-        ("Throughput against peak memory", memory),
-        ("Best so far, trial by trial", search_chart(report, wide=predictions is None)),
-        ("Predicted against measured", predictions),
-        ("Timeline of the stages", timeline_chart(report)),
-    )
-    found = zip(FIGURES, charts, strict=True)
-    return {name: Figure(alt, chart, wide=chart.size[0] > 8) for name, (alt, chart) in found if chart}
+    charts = {
+        "throughput_vs_bubble": ("Throughput against bubble ratio", bubble),
+        "throughput_vs_memory": ("Throughput against peak memory", memory),
+        "history": ("Best so far, trial by trial", search_chart(report, wide=predictions is None)),
+        "predicted_vs_measured": ("Predicted against measured", predictions),
+        "timeline": ("Timeline of the stages", timeline_chart(report)),
+    }
+    return {
+        name: Figure(alt, chart, wide=chart.size[0] > 8) if chart else None for name, (alt, chart) in charts.items()
+    }
 
 
 def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Chart | None:

@@ -1,12 +1,13 @@
 """How plans, numbers and foreign text are written for people; every report writes them alike."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from pipetune.bench.errors import harmless
-from pipetune.bench.record import Measurement, OutputCheck
+from pipetune.bench.record import Hardware, Measurement, OutputCheck
 from pipetune.bench.spec import Arrivals, ModelSpec, Plan, Sampling, Workload
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Row, Spread
@@ -94,10 +95,8 @@ def short_list(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 2].rpartition(',')[0]}, …"
 
 
-def spread_text(spread: Spread | None) -> str:
+def spread_text(spread: Spread) -> str:
     """`60.8 ±4.9`: the median and the interquartile range."""
-    if spread is None:
-        return MISSING
     return number_text(spread.median) + (f" ±{number_text(spread.iqr, 2)}" if spread.samples > 1 else "")
 
 
@@ -114,9 +113,11 @@ def ratio_evidence(ratio: Ratio) -> str:
     return rounds if ratio.low is None else f"{ratio.low:.2f}–{ratio.high:.2f} {rounds}"
 
 
-def percent_text(share: float | None) -> str:
-    """`18 %` for 0.18."""
-    return MISSING if share is None else f"{round(share * 100)} %"
+def percent_text(share: float | None, digits: int | None = None) -> str:
+    """`18 %` for 0.18; `18.27 %` with four digits."""
+    if share is None:
+        return MISSING
+    return f"{round(share * 100) if digits is None else number_text(share * 100, digits)} %"
 
 
 def ms_text(milliseconds: float | None, digits: int = 3) -> str:
@@ -139,17 +140,24 @@ def with_unit(name: str) -> str:
     return ",".join([name, *filter(None, (_UNITS.get(name),))])
 
 
-def metric_text(name: str, value: float | None) -> str:
-    """A metric with its unit, by the ending of its name."""
+def metric_text(name: str, value: float | None, digits: int | None = None) -> str:
+    """A metric with its unit, by the ending of its name; with so many digits, or as many as people need."""
     if value is None:
         return MISSING
     if name.endswith(("_ms", "_s")):
-        return ms_text(value if name.endswith("_ms") else value * 1e3)
+        return ms_text(value if name.endswith("_ms") else value * 1e3, digits or 3)
     if name.endswith("_bytes"):
         return bytes_text(value)
     if name.startswith("bubble") or name.endswith(("_utilization", "_fraction", "_attainment")):
-        return percent_text(value)
-    return number_text(value) + _UNITS.get(name, "")
+        return percent_text(value, digits)
+    return number_text(value, digits or 3) + _UNITS.get(name, "")
+
+
+def hardware_text(hardware: Hardware) -> str:
+    """`2 × NVIDIA A10 · AMD EPYC 7413, 16 cores`."""
+    counts = Counter(clean(gpu.name) for gpu in hardware.gpus)
+    gpus = (f"{count} × {name}" for name, count in counts.items())
+    return " · ".join((*gpus, f"{clean(hardware.cpu_model)}, {hardware.cpu_cores} cores"))
 
 
 def model_text(model: ModelSpec) -> str:

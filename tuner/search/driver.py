@@ -267,7 +267,7 @@ def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) 
             max_rounds=most,
             seed=config.seed,
         )
-        if isinstance(step, finals.FinalsResult):
+        if isinstance(step, str):
             break
         if not ran:
             # A fresh fleet: what the workers have become over many plans shall not decide.
@@ -286,5 +286,5 @@ def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) 
             name = f"{label} · {effective.plan.describe()}"
             runs.measure(name, effective.plan, effective, protocol=protocol, **labels)
     if ran:
-        runs.reporter.say(f"the finals end: {step.text}")
+        runs.reporter.say(f"the finals end: {step}")
     participant.finish_finals()

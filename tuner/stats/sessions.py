@@ -19,7 +19,6 @@ say only what could be seen at most, were all nights alike.
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from scipy.special import chdtr, nctdtr, ndtr, ndtri, stdtr, stdtrit
 
@@ -29,19 +28,38 @@ _FAR = 30.0
 """Standard errors."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class NewLevel:
     """How a new session's level lies to what stored ones let expect of it."""
 
-    difference: float
-    """Logarithm of the new session's level less the mean of the stored ones'."""
-    error: float
-    """Standard error of that, were nothing but the night another; a lower bound where the nights' spread is unknown."""
-    freedom: float
-    """Degrees of freedom of the error; infinite where the spread of the nights was told, or is left out."""
-    sessions: int
-    spread: float | None
-    """SD of the levels of sessions, from the stored ones or as told; None where nothing says it."""
+    def __init__(self, stored: Sequence[Sequence[float]], new: Sequence[float], *, told_spread: float | None) -> None:
+        """
+        Args:
+            stored: of each session, the logarithms of its runs; at least one session with a run.
+            new: the logarithms of the new session's runs, at least one.
+            told_spread: SD of the levels of sessions, used where too few are stored to tell; None where nobody knows.
+        """
+        sessions = [session for session in stored if session]
+        assert sessions, "there are stored runs"
+        assert new, "there are new runs"
+        levels = [statistics.median(session) for session in sessions]
+        self.sessions = count = len(levels)
+        of_stored, of_new = _variance_of_runs(sessions), _variance_of_runs([new])
+        known = of_new if of_stored is None else of_stored
+        old_open = statistics.fmean(_open(known or 0.0, len(session)) for session in sessions)
+        new_open = _open(max(of_stored or 0.0, of_new or 0.0), len(new))
+        runs_alone = new_open + old_open / count
+        self.spread = spread = statistics.stdev(levels) if count >= LEAST_SESSIONS else told_spread
+        """SD of the levels of sessions, from the stored ones or as told; None where nothing says it."""
+        variance = runs_alone if spread is None else spread**2 * (1 + 1 / count) + max(0.0, new_open - old_open)
+        if count < LEAST_SESSIONS:
+            variance = max(variance, runs_alone)
+        self.difference = statistics.median(new) - statistics.fmean(levels)
+        """Logarithm of the new session's level less the mean of the stored ones'."""
+        self.error = math.sqrt(variance)
+        """Standard error of that, were nothing but the night another; a lower bound where the nights' spread is
+        unknown."""
+        self.freedom = float(count - 1) if count >= LEAST_SESSIONS else math.inf
+        """Degrees of freedom of the error; infinite where the spread of the nights was told, or is left out."""
 
     def above(self, shift: float = 0.0) -> float:
         """p of the one-sided test that the new session lies more than `shift` above; 1 where there is no test."""
@@ -85,37 +103,6 @@ class NewLevel:
 
     def _quantile(self, share: float) -> float:
         return float(ndtri(share)) if math.isinf(self.freedom) else float(stdtrit(self.freedom, share))
-
-
-def predict(stored: Sequence[Sequence[float]], new: Sequence[float], *, told_spread: float | None) -> NewLevel:
-    """How a new session lies to stored ones.
-
-    Args:
-        stored: of each session, the logarithms of its runs; at least one session with a run.
-        new: the logarithms of the new session's runs, at least one.
-        told_spread: SD of the levels of sessions, used where too few are stored to tell; None where nobody knows.
-    """
-    sessions = [session for session in stored if session]
-    assert sessions, "there are stored runs"
-    assert new, "there are new runs"
-    levels = [statistics.median(session) for session in sessions]
-    count = len(levels)
-    of_stored, of_new = _variance_of_runs(sessions), _variance_of_runs([new])
-    known = of_new if of_stored is None else of_stored
-    old_open = statistics.fmean(_open(known or 0.0, len(session)) for session in sessions)
-    new_open = _open(max(of_stored or 0.0, of_new or 0.0), len(new))
-    runs_alone = new_open + old_open / count
-    spread = statistics.stdev(levels) if count >= LEAST_SESSIONS else told_spread
-    variance = runs_alone if spread is None else spread**2 * (1 + 1 / count) + max(0.0, new_open - old_open)
-    if count < LEAST_SESSIONS:
-        variance = max(variance, runs_alone)
-    return NewLevel(
-        difference=statistics.median(new) - statistics.fmean(levels),
-        error=math.sqrt(variance),
-        freedom=float(count - 1) if count >= LEAST_SESSIONS else math.inf,
-        sessions=count,
-        spread=spread,
-    )
 
 
 def _variance_of_runs(sessions: Sequence[Sequence[float]]) -> float | None:

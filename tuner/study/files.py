@@ -78,11 +78,9 @@ class StudyContents(Value):
 
 
 def load_study(folder: Path) -> StudyContents:
-    """Reads a study; what beside its settings cannot be read is named, and passed over.
+    """Reads a study; what beside its settings and losses cannot be read is named, and passed over.
 
-    Raises:
-        StudyError: the folder holds no study, or its `losses.json` is damaged.
-        ConfigError: its `study.yaml` is damaged.
+    Raises as `read_config`, and as `read_losses`.
     """
     unread: list[str] = []
     records, losses = load_records(folder, unread), read_losses(folder)
@@ -131,12 +129,23 @@ def load_records(folder: Path, unread: list[str] | None = None) -> tuple[Record,
     return tuple(sorted(records, key=lambda record: record.number))
 
 
-def refuse_links(paths: Iterable[Path]) -> None:
-    """Refuses links where something is written in place: a study may be a stranger's, and lead to the user's own files.
+def read_records(path: Path, flag: str = "") -> list[Record]:
+    """Records as `pipetune bench -o` writes them.
 
     Raises:
-        StudyError: names the first, and where it leads.
+        StudyError: the file, after the flag that named it, cannot be read or holds something else.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [Record.model_validate_json(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        what = f"is no file of records, as pipetune bench -o writes them ({explain(error)})"
+        raise StudyError(f"{flag}{path}{written_by(path)}: {what}") from None
+
+
+def refuse_links(paths: Iterable[Path]) -> None:
+    """Raises a StudyError that names the first link, where something is written in place: a study may be a stranger's,
+    and lead to the user's own files."""
     for path in paths:
         if path.is_symlink():
             raise StudyError(f"{path}: is a link to {path.readlink()}, which would be written to; take it away")
@@ -221,11 +230,7 @@ def written_by(path: Path) -> str:
 
 
 def refuse_existing(path: Path | None) -> None:
-    """Refuses to overwrite a file that a user names.
-
-    Raises:
-        ConfigError: the file is there, or its folder is not, or cannot be written to.
-    """
+    """Raises a ConfigError where a file that a user names is there, or its folder is not, or cannot be written to."""
     if path is None:
         return
     if path.exists():
@@ -243,11 +248,6 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Writes a new file.
-
-    Raises:
-        ConfigError: it is there already.
-        OSError: it cannot be written.
-    """
+    """Writes a new file; refuses as `refuse_existing`."""
     refuse_existing(path)
     write_durably(path, text)

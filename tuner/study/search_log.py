@@ -23,6 +23,7 @@ likes it; `replicate`, it is the incumbent, not surely."""
 
 Phase = Literal["start", "profile", "reference", "baseline", "single_stage", "trials", "search", "finals", "reports"]
 """What a study spends time on; `search` is choosing the next trial and telling what came of it."""
+_MEASURING: tuple[Phase, ...] = ("baseline", "single_stage", "trials", "finals")
 
 
 class Proposal(Value):
@@ -68,21 +69,17 @@ class SearchLog(Value):
         return sum(self.seconds.values())
 
     @property
-    def not_measuring_s(self) -> float:
-        """Seconds that went by beside runs of plans and of the baseline."""
-        measuring = ("baseline", "single_stage", "trials", "finals")
-        return sum(seconds for phase, seconds in self.seconds.items() if phase not in measuring)
+    def measuring_share(self) -> float | None:
+        """How much of it went into runs of plans and of the baseline; None where it is not known."""
+        measured = (self.seconds.get(phase, 0.0) for phase in _MEASURING)
+        return sum(measured) / self.total_s if self.seconds else None
 
 
 class SearchLogWriter:
     """Writes the log of a study."""
 
     def __init__(self, path: Path) -> None:
-        """Goes on with what is there.
-
-        Raises:
-            StudyError: what is there cannot be read.
-        """
+        """Goes on with what is there; raises as `read`."""
         self._path = path
         self.log = read(path, SearchLog) if path.exists() else SearchLog()
         self._phases: list[Phase] = []

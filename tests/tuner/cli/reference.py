@@ -47,7 +47,7 @@ def page() -> str:
 def _commands() -> Iterator[str]:
     root: Any = typer.main.get_command(app)
     for name, command in root.commands.items():
-        chosen = {setting.name for group in groups_of(command.callback) for setting in group.settings()}
+        chosen = {setting.name for _, settings in groups_of(command.callback) for setting in settings()}
         context = typer.Context(command, info_name=name)
         parameters = command.get_params(context)
         yield from ("", f"## pipetune {name}", *_prose(command.help), "", "```", *examples_of(name), "```", "")

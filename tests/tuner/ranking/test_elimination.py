@@ -109,7 +109,7 @@ def test_names_and_their_order_decide_nothing(gaps: list[float], shuffle: list[i
 def test_one_astray_round_of_many_does_not_turn_the_order() -> None:
     table = cells(0.0, 0.03)
     table["a"][2] = 0.7
-    assert Fit.of(table).ordered(["b", "a"]) == ["a", "b"]
+    assert Fit(table).ordered(["b", "a"]) == ["a", "b"]
     assert hodges_lehmann([1.0, 2.0, 3.0, 100.0]) < 4
 
 
@@ -132,7 +132,7 @@ def test_the_error_of_a_difference_is_that_of_least_squares() -> None:
     """Of two plans alone, rounds that one of them missed say nothing of their difference."""
     table = cells(0.0, 0.02)
     table["b"] = {at: table["b"][at] for at in range(3)}
-    fit = Fit.of(table)
+    fit = Fit(table)
     gap = fit.gap("b", "a")
     assert gap is not None
     assert gap.error == pytest.approx(fit.sd * math.sqrt(2 / 3))

@@ -25,7 +25,7 @@ from pipetune.tuner.config.gate import GateConfig
 from pipetune.tuner.config.sources import load
 from pipetune.tuner.gate.cases import SideRequest
 from pipetune.tuner.gate.outputs.wording import screen_of as gate_screen
-from pipetune.tuner.gate.stored.run import StoredGate, compare_files
+from pipetune.tuner.gate.stored.run import compare_files, compare_stored
 from pipetune.tuner.gate.values import Case, Reason, Sample, Side, SideName
 from pipetune.tuner.planning.calibration.observation import observe
 from pipetune.tuner.planning.costs.described import read_devices
@@ -212,8 +212,8 @@ def answer(case: Case, name: SideName, number: int) -> Sample:
 def read_gate(study: Path, other: Path) -> str:
     config, plan = load(other / StudyFile.CONFIG), make_plan((16, 14), 2, prefill=1)
     side = Side(name="candidate", model=config.model, plan=plan, devices=("cpu:0", "cpu:1"))
-    gate = StoredGate(stored=(study,), candidate=SideRequest(side, config), runner=lambda cases: FakeRunner(answer))
-    result = gate.run(Reporter())
+    runner = FakeRunner(answer)
+    result = compare_stored((study,), SideRequest(side, config), Reporter(), start=lambda cases: runner)
     gate_screen(result)
     return "\n".join(finding.text for finding in result.findings)
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import write_durably
 from pipetune.tuner.gate.outputs.junit import render_junit
-from pipetune.tuner.gate.outputs.plot import differences_chart
-from pipetune.tuner.gate.outputs.wording import markdown_of
+from pipetune.tuner.gate.outputs.wording import differences_chart, markdown_of
 from pipetune.tuner.gate.values import GateResult
 from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.report.render.plot import render_png
@@ -17,11 +16,7 @@ SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
 
 def refuse_places(folder: Path | None, junit: Path | None) -> None:
-    """Refuses to overwrite what is there, before anything is measured.
-
-    Raises:
-        ConfigError: the folder holds something, or the file is there, or one cannot be written.
-    """
+    """Raises a ConfigError where the folder holds something, the file is there, or one of them cannot be written."""
     if folder is not None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} exists and is not an empty folder; name a new one for this gate")
@@ -30,11 +25,7 @@ def refuse_places(folder: Path | None, junit: Path | None) -> None:
 
 
 def write(result: GateResult, folder: Path | None, junit: Path | None) -> None:
-    """Writes what was asked for.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes what was asked for."""
     tests, markdown = render_junit(result), render_markdown(markdown_of(result), level=2)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

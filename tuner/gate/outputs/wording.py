@@ -1,14 +1,15 @@
-"""A gate in words: its table and its remarks, as documents for the screen and for Markdown."""
+"""A gate in words, for the screen and for Markdown: its table and its remarks; and its differences as a chart."""
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
-from pipetune.bench.record import Machine
+from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.tuner.gate.values import SIDES, Case, Finding, GateResult, Reason, Verdict, change_of
 from pipetune.tuner.report import document as doc
-from pipetune.tuner.report.wording import MISSING, bytes_text, clean, ms_text, number_text
+from pipetune.tuner.report.chart import Bars, Chart, Colour, Dots, Line, Mark, Rule
+from pipetune.tuner.report.wording import MISSING, clean, hardware_text, metric_text
 
 _LEGEND = "Change: of the metric itself. A rate that falls is worse, as are a time and memory that grow."
 _METHODS = {
@@ -23,6 +24,9 @@ _MARKS = {Verdict.OK: "✅", Verdict.FAIL: "❌", Verdict.INCONCLUSIVE: "⚠️"
 _ON_SCREEN = ("metric", "verdict", "change", "95 % interval", "baseline", "candidate")
 _OF_PAIRS = ("noise floor", "pairs")
 """Columns that stored runs have nothing for."""
+_COLOURS: dict[Verdict, Colour] = {Verdict.OK: "green", Verdict.FAIL: "vermilion", Verdict.INCONCLUSIVE: "orange"}
+_JITTER, _HALF = 0.28, 0.42
+_LONGEST = 34
 
 
 def screen_of(result: GateResult) -> doc.Document:
@@ -101,17 +105,7 @@ def margin_text(finding: Finding) -> str:
 
 def value_text(metric: str, value: float | None) -> str:
     """In the metric's unit, with the digits that a margin of some percent needs."""
-    if value is None or not math.isfinite(value):
-        return MISSING if value is None else str(value)
-    if metric.endswith(("token_throughput", "output_throughput")):
-        return f"{number_text(value, 4)} tok/s"
-    if metric in ("request_throughput", "request_goodput"):
-        return f"{number_text(value, 4)} req/s"
-    if metric.endswith("_ms"):
-        return ms_text(value, 4)
-    if metric.endswith("_s"):
-        return ms_text(1000 * value)
-    return bytes_text(value) if metric.endswith("_bytes") else number_text(value, 4)
+    return metric_text(metric, value, 4) if value is None or math.isfinite(value) else str(value)
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
@@ -182,7 +176,8 @@ def _facts(result: GateResult) -> list[tuple[str, str]]:
     else:
         facts += [(f"{name}, {label}", text) for name, of in sides.items() for label, text in of]
     # Pairs are of one machine, which is shown once; stored runs of another one are told apart in the findings.
-    facts += [("machine", _machine(machine)) for machine in list(result.machines.values())[-1:] if machine is not None]
+    for machine in filter(None, list(result.machines.values())[-1:]):
+        facts.append(("machine", f"{machine.hostname} · {hardware_text(machine.hardware)}"))
     if result.order_seed is not None:
         facts.append(("order seed", str(result.order_seed)))
     return facts
@@ -195,7 +190,57 @@ def _sides(case: Case) -> list[tuple[str, str]]:
     return [("baseline", baseline), ("candidate", candidate)]
 
 
-def _machine(machine: Machine) -> str:
-    hardware = machine.hardware
-    gpus = (f"{count} × {name}" for name, count in Counter(gpu.name for gpu in hardware.gpus).items())
-    return " · ".join((machine.hostname, *gpus, f"{hardware.cpu_model}, {hardware.cpu_cores} cores"))
+def differences_chart(result: GateResult) -> Chart | None:
+    """Pairs from top to bottom in the order measured, hollow where the verdict did not look at them.
+
+    None where nothing was compared.
+    """
+    if not (shown := [finding for finding in result.findings if finding.differences]):
+        return None
+    several = len({finding.case for finding in result.findings}) > 1
+    unit = "run" if result.method == "stored" else "pair"
+    marks = [mark for row, finding in enumerate(shown) for mark in _row(row, finding, unit)]
+    return Chart(
+        title=f"pipetune gate: {result.verdict.value}",
+        x_label="candidate worse by, % of the metric  (left of 0 it is better)",
+        marks=(Rule(at=0.0, is_upright=True), *marks),
+        rows=tuple(_label(finding, several=several) for finding in shown),
+        size=(8.0, 1.8 + (0.62 if several else 0.55) * len(shown)),
+    )
+
+
+def _row(row: int, finding: Finding, unit: str) -> Iterator[Mark]:
+    colour = _COLOURS[finding.verdict]
+    count = len(finding.differences)
+    looked = finding.pairs or count
+    heights = tuple(row + _JITTER * (2 * index / max(count - 1, 1) - 1) for index in range(count))
+    shares = tuple(_worse(finding, math.expm1(one)) for one in finding.differences)
+    if finding.floor is not None:
+        span = (row, -100 * finding.floor, 100 * finding.floor, "")
+        yield Bars(spans=(span,), colour="faint", height=2 * _HALF, label="noise floor")
+    yield Dots(xs=shares[:looked], ys=heights[:looked], colour=colour, size=4, label=f"a {unit}, by verdict")
+    if looked < count:
+        xs, ys = shares[looked:], heights[looked:]
+        yield Dots(xs=xs, ys=ys, colour=colour, size=4, is_hollow=True, label="after the verdict")
+    if finding.interval is not None:
+        ends = tuple(_worse(finding, end) for end in finding.interval)
+        yield Line(xs=ends, ys=(row, row), colour="ink", width=2)
+    if finding.estimate is not None:
+        at = (_worse(finding, finding.estimate),)
+        yield Dots(xs=at, ys=(row,), colour="ink", marker="D", label="shift, 95 % interval")
+    margin = (_worse(finding, finding.margin),) * 2
+    yield Line(xs=margin, ys=(row - _HALF, row + _HALF), colour="vermilion", width=1.4, is_dashed=True, label="margin")
+
+
+def _worse(finding: Finding, cost: float) -> float:
+    """By how many percent of itself a metric is worse whose cost grows by a share."""
+    change = 100 * change_of(finding.metric, cost)
+    return -change if finding.metric in HIGHER_IS_BETTER else change
+
+
+def _label(finding: Finding, *, several: bool) -> str:
+    """The case by the two ends of a long name: what tells configs apart may stand at either."""
+    name, half = finding.case, _LONGEST // 2
+    lines = [name if len(name) <= _LONGEST else f"{name[:half]}…{name[1 - half :]}"] if several else []
+    estimate = "" if finding.change is None else f" {signed(finding.change)}"
+    return "\n".join([*lines, finding.metric, f"{finding.verdict.value}{estimate}"])

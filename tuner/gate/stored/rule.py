@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pipetune.tuner.config.gate import GateConfig, Tolerance
 from pipetune.tuner.gate import values as v
 from pipetune.tuner.gate.rule import Fault, fault_of, unsteady_of
-from pipetune.tuner.stats.sessions import NewLevel, predict
+from pipetune.tuner.stats.sessions import NewLevel
 from pipetune.tuner.stats.signed_rank import FALSE_ALARM, MISSED
 
 SESSION_RUNS = 5
@@ -36,7 +36,7 @@ def judge_case(
             findings.append(v.finding_of(case, metric, tolerance, *fault))
             continue
         old_levels, (new_levels,) = _levels(stored, metric), _levels((new,), metric)
-        found = predict(old_levels, new_levels, told_spread=gate.session_noise)
+        found = NewLevel(old_levels, new_levels, told_spread=gate.session_noise)
         old = [one for session in old_levels for one in session]
         if min(len(old), len(new_levels)) > 1 and len({*old, *new_levels}) == 1:
             reason, text = v.Reason.WITHIN_MARGIN, "every run of both sides gave exactly the same"
@@ -78,7 +78,7 @@ def foreseen(metrics: Mapping[str, Tolerance], stored: Sequence[v.Session], gate
         if _stored_fault(metric, stored) is None:
             levels = _levels(stored, metric)
             typical = statistics.median(one for session in levels for one in session)
-            found = predict(levels, [typical] * SESSION_RUNS, told_spread=gate.session_noise)
+            found = NewLevel(levels, [typical] * SESSION_RUNS, told_spread=gate.session_noise)
             lines.append(f"{metric}: {_seen(found, tolerance, FALSE_ALARM / len(metrics))}")
     return lines
 

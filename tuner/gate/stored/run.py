@@ -5,7 +5,6 @@ differ, and decides nothing unless `gate.session_noise` says it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipetune.bench.errors import StudyError
@@ -28,52 +27,51 @@ BLIND_TO_FLEETS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredGate:
-    """Stored sessions beside a candidate that is measured now."""
+def compare_stored(
+    places: Sequence[Path],
+    candidate: SideRequest,
+    reporter: Reporter,
+    *,
+    other_dtype: bool = False,
+    max_minutes: float | None = None,
+    start: Callable[[tuple[Case, ...]], SideRunner] = FreshProcesses,
+) -> GateResult:
+    """Stored sessions beside a candidate that is measured now.
 
-    stored: tuple[Path, ...]
-    candidate: SideRequest
-    other_dtype: bool = False
-    """Whether another dtype is what is compared."""
-    max_minutes: float | None = None
-    """From the start to the end."""
-    runner: Callable[[tuple[Case, ...]], SideRunner] = FreshProcesses
-    """Who runs the candidate."""
+    Args:
+        other_dtype: whether another dtype is what is compared.
+        start: gives who runs the candidate.
 
-    def run(self, reporter: Reporter) -> GateResult:
-        """Measures the candidate, and judges.
-
-        Raises:
-            ConfigError: the stored side did other work than the candidate is asked for.
-        """
-        clock = Clock(self.max_minutes)
-        case = case_of("default", self.candidate, self.candidate)
-        try:
-            stored = read_stored(self.stored, case, other_dtype=self.other_dtype)
-        except StudyError as error:
-            return _undecided(case.name, case.metrics, Reason.UNREADABLE, str(error), clock)
-        plan = next((one.plan for one in stored if one.plan is not None), case.baseline.plan)
-        update = {"name": "baseline", "model": stored[0].model, "plan": plan}
-        case = case.model_copy(update={"baseline": case.baseline.model_copy(update=update)})
-        gate = self.candidate.config.gate
-        new = Session(place="now", case=case.name, samples=())
-        if lines := foreseen(case.metrics, stored, gate):
-            with reporter, self.runner((case,)) as runner:
-                for line in lines:
-                    reporter.say(line)
-                machine = runner.prepare(clock.deadline)["candidate"]
-                here = None if machine is None else machine.hardware.hardware_id
-                # Runs on other hardware than that of the stored ones would tell nothing.
-                comparable = here is None or here in {run.hardware_id for one in stored for run in one.samples}
-                samples = _runs(case, runner, reporter, clock) if comparable else []
-            new = new.model_copy(update={"samples": tuple(samples), "machine": machine})
-        findings = judge_case(case.name, case.metrics, stored, new, gate)
-        if len(new.samples) < SESSION_RUNS:
-            # Runs that are missing though none failed are those for which there was no time.
-            findings = out_of_time(findings, len(new.samples))
-        notes = notes_of(stored, new, case.candidate.model)
-        return _result(clock, findings, stored, (new,), cases=(case,), notes=notes)
+    Raises:
+        ConfigError: the stored side did other work than the candidate is asked for.
+    """
+    clock = Clock(max_minutes)
+    case = case_of("default", candidate, candidate)
+    try:
+        stored = read_stored(places, case, other_dtype=other_dtype)
+    except StudyError as error:
+        return _undecided(case.name, case.metrics, Reason.UNREADABLE, str(error), clock)
+    plan = next((one.plan for one in stored if one.plan is not None), case.baseline.plan)
+    update = {"name": "baseline", "model": stored[0].model, "plan": plan}
+    case = case.model_copy(update={"baseline": case.baseline.model_copy(update=update)})
+    gate = candidate.config.gate
+    new = Session(place="now", case=case.name, samples=())
+    if lines := foreseen(case.metrics, stored, gate):
+        with reporter, start((case,)) as runner:
+            for line in lines:
+                reporter.say(line)
+            machine = runner.prepare(clock.deadline)["candidate"]
+            here = None if machine is None else machine.hardware.hardware_id
+            # Runs on other hardware than that of the stored ones would tell nothing.
+            comparable = here is None or here in {run.hardware_id for one in stored for run in one.samples}
+            samples = _runs(case, runner, reporter, clock) if comparable else []
+        new = new.model_copy(update={"samples": tuple(samples), "machine": machine})
+    findings = judge_case(case.name, case.metrics, stored, new, gate)
+    if len(new.samples) < SESSION_RUNS:
+        # Runs that are missing though none failed are those for which there was no time.
+        findings = out_of_time(findings, len(new.samples))
+    notes = notes_of(stored, new, case.candidate.model)
+    return _result(clock, findings, stored, (new,), cases=(case,), notes=notes)
 
 
 def _runs(case: Case, runner: SideRunner, reporter: Reporter, clock: Clock) -> list[Sample]:

@@ -4,10 +4,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from pipetune.bench.errors import ConfigError, StudyError, explain
-from pipetune.bench.record import Record
+from pipetune.bench.errors import ConfigError, StudyError
 from pipetune.bench.spec import device_index, device_kind
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.ranking.rank import rank
@@ -17,7 +14,7 @@ from pipetune.tuner.report.compare.wording import CSV_COLUMNS, comparison_figure
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.files import write_documents
 from pipetune.tuner.report.render.csv import render_csv
-from pipetune.tuner.study.files import load_study, written_by
+from pipetune.tuner.study.files import load_study, read_records
 
 
 def read_reports(folders: Sequence[Path]) -> tuple[list[Report], list[str]]:
@@ -37,11 +34,7 @@ def read_reports(folders: Sequence[Path]) -> tuple[list[Report], list[str]]:
 
 
 def write_comparison(comparison: StudyComparison, folder: Path) -> None:
-    """Writes a comparison into a folder.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a comparison into a folder."""
     write_documents(
         folder,
         "compare",
@@ -55,13 +48,7 @@ def write_comparison(comparison: StudyComparison, folder: Path) -> None:
 
 def _records_file(path: Path) -> Report:
     """Records as a study without a search: what was asked is known from their specs, the machine by its id alone."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        records = [Record.model_validate_json(line) for line in lines]
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise StudyError(
-            f"{path}{written_by(path)}: is no file of records, as pipetune bench -o writes them ({explain(error)})"
-        ) from None
+    records = read_records(path)
     specs = [record.spec for record in records if record.spec is not None]
     if not specs:
         raise StudyError(f"{path}: holds no record of a plan")

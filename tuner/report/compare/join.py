@@ -33,7 +33,10 @@ def compare_studies(
         if priced not in devices and priced not in map(device_kind, devices):
             raise ConfigError(f"--price {priced}: no study has such a device; there are {', '.join(devices)}")
     contestants = tuple(_contestant(report, name, prices) for report, name in zip(reports, names, strict=True))
-    figures = {name: _figures(report) for report, name in zip(reports, names, strict=True)}
+    figures = {
+        name: {key: _figures_of(report, row) for key, row in rows_by_key(report).items()}
+        for report, name in zip(reports, names, strict=True)
+    }
     # What was asked differently does not compare, however equal the plans are.
     alike = {one.name for one in contestants if not _work(contestants[0], one)}
     plans = _shared({name: rows for name, rows in figures.items() if name in alike})
@@ -84,13 +87,12 @@ def _price(devices: Sequence[str], prices: Mapping[str, float]) -> float | None:
     return sum(known) if len(known) == len(each) else None
 
 
-def _figures(report: Report) -> dict[str, PlanResult]:
-    """Results of every plan that may be ranked, by key; of two that differ in their caps alone, the better."""
-    devices = report.config.concrete_devices
+def rows_by_key(report: Report) -> dict[str, Row]:
+    """Every plan that may be ranked, by its key; of two that differ in their caps alone, the better."""
     better: dict[str, Row] = {}
     for row in report.ranking.rows:
-        better.setdefault(plan_key(row.plan, devices), row)
-    return {key: _figures_of(report, row) for key, row in better.items()}
+        better.setdefault(plan_key(row.plan, report.config.concrete_devices), row)
+    return better
 
 
 def _figures_of(report: Report, row: Row) -> PlanResult:

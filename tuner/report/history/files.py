@@ -70,11 +70,7 @@ def _read(folder: Path) -> tuple[StudyNight | None, list[str]]:
 
 
 def write_history(history: History, folder: Path) -> None:
-    """Writes a history into a folder; an earlier one there is replaced.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a history into a folder; an earlier one there is replaced."""
     figures = {
         f"{number}-{metric}": figure
         for number, question in enumerate(history.questions, start=1)

@@ -3,15 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.record import Hardware
-from pipetune.tuner.report.compare.join import plan_key
+from pipetune.tuner.report.compare.join import rows_by_key
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.history.values import History, LevelChange, Night, Question, Series
-from pipetune.tuner.report.wording import clean, model_text, workload_text
+from pipetune.tuner.report.wording import hardware_text, model_text, workload_text
 from pipetune.tuner.stats.change_points import LEAST_NIGHTS, change_points, dependence
 
 METRICS = ("mean_ttft_ms", "mean_tpot_ms", "bubble_ratio", "peak_memory_bytes")
@@ -56,7 +56,7 @@ class StudyNight:
         config, goals = report.config, [*map(str, report.ranking.objectives), *map(str, report.config.constraints)]
         digests = config.model.by_content.digest(), config.workload.model_copy(update={"prompts_file": None}).digest()
         question = (hardware.hardware_id, *digests, *config.concrete_devices, *goals)
-        slim = replace(report, records=(), log=None, profile=None)
+        slim = report.model_copy(update={"records": (), "earlier": (), "log": None, "profile": None})
         return cls(night=night, report=slim, hardware=hardware, goals=goals, question=question)
 
 
@@ -83,14 +83,13 @@ def _question(group: list[StudyNight], metrics: Sequence[str]) -> Question:
     # What is too short or always the same can show no change, and takes no share of the chance of a false one.
     open_ = sum(len(one.values) >= 2 * LEAST_NIGHTS and len(set(one.values)) > 1 for one in series)
     alpha = FALSE_CHANGES / max(1, open_)
-    cpu = f"{clean(hardware.cpu_model)}, {hardware.cpu_cores} cores"
-    config, gpus = report.config, ", ".join(dict.fromkeys(clean(gpu.name) for gpu in hardware.gpus))
+    config = report.config
     title = [model_text(config.model), workload_text(config.workload), ", ".join(config.concrete_devices)]
     title += [f"for {', '.join(goals)}"] if goals != [report.throughput_metric] else []
     return Question(
         title=" · ".join(title),
         hardware_id=hardware.hardware_id,
-        machine=f"{len(hardware.gpus)} × {gpus}" if gpus else cpu,
+        machine=hardware_text(hardware),
         nights=nights,
         alpha=alpha,
         series=tuple(_with_changes(one, nights, alpha) for one in series),
@@ -103,14 +102,11 @@ def _series(ordered: Sequence[StudyNight], metrics: Sequence[str]) -> Iterator[S
     shared: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
     texts: dict[str, str] = {}
     for index, one in enumerate(ordered):
-        ranking, devices = one.report.ranking, one.report.config.concrete_devices
+        ranking = one.report.ranking
         subjects[BEST] |= {index: ranking.best.metrics} if ranking.best else {}
         subjects[BASELINE] |= {index: ranking.baseline.metrics} if ranking.baseline else {}
-        for row in ranking.rows:
-            key = plan_key(row.plan, devices)
-            # Of two that differ in their caps alone the better counts.
-            if index not in shared[key]:
-                shared[key][index], texts[key] = row.metrics, row.plan.describe()
+        for key, row in rows_by_key(one.report).items():
+            shared[key][index], texts[key] = row.metrics, row.plan.describe()
     # A plan that was best on all of its nights would only repeat what the best plan's series say.
     often = [key for key in shared if len(shared[key]) >= LEAST_SHARED_NIGHTS and shared[key] != subjects[BEST]]
     often.sort(key=lambda key: -len(shared[key]))

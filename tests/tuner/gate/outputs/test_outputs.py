@@ -18,8 +18,7 @@ from rich.console import Console
 from pipetune.bench.errors import ConfigError
 from pipetune.tuner.gate.outputs import files
 from pipetune.tuner.gate.outputs.junit import render_junit
-from pipetune.tuner.gate.outputs.plot import differences_chart
-from pipetune.tuner.gate.outputs.wording import markdown_of, screen_of, signed, value_text
+from pipetune.tuner.gate.outputs.wording import differences_chart, markdown_of, screen_of, signed, value_text
 from pipetune.tuner.gate.values import GateResult, Reason, Session, Verdict
 from pipetune.tuner.report.chart import Dots
 from pipetune.tuner.report.document import Bullets, Text

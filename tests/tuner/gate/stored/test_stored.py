@@ -25,7 +25,7 @@ from pipetune.tuner.gate import python_env
 from pipetune.tuner.gate.cases import SideRequest, case_of
 from pipetune.tuner.gate.stored.read import read_stored, read_study
 from pipetune.tuner.gate.stored.rule import SESSION_RUNS, foreseen, judge_case, out_of_time
-from pipetune.tuner.gate.stored.run import StoredGate
+from pipetune.tuner.gate.stored.run import compare_stored
 from pipetune.tuner.gate.values import Case, Finding, GateResult, Reason, Sample, Session, Side, SideName, Verdict
 from pipetune.tuner.progress import PlainReporter, Reporter
 from tests.record_factory import MODEL, WORKLOAD, make_failure, make_machine, make_plan, make_study_records
@@ -491,8 +491,8 @@ def beside(
 ) -> tuple[GateResult, TimedRunner]:
     """A gate of stored sessions whose candidate runs without processes."""
     runner = TimedRunner(answer)
-    gate = StoredGate(stored=stored, candidate=candidate, max_minutes=max_minutes, runner=lambda cases: runner)
-    result = gate.run(Reporter() if reporter is None else reporter)
+    reporter = Reporter() if reporter is None else reporter
+    result = compare_stored(stored, candidate, reporter, max_minutes=max_minutes, start=lambda cases: runner)
     assert not runner.open
     return result, runner
 

@@ -15,8 +15,7 @@ from rich.console import Console
 from pipetune.bench import metrics
 from pipetune.bench.record import FailureKind, Measurement
 from pipetune.tuner.commands.bench import BenchResult
-from pipetune.tuner.commands.bench_document import document_of
-from pipetune.tuner.commands.bench_formats import FORMATS, render
+from pipetune.tuner.commands.bench_document import FORMATS, document_of, render
 from pipetune.tuner.report.render.rich import render_rich
 from tests.record_factory import MODEL, WORKLOAD, make_failure, make_measurement, make_plan, make_record
 
