@@ -44,7 +44,7 @@ from pipetune.bench.spec import (
     Workload,
 )
 from pipetune.tuner.config.gate import GateConfig, Tolerance
-from pipetune.tuner.config.schema import SpaceConfig, TuneConfig
+from pipetune.tuner.config.schema import EngineConfig, SpaceConfig, TuneConfig
 from pipetune.tuner.gate.values import Case, Finding, GateResult, LookTaken, Pair, Sample, Session, Side
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.files import write_report
@@ -94,7 +94,7 @@ SECTIONS: dict[type[Value], str] = {
     **dict.fromkeys((Profile, DeviceProfile, LayerTimes, TaskTime, LinkProfile, ContentionProfile), "Profile"),
     GpuInfo: "Hardware",
     LayerShape: "ModelShape",
-    **dict.fromkeys((SpaceConfig, GateConfig, Tolerance), "TuneConfig"),
+    **dict.fromkeys((SpaceConfig, EngineConfig, GateConfig, Tolerance), "TuneConfig"),
     **dict.fromkeys((GateResult, Finding, LookTaken, Case, Pair, Session, Sample, Side), "Gate"),
     LoggedTrial: "SearchLog",
     Stop: "SearchLog",
