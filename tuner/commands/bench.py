@@ -211,11 +211,8 @@ class _Work:
         due: finals.Due | None = None,
         rate: float | None = None,
     ) -> Outcome:
-        """Runs a plan, or the un-pipelined model at a batch size; for a round of the comparison, if one is due.
-
-        Args:
-            rate: requests a second, where that is not the workload's.
-        """
+        """Runs a plan, or the un-pipelined model at a batch size; for a round of the comparison, if one is due, and at
+        another rate than the workload's, if one is given."""
         self.reporter.begin(label)
         labels: Labels = {"number": len(self.records)}
         if due is not None:

@@ -41,6 +41,8 @@ _TINY_MODEL = {
     "pad_token_id": 0,
 }
 """With a layer for each device: enough to pass tokens through all workers."""
+Fitting = Mapping[str, Any]
+"""Fields of `Wanted` that were given."""
 Verdict = Literal["ok", "warning", "failed"]
 _STYLES: dict[Verdict, Style] = {"ok": "good", "warning": "warning", "failed": "bad"}
 
@@ -86,13 +88,13 @@ class DoctorResult(BaseModel):
 
 
 def run_doctor(
-    config: TuneConfig, fitting: Mapping[str, Any] | None, reporter: Reporter, described: DescribedDevices | None = None
+    config: TuneConfig, fitting: Fitting | None, reporter: Reporter, described: DescribedDevices | None = None
 ) -> DoctorResult:
     """Looks at software, disk, devices and, with real workers, at what is needed to run.
 
     Args:
         config: with its devices resolved.
-        fitting: fields of `Wanted` that were given; None leaves the model out: the workers pass tokens of a tiny one.
+        fitting: None leaves the model out: the workers pass tokens of a tiny one.
         described: devices to fit it onto in place of this machine's, which then start no workers.
     """
     found = DoctorResult()
@@ -160,11 +162,7 @@ def _look_at_workers(config: TuneConfig, reporter: Reporter, found: DoctorResult
 
 
 def _look_at_model(
-    config: TuneConfig,
-    fitting: Mapping[str, Any],
-    reporter: Reporter,
-    found: DoctorResult,
-    described: DescribedDevices | None,
+    config: TuneConfig, fitting: Fitting, reporter: Reporter, found: DoctorResult, described: DescribedDevices | None
 ) -> None:
     """Starts workers on the model, or one for devices that are only described; no weights are loaded."""
     devices, costs = config.concrete_devices, None

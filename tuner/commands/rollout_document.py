@@ -63,9 +63,8 @@ def _miss(one: Tried) -> str:
     if one.miss is None:
         return "failed"
     far = abs(one.miss) > _FAR
-    return (f"× {math.exp(one.miss):.2g}" if far else f"{math.expm1(one.miss) * 100:+.1f} %") + "!" * (
-        not one.is_within
-    )
+    miss = f"× {math.exp(one.miss):.2g}" if far else f"{math.expm1(one.miss) * 100:+.1f} %"
+    return miss + "!" * (not one.is_within)
 
 
 def intended(request: RolloutRequest) -> doc.Document:

@@ -25,12 +25,8 @@ def screen_of(history: History) -> doc.Document:
         events = _events_of(question)
         parts += [doc.Text(question.title, "strong"), doc.Text(_nights_text(question))]
         parts.append(doc.Bullets(events[:_MOST_EVENTS]))
-        if len(events) > _MOST_EVENTS:
-            parts.append(
-                doc.Text(
-                    f"· and {count_text(len(events) - _MOST_EVENTS, 'earlier night')}, on the page of --output-dir"
-                )
-            )
+        if (more := len(events) - _MOST_EVENTS) > 0:
+            parts.append(doc.Text(f"· and {count_text(more, 'earlier night')}, on the page of --output-dir"))
         parts += [] if events else [doc.Text("no level has changed")]
         parts.append(doc.Text(_trust_text(question), "faint"))
         width = max(map(len, question.metrics), default=0)
