@@ -110,7 +110,10 @@ class Fleet(Closing):
             return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
         self._check_online(plan)
         lens = {"prompt_len": max(self.prompt_lens(workload)), "output_len": workload.generated_len}
-        return resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
+        resolved = resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
+        if isinstance(resolved, EffectivePlan):
+            rules_of(plan, resolved.in_flight)
+        return resolved
 
     def _resolve(self, plan: Plan, prompt_lens: Sequence[int], output_len: int) -> EffectivePlan | Failure:
         return resolve_prompts(self.shape, plan, prompt_lens, output_len=output_len, device_bytes=self.device_bytes)
@@ -258,8 +261,8 @@ class Fleet(Closing):
 
         Raises:
             ConfigError: requests that cannot be used.
-            PlanError: a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, or of a
-                model whose cache cannot be.
+            PlanError: a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, more slots
+                of lanes than there are, or of a model whose cache cannot be.
             FleetError: the workers failed.
         """
         if not requests or len({one.number for one in requests}) < len(requests):

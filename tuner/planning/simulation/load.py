@@ -66,17 +66,15 @@ def simulate_load(
     in_flight: int,
     requests: Sequence[LoadedRequest],
     *,
-    rules: Rules | None = None,
     max_concurrency: int | None = None,
 ) -> LoadPrediction:
     """Serves the requests, which come in the order of their times.
 
     Args:
         in_flight: micro-batches resident at once in each replica.
-        rules: by default those of the plan.
         max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
     """
-    rules, most = rules or rules_of(plan, in_flight), max_concurrency or len(requests)
+    rules, most = rules_of(plan, in_flight), max_concurrency or len(requests)
     replicas = [_Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)]
     outside: deque[int] = deque()
     events: list[tuple[float, int, Callable[[], None]]] = []

@@ -200,13 +200,15 @@ class History:
 
 
 def kinds_of(plan: Plan, num_devices: int) -> tuple[tuple[str, int], ...]:
-    """What the cost model knows least of: replicas, prompts in chunks, compiled layers; or a single device of many."""
+    """What the cost model knows least of: replicas, prompts in chunks, compiled layers, lanes; or a single device of
+    many."""
     if len(plan.devices) == 1 < num_devices:
         return (("devices", 1),)
     return (
         ("replicas", plan.replicas),
         ("chunks", int(plan.prefill_chunk_size is not None)),
         ("compile", int(plan.compile)),
+        *([("lanes", len(plan.lanes))] if plan.lanes else []),
     )
 
 

@@ -5,7 +5,8 @@ cost, on a log scale: TPE then learns how far down the list it pays to look, whi
 many replicas a partition has, and on which devices it lies where these are unlike, is part of its entry, since stages
 and replicas share the devices: every point can run.
 `micro_batch_index`, `prefill_index` and `chunk_index` count through ascending sizes, `memory_index` through memory
-fractions, `compile_index` from off to on; the last three are there only when they make a difference.
+fractions, `compile_index` from off to on, `lane_index` from no lanes on; the last four are there only when they make a
+difference.
 
 A point may also carry cuts (`cut_1`, `cut_2` …), the first layers of its stages, where no partition listed is the one
 meant; its rank is then that of a neighbour.
@@ -18,11 +19,11 @@ import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from pipetune.bench.spec import EffectivePlan, Plan, Value
+from pipetune.bench.spec import EffectivePlan, Lane, Plan, Value
 from pipetune.tuner.planning.partition.splits import Partition
 from pipetune.tuner.search.space.resolver import Resolver
 
@@ -57,10 +58,18 @@ class SearchSpace(Value):
     max_memory_bytes: int | None = None
     """Most that any device may give, whatever share that is."""
     compile: tuple[bool, ...] = Field(default=(False,), min_length=1)
+    lanes: tuple[tuple[Lane, ...], ...] = Field(default=((),), min_length=1)
+    """Under arrivals."""
     cuda_graphs: bool = True
     packed_weights: bool = True
     num_prompts: int | None = None
     """A micro-batch is no larger than a replica's share of them; None leaves sizes as they are."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without lanes as before there were any."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if name != "lanes" or self.lanes != ((),)}
 
     def replicas_of(self, point: Mapping[str, int]) -> int:
         """How many pipelines side by side the point stands for."""
@@ -89,7 +98,7 @@ class SearchSpace(Value):
                 compile=self.compile[point.get("compile_index", 0)],
                 memory_fraction=_pick(self.memory_fractions, point, "memory_index"),
                 max_memory_bytes=self.max_memory_bytes,
-            )
+            ).model_copy(update={"lanes": self.lanes[point.get("lane_index", 0)]})
         )
 
     def switch(self, plan: Plan) -> Plan:
@@ -107,6 +116,7 @@ class SearchSpace(Value):
             "chunk_index": self.chunk_sizes,
             "memory_index": self.memory_fractions,
             "compile_index": self.compile,
+            "lane_index": self.lanes,
         }
         return dimensions | {
             name: (0, len(choices) - 1, False) for name, choices in optional.items() if len(choices) > 1
@@ -164,7 +174,7 @@ def _points(space: SearchSpace, limit: int) -> Iterator[Point]:
     """Points of the best partitions, cap by cap from the largest on."""
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
     sizes = {(rows, min(prefill, rows)) for rows in space.micro_batch_sizes for prefill in space.prefill_sizes}
-    ranks = best_ranks(space, limit // (len(sizes) * len(space.chunk_sizes) * len(space.compile)))
+    ranks = best_ranks(space, limit // (len(sizes) * len(space.chunk_sizes) * len(space.compile) * len(space.lanes)))
     many_caps = len(space.memory_fractions) > 1
     for cap in reversed(range(len(space.memory_fractions))):
         for rank in ranks:
