@@ -512,7 +512,7 @@ class Lane(Value):
     prefill_micro_batch_size: int | None = Field(default=None, ge=1)
     """Requests prefilled together, where these are fewer than the plan's."""
     prefills_per_decode: int | None = Field(default=None, ge=1)
-    """Prefills after which one of the lane waits for a decode step that is ready; None never does."""
+    """Prefills between two steps of a slot, after which one of the lane lets it go first; None never does."""
     slots: int | None = Field(default=None, ge=1)
     """Slots in which the lane's requests decode, and no others; None takes what the other lanes leave."""
     weight: float = Field(default=1.0, gt=0.0, le=1e6)
@@ -530,6 +530,11 @@ class Lane(Value):
         }
         told = (f"{name} {size:.12g}" for name, size in sizes.items() if size is not None)
         return " ".join((f"≤{self.up_to_tokens}" if self.up_to_tokens else "others", *told))
+
+
+def slots_needed(lanes: Sequence[Lane]) -> int:
+    """Slots that there must be for them, those of their own and one for all others."""
+    return sum(lane.slots or 0 for lane in lanes) + any(lane.slots is None for lane in lanes)
 
 
 _OF_RUNTIME = ("prefill_micro_batch_size", "prefill_chunk_size", "max_in_flight", "compile", "lanes")

@@ -110,10 +110,7 @@ class Fleet(Closing):
             return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
         self._check_online(plan)
         lens = {"prompt_len": max(self.prompt_lens(workload)), "output_len": workload.generated_len}
-        resolved = resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
-        if isinstance(resolved, EffectivePlan):
-            rules_of(plan, resolved.in_flight)
-        return resolved
+        return resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
 
     def _resolve(self, plan: Plan, prompt_lens: Sequence[int], output_len: int) -> EffectivePlan | Failure:
         return resolve_prompts(self.shape, plan, prompt_lens, output_len=output_len, device_bytes=self.device_bytes)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipetune.bench.errors import PlanError
-from pipetune.bench.spec import Lane, Plan
+from pipetune.bench.spec import Lane, Plan, slots_needed
 
 WaitReason = Literal["empty", "underfilled", "blocked"]
 """`empty`: no request is in the system; `underfilled`: all that are wait for their tokens; `blocked`: some wait for a
@@ -58,14 +58,8 @@ class Rules:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
-        shared = any(lane.slots is None for lane in self.lanes)
-        if (needed := self.own_slots + shared) > self.slots:
+        if (needed := slots_needed(self.lanes)) > self.slots:
             raise ValueError(f"slots={self.slots}: these lanes need {needed}; give them fewer of their own")
-
-    @property
-    def own_slots(self) -> int:
-        """Slots that single lanes have for themselves."""
-        return sum(lane.slots or 0 for lane in self.lanes)
 
 
 def rules_of(plan: Plan, in_flight: int) -> Rules:
@@ -153,6 +147,8 @@ class _Slot:
     """That are prefilled for it."""
     is_under_way: bool = False
     ready_since: int = 0
+    prefills_before: int = 0
+    """Of the whole pipeline, until its last step or until it had requests."""
 
     @property
     def taken(self) -> int:
@@ -169,13 +165,13 @@ class Admission:
         self.rules = rules
         self._slots = [_Slot() for _ in range(rules.slots)]
         self._lanes: list[_Lane] = []
-        first, shared = 0, range(rules.own_slots, rules.slots)
+        first, shared = 0, range(sum(lane.slots or 0 for lane in rules.lanes), rules.slots)
         for lane in rules.lanes:
             self._lanes.append(_Lane(lane, shared if lane.slots is None else range(first, first + lane.slots)))
             first += lane.slots or 0
         self._now = 0.0
         """When the last prefill was due."""
-        self._count = self._orders = self._prefills_since_decode = 0
+        self._count = self._orders = self._prefills = 0
 
     def __len__(self) -> int:
         """Requests in the system."""
@@ -201,11 +197,10 @@ class Admission:
         ready = [(slot.ready_since, index) for index, slot in enumerate(self._slots) if self._is_ready(slot)]
         if (lane := self._next_lane()) is not None:
             most = lane.own.prefills_per_decode
-            if not ready or most is None or self._prefills_since_decode < most:
-                self._prefills_since_decode += 1
+            if not ready or most is None or self._prefills - self._slots[min(ready)[1]].prefills_before < most:
+                self._prefills += 1
                 return self._prefill(lane)
         if ready:
-            self._prefills_since_decode = 0
             return self._decode(min(ready)[1])
         if not len(self):
             return Wait("empty")
@@ -219,7 +214,7 @@ class Admission:
         slot.coming.remove(group)
         self._count -= len(finished)
         if not slot.live:
-            slot.ready_since = self._orders
+            slot.ready_since, slot.prefills_before = self._orders, self._prefills
         slot.joining += [request for request in requests if request.number not in finished]
 
     def decoded(self, slot: int, finished: Collection[int] = ()) -> None:
@@ -288,5 +283,5 @@ class Admission:
         slot = self._slots[index]
         joined, slot.joining = tuple(slot.joining), []
         slot.live += joined
-        slot.is_under_way = True
+        slot.is_under_way, slot.prefills_before = True, self._prefills
         return Decode(index, tuple(slot.live), joined)

@@ -28,19 +28,25 @@ AIMS = {"mixed": 1.2, "uniform": 0.97}
 
 def grids(counts: tuple[int, ...]) -> dict[str, tuple[OurSetting, ...]]:
     """As many settings of each side."""
-    lanes = [
-        (Lane(up_to_tokens=SHORT, weight=2), Lane()),
-        (Lane(up_to_tokens=SHORT, weight=8), Lane()),
-        (Lane(up_to_tokens=SHORT, weight=8), Lane(prefills_per_decode=1)),
-        (Lane(up_to_tokens=SHORT, weight=8, slots=2), Lane()),
-    ]
+    short, long = Lane(up_to_tokens=SHORT, weight=4), Lane(prefills_per_decode=1)
+    both, own = (short, long), (short.model_copy(update={"slots": 1}), long)
 
-    def ours(rows: int, slots: int, chunk: int | None, own: tuple[Lane, ...] = ()) -> OurSetting:
-        return OurSetting(counts=counts, rows=rows, slots=slots, chunk=chunk, lanes=own)
+    def ours(rows: int, slots: int, chunk: int | None, lanes: tuple[Lane, ...] = ()) -> OurSetting:
+        return OurSetting(counts=counts, rows=rows, slots=slots, chunk=chunk, lanes=lanes)
 
     return {
-        "without": (ours(8, 4, 64), ours(8, 4, None), ours(8, 4, 128), ours(8, 4, 32), ours(4, 4, 64), ours(16, 2, 64)),
-        "with": (*(ours(8, 4, 64, own) for own in lanes), ours(8, 4, 128, lanes[1]), ours(8, 4, 32, lanes[1])),
+        "without": (
+            *(ours(16, 2, chunk) for chunk in (64, 128, None)),
+            ours(32, 1, 64),
+            ours(32, 1, 128),
+            ours(8, 4, 64),
+        ),
+        "with": (
+            *(ours(16, 2, chunk, both) for chunk in (64, 128)),
+            ours(16, 2, 64, own),
+            *(ours(32, 1, chunk, both) for chunk in (64, 128)),
+            ours(8, 4, 64, own),
+        ),
     }
 
 
@@ -74,7 +80,7 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any], str]:
     limits, runs = {}, dict.fromkeys(sides, 0)
     for length in (SHORT, LONG):
         alone = trace_of(lab, PILOT_SEED, lab.extent.alone, [length])
-        found = serve_alone(lab.ours, sides["without"][1], alone, lab.extent.alone, used=lab.used)
+        found = serve_alone(lab.ours, sides["without"][0], alone, lab.extent.alone, used=lab.used)
         limits[length] = limits_of([found], ttft_factor=TTFT_FACTOR, tpot_factor=TPOT_FACTOR)
         say(f"limits of {length} tokens: ttft {limits[length].ttft:g} ms, tpot {limits[length].tpot:g} ms")
     pilot = trace_of(lab, PILOT_SEED, max(8, round(count * lab.extent.pilot_share)), [SHORT, LONG])

@@ -23,8 +23,8 @@ _LEAST_OF_EACH = 4
 _ROWS_UNDER_ARRIVALS = (1, 2, 4, 8, 16, 32)
 _CAPPED_PARTITIONS = 30
 """Partitions that are looked at for whether caps make a difference; the best ones."""
-_UNLIKE_PROMPTS, _WEIGHTS = 3.0, (2.0, 16.0)
-"""Times as long as others prompts are that get a lane of their own, and weights of the lane of the short ones."""
+_UNLIKE_PROMPTS, _WEIGHT = 3.0, 4.0
+"""Times as long as others prompts are, on average, that get a lane of their own, and the weight of the others' lane."""
 _LONG_PROMPT, _LEAST_CHUNK, _CHUNK_STEP = 128, 64, 16
 """Tokens: of prompts that are worth cutting, of the smallest chunk, and what chunks are rounded up to."""
 
@@ -195,11 +195,11 @@ def _chunk_sizes(config: SpaceConfig, shape: ModelShape, resolve: Resolver, num_
 
 
 def _lane_sets(prompt_lens: Sequence[int]) -> tuple[tuple[Lane, ...], ...]:
-    """No lanes; and where prompts are of two kinds, the long ones on average so many times as long, one of each kind.
+    """None, and one that lets steps go between prefills; where prompts are of two kinds also a lane for each.
 
     They are told apart where the logarithms of both kinds are least spread (N. Otsu, 1979).
     """
-    logs = sorted(map(math.log, prompt_lens))
+    steady, logs = Lane(prefills_per_decode=1), sorted(map(math.log, prompt_lens))
     sums = list(itertools.accumulate(logs, initial=0.0))
 
     def apart(place: int) -> float:
@@ -209,9 +209,9 @@ def _lane_sets(prompt_lens: Sequence[int]) -> tuple[tuple[Lane, ...], ...]:
     places = [place for place in range(1, len(logs)) if logs[place - 1] < logs[place]]
     cut = max(places, key=lambda place: place * (len(logs) - place) * apart(place) ** 2, default=0)
     if not cut or apart(cut) < math.log(_UNLIKE_PROMPTS):
-        return ((),)
-    short = sorted(prompt_lens)[cut - 1]
-    return ((), *((Lane(up_to_tokens=short, weight=weight), Lane()) for weight in _WEIGHTS))
+        return (), (steady,)
+    short = Lane(up_to_tokens=sorted(prompt_lens)[cut - 1], weight=_WEIGHT)
+    return (), (steady,), (short, steady), (short.model_copy(update={"slots": 1}), steady)
 
 
 def _clipped(sizes: Sequence[int], most: int) -> tuple[int, ...]:
