@@ -8,7 +8,7 @@ from pydantic import Field
 from pipetune.bench.errors import PlanError
 from pipetune.bench.record import Count, Failure, FailureKind
 from pipetune.bench.schedule import micro_batch_sizes
-from pipetune.bench.spec import EffectivePlan, Plan, Value, device_kind
+from pipetune.bench.spec import EffectivePlan, Plan, Value, device_kind, slots_needed
 
 KV_ALIGNMENT = 16
 """On GPUs KV slots have a multiple of so many positions: kernels of attention pad them in every call otherwise."""
@@ -261,7 +261,7 @@ def resolve(
 def resolve_slots(
     shape: ModelShape, plan: Plan, *, prompt_len: int, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
-    """Slots of a plan whose requests come over time: at least one, at most two a stage. Raises as `resolve`.
+    """Slots of a plan whose requests come over time: what its lanes need, at most two a stage. Raises as `resolve`.
 
     Prompts are prefilled beside them, which takes the room of one slot's prefill more than there are slots.
     """
@@ -275,6 +275,11 @@ def resolve_slots(
     if isinstance(resolved, Failure):
         return resolved
     slots = max(1, min(most, math.floor((resolved.in_flight - share) / (1 + share))))
+    if (needed := slots_needed(plan.lanes)) > slots:
+        message = (
+            f"plan.lanes: they need {needed} slots, and the plan has room for {slots}; give them fewer of their own"
+        )
+        return Failure(kind=FailureKind.OVER_MEMORY_CAP, phase="plan", message=message)
     return EffectivePlan(plan=plan, in_flight=slots)
 
 

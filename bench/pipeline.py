@@ -12,7 +12,7 @@ from pipetune.bench.fleet.fleet import Closing, Fleet, GenerationResult, Progres
 from pipetune.bench.memory import check_plan
 from pipetune.bench.prompts.forms import Prompts
 from pipetune.bench.record import TRANSIENT
-from pipetune.bench.spec import ModelSpec, Plan, Sampling, device_kind
+from pipetune.bench.spec import Lane, ModelSpec, Plan, Sampling, device_kind
 
 _T = TypeVar("_T")
 
@@ -108,7 +108,8 @@ class Pipeline(Closing):
         return self._surviving(lambda: self._fleet.score(self.plan, texts))
 
     def open_queue(self, *, max_len: int | None = None, sampling: Sampling | None = None) -> RequestQueue:
-        """A queue for requests that are served as they are given, and join and leave micro-batches as they go.
+        """A queue for requests that are served as they are given, each by its lane, and join and leave micro-batches as
+        they go.
 
         Until it is closed the pipeline does nothing else. Requests of workers that were lost are not run again.
 
@@ -147,3 +148,20 @@ class Pipeline(Closing):
     def close(self) -> None:
         """Ends the workers."""
         self._fleet.close()
+
+
+class DynamicPipeline:
+    """A pipeline whose plan has lanes by the length of prompts: what changes with that, no weight moves for.
+
+    Example:
+        >>> lanes = (Lane(up_to_tokens=64, weight=4), Lane(prefill_chunk_size=64))
+        >>> with Pipeline.start("smollm2-135m", plan.model_copy(update={"lanes": lanes})) as pipeline:
+        ...     lane = DynamicPipeline(pipeline).adjust_pipeline(input_length=512)
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+
+    def adjust_pipeline(self, input_length: int) -> Lane:
+        """The lane for prompts of so many tokens: requests of `open_queue` take theirs by themselves."""
+        return self.pipeline.plan.lane_of(input_length)

@@ -158,6 +158,8 @@ class LoadTask(Value):
     """Positions of each row that it worked on."""
     past: Count
     """Positions before them, padding among them."""
+    samples: bool = True
+    """Whether tokens came of it: not of a chunk that is not its prompts' last. The first records do not tell."""
 
 
 Intervals = tuple[tuple[Seconds, Seconds], ...]

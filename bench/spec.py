@@ -502,7 +502,42 @@ class EngineSettings(Value):
         return (self.name, *told, *(["eager"] if self.enforce_eager else []))
 
 
-_OF_RUNTIME = ("prefill_micro_batch_size", "prefill_chunk_size", "max_in_flight", "compile")
+class Lane(Value):
+    """How requests whose prompts have up to so many tokens are let in, where they come over time."""
+
+    up_to_tokens: int | None = Field(default=None, ge=1)
+    """None takes all that are longer than the other lanes': the last lane has it, and no other."""
+    prefill_chunk_size: int | None = Field(default=None, ge=1)
+    """Tokens of a prompt prefilled at a time, where these are fewer than the plan's."""
+    prefill_micro_batch_size: int | None = Field(default=None, ge=1)
+    """Requests prefilled together, where these are fewer than the plan's."""
+    prefills_per_decode: int | None = Field(default=None, ge=1)
+    """Prefills between two steps of a slot, after which one of the lane lets it go first; None never does."""
+    slots: int | None = Field(default=None, ge=1)
+    """Slots in which the lane's requests decode, and no others; None takes what the other lanes leave."""
+    weight: float = Field(default=1.0, gt=0.0, le=1e6)
+    """Tokens that are prefilled for one of a lane of weight 1, while both have requests waiting."""
+
+    @property
+    def text(self) -> str:
+        """`≤64 weight 4`; `others` for the last one."""
+        sizes = {
+            "chunk": self.prefill_chunk_size,
+            "prefill": self.prefill_micro_batch_size,
+            "per decode": self.prefills_per_decode,
+            "slots": self.slots,
+            "weight": self.weight if self.weight != 1 else None,
+        }
+        told = (f"{name} {size:.12g}" for name, size in sizes.items() if size is not None)
+        return " ".join((f"≤{self.up_to_tokens}" if self.up_to_tokens else "others", *told))
+
+
+def slots_needed(lanes: Sequence[Lane]) -> int:
+    """Slots that there must be for them, those of their own and one for all others."""
+    return sum(lane.slots or 0 for lane in lanes) + any(lane.slots is None for lane in lanes)
+
+
+_OF_RUNTIME = ("prefill_micro_batch_size", "prefill_chunk_size", "max_in_flight", "compile", "lanes")
 """Fields of a plan that mean something to our own runtime alone, beside `micro_batch_size`."""
 
 
@@ -530,6 +565,8 @@ class Plan(Value):
     """Layers are compiled by `torch.compile`; the time it takes is recorded and not measured."""
     engine: EngineSettings | None = None
     """Another engine that runs the plan, which forms batches by itself; None: our own runtime."""
+    lanes: Annotated[tuple[Lane, ...], AfterValidator(lambda lanes: lanes if lanes != (Lane(),) else ())] = ()
+    """By rising lengths of prompts, for requests that come over time; none is one that says nothing."""
 
     @model_validator(mode="after")
     def _contiguous(self) -> Self:
@@ -557,6 +594,9 @@ class Plan(Value):
             raise ValueError(
                 f"plan.prefill_micro_batch_size={prefill} is larger than micro_batch_size={self.micro_batch_size}"
             )
+        limits = [lane.up_to_tokens or math.inf for lane in self.lanes] or [math.inf]
+        if limits != sorted({*limits, math.inf}):
+            raise ValueError("plan.lanes: up_to_tokens must rise from lane to lane, and the last one must have none")
         if self.engine is not None:
             own = self.model_dump(include={*_OF_RUNTIME}) | {"micro_batch_size": self.micro_batch_size - 1}
             if odd := [name for name, value in own.items() if value]:
@@ -571,9 +611,9 @@ class Plan(Value):
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without an engine as before there were engines: other versions read plans, too."""
+        """Without an engine or lanes as before there were any: other versions read plans, too."""
         values: dict[str, Any] = write(self)
-        return {name: value for name, value in values.items() if name != "engine" or value is not None}
+        return {name: value for name, value in values.items() if name not in ("engine", "lanes") or value}
 
     @property
     def num_layers(self) -> int:
@@ -589,6 +629,15 @@ class Plan(Value):
     def prefill_size(self) -> int:
         """Sequences prefilled together: `prefill_micro_batch_size`, or `micro_batch_size` without one."""
         return self.prefill_micro_batch_size or self.micro_batch_size
+
+    def lane_of(self, prompt_len: int) -> Lane:
+        """The lane of prompts of so many tokens; an empty one where the plan has none."""
+        return next((lane for lane in self.lanes if prompt_len <= (lane.up_to_tokens or math.inf)), Lane())
+
+    @property
+    def lane_words(self) -> tuple[str, ...]:
+        """Words for the lanes, if there are any."""
+        return (f"lanes {' | '.join(lane.text for lane in self.lanes)}",) if self.lanes else ()
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -695,7 +744,7 @@ class Plan(Value):
             prefill.append(f"chunk {self.prefill_chunk_size}")
         text += f" · micro-batch {self.micro_batch_size}" + (f" ({', '.join(prefill)})" if prefill else "")
         text += f" · {', '.join(self.switches)}" if self.switches else ""
-        text = " · ".join((text, *self.cap_words))
+        text = " · ".join((text, *self.lane_words, *self.cap_words))
         return text + (f" · at most {self.max_in_flight} in flight" if self.max_in_flight is not None else "")
 
     @property
@@ -750,7 +799,7 @@ class EffectivePlan(Value):
             text += f" chunk={plan.prefill_chunk_size}"
         if plan.replicas > 1:
             text += f" replicas={'|'.join(','.join(row) for row in plan.replica_devices)}"
-        return "".join((text, *(f" {switch.replace(' ', '_')}" for switch in plan.switches)))
+        return " ".join((text, *(words.replace(" ", "_") for words in (*plan.switches, *plan.lane_words))))
 
 
 class Protocol(Value):

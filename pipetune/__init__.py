@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipetune.auto_split import auto_split_model
     from pipetune.bench.fleet.fleet import GenerationResult, ScoreResult
-    from pipetune.bench.pipeline import Pipeline
-    from pipetune.bench.spec import ModelSpec, Plan, Sampling, StagePlan
+    from pipetune.bench.pipeline import DynamicPipeline, Pipeline
+    from pipetune.bench.spec import Lane, ModelSpec, Plan, Sampling, StagePlan
 
 _HOMES = {
+    "DynamicPipeline": "bench.pipeline",
     "GenerationResult": "bench.fleet.fleet",
+    "Lane": "bench.spec",
     "ModelSpec": "bench.spec",
     "Pipeline": "bench.pipeline",
     "Plan": "bench.spec",
@@ -34,7 +36,9 @@ _HOMES = {
     "auto_split_model": "auto_split",
 }
 __all__ = [
+    "DynamicPipeline",
     "GenerationResult",
+    "Lane",
     "ModelSpec",
     "Pipeline",
     "Plan",

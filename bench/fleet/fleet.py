@@ -215,8 +215,8 @@ class Fleet(Closing):
             instrument: keep what every stage did and when.
 
         Raises:
-            PlanError: a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, or of a
-                model whose cache cannot be.
+            PlanError: a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, more slots
+                of lanes than there are, or of a model whose cache cannot be.
         """
         if not requests or len({one.number for one in requests}) < len(requests):
             raise ConfigError(f"requests: {len(requests)} are given; give at least one, each with a number of its own")

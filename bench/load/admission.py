@@ -4,16 +4,20 @@ A slot holds up to `rows` requests that decode together, a token a step. A reque
 prefill begins, so that nothing is ever taken back; it is prefilled beside the slot, in chunks if it is long, and joins
 at the slot's next step. The first stage asks `decide` whenever it could begin a task, and says what came of tasks by
 `prefilled` and `decoded`.
+
+Within a lane the first come is the first served. Between lanes prefilled tokens are shared out by weight, so that short
+prompts go before the next chunk of a long one, and none waits for ever: by start-time fair queueing (P. Goyal, H. M.
+Vin and H. Cheng, 1996), the lane whose turn began first, of those that had as much the one of shorter prompts.
 """
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipetune.bench.spec import Plan
+from pipetune.bench.errors import PlanError
+from pipetune.bench.spec import Lane, Plan, slots_needed
 
 WaitReason = Literal["empty", "underfilled", "blocked"]
 """`empty`: no request is in the system; `underfilled`: all that are wait for their tokens; `blocked`: some wait for a
@@ -21,8 +25,6 @@ row as well."""
 
 _MOST_PADDING = 0.25
 """Share of a prefill's positions that may be padding, where prompts of unlike lengths are prefilled together."""
-_MOST_OVERTAKEN = 64
-"""Later requests that may go before one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,25 +46,35 @@ class Rules:
     prefill_rows: int
     """Requests that are prefilled together at most."""
     chunk_size: int | None = None
-    """Tokens of a prompt prefilled at a time; None prefills whole prompts."""
-    prefills_per_decode: int | None = None
-    """Prefill tasks that may go before a step that is ready; None lets all go."""
-    order: Literal["fcfs", "shortest"] = "fcfs"
-    """First come, first served; or the request with the fewest tokens left to prefill, a short one between the chunks
-    of a long one."""
+    """Tokens of a prompt prefilled at a time, at most; None prefills whole prompts."""
+    lanes: tuple[Lane, ...] = (Lane(),)
+    """By rising lengths, the last one without a limit."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a number below 1."""
+        """Raises ValueError for a number below 1, or more slots of lanes than there are."""
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+        if (needed := slots_needed(self.lanes)) > self.slots:
+            raise ValueError(f"slots={self.slots}: these lanes need {needed}; give them fewer of their own")
 
 
 def rules_of(plan: Plan, in_flight: int) -> Rules:
-    """How a plan admits requests: a slot for each micro-batch in flight."""
-    return Rules(
-        slots=in_flight, rows=plan.micro_batch_size, prefill_rows=plan.prefill_size, chunk_size=plan.prefill_chunk_size
-    )
+    """How a plan admits requests: a slot for each micro-batch in flight.
+
+    Raises:
+        PlanError: its lanes need more.
+    """
+    try:
+        return Rules(
+            slots=in_flight,
+            rows=plan.micro_batch_size,
+            prefill_rows=plan.prefill_size,
+            chunk_size=plan.prefill_chunk_size,
+            lanes=plan.lanes or (Lane(),),
+        )
+    except ValueError as error:
+        raise PlanError(f"plan.lanes: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,28 +110,23 @@ class Wait:
 Order = Prefill | Decode | Wait
 
 
-@dataclass(slots=True)
-class _Slot:
-    live: list[Request] = field(default_factory=list)
-    joining: list[Request] = field(default_factory=list)
-    reserved: int = 0
-    """Rows of requests that are prefilled."""
-    is_under_way: bool = False
-    ready_since: int = 0
-
-    @property
-    def taken(self) -> int:
-        return len(self.live) + len(self.joining) + self.reserved
-
-    @property
-    def is_filling(self) -> bool:
-        return self.reserved > 0 and not self.live
+@dataclass(eq=False, slots=True)
+class _Lane:
+    own: Lane
+    slots: range
+    waiting: deque[Request] = field(default_factory=deque)
+    """Requests without a row, in the order in which they came."""
+    open: "_Group | None" = None
+    """That is prefilled in part."""
+    turn: float = 0.0
+    """Tokens over weight by which its next task is due."""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Group:
     """Requests that are prefilled together."""
 
+    lane: _Lane
     slot: int
     requests: tuple[Request, ...]
     done: int = 0
@@ -129,43 +136,68 @@ class _Group:
         return max(request.prompt_len for request in self.requests)
 
 
+@dataclass(slots=True)
+class _Slot:
+    live: list[Request] = field(default_factory=list)
+    joining: list[Request] = field(default_factory=list)
+    coming: list[_Group] = field(default_factory=list)
+    """That are prefilled for it."""
+    is_under_way: bool = False
+    ready_since: int = 0
+    prefills_before: int = 0
+    """Of the whole pipeline, until its last step or until it had requests."""
+
+    @property
+    def taken(self) -> int:
+        return len(self.live) + len(self.joining) + sum(len(group.requests) for group in self.coming)
+
+    def is_filled_by(self, lane: _Lane) -> bool:
+        return not self.live and any(group.lane is lane for group in self.coming)
+
+
 class Admission:
     """The state of a pipeline's slots, and the policy over it."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.waiting: deque[Request] = deque()
-        """Requests without a row, in the order in which they came."""
         self._slots = [_Slot() for _ in range(rules.slots)]
-        self._groups: list[_Group] = []
-        self._overtaken: dict[int, int] = {}
-        self._count = self._orders = self._prefills_since_decode = 0
+        self._lanes: list[_Lane] = []
+        first, shared = 0, range(sum(lane.slots or 0 for lane in rules.lanes), rules.slots)
+        for lane in rules.lanes:
+            self._lanes.append(_Lane(lane, shared if lane.slots is None else range(first, first + lane.slots)))
+            first += lane.slots or 0
+        self._now = 0.0
+        """When the last prefill was due."""
+        self._count = self._orders = self._prefills = 0
 
     def __len__(self) -> int:
         """Requests in the system."""
         return self._count
 
+    @property
+    def waiting(self) -> list[Request]:
+        """Requests without a row."""
+        return [request for lane in self._lanes for request in lane.waiting]
+
     def arrive(self, request: Request) -> None:
         """Takes a request in."""
-        self.waiting.append(request)
+        lane = self._lane_of(request)
+        if not lane.waiting and lane.open is None:
+            # Nobody saves turns up.
+            lane.turn = max(lane.turn, self._now)
+        lane.waiting.append(request)
         self._count += 1
 
     def decide(self) -> Order:
         """What the first stage does next; what is ordered counts as under way from now on."""
         self._orders += 1
-        ready = [
-            (slot.ready_since, index)
-            for index, slot in enumerate(self._slots)
-            # An empty slot waits for all that are on their way to it: a step costs about as much for half of them.
-            if not slot.is_under_way and (slot.live or (slot.joining and not slot.reserved))
-        ]
-        most = self.rules.prefills_per_decode
-        decodes_first = ready and most is not None and self._prefills_since_decode >= most
-        if not decodes_first and (group := self._next_group()) is not None:
-            self._prefills_since_decode += 1
-            return self._prefill(group)
+        ready = [(slot.ready_since, index) for index, slot in enumerate(self._slots) if self._is_ready(slot)]
+        if (lane := self._next_lane()) is not None:
+            most = lane.own.prefills_per_decode
+            if not ready or most is None or self._prefills - self._slots[min(ready)[1]].prefills_before < most:
+                self._prefills += 1
+                return self._prefill(lane)
         if ready:
-            self._prefills_since_decode = 0
             return self._decode(min(ready)[1])
         if not len(self):
             return Wait("empty")
@@ -174,12 +206,12 @@ class Admission:
     def prefilled(self, requests: Iterable[Request], finished: Collection[int] = ()) -> None:
         """First tokens of requests are known; those of them whose numbers are finished want no more."""
         requests = tuple(requests)
-        index = next(index for index, group in enumerate(self._groups) if group.requests == requests)
-        slot = self._slots[self._groups.pop(index).slot]
-        slot.reserved -= len(requests)
+        found = ((slot, group) for slot in self._slots for group in slot.coming if group.requests == requests)
+        slot, group = next(found)
+        slot.coming.remove(group)
         self._count -= len(finished)
         if not slot.live:
-            slot.ready_since = self._orders
+            slot.ready_since, slot.prefills_before = self._orders, self._prefills
         slot.joining += [request for request in requests if request.number not in finished]
 
     def decoded(self, slot: int, finished: Collection[int] = ()) -> None:
@@ -193,65 +225,60 @@ class Admission:
         """Takes a request out that has no row yet; False where it has one, and leaves when it is next finished."""
         found = next((request for request in self.waiting if request.number == number), None)
         if found is not None:
-            self.waiting.remove(found)
+            self._lane_of(found).waiting.remove(found)
             self._count -= 1
-            self._overtaken.pop(number, None)
         return found is not None
 
-    def _next_group(self) -> _Group | None:
-        """Whose chunk is next; a new group where there is room to begin one."""
-        open_groups = [group for group in self._groups if group.done < group.length]
-        # Each needs room to be prefilled in, until its tokens are known.
-        may_begin = bool(self.waiting) and len(self._groups) <= self.rules.slots
-        if self.rules.order == "fcfs":
-            return open_groups[0] if open_groups else self._new_group(self.waiting) if may_begin else None
-        shortest = min(open_groups, key=lambda group: group.length - group.done, default=None)
-        if may_begin:
-            queue = sorted(self.waiting, key=lambda request: (not self._is_starved(request), request.prompt_len))
-            left = math.inf if shortest is None else shortest.length - shortest.done
-            if self._is_starved(queue[0]) or queue[0].prompt_len < left:
-                return self._new_group(queue) or shortest
-        return shortest
+    def _lane_of(self, request: Request) -> _Lane:
+        return next(one for one in self._lanes if request.prompt_len <= (one.own.up_to_tokens or request.prompt_len))
 
-    def _is_starved(self, request: Request) -> bool:
-        return self._overtaken.get(request.number, 0) >= _MOST_OVERTAKEN
+    def _is_ready(self, slot: _Slot) -> bool:
+        if slot.is_under_way or slot.live:
+            return not slot.is_under_way
+        # An empty slot waits for all of a lane that are on their way to it: a step costs about as much for half of
+        # them.
+        return bool(slot.joining) and not any(slot.is_filled_by(self._lane_of(one)) for one in slot.joining)
 
-    def _new_group(self, candidates: Iterable[Request]) -> _Group | None:
-        # One that is being filled first, so that it does not begin to decode half empty; then the emptiest.
-        with_room = [index for index, slot in enumerate(self._slots) if slot.taken < self.rules.rows]
-        if not with_room:
-            return None
-        index = min(with_room, key=lambda index: (not self._slots[index].is_filling, self._slots[index].taken, index))
-        room = min(self.rules.rows - self._slots[index].taken, self.rules.prefill_rows)
-        chosen: list[Request] = []
-        for request in candidates:
-            if len(chosen) == room:
+    def _next_lane(self) -> _Lane | None:
+        """Whose prefill is next, of those that have one, or have requests and room for them."""
+        # Each group needs a cache to be prefilled in, until its tokens are known.
+        may_begin = sum(len(slot.coming) for slot in self._slots) <= self.rules.slots
+        able = (one for one in self._lanes if one.open or (may_begin and one.waiting and self._with_room(one)))
+        return min(able, key=lambda one: one.turn, default=None)
+
+    def _with_room(self, lane: _Lane) -> list[int]:
+        return [index for index in lane.slots if self._slots[index].taken < self.rules.rows]
+
+    def _new_group(self, lane: _Lane) -> _Group:
+        def preference(index: int) -> tuple[bool, int]:
+            # One that is being filled first, so that it does not begin to decode half empty; then the emptiest.
+            return not self._slots[index].is_filled_by(lane), self._slots[index].taken
+
+        index = min(self._with_room(lane), key=preference)
+        most = lane.own.prefill_micro_batch_size or self.rules.prefill_rows
+        room = min(self.rules.rows - self._slots[index].taken, self.rules.prefill_rows, most)
+        chosen = [lane.waiting.popleft()]
+        while lane.waiting and len(chosen) < room:
+            lens = [one.prompt_len for one in (*chosen, lane.waiting[0])]
+            if sum(lens) < (1 - _MOST_PADDING) * len(lens) * max(lens):
                 break
-            lens = [one.prompt_len for one in (*chosen, request)]
-            if chosen and sum(lens) < (1 - _MOST_PADDING) * len(lens) * max(lens):
-                break
-            chosen.append(request)
-        if not chosen:
-            return None
-        last = max(request.number for request in chosen)
-        for request in chosen:
-            self.waiting.remove(request)
-            self._overtaken.pop(request.number, None)
-        for request in self.waiting:
-            if request.number < last:
-                self._overtaken[request.number] = self._overtaken.get(request.number, 0) + len(chosen)
-        self._slots[index].reserved += len(chosen)
-        self._groups.append(_Group(index, tuple(chosen)))
-        return self._groups[-1]
+            chosen.append(lane.waiting.popleft())
+        group = _Group(lane, index, tuple(chosen))
+        self._slots[index].coming.append(group)
+        return group
 
-    def _prefill(self, group: _Group) -> Prefill:
-        first = group.done
-        group.done = min(first + (self.rules.chunk_size or group.length), group.length)
-        return Prefill(group.slot, group.requests, first, group.done, group.done == group.length)
+    def _prefill(self, lane: _Lane) -> Prefill:
+        group = lane.open or self._new_group(lane)
+        first, sizes = group.done, (self.rules.chunk_size, lane.own.prefill_chunk_size, group.length)
+        group.done = min(first + min(size for size in sizes if size), group.length)
+        self._now = lane.turn
+        lane.turn += len(group.requests) * (group.done - first) / lane.own.weight
+        lane.open = group if group.done < group.length else None
+        return Prefill(group.slot, group.requests, first, group.done, lane.open is None)
 
     def _decode(self, index: int) -> Decode:
         slot = self._slots[index]
         joined, slot.joining = tuple(slot.joining), []
         slot.live += joined
-        slot.is_under_way = True
+        slot.is_under_way, slot.prefills_before = True, self._prefills
         return Decode(index, tuple(slot.live), joined)

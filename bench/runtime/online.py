@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -439,8 +439,9 @@ class Leader:
         for line in self._lines:
             line.put(data)
         if self._keep_tasks:
+            kind: Literal["prefill", "decode"] = "prefill" if isinstance(order, Prefill) else "decode"
             shape = {"slot": order.slot, "rows": len(numbers), "tokens": task.tokens, "past": task.past}
-            self.tasks.append(LoadTask(kind="prefill" if isinstance(order, Prefill) else "decode", **shape))
+            self.tasks.append(LoadTask(kind=kind, **shape, samples=task.samples))
         tokens = self._stage.run(edits, task, None)
         if tokens is not None:
             self._learn(order, numbers, tokens)

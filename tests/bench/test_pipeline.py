@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from pipetune.bench.errors import ConfigError, FleetError, PlanError
 from pipetune.bench.fleet.fleet import Fleet, warn_of_cores
-from pipetune.bench.pipeline import Pipeline
-from pipetune.bench.spec import Plan, Sampling
+from pipetune.bench.pipeline import DynamicPipeline, Pipeline
+from pipetune.bench.spec import Lane, Plan, Sampling
 from tests.hooks import break_workers
 from tests.record_factory import make_failure
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
@@ -51,6 +51,23 @@ def test_two_replicas_generate_draw_and_score(folder: Path) -> None:
             expected = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         assert list(result.logprobs) == pytest.approx(expected.tolist(), abs=1e-4)
         assert result.text is None
+
+
+def test_each_length_has_a_lane_and_the_unsplit_models_tokens(folder: Path) -> None:
+    lanes = (Lane(up_to_tokens=4, weight=4), Lane(prefill_chunk_size=4))
+    plan = Plan.from_layer_counts((2, 4), DEVICES, 2).model_copy(update={"lanes": lanes})
+    untyped: Any = AutoModelForCausalLM
+    expected = unsplit_tokens(untyped.from_pretrained(folder).eval(), PROMPTS, output_len=4)
+    with Pipeline.start(str(folder), plan) as pipeline:
+        dynamic = DynamicPipeline(pipeline)
+        assert [dynamic.adjust_pipeline(length) for length in (1, 4, 5, 900)] == [*lanes[:1] * 2, *lanes[1:] * 2]
+        assert {dynamic.adjust_pipeline(len(prompt)) for prompt in PROMPTS} == {*lanes}
+        with pipeline.open_queue(max_len=64) as requests:
+            handles = [requests.submit(prompt, max_new_tokens=4, ignore_eos=True) for prompt in PROMPTS]
+            assert [list(one) for one in handles] == expected
+        # Lanes are of requests over time.
+        batch = pipeline.generate(PROMPTS, max_new_tokens=4, ignore_eos=True)
+    assert [list(one.token_ids) for one in batch] == expected
 
 
 # A worker of cpu:1 dies in its first tasks, as often as there are lines left in a file.

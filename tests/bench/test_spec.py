@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from pipetune.bench.spec import (
     Arrivals,
     EffectivePlan,
+    EngineSettings,
     Goodput,
+    Lane,
     ModelSpec,
     Plan,
     Protocol,
@@ -398,3 +400,32 @@ def test_other_versions_read_plans_of_our_own_runtime() -> None:
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
     other = engine_plan(max_num_seqs=4)
     assert Plan.model_validate_json(other.model_dump_json()) == other
+
+
+def test_a_plan_without_lanes_is_what_it_was_and_one_with_them_another() -> None:
+    plan = Plan.from_layer_counts((2, 4), devices(2), 4)
+    one = Plan.model_validate({**plan.model_dump(), "lanes": [{}]})
+    assert one == plan
+    assert "lanes" not in one.model_dump()
+    lanes = (Lane(up_to_tokens=64, weight=4), Lane(prefill_chunk_size=32, prefills_per_decode=1))
+    laned = Plan.model_validate({**plan.model_dump(), "lanes": lanes})
+    assert Plan.model_validate_json(laned.model_dump_json()) == laned
+    keys = [EffectivePlan(plan=each, in_flight=2).key for each in (plan, laned)]
+    assert keys[1].removeprefix(keys[0]) == " lanes_≤64_weight_4_|_others_chunk_32_per_decode_1"
+    assert len({plan.digest(), one.digest(), laned.digest()}) == 2
+    assert laned.describe() == "2+4 · micro-batch 4 · lanes ≤64 weight 4 | others chunk 32 per decode 1"
+    assert [laned.lane_of(length) for length in (1, 64, 65)] == [lanes[0], *lanes]
+    assert plan.lane_of(65) == Lane()
+
+
+@pytest.mark.parametrize("limits", [(64,), (None, None), (None, 64), (64, 32, None), (32, 32, None)])
+def test_lanes_rise_and_the_last_one_takes_the_rest(limits: tuple[int | None, ...]) -> None:
+    plan = Plan.from_layer_counts((2, 4), devices(2), 4)
+    with pytest.raises(ValidationError, match=r"plan\.lanes: up_to_tokens must rise"):
+        Plan.model_validate({**plan.model_dump(), "lanes": [{"up_to_tokens": limit} for limit in limits]})
+
+
+def test_another_engine_has_no_lanes() -> None:
+    plan = Plan.from_layer_counts((2, 4), ("cuda:0", "cuda:1"), 1)
+    with pytest.raises(ValidationError, match=r"plan\.lanes: vllm forms its batches by itself"):
+        Plan.model_validate({**plan.model_dump(), "engine": EngineSettings(), "lanes": [Lane(weight=2)]})

@@ -24,6 +24,7 @@ def bench(
     micro_batch_size: Annotated[int | None, _plan(help="Sequences decoded together. [prompts / stages]", min=1)] = None,
     prefill_micro_batch_size: Annotated[int | None, _plan(help="Sequences prefilled together.", min=1)] = None,
     prefill_chunk_size: Annotated[int | None, _plan(help="Tokens of a prompt at a time. [all]", min=1)] = None,
+    lanes: Annotated[str | None, _plan(metavar="JSON", help="Lanes of requests that come over time.")] = None,
     plan_replicas: Annotated[int | None, _plan("--replicas", help="Such pipelines side by side. [1]", min=1)] = None,
     plan_compile: Annotated[bool | None, _plan("--compile/--no-compile", help="By torch.compile.")] = None,
     plan_cuda_graphs: Annotated[

@@ -236,7 +236,7 @@ def _under_load(
     for one in sorted(planned, key=lambda one: one.prediction.duration_s):
         plan = one.plan
         sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
-        fastest.setdefault((len(plan.stages), plan.replicas, *sizes), one)
+        fastest.setdefault((len(plan.stages), plan.replicas, *sizes, plan.lanes), one)
     resolve = Resolver(
         shape=known.shape,
         num_prompts=len(load) * len(known.device_bytes),

@@ -1,5 +1,6 @@
 """Which plan `bench` is to measure: from a plan file, a device map, or a count of layers per stage."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,9 +124,12 @@ class PlanRequest:
         if self.engine is not None:
             # What our own runtime's plan says beside its split means nothing to it.
             ours = ("prefill_micro_batch_size", "prefill_chunk_size", "max_in_flight")
+            values.pop("lanes", None)
             values |= {"micro_batch_size": 1, "compile": False, **dict.fromkeys(ours)}
             values["engine"] = {**(plan.engine.model_dump() if plan.engine else {}), **self.engine}
         try:
+            if "lanes" in self.changes:
+                values["lanes"] = json.loads(values["lanes"])
             return Plan.model_validate(values)
         except ValueError as error:
             raise PlanError(f"{self.source}: {explain(error)}") from None

@@ -43,7 +43,7 @@ def definitions(part: str) -> dict[str, str]:
 def layers_text(plan: Plan) -> str:
     """`17+13`, `2×17+13` for two replicas, `17+13 on cpu:1,cpu:0`, `17+13 compiled`: all but the sizes."""
     counts = "+".join(str(count) for count in plan.layer_counts) + plan.order_text
-    return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *plan.switches])
+    return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *plan.switches, *plan.lane_words])
 
 
 def prefill_text(plan: Plan) -> str:

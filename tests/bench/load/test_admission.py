@@ -10,18 +10,45 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipetune.bench.load.admission import Admission, Decode, Order, Prefill, Request, Rules, Wait
+from pipetune.bench.errors import PlanError
+from pipetune.bench.load.admission import Admission, Decode, Order, Prefill, Request, Rules, Wait, rules_of
+from pipetune.bench.spec import Lane, Plan
 
 REQUESTS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=40)
-RULES = st.builds(
-    Rules,
-    slots=st.integers(1, 3),
-    rows=st.integers(1, 4),
-    prefill_rows=st.integers(1, 4),
-    chunk_size=st.none() | st.integers(1, 16),
-    prefills_per_decode=st.none() | st.integers(1, 3),
-    order=st.sampled_from(["fcfs", "shortest"]),
-)
+
+
+@st.composite
+def rules_of_any_kind(draw: st.DrawFn) -> Rules:
+    """With one lane to three, some with slots of their own."""
+    limits = sorted(draw(st.sets(st.integers(1, 30), max_size=2)))
+    spare, lanes = draw(st.integers(0, 2)), list[Lane]()
+    for limit in (*limits, None):
+        own = draw(st.none() | st.just(1)) if spare else None
+        spare -= own or 0
+        lanes.append(
+            Lane(
+                up_to_tokens=limit,
+                prefill_chunk_size=draw(st.none() | st.integers(1, 16)),
+                prefill_micro_batch_size=draw(st.none() | st.integers(1, 3)),
+                prefills_per_decode=draw(st.none() | st.integers(1, 3)),
+                slots=own,
+                weight=draw(st.sampled_from([0.5, 1.0, 4.0])),
+            )
+        )
+    return Rules(
+        slots=sum(lane.slots or 0 for lane in lanes) + draw(st.integers(1, 2)),
+        rows=draw(st.integers(1, 4)),
+        prefill_rows=draw(st.integers(1, 4)),
+        chunk_size=draw(st.none() | st.integers(1, 16)),
+        lanes=tuple(lanes),
+    )
+
+
+RULES = rules_of_any_kind()
+
+
+def lane_of(rules: Rules, request: Request) -> Lane:
+    return next(lane for lane in rules.lanes if lane.up_to_tokens is None or request.prompt_len <= lane.up_to_tokens)
 
 
 def serve(rules: Rules, wanted: list[tuple[int, int]], seed: int) -> tuple[list[Order], dict[int, int]]:
@@ -64,9 +91,11 @@ def test_every_request_gets_all_its_tokens_and_no_row_is_used_twice(
     joined: set[int] = set()
     for order in orders:
         if isinstance(order, Prefill):
-            assert len(order.requests) <= min(rules.prefill_rows, rules.rows)
+            (lane,) = {lane_of(rules, request) for request in order.requests}
+            assert len(order.requests) <= min(rules.prefill_rows, rules.rows, lane.prefill_micro_batch_size or 9)
             length = max(request.prompt_len for request in order.requests)
-            assert order.end_token - order.first_token == min(rules.chunk_size or length, length - order.first_token)
+            chunk = min(rules.chunk_size or length, lane.prefill_chunk_size or length)
+            assert order.end_token - order.first_token == min(chunk, length - order.first_token)
             assert order.samples == (order.end_token == length)
             for request in order.requests:
                 assert done[request.number] == order.first_token
@@ -74,6 +103,8 @@ def test_every_request_gets_all_its_tokens_and_no_row_is_used_twice(
             assert sum(request.prompt_len for request in order.requests) >= 0.75 * length * len(order.requests)
         elif isinstance(order, Decode):
             numbers = [request.number for request in order.requests]
+            if any(lane_of(rules, request).slots for request in order.requests):
+                assert len({lane_of(rules, request) for request in order.requests}) == 1, "a slot of one lane's own"
             assert len(set(numbers)) == len(numbers) <= rules.rows
             assert {request.number for request in order.joined} <= set(numbers)
             assert not joined & {request.number for request in order.joined}
@@ -82,28 +113,46 @@ def test_every_request_gets_all_its_tokens_and_no_row_is_used_twice(
 
 
 @given(RULES, REQUESTS, st.integers(0, 99))
-def test_what_came_first_is_begun_first_unless_the_shortest_is(
-    rules: Rules, wanted: list[tuple[int, int]], seed: int
-) -> None:
+def test_in_each_lane_what_came_first_is_begun_first(rules: Rules, wanted: list[tuple[int, int]], seed: int) -> None:
     orders, _ = serve(rules, wanted, seed)
-    begun = [
-        one.number for order in orders if isinstance(order, Prefill) and not order.first_token for one in order.requests
-    ]
-    if rules.order == "fcfs":
-        assert begun == sorted(begun)
-    overtaken = Counter(
-        early for place, late in enumerate(begun) for early in range(late) if early not in begun[:place]
-    )
-    assert max(overtaken.values(), default=0) <= 64 + rules.rows
+    begun = [one for order in orders if isinstance(order, Prefill) and not order.first_token for one in order.requests]
+    for lane in rules.lanes:
+        numbers = [one.number for one in begun if lane_of(rules, one) == lane]
+        assert numbers == sorted(numbers)
+
+
+SHORT_FIRST = (Lane(up_to_tokens=8, weight=4), Lane())
+
+
+@pytest.mark.parametrize("weight", [1, 4, 32])
+def test_no_stream_of_short_prompts_keeps_a_long_one_waiting(weight: int) -> None:
+    admission = order_of(slots=1, rows=2, chunk_size=10, lanes=(Lane(up_to_tokens=8, weight=weight), Lane()))
+    admission.arrive(Request(number=0, prompt_len=40))
+    tokens = {"short": 0, "long": 0}
+    for number in range(1, 1000):
+        admission.arrive(Request(number=number, prompt_len=5))
+        order = admission.decide()
+        assert isinstance(order, Prefill | Decode)
+        if isinstance(order, Prefill):
+            tokens["long" if order.requests[0].number == 0 else "short"] += order.end_token - order.first_token
+        finished = {one.number for one in order.requests if one.number}
+        if isinstance(order, Decode):
+            admission.decoded(order.slot, finished)
+        elif order.samples:
+            admission.prefilled(order.requests, finished)
+        if tokens["long"] == 40:
+            break
+    # While both wait, either has its weight's share, to a task.
+    assert abs(tokens["short"] / weight - 30) <= 10 + 5 / weight
 
 
 def order_of(**rules: Any) -> Admission:
     return Admission(Rules(**{"slots": 2, "rows": 2, "prefill_rows": 1} | rules))
 
 
-@pytest.mark.parametrize(("most", "expected"), [(1, "PDPDP"), (2, "PPDPP"), (None, "PPPPP")])
-def test_prefills_go_before_a_ready_step_as_often_as_the_rules_let_them(most: int | None, expected: str) -> None:
-    admission = order_of(slots=4, rows=4, prefills_per_decode=most)
+@pytest.mark.parametrize(("most", "expected"), [(1, "PPDPD"), (2, "PPPDP"), (None, "PPPPP")])
+def test_prefills_go_between_two_steps_of_a_slot_as_often_as_the_rules_let_them(most: int | None, expected: str) -> None:
+    admission = order_of(slots=4, rows=4, lanes=(Lane(prefills_per_decode=most),))
     for number in range(9):
         admission.arrive(Request(number=number, prompt_len=4))
     found = ""
@@ -118,13 +167,27 @@ def test_prefills_go_before_a_ready_step_as_often_as_the_rules_let_them(most: in
 
 
 def test_a_short_prompt_goes_between_the_chunks_of_a_long_one() -> None:
-    for order, numbers in (("fcfs", [0, 0, 0, 1]), ("shortest", [0, 1, 0, 0])):
-        admission = order_of(chunk_size=10, order=order)
+    for lanes, numbers in (((Lane(),), [0, 0, 0, 1]), (SHORT_FIRST, [0, 1, 0, 0])):
+        admission = order_of(chunk_size=10, lanes=lanes)
         admission.arrive(Request(number=0, prompt_len=30))
         orders = [admission.decide()]
         admission.arrive(Request(number=1, prompt_len=8))
         orders += [admission.decide() for _ in range(3)]
         assert [one.requests[0].number for one in orders if isinstance(one, Prefill)] == numbers
+
+
+def test_a_short_request_does_not_wait_in_an_empty_slot_for_a_long_one() -> None:
+    admission = order_of(slots=1, chunk_size=10, lanes=SHORT_FIRST)
+    admission.arrive(Request(number=0, prompt_len=30))
+    admission.decide()
+    admission.arrive(Request(number=1, prompt_len=5))
+    order = admission.decide()
+    assert isinstance(order, Prefill)
+    admission.prefilled(order.requests)
+    orders = [admission.decide() for _ in range(3)]
+    assert [type(one) for one in orders] == [Prefill, Prefill, Decode]
+    assert isinstance(orders[2], Decode)
+    assert [one.number for one in orders[2].requests] == [1]
 
 
 def test_it_says_why_it_waits() -> None:
@@ -146,3 +209,9 @@ def test_it_says_why_it_waits() -> None:
 def test_a_rule_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="rows=0: must be at least 1"):
         Rules(slots=1, rows=0, prefill_rows=1)
+    plan = Plan.from_layer_counts((4,), ("cpu:0",), 2).model_copy(
+        update={"lanes": (Lane(up_to_tokens=9, slots=2), Lane())}
+    )
+    with pytest.raises(PlanError, match=r"plan\.lanes: slots=2: these lanes need 3"):
+        rules_of(plan, 2)
+    assert rules_of(plan, 3).lanes == plan.lanes

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait
 from pipetune.bench.load.slots import Edit, Slots, Task
+from tests.bench.load.test_admission import RULES
 
 Cell = tuple[int, int] | None
 """Request and position; None for padding, and for what was never written."""
@@ -59,17 +60,6 @@ class Memory:
                 cells[task.base + place] = (number, position) if position >= 0 else None
             held = cells[task.base + min(start, end) : task.base + end]
             assert held == [(number, position) for position in range(end - start)]
-
-
-RULES = st.builds(
-    Rules,
-    slots=st.integers(1, 3),
-    rows=st.integers(1, 4),
-    prefill_rows=st.integers(1, 3),
-    chunk_size=st.none() | st.integers(1, 6),
-    prefills_per_decode=st.none() | st.integers(1, 3),
-    order=st.sampled_from(["fcfs", "shortest"]),
-)
 
 
 @given(RULES, st.integers(0, 8), st.integers(0, 10**6))

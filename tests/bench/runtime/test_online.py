@@ -28,12 +28,17 @@ from pipetune.bench.runtime.job import Job
 from pipetune.bench.runtime.loop import Edges, StageLoop, Status
 from pipetune.bench.runtime.online import Leader, Mail, OnlineStage, Sizes, Source
 from pipetune.bench.runtime.stage.stage import Stage
-from pipetune.bench.spec import ModelSpec, Sampling
+from pipetune.bench.spec import Lane, ModelSpec, Sampling
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 
 FAMILIES = ("llama", "mistral", "gemma3", "bloom", "gpt2")
 CPU = torch.device("cpu")
 CUTS = ((6,), (2, 4), (1, 3, 2))
+UNLIKE_LANES = (
+    Lane(up_to_tokens=3, slots=1, weight=8),
+    Lane(up_to_tokens=7, prefill_chunk_size=3, prefills_per_decode=1),
+    Lane(prefill_chunk_size=4, prefill_micro_batch_size=1),
+)
 
 
 class Edge:
@@ -181,10 +186,11 @@ def test_tokens_equal_those_of_each_prompt_alone(family: str, tmp_path: Path) ->
     seen: set[str] = set()
     ways: list[dict[str, Any]] = [
         {"slots": 2, "rows": 3, "prefill_rows": 2},
-        {"slots": 3, "rows": 4, "prefill_rows": 1, "chunk_size": 5, "order": "shortest"},
-        {"slots": 3, "rows": 2, "prefill_rows": 2, "chunk_size": 7, "prefills_per_decode": 1},
+        {"slots": 3, "rows": 4, "prefill_rows": 1, "chunk_size": 5, "lanes": (Lane(up_to_tokens=4), Lane())},
+        {"slots": 3, "rows": 2, "prefill_rows": 2, "chunk_size": 7, "lanes": (Lane(prefills_per_decode=1),)},
+        {"slots": 3, "rows": 2, "prefill_rows": 2, "lanes": UNLIKE_LANES},
     ]
-    for counts, rules in zip(CUTS, ways, strict=True):
+    for counts, rules in zip((*CUTS, CUTS[1]), ways, strict=True):
         source = Source(requests)
         leader, first = serve(stages_of(folder, counts), source, sizes_of(requests, **rules))
         check(source.served, expected)

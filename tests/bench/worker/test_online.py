@@ -17,7 +17,7 @@ from pipetune.bench.fleet import supervisor
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.load.online import OnlineRequest
 from pipetune.bench.record import FailureKind
-from pipetune.bench.spec import ModelSpec, Plan, Sampling
+from pipetune.bench.spec import Lane, ModelSpec, Plan, Sampling
 from tests.families.configs import tiny_config
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 from tests.workers import worker_pids
@@ -26,7 +26,9 @@ DEVICES = ("cpu:0", "cpu:1", "cpu:2")
 PLANS = (
     Plan.from_layer_counts((6,), DEVICES, 3, prefill_micro_batch_size=2),
     Plan.from_layer_counts((2, 4), DEVICES[::-1], 2, prefill_chunk_size=5),
-    Plan.from_layer_counts((1, 3, 2), DEVICES, 3, prefill_micro_batch_size=1),
+    Plan.from_layer_counts((1, 3, 2), DEVICES, 3, prefill_micro_batch_size=1).model_copy(
+        update={"lanes": (Lane(up_to_tokens=4, weight=4, slots=1), Lane(prefill_chunk_size=5, prefills_per_decode=1))}
+    ),
 )
 
 

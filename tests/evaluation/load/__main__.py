@@ -23,7 +23,7 @@ from pipetune.bench.metrics import percentile
 from pipetune.bench.record import Machine, timestamp
 from pipetune.bench.spec import Goodput
 from tests.evaluation.harness import ROOT, around_marks, exit_code_of, put_between_marks, say
-from tests.evaluation.load import predicted, runs_needed, versus
+from tests.evaluation.load import lanes, predicted, runs_needed, versus
 from tests.evaluation.load.estimates import Limits, interval
 from tests.evaluation.load.lab import DUMMY, FULL, QUICK, SUBJECTS, Extent, Lab
 from tests.evaluation.load.table import render
@@ -258,6 +258,11 @@ def _null(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Row], di
     return _in_labs([DUMMY], args, versus.null)
 
 
+def _lanes(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Row], dict[str, Any], str]:
+    with _lab(DUMMY, args) as lab:
+        return lanes.compare(lab, DUMMY)
+
+
 PARTS: dict[int, tuple[str, Callable[[Sequence[str], argparse.Namespace], tuple[list[Row], dict[str, Any], str]]]] = {
     1: ("highest sustained rate beside continuous batching", _versus),
     2: ("online against the offline schedule, all at once", _against_batch),
@@ -265,6 +270,7 @@ PARTS: dict[int, tuple[str, Callable[[Sequence[str], argparse.Namespace], tuple[
     4: ("predicted against measured", _predicted),
     5: ("runs to find the highest rate", _runs_needed),
     6: ("null: one plan as both sides", _null),
+    7: ("lanes, where prompts are of two lengths", _lanes),
 }
 
 

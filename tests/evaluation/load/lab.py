@@ -150,7 +150,7 @@ class Lab:
 
     def __enter__(self) -> Self:
         resolved = resolve_model(self.subject.model)
-        self._vocab_size = _vocab_size(resolved.folder)
+        self.vocab_size = _vocab_size(resolved.folder)
         self.rig = Rig(self.subject.model, on_start=say)
         is_short = self.extent.is_short
         peers = self.subject.peers[:1] if is_short else self.subject.peers
@@ -187,7 +187,7 @@ class Lab:
 
         workload = self.subject.workload(count or self.requests)
         return Trace.drawn(
-            random_prompts(workload, self._vocab_size),
+            random_prompts(workload, self.vocab_size),
             workload.generated_lens,
             max_len=2 * (self.subject.input_len + self.subject.output_len),
             seed=seed,

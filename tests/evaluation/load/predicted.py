@@ -149,7 +149,6 @@ def _model(
         output_lens=workload.generated_lens,
         costs=used,
         contention=costs.contention,
-        under_arrivals=True,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pipetune.bench.load.arrivals import unit_trace
 from pipetune.bench.load.online import OnlineRequest, OnlineRun
-from pipetune.bench.spec import Plan
+from pipetune.bench.spec import Lane, Plan
 from tests.evaluation.load.estimates import Served
 from tests.evaluation.peers.rig import DEVICES, Rig
 
@@ -68,11 +68,14 @@ class OurSetting:
     counts: tuple[int, ...]
     rows: int
     slots: int
+    chunk: int | None = None
+    lanes: tuple[Lane, ...] = ()
 
     @property
     def name(self) -> str:
         """As `17+13, 2 slots of 8`."""
-        return f"{'+'.join(map(str, self.counts))}, {self.slots} slot{'s' * (self.slots > 1)} of {self.rows}"
+        text = f"{'+'.join(map(str, self.counts))}, {self.slots} slot{'s' * (self.slots > 1)} of {self.rows}"
+        return ", ".join((text, *([f"chunk {self.chunk}"] if self.chunk else []), *self.plan.lane_words))
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -82,7 +85,8 @@ class OurSetting:
     @property
     def plan(self) -> Plan:
         """The plan."""
-        return Plan.from_layer_counts(self.counts, self.devices, self.rows)
+        plan = Plan.from_layer_counts(self.counts, self.devices, self.rows, prefill_chunk_size=self.chunk)
+        return plan.model_copy(update={"lanes": self.lanes})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

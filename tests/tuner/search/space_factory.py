@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.spec import Workload
+from pipetune.bench.spec import Arrivals, Goodput, Workload
 from pipetune.tuner.config.schema import SpaceConfig
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.nominal import RATES, NominalCosts, Rates
@@ -32,6 +32,9 @@ def build(
     shape: ModelShape = SHAPE,
     speeds: Sequence[float] | None = None,
     costs: Costs | None = None,
+    lens: Sequence[int] | None = None,
+    arrivals: Arrivals | None = None,
+    goodput: Goodput | None = None,
     **bounds: Any,
 ) -> tuple[SearchSpace, CostModel, Resolver]:
     """A space as a study lays it out, with what it was laid out by.
@@ -40,10 +43,12 @@ def build(
         memory: of each device.
         speeds: of each device, beside the nominal one.
         costs: in place of nominal ones.
+        lens: of prompts, in place of equal ones.
     """
     devices = tuple(f"cpu:{index}" for index in range(num_devices))
-    workload = Workload.model_validate({"kind": kind, "num_prompts": num_prompts, "output_len": 16})
-    lens = [input_len] * num_prompts
+    lens = lens or [input_len] * num_prompts
+    sizes_ = {"kind": kind, "num_prompts": len(lens), "output_len": 16}
+    workload = Workload.model_validate({**sizes_, "arrivals": arrivals, "goodput": goodput})
     if speeds:
         costs = NominalCosts(shape, rates_of(devices, speeds), scores=kind == "score")
     cost = CostModel.of_workload(shape, workload, lens, costs)

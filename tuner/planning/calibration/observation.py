@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -19,6 +19,8 @@ from pipetune.bench.spec import EffectivePlan, Value
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.simulation.schedule import RING_DEPTH
 
+_MOST_KINDS = 60
+"""Kinds of task, the most frequent ones, that one record teaches."""
 _BUCKETS_AN_OCTAVE = 2
 """Lengths are told apart so finely: times within a bucket differ by less than a fifth from their middle."""
 
@@ -85,7 +87,7 @@ def observe(record: Record) -> Observation | None:
 
     Returns:
         None for failures, for runs without spans (the un-pipelined baseline among them), and for stages that shared a
-        device.
+        device. Under arrivals nothing is told of the first stage's gaps and of tokens on their way back to it.
     """
     measurement = record.result
     if not isinstance(measurement, Measurement) or record.effective is None:
@@ -96,16 +98,20 @@ def observe(record: Record) -> Observation | None:
         return None
     if any(note.startswith(SHARED_DEVICE_NOTE) for note in measurement.notes):
         return None
-    counts = measurement.replica_tasks or (len(measurement.tasks),)
+    runs = measurement.iterations
+    if measurement.is_under_arrivals:
+        tasks, runs = _loaded_tasks(runs), (_end_to_end(runs),)
+        counts: Sequence[int] = (len(tasks),)
+    else:
+        tasks, counts = _tasks(measurement), measurement.replica_tasks or (len(measurement.tasks),)
     num_stages = len(record.effective.plan.stages)
     lengths = [count for count in counts for _ in range(num_stages)]
-    for run in measurement.iterations:
-        if [len(trace.compute_start_s) for trace in run.stages] != lengths:
-            return None
-    kinds, others = _task_kinds(measurement), _together(measurement.iterations)
+    if any([len(trace.compute_start_s) for trace in run.stages] != lengths for run in runs):
+        return None
+    others = _together(runs)
     spans = [
-        _StageSpans(measurement, kinds, others, slice(*tasks), range(replica * num_stages, (replica + 1) * num_stages))
-        for replica, tasks in enumerate(itertools.pairwise(itertools.accumulate(counts, initial=0)))
+        _StageSpans(runs, tasks, others, slice(*own), range(replica * num_stages, (replica + 1) * num_stages))
+        for replica, own in enumerate(itertools.pairwise(itertools.accumulate(counts, initial=0)))
     ]
     return Observation(
         effective=record.effective,
@@ -123,7 +129,10 @@ def _of_whole(measurement: Measurement) -> dict[str, Any]:
     is_repeated = len(durations) > 1
     return {
         "metrics": derive(measurement),
-        "spread": round(statistics.stdev(map(math.log, durations)), 6) if is_repeated else None,
+        # Traces differ, whatever the plan does.
+        "spread": round(statistics.stdev(map(math.log, durations)), 6)
+        if is_repeated and not measurement.is_under_arrivals
+        else None,
         "iterations": len(durations),
         "disturbed": bool(measurement.telemetry.disturbances) or (is_repeated and not measurement.steady),
     }
@@ -178,22 +187,50 @@ def _steps_of(trace: StageTrace) -> tuple[Floats, Floats, Floats, Floats]:
     return np.array(trace.compute_start_s)[steps], ends, rows[steps], tokens[steps]
 
 
-def _task_kinds(measurement: Measurement) -> tuple[TaskKind, ...]:
-    """The kind of each of `measurement.tasks`; prompts are padded to the longest of their micro-batch."""
+class _Task(NamedTuple):
+    kind: TaskKind
+    is_decode: bool
+    micro_batch: int | None
+    """None where nobody knows which tokens it waited for."""
+
+
+def _loaded_tasks(runs: Sequence[Iteration]) -> list[_Task]:
+    """All tasks under arrivals, one iteration after the other."""
+    return [
+        _Task(TaskKind(one.rows, one.tokens, one.past, one.samples), one.kind == "decode", None)
+        for run in runs
+        for one in run.load_tasks
+    ]
+
+
+def _end_to_end(runs: Sequence[Iteration]) -> Iteration:
+    """Iterations with tasks of their own as one, each behind the one before."""
+    begins = list(itertools.accumulate((run.duration_s for run in runs), initial=0.0))
+    stages = []
+    for traces in zip(*(run.stages for run in runs), strict=True):
+        placed = list(zip(traces, begins, strict=False))
+        starts = [at + begin for trace, begin in placed for at in trace.compute_start_s]
+        ends = [at + begin for trace, begin in placed for at in trace.compute_end_s]
+        stages.append(StageTrace.model_construct(compute_start_s=tuple(starts), compute_end_s=tuple(ends)))
+    return Iteration.model_construct(stages=tuple(stages))
+
+
+def _tasks(measurement: Measurement) -> list[_Task]:
+    """The tasks of a batch; prompts are padded to the longest of their micro-batch."""
     lengths, row = [], 0
     for size in measurement.micro_batch_sizes:
         lengths.append(max(measurement.prompt_lens[index] for index in measurement.order[row : row + size]))
         row += size
-    kinds = []
+    found = []
     for task in measurement.tasks:
         length, rows = lengths[task.micro_batch], task.end_row - task.first_row
-        if task.step > 0:
-            kinds.append(TaskKind(rows, 1, length + task.step - 1))
-            continue
         first = task.first_token or 0
         end = length if task.end_token is None else task.end_token
-        kinds.append(TaskKind(rows, end - first, first, end == length or measurement.output_len == 0))
-    return tuple(kinds)
+        kind = TaskKind(rows, end - first, first, end == length or measurement.output_len == 0)
+        if task.step > 0:
+            kind = TaskKind(rows, 1, length + task.step - 1)
+        found.append(_Task(kind, task.step > 0, task.micro_batch))
+    return found
 
 
 class _StageSpans:
@@ -201,23 +238,22 @@ class _StageSpans:
 
     def __init__(
         self,
-        measurement: Measurement,
-        kinds: Sequence[TaskKind],
+        runs: Sequence[Iteration],
+        tasks: Sequence[_Task],
         others: Sequence[Sequence[Floats]],
-        tasks: slice,
+        own: slice,
         stages: range,
     ) -> None:
-        """`others` is `[iteration][stage]`: along tasks, how many others computed meanwhile."""
-        self.shapes = measurement.tasks[tasks]
-        self.kinds = kinds[tasks]
-        self.stages = stages
-        self.decodes = np.array([shape.step > 0 for shape in self.shapes], dtype=bool)
-        runs = [[run.stages[stage] for stage in stages] for run in measurement.iterations]
+        """`others` is `[iteration][stage]`: along tasks, how many others computed meanwhile; `own` is the replica."""
+        self.shapes, self.stages = tasks[own], stages
+        self.kinds = [task.kind for task in self.shapes]
+        self.decodes = np.array([task.is_decode for task in self.shapes], dtype=bool)
+        traces = [[run.stages[stage] for stage in stages] for run in runs]
         # `[iteration, stage, task]`
-        self.starts = np.array([[trace.compute_start_s for trace in run] for run in runs], dtype=float)
-        self.ends = np.array([[trace.compute_end_s for trace in run] for run in runs], dtype=float)
+        self.starts = np.array([[trace.compute_start_s for trace in run] for run in traces], dtype=float)
+        self.ends = np.array([[trace.compute_end_s for trace in run] for run in traces], dtype=float)
         self.others = np.array([[run[stage] for stage in stages] for run in others])
-        self.most_others = max(1, len(measurement.iterations[0].stages) - 1)
+        self.most_others = max(1, len(runs[0].stages) - 1)
 
     def tasks(self) -> list[TaskSpan]:
         """Mean times by stage and kind of task, similar lengths taken together."""
@@ -225,6 +261,9 @@ class _StageSpans:
         for index, (kind, is_decode) in enumerate(zip(self.kinds, self.decodes.tolist(), strict=True)):
             key = (is_decode, kind.rows, _bucket(kind.new_tokens), _bucket(kind.past_tokens), kind.samples)
             groups.setdefault(key, []).append(index)
+        # Under arrivals there are so many kinds.
+        kept = set(sorted(groups, key=lambda key: -len(groups[key]))[:_MOST_KINDS])
+        groups = {key: members for key, members in groups.items() if key in kept}
         spans = []
         for place, stage in enumerate(self.stages):
             took, others = self.ends[:, place] - self.starts[:, place], self.others[:, place]
@@ -315,10 +354,14 @@ class _StageSpans:
             return self.ends[:, place - 1]
         ready = np.zeros_like(self.ends[:, 0])
         sampled: dict[int, int] = {}
-        for index, shape in enumerate(self.shapes):
-            if shape.step > 0:
-                ready[:, index] = self.ends[:, -1, sampled[shape.micro_batch]]
-            sampled[shape.micro_batch] = index
+        for index, task in enumerate(self.shapes):
+            if task.micro_batch is None:
+                # It is later than nothing, and no earlier.
+                ready[:, index] = np.nan
+                continue
+            if task.is_decode:
+                ready[:, index] = self.ends[:, -1, sampled[task.micro_batch]]
+            sampled[task.micro_batch] = index
         return ready
 
 

@@ -20,6 +20,7 @@ from pipetune.tuner.planning.calibration.engine_model import EngineModel
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.regression import Rows
 from pipetune.tuner.planning.calibration.residual_gp import PRIOR_SD, Features, Process
+from pipetune.tuner.planning.simulation.load import under_load
 from pipetune.tuner.planning.simulation.model import TOKEN_BYTES, CostModel, of_device
 from pipetune.tuner.planning.simulation.prediction import Prediction
 
@@ -30,6 +31,8 @@ _HOP_SD = 0.3
 """Standard deviation of the logarithm of a hand-over's median."""
 _HOP_WIDTHS = (1.0, 0.1)
 """Standard deviations before anything is seen: of the log factor on messages, and of its slope over doublings."""
+_LEAST_GOOD = 0.02
+"""Shares of good requests below it are not told apart."""
 _HUBER = 2.0
 """Runs of one plan further from their median than so many times the noise count for less."""
 _DISTURBED = 0.25
@@ -76,7 +79,9 @@ class Predictor:
             metrics: names of some that it predicts.
         """
         self.model = model.refit(observations) if isinstance(model, EngineModel) else refit(model, observations)
-        self.noise = noise_of(observations)
+        self._loads: dict[tuple[Plan, int, int | None], Prediction] = {}
+        # Under arrivals it is mostly the trace that says how long a run takes.
+        self.noise = noise_of(observations, metric="duration_s" if model.arrivals is None else "mean_e2el_ms")
         """Relative standard deviation of a repeated run."""
         self.metrics = tuple(metrics)
         self._processes: dict[str, Process] = {}
@@ -88,7 +93,7 @@ class Predictor:
 
     def _learn(self, groups: Sequence[Sequence[Observation]]) -> None:
         plans = [(group[0].effective.plan, group[0].effective.in_flight) for group in groups]
-        predictions = self.model.predict_many(plans)
+        predictions = self._predictions(plans)
         features = self._features(plans, predictions)
         for metric in self.metrics:
             modelled = _logs(predictions, metric)
@@ -103,13 +108,16 @@ class Predictor:
             if rows:
                 self._processes[metric] = Process(features.take(rows), np.array(errors), np.array(variances))
 
-    def predict(self, plans: Sequence[tuple[Plan, int]]) -> PredictedMetrics:
+    def predict(self, plans: Sequence[tuple[Plan, int]], *, most_requests: int | None = None) -> PredictedMetrics:
         """What plans will give, each with its micro-batches in flight.
+
+        Args:
+            most_requests: that are simulated under arrivals, where a rough guess will do.
 
         Raises:
             KeyError: the model does not predict a metric that was asked for.
         """
-        predictions = tuple(self.model.predict_many(plans))
+        predictions = self._predictions(plans, most_requests)
         features = self._features(plans, predictions)
         means, sds = {}, {}
         for metric in self.metrics:
@@ -120,13 +128,27 @@ class Predictor:
             means[metric], sds[metric] = _back(modelled + error, sd, metric)
         return PredictedMetrics(mean=means, relative_sd=sds, predictions=predictions)
 
+    def _predictions(
+        self, plans: Sequence[tuple[Plan, int]], most_requests: int | None = None
+    ) -> tuple[Prediction, ...]:
+        """Of the model; under arrivals with the metrics of these."""
+        batches = self.model.predict_many(plans)
+        if self.model.arrivals is None:
+            return batches
+        keys = [(plan, in_flight, most_requests) for plan, in_flight in plans]
+        for (plan, in_flight, most), batch in zip(keys, batches, strict=True):
+            if (plan, in_flight, most) not in self._loads:
+                metrics = under_load(self.model, plan, in_flight, most=most)
+                self._loads[plan, in_flight, most] = dataclasses.replace(batch, metrics=metrics)
+        return tuple(self._loads[key] for key in keys)
+
     def _features(self, plans: Sequence[tuple[Plan, int]], predictions: Sequence[Prediction]) -> Features:
         shares = [one.stage_busy_s[: len(plan.stages)] for (plan, _), one in zip(plans, predictions, strict=True)]
         return Features.of(plans, shares, longest=max(self.model.prompt_lens))
 
 
-def noise_of(observations: Sequence[Observation]) -> float:
-    """Relative standard deviation of the duration of a repeated run.
+def noise_of(observations: Sequence[Observation], *, metric: str = "duration_s") -> float:
+    """Relative standard deviation of the duration of a repeated run, or of another metric.
 
     Pooled over the repeats of each plan, with a prior; and no less than runs differ within themselves: the median of n
     iterations has about 1.25 / √n of an iteration's. Disturbed runs tell nothing.
@@ -136,7 +158,7 @@ def noise_of(observations: Sequence[Observation]) -> float:
     for observation in observations:
         if observation.disturbed:
             continue
-        groups[observation.effective.key].append(math.log(observation.metrics["duration_s"]))
+        groups[observation.effective.key].append(math.log(observation.metrics[metric]))
         if observation.spread is not None:
             within.append(observation.spread**2 / observation.iterations)
     squares, weight = NOISE_WEIGHT * NOISE_SD**2, NOISE_WEIGHT
@@ -155,7 +177,12 @@ def _is_share(metric: str) -> bool:
 
 def _logs(runs: Sequence[Prediction | Observation], metric: str) -> Floats:
     values = np.array([one.metrics[metric] for one in runs])
-    return np.log(np.maximum(1.0 - values if _is_share(metric) else values, 1e-12))
+    least: Floats | float = 1e-12
+    if metric in ("slo_attainment", "request_goodput"):
+        # Of requests none of which is good a factor says nothing.
+        rates = [one.metrics["request_throughput"] for one in runs]
+        least = _LEAST_GOOD * np.array(rates if metric == "request_goodput" else [1.0] * len(rates))
+    return np.log(np.maximum(1.0 - values if _is_share(metric) else values, least))
 
 
 def _back(logs: Floats, sd: Floats, metric: str) -> tuple[Floats, Floats]:

@@ -9,17 +9,22 @@ Replicas are pipelines of their own; a request goes to the one with the fewest r
 import heapq
 import itertools
 import math
+import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait, rules_of
+from pipetune.bench.load.arrivals import arrival_times_s
 from pipetune.bench.metrics import good_requests, latency_metrics
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Goodput, Plan
 from pipetune.tuner.planning.simulation.model import CostModel, of_device
 from pipetune.tuner.planning.simulation.schedule import RING_DEPTH
+
+_TRACES, _ENOUGH = 3, 300
+"""Most traces that a run is predicted from, and requests of all together that are enough."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +49,8 @@ class LoadPrediction:
     idle_s: float
     """Seconds, over all stages, in which their replica had no request."""
 
-    def metrics(self, goodput: Goodput | None = None) -> dict[str, float]:
-        """Latencies, rates and ratios by the names of `bench.metrics`."""
+    def metrics(self, goodput: Goodput | None = None, *, num_requests: int | None = None) -> dict[str, float]:
+        """Latencies, rates and ratios by the names of `bench.metrics`; percentiles that so many requests can have."""
         count, area = len(self.times_s["e2el"]), len(self.busy_s) * self.duration_s
         values = {"request_throughput": count / self.duration_s, "duration_s": self.duration_s}
         if goodput is not None:
@@ -54,7 +59,7 @@ class LoadPrediction:
         # Of one token there is no time per token.
         several = {**self.times_s, "tpot": [time for time in self.times_s["tpot"] if time > 0]}
         return values | {
-            **latency_metrics(several, count),
+            **latency_metrics(several, num_requests or count),
             "bubble_ratio": 1.0 - (sum(self.busy_s) + self.idle_s) / area,
             "idle_ratio": self.idle_s / area,
         }
@@ -66,17 +71,15 @@ def simulate_load(
     in_flight: int,
     requests: Sequence[LoadedRequest],
     *,
-    rules: Rules | None = None,
     max_concurrency: int | None = None,
 ) -> LoadPrediction:
     """Serves the requests, which come in the order of their times.
 
     Args:
         in_flight: micro-batches resident at once in each replica.
-        rules: by default those of the plan.
         max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
     """
-    rules, most = rules or rules_of(plan, in_flight), max_concurrency or len(requests)
+    rules, most = rules_of(plan, in_flight), max_concurrency or len(requests)
     replicas = [_Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)]
     outside: deque[int] = deque()
     events: list[tuple[float, int, Callable[[], None]]] = []
@@ -117,6 +120,29 @@ def simulate_load(
     )
 
 
+def under_load(model: CostModel, plan: Plan, in_flight: int, *, most: int | None = None) -> dict[str, float]:
+    """Metrics of a run under the model's arrivals, by the names of `bench.metrics`: means over its traces.
+
+    Args:
+        most: requests to simulate, where a rough guess will do; by default all of a run's, of its first iterations.
+    """
+    assert model.arrivals is not None
+    lens = list(zip(model.prompt_lens, model.output_lens, strict=True))
+    number = max(1, min(_TRACES, _ENOUGH // len(lens))) if most is None and model.arrivals.times_s is None else 1
+    found = []
+    for seed in range(model.arrivals.seed, model.arrivals.seed + number):
+        times_s = arrival_times_s(model.arrivals.model_copy(update={"seed": seed}), len(lens))
+        requests = [
+            LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs)
+            for at, (inputs, outputs) in zip(times_s[:most], lens, strict=False)
+        ]
+        served = simulate_load(model, plan, in_flight, requests, max_concurrency=model.arrivals.max_concurrency)
+        tokens = sum(one.output_len for one in requests)
+        found.append(served.metrics(model.goodput, num_requests=len(lens)))
+        found[-1]["output_throughput"] = tokens / served.duration_s
+    return {name: statistics.fmean(one[name] for one in found) for name in found[0]}
+
+
 @dataclass(slots=True)
 class _Replica:
     """One pipeline, and the state of its stages."""
@@ -135,13 +161,13 @@ class _Replica:
     _gaps_s: list[float] = field(init=False)
     _tokens: Counter[int] = field(default_factory=Counter)
     """By the requests' numbers."""
-    _costs: dict[TaskKind, tuple[list[float], list[float], float]] = field(default_factory=dict)
+    _costs: dict[TaskKind, tuple[list[float], list[float], float]] = field(init=False)
     _empty_since_s: float = 0.0
     _idle_s: float = 0.0
 
     def __post_init__(self) -> None:
         count = len(self.plan.stages)
-        self.admission = Admission(self.rules)
+        self.admission, self._costs = Admission(self.rules), self.model.known_tasks(self.plan.stages)
         self.busy_s, self._free_s = [0.0] * count, [0.0] * count
         self._starts_s = [[] for _ in range(count)]
         # A stage alone hands nothing on.

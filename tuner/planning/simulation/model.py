@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import TaskKind
-from pipetune.bench.spec import Goodput, Plan, Workload, device_host, device_kind
+from pipetune.bench.spec import Arrivals, Goodput, Plan, StagePlan, Workload, device_host, device_kind
 from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.contention import Contention
@@ -46,7 +46,8 @@ class CostModel:
     Args:
         prompt_lens: of all prompts, tokens, in any order.
         output_lens: tokens generated for each prompt; 0 where texts are scored.
-        under_arrivals: whether the prompts come over time; what is predicted here is of all at once.
+        arrivals: how the prompts come over time; what is predicted here is of all at once, and `load.under_load` has
+            the rest.
         gaps_s: of each device by its name or its kind, as in `GAPS_S`.
         stalls_s: of each receiving device, as in `STALLS_S`.
         contention: None where the costs hold as they are.
@@ -57,7 +58,7 @@ class CostModel:
     output_lens: tuple[int, ...]
     costs: Costs
     goodput: Goodput | None = None
-    under_arrivals: bool = False
+    arrivals: Arrivals | None = None
     gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
     stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
     contention: Contention | None = None
@@ -74,7 +75,7 @@ class CostModel:
             costs=NominalCosts(shape, scores=workload.generated_len == 0) if costs is None else costs,
             contention=costs.contention if isinstance(costs, ProfiledCosts) else None,
             goodput=workload.goodput,
-            under_arrivals=workload.arrivals is not None,
+            arrivals=workload.arrivals,
         )
 
     @property
@@ -141,6 +142,11 @@ class CostModel:
         hops = [self.costs.hop_s(source, target, size) for source, target in itertools.pairwise(plan.devices)]
         back = self.costs.hop_s(plan.devices[-1], plan.devices[0], kind.rows * TOKEN_BYTES) if last else 0.0
         return busy, hops, back
+
+    @remembered
+    def known_tasks(self, stages: tuple[StagePlan, ...]) -> dict[TaskKind, tuple[list[float], list[float], float]]:
+        """What `task_s` gave, for those who ask it often."""
+        return {}
 
     def _sequence(self, plan: Plan, in_flight: int | None, replica: int) -> TaskSequence:
         prompt_lens, output_lens = zip(*self._longest_first[replica :: plan.replicas], strict=True)

@@ -55,7 +55,7 @@ def plan_key(plan: Plan, devices: Sequence[str]) -> str:
     order = [*devices, *sorted(set(plan.devices) - set(devices))]
     places = tuple(order.index(device) for device in plan.devices)
     parts += [f"order={','.join(map(str, places))}"] if places != tuple(range(len(places))) else []
-    return " ".join((*parts, *plan.switches))
+    return " ".join((*parts, *plan.switches, *plan.lane_words))
 
 
 def _contestant(report: Report, name: str, prices: Mapping[str, float] | None) -> Contestant:

@@ -14,10 +14,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.predictor import PredictedMetrics, Predictor
+from pipetune.tuner.planning.simulation.load import under_load
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.policy.acquisition import Floats, chance_kept, log_cost, ranges, tchebycheff
 from pipetune.tuner.search.policy.history import History, PlanHistory, kinds_of
@@ -33,10 +35,12 @@ REFINED_CLASSES, REFINEMENTS = 2, 24
 MEMORY_METRICS = ("peak_memory_bytes", "peak_memory_fraction")
 """The cost model does not predict them: they follow from the accounting."""
 _MEMORY_SD = 0.05
-_PROXY, _PROXY_SD = "duration_s", 0.3
-"""The metric that serves for an objective that nothing predicts: what is faster is likelier to be better in it, too."""
-_RATES = ("output_throughput", "total_token_throughput")
-"""Predicted in any case but under arrivals, to be shown."""
+_PROXY_SD = 0.3
+"""Log deviation of an objective that nothing predicts: what is faster is likelier to be better in it, too."""
+_ALWAYS = ("duration_s", "output_throughput", "total_token_throughput")
+"""Predicted in any case, to be shown."""
+_SIMULATED, _FEWEST, _ROUGH = 12_000, 12, 30
+"""Requests that are simulated for one look under arrivals; but so many plans at least, and roughly so many requests."""
 _HOPELESS = 0.02
 """Plans that keep the constraints with less probability come last."""
 
@@ -111,11 +115,15 @@ class Forecaster:
         self._prior = tuple(prior)
         self._keys = [candidate.effective.key for candidate in self._candidates]
         self._kinds = [kinds_of(one.effective.plan, len(space.devices)) for one in self._candidates]
-        known = set(model.predict(*_pair(self._candidates[0].effective)).metrics) if self._candidates else set()
-        if model.under_arrivals:
-            # Of a batch, which says what is fast, and not what requests wait for.
-            known &= {_PROXY}
-        wanted = dict.fromkeys((*self._objectives, *(limit.metric for limit in constraints), _PROXY, *_RATES))
+        known, first = set[str](), next((_pair(one.effective) for one in self._candidates), None)
+        self._shortlist_size, self._proxy = SHORTLIST, "duration_s"
+        if first is not None and model.arrivals is None:
+            known = set(model.predict(*first).metrics)
+        elif first is not None:
+            known = set(under_load(model, *first, most=_ROUGH))
+            # How long a run takes is the trace's affair.
+            self._shortlist_size, self._proxy = max(_FEWEST, _SIMULATED // max(300, model.num_prompts)), "mean_e2el_ms"
+        wanted = dict.fromkeys((*self._objectives, *(limit.metric for limit in constraints), self._proxy, *_ALWAYS))
         self.is_blind = any(name not in known and name not in MEMORY_METRICS for name in objectives)
         """Whether nothing predicts one of the objectives."""
         self._predicted = tuple(name for name in wanted if name in known)
@@ -173,7 +181,7 @@ class Forecaster:
         doubled = 1 << (count.bit_length() - 1) if count else 0
         if doubled not in self._orders:
             then = predictor if doubled == count else self._fit(history.observations[:doubled])
-            self._orders[doubled] = self._best_first(self._predict(then, [one.effective for one in self._candidates]))
+            self._orders[doubled] = self._best_first(self._roughly(then))
         chosen = [self._candidates[index] for index in self._shortlist(self._orders[doubled], history)]
         metrics = self._predict(predictor, [one.effective for one in chosen])
         if count and self._space.engine is None:
@@ -191,14 +199,42 @@ class Forecaster:
     def _fit(self, observations: Sequence[Observation]) -> Predictor:
         return Predictor(self._model, [*self._prior, *observations], metrics=self._predicted)
 
-    def _predict(self, predictor: Predictor, effective: Sequence[EffectivePlan]) -> PredictedMetrics:
+    def _predict(
+        self, predictor: Predictor, effective: Sequence[EffectivePlan], *, most_requests: int | None = None
+    ) -> PredictedMetrics:
         """What is predicted and accounted of plans, whatever ran."""
-        found = predictor.predict([_pair(one) for one in effective])
+        found = predictor.predict([_pair(one) for one in effective], most_requests=most_requests)
         mean, sd = dict(found.mean), dict(found.relative_sd)
         for name in self._accounted:
             mean[name] = np.array([self._account(name, one) for one in effective])
             sd[name] = np.full(len(effective), _MEMORY_SD)
         return replace(found, mean=mean, relative_sd=sd)
+
+    def _roughly(self, predictor: Predictor) -> PredictedMetrics:
+        """What is predicted of all candidates; under arrivals of the fastest of each size, by few requests, and of
+        others that they are worse by as much as they are slower with a batch."""
+        every = [one.effective for one in self._candidates]
+        if self._model.arrivals is None:
+            return self._predict(predictor, every)
+        seconds = [one.duration_s for one in predictor.model.predict_many([_pair(one) for one in every])]
+        sizes = [self._refiner.class_of(one) for one in self._candidates]
+        fastest: dict[object, int] = {}
+        for index in sorted(range(len(every)), key=lambda index: (seconds[index], index)):
+            fastest.setdefault(sizes[index], index)
+        firsts = list(fastest.values())
+        most = max(_ROUGH, _SIMULATED // len(firsts))
+        found = self._predict(predictor, [every[index] for index in firsts], most_requests=most)
+        place = {index: row for row, index in enumerate(firsts)}
+        rows = [place[fastest[size]] for size in sizes]
+        slower = np.array(seconds) / np.array(seconds)[[fastest[size] for size in sizes]]
+        return PredictedMetrics(
+            mean={
+                name: values[rows] * slower ** (-1.0 if name in HIGHER_IS_BETTER else 1.0)
+                for name, values in found.mean.items()
+            },
+            relative_sd={name: values[rows] for name, values in found.relative_sd.items()},
+            predictions=(),
+        )
 
     def _best_first(self, metrics: PredictedMetrics) -> list[list[int]]:
         """For each objective, places from the best on, those last that hardly keep the constraints."""
@@ -209,7 +245,7 @@ class Forecaster:
         """Candidates that ran, and the most promising open ones: of all, and of each kind."""
         chosen = {index for index, key in enumerate(self._keys) if key in history.plans}
         for order in orders:
-            room, kinds = SHORTLIST // len(orders), Counter[object]()
+            room, kinds = self._shortlist_size // len(orders), Counter[object]()
             for index in order:
                 lacking = any(kinds[kind] < OF_EACH_KIND for kind in self._kinds[index])
                 if (room <= 0 and not lacking) or not self._is_open(self._candidates[index], history):
@@ -241,8 +277,8 @@ class Forecaster:
     def _cost(self, name: str, metrics: PredictedMetrics) -> tuple[Floats, Floats]:
         """Cost of one objective, as predicted, with its deviation."""
         if name not in metrics.mean:
-            proxy = metrics.mean[_PROXY]
-            return log_cost(_PROXY, proxy), np.full_like(proxy, _PROXY_SD)
+            proxy = metrics.mean[self._proxy]
+            return log_cost(self._proxy, proxy), np.full_like(proxy, _PROXY_SD)
         return log_cost(name, metrics.mean[name]), metrics.relative_sd[name].copy()
 
     def _costs(self, metrics: PredictedMetrics, runs: Sequence[PlanHistory], noise: float) -> tuple[Floats, Floats]:
@@ -261,7 +297,7 @@ class Forecaster:
         return np.stack(costs, axis=1), np.stack(sds, axis=1)
 
     def _chance_kept(self, metrics: PredictedMetrics) -> Floats:
-        kept = np.ones(len(metrics.mean[_PROXY]))
+        kept = np.ones(len(metrics.mean[self._proxy]))
         for limit in self._constraints:
             if limit.metric in metrics.mean:
                 kept *= chance_kept(limit, metrics.mean[limit.metric], metrics.relative_sd[limit.metric])

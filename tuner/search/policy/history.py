@@ -200,7 +200,8 @@ class History:
 
 
 def kinds_of(plan: Plan, num_devices: int) -> tuple[tuple[str, int], ...]:
-    """What the cost model knows least of: replicas, prompts in chunks, compiled layers; or a single device of many."""
+    """What the cost model knows least of: replicas, prompts in chunks, compiled layers, lanes; or a single device of
+    many."""
     if plan.engine is not None:
         budget = plan.engine.max_num_batched_tokens is not None
         layout = ("replicas", plan.replicas), ("stages", len(plan.stages)), ("shards", plan.width)
@@ -211,6 +212,7 @@ def kinds_of(plan: Plan, num_devices: int) -> tuple[tuple[str, int], ...]:
         ("replicas", plan.replicas),
         ("chunks", int(plan.prefill_chunk_size is not None)),
         ("compile", int(plan.compile)),
+        *([("lanes", len(plan.lanes))] if plan.lanes else []),
     )
 
 

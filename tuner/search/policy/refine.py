@@ -42,7 +42,7 @@ class Refiner:
         """Equal for candidates that differ in their cuts, and perhaps their caps, alone."""
         plan = candidate.effective.plan
         sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
-        return (*self._class_of(candidate.point), *sizes, plan.compile, candidate.effective.in_flight)
+        return (*self._class_of(candidate.point), *sizes, plan.compile, plan.lanes, candidate.effective.in_flight)
 
     def is_whole(self, candidate: Candidate) -> bool:
         """Whether the space lists every partition of the candidate's stages."""

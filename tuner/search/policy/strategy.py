@@ -279,4 +279,5 @@ _KIND_WORDS: dict[str, Callable[[int], str]] = {
     "chunks": lambda cut: "prompts in chunks" if cut else "whole prompts",
     "compile": lambda on: "compiled layers" if on else "eager layers",
     "devices": lambda count: "one device",
+    "lanes": lambda count: f"{count} lanes by the length of prompts",
 }

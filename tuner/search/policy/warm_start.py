@@ -27,7 +27,16 @@ BEST_PLANS = 3
 MOST_OBSERVATIONS = 30
 """Taken of each: the last ones, which are most like today."""
 _RUNS_ALIKE = operator.attrgetter(
-    "layer_counts", "devices", "replicas", "micro_batch_size", "prefill_size", "prefill_chunk_size", "compile"
+    *(
+        "layer_counts",
+        "devices",
+        "replicas",
+        "micro_batch_size",
+        "prefill_size",
+        "prefill_chunk_size",
+        "compile",
+        "lanes",
+    )
 )
 """What is equal of two plans that differ in their caps and the switches that a study sets for all."""
 

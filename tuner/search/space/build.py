@@ -1,12 +1,13 @@
 """Lays the search space out: replicas and stages, partitions and the devices that hold them, sizes and caps."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from pipetune.bench.errors import ConfigError, NothingFeasibleError
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.spec import EffectivePlan
+from pipetune.bench.spec import EffectivePlan, Lane
 from pipetune.tuner.config.schema import SpaceConfig
 from pipetune.tuner.planning.partition.splits import count_partitions
 from pipetune.tuner.planning.simulation.model import CostModel
@@ -22,6 +23,8 @@ _LEAST_OF_EACH = 4
 _ROWS_UNDER_ARRIVALS = (1, 2, 4, 8, 16, 32)
 _CAPPED_PARTITIONS = 30
 """Partitions that are looked at for whether caps make a difference; the best ones."""
+_UNLIKE_PROMPTS, _WEIGHT = 3.0, 4.0
+"""Times as long as others prompts are, on average, that get a lane of their own, and the weight of the others' lane."""
 _LONG_PROMPT, _LEAST_CHUNK, _CHUNK_STEP = 128, 64, 16
 """Tokens: of prompts that are worth cutting, of the smallest chunk, and what chunks are rounded up to."""
 
@@ -44,12 +47,12 @@ def build_space(
                 f"and can be cut into {cuts + 1} stages at most"
             )
     _check_recurrent(config, shape)
-    sizes = _micro_batch_sizes(config, cost.num_prompts, len(devices), under_arrivals=cost.under_arrivals)
+    sizes = _micro_batch_sizes(config, cost.num_prompts, len(devices), under_arrivals=cost.arrivals is not None)
     prefill_sizes = _clipped(config.prefill_micro_batch_sizes or sizes, max(sizes))
     if shape.recurrent:
         prefill_sizes = (max(sizes),)
     fractions = tuple(sorted(set(config.memory_fractions)))
-    if cost.under_arrivals and config.replicas is None:
+    if cost.arrivals is not None and config.replicas is None:
         config = config.model_copy(update={"replicas": (1,)})
     if not (widths := tuple(_widths(config, len(devices), cuts + 1, cost.num_prompts))):
         raise ConfigError(
@@ -84,6 +87,7 @@ def build_space(
         memory_fractions=fractions,
         max_memory_bytes=config.max_memory_per_device,
         compile=(False, True) if config.compile == "search" else (config.compile,),
+        lanes=_lane_sets(cost.prompt_lens) if cost.arrivals is not None else ((),),
         cuda_graphs=config.cuda_graphs,
         packed_weights=config.packed_weights,
         num_prompts=cost.num_prompts,
@@ -133,6 +137,7 @@ def _caps_matter(space: SearchSpace, resolve: Resolver) -> bool:
         update={
             "chunk_sizes": space.chunk_sizes[-1:],
             "compile": space.compile[:1],
+            "lanes": space.lanes[:1],
             "memory_fractions": space.memory_fractions[-1:],
         }
     )
@@ -187,6 +192,26 @@ def _chunk_sizes(config: SpaceConfig, shape: ModelShape, resolve: Resolver, num_
         parts = {math.ceil(longest / count / _CHUNK_STEP) * _CHUNK_STEP for count in (2, 4, 8)}
         wanted = {None, *(size for size in parts if _LEAST_CHUNK <= size < longest)}
     return tuple(sorted(wanted, key=lambda size: size or math.inf))
+
+
+def _lane_sets(prompt_lens: Sequence[int]) -> tuple[tuple[Lane, ...], ...]:
+    """None, and one that lets steps go between prefills; where prompts are of two kinds also a lane for each.
+
+    They are told apart where the logarithms of both kinds are least spread (N. Otsu, 1979).
+    """
+    steady, logs = Lane(prefills_per_decode=1), sorted(map(math.log, prompt_lens))
+    sums = list(itertools.accumulate(logs, initial=0.0))
+
+    def apart(place: int) -> float:
+        """Between the means of the logarithms."""
+        return (sums[-1] - sums[place]) / (len(logs) - place) - sums[place] / place
+
+    places = [place for place in range(1, len(logs)) if logs[place - 1] < logs[place]]
+    cut = max(places, key=lambda place: place * (len(logs) - place) * apart(place) ** 2, default=0)
+    if not cut or apart(cut) < math.log(_UNLIKE_PROMPTS):
+        return (), (steady,)
+    short = Lane(up_to_tokens=sorted(prompt_lens)[cut - 1], weight=_WEIGHT)
+    return (), (steady,), (short, steady), (short.model_copy(update={"slots": 1}), steady)
 
 
 def _clipped(sizes: Sequence[int], most: int) -> tuple[int, ...]:

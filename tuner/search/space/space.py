@@ -5,8 +5,8 @@ cost, on a log scale: TPE then learns how far down the list it pays to look, whi
 many replicas a partition has, and on which devices it lies where these are unlike, is part of its entry, since stages
 and replicas share the devices: every point can run.
 `micro_batch_index`, `prefill_index` and `chunk_index` count through ascending sizes, `memory_index` through memory
-fractions, `compile_index` from off to on; the last three are there only when they make a difference. Where another
-engine runs the plans, `budget_index` and `seqs_index` stand in place of all these.
+fractions, `compile_index` from off to on, `lane_index` from no lanes on; the last four are there only when they make a
+difference. Where another engine runs the plans, `budget_index` and `seqs_index` stand in place of all these.
 
 A point may also carry cuts (`cut_1`, `cut_2` …), the first layers of its stages, where no partition listed is the one
 meant; its rank is then that of a neighbour.
@@ -19,11 +19,11 @@ import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from pipetune.bench.spec import EffectivePlan, EngineSettings, Plan, Value
+from pipetune.bench.spec import EffectivePlan, EngineSettings, Lane, Plan, Value
 from pipetune.tuner.planning.partition.splits import Partition
 from pipetune.tuner.search.space.resolver import Resolver
 
@@ -58,6 +58,8 @@ class SearchSpace(Value):
     max_memory_bytes: int | None = None
     """Most that any device may give, whatever share that is."""
     compile: tuple[bool, ...] = Field(default=(False,), min_length=1)
+    lanes: tuple[tuple[Lane, ...], ...] = Field(default=((),), min_length=1)
+    """Under arrivals."""
     cuda_graphs: bool = True
     packed_weights: bool = True
     num_prompts: int | None = None
@@ -69,6 +71,12 @@ class SearchSpace(Value):
     token_budgets: tuple[int | None, ...] = (None,)
     max_num_seqs: tuple[int | None, ...] = (None,)
     """Ascending; None, which is last, for the engine's own default."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without lanes as before there were any."""
+        values: dict[str, Any] = write(self)
+        return {name: value for name, value in values.items() if name != "lanes" or self.lanes != ((),)}
 
     def replicas_of(self, point: Mapping[str, int]) -> int:
         """How many pipelines side by side the point stands for."""
@@ -103,7 +111,7 @@ class SearchSpace(Value):
                 compile=self.compile[point.get("compile_index", 0)],
                 memory_fraction=_pick(self.memory_fractions, point, "memory_index"),
                 max_memory_bytes=self.max_memory_bytes,
-            )
+            ).model_copy(update={"lanes": self.lanes[point.get("lane_index", 0)]})
         )
 
     def _engine_plan(self, point: Mapping[str, int], partition: Partition, devices: tuple[str, ...]) -> Plan:
@@ -143,6 +151,7 @@ class SearchSpace(Value):
             "chunk_index": self.chunk_sizes,
             "memory_index": self.memory_fractions,
             "compile_index": self.compile,
+            "lane_index": self.lanes,
         }
         return dimensions | {
             name: (0, len(choices) - 1, False) for name, choices in optional.items() if len(choices) > 1
@@ -202,7 +211,8 @@ def _points(space: SearchSpace, limit: int) -> Iterator[Point]:
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
     sizes = {(rows, min(prefill, rows)) for rows in space.micro_batch_sizes for prefill in space.prefill_sizes}
     others = math.prod(
-        len(choices) for choices in (space.chunk_sizes, space.compile, space.token_budgets, space.max_num_seqs)
+        len(choices)
+        for choices in (space.chunk_sizes, space.compile, space.lanes, space.token_budgets, space.max_num_seqs)
     )
     ranks = best_ranks(space, limit // (len(sizes) * others))
     many_caps = len(space.memory_fractions) > 1

@@ -7,7 +7,15 @@ from collections import Counter
 import pytest
 
 from pipetune.bench.metrics import derive, stage_busy_s
-from pipetune.bench.record import SHARED_DEVICE_NOTE, Failure, Measurement
+from pipetune.bench.record import (
+    SHARED_DEVICE_NOTE,
+    Failure,
+    Iteration,
+    LoadTask,
+    Measurement,
+    RequestTimes,
+    StageTrace,
+)
 from pipetune.bench.spec import Plan, Workload
 from pipetune.tuner.planning.calibration.observation import Observation, observe
 from tests.record_factory import (
@@ -121,3 +129,50 @@ def test_runs_that_show_no_tasks_teach_nothing() -> None:
     for outcome in outcomes:
         baseline = isinstance(outcome, Measurement) and outcome.method != "pipeline"
         assert observe(make_record(0, "trial", None if baseline else plan, outcome)) is None
+
+
+def loaded(steps: int) -> Iteration:
+    """Two requests: a prompt in two chunks, then steps; the second stage waits for each task by 2 ms."""
+    chunks = [
+        LoadTask(kind="prefill", slot=0, rows=2, tokens=6, past=0, samples=False),
+        LoadTask(kind="prefill", slot=0, rows=2, tokens=2, past=6),
+    ]
+    tasks = (*chunks, *(LoadTask(kind="decode", slot=0, rows=2, tokens=1, past=8 + step) for step in range(steps)))
+    starts = [0.1 * place for place in range(len(tasks))]
+    took = [(0.02, 0.04) if task.kind == "prefill" else (0.02, 0.01) for task in tasks]
+    begun = starts, [start + own[0] + 0.002 for start, own in zip(starts, took, strict=True)]
+    traces = tuple(
+        StageTrace(
+            compute_start_s=tuple(own),
+            compute_end_s=tuple(start + times[stage] for start, times in zip(own, took, strict=True)),
+            recv_wait_s=(0.0,) * len(tasks),
+            send_wait_s=(0.0,) * len(tasks),
+        )
+        for stage, own in enumerate(begun)
+    )
+    times = RequestTimes(began_s=0.0, token_times_s=(0.2, 0.3, 0.4, 0.5))
+    return Iteration(
+        duration_s=starts[-1] + 0.1, token_times_s=(), stages=traces, requests=(times, times), load_tasks=tasks
+    )
+
+
+def test_a_load_teaches_what_its_tasks_took_and_what_stages_waited_for() -> None:
+    measurement = Measurement(
+        prompt_lens=(8, 7),
+        order=(0, 1),
+        output_len=4,
+        micro_batch_sizes=(),
+        tasks=(),
+        iterations=(loaded(3), loaded(5)),
+    )
+    observation = observe(make_record(0, "trial", make_plan((16, 14), 4), measurement))
+    assert observation is not None
+    seen = {(one.stage, one.kind.is_decode, one.samples): one for one in observation.tasks}
+    assert (seen[0, False, False].seconds, seen[0, False, False].count) == pytest.approx((0.02, 2))
+    assert (seen[1, False, True].seconds, seen[1, False, True].count) == pytest.approx((0.04, 2))
+    assert {(one.rows, one.new_tokens) for one in observation.tasks} == {(2, 6), (2, 2), (2, 1)}
+    assert sum(one.count for one in observation.tasks if one.kind.is_decode and one.stage) == 8
+    assert {(one.source, one.target, one.seconds) for one in observation.hand_overs} == {(0, 1, 0.002)}
+    assert observation.gap_s == (None, None)
+    assert observation.spread is None
+    assert observation.metrics == derive(measurement)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from pipetune.bench.spec import Plan
-from pipetune.tuner.planning.calibration.observation import Observation, observe
+from pipetune.bench.profile import TaskKind
+from pipetune.bench.spec import Arrivals, Goodput, Plan
+from pipetune.tuner.planning.calibration.observation import Observation, TaskSpan, observe
 from pipetune.tuner.planning.calibration.predictor import (
     LEAST_NOISE,
     NOISE_SD,
@@ -16,6 +18,8 @@ from pipetune.tuner.planning.calibration.predictor import (
     noise_of,
 )
 from pipetune.tuner.planning.calibration.residual_gp import PRIOR_SD, Features, Process
+from pipetune.tuner.planning.simulation.load import under_load
+from pipetune.tuner.planning.simulation.model import CostModel
 from tests.record_factory import make_effective, make_measurement, make_plan, make_record
 from tests.tuner.planning.factory_costs import FactoryCosts, make_model
 
@@ -110,3 +114,51 @@ def test_errors_are_learnt_from_neighbours_and_forgotten_far_away() -> None:
     assert mean[13] == pytest.approx(0.06, abs=0.01)
     assert abs(mean[0]) < mean[13]
     assert sd[13] < 0.01 < sd[0]
+
+
+def arriving(costs: FactoryCosts) -> CostModel:
+    """The factory's requests, one by one."""
+    arrivals, goodput = Arrivals(request_rate=9.0), Goodput(ttft=1300)
+    return dataclasses.replace(make_model(costs), arrivals=arrivals, goodput=goodput)
+
+
+def learn_load(truth: CostModel, plan: Plan) -> Observation:
+    effective = make_effective(plan)
+    kinds = [TaskKind(rows, 1, past) for rows in (1, 2, 4, 8) for past in (64, 72)]
+    kinds += [TaskKind(rows, 64, 0) for rows in (1, 2, 4, 8)]
+    spans = [
+        TaskSpan(
+            stage=stage,
+            rows=kind.rows,
+            new_tokens=kind.new_tokens,
+            past_tokens=kind.past_tokens,
+            others=1.0,
+            seconds=seconds,
+            count=50,
+        )
+        for kind in kinds
+        for stage, seconds in enumerate(truth.task_s(plan, kind)[0])
+    ]
+    metrics = under_load(truth, plan, effective.in_flight)
+    return Observation(effective=effective, tasks=tuple(spans), gap_s=(None, None), metrics=metrics)
+
+
+def test_runs_under_arrivals_teach_what_other_plans_give_under_them() -> None:
+    metrics = ("p90_ttft_ms", "mean_tpot_ms", "request_goodput", "slo_attainment")
+    truth, model = arriving(FactoryCosts()), arriving(FactoryCosts(prefill=1.6, decode=0.7))
+    observations = [learn_load(truth, make_plan(counts, 8)) for counts in ((20, 10), (16, 14))]
+    ((plan, in_flight),) = other = asked(make_plan((12, 18), 4))
+    expected = under_load(truth, plan, in_flight)
+    assert 0.1 < expected["slo_attainment"] < 0.99
+    before, after = (Predictor(model, seen, metrics=metrics).predict(other).of(0)[0] for seen in ([], observations))
+    assert before["p90_ttft_ms"] == pytest.approx(under_load(model, plan, in_flight)["p90_ttft_ms"])
+    assert abs(math.log(before["p90_ttft_ms"] / expected["p90_ttft_ms"])) > 0.2
+    for name in metrics:
+        assert after[name] == pytest.approx(expected[name], rel=0.1)
+
+
+def test_good_requests_that_there_are_none_of_spoil_nothing() -> None:
+    model = dataclasses.replace(arriving(FactoryCosts()), goodput=Goodput(ttft=0.1))
+    observations = [learn_load(model, make_plan((16, 14), 8))]
+    predicted = Predictor(model, observations, metrics=("request_goodput",)).predict(asked(make_plan((10, 20), 8)))
+    assert 0 < predicted.mean["request_goodput"][0] < 0.2

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipetune.bench.load.admission import Rules
 from pipetune.bench.load.arrivals import unit_trace
-from pipetune.bench.spec import Goodput, Plan
+from pipetune.bench.spec import Goodput, Lane, Plan
 from pipetune.tuner.planning.costs.contention import Contention
 from pipetune.tuner.planning.simulation.load import LoadedRequest, highest_rate, simulate_load
 from tests.tuner.planning.factory_costs import make_model
@@ -41,14 +40,14 @@ def requests(count: int, rate: float, *, prompt_len: int = 16, output_len: int =
     st.integers(1, 6),
     st.none() | st.integers(1, 20),
     st.lists(st.tuples(st.floats(0, 20), st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=30),
-    st.sampled_from(["fcfs", "shortest"]),
+    st.sampled_from([(Lane(),), (Lane(up_to_tokens=20, weight=4), Lane())]),
 )
 def test_what_holds_of_any_load(
-    first: int, rows: int, chunk: int | None, given_: list[tuple[float, int, int]], order: str
+    first: int, rows: int, chunk: int | None, given_: list[tuple[float, int, int]], lanes: tuple[Lane, ...]
 ) -> None:
     load = [LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs) for at, inputs, outputs in sorted(given_)]
-    rules = Rules(slots=2, rows=rows, prefill_rows=rows, chunk_size=chunk, order=order)  # type: ignore[arg-type]
-    found = simulate_load(MODEL, plan_of(first, rows, chunk=chunk), 2, load, rules=rules)
+    plan = plan_of(first, rows, chunk=chunk).model_copy(update={"lanes": lanes})
+    found = simulate_load(MODEL, plan, 2, load)
     for ttft, tpot, e2el, request in zip(
         *(found.times_s[name] for name in ("ttft", "tpot", "e2el")), load, strict=True
     ):

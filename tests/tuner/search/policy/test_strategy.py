@@ -9,9 +9,10 @@ import pytest
 
 from pipetune.bench import metrics
 from pipetune.bench.record import FailureKind, Measurement, Outcome, Record
-from pipetune.bench.spec import EffectivePlan, Plan
+from pipetune.bench.spec import Arrivals, EffectivePlan, Goodput, Plan
 from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.planning.calibration.observation import observe
+from pipetune.tuner.planning.simulation.load import under_load
 from pipetune.tuner.search.policy.history import kinds_of
 from pipetune.tuner.search.policy.strategy import MOST_REPLICATES, PROMISING_FIRST
 from pipetune.tuner.search.space.space import candidates
@@ -313,3 +314,30 @@ def test_plans_that_others_run_are_left_to_them_and_count() -> None:
     third = strategy.next([], taken=[first.point, second.point, FIRST_TPE])
     assert isinstance(third, Stop)
     assert strategy.next([]) == first
+
+
+@pytest.mark.slow
+def test_under_arrivals_what_serves_most_requests_well_is_proposed_first() -> None:
+    built = build(
+        2,
+        lens=[16] * 24 + [512] * 6,
+        arrivals=Arrivals(request_rate=4.0),
+        goodput=Goodput(ttft=2000, tpot=400),
+        micro_batch_sizes=(2, 4, 8),
+        prefill_micro_batch_sizes=(1, 2),
+    )
+    space, model, resolve = built
+    strategy = make_strategy(built, objectives=("request_goodput",))
+    assert strategy.mode == "model"
+    step = strategy.next([])
+    assert isinstance(step, Proposal)
+    plan = resolve(space.plan(step.point))
+    assert isinstance(plan, EffectivePlan)
+    assert step.predicted["request_goodput"] == under_load(model, plan.plan, plan.in_flight)["request_goodput"]
+    # Of as many plans by chance few are as good.
+    others = [one.effective for one in candidates(space, resolve)[::50]]
+    values = [under_load(model, one.plan, one.in_flight)["request_goodput"] for one in others]
+    assert len(values) > 40
+    assert min(values) < 0.7 * step.predicted["request_goodput"]
+    assert max(values) <= 1.02 * step.predicted["request_goodput"]
+    assert make_strategy(built, objectives=("mean_itl_ms",)).mode == "blind"

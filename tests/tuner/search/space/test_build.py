@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipetune.bench.errors import ConfigError, NothingFeasibleError
-from pipetune.bench.spec import EffectivePlan, Plan, device_index
+from pipetune.bench.spec import Arrivals, EffectivePlan, Lane, Plan, device_index
 from pipetune.tuner.config.schema import SpaceConfig
 from pipetune.tuner.planning.costs.nominal import NominalCosts
 from pipetune.tuner.search.space import build as b
@@ -280,3 +280,20 @@ def test_stages_that_follow_each_other_stay_on_a_host() -> None:
         assert crossings == (1 if len(partition) > 2 else 0)
     as_given, *_ = build(4, costs=TwoHosts(SHAPE), device_order="given")
     assert as_given.orders == ()
+
+
+@pytest.mark.parametrize(
+    ("lens", "limit"),
+    [([16] * 20 + [512] * 4, 16), ([20, 16, 400] * 8, 20), ([64] * 24, None), (list(range(32, 96)), None)],
+)
+def test_short_prompts_get_a_lane_where_others_are_long(lens: list[int], limit: int | None) -> None:
+    space, _, resolve = build(2, lens=lens, arrivals=Arrivals(request_rate=2), min_stages=2)
+    assert space.lanes[:2] == ((), (Lane(prefills_per_decode=1),))
+    assert {lanes[0].up_to_tokens for lanes in space.lanes[2:]} == ({limit} if limit else set())
+    assert space.dimensions()["lane_index"] == (0, len(space.lanes) - 1, False)
+    assert {one.effective.plan.lanes for one in candidates(space, resolve)} == {*space.lanes}
+    batch, *_ = build(2, lens=lens, min_stages=2)
+    assert batch.lanes == ((),)
+    assert "lanes" not in batch.model_dump()
+    if limit:
+        assert SearchSpace.model_validate_json(space.model_dump_json()) == space
