@@ -42,6 +42,7 @@ WorkloadKind = Literal["generate", "score"]
 
 SMOLLM2 = "smollm2-135m"
 """Name of the model that needs no hub; a folder of that name does not hide it."""
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -465,6 +466,9 @@ class StagePlan(Value):
                 f"stage on {self.device} holds no layer: first_layer={self.first_layer}, end_layer={self.end_layer}"
             )
         return self
+
+
+ENGINE_TITLES = {"vllm": "vLLM"}
 
 
 class EngineSettings(Value):

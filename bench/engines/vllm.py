@@ -5,13 +5,14 @@ Model, machine, prompts and the reference are a fleet's of one worker, which is 
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from pipetune.bench.engines.host import EngineHost
+from pipetune.bench.engines.host import HELLO_TIMEOUT_S, EngineHost
 from pipetune.bench.engines.outcome import Pass, Told, outcome_of
 from pipetune.bench.engines.reference import EngineReference
+from pipetune.bench.engines.vllm_args import cores_of_workers, vllm_arguments
 from pipetune.bench.errors import ConfigError, FleetError, PlanError
 from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.supervisor import FleetOptions, Progress
@@ -19,7 +20,7 @@ from pipetune.bench.machine.hardware import cores_of, device_bytes
 from pipetune.bench.machine.sensors import CpuSensors, family
 from pipetune.bench.machine.telemetry import read_telemetry
 from pipetune.bench.memory import check_plan, stage_bytes
-from pipetune.bench.record import Failure, FailureKind, Measurement, OutputCheck
+from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, OutputCheck
 from pipetune.bench.spec import EffectivePlan, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload, device_kind
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
@@ -79,14 +80,11 @@ class VllmEngine(Closing):
         self._workers: list[Told] = []
         self._prompts: dict[str, tuple[tuple[int, ...], ...]] = {}
         self._reference: EngineReference | None = None
-        versions = self._look()
+        versions = versions_of(python, script)
         self._fleet = (start_fleet or Fleet.start)(model, self.devices[:1], **options)
         self.model, self.shape, self.machine = self._fleet.model, self._fleet.shape, self._fleet.machine
         self.device_bytes = device_bytes(self.devices)
-        software = self.machine.software
-        packages = software.packages | {f"engine's {name}": version for name, version in versions.items()}
-        software = software.model_copy(update={"packages": packages})
-        self.machine = self.machine.model_copy(update={"software": software})
+        self.machine = with_engine(self.machine, versions)
 
     def prompts(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
         """Token ids of every prompt; raises as `Fleet.prompts` does."""
@@ -277,24 +275,14 @@ class VllmEngine(Closing):
     def _start(self, spec: RunSpec, deadline: float) -> None:
         self._stop()
         plan = spec.plan
-        assert plan.engine is not None
-        settings = plan.engine.model_dump(exclude={"name"}, exclude_none=True)
-        if plan.engine.kv_cache_memory_bytes is None:
-            share = min(stage.cap_bytes(self.device_bytes[stage.device]) for stage in plan.stages)
-            settings["gpu_memory_utilization"] = round(share / sum(self.device_bytes.values()), 4)
-        settings |= {
-            "model": str(self._fleet.folder),
-            "dtype": self.model.dtype,
-            "trust_remote_code": self.model.trust_remote_code,
-            "max_model_len": self._longest(spec.workload),
-            "seed": 0,
-            "layers": plan.layer_counts,
-        }
+        longest = self._longest(spec.workload)
+        settings = vllm_arguments(self.model, plan, max_model_len=longest, device_bytes=self.device_bytes)
         try:
             for replica in range(plan.replicas):
                 self._hosts.append(self._host(plan.replica(replica), replica))
             self._started = spec
-            answers = self._all("start", "start", deadline, **settings)
+            how = {"model": str(self._fleet.folder), "seed": 0, "layers": plan.layer_counts}
+            answers = self._all("start", "start", deadline, **how, **settings)
             self._note_workers(answers, plan)
         except BaseException:
             # An interrupt among them.
@@ -322,37 +310,18 @@ class VllmEngine(Closing):
             host.send(do, phase, self._started.plan.replica(replica), **args, **(own[replica] if own else {}))
         return [host.receive(deadline) for host in self._hosts]
 
-    def _host(self, plan: Plan | None, replica: int) -> EngineHost:
-        workers = [one for own in plan.devices for one in plan.shards(own)] if plan is not None else []
-        cores = "|".join(",".join(map(str, self._cores(one))) for one in workers)
+    def _host(self, plan: Plan, replica: int) -> EngineHost:
+        allowed, each = sorted(os.sched_getaffinity(0)), cores_of(self.devices[0], self.devices)
+        cores = cores_of_workers(plan, self.devices, allowed, each)
         if (folder := self._options.get("log_dir")) is not None:
             folder.mkdir(parents=True, exist_ok=True)
         return EngineHost(
             self._python,
             self._script,
             log=folder / f"vllm-{replica}.log" if folder is not None else None,
-            environment=_ENVIRONMENT | ({"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}),
+            environment=_ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": cores},
             hang_timeout_s=self._options.get("hang_timeout_s", 10.0),
         )
-
-    def _cores(self, device: str) -> list[int]:
-        """The cores of a CPU device: an equal share, in order."""
-        allowed, count = sorted(os.sched_getaffinity(0)), cores_of(device, self.devices)
-        first = self.devices.index(device) * count
-        return [allowed[(first + place) % len(allowed)] for place in range(count)]
-
-    def _look(self) -> dict[str, str]:
-        """Versions of what the other Python has."""
-        host = self._host(None, 0)
-        host.close()
-        versions: dict[str, str] = host.hello["versions"]
-        wanted = "vllm>={}.{},<{}.{}".format(*VERSIONS[0], *VERSIONS[1])
-        if "vllm" not in versions:
-            raise ConfigError(f"engine_python: {self._python} has no vLLM; install {wanted} there")
-        numbers = tuple(int(part) for part in versions["vllm"].split(".")[:2] if part.isdecimal())
-        if not VERSIONS[0] <= numbers < VERSIONS[1]:
-            raise ConfigError(f"engine_python: {self._python} has vLLM {versions['vllm']}; install {wanted} there")
-        return versions
 
     def _longest(self, workload: Workload) -> int:
         """Tokens of the longest request, with the one that is generated when outputs are checked."""
@@ -364,6 +333,31 @@ class VllmEngine(Closing):
         self._started = self._held = None
         for host in hosts:
             host.close()
+
+
+def versions_of(python: Path, script: Path = HOST) -> dict[str, str]:
+    """Versions of what another Python has.
+
+    Raises:
+        ConfigError: there is no such Python, or it has no vLLM, or one that the host was not tried with.
+        FleetError: it says nothing of itself.
+    """
+    host = EngineHost(python, script, log=None, environment=_ENVIRONMENT, hang_timeout_s=HELLO_TIMEOUT_S)
+    host.close()
+    versions: dict[str, str] = host.hello["versions"]
+    wanted = "vllm>={}.{},<{}.{}".format(*VERSIONS[0], *VERSIONS[1])
+    if "vllm" not in versions:
+        raise ConfigError(f"engine_python: {python} has no vLLM; install {wanted} there")
+    numbers = tuple(int(part) for part in versions["vllm"].split(".")[:2] if part.isdecimal())
+    if not VERSIONS[0] <= numbers < VERSIONS[1]:
+        raise ConfigError(f"engine_python: {python} has vLLM {versions['vllm']}; install {wanted} there")
+    return versions
+
+
+def with_engine(machine: Machine, versions: Mapping[str, str]) -> Machine:
+    """A machine with the engine's packages among its software."""
+    packages = machine.software.packages | {f"engine's {name}": version for name, version in versions.items()}
+    return machine.model_copy(update={"software": machine.software.model_copy(update={"packages": packages})})
 
 
 def _check_usable(model: ModelSpec, devices: Sequence[str]) -> None:

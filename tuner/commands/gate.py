@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipetune.bench.errors import ConfigError, explain
 from pipetune.bench.fleet.fleet import warn_of_cores
-from pipetune.bench.spec import hosts_of
+from pipetune.bench.spec import Plan, hosts_of
 from pipetune.tuner.commands.plan_request import PlanRequest
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.gate import GateConfig, Tolerance, full_name
@@ -25,11 +25,14 @@ from pipetune.tuner.study.files import StudyFile, read_config
 from pipetune.tuner.study.plan_file import PLAN_FILE, read_plan
 
 Job = Callable[[Reporter], GateResult]
-_OF_CANDIDATES = ("candidate_plan", "candidate_dtype", "candidate_python", "candidate_env")
+_OF_CANDIDATES = (
+    *("candidate_plan", "candidate_dtype", "candidate_python", "candidate_engine_python", "candidate_env"),
+)
 _OF_BASELINES_THAT_RUN = (
     "baseline_plan",
     "baseline_dtype",
     "baseline_python",
+    "baseline_engine_python",
     "baseline_ref",
     "baseline_env",
     "rounds_in_process",
@@ -51,6 +54,8 @@ class GateRequest:
     candidate_dtype: str | None = None
     baseline_python: str | None = None
     candidate_python: str | None = None
+    baseline_engine_python: str | None = None
+    candidate_engine_python: str | None = None
     baseline_ref: str | None = None
     baseline_env: tuple[str, ...] = ()
     candidate_env: tuple[str, ...] = ()
@@ -188,14 +193,25 @@ class GateRequest:
         side = Side(
             name=name,
             model=resolved.model,
-            plan=read_plan(plan).plan,
+            plan=(own := read_plan(plan).plan),
             devices=resolved.concrete_devices,
+            engine_python=self._engine_python(name, own),
             python=self.baseline_python if name == "baseline" else self.candidate_python,
             ref=ref,
             revision=commit_of(ref) if ref is not None else None,
             env=parse_env(f"--{name}-env", self.baseline_env if name == "baseline" else self.candidate_env),
         )
         return SideRequest(side, settings)
+
+    def _engine_python(self, name: SideName, plan: Plan) -> str | None:
+        """The Python of a side's engine; where both sides' plans are an engine's, the baseline's serves for both."""
+        flag, given = f"--{name}-engine-python", getattr(self, f"{name}_engine_python")
+        if given is not None and plan.engine is None:
+            raise ConfigError(f"{flag} {given}: the {name}'s plan has no engine; give it engine: {{name: vllm}}")
+        found: str | None = given or self.baseline_engine_python
+        if plan.engine is not None and found is None:
+            raise ConfigError(f"{name}: {plan.engine.name} is to run {plan.describe()}; name its Python by {flag}")
+        return found if plan.engine is not None else None
 
     def _settings(self, name: SideName, plan: Path, config: Path | None) -> sources.Resolved:
         request = PlanRequest(source=str(plan), plan_file=read_plan(plan))

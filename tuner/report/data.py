@@ -10,12 +10,15 @@ from pathlib import Path
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.profile import Profile
 from pipetune.bench.record import Machine, Measurement, OutputCheck, Record
+from pipetune.bench.spec import ENGINE_TITLES
 from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, TuneConfig
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective, Ranking, Row
 from pipetune.tuner.study.files import StudyContents, StudyFile, read_sound, still_told
 from pipetune.tuner.study.losses import Loss, Losses
 from pipetune.tuner.study.search_log import SearchLog
+
+BASELINE_NAME = "device_map"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -80,6 +83,17 @@ class Report:
     def scores(self) -> bool:
         """Whether texts are scored: no tokens are put out, and none has a time of its own."""
         return self.config.workload.kind == "score"
+
+    @property
+    def engine(self) -> str | None:
+        """What another engine that ran the plans is called; None: our own runtime did."""
+        rows = (*self.ranking.rows, *self.ranking.unranked, *self.ranking.failures)
+        return next((ENGINE_TITLES[row.plan.engine.name] for row in rows if row.plan and row.plan.engine), None)
+
+    @property
+    def baseline_name(self) -> str:
+        """What the un-pipelined model is called in tables: by how it runs."""
+        return "PP=1" if self.engine else BASELINE_NAME
 
     @property
     def throughput_metric(self) -> str:

@@ -41,7 +41,19 @@ def definitions(part: str) -> dict[str, str]:
 def layers_text(plan: Plan) -> str:
     """`17+13`, `2×17+13` for two replicas, `17+13 on cpu:1,cpu:0`, `17+13 compiled`: all but the sizes."""
     counts = "+".join(str(count) for count in plan.layer_counts) + plan.order_text
-    return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *plan.switches])
+    switches = [*plan.switches, *([f"TP {plan.width}"] if plan.width > 1 else [])]
+    switches += ["eager"] if plan.engine is not None and plan.engine.enforce_eager else []
+    return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *switches])
+
+
+def sizes_text(row: Row) -> tuple[str, str, str]:
+    """Micro-batch, what is prefilled together, and how many are in flight; of an engine's plan its budget, its sequences
+    and its KV cache."""
+    plan, engine = row.plan, row.plan.engine
+    if engine is None:
+        return str(plan.micro_batch_size), prefill_text(plan), str(row.effective.in_flight)
+    limits = (engine.max_num_batched_tokens, engine.max_num_seqs)
+    return *(MISSING if limit is None else str(limit) for limit in limits), bytes_text(engine.kv_cache_memory_bytes)
 
 
 def prefill_text(plan: Plan) -> str:
@@ -203,8 +215,10 @@ def peer_name(workload: Workload) -> str:
     return "forward" if workload.kind == "score" else "generate"
 
 
-def baseline_text(row: BaselineRow, workload: Workload) -> str:
-    """`HF generate un-pipelined, batch 8`."""
+def baseline_text(row: BaselineRow, workload: Workload, engine: str | None) -> str:
+    """`HF generate un-pipelined, batch 8`, `vLLM un-pipelined, 8 sequences at once`."""
+    if engine is not None:
+        return f"{engine} un-pipelined, {row.batch_size} sequences at once"
     return f"HF {peer_name(workload)} un-pipelined, batch {row.batch_size}"
 
 
@@ -223,11 +237,11 @@ def failure_where(failure: FailureRow) -> str:
     return ", ".join(filter(None, (" on ".join(places), clean(what.phase or ""))))
 
 
-def failure_plan(failure: FailureRow) -> str:
+def failure_plan(failure: FailureRow, baseline_name: str) -> str:
     """`17+13 · micro-batch 16`, or `device_map, batch 32` for the baseline."""
     if failure.plan:
         return failure.plan.describe()
-    return "device_map" if failure.batch_size is None else f"device_map, batch {failure.batch_size}"
+    return baseline_name if failure.batch_size is None else f"{baseline_name}, batch {failure.batch_size}"
 
 
 def copies_text(plan: Plan) -> str:
@@ -272,7 +286,9 @@ def steps_text(measurement: Measurement) -> str:
     """`4 layers loaded in 0.80 s, output checked in 1.9 s`: what the timed iterations do not contain."""
     count = len(measurement.loaded_layers)
     steps = {
-        f"{count} layer{'' if count == 1 else 's'} loaded": measurement.load_s,
+        "the engine started or changed" if measurement.method == "engine" else f"{count_text(count, 'layer')} loaded": (
+            measurement.load_s
+        ),
         "output checked": measurement.check_s,
         "compiled or captured": measurement.prepare_s,
     }

@@ -16,13 +16,13 @@ from pipetune.tuner.stats.change_points import LEAST_NIGHTS, change_points, depe
 
 METRICS = ("mean_ttft_ms", "mean_tpot_ms", "bubble_ratio", "peak_memory_bytes")
 """Shown beside tokens per second when nothing is said."""
-BEST, BASELINE = "best plan", "device_map"
+BEST = "best plan"
 LEAST_SHARED_NIGHTS = 2 * LEAST_NIGHTS
 """A plan that so many nights ran is a series of its own: unlike the best plan it stays what it is."""
 MOST_SHARED_PLANS = 6
 FALSE_CHANGES = 0.05
 """Chance that any series of a question shows a change where none of them has one; shared equally among them."""
-_COMPUTING = ("torch", "transformers", "numpy")
+_COMPUTING = ("torch", "transformers", "numpy", "engine's vllm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class StudyNight:
         )
         config, goals = report.config, [*map(str, report.ranking.objectives), *map(str, report.config.constraints)]
         digests = config.model.by_content.digest(), config.workload.model_copy(update={"prompts_file": None}).digest()
-        question = (hardware.hardware_id, *digests, *config.concrete_devices, *goals)
+        question = (hardware.hardware_id, *digests, *config.concrete_devices, *goals, report.engine or "")
         slim = replace(report, records=(), log=None, profile=None)
         return cls(night=night, report=slim, hardware=hardware, goals=goals, question=question)
 
@@ -86,6 +86,7 @@ def _question(group: list[StudyNight], metrics: Sequence[str]) -> Question:
     cpu = f"{clean(hardware.cpu_model)}, {hardware.cpu_cores} cores"
     config, gpus = report.config, ", ".join(dict.fromkeys(clean(gpu.name) for gpu in hardware.gpus))
     title = [model_text(config.model), workload_text(config.workload), ", ".join(config.concrete_devices)]
+    title += [f"by {report.engine}"] if report.engine else []
     title += [f"for {', '.join(goals)}"] if goals != [report.throughput_metric] else []
     return Question(
         title=" · ".join(title),
@@ -99,13 +100,14 @@ def _question(group: list[StudyNight], metrics: Sequence[str]) -> Question:
 
 def _series(ordered: Sequence[StudyNight], metrics: Sequence[str]) -> Iterator[Series]:
     """Every series, before its changes are looked for."""
-    subjects: dict[str, dict[int, Mapping[str, float]]] = {BEST: {}, BASELINE: {}}
+    base = ordered[-1].report.baseline_name
+    subjects: dict[str, dict[int, Mapping[str, float]]] = {BEST: {}, base: {}}
     shared: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
     texts: dict[str, str] = {}
     for index, one in enumerate(ordered):
         ranking, devices = one.report.ranking, one.report.config.concrete_devices
         subjects[BEST] |= {index: ranking.best.metrics} if ranking.best else {}
-        subjects[BASELINE] |= {index: ranking.baseline.metrics} if ranking.baseline else {}
+        subjects[base] |= {index: ranking.baseline.metrics} if ranking.baseline else {}
         for row in ranking.rows:
             key = plan_key(row.plan, devices)
             # Of two that differ in their caps alone the better counts.
