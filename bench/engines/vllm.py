@@ -281,8 +281,8 @@ class VllmEngine(Closing):
             for replica in range(plan.replicas):
                 self._hosts.append(self._host(plan.replica(replica), replica))
             self._started = spec
-            how = {"model": str(self._fleet.folder), "seed": 0, "layers": plan.layer_counts}
-            answers = self._all("start", "start", deadline, **how, **settings)
+            told: Told = {"model": str(self._fleet.folder), "seed": 0, "layers": plan.layer_counts, **settings}
+            answers = self._all("start", "start", deadline, (), **told)
             self._note_workers(answers, plan)
         except BaseException:
             # An interrupt among them.

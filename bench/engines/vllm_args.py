@@ -31,6 +31,6 @@ def cores_of_workers(plan: Plan, devices: Sequence[str], cores: Sequence[int], e
 
 
 def model_to_serve(model: ModelSpec) -> str:
-    """Folder or id that vLLM loads the model by; of our own alias the folder that was measured, if it is still there."""
+    """Folder or id that vLLM loads the model by; of our own alias the folder that was measured, if it still is."""
     folder = cache_root() / "models" / f"{SMOLLM2}-{model.revision}"
     return model.name if model.name != SMOLLM2 else str(folder) if folder.is_dir() else SMOLLM2_HUB_ID

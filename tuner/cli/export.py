@@ -14,7 +14,9 @@ def export(
     study: o.StudyArgument,
     form: Annotated[
         str,
-        typer.Option("--format", "-f", metavar="FORMAT", help="hf, ranges, plan, vllm, vllm-yaml, sglang, trtllm or llama.cpp."),
+        typer.Option(
+            "--format", "-f", metavar="FORMAT", help="hf, ranges, plan, vllm, vllm-yaml, sglang, trtllm or llama.cpp."
+        ),
     ] = "hf",
     rank: Annotated[int, typer.Option(min=1, help="Which plan of the ranking.")] = 1,
     output: Annotated[

@@ -87,8 +87,9 @@ class Report:
     @property
     def engine(self) -> str | None:
         """What another engine that ran the plans is called; None: our own runtime did."""
-        rows = (*self.ranking.rows, *self.ranking.unranked, *self.ranking.failures)
-        return next((ENGINE_TITLES[row.plan.engine.name] for row in rows if row.plan and row.plan.engine), None)
+        plans = [row.plan for row in (*self.ranking.rows, *self.ranking.unranked)]
+        plans += [row.plan for row in self.ranking.failures if row.plan]
+        return next((ENGINE_TITLES[plan.engine.name] for plan in plans if plan.engine), None)
 
     @property
     def baseline_name(self) -> str:

@@ -28,7 +28,10 @@ def screen_of(report: Report, *, goes_on: bool = False) -> doc.Document:
         parts += [doc.GAP, _on_screen(table)]
     parts += [doc.GAP, *others, doc.Bullets(tuple(doc.Bullet(remark, "warning") for remark in remarks))]
     if failures := report.ranking.failures:
-        told = [f"{w.failure_plan(row, report.baseline_name)}: {row.failure.kind.value}: {w.clean(row.failure.message)}" for row in failures]
+        told = [
+            f"{w.failure_plan(row, report.baseline_name)}: {row.failure.kind.value}: {w.clean(row.failure.message)}"
+            for row in failures
+        ]
         parts += [doc.GAP, doc.Text(f"{w.count_text(len(told), 'run')} gave no measurement", "strong")]
         parts.append(doc.Bullets(shortened(told, _MOST_REMARKS, "more in ranking.md")))
     search = summarize(report)
@@ -82,8 +85,8 @@ def _table(report: Report, caption: str, plans: Sequence[Row], base: BaselineRow
         measured = _measured(base, "1.00×", latency[0], extras)
         sizes = ("", str(base.batch_size), "") if report.engine else (str(base.batch_size), "", "")
         rows.append(doc.TableRow(("", report.baseline_name, *sizes, *measured), "other"))
-    names = ("budget", "seqs", "KV") if report.engine else ("mb", "pre", "fly")
-    names += ("runs", "tok/s", "×", "bubble", latency[1], "memory")
+    names = ["budget", "seqs", "KV"] if report.engine else ["mb", "pre", "fly"]
+    names += ["runs", "tok/s", "×", "bubble", latency[1], "memory"]
     spare = {"pre": 5, "KV": 5, "runs": 4, "fly": 3, "bubble": 2, "memory": 1}
     return doc.Table(
         columns=(
@@ -194,7 +197,9 @@ def facts_of(report: Report) -> tuple[tuple[str, str], ...]:
     if ranking.constraints:
         facts.append(("constraints", ", ".join(str(constraint) for constraint in ranking.constraints)))
     base, single = ranking.baseline, ranking.single_stage
-    text = w.baseline_text(base, report.config.workload, report.engine) if base else "none was measured, so there is no ×"
+    text = (
+        w.baseline_text(base, report.config.workload, report.engine) if base else "none was measured, so there is no ×"
+    )
     facts.append(("baseline", text))
     if single:
         facts.append(("single stage", f"{single.plan.describe()}: {report.engine or 'our runtime'} without pipelining"))
@@ -205,7 +210,9 @@ def legend_of(report: Report) -> doc.Text:
     """What the tables' signs mean."""
     legend = "mb: micro-batch; pre: rows prefilled together; fly: micro-batches in flight; ±: interquartile range"
     if report.engine:
-        legend = f"budget: tokens of a batch; seqs: sequences at once; KV: cache of each worker; –: left to {report.engine}"
+        legend = (
+            f"budget: tokens of a batch; seqs: sequences at once; KV: cache of each worker; –: left to {report.engine}"
+        )
         legend += "; ±: interquartile range"
     metric = report.objective.metric
     rows = [*report.ranking.rows, *report.ranking.unranked]
@@ -214,7 +221,9 @@ def legend_of(report: Report) -> doc.Text:
     if any(row.plan.replicas > 1 for row in rows):
         legend += "; 2×: replicas, each with its own micro-batches in flight"
     if any(row.speedup_over_baseline for row in rows):
-        legend += f"; ×: over the {report.baseline_name} below" + ("" if metric == report.throughput_metric else f", in {metric}")
+        legend += f"; ×: over the {report.baseline_name} below" + (
+            "" if metric == report.throughput_metric else f", in {metric}"
+        )
         if any(row.speedup_over_baseline and not row.speedup_over_baseline.paired for row in rows):
             legend += " (~: not side by side)"
     if any(row.tied for row in rows):

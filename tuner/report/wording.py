@@ -47,13 +47,12 @@ def layers_text(plan: Plan) -> str:
 
 
 def sizes_text(row: Row) -> tuple[str, str, str]:
-    """Micro-batch, what is prefilled together, and how many are in flight; of an engine's plan its budget, its sequences
-    and its KV cache."""
+    """Micro-batch, what is prefilled together, and how many are in flight; of an engine budget, sequences, KV cache."""
     plan, engine = row.plan, row.plan.engine
     if engine is None:
         return str(plan.micro_batch_size), prefill_text(plan), str(row.effective.in_flight)
-    limits = (engine.max_num_batched_tokens, engine.max_num_seqs)
-    return *(MISSING if limit is None else str(limit) for limit in limits), bytes_text(engine.kv_cache_memory_bytes)
+    budget, seqs = (str(limit or MISSING) for limit in (engine.max_num_batched_tokens, engine.max_num_seqs))
+    return budget, seqs, bytes_text(engine.kv_cache_memory_bytes)
 
 
 def prefill_text(plan: Plan) -> str:
@@ -284,11 +283,9 @@ def compared_text(check: OutputCheck, *, scored: bool) -> str:
 
 def steps_text(measurement: Measurement) -> str:
     """`4 layers loaded in 0.80 s, output checked in 1.9 s`: what the timed iterations do not contain."""
-    count = len(measurement.loaded_layers)
+    count, changed = len(measurement.loaded_layers), "the engine started or changed"
     steps = {
-        "the engine started or changed" if measurement.method == "engine" else f"{count_text(count, 'layer')} loaded": (
-            measurement.load_s
-        ),
+        (changed if measurement.method == "engine" else f"{count_text(count, 'layer')} loaded"): measurement.load_s,
         "output checked": measurement.check_s,
         "compiled or captured": measurement.prepare_s,
     }

@@ -101,14 +101,16 @@ def render(
 def _vllm_as_measured(plan_file: PlanFile, machine: Machine, prompt_lens: Sequence[int], *, is_yaml: bool) -> str:
     """What starts vLLM as it was when the plan was measured: commands, or a file for `vllm serve --config`."""
     plan, workload, hardware = plan_file.plan, plan_file.workload, machine.hardware
-    assert plan.engine is not None and plan_file.model is not None and workload is not None
-    devices = plan_file.devices or plan.devices
+    assert plan.engine is not None
+    assert plan_file.model is not None
+    assert workload is not None
+    devices, model = plan_file.devices or plan.devices, model_to_serve(plan_file.model)
     sizes = dict.fromkeys(devices, hardware.memory_bytes // len(devices))
     longest = 1 + max(map(sum, zip(prompt_lens, workload.generated_lens, strict=True)))
     told = vllm_arguments(plan_file.model, plan, max_model_len=longest, device_bytes=sizes)
-    given = {"pipeline_parallel_size": len(plan.stages), **told, "no_enable_prefix_caching": True}
-    flags = {name.replace("_", "-"): value for name, value in given.items() if value is not False}
-    model, version = model_to_serve(plan_file.model), machine.software.packages.get("engine's vllm", "(which is not known)")
+    told = {"pipeline_parallel_size": len(plan.stages), **told, "no_enable_prefix_caching": True}
+    flags = {name.replace("_", "-"): value for name, value in told.items() if value is not False}
+    version = machine.software.packages.get("engine's vllm", "of a version not known")
     where = f"{machine.hostname} ({hardware.cpu_model}, {hardware.cpu_cores} cores)"
     head = [" ".join(harmless(f"Measured on vLLM {version} on {where}, with its scheduler in process.").split())]
     head.append(f"Requests longer than {longest} tokens need another --max-model-len, and room for it.")
@@ -116,22 +118,22 @@ def _vllm_as_measured(plan_file: PlanFile, machine: Machine, prompt_lens: Sequen
         head.append("What is not limited here was at vLLM's default for its LLM class; that of vllm serve is another.")
     if plan.replicas > 1:
         head.append(f"The plan runs {plan.replicas} engines side by side: share the requests out among their ports.")
+    given = [f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items()]
+    serve = ["vllm serve --config FILE"] if is_yaml else [f"vllm serve {shlex.quote(model)}", *given]
     starts = []
     for index in range(plan.replicas):
         variables = [f"VLLM_PP_LAYER_PARTITION={','.join(map(str, plan.layer_counts))}"]
         if device_kind(devices[0]) == "cpu":
             each = max(1, hardware.cpu_cores // len(devices))
-            bind = cores_of_workers(plan.replica(index), devices, range(hardware.cpu_cores), each)
-            variables.append(f"VLLM_CPU_OMP_THREADS_BIND={shlex.quote(bind)}")
-        rest = ["--config FILE"] if is_yaml else [shlex.quote(model)]
-        rest += [] if is_yaml else [f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items()]
-        rest += [f"--port {8000 + index}"] if plan.replicas > 1 else []
-        starts.append((*variables, f"vllm serve {rest[0]}", *rest[1:]))
-    if is_yaml:
-        values = {"model": model, **flags}
-        lines = [*head, *(" ".join(words) for words in starts)]
-        return "".join([*(f"# {line}\n" for line in lines), *(f"{key}: {json.dumps(values[key])}\n" for key in values)])
-    return "".join([*(f"# {line}\n" for line in head), *(" \\\n    ".join(words) + "\n" for words in starts)])
+            cores = cores_of_workers(plan.replica(index), devices, range(hardware.cpu_cores), each)
+            variables.append(f"VLLM_CPU_OMP_THREADS_BIND={shlex.quote(cores)}")
+        starts.append([*variables, *serve, *([f"--port {8000 + index}"] if plan.replicas > 1 else [])])
+    if not is_yaml:
+        return "\n".join([*(f"# {line}" for line in head), *(" \\\n    ".join(words) for words in starts), ""])
+    remarks = [f"# {line}" for line in (*head, *map(" ".join, starts))]
+    return "\n".join(
+        [*remarks, *(f"{name}: {json.dumps(value)}" for name, value in {"model": model, **flags}.items()), ""]
+    )
 
 
 def engine_replicas(plan: Plan) -> dict[str, str]:

@@ -104,7 +104,7 @@ def exported(engine: VllmEngine, form: Format, **settings: Any) -> str:
 
 def command(text: str) -> tuple[dict[str, str], list[str]]:
     """Variables, and what follows `vllm`."""
-    words = shlex.split(text, comments=True)
+    words = shlex.split(text.replace("\\\n", ""), comments=True)
     place = words.index("vllm")
     return dict(word.split("=", 1) for word in words[:place]), words[place + 1 :]
 
@@ -138,9 +138,9 @@ def test_what_is_exported_serves(engine: VllmEngine) -> None:
     engine.interrupt()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    place = ["--model", model, "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(
-        [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
-        + ["--host", "127.0.0.1", "--port", str(port)],
+        [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *place, *flags],
         env={**os.environ, **variables, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -154,7 +154,9 @@ def test_what_is_exported_serves(engine: VllmEngine) -> None:
             time.sleep(1.0)
             with contextlib.suppress(ConnectionError):
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-                connection.request("POST", "/v1/completions", json.dumps(question), {"Content-Type": "application/json"})
+                connection.request(
+                    "POST", "/v1/completions", json.dumps(question), {"Content-Type": "application/json"}
+                )
                 answer = json.loads(connection.getresponse().read())
                 break
     finally:

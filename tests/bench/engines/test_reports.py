@@ -1,4 +1,4 @@
-"""What reports, exports, comparisons and histories make of a study whose plans an engine ran: the fake host's records."""
+"""Reports, exports, comparisons and histories of a study whose plans an engine ran: records of the fake host."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_a_report_shows_the_engines_settings_in_place_of_micro_batches(
     folder = study("night")
     screen = said(capsys, "report", folder)
     assert max(map(len, screen.splitlines())) <= 80
-    assert re.search(r"# plan +budget seqs", screen), screen
-    assert re.search(r"^ *1\S* 20\+10 eager +256 +64 .*1\.30×", screen, re.MULTILINE), screen
+    assert re.search(r"# +plan +budget +seqs", screen), screen
+    assert re.search(r"^ *1\S* +20\+10 eager +256 +64 .*~1\.30×", screen, re.MULTILINE), screen
     assert re.search(r"^ *PP=1 +16 ", screen, re.MULTILINE), screen
     assert "vLLM un-pipelined, 16 sequences at once" in screen
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def test_an_export_is_how_vllm_was_started(study: Study, capsys: pytest.CaptureF
     text = said(capsys, "export", folder, "--format", "vllm")
     remarks, command = text.splitlines()[:2], text.partition("\nVLLM")[2]
     assert remarks[0].startswith("# Measured on vLLM 0.32.0 on workstation (Example CPU @ 2.50GHz, 2 cores)")
-    words = shlex.split(f"VLLM{command}")
+    words = shlex.split(f"VLLM{command}".replace("\\\n", ""))
     assert words[:5] == [
         "VLLM_PP_LAYER_PARTITION=20,10",
         "VLLM_CPU_OMP_THREADS_BIND=0|1",

@@ -93,7 +93,7 @@ def test_sides_of_an_engine_run_under_its_python_and_show_its_version(
     monkeypatch.setenv("FAKE_HOST", json.dumps({"told": str(tmp_path / "told")}))
     python, budgets = str(fake_python(tmp_path / "python")), {"baseline": 256, "candidate": 128}
     case = make_case(model)
-    sides = {
+    sides: dict[str, Side] = {
         name: case.side(name).model_copy(
             update={"plan": make_plan((2, 2), max_num_batched_tokens=budgets[name]), "engine_python": python}
         )

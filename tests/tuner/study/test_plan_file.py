@@ -84,7 +84,7 @@ def test_engines_side_by_side_have_cores_and_ports_of_their_own() -> None:
     lens = (64,) * WORKLOAD.num_prompts
     text = render(file, make_shape(), "vllm", machine=machine, prompt_lens=lens)
     remarks = [line for line in text.splitlines() if line.startswith("#")]
-    assert remarks[0].startswith("# Measured on vLLM (which is not known) on a b; reboot (Example CPU")
+    assert remarks[0].startswith("# Measured on vLLM of a version not known on a b; reboot (Example CPU")
     assert any("2 engines side by side" in line for line in remarks)
     assert any("vLLM's default" in line for line in remarks)
     commands = [shlex.split(one) for one in text.replace("\\\n", "").splitlines() if not one.startswith("#")]
