@@ -80,7 +80,7 @@ def render(
         "vllm": ("vLLM", f"--pipeline-parallel-size {stages}", f"VLLM_PP_LAYER_PARTITION={counts}"),
         "vllm-yaml": (
             "vLLM",
-            f"VLLM_PP_LAYER_PARTITION={counts} vllm serve MODEL --config FILE",
+            f"VLLM_PP_LAYER_PARTITION={counts} vllm serve MODEL --config FILE.yaml",
             f"pipeline-parallel-size: {stages}",
         ),
         "sglang": ("SGLang", f"--pp-size {stages}", f"SGLANG_PP_LAYER_PARTITION={counts}"),
@@ -105,25 +105,34 @@ def _vllm_as_measured(plan_file: PlanFile, machine: Machine, prompt_lens: Sequen
     assert plan_file.model is not None
     assert workload is not None
     devices, model = plan_file.devices or plan.devices, model_to_serve(plan_file.model)
+    on_cpus = device_kind(devices[0]) == "cpu"
     sizes = dict.fromkeys(devices, hardware.memory_bytes // len(devices))
     longest = 1 + max(map(sum, zip(prompt_lens, workload.generated_lens, strict=True)))
-    told = vllm_arguments(plan_file.model, plan, max_model_len=longest, device_bytes=sizes)
-    told = {"pipeline_parallel_size": len(plan.stages), **told, "no_enable_prefix_caching": True}
-    flags = {name.replace("_", "-"): value for name, value in told.items() if value is not False}
+    told: dict[str, object] = {"pipeline_parallel_size": len(plan.stages)}
+    told |= vllm_arguments(plan_file.model, plan, max_model_len=longest, device_bytes=sizes)
+    told["no_enable_prefix_caching"] = True
     version = machine.software.packages.get("engine's vllm", "of a version not known")
     where = f"{machine.hostname} ({hardware.cpu_model}, {hardware.cpu_cores} cores)"
     head = [" ".join(harmless(f"Measured on vLLM {version} on {where}, with its scheduler in process.").split())]
     head.append(f"Requests longer than {longest} tokens need another --max-model-len, and room for it.")
+    if plan.engine.enforce_eager and on_cpus and len(plan.stages) > 1:
+        # Without compilation vLLM 0.32 has no dummy run there, which makes the buffers for what other stages send.
+        told = {**told, "enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+        head.append(
+            "Measured with --enforce-eager, which vllm serve fails in on CPUs: traced once here, and run eagerly."
+        )
     if None in (plan.engine.max_num_batched_tokens, plan.engine.max_num_seqs):
         head.append("What is not limited here was at vLLM's default for its LLM class; that of vllm serve is another.")
     if plan.replicas > 1:
         head.append(f"The plan runs {plan.replicas} engines side by side: share the requests out among their ports.")
-    given = [f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items()]
-    serve = ["vllm serve --config FILE"] if is_yaml else [f"vllm serve {shlex.quote(model)}", *given]
+    flags = {name.replace("_", "-"): value for name, value in told.items() if value is not False}
+    texts = {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in flags.items()}
+    given = [f"--{name}" if value is True else f"--{name} {shlex.quote(texts[name])}" for name, value in flags.items()]
+    serve = ["vllm serve --config FILE.yaml"] if is_yaml else [f"vllm serve {shlex.quote(model)}", *given]
     starts = []
     for index in range(plan.replicas):
         variables = [f"VLLM_PP_LAYER_PARTITION={','.join(map(str, plan.layer_counts))}"]
-        if device_kind(devices[0]) == "cpu":
+        if on_cpus:
             each = max(1, hardware.cpu_cores // len(devices))
             cores = cores_of_workers(plan.replica(index), devices, range(hardware.cpu_cores), each)
             variables.append(f"VLLM_CPU_OMP_THREADS_BIND={shlex.quote(cores)}")
