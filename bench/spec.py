@@ -486,6 +486,9 @@ class EngineSettings(Value):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Workers that share each layer of a stage: on its device, and on those numbered after it."""
 
+    served: bool = False
+    """Measured by its HTTP server, in whose own process the scheduler is; else in pipetune's host."""
+
     @model_validator(mode="after")
     def _budget_holds_all(self) -> Self:
         budget, seqs = self.max_num_batched_tokens, self.max_num_seqs
@@ -503,7 +506,7 @@ class EngineSettings(Value):
             "TP": self.tensor_parallel_size if self.tensor_parallel_size > 1 else None,
         }
         told = (f"{name} {size}" for name, size in sizes.items() if size is not None)
-        return (self.name, *told, *(["eager"] if self.enforce_eager else []))
+        return (self.name, *told, *(["eager"] if self.enforce_eager else []), *(["served"] if self.served else []))
 
 
 _OF_RUNTIME = ("prefill_micro_batch_size", "prefill_chunk_size", "max_in_flight", "compile")

@@ -16,12 +16,23 @@ from pipetune.bench.engines.vllm_args import cores_of_workers, vllm_arguments
 from pipetune.bench.errors import ConfigError, FleetError, PlanError
 from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.supervisor import FleetOptions, Progress
+from pipetune.bench.load.arrivals import arrival_times_s
 from pipetune.bench.machine.hardware import cores_of, device_bytes
 from pipetune.bench.machine.sensors import CpuSensors, family
 from pipetune.bench.machine.telemetry import read_telemetry
 from pipetune.bench.memory import check_plan, stage_bytes
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, OutputCheck
-from pipetune.bench.spec import EffectivePlan, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload, device_kind
+from pipetune.bench.spec import (
+    Arrivals,
+    EffectivePlan,
+    EngineSettings,
+    ModelSpec,
+    Plan,
+    Protocol,
+    RunSpec,
+    Workload,
+    device_kind,
+)
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
 HOST = Path(__file__).parent / "vllm_host" / "pipetune_vllm_host.py"
@@ -104,9 +115,10 @@ class VllmEngine(Closing):
             ConfigError: prompts that cannot be used, or a workload that vLLM is not measured with.
             PlanError: the plan is not for this engine, does not suit the model, or names a device that is not there.
         """
-        if workload.kind == "score" or workload.arrivals is not None:
-            what = "kind=score" if workload.kind == "score" else "arrivals"
-            raise ConfigError(f"workload.{what}: vLLM is measured generating for prompts given at once so far")
+        if workload.kind == "score":
+            raise ConfigError("workload.kind=score: vLLM is measured generating so far")
+        if workload.arrivals is not None and workload.arrivals.max_concurrency is not None:
+            raise ConfigError("workload.arrivals.max_concurrency: not kept for vLLM; limit plan.engine.max_num_seqs")
         check_plan(self.shape, plan)
         if plan.engine is None:
             raise PlanError("plan.engine: there is none, and vLLM is to run the plan; give engine: {name: vllm}")
@@ -197,15 +209,19 @@ class VllmEngine(Closing):
                 return wrong
         check_s = round(time.monotonic() - began, 4) if check is not None else None
         warmup: list[float] = []
-        wanted = protocol.num_iters_warmup
+        wanted, arrivals = protocol.num_iters_warmup, spec.workload.arrivals
         while len(warmup) < wanted:
-            warmup.append(round(self._pass(spec, deadline, "warmup").duration_s, 6))
+            warmup.append(round(self._pass(spec, deadline, "warmup", None).duration_s, 6))
             unlike = len(warmup) == wanted >= 2 and not is_steady(warmup[-2:], protocol.steady_tolerance)
             wanted += unlike and wanted < protocol.max_warmup
         sensors = CpuSensors(spec.plan.devices)
         before = sensors.state()
         sensors.start(family(below=True))
-        passes = [self._pass(spec, deadline, "measure") for _ in range(protocol.num_iters)]
+        # As our own runtime has it: a trace with gaps of its own for each.
+        seeded = [
+            arrivals and arrivals.model_copy(update={"seed": arrivals.seed + n}) for n in range(protocol.num_iters)
+        ]
+        passes = [self._pass(spec, deadline, "measure", each) for each in seeded]
         telemetry = read_telemetry(sensors, before)
         outcome = outcome_of(self, spec, passes, self._workers, reference, check)
         if isinstance(outcome, Failure):
@@ -217,20 +233,23 @@ class VllmEngine(Closing):
                 "load_s": round(load_s, 4),
                 "check_s": check_s,
                 "warmup_s": tuple(warmup),
-                "steady": is_steady(durations, protocol.steady_tolerance),
+                "steady": arrivals is not None or is_steady(durations, protocol.steady_tolerance),
                 "notes": (*notes, *outcome.notes),
             }
         )
 
-    def _pass(self, spec: RunSpec, deadline: float, phase: str) -> Pass:
-        """All prompts once, over all replicas."""
+    def _pass(self, spec: RunSpec, deadline: float, phase: str, arrivals: Arrivals | None) -> Pass:
+        """All prompts once, over all replicas; at once without arrivals."""
         prompts, lens, count = self.prompts(spec.workload), spec.workload.generated_lens, spec.plan.replicas
+        at_s = arrival_times_s(arrivals, len(prompts)) if arrivals is not None else (0.0,) * len(prompts)
         shares = [range(replica, len(prompts), count) for replica in range(count)]
         start_at = time.monotonic() + _LEAD_S
         how = spec.workload.sampling
         sampling = {"temperature": 0.0} if how is None else how.model_dump()
-        rows = [{"prompts": [prompts[k] for k in own], "output_lens": [lens[k] for k in own]} for own in shares]
-        return Pass(shares, start_at, self._all("run", phase, deadline, rows, start_at=start_at, sampling=sampling))
+        columns = {"prompts": prompts, "output_lens": lens, "at_s": at_s}
+        rows = [{name: [column[k] for k in own] for name, column in columns.items()} for own in shares]
+        answers = self._all("run", phase, deadline, rows, start_at=start_at, sampling=sampling)
+        return Pass(shares, start_at, at_s, answers)
 
     def _compare(self, reference: EngineReference, spec: RunSpec, deadline: float) -> OutputCheck:
         """Under forced tokens, the worst of all replicas."""
@@ -249,7 +268,8 @@ class VllmEngine(Closing):
         try:
             if not stays:
                 self._note_workers(self._all("repartition", "load", deadline, layers=plan.layer_counts), plan)
-            self._all("limits", "load", deadline, (), **limits)
+            if plan.engine is None or not plan.engine.served:
+                self._all("limits", "load", deadline, (), **limits)
         except FleetError as error:
             self._start(spec, deadline)
             return [f"the engine was started anew, since it could not be changed in place: {error}"], False
@@ -268,6 +288,8 @@ class VllmEngine(Closing):
             for one, other in zip(was.stages, plan.stages, strict=True)
         )
         settings = was.engine.model_copy(update={name: getattr(plan.engine, name) for name in _LIMITS})
+        if was.engine.served and was != plan:
+            return False
         has_room = self._longest(spec.workload) <= self._longest(self._started.workload)
         is_alike = was.model_copy(update={"stages": stages, "engine": settings}) == plan
         return has_room and is_alike and all(limits[name] <= self._limits[name] for name in limits)
@@ -282,13 +304,14 @@ class VllmEngine(Closing):
                 self._hosts.append(self._host(plan.replica(replica), replica))
             self._started = spec
             told: Told = {"model": str(self._fleet.folder), "seed": 0, "layers": plan.layer_counts, **settings}
+            told["served"] = plan.engine is not None and plan.engine.served
             answers = self._all("start", "start", deadline, (), **told)
             self._note_workers(answers, plan)
         except BaseException:
             # An interrupt among them.
             self._stop()
             raise
-        self._limits = {name: min(answer[name] for answer in answers) for name in _LIMITS}
+        self._limits = {name: min(answer[name] or 0 for answer in answers) for name in _LIMITS}
         self._held = plan
 
     def _note_workers(self, answers: Sequence[Told], plan: Plan) -> None:

@@ -16,7 +16,7 @@ def vllm_arguments(model: ModelSpec, plan: Plan, *, max_model_len: int, device_b
         device_bytes: memory of all devices, on which the caps' shares are.
     """
     assert plan.engine is not None
-    found: Arguments = plan.engine.model_dump(exclude={"name"}, exclude_none=True)
+    found: Arguments = plan.engine.model_dump(exclude={"name", "served"}, exclude_none=True)
     if plan.engine.kv_cache_memory_bytes is None:
         share = min(stage.cap_bytes(device_bytes[stage.device]) for stage in plan.stages)
         found["gpu_memory_utilization"] = round(share / sum(device_bytes.values()), 4)

@@ -113,7 +113,8 @@ def _vllm_as_measured(plan_file: PlanFile, machine: Machine, prompt_lens: Sequen
     told["no_enable_prefix_caching"] = True
     version = machine.software.packages.get("engine's vllm", "of a version not known")
     where = f"{machine.hostname} ({hardware.cpu_model}, {hardware.cpu_cores} cores)"
-    head = [" ".join(harmless(f"Measured on vLLM {version} on {where}, with its scheduler in process.").split())]
+    how = "served over loopback" if plan.engine.served else "with its scheduler in process"
+    head = [" ".join(harmless(f"Measured on vLLM {version} on {where}, {how}.").split())]
     head.append(f"Requests longer than {longest} tokens need another --max-model-len, and room for it.")
     if plan.engine.enforce_eager and on_cpus and len(plan.stages) > 1:
         # Without compilation vLLM 0.32 has no dummy run there, which makes the buffers for what other stages send.

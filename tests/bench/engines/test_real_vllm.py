@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Failure, FailureKind, Measurement
-from pipetune.bench.spec import SMOLLM2, EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.bench.spec import SMOLLM2, Arrivals, EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
 from pipetune.tuner.study.plan_file import Format, PlanFile, render
 from tests.bench.engines.conftest import make_plan
 from tests.bench.engines.test_host import session
@@ -92,6 +92,28 @@ def test_replicas_run_side_by_side(engine: VllmEngine) -> None:
     assert outcome.check is not None
     assert outcome.check.tokens_equal
     assert len(outcome.iterations[0].stages) == 2
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_requests_over_time_give_the_same_tokens_in_process_and_served(engine: VllmEngine, served: bool) -> None:
+    """Eagerly: the probe makes what the server lacks for that."""
+    rate = 20.0
+    workload = WORKLOAD.model_copy(update={"arrivals": Arrivals(request_rate=rate)})
+    plan = make_plan((16, 14), **SETTINGS, max_num_batched_tokens=128, served=served)
+    outcome = engine.measure(RunSpec(model=engine.model, workload=workload, plan=plan, protocol=PROTOCOL))
+    assert isinstance(outcome, Measurement), outcome
+    assert outcome.check is not None
+    assert (outcome.check.tokens_equal, outcome.check.argmax_flips) == (True, 0)
+    for run in outcome.iterations:
+        assert run.requests[-1].arrived_s == pytest.approx(8 / rate)
+        assert all(one.began_s and one.arrived_s <= one.began_s <= one.token_times_s[0] for one in run.requests)
+        assert run.duration_s >= 8 / rate
+        assert [sum(trace.step_tokens) for trace in run.stages] == [sum(outcome.prompt_lens) + 8 * 7] * 2
+    assert 0.0 < derive(outcome)["bubble_ratio"] < 1.0
+    host = engine._hosts[0].hello["hello"]
+    assert len(session(host)) >= (5 if served else 3)
+    engine.interrupt()
+    assert session(host) == []
 
 
 def exported(engine: VllmEngine, form: Format, **settings: Any) -> str:
