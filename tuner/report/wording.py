@@ -42,7 +42,8 @@ def layers_text(plan: Plan) -> str:
     """`17+13`, `2×17+13` for two replicas, `17+13 on cpu:1,cpu:0`, `17+13 compiled`: all but the sizes."""
     counts = "+".join(str(count) for count in plan.layer_counts) + plan.order_text
     switches = [*plan.switches, *([f"TP {plan.width}"] if plan.width > 1 else [])]
-    switches += ["eager"] if plan.engine is not None and plan.engine.enforce_eager else []
+    if plan.engine is not None:
+        switches += ["eager"] * plan.engine.enforce_eager + ["served"] * plan.engine.served
     return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *switches])
 
 
