@@ -53,13 +53,7 @@ def samples_needed(quantile: float) -> int:
 
 
 def metric_names(
-    num_prompts: int,
-    output_len: int,
-    *,
-    gpu: bool = False,
-    goodput: bool = False,
-    arrivals: bool = False,
-    engine: bool = False,
+    num_prompts: int, output_len: int, *, gpu: bool = False, goodput: bool = False, arrivals: bool = False
 ) -> tuple[str, ...]:
     """Names of the scalar metrics that a run of this size yields; percentiles with too few samples are absent."""
     names = ["total_token_throughput", "request_throughput", "duration_s"]
@@ -67,7 +61,7 @@ def metric_names(
         names.insert(0, "output_throughput")
     if goodput:
         names += ["request_goodput", "slo_attainment"]
-    for latency in (*LATENCIES, *(LOAD_LATENCIES if arrivals else ["itl"] if engine else ())):
+    for latency in (*LATENCIES, *(LOAD_LATENCIES if arrivals else ())):
         if (latency in ("tpot", "itl") and output_len < 2) or (latency == "ttft" and output_len < 1):
             continue
         names += [f"mean_{latency}_ms", f"median_{latency}_ms"]

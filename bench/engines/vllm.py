@@ -22,17 +22,7 @@ from pipetune.bench.machine.sensors import CpuSensors, family
 from pipetune.bench.machine.telemetry import read_telemetry
 from pipetune.bench.memory import check_plan, stage_bytes
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, OutputCheck
-from pipetune.bench.spec import (
-    Arrivals,
-    EffectivePlan,
-    EngineSettings,
-    ModelSpec,
-    Plan,
-    Protocol,
-    RunSpec,
-    Workload,
-    device_kind,
-)
+from pipetune.bench.spec import EffectivePlan, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload, device_kind
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
 HOST = Path(__file__).parent / "vllm_host" / "pipetune_vllm_host.py"
@@ -209,19 +199,15 @@ class VllmEngine(Closing):
                 return wrong
         check_s = round(time.monotonic() - began, 4) if check is not None else None
         warmup: list[float] = []
-        wanted, arrivals = protocol.num_iters_warmup, spec.workload.arrivals
+        wanted = protocol.num_iters_warmup
         while len(warmup) < wanted:
-            warmup.append(round(self._pass(spec, deadline, "warmup", None).duration_s, 6))
+            warmup.append(round(self._pass(spec, deadline, "warmup").duration_s, 6))
             unlike = len(warmup) == wanted >= 2 and not is_steady(warmup[-2:], protocol.steady_tolerance)
             wanted += unlike and wanted < protocol.max_warmup
         sensors = CpuSensors(spec.plan.devices)
         before = sensors.state()
         sensors.start(family(below=True))
-        # As our own runtime has it: a trace with gaps of its own for each.
-        seeded = [
-            arrivals and arrivals.model_copy(update={"seed": arrivals.seed + n}) for n in range(protocol.num_iters)
-        ]
-        passes = [self._pass(spec, deadline, "measure", each) for each in seeded]
+        passes = [self._pass(spec, deadline, "measure", number) for number in range(protocol.num_iters)]
         telemetry = read_telemetry(sensors, before)
         outcome = outcome_of(self, spec, passes, self._workers, reference, check)
         if isinstance(outcome, Failure):
@@ -233,15 +219,17 @@ class VllmEngine(Closing):
                 "load_s": round(load_s, 4),
                 "check_s": check_s,
                 "warmup_s": tuple(warmup),
-                "steady": arrivals is not None or is_steady(durations, protocol.steady_tolerance),
+                "steady": spec.workload.arrivals is not None or is_steady(durations, protocol.steady_tolerance),
                 "notes": (*notes, *outcome.notes),
             }
         )
 
-    def _pass(self, spec: RunSpec, deadline: float, phase: str, arrivals: Arrivals | None) -> Pass:
-        """All prompts once, over all replicas; at once without arrivals."""
+    def _pass(self, spec: RunSpec, deadline: float, phase: str, number: int | None = None) -> Pass:
+        """All prompts once, over all replicas: at once, or by the gaps of a timed pass."""
         prompts, lens, count = self.prompts(spec.workload), spec.workload.generated_lens, spec.plan.replicas
-        at_s = arrival_times_s(arrivals, len(prompts)) if arrivals is not None else (0.0,) * len(prompts)
+        at_s: Sequence[float] = (0.0,) * len(prompts)
+        if number is not None and (arrivals := spec.workload.arrivals) is not None:
+            at_s = arrival_times_s(arrivals.model_copy(update={"seed": arrivals.seed + number}), len(prompts))
         shares = [range(replica, len(prompts), count) for replica in range(count)]
         start_at = time.monotonic() + _LEAD_S
         how = spec.workload.sampling
@@ -288,10 +276,9 @@ class VllmEngine(Closing):
             for one, other in zip(was.stages, plan.stages, strict=True)
         )
         settings = was.engine.model_copy(update={name: getattr(plan.engine, name) for name in _LIMITS})
-        if was.engine.served and was != plan:
-            return False
         has_room = self._longest(spec.workload) <= self._longest(self._started.workload)
         is_alike = was.model_copy(update={"stages": stages, "engine": settings}) == plan
+        is_alike = was == plan if was.engine.served else is_alike
         return has_room and is_alike and all(limits[name] <= self._limits[name] for name in limits)
 
     def _start(self, spec: RunSpec, deadline: float) -> None:

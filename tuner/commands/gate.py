@@ -25,9 +25,7 @@ from pipetune.tuner.study.files import StudyFile, read_config
 from pipetune.tuner.study.plan_file import PLAN_FILE, read_plan
 
 Job = Callable[[Reporter], GateResult]
-_OF_CANDIDATES = (
-    *("candidate_plan", "candidate_dtype", "candidate_python", "candidate_engine_python", "candidate_env"),
-)
+_OF_CANDIDATES = ("candidate_plan", "candidate_dtype", "candidate_python", "candidate_engine_python", "candidate_env")
 _OF_BASELINES_THAT_RUN = (
     "baseline_plan",
     "baseline_dtype",

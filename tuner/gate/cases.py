@@ -46,14 +46,13 @@ def case_of(name: str, baseline: SideRequest, candidate: SideRequest) -> Case:
                 )
             left.remove(device)
     gpu = any(device_kind(device) == "cuda" for device in baseline.side.devices)
-    engine = all(side.plan.engine is not None for side in (baseline.side, candidate.side))
     return Case(
         name=name,
         workload=config.workload,
         protocol=config.protocol,
         baseline=baseline.side,
         candidate=candidate.side,
-        metrics=metrics_of(name, config.gate, config.workload, gpu=gpu, engine=engine),
+        metrics=metrics_of(name, config.gate, config.workload, gpu=gpu, engine=baseline.side.plan.engine is not None),
         noise_floor=config.gate.noise_floor,
     )
 
@@ -87,8 +86,8 @@ def metrics_of(
     Raises:
         ConfigError: a metric is asked for by name that such a workload does not yield.
     """
-    kinds = {"goodput": workload.goodput is not None, "arrivals": workload.arrivals is not None}
-    yielded = metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, engine=engine, **kinds)
+    kinds = {"goodput": workload.goodput is not None, "arrivals": engine or workload.arrivals is not None}
+    yielded = metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, **kinds)
     wanted = gate.metrics
     if not (missing := [metric for metric in wanted if metric not in yielded]):
         return dict(wanted)

@@ -184,9 +184,8 @@ def _gains(report: Report, row: Row) -> list[doc.Bar]:
     single, base = ranking.single_stage, ranking.baseline_beside(row.in_finals)
     steps: list[tuple[str, str, Spread | None, int]] = []
     if base:
-        steps.append(
-            (report.baseline_name, w.baseline_text(base, report.config.workload, report.engine), base.spread, 4)
-        )
+        text = w.baseline_text(base, report.config.workload, report.engine)
+        steps.append((report.baseline_name, text, base.spread, 4))
     if single and single.key != row.key and single.in_finals == row.in_finals:
         who = report.engine or "our runtime"
         steps.append(("single stage", f"{who} on one device, {single.plan.describe()}", single.spread, 2))

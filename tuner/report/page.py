@@ -67,14 +67,13 @@ def _baseline(report: Report) -> tuple[doc.Part, ...]:
     if not rows:
         missing = "No baseline was measured: this study cannot say what pipelining gains over the un-pipelined model."
         return (doc.Text(missing),)
-    how = (
-        f"Hugging Face {w.peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours "
-        "are. "
+    peer = (
+        f"Hugging Face {w.peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours are"
     )
     if report.engine:
-        how = f"{report.engine} un-pipelined on one device, with so many sequences at once. "
-    how += (
-        "Every × is over the batch size in bold, its best: in the finals over its rounds there, else over its "
+        peer = f"{report.engine} un-pipelined on one device, with so many sequences at once"
+    how = (
+        f"{peer}. Every × is over the batch size in bold, its best: in the finals over its rounds there, else over its "
         "runs before them."
     )
     metric, latency = report.latency

@@ -28,10 +28,9 @@ def screen_of(report: Report, *, goes_on: bool = False) -> doc.Document:
         parts += [doc.GAP, _on_screen(table)]
     parts += [doc.GAP, *others, doc.Bullets(tuple(doc.Bullet(remark, "warning") for remark in remarks))]
     if failures := report.ranking.failures:
-        told = [
-            f"{w.failure_plan(row, report.baseline_name)}: {row.failure.kind.value}: {w.clean(row.failure.message)}"
-            for row in failures
-        ]
+        plans = [w.failure_plan(row, report.baseline_name) for row in failures]
+        whys = [f"{row.failure.kind.value}: {w.clean(row.failure.message)}" for row in failures]
+        told = list(map("{}: {}".format, plans, whys))
         parts += [doc.GAP, doc.Text(f"{w.count_text(len(told), 'run')} gave no measurement", "strong")]
         parts.append(doc.Bullets(shortened(told, _MOST_REMARKS, "more in ranking.md")))
     search = summarize(report)
@@ -197,23 +196,19 @@ def facts_of(report: Report) -> tuple[tuple[str, str], ...]:
     if ranking.constraints:
         facts.append(("constraints", ", ".join(str(constraint) for constraint in ranking.constraints)))
     base, single = ranking.baseline, ranking.single_stage
-    text = (
-        w.baseline_text(base, report.config.workload, report.engine) if base else "none was measured, so there is no ×"
-    )
-    facts.append(("baseline", text))
+    engine, missing = report.engine, "none was measured, so there is no ×"
+    facts.append(("baseline", w.baseline_text(base, report.config.workload, engine) if base else missing))
     if single:
-        facts.append(("single stage", f"{single.plan.describe()}: {report.engine or 'our runtime'} without pipelining"))
+        facts.append(("single stage", f"{single.plan.describe()}: {engine or 'our runtime'} without pipelining"))
     return tuple(facts)
 
 
 def legend_of(report: Report) -> doc.Text:
     """What the tables' signs mean."""
-    legend = "mb: micro-batch; pre: rows prefilled together; fly: micro-batches in flight; ±: interquartile range"
+    legend = "mb: micro-batch; pre: rows prefilled together; fly: micro-batches in flight"
     if report.engine:
-        legend = (
-            f"budget: tokens of a batch; seqs: sequences at once; KV: cache of each worker; –: left to {report.engine}"
-        )
-        legend += "; ±: interquartile range"
+        legend = f"budget: tokens of a batch; seqs: sequences at once; KV: of each worker; –: left to {report.engine}"
+    legend += "; ±: interquartile range"
     metric = report.objective.metric
     rows = [*report.ranking.rows, *report.ranking.unranked]
     if any(row.plan.prefill_chunk_size is not None for row in rows):
@@ -221,9 +216,8 @@ def legend_of(report: Report) -> doc.Text:
     if any(row.plan.replicas > 1 for row in rows):
         legend += "; 2×: replicas, each with its own micro-batches in flight"
     if any(row.speedup_over_baseline for row in rows):
-        legend += f"; ×: over the {report.baseline_name} below" + (
-            "" if metric == report.throughput_metric else f", in {metric}"
-        )
+        legend += f"; ×: over the {report.baseline_name} below"
+        legend += "" if metric == report.throughput_metric else f", in {metric}"
         if any(row.speedup_over_baseline and not row.speedup_over_baseline.paired for row in rows):
             legend += " (~: not side by side)"
     if any(row.tied for row in rows):

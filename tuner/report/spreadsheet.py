@@ -28,8 +28,7 @@ _TAIL = (
 def columns_of(report: Report) -> tuple[str, ...]:
     """The names of the columns, which `results/README.md` defines."""
     workload = report.config.workload
-    kinds = {"goodput": workload.goodput is not None, "arrivals": workload.arrivals is not None}
-    kinds["engine"] = report.engine is not None
+    kinds = {"goodput": workload.goodput is not None, "arrivals": bool(workload.arrivals or report.engine)}
     names = metric_names(workload.num_prompts, workload.generated_len, gpu=True, **kinds)
     metrics = dict.fromkeys(names)
     return (*_HEAD, *(["engine"] if report.engine else []), *metrics, *_TAIL)

@@ -105,7 +105,7 @@ def _vllm_as_measured(plan_file: PlanFile, machine: Machine, prompt_lens: Sequen
     assert plan_file.model is not None
     assert workload is not None
     devices, model = plan_file.devices or plan.devices, model_to_serve(plan_file.model)
-    on_cpus = device_kind(devices[0]) == "cpu"
+    on_cpus, each = device_kind(devices[0]) == "cpu", max(1, hardware.cpu_cores // len(devices))
     sizes = dict.fromkeys(devices, hardware.memory_bytes // len(devices))
     longest = 1 + max(map(sum, zip(prompt_lens, workload.generated_lens, strict=True)))
     told: dict[str, object] = {"pipeline_parallel_size": len(plan.stages)}
@@ -120,7 +120,7 @@ def _vllm_as_measured(plan_file: PlanFile, machine: Machine, prompt_lens: Sequen
         # Without compilation vLLM 0.32 has no dummy run there, which makes the buffers for what other stages send.
         told = {**told, "enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
         head.append(
-            "Measured with --enforce-eager, which vllm serve fails in on CPUs: traced once here, and run eagerly."
+            "Measured with --enforce-eager, which vllm serve fails in on CPUs: this traces once, and runs eagerly."
         )
     if None in (plan.engine.max_num_batched_tokens, plan.engine.max_num_seqs):
         head.append("What is not limited here was at vLLM's default for its LLM class; that of vllm serve is another.")
@@ -134,16 +134,14 @@ def _vllm_as_measured(plan_file: PlanFile, machine: Machine, prompt_lens: Sequen
     for index in range(plan.replicas):
         variables = [f"VLLM_PP_LAYER_PARTITION={','.join(map(str, plan.layer_counts))}"]
         if on_cpus:
-            each = max(1, hardware.cpu_cores // len(devices))
             cores = cores_of_workers(plan.replica(index), devices, range(hardware.cpu_cores), each)
             variables.append(f"VLLM_CPU_OMP_THREADS_BIND={shlex.quote(cores)}")
         starts.append([*variables, *serve, *([f"--port {8000 + index}"] if plan.replicas > 1 else [])])
-    if not is_yaml:
-        return "\n".join([*(f"# {line}" for line in head), *(" \\\n    ".join(words) for words in starts), ""])
-    remarks = [f"# {line}" for line in (*head, *map(" ".join, starts))]
-    return "\n".join(
-        [*remarks, *(f"{name}: {json.dumps(value)}" for name, value in {"model": model, **flags}.items()), ""]
-    )
+    lines = list(map(" \\\n    ".join, starts))
+    if is_yaml:
+        head += map(" ".join, starts)
+        lines = [f"{name}: {json.dumps(value)}" for name, value in {"model": model, **flags}.items()]
+    return "\n".join([*(f"# {line}" for line in head), *lines, ""])
 
 
 def engine_replicas(plan: Plan) -> dict[str, str]:

@@ -165,18 +165,11 @@ class Host:
         need(core, "_initialize_effective_attention_block_size")()
         return {"workers": self._rpc("pipetune_install")}
 
-    def do_run(
-        self,
-        prompts: list[list[int]],
-        output_lens: list[int],
-        sampling: dict[str, Any],
-        start_at: float,
-        at_s: list[float],
-    ) -> dict[str, Any]:
+    def do_run(self, start_at: float, **given: Any) -> dict[str, Any]:
         """Generates for prompts that come at their times after a moment of the monotonic clock; times count from it."""
         reset = all(str(one) == "True" for one in self._rpc("pipetune_begin"))
         generate = self._generate if self._server is None else self._server.run
-        rows = generate(prompts, output_lens, sampling, start_at, at_s)
+        rows = generate(start_at=start_at, **given)
         duration_s = time.monotonic() - start_at
         workers = self._rpc("pipetune_end")
         return {"duration_s": duration_s, "requests": rows, "workers": workers, "peak_was_reset": reset}
