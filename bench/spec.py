@@ -42,6 +42,7 @@ WorkloadKind = Literal["generate", "score"]
 
 SMOLLM2 = "smollm2-135m"
 """Name of the model that needs no hub; a folder of that name does not hide it."""
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -467,6 +468,9 @@ class StagePlan(Value):
         return self
 
 
+ENGINE_TITLES = {"vllm": "vLLM"}
+
+
 class EngineSettings(Value):
     """How another engine runs a plan, by the engine's own names; None leaves a setting at the engine's default."""
 
@@ -481,6 +485,9 @@ class EngineSettings(Value):
     """The model is not compiled, and no CUDA graphs are captured."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Workers that share each layer of a stage: on its device, and on those numbered after it."""
+
+    served: bool = False
+    """Measured by its HTTP server, in whose own process the scheduler is; else in pipetune's host."""
 
     @model_validator(mode="after")
     def _budget_holds_all(self) -> Self:
@@ -499,7 +506,7 @@ class EngineSettings(Value):
             "TP": self.tensor_parallel_size if self.tensor_parallel_size > 1 else None,
         }
         told = (f"{name} {size}" for name, size in sizes.items() if size is not None)
-        return (self.name, *told, *(["eager"] if self.enforce_eager else []))
+        return (self.name, *told, *(["eager"] if self.enforce_eager else []), *(["served"] if self.served else []))
 
 
 class Lane(Value):

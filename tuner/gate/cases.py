@@ -52,7 +52,7 @@ def case_of(name: str, baseline: SideRequest, candidate: SideRequest) -> Case:
         protocol=config.protocol,
         baseline=baseline.side,
         candidate=candidate.side,
-        metrics=metrics_of(name, config.gate, config.workload, gpu=gpu),
+        metrics=metrics_of(name, config.gate, config.workload, gpu=gpu, engine=baseline.side.plan.engine is not None),
         noise_floor=config.gate.noise_floor,
     )
 
@@ -78,13 +78,15 @@ def parse_env(flag: str, texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def metrics_of(name: str, gate: GateConfig, workload: Workload, *, gpu: bool) -> dict[str, Tolerance]:
+def metrics_of(
+    name: str, gate: GateConfig, workload: Workload, *, gpu: bool, engine: bool = False
+) -> dict[str, Tolerance]:
     """What a gate compares of a case.
 
     Raises:
         ConfigError: a metric is asked for by name that such a workload does not yield.
     """
-    kinds = {"goodput": workload.goodput is not None, "arrivals": workload.arrivals is not None}
+    kinds = {"goodput": workload.goodput is not None, "arrivals": engine or workload.arrivals is not None}
     yielded = metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, **kinds)
     wanted = gate.metrics
     if not (missing := [metric for metric in wanted if metric not in yielded]):

@@ -20,6 +20,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipetune.bench import metrics
+from pipetune.bench.engines.vllm import versions_of, with_engine
 from pipetune.bench.errors import ConfigError, PlanError, UserError, explain
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.fleet.experiment import Experiment
@@ -89,7 +90,7 @@ class FreshProcesses(Closing):
         sides = [side for case in cases for side in (case.baseline, case.candidate)]
         self._hosts = tuple({host: None for side in sides for host in hosts_of(side.devices)})
         for side in sides if self._hosts != ("",) else ():
-            if side.python or side.ref or side.env or "" in hosts_of(side.devices):
+            if side.python or side.ref or side.env or side.engine_python or "" in hosts_of(side.devices):
                 raise ConfigError(
                     f"{side.name}: on several hosts sides differ in plans, dtypes and settings alone; leave out "
                     "its Python, revision and environment, and name the hosts of all devices, as in host0/cpu:0"
@@ -108,6 +109,10 @@ class FreshProcesses(Closing):
                 found = of_python(side.python, side.env) if side.python is not None else Interpreter(env=side.env)
             self._interpreters[name] = found
         self._machines = {name: one.machine() for name, one in self._interpreters.items()}
+        for name, machine in self._machines.items():
+            if (engine := self._case.side(name).engine_python) is not None:
+                versions = versions_of(Path(engine))
+                self._machines[name] = with_engine(machine, versions) if machine is not None else None
         return self._machines
 
     def close(self) -> None:
@@ -138,7 +143,7 @@ class RunningFleet(Closing):
         for case in cases:
             for side in (case.baseline, case.candidate):
                 other = [f"model.{line}" for line in differences(first.model, side.model)]
-                if side.python or side.ref or side.env:
+                if side.python or side.ref or side.env or side.engine_python:
                     other.append("software or environment of its own")
                 if side.devices != first.devices:
                     other.append(f"devices: {', '.join(first.devices)} → {', '.join(side.devices)} (see --devices)")
@@ -243,6 +248,7 @@ def _run(
     command += ["--plan", str(plan), "--check" if check else "--no-check"]
     command += ["--no-progress", "--json", "--output", str(output)]
     command += ["--trust-remote-code"] if trusted else []
+    command += ["--engine-python", side.engine_python] if side.engine_python is not None else []
     try:
         # Over several hosts those that have joined come back for the next side.
         stay = {STAY_VARIABLE: "1"} if hosts_of(side.devices) != ("",) else {}

@@ -29,6 +29,8 @@ class Side(Value):
     """Revision of pipetune's own repository, as given; it is built in an environment of its own."""
     revision: str | None = None
     """Commit that `ref` resolved to."""
+    engine_python: str | None = None
+    """Interpreter of the environment whose vLLM runs the plan; None: pipetune's own runtime does."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables that its processes get on top of the gate's own."""
 
@@ -36,6 +38,7 @@ class Side(Value):
         """What sets it apart, in one line for people."""
         parts = [self.plan.describe(), self.model.dtype]
         parts += [f"at {self.ref}"] if self.ref else [f"by {self.python}"] if self.python else []
+        parts += [f"in {self.engine_python}"] if self.engine_python else []
         return " · ".join((*parts, *(f"{key}={value}" for key, value in self.env.items())))
 
 

@@ -11,7 +11,7 @@ from pipetune.tuner.ranking.values import Row, Spread
 from pipetune.tuner.report import document as doc
 from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.data import Report, host_us_a_task
-from pipetune.tuner.report.ranking import BASELINE_NAME, verdict_of
+from pipetune.tuner.report.ranking import verdict_of
 
 _LATENCIES = (
     ("time to first token", "mean_ttft_ms", "mean, all prompts given at once"),
@@ -62,7 +62,7 @@ def _headline(report: Report) -> tuple[doc.Text, doc.Text]:
         number = w.metric_text(report.objective.metric, best.value)
         return doc.Text(number, style), doc.Text("No baseline was measured beside it, so there is no gain", "faint")
     metric = "" if report.objective.metric == report.throughput_metric else f" in {report.objective.metric}"
-    over = f"over the un-pipelined {BASELINE_NAME} baseline{metric} · {w.ratio_evidence(gain)}"
+    over = f"over the un-pipelined {report.baseline_name} baseline{metric} · {w.ratio_evidence(gain)}"
     return doc.Text(w.ratio_text(gain), style), doc.Text(over, "faint")
 
 
@@ -184,9 +184,11 @@ def _gains(report: Report, row: Row) -> list[doc.Bar]:
     single, base = ranking.single_stage, ranking.baseline_beside(row.in_finals)
     steps: list[tuple[str, str, Spread | None, int]] = []
     if base:
-        steps.append((BASELINE_NAME, w.baseline_text(base, report.config), base.spread, 4))
+        text = w.baseline_text(base, report.config.workload, report.engine)
+        steps.append((report.baseline_name, text, base.spread, 4))
     if single and single.key != row.key and single.in_finals == row.in_finals:
-        steps.append(("single stage", f"our runtime on one device, {single.plan.describe()}", single.spread, 2))
+        who = report.engine or "our runtime"
+        steps.append(("single stage", f"{who} on one device, {single.plan.describe()}", single.spread, 2))
     steps.append(("best plan" if row.rank == 1 else "plan", w.row_text(row), row.spread, 1))
     first = steps[0][2]
     gains = [unpaired(report.objective, spread, first) for _, _, spread, _ in steps]
@@ -203,6 +205,8 @@ def _gains(report: Report, row: Row) -> list[doc.Bar]:
 def _gains_text(report: Report, row: Row) -> str:
     single = report.ranking.single_stage
     total, pipelining = row.speedup_over_baseline, row.speedup_over_single_stage
+    if report.engine:
+        return f"The baseline is {report.engine} on one device: all of the gain is the plan's and its settings'."
     if single is None:
         return "Our single stage was not measured, so the gain of pipelining cannot be told from that of the runtime."
     if len(row.plan.devices) == 1:

@@ -8,12 +8,15 @@ from typing import Any, Self
 
 from pipetune.bench.profile import Profile
 from pipetune.bench.record import Measurement, OutputCheck
+from pipetune.bench.spec import ENGINE_TITLES
 from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE
 from pipetune.tuner.ranking.rank import rank
 from pipetune.tuner.ranking.values import Objective, Ranking, Row
 from pipetune.tuner.study.files import StudyContents, StudyFile, read_sound, still_told
 from pipetune.tuner.study.losses import Loss
 from pipetune.tuner.study.search_log import SearchLog
+
+BASELINE_NAME = "device_map"
 
 
 class Report(StudyContents):
@@ -66,6 +69,18 @@ class Report(StudyContents):
     def scores(self) -> bool:
         """Whether texts are scored: no tokens are put out, and none has a time of its own."""
         return self.config.workload.kind == "score"
+
+    @property
+    def engine(self) -> str | None:
+        """What another engine that ran the plans is called; None: our own runtime did."""
+        plans = [row.plan for row in (*self.ranking.rows, *self.ranking.unranked)]
+        plans += [row.plan for row in self.ranking.failures if row.plan]
+        return next((ENGINE_TITLES[plan.engine.name] for plan in plans if plan.engine), None)
+
+    @property
+    def baseline_name(self) -> str:
+        """What the un-pipelined model is called in tables: by how it runs."""
+        return "PP=1" if self.engine else BASELINE_NAME
 
     @property
     def throughput_metric(self) -> str:

@@ -12,7 +12,7 @@ from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.profile import costs_of
 from pipetune.tuner.report.search import summarize
 from pipetune.tuner.report.study_charts import study_figures
-from pipetune.tuner.study.plan_file import engine_replicas
+from pipetune.tuner.study.plan_file import PlanFile, engine_replicas, render
 
 _NUMBERS = re.compile(r"[\d.]+")
 
@@ -59,9 +59,13 @@ def _baseline(report: Report) -> tuple[doc.Part, ...]:
     if not rows:
         missing = "No baseline was measured: this study cannot say what pipelining gains over the un-pipelined model."
         return (doc.Text(missing),)
+    peer = (
+        f"Hugging Face {w.peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours are"
+    )
+    if report.engine:
+        peer = f"{report.engine} un-pipelined on one device, with so many sequences at once"
     how = (
-        f"Hugging Face {w.peer_name(report.config.workload)}, un-pipelined, with prompts sorted and padded as ours "
-        "are. Every × is over the batch size in bold, its best: in the finals over its rounds there, else over its "
+        f"{peer}. Every × is over the batch size in bold, its best: in the finals over its rounds there, else over its "
         "runs before them."
     )
     metric, latency = report.latency
@@ -143,7 +147,12 @@ def _uses(report: Report) -> list[doc.Section]:
             "AutoModelForCausalLM.from_pretrained(model, device_map=device_map)"
         ),
     }
-    if len(best.plan.devices) > 1:
+    if report.engine and report.machine and report.shape:
+        config = report.config
+        file = PlanFile(plan=best.plan, model=config.model, workload=config.workload, devices=config.concrete_devices)
+        how = render(file, report.shape, "vllm", machine=report.machine, prompt_lens=report.prompt_lens)
+        uses[f"Serve it by {report.engine}, as it was measured"] = how.rstrip()
+    elif len(best.plan.devices) > 1:
         counts = ",".join(map(str, best.plan.layer_counts))
         lines = [f"export {engine}_PP_LAYER_PARTITION={counts}" for engine in ("VLLM", "SGLANG")]
         lines += [f"# {name}: {flag}" for name, flag in engine_replicas(best.plan).items()]

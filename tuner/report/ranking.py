@@ -7,14 +7,13 @@ from dataclasses import replace
 from pipetune.tuner.ranking.values import BaselineRow, Pooled, Row
 from pipetune.tuner.report import document as doc
 from pipetune.tuner.report import wording as w
-from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.data import BASELINE_NAME, Report
 from pipetune.tuner.report.search import summarize
 from pipetune.tuner.study.plan_file import DEVICE_MAP_FILE, PLAN_FILE
 
 _EXPORTS = ("report.html", "ranking.csv", "trace.json.gz", PLAN_FILE, DEVICE_MAP_FILE)
 _MOST_ROWS, _MOST_REMARKS = 12, 5
 """What a screen has room for; all of it is in `ranking.md`."""
-BASELINE_NAME = "device_map"
 
 
 def screen_of(report: Report, *, goes_on: bool = False) -> doc.Document:
@@ -29,7 +28,9 @@ def screen_of(report: Report, *, goes_on: bool = False) -> doc.Document:
         parts += [doc.GAP, _on_screen(table)]
     parts += [doc.GAP, *others, doc.Bullets(tuple(doc.Bullet(remark, "warning") for remark in remarks))]
     if failures := report.ranking.failures:
-        told = [f"{w.failure_plan(row)}: {row.failure.kind.value}: {w.clean(row.failure.message)}" for row in failures]
+        plans = [w.failure_plan(row, report.baseline_name) for row in failures]
+        whys = [f"{row.failure.kind.value}: {w.clean(row.failure.message)}" for row in failures]
+        told = list(map("{}: {}".format, plans, whys))
         parts += [doc.GAP, doc.Text(f"{w.count_text(len(told), 'run')} gave no measurement", "strong")]
         parts.append(doc.Bullets(shortened(told, _MOST_REMARKS, "more in ranking.md")))
     search = summarize(report)
@@ -81,9 +82,11 @@ def _table(report: Report, caption: str, plans: Sequence[Row], base: BaselineRow
     rows = [doc.TableRow(_cells(row, latency[0], extras, several=several), _style(row)) for row in plans]
     if base:
         measured = _measured(base, "1.00×", latency[0], extras)
-        rows.append(doc.TableRow(("", BASELINE_NAME, str(base.batch_size), "", "", *measured), "other"))
-    names = ("mb", "pre", "fly", "runs", "tok/s", "×", "bubble", latency[1], "memory")
-    spare = {"pre": 5, "runs": 4, "fly": 3, "bubble": 2, "memory": 1}
+        sizes = ("", str(base.batch_size), "") if report.engine else (str(base.batch_size), "", "")
+        rows.append(doc.TableRow(("", report.baseline_name, *sizes, *measured), "other"))
+    names = ["budget", "seqs", "KV"] if report.engine else ["mb", "pre", "fly"]
+    names += ["runs", "tok/s", "×", "bubble", latency[1], "memory"]
+    spare = {"pre": 5, "KV": 5, "runs": 4, "fly": 3, "bubble": 2, "memory": 1}
     return doc.Table(
         columns=(
             doc.Column("#"),
@@ -117,7 +120,7 @@ def failures_of(report: Report) -> tuple[doc.Section, ...]:
         rows=doc.rows_of(
             (
                 f"{row.record:04}",
-                w.failure_plan(row),
+                w.failure_plan(row, report.baseline_name),
                 row.failure.kind.value,
                 w.failure_where(row),
                 w.clean(row.failure.message),
@@ -154,9 +157,7 @@ def _cells(row: Row, latency: str, extras: Sequence[str], *, several: bool) -> t
     return (
         f"{row.rank if row.rank else w.MISSING}{marks}",
         w.layers_text(row.plan),
-        str(row.plan.micro_batch_size),
-        w.prefill_text(row.plan),
-        str(row.effective.in_flight),
+        *w.sizes_text(row),
         *_measured(row, w.ratio_text(row.speedup_over_baseline), latency, extras),
     )
 
@@ -192,16 +193,19 @@ def facts_of(report: Report) -> tuple[tuple[str, str], ...]:
     if ranking.constraints:
         facts.append(("constraints", ", ".join(str(constraint) for constraint in ranking.constraints)))
     base, single = ranking.baseline, ranking.single_stage
-    text = w.baseline_text(base, report.config) if base else "none was measured, so there is no ×"
-    facts.append(("baseline", text))
-    if single and report.config.engine is None:
-        facts.append(("single stage", f"{single.plan.describe()}: our runtime without pipelining"))
+    engine, missing = report.engine, "none was measured, so there is no ×"
+    facts.append(("baseline", w.baseline_text(base, report.config.workload, engine) if base else missing))
+    if single:
+        facts.append(("single stage", f"{single.plan.describe()}: {engine or 'our runtime'} without pipelining"))
     return tuple(facts)
 
 
 def legend_of(report: Report) -> doc.Text:
     """What the tables' signs mean."""
-    legend = "mb: micro-batch; pre: rows prefilled together; fly: micro-batches in flight; ±: interquartile range"
+    legend = "mb: micro-batch; pre: rows prefilled together; fly: micro-batches in flight"
+    if report.engine:
+        legend = f"budget: tokens of a batch; seqs: sequences at once; KV: of each worker; –: left to {report.engine}"
+    legend += "; ±: interquartile range"
     metric = report.objective.metric
     rows = [*report.ranking.rows, *report.ranking.unranked]
     if any(row.plan.prefill_chunk_size is not None for row in rows):
@@ -209,7 +213,8 @@ def legend_of(report: Report) -> doc.Text:
     if any(row.plan.replicas > 1 for row in rows):
         legend += "; 2×: replicas, each with its own micro-batches in flight"
     if any(row.speedup_over_baseline for row in rows):
-        legend += "; ×: over the device_map below" + ("" if metric == report.throughput_metric else f", in {metric}")
+        legend += f"; ×: over the {report.baseline_name} below"
+        legend += "" if metric == report.throughput_metric else f", in {metric}"
         if any(row.speedup_over_baseline and not row.speedup_over_baseline.paired for row in rows):
             legend += " (~: not side by side)"
     if any(row.tied for row in rows):
@@ -232,7 +237,7 @@ def verdict_of(report: Report) -> list[doc.Text]:
         return [doc.Text(text, "warning")]
     gain = best.speedup_over_baseline
     value = w.metric_text(report.objective.metric, best.value)
-    over = f", {w.ratio_text(gain)} over device_map ({w.ratio_evidence(gain)})" if gain else ""
+    over = f", {w.ratio_text(gain)} over {report.baseline_name} ({w.ratio_evidence(gain)})" if gain else ""
     tied = [f"#{row.rank} ({w.layers_text(row.plan)})" for row in ranking.rows if row.tied and row is not best]
     ties = f"; tied with {w.list_text(tied)}" if tied else ""
     because, rival, note = ranking.recommended_because, w.rival_text(ranking), w.export_note(best.plan, DEVICE_MAP_FILE)
@@ -260,15 +265,13 @@ def next_steps(report: Report) -> dict[str, str]:
     model = shlex.quote(w.clean(report.config.model.name))
     dummy = " --load-format dummy" if report.config.model.load_format == "dummy" else ""
     names = ",".join(f"cuda:{index}" for index in range(len(best.plan.stages)))
-    plan = shlex.quote(f"{folder}/{PLAN_FILE}")
-    if report.config.engine is not None:
-        python = shlex.quote(report.config.engine.python)
-        return {
-            "Measure it again": f"pipetune bench --model {model}{dummy} --plan {plan} --engine-python {python}",
-            "Serve with it": f"pipetune export {shlex.quote(folder)} --format vllm",
-        }
+    again = f"pipetune bench --model {model}{dummy} --plan {shlex.quote(f'{folder}/{PLAN_FILE}')}"
+    if report.engine:
+        serve = {f"Serve it by {report.engine}": f"pipetune export {shlex.quote(folder)} --format vllm"}
+        python = shlex.quote(report.config.engine.python) if report.config.engine else "PYTHON"
+        return {"Measure it again": f"{again} --engine-python {python}", **serve}
     return {
-        "Measure it again": f"pipetune bench --model {model}{dummy} --plan {plan}",
+        "Measure it again": again,
         "Export it for other devices": f"pipetune export {shlex.quote(folder)} --device-names {names}",
     }
 

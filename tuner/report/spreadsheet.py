@@ -28,10 +28,10 @@ _TAIL = (
 def columns_of(report: Report) -> tuple[str, ...]:
     """The names of the columns, which `results/README.md` defines."""
     workload = report.config.workload
-    kinds = {"goodput": workload.goodput is not None, "arrivals": workload.arrivals is not None}
+    kinds = {"goodput": workload.goodput is not None, "arrivals": bool(workload.arrivals or report.engine)}
     names = metric_names(workload.num_prompts, workload.generated_len, gpu=True, **kinds)
     metrics = dict.fromkeys(names)
-    return (*_HEAD, *metrics, *_TAIL)
+    return (*_HEAD, *(["engine"] if report.engine else []), *metrics, *_TAIL)
 
 
 def entries_of(report: Report) -> list[dict[str, Cell]]:
@@ -91,6 +91,7 @@ def _plan_cells(plan: Plan) -> dict[str, Cell]:
         "memory_fractions": " ".join(str(stage.memory_fraction) for stage in plan.stages),
         "max_memory_bytes": " ".join(str(stage.max_memory_bytes or "") for stage in plan.stages).strip(),
         "prefill_micro_batch_size": plan.prefill_size,
+        **({"engine": " · ".join(plan.engine.words)} if plan.engine is not None else {}),
     }
 
 

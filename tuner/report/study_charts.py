@@ -7,7 +7,7 @@ from pipetune.tuner.report.chart import Band, Bars, Chart, Dots, Line, Mark, Rul
 from pipetune.tuner.report.data import Report, stage_tasks, typical_iteration
 from pipetune.tuner.report.document import Figure
 from pipetune.tuner.report.search import trials_of
-from pipetune.tuner.report.wording import column_title, layers_text, stage_name
+from pipetune.tuner.report.wording import column_title, layers_text, sizes_text, stage_name
 
 _LOOKS = {
     "finalist": Dots(xs=(), ys=(), colour="plan", size=6.5),
@@ -63,19 +63,20 @@ def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Char
     height = 1.0 if relative else base.throughput.median if base else None
     if height is not None:
         # The un-pipelined model may have no x: it is a line.
-        marks.append(Rule(at=height, colour="vermilion", label="device_map", is_dashed=True))
+        marks.append(Rule(at=height, colour="vermilion", label=report.baseline_name, is_dashed=True))
         if base and metric in base.metrics:
             at = (scale * base.metrics[metric],)
             marks.append(Dots(xs=at, ys=(height,), colour="vermilion", marker="s", size=7))
     for label, look in _LOOKS.items():
         if own := [point for point in points if kind(point[0]) == label]:
             shown, xs, ys = zip(*own, strict=True)
-            names = (f"{layers_text(row.plan)}, mb {row.plan.micro_batch_size}" for row in shown)
+            size = "budget" if report.engine else "mb"
+            names = (f"{layers_text(row.plan)}, {size} {sizes_text(row)[0]}" for row in shown)
             marks.append(replace(look, xs=xs, ys=ys, label=label, names=tuple(names) if label == "best plan" else ()))
     return Chart(
         title=f"Throughput against {column_title(metric)}",
         x_label=x_label,
-        y_label="throughput, × over device_map" if relative else report.throughput_title,
+        y_label=f"throughput, × over {report.baseline_name}" if relative else report.throughput_title,
         marks=tuple(marks),
     )
 
@@ -92,7 +93,7 @@ def search_chart(report: Report, *, wide: bool = True) -> Chart | None:
     # As it was measured before the finals, like the trials.
     base = next((row for row in report.ranking.baseline_sweep if row.batch_size == best_batch), None)
     if base and base.value is not None:
-        marks.append(Rule(at=base.value, colour="vermilion", label="device_map", is_dashed=True))
+        marks.append(Rule(at=base.value, colour="vermilion", label=report.baseline_name, is_dashed=True))
     if best := [(number, value) for number, value, leads in found if leads]:
         numbers, reached = zip(*best, (max(trial.number for trial in trials), best[-1][1]), strict=True)
         marks.append(Line(xs=numbers, ys=reached, colour="orange", label="best so far", width=2, is_stepped=True))

@@ -43,7 +43,19 @@ def definitions(part: str) -> dict[str, str]:
 def layers_text(plan: Plan) -> str:
     """`17+13`, `2×17+13` for two replicas, `17+13 on cpu:1,cpu:0`, `17+13 compiled`: all but the sizes."""
     counts = "+".join(str(count) for count in plan.layer_counts) + plan.order_text
-    return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *plan.switches, *plan.lane_words])
+    switches = [*plan.switches, *([f"TP {plan.width}"] if plan.width > 1 else [])]
+    if plan.engine is not None:
+        switches += ["eager"] * plan.engine.enforce_eager + ["served"] * plan.engine.served
+    return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *switches, *plan.lane_words])
+
+
+def sizes_text(row: Row) -> tuple[str, str, str]:
+    """Micro-batch, what is prefilled together, and how many are in flight; of an engine budget, sequences, KV cache."""
+    plan, engine = row.plan, row.plan.engine
+    if engine is None:
+        return str(plan.micro_batch_size), prefill_text(plan), str(row.effective.in_flight)
+    budget, seqs = (str(limit or MISSING) for limit in (engine.max_num_batched_tokens, engine.max_num_seqs))
+    return budget, seqs, bytes_text(engine.kv_cache_memory_bytes)
 
 
 def prefill_text(plan: Plan) -> str:
@@ -212,10 +224,11 @@ def peer_name(workload: Workload) -> str:
     return "forward" if workload.kind == "score" else "generate"
 
 
-def baseline_text(row: BaselineRow, config: TuneConfig) -> str:
-    """`HF generate un-pipelined, batch 8`."""
-    who = f"HF {peer_name(config.workload)}" if config.engine is None else config.engine.name
-    return f"{who} un-pipelined, batch {row.batch_size}"
+def baseline_text(row: BaselineRow, workload: Workload, engine: str | None) -> str:
+    """`HF generate un-pipelined, batch 8`, `vLLM un-pipelined, 8 sequences at once`."""
+    if engine is not None:
+        return f"{engine} un-pipelined, {row.batch_size} sequences at once"
+    return f"HF {peer_name(workload)} un-pipelined, batch {row.batch_size}"
 
 
 def column_title(metric: str) -> str:
@@ -233,11 +246,11 @@ def failure_where(failure: FailureRow) -> str:
     return ", ".join(filter(None, (" on ".join(places), clean(what.phase or ""))))
 
 
-def failure_plan(failure: FailureRow) -> str:
+def failure_plan(failure: FailureRow, baseline_name: str) -> str:
     """`17+13 · micro-batch 16`, or `device_map, batch 32` for the baseline."""
     if failure.plan:
         return failure.plan.describe()
-    return "device_map" if failure.batch_size is None else f"device_map, batch {failure.batch_size}"
+    return baseline_name if failure.batch_size is None else f"{baseline_name}, batch {failure.batch_size}"
 
 
 def copies_text(plan: Plan) -> str:
@@ -291,9 +304,9 @@ def compared_text(check: OutputCheck, *, scored: bool) -> str:
 
 def steps_text(measurement: Measurement) -> str:
     """`4 layers loaded in 0.80 s, output checked in 1.9 s`: what the timed iterations do not contain."""
-    count = len(measurement.loaded_layers)
+    count, changed = len(measurement.loaded_layers), "the engine started or changed"
     steps = {
-        f"{count} layer{'' if count == 1 else 's'} loaded": measurement.load_s,
+        (changed if measurement.method == "engine" else f"{count_text(count, 'layer')} loaded"): measurement.load_s,
         "output checked": measurement.check_s,
         "compiled or captured": measurement.prepare_s,
     }

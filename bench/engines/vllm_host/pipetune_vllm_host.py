@@ -91,6 +91,7 @@ class Host:
         os.dup2(2, 1)
         self._lock = threading.Lock()
         self._llm: Any = None
+        self._server: Any = None
         self._steps = 0
 
     def serve(self) -> None:
@@ -107,9 +108,15 @@ class Host:
                 answer = {"error": f"{type(error).__name__}: {error}"[:4000], "died": self._died()}
             self._send({"id": command["id"], **answer})
 
-    def do_start(self, layers: list[int], **settings: Any) -> dict[str, Any]:
-        """Starts the engine; settings are vLLM's own."""
+    def do_start(self, layers: list[int], served: bool = False, **settings: Any) -> dict[str, Any]:
+        """Starts the engine, here or as a server; settings are vLLM's own."""
         os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, layers))
+        if served:
+            from pipetune_vllm_served import Server
+
+            self._server = Server(settings.pop("model"), layers, settings)
+            limits = {name: settings.get(name) for name in ("max_num_batched_tokens", "max_num_seqs")}
+            return {"workers": self._rpc("pipetune_install"), **limits}
         from vllm import LLM
 
         self._llm = LLM(
@@ -121,7 +128,7 @@ class Host:
             skip_tokenizer_init=True,
             **settings,
         )
-        workers = self._llm.collective_rpc("pipetune_install")
+        workers = self._rpc("pipetune_install")
         config = need(self._llm, "llm_engine", "vllm_config", "scheduler_config")
         return {"workers": workers, **{name: need(config, name) for name in ("max_num_batched_tokens", "max_num_seqs")}}
 
@@ -156,17 +163,29 @@ class Host:
             hash_block_size=hash_block_size,
         )
         need(core, "_initialize_effective_attention_block_size")()
-        return {"workers": self._llm.collective_rpc("pipetune_install")}
+        return {"workers": self._rpc("pipetune_install")}
 
-    def do_run(
-        self, prompts: list[list[int]], output_lens: list[int], sampling: dict[str, Any], start_at: float
-    ) -> dict[str, Any]:
-        """Generates for all prompts, given at one moment of the monotonic clock; times count from there."""
+    def do_run(self, start_at: float, **given: Any) -> dict[str, Any]:
+        """Generates for prompts that come at their times after a moment of the monotonic clock; times count from it."""
+        reset = all(str(one) == "True" for one in self._rpc("pipetune_begin"))
+        generate = self._generate if self._server is None else self._server.run
+        rows = generate(start_at=start_at, **given)
+        duration_s = time.monotonic() - start_at
+        workers = self._rpc("pipetune_end")
+        return {"duration_s": duration_s, "requests": rows, "workers": workers, "peak_was_reset": reset}
+
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        output_lens: list[int],
+        sampling: dict[str, Any],
+        start_at: float,
+        at_s: list[float],
+    ) -> list[dict[str, Any]]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine = need(self._llm, "llm_engine")
-        reset = all(self._llm.collective_rpc("pipetune_begin"))
         numbers: dict[str, int] = {}
         rows: list[dict[str, Any]] = [{"token_ids": [], "token_times_s": []} for _ in prompts]
         params = [
@@ -175,11 +194,14 @@ class Host:
             )
             for length in output_lens
         ]
-        time.sleep(max(start_at - time.monotonic(), 0.0))
-        for index, prompt in enumerate(prompts):
-            numbers[str(index)] = index
-            numbers[engine.add_request(str(index), {"prompt_token_ids": prompt}, params[index])] = index
-        while engine.has_unfinished_requests():
+        given = 0
+        while given < len(prompts) or engine.has_unfinished_requests():
+            if not engine.has_unfinished_requests():
+                time.sleep(max(start_at + at_s[given] - time.monotonic(), 0.0))
+            while given < len(prompts) and start_at + at_s[given] <= time.monotonic():
+                numbers[str(given)] = given
+                numbers[engine.add_request(str(given), {"prompt_token_ids": prompts[given]}, params[given])] = given
+                given += 1
             outputs = engine.step()
             now_s = time.monotonic() - start_at
             self._steps += 1
@@ -189,12 +211,12 @@ class Host:
                 row["token_times_s"] += [now_s] * len(token_ids)
                 if output.finished:
                     row["scheduled_s"] = need(output, "metrics", "scheduled_ts") - start_at
-        duration_s = time.monotonic() - start_at
-        workers = self._llm.collective_rpc("pipetune_end")
-        return {"duration_s": duration_s, "requests": rows, "workers": workers, "peak_was_reset": reset}
+        return rows
 
     def do_logprobs(self, prompts: list[list[int]], continuations: list[list[int]]) -> dict[str, Any]:
         """Log-probability of each token of the continuations under those before it, and the likeliest token there."""
+        if self._server is not None:
+            return {"rows": [self._server.logprobs(*pair) for pair in zip(prompts, continuations, strict=True)]}
         from vllm import SamplingParams
 
         given = [{"prompt_token_ids": [*one, *more]} for one, more in zip(prompts, continuations, strict=True)]
@@ -208,12 +230,18 @@ class Host:
             rows.append([[row[token].logprob, best] for token, row, best in pairs])
         return {"rows": rows}
 
+    def _rpc(self, method: str) -> list[Any]:
+        answers: list[Any] = self._llm.collective_rpc(method) if self._server is None else self._server.rpc(method)
+        return answers
+
     @property
     def _core(self) -> Any:
         return need(self._llm, "llm_engine", "engine_core", "engine_core")
 
     def _died(self) -> dict[str, Any] | None:
         """The first worker to have ended, not one that vLLM itself ended for its sake."""
+        if self._server is not None and (code := self._server.process.poll()) is not None:
+            return {"rank": None, "exit_code": code}
         if self._llm is None:
             return None
         workers = need(self._core, "model_executor", "workers")

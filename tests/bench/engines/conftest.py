@@ -74,6 +74,13 @@ def told(tmp_path: Path) -> Callable[[], list[dict[str, Any]]]:
     return lambda: [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def fake_python(path: Path) -> Path:
+    """What is started as an engine's Python, and runs the fake host whatever script it is told."""
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_host.__file__} "$2"\n', encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture
 def make_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Starts engines over fake hosts of some behaviour."""

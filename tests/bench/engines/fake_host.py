@@ -62,17 +62,22 @@ class FakeHost:
         return {}
 
     def run(
-        self, prompts: list[list[int]], output_lens: list[int], sampling: dict[str, Any], start_at: float
+        self,
+        prompts: list[list[int]],
+        output_lens: list[int],
+        sampling: dict[str, Any],
+        start_at: float,
+        at_s: list[float],
     ) -> dict[str, Any]:
         off = OPTIONS.get("wrong_tokens", 0)
         step_s = STEP_S * (2 if self.layers[0] > OPTIONS.get("fast_layers", self.layers[0]) else 1)
         requests = [
             {
-                "scheduled_s": 0.001,
+                "scheduled_s": came_s + 0.001,
                 "token_ids": [right(prompt, place) + off for place in range(length)],
-                "token_times_s": [step_s * (place + 1) for place in range(length)],
+                "token_times_s": [came_s + step_s * (place + 1) for place in range(length)],
             }
-            for prompt, length in zip(prompts, output_lens, strict=True)
+            for prompt, length, came_s in zip(prompts, output_lens, at_s, strict=True)
         ]
         steps = max(output_lens, default=0)
         workers = []
@@ -86,7 +91,12 @@ class FakeHost:
                 spans.append(["sample", begin + 0.01, begin + 0.012, 0, 0])
             peak = OPTIONS.get("peak_bytes", BASELINE_BYTES + 2**29)
             workers += [{"spans": spans, "peak_bytes": peak + shard} for shard in range(self.width)]
-        return {"duration_s": step_s * steps, "requests": requests, "workers": workers, "peak_was_reset": True}
+        return {
+            "duration_s": max(at_s) + step_s * steps,
+            "requests": requests,
+            "workers": workers,
+            "peak_was_reset": True,
+        }
 
     def logprobs(self, prompts: list[list[int]], continuations: list[list[int]]) -> dict[str, Any]:
         off = OPTIONS.get("wrong_logprobs", 0.0)

@@ -190,4 +190,4 @@ def test_the_host_imports_nothing_that_vllms_environment_lacks() -> None:
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").partition(".")[0])
-    assert imported - sys.stdlib_module_names == {"pipetune_vllm_probe", "vllm"}
+    assert imported - sys.stdlib_module_names == {"pipetune_vllm_probe", "pipetune_vllm_served", "vllm"}

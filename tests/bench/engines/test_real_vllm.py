@@ -5,8 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import os
+import shlex
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Failure, FailureKind, Measurement
-from pipetune.bench.spec import SMOLLM2, EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.bench.spec import SMOLLM2, Arrivals, EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.tuner.study.plan_file import Format, PlanFile, render
 from tests.bench.engines.conftest import make_plan
 from tests.bench.engines.test_host import session
 
@@ -30,6 +37,20 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not PYTHON, reason="no environment with vLLM: make test-vllm"),
 ]
+PARSE = """
+import json, sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = FlexibleArgumentParser()
+make_arg_parser(parser.add_subparsers(dest="subparser").add_parser("serve"))
+args = parser.parse_args()
+args.model = args.model_tag or args.model
+known = vars(AsyncEngineArgs.from_cli_args(args))
+print(json.dumps({key: value for key, value in known.items() if isinstance(value, (str, int, float, bool))}))
+"""
+"""What `vllm serve` makes of its arguments."""
 WORKLOAD = Workload(num_prompts=8, input_len=48, random_range_ratio=0.5, output_len=8)
 PROTOCOL = Protocol(num_iters=2, num_iters_warmup=1, hang_timeout_s=60.0)
 SETTINGS: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": "64MiB", "max_num_seqs": 8}
@@ -71,6 +92,100 @@ def test_replicas_run_side_by_side(engine: VllmEngine) -> None:
     assert outcome.check is not None
     assert outcome.check.tokens_equal
     assert len(outcome.iterations[0].stages) == 2
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_requests_over_time_give_the_same_tokens_in_process_and_served(engine: VllmEngine, served: bool) -> None:
+    """Eagerly: the probe makes what the server lacks for that."""
+    rate = 20.0
+    workload = WORKLOAD.model_copy(update={"arrivals": Arrivals(request_rate=rate)})
+    plan = make_plan((16, 14), **SETTINGS, max_num_batched_tokens=128, served=served)
+    outcome = engine.measure(RunSpec(model=engine.model, workload=workload, plan=plan, protocol=PROTOCOL))
+    assert isinstance(outcome, Measurement), outcome
+    assert outcome.check is not None
+    assert (outcome.check.tokens_equal, outcome.check.argmax_flips) == (True, 0)
+    for run in outcome.iterations:
+        assert run.requests[-1].arrived_s == pytest.approx(8 / rate)
+        assert all(one.began_s and one.arrived_s <= one.began_s <= one.token_times_s[0] for one in run.requests)
+        assert run.duration_s >= 8 / rate
+        assert [sum(trace.step_tokens) for trace in run.stages] == [sum(outcome.prompt_lens) + 8 * 7] * 2
+    assert 0.0 < derive(outcome)["bubble_ratio"] < 1.0
+    host = engine._hosts[0].hello["hello"]
+    assert len(session(host)) >= (5 if served else 3)
+    engine.interrupt()
+    assert session(host) == []
+
+
+def exported(engine: VllmEngine, form: Format, **settings: Any) -> str:
+    """A plan of two stages, as it would be exported."""
+    plan = make_plan(**SETTINGS, max_num_batched_tokens=128, **settings)
+    file = PlanFile(plan=plan, model=engine.model, workload=WORKLOAD, devices=engine.devices)
+    lens = engine.prompt_lens(WORKLOAD)
+    return render(file, engine.shape, form, machine=engine.machine, prompt_lens=lens)
+
+
+def command(text: str) -> tuple[dict[str, str], list[str]]:
+    """Variables, and what follows `vllm`."""
+    words = shlex.split(text.replace("\\\n", ""), comments=True)
+    place = words.index("vllm")
+    return dict(word.split("=", 1) for word in words[:place]), words[place + 1 :]
+
+
+def test_vllms_own_parser_takes_what_is_exported(engine: VllmEngine, tmp_path: Path) -> None:
+    """As the file and as the command, with the same outcome."""
+    (tmp_path / "serve.yaml").write_text(exported(engine, "vllm-yaml"), encoding="utf-8")
+    rows = [command(exported(engine, "vllm"))[1], ["serve", "--config", str(tmp_path / "serve.yaml")]]
+    found = []
+    for words in rows:
+        done = subprocess.run([PYTHON, "-c", PARSE, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0] == found[1]
+    wanted = {
+        "pipeline_parallel_size": 2,
+        "tensor_parallel_size": 1,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 64 * 2**20,
+        "enable_prefix_caching": False,
+        "dtype": "float32",
+        "max_model_len": engine._longest(WORKLOAD),
+    }
+    assert {name: found[0][name] for name in wanted} == wanted
+    assert (Path(found[0]["model"]) / "config.json").is_file()
+
+
+def test_what_is_exported_serves(engine: VllmEngine) -> None:
+    variables, (_, model, *flags) = command(exported(engine, "vllm"))
+    engine.interrupt()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    place = ["--model", model, "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(
+        [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *place, *flags],
+        env={**os.environ, **variables, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        question = {"model": model, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+        while True:
+            assert server.poll() is None, server.stdout and server.stdout.read()[-4000:]
+            time.sleep(1.0)
+            with contextlib.suppress(ConnectionError):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+                connection.request(
+                    "POST", "/v1/completions", json.dumps(question), {"Content-Type": "application/json"}
+                )
+                answer = json.loads(connection.getresponse().read())
+                break
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.communicate()
+    assert answer["usage"]["completion_tokens"] == 4, answer
+    assert "Paris" in answer["choices"][0]["text"], answer
 
 
 def test_too_little_memory_for_one_request_is_named(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pipetune.bench.errors import ConfigError, PlanError
 from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Failure, FailureKind, Measurement, Record
-from pipetune.bench.spec import ModelSpec, Plan, RunSpec, Sampling
+from pipetune.bench.spec import Arrivals, Goodput, ModelSpec, Plan, RunSpec, Sampling
 from tests.bench.engines.conftest import PROTOCOL, WORKLOAD, Make, make_plan
 from tests.bench.engines.fake_host import BASELINE_BYTES, KV_BYTES, STEP_S
 
@@ -139,6 +139,34 @@ def test_replicas_share_the_prompts_and_shards_a_stage(make_engine: Make, told: 
     assert [one.device for one in shards.memory] == ["cpu:0", "cpu:2"]
     # The fuller one of the two.
     assert shards.memory[0].peak_bytes == BASELINE_BYTES + 2**29 + 1
+
+
+def test_requests_come_over_time_and_latencies_count_from_when_they_came(make_engine: Make, told: Told) -> None:
+    arrivals = Arrivals(request_rate=100.0, seed=3)
+    workload = WORKLOAD.model_copy(update={"arrivals": arrivals, "goodput": Goodput(ttft=25.0)})
+    outcome = measured(make_engine(), make_plan(), workload=workload)
+    came = [one["args"]["at_s"] for one in told() if one["do"] == "run"]
+    assert came[0] == [0.0] * 5
+    # Each timed pass has gaps of its own.
+    assert [one == sorted(one) and one[-1] == pytest.approx(0.05) for one in came[1:]] == [True, True]
+    assert came[1] != came[2]
+    assert [one.arrived_s for one in outcome.iterations[0].requests] == pytest.approx(came[1], abs=1e-5)
+    metrics = derive(outcome)
+    assert metrics["mean_ttft_ms"] == pytest.approx(1e3 * STEP_S, rel=1e-3)
+    assert metrics["mean_queue_ms"] == pytest.approx(1.0, rel=1e-2)
+    assert metrics["slo_attainment"] == 1.0
+    assert outcome.steady
+
+
+def test_a_served_engine_is_started_anew_for_every_other_plan(make_engine: Make, told: Told) -> None:
+    engine = make_engine()
+    plans = [make_plan(), make_plan(served=True), make_plan(served=True), make_plan((20, 10), served=True)]
+    plans.append(make_plan((20, 10), served=True, max_num_batched_tokens=128))
+    for plan in plans:
+        measured(engine, plan)
+    does = [(one["do"], one["args"].get("served")) for one in told() if one["do"] not in ("run", "logprobs")]
+    assert does == [("start", False), *[("start", True)] * 3]
+    assert len({engine_plan.describe() for engine_plan in plans}) == 4
 
 
 def test_draws_of_other_software_are_not_compared(make_engine: Make, told: Told) -> None:
@@ -267,6 +295,9 @@ def test_plans_that_are_not_its_own_are_refused(make_engine: Make) -> None:
         engine.resolve(make_plan((10, 10, 10)), WORKLOAD)
     with pytest.raises(ConfigError, match="kind=score"):
         engine.resolve(make_plan(), WORKLOAD.model_copy(update={"kind": "score"}))
+    arrivals = Arrivals(request_rate=2.0, max_concurrency=3)
+    with pytest.raises(ConfigError, match=r"max_concurrency: not kept for vLLM"):
+        engine.resolve(make_plan(), WORKLOAD.model_copy(update={"arrivals": arrivals}))
 
 
 def test_an_experiment_drives_it_and_its_records_are_read_again(make_engine: Make) -> None:

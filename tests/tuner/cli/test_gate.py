@@ -21,6 +21,7 @@ from tests.tiny_models import save_tiny_model
 
 PLAN = Plan.from_layer_counts((2, 2), ("cpu:0", "cpu:1"), 2)
 GATE = ("gate", "--baseline-plan", "plan.json", "--model", "m")
+ENGINES = ("gate", "--baseline-plan", "engine.json", "--model", "m")
 
 
 @pytest.fixture
@@ -28,6 +29,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a plan, and configs."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.json").write_text(PLAN.model_dump_json(), encoding="utf-8")
+    of_engine = PLAN.model_dump(mode="json") | {"micro_batch_size": 1, "engine": {"name": "vllm"}}
+    (tmp_path / "engine.json").write_text(json.dumps(of_engine), encoding="utf-8")
     (tmp_path / "strict.yaml").write_text("gate: {metrics: {ttft: {margin: 0.01}}}\n", encoding="utf-8")
     (tmp_path / "wrong.yaml").write_text("gate: {metrics: {speed: {}}}\n", encoding="utf-8")
     (tmp_path / "empty.yaml").write_text("gate: {metrics: {}}\n", encoding="utf-8")
@@ -60,6 +63,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ((*GATE, "--baseline-python", "/no/python"), "/no/python: cannot be run"),
         ((*GATE, "--baseline-python", "/bin/false"), "does not run Python code"),
         ((*GATE, "--baseline-ref", "no-such-revision"), "no such revision"),
+        ((*GATE, "--baseline-engine-python", "p"), "the baseline's plan has no engine; give it engine: {name: vllm}"),
+        (ENGINES, "baseline: vllm is to run 2+2 · vllm; name its Python by --baseline-engine-python"),
+        ((*ENGINES, "--baseline-engine-python", "/no/python"), "engine_python: /no/python cannot be run"),
+        (
+            (*ENGINES, "--baseline-engine-python", "p", "--rounds-in-process"),
+            "software or environment of its own",
+        ),
         ((*GATE, "-o", "other"), "other exists and is not an empty folder"),
         (("gate", "--stored", "other", "--order-seed", "0"), "--stored and --order-seed: the baseline is stored"),
         (("gate", "old.json", "new.json", "--order-seed", "0"), "given are old.json new.json and --order-seed"),

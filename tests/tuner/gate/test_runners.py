@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -20,7 +21,8 @@ from pipetune.bench.spec import ModelSpec, Plan, Protocol, Workload
 from pipetune.tuner.config.gate import Tolerance
 from pipetune.tuner.gate.python_env import Interpreter
 from pipetune.tuner.gate.runners import FreshProcesses, RunningFleet, run_fresh
-from pipetune.tuner.gate.values import Case, Side, SideName
+from pipetune.tuner.gate.values import SIDES, Case, Side, SideName
+from tests.bench.engines.conftest import fake_python, make_plan
 from tests.hooks import write_hook
 from tests.tiny_models import save_tiny_model
 
@@ -83,6 +85,32 @@ def test_both_sides_run_in_processes_of_their_own_and_say_what_they_run_on(
     # 4 prompts, whatever the environment says.
     assert len(sample.durations_s) == 1
     assert sample.metrics["output_throughput"] * sample.durations_s[0] == pytest.approx(12)
+
+
+def test_sides_of_an_engine_run_under_its_python_and_show_its_version(
+    model: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_HOST", json.dumps({"told": str(tmp_path / "told")}))
+    python, budgets = str(fake_python(tmp_path / "python")), {"baseline": 256, "candidate": 128}
+    case = make_case(model)
+    sides: dict[str, Side] = {
+        name: case.side(name).model_copy(
+            update={"plan": make_plan((2, 2), max_num_batched_tokens=budgets[name]), "engine_python": python}
+        )
+        for name in SIDES
+    }
+    case = case.model_copy(update=sides)
+    with FreshProcesses((case,)) as runner:
+        machines = runner.prepare(math.inf)
+        samples = [runner.run(case, name, check=False) for name in SIDES]
+    assert [sample.failure or sample.not_comparable for sample in samples] == [None, None]
+    assert all(sample.metrics["median_itl_ms"] > 0 for sample in samples)
+    for machine in machines.values():
+        assert machine is not None
+        assert machine.software.packages["engine's vllm"] == "0.32.0"
+    told = map(json.loads, (tmp_path / "told").read_text(encoding="utf-8").splitlines())
+    assert [one["args"]["max_num_batched_tokens"] for one in told if one["do"] == "start"] == [256, 128]
+    assert f"budget 128 · seqs 64 · KV 64MiB · float32 · in {python}" in case.candidate.describe()
 
 
 def test_a_broken_candidate_and_one_that_hangs_are_failures_that_leave_no_process(

@@ -22,9 +22,9 @@ from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.best_plan import best_plan_parts, launch_gaps
 from pipetune.tuner.report.compare.join import compare_studies
 from pipetune.tuner.report.compare.wording import entries_of as entries_of_comparison
-from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.data import BASELINE_NAME, Report
 from pipetune.tuner.report.page import page_of
-from pipetune.tuner.report.ranking import BASELINE_NAME, ranking_tables, screen_of, verdict_of
+from pipetune.tuner.report.ranking import ranking_tables, screen_of, verdict_of
 from pipetune.tuner.report.spreadsheet import columns_of, entries_of
 from pipetune.tuner.report.study_charts import plans_chart
 from pipetune.tuner.study.files import load_study

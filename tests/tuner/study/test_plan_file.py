@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 from pipetune.bench.errors import PlanError
 from pipetune.bench.spec import Plan
 from pipetune.tuner.study.plan_file import FORMATS, MAPS, PlanFile, read_plan, render, write_best
-from tests.record_factory import MODEL, WORKLOAD, make_plan, make_shape
+from tests.record_factory import MODEL, WORKLOAD, make_machine, make_plan, make_shape
 
 FILE = PlanFile(plan=make_plan(prefill=8), model=MODEL, workload=WORKLOAD, in_flight=2, metrics={"duration_s": 1.0})
 
@@ -70,6 +71,33 @@ def test_replicas_are_said_where_a_form_cannot_hold_them(tmp_path: Path) -> None
     assert lines[-1] == "VLLM_PP_LAYER_PARTITION=17,13"
     assert "--dp-size 2, not measured" in render(file, make_shape(), "sglang")
     assert "replicas" not in render(FILE, make_shape(), "vllm")
+
+
+def test_engines_side_by_side_have_cores_and_ports_of_their_own() -> None:
+    plan = Plan.from_layer_counts((16, 14), tuple(f"cpu:{index}" for index in range(4)), 1, replicas=2)
+    settings = {"max_num_batched_tokens": 256}
+    plan = Plan.model_validate(plan.model_dump() | {"engine": settings})
+    file = PlanFile(plan=plan, model=MODEL, workload=WORKLOAD)
+    machine = make_machine()
+    machine = machine.model_copy(update={"hardware": machine.hardware.model_copy(update={"cpu_cores": 9})})
+    machine = machine.model_copy(update={"hostname": "a\nb; reboot"})
+    lens = (64,) * WORKLOAD.num_prompts
+    text = render(file, make_shape(), "vllm", machine=machine, prompt_lens=lens)
+    remarks = [line for line in text.splitlines() if line.startswith("#")]
+    assert remarks[0].startswith("# Measured on vLLM of a version not known on a b; reboot (Example CPU")
+    assert any("2 engines side by side" in line for line in remarks)
+    assert any("vLLM's default" in line for line in remarks)
+    commands = [shlex.split(one) for one in text.replace("\\\n", "").splitlines() if not one.startswith("#")]
+    assert [one[1] for one in commands] == [
+        "VLLM_CPU_OMP_THREADS_BIND=0,1|2,3",
+        "VLLM_CPU_OMP_THREADS_BIND=4,5|6,7",
+    ]
+    assert [one[-2:] for one in commands] == [["--port", "8000"], ["--port", "8001"]]
+    # 0.9 of a device, of which there are four.
+    assert commands[0][commands[0].index("--gpu-memory-utilization") + 1] == "0.225"
+    assert "--max-num-seqs" not in commands[0]
+    # Of a machine that is not known nothing is said.
+    assert "Not measured on vLLM" in render(file, make_shape(), "vllm")
 
 
 def _without_a_layer() -> str:

@@ -51,6 +51,7 @@ def plan_key(plan: Plan, devices: Sequence[str]) -> str:
     """
     counts = "+".join(map(str, plan.layer_counts))
     parts = [f"{plan.replicas}x{counts}", f"mb={plan.micro_batch_size}", f"prefill={plan.prefill_size}"]
+    parts += [word.replace(" ", "=") for word in plan.engine.words] if plan.engine is not None else []
     parts += [f"chunk={plan.prefill_chunk_size}"] if plan.prefill_chunk_size is not None else []
     order = [*devices, *sorted(set(plan.devices) - set(devices))]
     places = tuple(order.index(device) for device in plan.devices)

@@ -3,6 +3,7 @@
 import string
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from pipetune.tuner.report import document as doc
 from pipetune.tuner.report.chart import SERIES, Bars, Chart, Dots, Line, Mark, Rule, Words
@@ -91,9 +92,12 @@ def sections_of(comparison: StudyComparison) -> tuple[doc.Section, ...]:
 def _studies(comparison: StudyComparison) -> doc.Table:
     """Each study at its own best, in the columns that any study has something for."""
     rows = [_study(one) for one in comparison.contestants]
-    cells = zip(_STUDY_COLUMNS, zip(*rows, strict=True), strict=True)
+    columns = _STUDY_COLUMNS
+    if any(one.best is not None and one.best.plan.engine is not None for one in comparison.contestants):
+        columns = tuple(replace(one, title=one.title.replace("device_map", "un-pipelined")) for one in columns)
+    cells = zip(columns, zip(*rows, strict=True), strict=True)
     kept = [column.title for column, of in cells if any(cell != MISSING for cell in of)]
-    return doc.Table(columns=_STUDY_COLUMNS, rows=doc.rows_of(rows)).only(kept)
+    return doc.Table(columns=columns, rows=doc.rows_of(rows)).only(kept)
 
 
 def _plans(comparison: StudyComparison) -> doc.Table | None:

@@ -16,13 +16,13 @@ from pipetune.tuner.stats.change_points import LEAST_NIGHTS, change_points, depe
 
 METRICS = ("mean_ttft_ms", "mean_tpot_ms", "bubble_ratio", "peak_memory_bytes")
 """Shown beside tokens per second when nothing is said."""
-BEST, BASELINE = "best plan", "device_map"
+BEST = "best plan"
 LEAST_SHARED_NIGHTS = 2 * LEAST_NIGHTS
 """A plan that so many nights ran is a series of its own: unlike the best plan it stays what it is."""
 MOST_SHARED_PLANS = 6
 FALSE_CHANGES = 0.05
 """Chance that any series of a question shows a change where none of them has one; shared equally among them."""
-_COMPUTING = ("torch", "transformers", "numpy")
+_COMPUTING = ("torch", "transformers", "numpy", "engine's vllm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class StudyNight:
         )
         config, goals = report.config, [*map(str, report.ranking.objectives), *map(str, report.config.constraints)]
         digests = config.model.by_content.digest(), config.workload.model_copy(update={"prompts_file": None}).digest()
-        question = (hardware.hardware_id, *digests, *config.concrete_devices, *goals)
+        question = (hardware.hardware_id, *digests, *config.concrete_devices, *goals, report.engine or "")
         slim = report.model_copy(update={"records": (), "earlier": (), "log": None, "profile": None})
         return cls(night=night, report=slim, hardware=hardware, goals=goals, question=question)
 
@@ -85,6 +85,7 @@ def _question(group: list[StudyNight], metrics: Sequence[str]) -> Question:
     alpha = FALSE_CHANGES / max(1, open_)
     config = report.config
     title = [model_text(config.model), workload_text(config.workload), ", ".join(config.concrete_devices)]
+    title += [f"by {report.engine}"] if report.engine else []
     title += [f"for {', '.join(goals)}"] if goals != [report.throughput_metric] else []
     return Question(
         title=" · ".join(title),
@@ -98,13 +99,14 @@ def _question(group: list[StudyNight], metrics: Sequence[str]) -> Question:
 
 def _series(ordered: Sequence[StudyNight], metrics: Sequence[str]) -> Iterator[Series]:
     """Every series, before its changes are looked for."""
-    subjects: dict[str, dict[int, Mapping[str, float]]] = {BEST: {}, BASELINE: {}}
+    base = ordered[-1].report.baseline_name
+    subjects: dict[str, dict[int, Mapping[str, float]]] = {BEST: {}, base: {}}
     shared: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
     texts: dict[str, str] = {}
     for index, one in enumerate(ordered):
         ranking = one.report.ranking
         subjects[BEST] |= {index: ranking.best.metrics} if ranking.best else {}
-        subjects[BASELINE] |= {index: ranking.baseline.metrics} if ranking.baseline else {}
+        subjects[base] |= {index: ranking.baseline.metrics} if ranking.baseline else {}
         for key, row in rows_by_key(one.report).items():
             shared[key][index], texts[key] = row.metrics, row.plan.describe()
     # A plan that was best on all of its nights would only repeat what the best plan's series say.

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipetune.tuner.cli import run
+from pipetune.tuner.report.data import BASELINE_NAME
 from pipetune.tuner.report.history.files import read_history
-from pipetune.tuner.report.history.series import BASELINE, BEST
+from pipetune.tuner.report.history.series import BEST
 from pipetune.tuner.report.history.values import History, LevelChange, Series
 from pipetune.tuner.report.history.wording import sparkline
 from pipetune.tuner.study.files import StudyFile
@@ -66,10 +67,10 @@ def test_a_study_whose_search_has_not_ended_is_no_night(tmp_path: Path) -> None:
 
 def test_the_baseline_and_plans_run_often_are_series_of_their_own(nights: Path) -> None:
     (question,) = read_history([nights], ["output_throughput"]).questions
-    assert {one.subject for one in question.series} == {BEST, BASELINE, EVEN.describe()}, (
+    assert {one.subject for one in question.series} == {BEST, BASELINE_NAME, EVEN.describe()}, (
         "what is always best is no series twice"
     )
-    baseline = next(one for one in question.series if one.subject == BASELINE)
+    baseline = next(one for one in question.series if one.subject == BASELINE_NAME)
     assert baseline.changes == ()
 
 

@@ -1,0 +1,36 @@
+"""What vLLM is told of a plan by the names of its own arguments: by the host that measures it, and by who serves it."""
+
+from collections.abc import Mapping, Sequence
+
+from pipetune.bench.files import cache_root
+from pipetune.bench.spec import SMOLLM2, SMOLLM2_HUB_ID, ModelSpec, Plan
+
+Arguments = dict[str, str | int | float | bool]
+
+
+def vllm_arguments(model: ModelSpec, plan: Plan, *, max_model_len: int, device_bytes: Mapping[str, int]) -> Arguments:
+    """Arguments of a plan's engines beside the model and the split; what is left to vLLM is missing.
+
+    Args:
+        max_model_len: tokens of the longest request.
+        device_bytes: memory of all devices, on which the caps' shares are.
+    """
+    assert plan.engine is not None
+    found: Arguments = plan.engine.model_dump(exclude={"name", "served"}, exclude_none=True)
+    if plan.engine.kv_cache_memory_bytes is None:
+        share = min(stage.cap_bytes(device_bytes[stage.device]) for stage in plan.stages)
+        found["gpu_memory_utilization"] = round(share / sum(device_bytes.values()), 4)
+    told: Arguments = {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code}
+    return found | told | {"max_model_len": max_model_len}
+
+
+def cores_of_workers(plan: Plan, devices: Sequence[str], cores: Sequence[int], each: int) -> str:
+    """`VLLM_CPU_OMP_THREADS_BIND`: cores of every worker of a replica, `each` device having so many, in order."""
+    firsts = [devices.index(one) * each for own in plan.devices for one in plan.shards(own)]
+    return "|".join(",".join(str(cores[(first + place) % len(cores)]) for place in range(each)) for first in firsts)
+
+
+def model_to_serve(model: ModelSpec) -> str:
+    """Folder or id that vLLM loads the model by; of our own alias the folder that was measured, if it still is."""
+    folder = cache_root() / "models" / f"{SMOLLM2}-{model.revision}"
+    return model.name if model.name != SMOLLM2 else str(folder) if folder.is_dir() else SMOLLM2_HUB_ID
