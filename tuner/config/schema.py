@@ -13,6 +13,7 @@ from pipetune.bench.metrics import LATENCIES, PERCENTILES, metric_names, samples
 from pipetune.bench.spec import (
     Bytes,
     Device,
+    EngineSettings,
     Flag,
     ModelSpec,
     Plan,
@@ -172,6 +173,13 @@ class EngineConfig(Value):
     ] = None
     """KV cache of each worker; None: what the caps leave."""
     enforce_eager: Annotated[bool, Flag("Engine", "Compile nothing.")] = False
+    served: Annotated[bool, Flag("Engine", "By its HTTP server, asked over loopback.")] = False
+
+    @property
+    def settings(self) -> EngineSettings:
+        """What is the same for all plans."""
+        own = ("name", "kv_cache_memory_bytes", "enforce_eager", "served")
+        return EngineSettings(**{name: getattr(self, name) for name in own})
 
     @model_validator(mode="after")
     def _has_python(self) -> Self:

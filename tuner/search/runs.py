@@ -13,7 +13,7 @@ from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.fleet.experiment import Attempt, Experiment, Labels
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import Failure, FailureKind, Outcome, Record
-from pipetune.bench.spec import EffectivePlan, EngineSettings, Plan, Protocol, RunSpec, devices_here
+from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, devices_here
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.progress import Reporter, describe
 from pipetune.tuner.search.policy.history import is_lost
@@ -29,8 +29,7 @@ def starter_of(config: TuneConfig) -> Callable[..., Any] | None:
     """What starts the engine of a study; None for our own runtime."""
     if config.engine is None:
         return None
-    settings = EngineSettings(name=config.engine.name, enforce_eager=config.engine.enforce_eager)
-    return functools.partial(VllmEngine, python=Path(config.engine.python), baseline=settings)
+    return functools.partial(VllmEngine, python=Path(config.engine.python), baseline=config.engine.settings)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from pipetune.bench.errors import ConfigError, NothingFeasibleError
 from pipetune.bench.fleet.engine import Engine
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import Failure
-from pipetune.bench.spec import EffectivePlan, EngineSettings, Plan, Workload
+from pipetune.bench.spec import EffectivePlan, Plan, Workload
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.calibration.engine_model import EngineModel
 from pipetune.tuner.planning.partition.splits import Partition, best_partitions
@@ -69,9 +69,6 @@ def build_engine_space(
     """
     assert config.engine is not None
     given = config.engine
-    settings = EngineSettings(
-        name=given.name, enforce_eager=given.enforce_eager, kv_cache_memory_bytes=given.kv_cache_memory_bytes
-    )
     space = SearchSpace(
         devices=tuple(devices),
         partitions=((resolve.shape.num_layers,),),
@@ -80,7 +77,7 @@ def build_engine_space(
         memory_fractions=(max(config.space.memory_fractions),),
         max_memory_bytes=config.space.max_memory_per_device,
         num_prompts=cost.num_prompts,
-        engine=settings,
+        engine=given.settings,
         token_budgets=_limits(given.max_num_batched_tokens, sum(cost.prompt_lens), _BUDGETS, least=_LEAST_BUDGET),
         max_num_seqs=_limits(given.max_num_seqs, cost.num_prompts, _SEQS),
     )
