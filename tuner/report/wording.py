@@ -9,7 +9,6 @@ import yaml
 from pipetune.bench.errors import harmless
 from pipetune.bench.record import Hardware, Measurement, OutputCheck
 from pipetune.bench.spec import Arrivals, ModelSpec, Plan, Sampling, Workload
-from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Row, Spread
 from pipetune.tuner.stats.ratios import Ratio
 
