@@ -151,7 +151,9 @@ def order_of(**rules: Any) -> Admission:
 
 
 @pytest.mark.parametrize(("most", "expected"), [(1, "PPDPD"), (2, "PPPDP"), (None, "PPPPP")])
-def test_prefills_go_between_two_steps_of_a_slot_as_often_as_the_rules_let_them(most: int | None, expected: str) -> None:
+def test_prefills_go_between_two_steps_of_a_slot_as_often_as_the_rules_let_them(
+    most: int | None, expected: str
+) -> None:
     admission = order_of(slots=4, rows=4, lanes=(Lane(prefills_per_decode=most),))
     for number in range(9):
         admission.arrive(Request(number=number, prompt_len=4))

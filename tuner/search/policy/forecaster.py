@@ -266,7 +266,9 @@ class Forecaster:
             for place in order:
                 firsts.setdefault(self._refiner.class_of(chosen[place]), chosen[place])
             for first in list(firsts.values())[: max(1, REFINED_CLASSES // len(self._objectives))]:
-                found = () if self._refiner.is_whole(first) else self._refiner.best(first, model, limit=self._refinements)
+                found = (
+                    () if self._refiner.is_whole(first) else self._refiner.best(first, model, limit=self._refinements)
+                )
                 for candidate in found:
                     further.setdefault(candidate.effective.key, candidate)
         known = set(self._keys)
