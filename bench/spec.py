@@ -644,7 +644,7 @@ class Plan(Value):
     @property
     def lane_words(self) -> tuple[str, ...]:
         """Words for the lanes, if there are any."""
-        return (f"lanes {' | '.join(lane.text for lane in self.lanes)}",) if self.lanes else ()
+        return (f"lanes {', '.join(lane.text for lane in self.lanes)}",) if self.lanes else ()
 
     @property
     def devices(self) -> tuple[str, ...]:

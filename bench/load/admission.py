@@ -145,7 +145,7 @@ class _Slot:
     is_under_way: bool = False
     ready_since: int = 0
     prefills_before: int = 0
-    """Of the whole pipeline, until its last step or until it had requests."""
+    """The pipeline's, until its last step or until it had requests."""
 
     @property
     def taken(self) -> int:

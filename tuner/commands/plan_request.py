@@ -118,6 +118,8 @@ class PlanRequest:
         """The plan, with what flags say instead."""
         follows = {"prefill_micro_batch_size": None} if "micro_batch_size" in self.changes else {}
         values = {**plan.model_dump(), **follows, **self.changes}
+        if "lanes" in self.changes:
+            values["lanes"] = _lanes(self.changes["lanes"])
         if values["replicas"] != plan.replicas:
             values["replica_devices"] = self._replica_devices(plan, devices, values["replicas"])
         values["stages"] = [stage | self.stage_changes for stage in values["stages"]]
@@ -128,8 +130,6 @@ class PlanRequest:
             values |= {"micro_batch_size": 1, "compile": False, **dict.fromkeys(ours)}
             values["engine"] = {**(plan.engine.model_dump() if plan.engine else {}), **self.engine}
         try:
-            if "lanes" in self.changes:
-                values["lanes"] = json.loads(values["lanes"])
             return Plan.model_validate(values)
         except ValueError as error:
             raise PlanError(f"{self.source}: {explain(error)}") from None
@@ -148,6 +148,13 @@ class PlanRequest:
                 f"given are {len(devices)}: {', '.join(devices)}"
             )
         return tuple(tuple(left[width * index : width * (index + 1)]) for index in range(further))
+
+
+def _lanes(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f'--lanes: {error}; write JSON, as in [{{"up_to_tokens": 64, "weight": 4}}, {{}}]') from None
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipetune.bench.errors import ConfigError, PlanError
-from pipetune.bench.spec import EngineSettings, Sampling
+from pipetune.bench.errors import ConfigError, PipetuneError, PlanError
+from pipetune.bench.spec import EngineSettings, Lane, Sampling
 from pipetune.tuner.commands.plan_request import PlanRequest
 from pipetune.tuner.study.plan_file import PlanFile
 from tests.record_factory import MODEL, WORKLOAD, make_plan, make_shape
@@ -86,6 +86,16 @@ def test_every_part_of_a_plan_has_a_flag(tmp_path: Path) -> None:
     assert changed.complete(make_shape(), DEVICES, 32).describe() == (
         "17+13 · micro-batch 4 (chunk 16) · compiled, unpacked"
     )
+
+
+def test_lanes_are_given_as_json(tmp_path: Path) -> None:
+    lanes = '[{"up_to_tokens": 64, "weight": 4}, {"prefills_per_decode": 1}]'
+    plan = request(layers="17,13", lanes=lanes).complete(make_shape(), DEVICES, 32)
+    assert plan.lanes == (Lane(up_to_tokens=64, weight=4), Lane(prefills_per_decode=1))
+    assert request(plan=plan_file(tmp_path), lanes=lanes).complete(make_shape(), DEVICES, 32).lanes == plan.lanes
+    for text, message in (("64", r"lanes"), ("[{]", r"--lanes: .*write JSON"), ('[{"weight": 0}]', "weight")):
+        with pytest.raises(PipetuneError, match=message):
+            request(layers="17,13", lanes=text).complete(make_shape(), DEVICES, 32)
 
 
 def test_further_replicas_take_the_devices_that_are_left(tmp_path: Path) -> None:

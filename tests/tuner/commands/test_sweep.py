@@ -11,6 +11,7 @@ from pipetune.bench.errors import ConfigError
 from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.cli import run
 from pipetune.tuner.commands.sweep import rates_of
+from pipetune.tuner.planning.calibration.observation import observe
 from pipetune.tuner.search.rates import bracket
 from tests.tiny_models import save_tiny_model
 
@@ -96,5 +97,15 @@ def test_a_search_under_arrivals_ranks_by_good_requests(
     # Finals compare no outputs: their plans were checked as trials.
     assert [check.tokens_equal for check in checks] == [True] * 4
     assert (folder / "best_plan.json").exists()
+    # Each run teaches what tasks take, and trials are told what they are predicted to serve well.
+    lessons = [observe(record) for record in records]
+    for record, lesson in zip(records, lessons, strict=True):
+        assert lesson is not None
+        assert isinstance(record.result, Measurement)
+        assert {span.stage for span in lesson.tasks} == set(range(len(record.result.iterations[0].stages)))
+    trials = json.loads((folder / "search.json").read_text(encoding="utf-8"))["entries"]
+    assert len(trials) == 3
+    assert all(0 < one["predicted"]["request_goodput"] < 70 for one in trials)
+    assert {one["kind"] for one in trials} <= {"model", "kind"}
     # It goes on where it was, and finds nothing left to do.
     assert run(["tune", "-o", str(folder), "--resume", "--no-progress"]) == 0

@@ -23,7 +23,7 @@ from pipetune.bench.spec import Goodput, Plan
 from pipetune.tuner.planning.simulation.model import CostModel, of_device
 from pipetune.tuner.planning.simulation.schedule import RING_DEPTH
 
-_TRACES, _ENOUGH = 3, 300
+_TRACES, ENOUGH = 3, 200
 """Most traces that a run is predicted from, and requests of all together that are enough."""
 
 
@@ -128,7 +128,7 @@ def under_load(model: CostModel, plan: Plan, in_flight: int, *, most: int | None
     """
     assert model.arrivals is not None
     lens = list(zip(model.prompt_lens, model.output_lens, strict=True))
-    number = max(1, min(_TRACES, _ENOUGH // len(lens))) if most is None and model.arrivals.times_s is None else 1
+    number = max(1, min(_TRACES, ENOUGH // len(lens))) if most is None and model.arrivals.times_s is None else 1
     found = []
     for seed in range(model.arrivals.seed, model.arrivals.seed + number):
         times_s = arrival_times_s(model.arrivals.model_copy(update={"seed": seed}), len(lens))

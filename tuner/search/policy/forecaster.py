@@ -19,7 +19,7 @@ from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.config.schema import Constraint
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.predictor import PredictedMetrics, Predictor
-from pipetune.tuner.planning.simulation.load import under_load
+from pipetune.tuner.planning.simulation.load import ENOUGH, under_load
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.policy.acquisition import Floats, chance_kept, log_cost, ranges, tchebycheff
 from pipetune.tuner.search.policy.history import History, PlanHistory, kinds_of
@@ -39,7 +39,7 @@ _PROXY_SD = 0.3
 """Log deviation of an objective that nothing predicts: what is faster is likelier to be better in it, too."""
 _ALWAYS = ("duration_s", "output_throughput", "total_token_throughput")
 """Predicted in any case, to be shown."""
-_SIMULATED, _FEWEST, _ROUGH = 12_000, 12, 30
+_SIMULATED, _FEWEST, _ROUGH = 8000, 12, 30
 """Requests that are simulated for one look under arrivals; but so many plans at least, and roughly so many requests."""
 _HOPELESS = 0.02
 """Plans that keep the constraints with less probability come last."""
@@ -116,13 +116,14 @@ class Forecaster:
         self._keys = [candidate.effective.key for candidate in self._candidates]
         self._kinds = [kinds_of(one.effective.plan, len(space.devices)) for one in self._candidates]
         known, first = set[str](), next((_pair(one.effective) for one in self._candidates), None)
-        self._shortlist_size, self._proxy = SHORTLIST, "duration_s"
+        self._most, self._refinements, self._proxy = SHORTLIST, REFINEMENTS, "duration_s"
         if first is not None and model.arrivals is None:
             known = set(model.predict(*first).metrics)
         elif first is not None:
             known = set(under_load(model, *first, most=_ROUGH))
             # How long a run takes is the trace's affair.
-            self._shortlist_size, self._proxy = max(_FEWEST, _SIMULATED // max(300, model.num_prompts)), "mean_e2el_ms"
+            self._most, self._refinements = max(_FEWEST, _SIMULATED // max(ENOUGH, model.num_prompts)), _FEWEST
+            self._proxy = "mean_e2el_ms"
         wanted = dict.fromkeys((*self._objectives, *(limit.metric for limit in constraints), self._proxy, *_ALWAYS))
         self.is_blind = any(name not in known and name not in MEMORY_METRICS for name in objectives)
         """Whether nothing predicts one of the objectives."""
@@ -245,7 +246,7 @@ class Forecaster:
         """Candidates that ran, and the most promising open ones: of all, and of each kind."""
         chosen = {index for index, key in enumerate(self._keys) if key in history.plans}
         for order in orders:
-            room, kinds = self._shortlist_size // len(orders), Counter[object]()
+            room, kinds = self._most // len(orders), Counter[object]()
             for index in order:
                 lacking = any(kinds[kind] < OF_EACH_KIND for kind in self._kinds[index])
                 if (room <= 0 and not lacking) or not self._is_open(self._candidates[index], history):
@@ -265,7 +266,9 @@ class Forecaster:
             for place in order:
                 firsts.setdefault(self._refiner.class_of(chosen[place]), chosen[place])
             for first in list(firsts.values())[: max(1, REFINED_CLASSES // len(self._objectives))]:
-                found = () if self._refiner.is_whole(first) else self._refiner.best(first, model, limit=REFINEMENTS)
+                found = (
+                    () if self._refiner.is_whole(first) else self._refiner.best(first, model, limit=self._refinements)
+                )
                 for candidate in found:
                     further.setdefault(candidate.effective.key, candidate)
         known = set(self._keys)
