@@ -174,8 +174,8 @@ def test_what_is_exported_serves(engine: VllmEngine) -> None:
         while True:
             assert server.poll() is None, server.stdout and server.stdout.read()[-4000:]
             time.sleep(1.0)
-            with contextlib.suppress(ConnectionError):
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+            with contextlib.suppress(ConnectionError), contextlib.closing(connection):
                 connection.request(
                     "POST", "/v1/completions", json.dumps(question), {"Content-Type": "application/json"}
                 )
