@@ -26,7 +26,7 @@ def resolver_of(fleet: Fleet, config: TuneConfig, lens: Sequence[int]) -> Resolv
     of = (fleet.shape, config.workload, lens, fleet.device_bytes)
     if config.engine is None:
         return Resolver.of_workload(*of)
-    return EngineResolver.of_engine(*of, engine=fleet)
+    return EngineResolver.of_workload(*of, engine=fleet, work=config.workload)
 
 
 def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel:
