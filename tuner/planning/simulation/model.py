@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -97,27 +97,29 @@ class CostModel:
         sequence = self._sequence(plan, in_flight, 0)
         return Counter(dict(zip(sequence.kinds, sequence.counts.tolist(), strict=True)))
 
-    def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:
-        """Time of the whole workload."""
-        return self.predict(plan, in_flight).duration_s
-
     def predict(self, plan: Plan, in_flight: int | None = None) -> Prediction:
         """What a run of the plan is thought to give."""
-        return self._predict_alike([plan], in_flight)[0]
+        return self.predict_many([(plan, in_flight)])[0]
 
     def predict_many(self, plans: Sequence[tuple[Plan, int | None]]) -> tuple[Prediction, ...]:
         """What runs of many plans, each with its number in flight, are thought to give; in the order given.
 
         Plans of one schedule are simulated together, so that many at once cost little more than one.
         """
-        groups: dict[tuple[int | None, ...], list[int]] = defaultdict(list)
+        groups: dict[object, list[int]] = defaultdict(list)
         for index, (plan, in_flight) in enumerate(plans):
-            sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
-            groups[plan.replicas, len(plan.stages), *sizes, in_flight].append(index)
+            groups[self._schedule_of(plan, in_flight)].append(index)
         found: dict[int, Prediction] = {}
         for members in groups.values():
-            alike = self._predict_alike([plans[index][0] for index in members], plans[members[0]][1])
-            found.update(zip(members, alike, strict=True))
+            alike = [plans[index][0] for index in members]
+            predictions = predictions_of(
+                self._simulate_alike(alike, plans[members[0]][1]),
+                prompt_lens=self.prompt_lens,
+                output_lens=self.output_lens,
+                goodput=self.goodput,
+                num_stages=len(alike[0].devices),
+            )
+            found.update(zip(members, predictions, strict=True))
         return tuple(found[index] for index in range(len(plans)))
 
     def task_s(self, plan: Plan, kind: TaskKind) -> tuple[list[float], list[float], float]:
@@ -159,8 +161,13 @@ class CostModel:
             in_flight=in_flight,
         )
 
-    def _predict_alike(self, plans: Sequence[Plan], in_flight: int | None) -> list[Prediction]:
-        """Predictions of plans that differ in the layers and devices of their stages alone."""
+    def _schedule_of(self, plan: Plan, in_flight: int | None) -> object:
+        """Equal for plans of one schedule."""
+        sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
+        return plan.replicas, len(plan.stages), *sizes, in_flight
+
+    def _simulate_alike(self, plans: Sequence[Plan], in_flight: int | None) -> Sequence[SimulatedRun[Any]]:
+        """The replicas of plans that differ in the layers and devices of their stages alone."""
         width = len(plans[0].stages)
         devices = [plan.devices for plan in plans]
         bounds = np.array([[(stage.first_layer, stage.end_layer) for stage in plan.stages] for plan in plans])
@@ -173,13 +180,7 @@ class CostModel:
             sharers = np.array([self._sharers(names, width)[part][:-1] for names in devices]).T
             sequence = self._sequence(plans[0], in_flight, replica)
             runs.append(self._run(sequence, own, bounds, sharers, plans[0].replicas))
-        return predictions_of(
-            runs,
-            prompt_lens=self.prompt_lens,
-            output_lens=self.output_lens,
-            goodput=self.goodput,
-            num_stages=width * plans[0].replicas,
-        )
+        return runs
 
     def _run(
         self,
