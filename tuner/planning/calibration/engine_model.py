@@ -21,9 +21,10 @@ from scipy.optimize import nnls
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.calibration.observation import Observation
-from pipetune.tuner.planning.simulation.engine_steps import EngineSteps, Indices, engine_steps
+from pipetune.tuner.planning.simulation.engine_steps import EngineSteps, engine_steps
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.prediction import SimulatedRun
+from pipetune.tuner.planning.simulation.schedule import Indices
 
 Layout = tuple[int, int, int]
 """Replicas, stages, shards."""
