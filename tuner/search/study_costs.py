@@ -54,19 +54,13 @@ def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel
 
 def kept_costs(fleet: Fleet, config: TuneConfig, lens: Sequence[int], resolve: Resolver) -> tuple[CostModel, bool]:
     """The cost model that a study would begin with if nothing is measured, and whether it is over a kept profile."""
-    profile = None
     if config.engine is not None:
         return EngineModel.of_workload(fleet.shape, config.workload, lens), False
+    profile = None
     if config.profile:
         space = build_space(config.space, fleet.devices, fleet.shape, _model(fleet, config.workload, lens), resolve)
-        profile = read_kept(
-            profile_key(
-                fleet,
-                _grid(space, config.workload, lens),
-                packed_weights=space.packed_weights,
-                cuda_graphs=space.cuda_graphs,
-            )
-        )
+        switches = {"packed_weights": space.packed_weights, "cuda_graphs": space.cuda_graphs}
+        profile = read_kept(profile_key(fleet, _grid(space, config.workload, lens), **switches))
     return _model(fleet, config.workload, lens, profile), profile is not None
 
 
