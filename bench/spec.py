@@ -77,11 +77,8 @@ def parse_devices(text: str) -> tuple[str, ...]:
     """Expands a list of devices: `cpu:0-1` → `("cpu:0", "cpu:1")`; `cuda:0,cuda:2` stays as it is.
 
     Several hosts are named by their node ranks: `host0/cuda:0-3,host1/cuda:0-3`. A GPU may be named twice, for stages
-    that share it: that proves correctness, never speed.
-
-    Raises:
-        ValueError: a part is not `cpu:N`, `cuda:N` or a range of them, a CPU worker is named twice, or some devices
-            have a host and others none, or hosts are left out.
+    that share it: that proves correctness, never speed. ValueError where a part is not `cpu:N`, `cuda:N` or a range of
+    them, a CPU worker is named twice, or some devices have a host and others none, or hosts are left out.
     """
     devices: list[str] = []
     for part in text.split(","):
@@ -485,7 +482,6 @@ class EngineSettings(Value):
     """The model is not compiled, and no CUDA graphs are captured."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Workers that share each layer of a stage: on its device, and on those numbered after it."""
-
     served: bool = False
     """Measured by its HTTP server, in whose own process the scheduler is; else in pipetune's host."""
 
@@ -704,11 +700,8 @@ class Plan(Value):
         memory_fraction: float = 0.9,
         max_memory_bytes: int | None = None,
     ) -> Self:
-        """Builds a plan from a count of layers per stage: stage i lands on `devices[i]`, replicas on those that follow.
-
-        Raises:
-            ValueError: more stages than devices, or a count below one.
-        """
+        """Builds a plan from a count of layers per stage: stage i lands on `devices[i]`, replicas on those that follow;
+        ValueError for more stages than devices, or a count below one."""
         width = len(counts)
         if width * replicas > len(devices):
             what = f"{width} stages" if replicas == 1 else f"{replicas} replicas of {width} stages"

@@ -189,11 +189,7 @@ class EngineConfig(Value):
 
 
 def in_task(folder: str) -> str:
-    """A folder's name with this task's number for `{task}`.
-
-    Raises:
-        ValueError: nothing says which task this is.
-    """
+    """A folder's name with this task's number for `{task}`; ValueError where nothing says which task this is."""
     number = next((os.environ[name] for name in TASK_VARIABLES if os.environ.get(name, "").isdigit()), None)
     if "{task}" in folder and number is None:
         raise ValueError(f"{folder!r}: no task of a job runs this; of {', '.join(TASK_VARIABLES)} none is a number")
@@ -367,14 +363,8 @@ class TuneConfig(Value):
 
 
 def check_metrics(config: TuneConfig) -> None:
-    """Refuses objectives and constraints on metrics that this workload will not yield.
-
-    Args:
-        config: with its devices resolved.
-
-    Raises:
-        ConfigError: names the metric, and the prompts that its percentile would need.
-    """
+    """Refuses objectives and constraints on metrics that this workload, with its devices resolved, will not yield: by a
+    ConfigError that names the metric, and the prompts that its percentile would need."""
     workload = config.workload
     gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
     has_goodput = workload.goodput is not None

@@ -101,8 +101,7 @@ def resolve(
         recorded: `study.yaml` of a study that is resumed; it lies below the file.
         below: values that lie below the file as well, such as those of a plan file.
 
-    Raises:
-        ConfigError: a file that cannot be read, an unknown key, or a value that does not fit; names key and place.
+    ConfigError names key and place of a file that cannot be read, an unknown key, or a value that does not fit.
     """
     layers = _Layers()
     if recorded is not None:
@@ -155,12 +154,8 @@ def resolve_settings(
 ) -> Resolved:
     """Settings from all sources, with devices made concrete and the number of prompts fitted to their file.
 
-    Args:
-        reads_trace: recorded arrivals and lengths become the workload's.
-
-    Raises:
-        ConfigError: see `resolve`; prompts that cannot be read, or objectives and constraints that the workload cannot
-            serve.
+    Where it `reads_trace`, recorded arrivals and lengths become the workload's. ConfigError as in `resolve`, and for
+    prompts that cannot be read, or objectives and constraints that the workload cannot serve.
     """
     resolved = resolve(file=params.get("config"), flags=given(params), recorded=recorded, below=below)
     for warning in resolved.warnings:
@@ -247,11 +242,8 @@ def _with(resolved: Resolved, path: KeyPath, value: object, source: str) -> Reso
 
 
 def place_of(params: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """`output_dir` and `name` as given, before anything else is known: a resume reads the rest from there.
-
-    Raises:
-        ConfigError: a file that cannot be read.
-    """
+    """`output_dir` and `name` as given, before anything else is known: a resume reads the rest from there; ConfigError
+    for a file that cannot be read."""
     layers = _Layers()
     _put_given(layers, params.get("config"), given(params), os.environ)
     output_dir, name = layers.values.get("output_dir"), layers.values.get("name")
@@ -292,11 +284,7 @@ def dump(config: TuneConfig) -> str:
 
 
 def load(path: Path) -> TuneConfig:
-    """Reads a `study.yaml` back, as it was recorded.
-
-    Raises:
-        ConfigError: the file cannot be read or is no config.
-    """
+    """Reads a `study.yaml` back, as it was recorded; ConfigError where the file cannot be read or is no config."""
     layers = _Layers()
     layers.put_file(path)
     return layers.config(elsewhere=f"{path}: ")

@@ -142,9 +142,7 @@ _OPTUNAS = {"studies": "study_name", "version_info": "schema_version"}
 def _check_file(path: Path, url: str, waiting: Mapping[str, Any]) -> None:
     """Looks at an SQLite file without writing to it; one of Optuna's with a journal is left to Optuna to mend.
 
-    Raises:
-        CorruptDatabaseError: it is damaged.
-        StudyError: it is another program's, or may be.
+    CorruptDatabaseError where it is damaged, StudyError where it is another program's, or may be.
     """
     is_optunas = False
     # Whose a file is shows past locks and journals, and leaves none; whether it is whole shows only with them.
@@ -203,12 +201,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming_losses(url: str) -> Iterator[None]:
-    """A block in which a database that was there may fail.
-
-    Raises:
-        OSError: an SQLite file, by its name.
-        StorageError: another database.
-    """
+    """A block in which a database that was there may fail: OSError names an SQLite file, StorageError another one."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:

@@ -32,10 +32,8 @@ def resolver_of(fleet: Fleet, config: TuneConfig, lens: Sequence[int]) -> Resolv
 def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel:
     """The cost model of a study: over its profile, which is measured or taken from the cache once, and then its own.
 
-    Raises:
-        ConfigError, NothingFeasibleError: as `build_space`; before anything is timed.
-        StudyError: the study's profile cannot be read.
-        Interrupted: somebody asked to stop.
+    Raises as `build_space` before anything is timed, StudyError where the study's profile cannot be read, and
+    Interrupted where somebody asked to stop.
     """
     store, fleet = runs.store, runs.fleet
     if store.config.engine is not None:

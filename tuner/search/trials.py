@@ -44,11 +44,8 @@ class Search:
             self._show_best(record)
 
     def run(self) -> tuple[str, ...]:
-        """Goes on from what is recorded; raises `Interrupted` once a trial that was stopped has its record.
-
-        Returns:
-            Keys of plans, best first as the refitted model has them in the end.
-        """
+        """Goes on from what is recorded, and gives keys of plans, best first as the refitted model has them in the end;
+        raises `Interrupted` once a trial that was stopped has its record."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(naming_losses(self._store.storage_url))
             with self._log.spend("search"):

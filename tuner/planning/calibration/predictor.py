@@ -72,12 +72,8 @@ class Predictor:
     """A refitted cost model and what it is seen to miss, metric by metric."""
 
     def __init__(self, model: CostModel, observations: Sequence[Observation], *, metrics: Sequence[str]) -> None:
-        """Learns from what was observed; from nothing, it predicts what the model says.
-
-        Args:
-            model: over uncorrected costs.
-            metrics: names of some that it predicts.
-        """
+        """Learns from what was observed; from nothing, it predicts what the model, over uncorrected costs, says of the
+        metrics."""
         self.model = model.refit(observations) if isinstance(model, EngineModel) else refit(model, observations)
         self._loads: dict[tuple[Plan, int, int | None], Prediction] = {}
         # Under arrivals it is mostly the trace that says how long a run takes.
@@ -109,14 +105,8 @@ class Predictor:
                 self._processes[metric] = Process(features.take(rows), np.array(errors), np.array(variances))
 
     def predict(self, plans: Sequence[tuple[Plan, int]], *, most_requests: int | None = None) -> PredictedMetrics:
-        """What plans will give, each with its micro-batches in flight.
-
-        Args:
-            most_requests: that are simulated under arrivals, where a rough guess will do.
-
-        Raises:
-            KeyError: the model does not predict a metric that was asked for.
-        """
+        """What plans will give, each with its micro-batches in flight; under arrivals by `most_requests` alone, where a
+        rough guess will do. KeyError for a metric that the model does not predict."""
         predictions = self._predictions(plans, most_requests)
         features = self._features(plans, predictions)
         means, sds = {}, {}

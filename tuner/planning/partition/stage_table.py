@@ -71,12 +71,8 @@ def stage_needs(shape: ModelShape, plan: Plan, device: str, *, prompt_len: int, 
 
 
 def alike_classes(values: Floats, tolerance: float = ALIKE) -> tuple[int, ...]:
-    """Class of each device, counted from 0 in order; a device is of the first class whose first member is like it.
-
-    Args:
-        values: `[device, quantity]`, positive: times, bytes.
-        tolerance: share of the larger value by which any two may differ.
-    """
+    """Class of each device, counted from 0 in order; a device is of the first class whose first member is like it: of
+    the positive `values`, `[device, quantity]`, any two differ by no more than a share `tolerance` of the larger."""
     firsts: list[Floats] = []
     classes = []
     for row in values:

@@ -73,11 +73,9 @@ def simulate_load(
     *,
     max_concurrency: int | None = None,
 ) -> LoadPrediction:
-    """Serves the requests, which come in the order of their times.
+    """Serves the requests, which come in the order of their times; each replica has `in_flight` micro-batches at once.
 
-    Args:
-        in_flight: micro-batches resident at once in each replica.
-        max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
+    Beyond `max_concurrency` in the system at once others wait before it, and their latencies count that.
     """
     rules, most = rules_of(plan, in_flight), max_concurrency or len(requests)
     replicas = [_Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)]

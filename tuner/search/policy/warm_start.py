@@ -56,11 +56,8 @@ class WarmStart(Value):
 def warm_start(
     path: Path, config: TuneConfig, model: ModelSpec, machine: Machine, space: SearchSpace, resolve: Resolver
 ) -> WarmStart:
-    """What the earlier studies of `config.warm_start` give, as kept in `path` or read now and kept there.
-
-    Raises:
-        StudyError: a folder holds no study, or one that cannot be read.
-    """
+    """What the earlier studies of `config.warm_start` give, as kept in `path` or read now and kept there; StudyError
+    where a folder holds no study, or one that cannot be read."""
     if path.exists():
         kept = read(path, WarmStart)
         if kept.folders == config.warm_start:

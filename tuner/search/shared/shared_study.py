@@ -173,11 +173,8 @@ class SharedStudy(OptunaStudy):
 def records_of(
     trials: Iterable[FrozenTrial], ours: Sequence[str]
 ) -> Iterator[tuple[str, tuple[str, ...], int, Record]]:
-    """What was measured: source, devices it ran on, trial's number, and the record in our devices' names.
-
-    Raises:
-        StudyError: a record of another version.
-    """
+    """What was measured: source, devices it ran on, trial's number, and the record in our devices' names; raises as
+    `unpack`."""
     for trial in trials:
         if trial.state.is_finished() and RECORD in trial.user_attrs:
             theirs = tuple(trial.user_attrs[_DEVICES].split(","))
@@ -191,11 +188,8 @@ def pack(record: Record) -> str:
 
 
 def unpack(text: str, *, theirs: Sequence[str], ours: Sequence[str]) -> Record:
-    """The record, with the devices of the process that measured it renamed to ours in the same places.
-
-    Raises:
-        StudyError: it is no record of this version.
-    """
+    """The record, with the devices of the process that measured it renamed to ours in the same places; StudyError where
+    it is no record of this version."""
     assert len(theirs) == len(ours), f"{theirs} and {ours} are no pairs"
     try:
         values = json.loads(zlib.decompress(base64.b64decode(text, validate=True)))

@@ -49,12 +49,7 @@ class EngineResolver(Resolver):
 def build_engine_space(
     config: TuneConfig, devices: Sequence[str], cost: EngineModel, resolve: EngineResolver
 ) -> SearchSpace:
-    """Lays the space out.
-
-    Raises:
-        ConfigError: bounds that neither model nor devices can meet.
-        NothingFeasibleError: no split fits into memory at the engine's own limits.
-    """
+    """Lays the space out; raises as `build_space`, over splits at the engine's own limits."""
     assert config.engine is not None
     given = config.engine
     space = SearchSpace(
