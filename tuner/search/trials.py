@@ -96,7 +96,7 @@ class Search:
                 with self.runs.stop.interruptible():
                     study.wait()
             elif number is not None:
-                self._run_trial(number, step, study, strategy.counted)
+                self._run_trial(number, step, study, strategy.history.counted)
 
     def _run_trial(self, number: int, proposal: Proposal, study: OptunaStudy, counted: int) -> None:
         plan = self.space.plan(proposal.point)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.calibration.corrected_costs import RefittedCosts, between_hosts
@@ -196,7 +195,9 @@ def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
     """A model over uncorrected costs, with these corrected by what was observed; itself if that teaches nothing."""
     if not any(observation.tasks for observation in observations):
         return model
-    groups = layer_groups(model.shape)
+    # Layers of equal shape share a group.
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(model.shape.layers))}
+    groups = tuple(numbers[layer] for layer in model.shape.layers)
     rows = Rows(model.costs, groups, observations, model.contention)
     terms = rows.fit()
     costs = RefittedCosts(
@@ -213,12 +214,6 @@ def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
         stalls_s=_by_device(model.stalls_s, observations, "stall_s"),
         contention=rows.contention(terms),
     )
-
-
-def layer_groups(shape: ModelShape) -> tuple[int, ...]:
-    """Number of each layer's group: layers of equal shape share one."""
-    numbers: dict[object, int] = {}
-    return tuple(numbers.setdefault(layer, len(numbers)) for layer in shape.layers)
 
 
 def _fit_hops(model: CostModel, observations: Sequence[Observation], *, between: bool) -> tuple[float, float, float]:

@@ -51,7 +51,7 @@ class Split:
 
 def count_partitions(num_layers: int, *, min_stages: int, max_stages: int, forbidden_cuts: Sequence[int] = ()) -> int:
     """How many partitions there are."""
-    cuts = len(allowed_cuts(num_layers, forbidden_cuts))
+    cuts = len(set(range(1, num_layers)) - set(forbidden_cuts))
     return sum(math.comb(cuts, stages - 1) for stages in range(min_stages, max_stages + 1))
 
 
@@ -147,12 +147,6 @@ def best_partitions(
         limit=limit,
     )
     return tuple(split.partition for split in splits)
-
-
-def allowed_cuts(num_layers: int, forbidden_cuts: Sequence[int]) -> list[int]:
-    """The layers that a stage but the first may begin with."""
-    forbidden = set(forbidden_cuts)
-    return [cut for cut in range(1, num_layers) if cut not in forbidden]
 
 
 def _masked(cost: Table, forbidden_cuts: Sequence[int]) -> Table:

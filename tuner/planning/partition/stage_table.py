@@ -15,14 +15,10 @@ from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Plan, StagePlan
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.costs.base import Costs
-from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions
-from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.schedule import grid_points_of
 
 ALIKE = 0.02
 """Devices whose times and memory differ by no more than this share are taken for equal."""
-_NEAR, _LOOKED_AT = 0.1, 50
-"""Splits whose slowest stage is so near to the best one are worth a comparison by their whole duration."""
 
 
 def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> Floats:
@@ -46,14 +42,8 @@ def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> F
 
 
 def stage_needs(shape: ModelShape, plan: Plan, device: str, *, prompt_len: int, output_len: int) -> Floats:
-    """Bytes that a stage takes with one micro-batch in flight; infinity where there is no stage.
-
-    Args:
-        plan: whose sizes and switches they are; its stages do not matter.
-        device: one of the kind that it is for.
-        prompt_len: longest prompt, tokens.
-        output_len: tokens generated; 0 where texts are scored.
-    """
+    """Bytes that a stage takes on a device of this kind with one micro-batch in flight, as `stage_bytes` has them;
+    infinity where there is no stage. Sizes and switches are those of the plan, whose stages do not matter."""
     num_layers = shape.num_layers
     needs = np.full((num_layers + 1, num_layers + 1), np.inf)
     # Thousands of them, and nothing in them to check.
@@ -87,18 +77,3 @@ def alike_classes(values: Floats, tolerance: float = ALIKE) -> tuple[int, ...]:
 def count_states(classes: Sequence[int]) -> int:
     """How many ways there are to have taken some of the devices, equal ones apart."""
     return int(np.prod([count + 1 for count in Counter(classes).values()], dtype=object))
-
-
-def near_best(
-    cost: CostModel, kinds: Mapping[TaskKind, int], devices: Sequence[str], fill: Table
-) -> tuple[Partition, ...]:
-    """Partitions over all devices, in the order given, that fit and whose slowest stage is near to the fastest; the
-    best first, none where nothing fits.
-
-    Args:
-        kinds: how many tasks of each kind the stages run.
-        fill: `[device, first, end]`, share of its memory that a stage would take; up to 1 fits.
-    """
-    seconds = np.array([stage_seconds(cost.costs, device, kinds) for device in devices])
-    table = np.where(fill <= 1.0, seconds, np.inf)
-    return best_partitions(table, cost.shape.forbidden_cuts, tolerance=_NEAR, limit=_LOOKED_AT)

@@ -41,27 +41,23 @@ def of_device(known: Mapping[str, float], device: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Predicts runs of one workload on one model.
-
-    Args:
-        prompt_lens: of all prompts, tokens, in any order.
-        output_lens: tokens generated for each prompt; 0 where texts are scored.
-        arrivals: how the prompts come over time; what is predicted here is of all at once, and `load.under_load` has
-            the rest.
-        gaps_s: of each device by its name or its kind, as in `GAPS_S`.
-        stalls_s: of each receiving device, as in `STALLS_S`.
-        contention: None where the costs hold as they are.
-    """
+    """Predicts runs of one workload on one model."""
 
     shape: ModelShape
     prompt_lens: tuple[int, ...]
+    """Of all prompts, tokens, in any order."""
     output_lens: tuple[int, ...]
+    """Tokens generated for each prompt; 0 where texts are scored."""
     costs: Costs
     goodput: Goodput | None = None
     arrivals: Arrivals | None = None
+    """How the prompts come over time; what is predicted here is of all at once, and `load.under_load` has the rest."""
     gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
+    """Of each device by its name or its kind, as in `GAPS_S`."""
     stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
+    """Of each receiving device, as in `STALLS_S`."""
     contention: Contention | None = None
+    """None where the costs hold as they are."""
 
     @classmethod
     def of_workload(

@@ -68,11 +68,7 @@ def predictions_of(
 ) -> list[Prediction]:
     """One prediction of each plan, derived from simulated times as `bench.metrics.derive` does from measured ones.
 
-    Args:
-        runs: of the replicas that have prompts.
-        prompt_lens: of all prompts, tokens.
-        output_lens: tokens generated for each; 0 where texts are scored.
-        num_stages: of all replicas.
+    `runs` are of the replicas that have prompts, and `num_stages` counts those of all; lengths are as in `CostModel`.
     """
     duration_s: Floats = np.max([run.timeline.last_ends_s[-1] for run in runs], axis=0)
     busy_s = _of_stages([run.busy_s for run in runs], num_stages)
