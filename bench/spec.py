@@ -671,6 +671,12 @@ class Plan(Value):
         )
         return self.model_copy(update={"stages": stages, "replicas": 1, "replica_devices": ()})
 
+    def moved(self, names: Mapping[str, str]) -> Self:
+        """The plan on other devices, by the names of its own."""
+        stages = tuple(stage.model_copy(update={"device": names[stage.device]}) for stage in self.stages)
+        rows = tuple(tuple(names[device] for device in row) for row in self.replica_devices)
+        return self.model_copy(update={"stages": stages, "replica_devices": rows})
+
     def without(self, device: str) -> Self | None:
         """A plan of the same model that leaves a device out, of the replicas that can, else of stages that take on the
         device's layers; None where nothing is left."""
