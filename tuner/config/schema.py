@@ -396,9 +396,8 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
         )
     if metric in ("request_goodput", "slo_attainment") or (metric == "max_request_rate" and workload.arrivals):
         return f"{metric} needs limits; give --goodput, such as ttft:500 tpot:50"
-    if metric == "max_request_rate":
-        return "max_request_rate needs requests that come over time; give --request-rate, or --trace"
-    if workload.arrivals is None and metric in names(2, arrivals=True) and metric not in names(2):
+    over_time = {"max_request_rate", *names(2, arrivals=True)} - {*names(2)}
+    if workload.arrivals is None and metric in over_time:
         return f"{metric} needs requests that come over time; give --request-rate, or --trace"
     label, _, rest = metric.partition("_")
     if label in PERCENTILES and rest.removesuffix("_ms") in LATENCIES and rest.endswith("_ms"):

@@ -165,11 +165,11 @@ def resolve_settings(
 
         space = resolved.config.space
         most = space.max_stages and space.max_stages * max(space.replicas or (1,))
-        resolved = _with(resolved, ("devices",), list(available_devices()[:most]), "auto")
+        resolved = _with(resolved, {("devices",): list(available_devices()[:most])}, "auto")
     if all(device_kind(device) == "cuda" for device in resolved.config.concrete_devices):
         for path, value in GPU_DEFAULTS.items():
             if path not in resolved.sources:
-                resolved = _with(resolved, path, value, "default on GPUs")
+                resolved = _with(resolved, {path: value}, "default on GPUs")
     if resolved.config.workload.arrivals is not None and "request_rate" not in params:
         raise ConfigError(
             "workload.arrivals: this command gives all prompts at once; `pipetune bench` measures under arrivals, "
@@ -199,20 +199,17 @@ def _with_trace(resolved: Resolved, warn: Callable[[str], None]) -> Resolved:
     if failed:
         warn(f"{path}: {failed} requests had failed when it was recorded, and are left out")
     values: dict[KeyPath, object] = {
-        ("num_prompts",): len(rows),
-        ("arrivals", "times_s"): [row.at_s for row in rows],
-        ("output_lens",): [row.output_len or workload.output_len for row in rows],
+        ("workload", "num_prompts"): len(rows),
+        ("workload", "arrivals", "times_s"): [row.at_s for row in rows],
+        ("workload", "output_lens"): [row.output_len or workload.output_len for row in rows],
     }
     if given := next((row for row in rows if row.prompt is not None), None):
         if lacking := next((row for row in rows if row.prompt is None), None):
             raise ConfigError(f"{lacking.place}: has no prompt, and {given.place} has one; give all of them, or none")
-        values["prompts_file",] = path
+        values["workload", "prompts_file"] = path
     else:
-        values["input_lens",] = [row.input_len for row in rows]
-    layers = _Layers(resolved.config.model_dump(mode="json", exclude_unset=True), {**resolved.sources})
-    for key, value in values.items():
-        layers.put(("workload", *key), value, path)
-    return Resolved(config=layers.config(), sources=layers.sources, warnings=resolved.warnings)
+        values["workload", "input_lens"] = [row.input_len for row in rows]
+    return _with(resolved, values, path)
 
 
 def _with_prompts(resolved: Resolved, place: str) -> Resolved:
@@ -221,23 +218,24 @@ def _with_prompts(resolved: Resolved, place: str) -> Resolved:
     if workload.prompts_file is None:
         return resolved
     path = rereadable(workload.prompts_file)
-    resolved = _with(resolved, ("workload", "prompts_file"), path, place)
+    resolved = _with(resolved, {("workload", "prompts_file"): path}, place)
     requests = read_requests(path)
     if len(requests) < workload.num_prompts and ("workload", "num_prompts") not in resolved.sources:
-        resolved = _with(resolved, ("workload", "num_prompts"), len(requests), f"{path}: all its prompts")
+        resolved = _with(resolved, {("workload", "num_prompts"): len(requests)}, f"{path}: all its prompts")
     workload = resolved.config.workload
     if len(requests) >= workload.num_prompts and (lens := output_lens(workload, requests)) is not None:
-        resolved = _with(resolved, ("workload", "output_lens"), lens, path)
+        resolved = _with(resolved, {("workload", "output_lens"): lens}, path)
     return resolved
 
 
-def _with(resolved: Resolved, path: KeyPath, value: object, source: str) -> Resolved:
+def _with(resolved: Resolved, values: Mapping[KeyPath, object], source: str) -> Resolved:
     layers = _Layers(resolved.config.model_dump(mode="json", exclude_unset=True), {**resolved.sources})
-    layers.put(path, value, source)
+    for path, value in values.items():
+        layers.put(path, value, source)
     try:
         config = TuneConfig.model_validate(layers.values)
     except ValidationError as error:
-        raise ConfigError(f"{'.'.join(path)} ({source}): {explain(error)}") from None
+        raise ConfigError(f"{', '.join(map('.'.join, values))} ({source}): {explain(error)}") from None
     return Resolved(config=config, sources=layers.sources, warnings=resolved.warnings)
 
 
