@@ -94,8 +94,6 @@ def plan_from_map(
     shape: ModelShape,
     *,
     micro_batch_size: int,
-    prefill_micro_batch_size: int | None = None,
-    memory_fraction: float = 0.9,
     place: str = "device map",
 ) -> Plan:
     """The plan that a map describes, in either form.
@@ -122,14 +120,10 @@ def plan_from_map(
                 f"{place}: {device} holds layers that are not neighbours: {ranges_of(own)} come back to it; "
                 "a stage is one run of layers"
             )
-        stages.append(
-            StagePlan(device=device, first_layer=own[0], end_layer=own[-1] + 1, memory_fraction=memory_fraction)
-        )
+        stages.append(StagePlan(device=device, first_layer=own[0], end_layer=own[-1] + 1))
     _check_ends(placed, shape, stages, place)
     try:
-        return Plan(
-            stages=tuple(stages), micro_batch_size=micro_batch_size, prefill_micro_batch_size=prefill_micro_batch_size
-        )
+        return Plan(stages=tuple(stages), micro_batch_size=micro_batch_size)
     except ValueError as error:
         raise PlanError(f"{place}: {error}") from None
 
