@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait, rules_of
 from pipetune.bench.load.arrivals import arrival_times_s
@@ -27,8 +28,7 @@ _TRACES, _ENOUGH = 3, 300
 """Most traces that a run is predicted from, and requests of all together that are enough."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedRequest:
+class LoadedRequest(NamedTuple):
     """One request: when it arrives, and its lengths in tokens."""
 
     at_s: float
@@ -127,10 +127,7 @@ def under_load(model: CostModel, plan: Plan, in_flight: int, *, most: int | None
     found = []
     for seed in range(model.arrivals.seed, model.arrivals.seed + number):
         times_s = arrival_times_s(model.arrivals.model_copy(update={"seed": seed}), len(lens))
-        requests = [
-            LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs)
-            for at, (inputs, outputs) in zip(times_s[:most], lens, strict=False)
-        ]
+        requests = [LoadedRequest(at_s, *own) for at_s, own in zip(times_s[:most], lens, strict=False)]
         served = simulate_load(model, plan, in_flight, requests, max_concurrency=model.arrivals.max_concurrency)
         tokens = sum(one.output_len for one in requests)
         found.append(served.metrics(model.goodput, num_requests=len(lens)))

@@ -46,10 +46,8 @@ class Load:
 
     def serve(self, effective: EffectivePlan, times_s: Sequence[float] | None = None) -> LoadPrediction:
         """What a plan is thought to give under the arrivals as they are, or at other times."""
-        requests = [
-            LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs)
-            for at, (inputs, outputs) in zip(self._times_s if times_s is None else times_s, self._lens, strict=False)
-        ]
+        times_s = self._times_s if times_s is None else times_s
+        requests = [LoadedRequest(at_s, *own) for at_s, own in zip(times_s, self._lens, strict=False)]
         most = self._arrivals.max_concurrency
         return simulate_load(self._model, effective.plan, effective.in_flight, requests, max_concurrency=most)
 
