@@ -6,7 +6,7 @@ import re
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_serializer, model_validator
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, metric_names, samples_needed
@@ -205,6 +205,7 @@ class TuneConfig(Value):
     """The study lands in `results/<name>`; None makes one of the model and the time."""
     output_dir: Annotated[
         str | None,
+        AfterValidator(lambda folder: folder and in_task(folder)),
         Flag(
             "Study",
             "Where it goes; {task}: a job's task. [results/MODEL-TIME]",
@@ -308,11 +309,6 @@ class TuneConfig(Value):
                 "the first a letter or a digit; for any other folder use output_dir"
             )
         return value
-
-    @field_validator("output_dir")
-    @classmethod
-    def _of_task(cls, value: str | None) -> str | None:
-        return value and in_task(value)
 
     @field_validator("devices", mode="before")
     @classmethod

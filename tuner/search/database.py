@@ -48,10 +48,7 @@ class CorruptDatabaseError(StudyError):
 
 
 def open_storage(url: str, say: Callable[[str], None] = lambda text: None) -> optuna.storages.RDBStorage:
-    """Opens an Optuna database.
-
-    Args:
-        say: told once when an SQLite file is waited for, now or later.
+    """Opens an Optuna database; `say` is told once when an SQLite file is waited for, now or later.
 
     Raises:
         ConfigError: it is no URL, or the driver is missing.

@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 
 
 def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: "Callable[..., Fleet] | None" = None) -> bool:
-    """Runs what is left of a study; False if it was interrupted.
-
-    Args:
-        start_fleet: in place of `Fleet.start`, where there are no workers.
+    """Runs what is left of a study; False if it was interrupted. `start_fleet` is in place of `Fleet.start`, where
+    there are no workers.
 
     Raises:
         UserError: a model, prompts or bounds that cannot be used, or a resume that does not fit.

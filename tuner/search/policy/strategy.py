@@ -210,8 +210,8 @@ class Strategy(Terms):
     """Proposes trials: a pure function of the terms and of the records so far."""
 
     def next(self, records: Sequence[Record], *, taken: Collection[Point] = ()) -> Proposal | Stop:
-        """What to do after these records, in the order in which they were written; the plans of `taken` are run by other
-        processes of the study now: they are left to them, and count as trials."""
+        """What to do after these records, in the order in which they were written; the plans of `taken` are run by
+        other processes of the study now: they are left to them, and count as trials."""
         now = Situation(self, self._read(records, taken), num_taken=len(taken))
         return next(step for rule in RULES if (step := rule(now)) is not None)
 

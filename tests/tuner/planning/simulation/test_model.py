@@ -34,7 +34,8 @@ def cost() -> CostModel:
 
 
 def seconds(cost: CostModel, counts: tuple[int, ...], micro_batch: int, prefill: int | None = None) -> float:
-    return cost.predict(Plan.from_layer_counts(counts, DEVICES, micro_batch, prefill_micro_batch_size=prefill)).duration_s
+    plan = Plan.from_layer_counts(counts, DEVICES, micro_batch, prefill_micro_batch_size=prefill)
+    return cost.predict(plan).duration_s
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,8 @@ def test_copies_of_the_model_halve_the_work_and_have_no_bubble(cost: CostModel) 
     assert two < seconds(cost, (16, 14), 16)
     # The replica with most prompts decides.
     odd, three = model(num_prompts=5), model(num_prompts=3)
-    assert seconds(three, (15, 15), 4) == odd.predict(Plan.from_layer_counts((15, 15), DEVICES, 4, replicas=2)).duration_s
+    two_replicas = Plan.from_layer_counts((15, 15), DEVICES, 4, replicas=2)
+    assert seconds(three, (15, 15), 4) == odd.predict(two_replicas).duration_s
 
 
 def test_the_slower_replica_decides() -> None:
