@@ -29,6 +29,7 @@ from pipetune.tuner.config.settings import KeyPath
 TASK_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "JOB_COMPLETION_INDEX", "RANK")
 """Where Slurm, Kubernetes and torchrun say which task of a job this is, in the order in which they are asked."""
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NO_NAME = "is no study name: up to 64 letters, digits, dots, dashes and underscores, the first a letter or a digit"
 _CONSTRAINT = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*")
 
 
@@ -304,10 +305,7 @@ class TuneConfig(Value):
     @classmethod
     def _check_name(cls, value: str | None) -> str | None:
         if value is not None and not STUDY_NAME.fullmatch(value):
-            raise ValueError(
-                f"{value!r} is no study name: up to 64 letters, digits, dots, dashes and underscores, "
-                "the first a letter or a digit; for any other folder use output_dir"
-            )
+            raise ValueError(f"{value!r} {NO_NAME}; for any other folder use output_dir")
         return value
 
     @field_validator("devices", mode="before")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipetune.bench.errors import ConfigError
-from pipetune.tuner.config.schema import STUDY_NAME, TuneConfig
+from pipetune.tuner.config.schema import NO_NAME, STUDY_NAME, TuneConfig
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -62,10 +62,7 @@ def check_sharing(config: TuneConfig) -> None:
     if name is None:
         return
     if not STUDY_NAME.fullmatch(name):
-        raise ConfigError(
-            f"shared_study: {name!r} is no study name: up to 64 letters, digits, dots, dashes and underscores, the "
-            "first a letter or a digit"
-        )
+        raise ConfigError(f"shared_study: {name!r} {NO_NAME}")
     if config.storage is None:
         raise ConfigError(
             f"shared_study={name}: the processes meet in a database; {_REMEDY} (it is not kept in study.yaml, since "
