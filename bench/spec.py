@@ -59,7 +59,6 @@ def _check_device(value: str) -> str:
 
 Device = Annotated[str, AfterValidator(_check_device)]
 
-
 _BYTE_SIZE = TypeAdapter(ByteSize)
 
 

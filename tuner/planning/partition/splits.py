@@ -40,8 +40,7 @@ MAX_TOLERANCE = 9.0
 """Squares of ticks within it add up exactly over 64 stages."""
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(NamedTuple):
     """A partition, and where its stages lie."""
 
     partition: Partition

@@ -127,14 +127,11 @@ class CostModel:
         last = len(plan.stages) - 1
         busy = []
         for index, stage in enumerate(plan.stages):
-            layers = [self._layers_before(stage.device, point) for point in points]
-            ends = [
-                self.costs.ends_s(stage.device, point, is_first=index == 0, is_last=index == last) for point in points
-            ]
-            costs = [
-                float(before[stage.end_layer] - before[stage.first_layer]) + end
-                for before, end in zip(layers, ends, strict=True)
-            ]
+            costs = []
+            for point in points:
+                before = self._layers_before(stage.device, point)
+                ends_s = self.costs.ends_s(stage.device, point, is_first=index == 0, is_last=index == last)
+                costs.append(float(before[stage.end_layer] - before[stage.first_layer]) + ends_s)
             busy.append(float(np.dot(shares, costs)))
         size = kind.rows * kind.new_tokens * self.shape.crossing_bytes
         hops = [self.costs.hop_s(source, target, size) for source, target in itertools.pairwise(plan.devices)]

@@ -210,8 +210,8 @@ class LayoutSearch:
             return []
         best = self._best_sizes(first[0])
         near = itertools.chain.from_iterable((self._of_phases(best[0]), *map(self._near_best, best)))
-        splits = dict.fromkeys((split.partition, split.order) for split in near)
-        least_s: dict[tuple[Partition, tuple[int, ...]], float] = {}
+        splits = dict.fromkeys(near)
+        least_s: dict[Split, float] = {}
         for sizes in dict.fromkeys((*best, smallest)):
             for split, seconds in zip(splits, self._durations((*split, sizes) for split in splits), strict=True):
                 least_s[split] = min(seconds, least_s.get(split, math.inf))
@@ -231,7 +231,7 @@ class LayoutSearch:
 
     def _best_sizes(self, split: Split) -> tuple[Sizes, ...]:
         """The sizes that suit a split best, no two of as many rows."""
-        durations = self._durations((split.partition, split.order, sizes) for sizes in self._every_size)
+        durations = self._durations((*split, sizes) for sizes in self._every_size)
         found: dict[int, Sizes] = {}
         for _, sizes in sorted(zip(durations, self._every_size, strict=True)):
             found.setdefault(sizes.rows, sizes)
