@@ -45,7 +45,7 @@ class CostModel:
 
     shape: ModelShape
     prompt_lens: tuple[int, ...]
-    """Of all prompts, tokens, in any order."""
+    """Tokens of every prompt, in any order."""
     output_lens: tuple[int, ...]
     """Tokens generated for each prompt; 0 where texts are scored."""
     costs: Costs
@@ -53,9 +53,9 @@ class CostModel:
     arrivals: Arrivals | None = None
     """How the prompts come over time; what is predicted here is of all at once, and `load.under_load` has the rest."""
     gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
-    """Of each device by its name or its kind, as in `GAPS_S`."""
+    """By a device's name or its kind, as in `GAPS_S`."""
     stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
-    """Of each receiving device, as in `STALLS_S`."""
+    """By the receiving device, as in `STALLS_S`."""
     contention: Contention | None = None
     """None where the costs hold as they are."""
 
