@@ -15,11 +15,8 @@ from pipetune.bench.spec import EffectivePlan, Plan, Value, Workload, device_kin
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.partition.device_map import ranges_of
 from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions
-from pipetune.tuner.planning.partition.stage_table import stage_needs, stage_seconds
+from pipetune.tuner.planning.partition.stage_table import near_best, stage_needs
 from pipetune.tuner.planning.simulation.model import CostModel
-
-_NEAR, _LOOKED_AT = 0.1, 50
-"""Splits whose slowest stage is so near to the best one are worth a comparison by their whole duration."""
 
 
 class LayerGroup(Value):
@@ -169,10 +166,7 @@ def _fit_at(shape: ModelShape, wanted: Wanted, num_stages: int, size: int) -> Fi
     whole = plan_of((shape.num_layers,))
     devices = wanted.devices[:num_stages]
     fill = _fill(shape, wanted, devices, whole)
-    kinds = cost.kinds(whole)
-    seconds = np.array([stage_seconds(cost.costs, device, kinds) for device in devices])
-    fitting = np.where(fill <= 1.0, seconds, np.inf)
-    found = best_partitions(fitting, shape.forbidden_cuts, tolerance=_NEAR, limit=_LOOKED_AT)
+    found = near_best(cost, cost.kinds(whole), devices, fill)
     # What leaves most room lets most micro-batches be in flight, and comes nearest where nothing fits.
     plan = min(map(plan_of, (*found, *best_partitions(fill, shape.forbidden_cuts))), key=duration_s)
     resolved = wanted.resolve(shape, plan)

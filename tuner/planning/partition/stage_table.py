@@ -15,10 +15,14 @@ from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Plan, StagePlan
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.costs.base import Costs
+from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions
+from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.schedule import grid_points_of
 
 ALIKE = 0.02
 """Devices whose times and memory differ by no more than this share are taken for equal."""
+_NEAR, _LOOKED_AT = 0.1, 50
+"""Splits whose slowest stage is so near to the best one are worth a comparison by their whole duration."""
 
 
 def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> Floats:
@@ -77,3 +81,18 @@ def alike_classes(values: Floats, tolerance: float = ALIKE) -> tuple[int, ...]:
 def count_states(classes: Sequence[int]) -> int:
     """How many ways there are to have taken some of the devices, equal ones apart."""
     return int(np.prod([count + 1 for count in Counter(classes).values()], dtype=object))
+
+
+def near_best(
+    cost: CostModel, kinds: Mapping[TaskKind, int], devices: Sequence[str], fill: Table
+) -> tuple[Partition, ...]:
+    """Partitions over all devices, in the order given, that fit and whose slowest stage is near to the fastest; the
+    best first, none where nothing fits.
+
+    Args:
+        kinds: how many tasks of each kind the stages run.
+        fill: `[device, first, end]`, share of its memory that a stage would take; up to 1 fits.
+    """
+    seconds = np.array([stage_seconds(cost.costs, device, kinds) for device in devices])
+    table = np.where(fill <= 1.0, seconds, np.inf)
+    return best_partitions(table, cost.shape.forbidden_cuts, tolerance=_NEAR, limit=_LOOKED_AT)
