@@ -59,7 +59,6 @@ def _check_device(value: str) -> str:
 
 Device = Annotated[str, AfterValidator(_check_device)]
 
-
 _BYTE_SIZE = TypeAdapter(ByteSize)
 
 
@@ -77,11 +76,8 @@ def parse_devices(text: str) -> tuple[str, ...]:
     """Expands a list of devices: `cpu:0-1` → `("cpu:0", "cpu:1")`; `cuda:0,cuda:2` stays as it is.
 
     Several hosts are named by their node ranks: `host0/cuda:0-3,host1/cuda:0-3`. A GPU may be named twice, for stages
-    that share it: that proves correctness, never speed.
-
-    Raises:
-        ValueError: a part is not `cpu:N`, `cuda:N` or a range of them, a CPU worker is named twice, or some devices
-            have a host and others none, or hosts are left out.
+    that share it: that proves correctness, never speed. ValueError where a part is not `cpu:N`, `cuda:N` or a range of
+    them, a CPU worker is named twice, or some devices have a host and others none, or hosts are left out.
     """
     devices: list[str] = []
     for part in text.split(","):
@@ -485,7 +481,6 @@ class EngineSettings(Value):
     """The model is not compiled, and no CUDA graphs are captured."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Workers that share each layer of a stage: on its device, and on those numbered after it."""
-
     served: bool = False
     """Measured by its HTTP server, in whose own process the scheduler is; else in pipetune's host."""
 
@@ -675,6 +670,12 @@ class Plan(Value):
         )
         return self.model_copy(update={"stages": stages, "replicas": 1, "replica_devices": ()})
 
+    def moved(self, names: Mapping[str, str]) -> Self:
+        """The plan on other devices, by the names of its own."""
+        stages = tuple(stage.model_copy(update={"device": names[stage.device]}) for stage in self.stages)
+        rows = tuple(tuple(names[device] for device in row) for row in self.replica_devices)
+        return self.model_copy(update={"stages": stages, "replica_devices": rows})
+
     def without(self, device: str) -> Self | None:
         """A plan of the same model that leaves a device out, of the replicas that can, else of stages that take on the
         device's layers; None where nothing is left."""
@@ -704,11 +705,8 @@ class Plan(Value):
         memory_fraction: float = 0.9,
         max_memory_bytes: int | None = None,
     ) -> Self:
-        """Builds a plan from a count of layers per stage: stage i lands on `devices[i]`, replicas on those that follow.
-
-        Raises:
-            ValueError: more stages than devices, or a count below one.
-        """
+        """Builds a plan from a count of layers per stage: stage i lands on `devices[i]`, replicas on those that follow;
+        ValueError for more stages than devices, or a count below one."""
         width = len(counts)
         if width * replicas > len(devices):
             what = f"{width} stages" if replicas == 1 else f"{replicas} replicas of {width} stages"

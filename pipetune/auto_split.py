@@ -12,9 +12,10 @@ from pipetune.bench.errors import PlanError
 from pipetune.bench.fleet import fleet
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan, Workload, device_kind
+from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.partition.device_map import DeviceMap, hf_map, ranges_map
 from pipetune.tuner.planning.partition.splits import best_partitions
-from pipetune.tuner.planning.partition.stage_table import Matrix, near_best
+from pipetune.tuner.planning.partition.stage_table import near_best
 from pipetune.tuner.planning.simulation.model import CostModel
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS, _MICRO_BATCH = 512, 128, 8
@@ -82,10 +83,10 @@ def auto_split_model(
     return (ranges_map if ranges else hf_map)(shape, best)
 
 
-def _weights(shape: ModelShape) -> Matrix:
+def _weights(shape: ModelShape) -> Floats:
     """`[first, end]`: bytes of weights of a stage of these layers, a tied embedding on both ends."""
     before = np.concatenate([[0.0], np.cumsum([layer.weight_bytes for layer in shape.layers])])
-    weights: Matrix = before[np.newaxis, :] - before[:, np.newaxis] + shape.other_bytes
+    weights: Floats = before[np.newaxis, :] - before[:, np.newaxis] + shape.other_bytes
     if shape.embedding_on_every_stage:
         weights += shape.embedding_bytes
     else:

@@ -36,10 +36,7 @@ class EngineHost:
     def __init__(
         self, python: Path, script: Path, *, log: Path | None, environment: Mapping[str, str], hang_timeout_s: float
     ) -> None:
-        """
-        Raises:
-            ConfigError: there is no such Python.
-        """
+        """Starts the host; ConfigError where there is no such Python."""
         self._hang_timeout_s, self._phase, self._next_id = hang_timeout_s, "start", 0
         self._plan: Plan | None = None
         self._oom_kills_before = oom_kills()
@@ -86,11 +83,7 @@ class EngineHost:
             self._process.stdin.flush()
 
     def receive(self, deadline: float) -> dict[str, Any]:
-        """The answer to the last command.
-
-        Raises:
-            FleetError: the host or a worker failed, hung, or was too slow; all of them are ended.
-        """
+        """The answer to the last command; FleetError where the host or a worker failed, hung, or was too slow."""
         patience_s = max(self._hang_timeout_s, START_PATIENCE_S if self._phase == "start" else 0.0)
         message = self._await("id", deadline, patience_s)
         if message["id"] != self._next_id:

@@ -51,12 +51,8 @@ def outcome_of(
     reference: EngineReference | None,
     check: OutputCheck | None,
 ) -> Measurement | Failure:
-    """What timed passes amount to, without what only the driver knows.
-
-    Args:
-        workers: what each told of itself when it took the plan; by rank, one replica after the other.
-        check: of forced tokens, before.
-    """
+    """What timed passes amount to, without what only the driver knows; `workers` is what each told of itself as it took
+    the plan, by rank, one replica after the other, and `check` is of forced tokens, before."""
     workload, lens = spec.workload, spec.workload.generated_lens
     memory, failure = _memory(engine, spec.plan, passes, workers), None
     if reference is not None and check is not None and workload.sampling is None:

@@ -34,10 +34,7 @@ class EngineReference:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """
-        Raises:
-            StudyError: it cannot be read.
-        """
+        """The reference in a file; StudyError where it cannot be read."""
         try:
             with safe_open(path, "numpy") as file:
                 metadata, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -60,11 +57,8 @@ class EngineReference:
         return found
 
     def compare(self, rows: Sequence[Sequence[tuple[float, int]]]) -> OutputCheck:
-        """Compares log-probabilities of forced tokens, and the likeliest token at each, with the reference's.
-
-        Args:
-            rows: for each checked prompt, token by token.
-        """
+        """Compares log-probabilities of forced tokens, and the likeliest token at each, with the reference's; a row for
+        each checked prompt, token by token."""
         logits = self.logits.astype(np.float64)
         top = logits.max(-1, keepdims=True)
         scores = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))

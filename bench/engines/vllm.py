@@ -58,16 +58,12 @@ class VllmEngine(Closing):
         start_fleet: Callable[..., Fleet] | None = None,
         **options: Unpack[FleetOptions],
     ) -> None:
-        """Looks at vLLM and the model.
+        """Looks at vLLM and the model; raises as `Fleet.start` and `versions_of`, and ConfigError for devices and
+        settings that vLLM is not driven with.
 
         Args:
             python: of an environment that has vLLM; pipetune need not be there.
             baseline: settings of the un-pipelined engine, by default the engine's own.
-
-        Raises:
-            ConfigError: devices or settings that vLLM is not driven with, no such Python, or another version of vLLM.
-            ModelError: the model cannot be found, read or split.
-            FleetError: workers that do not start.
         """
         self.devices = tuple(devices)
         _check_usable(model, self.devices)
@@ -101,9 +97,8 @@ class VllmEngine(Closing):
     def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
         """The plan, or why it does not fit: its stages beside their KV cache, and in that a single request.
 
-        Raises:
-            ConfigError: prompts that cannot be used, or a workload that vLLM is not measured with.
-            PlanError: the plan is not for this engine, does not suit the model, or names a device that is not there.
+        ConfigError for prompts that cannot be used, or a workload that vLLM is not measured with; PlanError for a plan
+        that is not for this engine, does not suit the model, or names a device that is not there.
         """
         if workload.kind == "score":
             raise ConfigError("workload.kind=score: vLLM is measured generating so far")
@@ -346,12 +341,8 @@ class VllmEngine(Closing):
 
 
 def versions_of(python: Path, script: Path = HOST) -> dict[str, str]:
-    """Versions of what another Python has.
-
-    Raises:
-        ConfigError: there is no such Python, or it has no vLLM, or one that the host was not tried with.
-        FleetError: it says nothing of itself.
-    """
+    """Versions of what another Python has; ConfigError where there is no such Python, or it has no vLLM, or one that
+    the host was not tried with, FleetError where it says nothing of itself."""
     host = EngineHost(python, script, log=None, environment=_ENVIRONMENT, hang_timeout_s=HELLO_TIMEOUT_S)
     host.close()
     versions: dict[str, str] = host.hello["versions"]

@@ -9,12 +9,8 @@ Arguments = dict[str, str | int | float | bool]
 
 
 def vllm_arguments(model: ModelSpec, plan: Plan, *, max_model_len: int, device_bytes: Mapping[str, int]) -> Arguments:
-    """Arguments of a plan's engines beside the model and the split; what is left to vLLM is missing.
-
-    Args:
-        max_model_len: tokens of the longest request.
-        device_bytes: memory of all devices, on which the caps' shares are.
-    """
+    """Arguments of a plan's engines beside the model and the split, for requests of `max_model_len` tokens at most;
+    what is left to vLLM is missing. `device_bytes` has the memory of all devices, of which caps are shares."""
     assert plan.engine is not None
     found: Arguments = plan.engine.model_dump(exclude={"name", "served"}, exclude_none=True)
     if plan.engine.kv_cache_memory_bytes is None:

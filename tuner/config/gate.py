@@ -17,11 +17,7 @@ SHORT_NAMES = {
 
 
 def full_name(metric: str) -> str:
-    """The metric's name in records.
-
-    Raises:
-        ValueError: no run of any size yields such a metric.
-    """
+    """The metric's name in records; ValueError where no run of any size yields such a metric."""
     name = SHORT_NAMES.get(metric, metric)
     known = metric_names(10**6, 2, gpu=True, goodput=True, arrivals=True)
     if name not in known:

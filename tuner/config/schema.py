@@ -6,7 +6,7 @@ import re
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_serializer, model_validator
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, metric_names, samples_needed
@@ -29,6 +29,7 @@ from pipetune.tuner.config.settings import KeyPath
 TASK_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "JOB_COMPLETION_INDEX", "RANK")
 """Where Slurm, Kubernetes and torchrun say which task of a job this is, in the order in which they are asked."""
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NO_NAME = "is no study name: up to 64 letters, digits, dots, dashes and underscores, the first a letter or a digit"
 _CONSTRAINT = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=)\s*([-+0-9.eE]+)\s*")
 
 
@@ -189,11 +190,7 @@ class EngineConfig(Value):
 
 
 def in_task(folder: str) -> str:
-    """A folder's name with this task's number for `{task}`.
-
-    Raises:
-        ValueError: nothing says which task this is.
-    """
+    """A folder's name with this task's number for `{task}`; ValueError where nothing says which task this is."""
     number = next((os.environ[name] for name in TASK_VARIABLES if os.environ.get(name, "").isdigit()), None)
     if "{task}" in folder and number is None:
         raise ValueError(f"{folder!r}: no task of a job runs this; of {', '.join(TASK_VARIABLES)} none is a number")
@@ -209,6 +206,7 @@ class TuneConfig(Value):
     """The study lands in `results/<name>`; None makes one of the model and the time."""
     output_dir: Annotated[
         str | None,
+        AfterValidator(lambda folder: folder and in_task(folder)),
         Flag(
             "Study",
             "Where it goes; {task}: a job's task. [results/MODEL-TIME]",
@@ -307,16 +305,8 @@ class TuneConfig(Value):
     @classmethod
     def _check_name(cls, value: str | None) -> str | None:
         if value is not None and not STUDY_NAME.fullmatch(value):
-            raise ValueError(
-                f"{value!r} is no study name: up to 64 letters, digits, dots, dashes and underscores, "
-                "the first a letter or a digit; for any other folder use output_dir"
-            )
+            raise ValueError(f"{value!r} {NO_NAME}; for any other folder use output_dir")
         return value
-
-    @field_validator("output_dir")
-    @classmethod
-    def _of_task(cls, value: str | None) -> str | None:
-        return value and in_task(value)
 
     @field_validator("devices", mode="before")
     @classmethod
@@ -367,14 +357,8 @@ class TuneConfig(Value):
 
 
 def check_metrics(config: TuneConfig) -> None:
-    """Refuses objectives and constraints on metrics that this workload will not yield.
-
-    Args:
-        config: with its devices resolved.
-
-    Raises:
-        ConfigError: names the metric, and the prompts that its percentile would need.
-    """
+    """Refuses objectives and constraints on metrics that this workload, with its devices resolved, will not yield: by a
+    ConfigError that names the metric, and the prompts that its percentile would need."""
     workload = config.workload
     gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
     has_goodput = workload.goodput is not None
@@ -406,9 +390,8 @@ def _why_absent(metric: str, config: TuneConfig, known: set[str], *, gpu: bool) 
         )
     if metric in ("request_goodput", "slo_attainment") or (metric == "max_request_rate" and workload.arrivals):
         return f"{metric} needs limits; give --goodput, such as ttft:500 tpot:50"
-    if metric == "max_request_rate":
-        return "max_request_rate needs requests that come over time; give --request-rate, or --trace"
-    if workload.arrivals is None and metric in names(2, arrivals=True) and metric not in names(2):
+    over_time = {"max_request_rate", *names(2, arrivals=True)} - {*names(2)}
+    if workload.arrivals is None and metric in over_time:
         return f"{metric} needs requests that come over time; give --request-rate, or --trace"
     label, _, rest = metric.partition("_")
     if label in PERCENTILES and rest.removesuffix("_ms") in LATENCIES and rest.endswith("_ms"):

@@ -101,8 +101,7 @@ def resolve(
         recorded: `study.yaml` of a study that is resumed; it lies below the file.
         below: values that lie below the file as well, such as those of a plan file.
 
-    Raises:
-        ConfigError: a file that cannot be read, an unknown key, or a value that does not fit; names key and place.
+    ConfigError names key and place of a file that cannot be read, an unknown key, or a value that does not fit.
     """
     layers = _Layers()
     if recorded is not None:
@@ -155,12 +154,8 @@ def resolve_settings(
 ) -> Resolved:
     """Settings from all sources, with devices made concrete and the number of prompts fitted to their file.
 
-    Args:
-        reads_trace: recorded arrivals and lengths become the workload's.
-
-    Raises:
-        ConfigError: see `resolve`; prompts that cannot be read, or objectives and constraints that the workload cannot
-            serve.
+    Where it `reads_trace`, recorded arrivals and lengths become the workload's. ConfigError as in `resolve`, and for
+    prompts that cannot be read, or objectives and constraints that the workload cannot serve.
     """
     resolved = resolve(file=params.get("config"), flags=given(params), recorded=recorded, below=below)
     for warning in resolved.warnings:
@@ -170,11 +165,11 @@ def resolve_settings(
 
         space = resolved.config.space
         most = space.max_stages and space.max_stages * max(space.replicas or (1,))
-        resolved = _with(resolved, ("devices",), list(available_devices()[:most]), "auto")
+        resolved = _with(resolved, {("devices",): list(available_devices()[:most])}, "auto")
     if all(device_kind(device) == "cuda" for device in resolved.config.concrete_devices):
         for path, value in GPU_DEFAULTS.items():
             if path not in resolved.sources:
-                resolved = _with(resolved, path, value, "default on GPUs")
+                resolved = _with(resolved, {path: value}, "default on GPUs")
     if resolved.config.workload.arrivals is not None and "request_rate" not in params:
         raise ConfigError(
             "workload.arrivals: this command gives all prompts at once; `pipetune bench` measures under arrivals, "
@@ -204,20 +199,17 @@ def _with_trace(resolved: Resolved, warn: Callable[[str], None]) -> Resolved:
     if failed:
         warn(f"{path}: {failed} requests had failed when it was recorded, and are left out")
     values: dict[KeyPath, object] = {
-        ("num_prompts",): len(rows),
-        ("arrivals", "times_s"): [row.at_s for row in rows],
-        ("output_lens",): [row.output_len or workload.output_len for row in rows],
+        ("workload", "num_prompts"): len(rows),
+        ("workload", "arrivals", "times_s"): [row.at_s for row in rows],
+        ("workload", "output_lens"): [row.output_len or workload.output_len for row in rows],
     }
     if given := next((row for row in rows if row.prompt is not None), None):
         if lacking := next((row for row in rows if row.prompt is None), None):
             raise ConfigError(f"{lacking.place}: has no prompt, and {given.place} has one; give all of them, or none")
-        values["prompts_file",] = path
+        values["workload", "prompts_file"] = path
     else:
-        values["input_lens",] = [row.input_len for row in rows]
-    layers = _Layers(resolved.config.model_dump(mode="json", exclude_unset=True), {**resolved.sources})
-    for key, value in values.items():
-        layers.put(("workload", *key), value, path)
-    return Resolved(config=layers.config(), sources=layers.sources, warnings=resolved.warnings)
+        values["workload", "input_lens"] = [row.input_len for row in rows]
+    return _with(resolved, values, path)
 
 
 def _with_prompts(resolved: Resolved, place: str) -> Resolved:
@@ -226,32 +218,30 @@ def _with_prompts(resolved: Resolved, place: str) -> Resolved:
     if workload.prompts_file is None:
         return resolved
     path = rereadable(workload.prompts_file)
-    resolved = _with(resolved, ("workload", "prompts_file"), path, place)
+    resolved = _with(resolved, {("workload", "prompts_file"): path}, place)
     requests = read_requests(path)
     if len(requests) < workload.num_prompts and ("workload", "num_prompts") not in resolved.sources:
-        resolved = _with(resolved, ("workload", "num_prompts"), len(requests), f"{path}: all its prompts")
+        resolved = _with(resolved, {("workload", "num_prompts"): len(requests)}, f"{path}: all its prompts")
     workload = resolved.config.workload
     if len(requests) >= workload.num_prompts and (lens := output_lens(workload, requests)) is not None:
-        resolved = _with(resolved, ("workload", "output_lens"), lens, path)
+        resolved = _with(resolved, {("workload", "output_lens"): lens}, path)
     return resolved
 
 
-def _with(resolved: Resolved, path: KeyPath, value: object, source: str) -> Resolved:
+def _with(resolved: Resolved, values: Mapping[KeyPath, object], source: str) -> Resolved:
     layers = _Layers(resolved.config.model_dump(mode="json", exclude_unset=True), {**resolved.sources})
-    layers.put(path, value, source)
+    for path, value in values.items():
+        layers.put(path, value, source)
     try:
         config = TuneConfig.model_validate(layers.values)
     except ValidationError as error:
-        raise ConfigError(f"{'.'.join(path)} ({source}): {explain(error)}") from None
+        raise ConfigError(f"{', '.join(map('.'.join, values))} ({source}): {explain(error)}") from None
     return Resolved(config=config, sources=layers.sources, warnings=resolved.warnings)
 
 
 def place_of(params: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """`output_dir` and `name` as given, before anything else is known: a resume reads the rest from there.
-
-    Raises:
-        ConfigError: a file that cannot be read.
-    """
+    """`output_dir` and `name` as given, before anything else is known: a resume reads the rest from there; ConfigError
+    for a file that cannot be read."""
     layers = _Layers()
     _put_given(layers, params.get("config"), given(params), os.environ)
     output_dir, name = layers.values.get("output_dir"), layers.values.get("name")
@@ -292,11 +282,7 @@ def dump(config: TuneConfig) -> str:
 
 
 def load(path: Path) -> TuneConfig:
-    """Reads a `study.yaml` back, as it was recorded.
-
-    Raises:
-        ConfigError: the file cannot be read or is no config.
-    """
+    """Reads a `study.yaml` back, as it was recorded; ConfigError where the file cannot be read or is no config."""
     layers = _Layers()
     layers.put_file(path)
     return layers.config(elsewhere=f"{path}: ")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipetune.bench.errors import ConfigError
-from pipetune.tuner.config.schema import STUDY_NAME, TuneConfig
+from pipetune.tuner.config.schema import NO_NAME, STUDY_NAME, TuneConfig
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -17,11 +17,8 @@ _ALONE = "or work alone by --shared-study ''"
 
 
 def connectable(url: str) -> str:
-    """The URL as SQLAlchemy takes it; `postgresql://` means the driver that pipetune brings.
-
-    Raises:
-        ConfigError: it is no URL, or the driver for PostgreSQL is not installed.
-    """
+    """The URL as SQLAlchemy takes it; `postgresql://` means the driver that pipetune brings. ConfigError where it is no
+    URL, or that driver is not installed."""
     driver = _parse(url).drivername
     if driver in _POSTGRESQL:
         driver, url = f"postgresql+{_DRIVER}", f"postgresql+{_DRIVER}{url.removeprefix(driver)}"
@@ -60,19 +57,12 @@ def is_postgresql(url: str) -> bool:
 
 
 def check_sharing(config: TuneConfig) -> None:
-    """Refuses to share a study where that cannot work.
-
-    Raises:
-        ConfigError: no database, or one for a single process; says the remedy.
-    """
+    """Refuses to share a study without a database, or in one for a single process: by a ConfigError with the remedy."""
     name = config.shared_study
     if name is None:
         return
     if not STUDY_NAME.fullmatch(name):
-        raise ConfigError(
-            f"shared_study: {name!r} is no study name: up to 64 letters, digits, dots, dashes and underscores, the "
-            "first a letter or a digit"
-        )
+        raise ConfigError(f"shared_study: {name!r} {NO_NAME}")
     if config.storage is None:
         raise ConfigError(
             f"shared_study={name}: the processes meet in a database; {_REMEDY} (it is not kept in study.yaml, since "

@@ -161,7 +161,7 @@ def _fit_at(shape: ModelShape, wanted: Wanted, num_stages: int, size: int) -> Fi
 
     def duration_s(plan: Plan) -> float:
         resolved = wanted.resolve(shape, plan)
-        return cost.duration_s(plan, resolved.in_flight) if isinstance(resolved, EffectivePlan) else math.inf
+        return cost.predict(plan, resolved.in_flight).duration_s if isinstance(resolved, EffectivePlan) else math.inf
 
     whole = plan_of((shape.num_layers,))
     devices = wanted.devices[:num_stages]

@@ -48,10 +48,7 @@ class CorruptDatabaseError(StudyError):
 
 
 def open_storage(url: str, say: Callable[[str], None] = lambda text: None) -> optuna.storages.RDBStorage:
-    """Opens an Optuna database.
-
-    Args:
-        say: told once when an SQLite file is waited for, now or later.
+    """Opens an Optuna database; `say` is told once when an SQLite file is waited for, now or later.
 
     Raises:
         ConfigError: it is no URL, or the driver is missing.
@@ -142,9 +139,7 @@ _OPTUNAS = {"studies": "study_name", "version_info": "schema_version"}
 def _check_file(path: Path, url: str, waiting: Mapping[str, Any]) -> None:
     """Looks at an SQLite file without writing to it; one of Optuna's with a journal is left to Optuna to mend.
 
-    Raises:
-        CorruptDatabaseError: it is damaged.
-        StudyError: it is another program's, or may be.
+    CorruptDatabaseError where it is damaged, StudyError where it is another program's, or may be.
     """
     is_optunas = False
     # Whose a file is shows past locks and journals, and leaves none; whether it is whole shows only with them.
@@ -203,12 +198,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming_losses(url: str) -> Iterator[None]:
-    """A block in which a database that was there may fail.
-
-    Raises:
-        OSError: an SQLite file, by its name.
-        StorageError: another database.
-    """
+    """A block in which a database that was there may fail: OSError names an SQLite file, StorageError another one."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:

@@ -38,13 +38,8 @@ if TYPE_CHECKING:
 
 
 def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: "Callable[..., Fleet] | None" = None) -> bool:
-    """Runs what is left of a study.
-
-    Args:
-        start_fleet: in place of `Fleet.start`, where there are no workers.
-
-    Returns:
-        False if it was interrupted.
+    """Runs what is left of a study; False if it was interrupted. `start_fleet` is in place of `Fleet.start`, where
+    there are no workers.
 
     Raises:
         UserError: a model, prompts or bounds that cannot be used, or a resume that does not fit.
@@ -61,14 +56,8 @@ def run_plans(
     *,
     start_fleet: "Callable[..., Fleet] | None" = None,
 ) -> bool:
-    """Runs given plans in place of a search: each once a round, in an order of its own, and none again that is there.
-
-    Returns:
-        False if it was interrupted.
-
-    Raises:
-        UserError, FleetError: as `run_study`.
-    """
+    """Runs given plans in place of a search: each once a round, in an order of its own, and none again that is there;
+    returns and raises as `run_study`."""
 
     def run(runs: Runs, stack: contextlib.ExitStack) -> None:
         fleet, config = runs.open_fleet(stack), store.config

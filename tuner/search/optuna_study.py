@@ -64,16 +64,13 @@ class OptunaStudy:
         say: Callable[[str], None] = lambda text: None,
         is_own: bool = False,
     ) -> "OptunaStudy":
-        """The study of a space in its database.
+        """The study of a space in its database; CorruptDatabaseError, StudyError where that cannot be used.
 
         Args:
             name: what the study is called there, before what tells it from others; one that is there keeps its own.
             say: told that the database is waited for or set aside.
             is_own: whether it is the study's own: if it is damaged it is kept under another name, and made anew. Any
                 other may be somebody else's, and is never touched.
-
-        Raises:
-            CorruptDatabaseError, StudyError: the database cannot be used.
         """
 
         def create() -> OptunaStudy:
@@ -111,15 +108,26 @@ class OptunaStudy:
 
     def trials(self) -> list[FrozenTrial]:
         """All trials in the order of their numbers, not to be changed."""
-        return self._trials()
+        return self._study.get_trials(deepcopy=False)
 
     def ask(self, point: Point) -> int | None:
         """Begins a trial of this point; its number, or None where another process has taken the plan by now."""
         return self._begin(point, {})
 
     def tell(self, record: Record) -> None:
-        """Says what became of a trial; its record is durable by now."""
-        self._finish(record)
+        """Says what became of a running trial, whose record is durable by now; one that has ended stays as it is."""
+        assert record.trial_number is not None
+        state, values, constraints = self._outcome(record.result)
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, record.trial_number)
+        trial = optuna.trial.Trial(self._study, trial_id)
+        for key, value in self._attributes(record).items():
+            trial.set_user_attr(key, value)
+        known = self._study.get_trials(deepcopy=False)[record.trial_number].constraints
+        for key, amount in constraints.items():
+            if key not in known:
+                trial.set_constraint(key, amount)
+        self._study.tell(record.trial_number, values=values, state=state, skip_if_finished=True)
 
     def note_best(self, record: Record | None) -> None:
         """Keeps with the study which trial is its best: finals may find another than the one of the best value."""
@@ -132,7 +140,7 @@ class OptunaStudy:
         Those are returned that were running and have no record; their driver died.
         """
         by_trial = {record.trial_number: record for record in records if record.trial_number is not None}
-        trials = self._trials()
+        trials = self.trials()
         for trial in trials:
             if not trial.state.is_finished() and trial.number in by_trial:
                 self.tell(by_trial[trial.number])
@@ -147,13 +155,10 @@ class OptunaStudy:
     def wait(self) -> None:
         """Waits until something has changed with what others run."""
 
-    def _trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
-
     def _begin(self, point: Point, attributes: Mapping[str, str]) -> int:
         """Adds a running trial, whole from the start; nobody else adds one meanwhile."""
         self._study.add_trial(self._trial(TrialState.RUNNING, None, {}, point, attributes))
-        return self._trials()[-1].number
+        return self._study.get_trials(deepcopy=False)[-1].number
 
     def _add(self, record: Record | None) -> None:
         """Adds a trial that ended; a failed one, which keeps the count, where no point has a record."""
@@ -163,21 +168,6 @@ class OptunaStudy:
         else:
             trial = self._trial(*self._outcome(record.result), record.params, attributes)
         self._study.add_trial(trial)
-
-    def _finish(self, record: Record) -> None:
-        """Ends a running trial; one that has ended stays as it is."""
-        assert record.trial_number is not None
-        state, values, constraints = self._outcome(record.result)
-        study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, record.trial_number)
-        trial = optuna.trial.Trial(self._study, trial_id)
-        for key, value in self._attributes(record).items():
-            trial.set_user_attr(key, value)
-        known = self._trials()[record.trial_number].constraints
-        for key, amount in constraints.items():
-            if key not in known:
-                trial.set_constraint(key, amount)
-        self._study.tell(record.trial_number, values=values, state=state, skip_if_finished=True)
 
     def _attributes(self, record: Record) -> Mapping[str, str]:
         """What is kept with a trial beside its outcome."""

@@ -129,10 +129,8 @@ class Runs:
     def ensure_reference(self) -> None:
         """Gives the fleet what every plan's output is checked against: the unsplit model's own.
 
-        Raises:
-            ModelError: the model cannot be split.
-            StudyError: something else stands where the reference is kept.
-            FleetError: the workers failed.
+        ModelError where it cannot be split, StudyError where something else stands in the reference's place, FleetError
+        where the workers failed.
         """
         if self._fleet_has_reference or not self.store.config.protocol.check_outputs:
             return
@@ -230,9 +228,8 @@ class Runs:
     def survive(self, error: FleetError) -> None:
         """Lets the work begin anew after a loss: on the same devices, and without one that was lost twice in a row.
 
-        Raises:
-            FleetError: the same, where it is no device's, or the machine's; or with the way out, where the work shall
-                stop, or what is left does not suffice.
+        Raises the same where it is no device's, or the machine's; or with the way out, where the work shall stop, or
+        what is left does not suffice.
         """
         failure, config = error.failure, self.store.config
         device, twice = failure.lost_device, self._lost[-1:] == [failure.lost_device]

@@ -26,16 +26,14 @@ def resolver_of(fleet: Fleet, config: TuneConfig, lens: Sequence[int]) -> Resolv
     of = (fleet.shape, config.workload, lens, fleet.device_bytes)
     if config.engine is None:
         return Resolver.of_workload(*of)
-    return EngineResolver.of_engine(*of, engine=fleet)
+    return EngineResolver.of_workload(*of, engine=fleet, work=config.workload)
 
 
 def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel:
     """The cost model of a study: over its profile, which is measured or taken from the cache once, and then its own.
 
-    Raises:
-        ConfigError, NothingFeasibleError: as `build_space`; before anything is timed.
-        StudyError: the study's profile cannot be read.
-        Interrupted: somebody asked to stop.
+    Raises as `build_space` before anything is timed, StudyError where the study's profile cannot be read, and
+    Interrupted where somebody asked to stop.
     """
     store, fleet = runs.store, runs.fleet
     if store.config.engine is not None:
@@ -54,19 +52,13 @@ def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel
 
 def kept_costs(fleet: Fleet, config: TuneConfig, lens: Sequence[int], resolve: Resolver) -> tuple[CostModel, bool]:
     """The cost model that a study would begin with if nothing is measured, and whether it is over a kept profile."""
-    profile = None
     if config.engine is not None:
         return EngineModel.of_workload(fleet.shape, config.workload, lens), False
+    profile = None
     if config.profile:
         space = build_space(config.space, fleet.devices, fleet.shape, _model(fleet, config.workload, lens), resolve)
-        profile = read_kept(
-            profile_key(
-                fleet,
-                _grid(space, config.workload, lens),
-                packed_weights=space.packed_weights,
-                cuda_graphs=space.cuda_graphs,
-            )
-        )
+        switches = {"packed_weights": space.packed_weights, "cuda_graphs": space.cuda_graphs}
+        profile = read_kept(profile_key(fleet, _grid(space, config.workload, lens), **switches))
     return _model(fleet, config.workload, lens, profile), profile is not None
 
 

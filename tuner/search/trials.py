@@ -44,11 +44,8 @@ class Search:
             self._show_best(record)
 
     def run(self) -> tuple[str, ...]:
-        """Goes on from what is recorded; raises `Interrupted` once a trial that was stopped has its record.
-
-        Returns:
-            Keys of plans, best first as the refitted model has them in the end.
-        """
+        """Goes on from what is recorded, and gives keys of plans, best first as the refitted model has them in the end;
+        raises `Interrupted` once a trial that was stopped has its record."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(naming_losses(self._store.storage_url))
             with self._log.spend("search"):
@@ -99,7 +96,7 @@ class Search:
                 with self.runs.stop.interruptible():
                     study.wait()
             elif number is not None:
-                self._run_trial(number, step, study, strategy.counted)
+                self._run_trial(number, step, study, strategy.history.counted)
 
     def _run_trial(self, number: int, proposal: Proposal, study: OptunaStudy, counted: int) -> None:
         plan = self.space.plan(proposal.point)

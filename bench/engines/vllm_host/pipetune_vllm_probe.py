@@ -24,11 +24,7 @@ BASELINE_BYTES = status_bytes("VmRSS")
 
 
 def need(owner: Any, *names: str) -> Any:
-    """What stands at the end of a chain of attributes.
-
-    Raises:
-        AttributeError: vLLM has another shape than the one that this was written for.
-    """
+    """What stands at the end of a chain of attributes; AttributeError where vLLM is not as was expected."""
     place = type(owner).__name__
     for name in names:
         if not hasattr(owner, name):

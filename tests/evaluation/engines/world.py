@@ -80,7 +80,7 @@ class EngineOurs(Ours):
         )
         engine: Any = _Resolving(world)
         of = (world.shape, world.workload, world.prompt_lens, world.device_bytes)
-        resolve = EngineResolver.of_engine(*of, engine=engine)
+        resolve = EngineResolver.of_workload(*of, engine=engine, work=world.workload)
         model = EngineModel.of_workload(world.shape, world.workload, world.prompt_lens)
         space = build_engine_space(config, world.devices, model, resolve)
         kept = [place for place, split in enumerate(space.partitions) if split in spec.partitions]

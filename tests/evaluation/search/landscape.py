@@ -19,14 +19,14 @@ from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import Machine, Measurement, Record
 from pipetune.bench.spec import Device, ModelSpec, Plan, Protocol, SchemaVersion, Value, Workload
-from pipetune.tuner.planning.partition.splits import Partition, allowed_cuts
+from pipetune.tuner.planning.partition.splits import Partition
 
 
 def all_partitions(
     num_layers: int, *, min_stages: int, max_stages: int, forbidden_cuts: Sequence[int] = ()
 ) -> Iterator[Partition]:
     """Every partition into `min_stages` to `max_stages` stages, each of one layer at least."""
-    allowed = allowed_cuts(num_layers, forbidden_cuts)
+    allowed = sorted(set(range(1, num_layers)) - set(forbidden_cuts))
     for stages in range(min_stages, max_stages + 1):
         for cuts in itertools.combinations(allowed, stages - 1):
             yield tuple(end - first for first, end in itertools.pairwise((0, *cuts, num_layers)))

@@ -27,11 +27,8 @@ _HIDDEN_STATES_BYTES = 1 << 20
 
 
 def deepened(profile: Profile, model: ModelSpec, shape: ModelShape) -> Profile:
-    """A profile of a model with fewer layers as one of the whole: each layer takes what one of its sizes and kind took.
-
-    Raises:
-        ConfigError: they differ in more than the number of layers.
-    """
+    """A profile of a model with fewer layers as one of the whole: each layer takes what one of its sizes and kind took;
+    ConfigError where they differ in more than the number of layers."""
     small = profile.shape
     like = {layer: place for place, layer in reversed(list(enumerate(small.layers)))}
     one, other = (shown.model_dump(exclude=_OF_DEPTH) for shown in (small, shape))
@@ -66,8 +63,7 @@ def larger_fleet(
         larger: bytes of memory by name.
         cores: of the machine.
 
-    Raises:
-        ConfigError: a kind of device is not in the smaller fleet.
+    ConfigError where a kind of device is not in the smaller fleet.
     """
     devices = []
     for name, size in larger.items():
@@ -134,10 +130,8 @@ def half_width(steps: Sequence[Sequence[float]], prior_sd: float = PRIOR_SD) -> 
     """Half of the interval, in logarithms, that holds a measured value around its prediction in 95 of 100 fleets.
 
     By Student's t with the variance of what was missed so far, over a scaled inverse chi-squared prior (Gelman et al.
-    2013, Bayesian Data Analysis, section 2.6).
-
-    Args:
-        steps: for each larger fleet tried, the logarithms of measured over predicted of its plans, at least one.
+    2013, Bayesian Data Analysis, section 2.6). `steps` has the logarithms of measured over predicted of the plans of
+    each larger fleet tried, at least one.
     """
     between = PRIOR_STEPS * prior_sd**2 + sum(statistics.fmean(misses) ** 2 for misses in steps)
     within = [miss - statistics.fmean(misses) for misses in steps for miss in misses]

@@ -10,10 +10,10 @@ Before anything is seen, rates are nominal; they tell which split is even, and n
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -21,9 +21,10 @@ from scipy.optimize import nnls
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.calibration.observation import Observation
-from pipetune.tuner.planning.simulation.engine_steps import EngineSteps, Indices, engine_steps
+from pipetune.tuner.planning.simulation.engine_steps import EngineSteps, engine_steps
 from pipetune.tuner.planning.simulation.model import CostModel
-from pipetune.tuner.planning.simulation.prediction import Prediction, SimulatedRun, predictions_of
+from pipetune.tuner.planning.simulation.prediction import SimulatedRun
+from pipetune.tuner.planning.simulation.schedule import Indices
 
 Layout = tuple[int, int, int]
 """Replicas, stages, shards."""
@@ -47,20 +48,6 @@ class EngineModel(CostModel):
     """From known tokens to the begin of the next step."""
     hop_s: float = _HOP_S
     """From the end of a step on one stage to its begin on the next."""
-
-    def predict(self, plan: Plan, in_flight: int | None = None) -> Prediction:
-        """What a run of the plan is thought to give."""
-        return self.predict_many([(plan, in_flight)])[0]
-
-    def predict_many(self, plans: Sequence[tuple[Plan, int | None]]) -> tuple[Prediction, ...]:
-        """As of our runtime; plans that form the same batches are simulated together."""
-        groups: dict[object, list[int]] = defaultdict(list)
-        for index, (plan, _) in enumerate(plans):
-            groups[plan.replicas, len(plan.stages), plan.engine, self._room(plan)].append(index)
-        found: dict[int, Prediction] = {}
-        for members in groups.values():
-            found.update(zip(members, self._alike([plans[index][0] for index in members]), strict=True))
-        return tuple(found[index] for index in range(len(plans)))
 
     def refit(self, observations: Sequence[Observation]) -> "EngineModel":
         """The model with its rates, its factors and its delays by what was observed."""
@@ -139,8 +126,11 @@ class EngineModel(CostModel):
             depth=len(plan.stages),
         )
 
-    def _alike(self, plans: Sequence[Plan]) -> list[Prediction]:
-        """Predictions of plans that differ in the layers of their stages alone."""
+    def _schedule_of(self, plan: Plan, in_flight: int | None) -> object:
+        """Equal for plans that form the same batches."""
+        return plan.replicas, len(plan.stages), plan.engine, self._room(plan)
+
+    def _simulate_alike(self, plans: Sequence[Plan], in_flight: int | None) -> Sequence[SimulatedRun[Any]]:
         width, replicas = len(plans[0].stages), plans[0].replicas
         rates = self._nominal if self.rates is None else np.array(self.rates)
         factor = self.factors.get(layout_of(plans[0]), 1.0)
@@ -154,13 +144,7 @@ class EngineModel(CostModel):
                     busy_s[:, stage, place] = factor * np.tensordot(rates, features, axes=1)
             timeline = steps.timeline(busy_s, np.full(width - 1, self.hop_s), self.gap_s)
             runs.append(SimulatedRun(sequence=steps, timeline=timeline, busy_s=busy_s.sum(axis=0)))
-        return predictions_of(
-            runs,
-            prompt_lens=self.prompt_lens,
-            output_lens=self.output_lens,
-            goodput=self.goodput,
-            num_stages=width * replicas,
-        )
+        return runs
 
 
 def layout_of(plan: Plan) -> Layout:

@@ -83,11 +83,10 @@ class Observation(Value):
 
 
 def observe(record: Record) -> Observation | None:
-    """What a record teaches about the costs of tasks.
+    """What a record teaches about the costs of tasks; None for failures, for runs without spans (the un-pipelined
+    baseline among them), and for stages that shared a device.
 
-    Returns:
-        None for failures, for runs without spans (the un-pipelined baseline among them), and for stages that shared a
-        device. Under arrivals nothing is told of the first stage's gaps and of tokens on their way back to it.
+    Under arrivals nothing is told of the first stage's gaps and of tokens on their way back to it.
     """
     measurement = record.result
     if not isinstance(measurement, Measurement) or record.effective is None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipetune.bench.memory import ModelShape
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.calibration.corrected_costs import RefittedCosts, between_hosts
@@ -72,12 +71,8 @@ class Predictor:
     """A refitted cost model and what it is seen to miss, metric by metric."""
 
     def __init__(self, model: CostModel, observations: Sequence[Observation], *, metrics: Sequence[str]) -> None:
-        """Learns from what was observed; from nothing, it predicts what the model says.
-
-        Args:
-            model: over uncorrected costs.
-            metrics: names of some that it predicts.
-        """
+        """Learns from what was observed; from nothing, it predicts what the model, over uncorrected costs, says of the
+        metrics."""
         self.model = model.refit(observations) if isinstance(model, EngineModel) else refit(model, observations)
         self._loads: dict[tuple[Plan, int, int | None], Prediction] = {}
         # Under arrivals it is mostly the trace that says how long a run takes.
@@ -109,14 +104,8 @@ class Predictor:
                 self._processes[metric] = Process(features.take(rows), np.array(errors), np.array(variances))
 
     def predict(self, plans: Sequence[tuple[Plan, int]], *, most_requests: int | None = None) -> PredictedMetrics:
-        """What plans will give, each with its micro-batches in flight.
-
-        Args:
-            most_requests: that are simulated under arrivals, where a rough guess will do.
-
-        Raises:
-            KeyError: the model does not predict a metric that was asked for.
-        """
+        """What plans will give, each with its micro-batches in flight; under arrivals by `most_requests` alone, where a
+        rough guess will do. KeyError for a metric that the model does not predict."""
         predictions = self._predictions(plans, most_requests)
         features = self._features(plans, predictions)
         means, sds = {}, {}
@@ -206,7 +195,9 @@ def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
     """A model over uncorrected costs, with these corrected by what was observed; itself if that teaches nothing."""
     if not any(observation.tasks for observation in observations):
         return model
-    groups = layer_groups(model.shape)
+    # Layers of equal shape share a group.
+    numbers = {layer: number for number, layer in enumerate(dict.fromkeys(model.shape.layers))}
+    groups = tuple(numbers[layer] for layer in model.shape.layers)
     rows = Rows(model.costs, groups, observations, model.contention)
     terms = rows.fit()
     costs = RefittedCosts(
@@ -223,12 +214,6 @@ def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
         stalls_s=_by_device(model.stalls_s, observations, "stall_s"),
         contention=rows.contention(terms),
     )
-
-
-def layer_groups(shape: ModelShape) -> tuple[int, ...]:
-    """Number of each layer's group: layers of equal shape share one."""
-    numbers: dict[object, int] = {}
-    return tuple(numbers.setdefault(layer, len(numbers)) for layer in shape.layers)
 
 
 def _fit_hops(model: CostModel, observations: Sequence[Observation], *, between: bool) -> tuple[float, float, float]:

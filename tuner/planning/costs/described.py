@@ -129,11 +129,7 @@ class DescribedDevices:
         return next((one.shape.task_bytes for one in profiles if one.shape.task_bytes is not None), None)
 
     def device_bytes(self, names: Sequence[str]) -> dict[str, int]:
-        """Memory of these devices.
-
-        Raises:
-            ConfigError: one of them is not described.
-        """
+        """Memory of these devices; ConfigError where one of them is not described."""
         sizes = {device.name: device.memory_bytes for device in self.devices}
         for name in names:
             if name not in sizes:
@@ -144,11 +140,7 @@ class DescribedDevices:
         return {name: sizes[name] for name in names}
 
     def costs(self, shape: ModelShape, *, scores: bool = False) -> "DescribedCosts":
-        """What tasks of a model take on these devices.
-
-        Raises:
-            ConfigError: a device is like one of another model's profile.
-        """
+        """What tasks of a model take on these devices; ConfigError where one is like one of another model's profile."""
         nominal = NominalCosts(shape, {one.name: one.rates for one in self.devices if one.rates is not None}, scores)
         sources: dict[str, tuple[Costs, str, float]] = {}
         for device in self.devices:
@@ -190,9 +182,8 @@ class DescribedCosts:
 def read_devices(path: Path) -> DescribedDevices:
     """Reads a file of devices, or its stead: `2xH100,2xA10`.
 
-    Raises:
-        ConfigError: the file cannot be read, has an unknown key, a value out of range, a device that is described by
-            halves or twice, or lacks a link; names file, key and way out.
+    ConfigError names file, key and way out of what cannot be read, an unknown key, a value out of range, a device that
+    is described by halves or twice, and a link that is lacking.
     """
     entry = _parse(path) if path.exists() or not _CARDS.fullmatch(str(path)) else _of_cards(str(path))
     devices: dict[str, DescribedDevice] = {}

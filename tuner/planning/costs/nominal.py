@@ -80,11 +80,7 @@ class NominalCosts:
     """What lies between GPUs, as `Hardware.links` has it: `0-1:NV18`."""
 
     def rates(self, device: str) -> Rates:
-        """Rates of one device.
-
-        Raises:
-            KeyError: neither the device nor its kind has rates.
-        """
+        """Rates of one device; KeyError where neither it nor its kind has any."""
         return self.rates_by_device.get(device) or self.rates_by_device[device_kind(device)]
 
     def layers_s(self, device: str, kind: TaskKind) -> Floats:

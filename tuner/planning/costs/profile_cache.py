@@ -54,10 +54,7 @@ def profile_for(
     """The profile of a fleet's model on its devices: from the cache but to refresh it, or measured now and kept.
 
     One that something disturbed is not kept, so that the next command measures anew. With several hosts the links are
-    measured each time: a cache does not know what lies between them.
-
-    Raises:
-        FleetError: it has to be measured, and the workers failed.
+    measured each time: a cache does not know what lies between them. FleetError where the workers failed at it.
     """
     key = profile_key(fleet, grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
     if not refresh and (kept := read_kept(key)) is not None:
@@ -124,11 +121,7 @@ def find_profile(
 
 
 def read_profile(path: Path) -> Profile:
-    """Reads a profile that `pipetune profile --json` wrote, or a file of the cache.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds no profile.
-    """
+    """Reads a profile that `pipetune profile --json` wrote, or a file of the cache; ConfigError where it holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         is_kept = isinstance(values, dict) and "profile" in values

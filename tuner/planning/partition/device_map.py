@@ -24,11 +24,7 @@ _DEVICE = re.compile(r"(cpu|cuda)(?::([0-9]+))?|([0-9]+)")
 
 
 def stage_names(plan: Plan, device_names: Sequence[str] = ()) -> tuple[str, ...]:
-    """What each stage's device is called in a map: as given, else by its own name.
-
-    Raises:
-        ConfigError: fewer names than stages.
-    """
+    """What each stage's device is called in a map: as given, else by its own name; ConfigError for too few names."""
     if not device_names:
         return tuple(stage.device for stage in plan.stages)
     if len(device_names) < len(plan.stages):
@@ -72,11 +68,7 @@ def _tied_heads(shape: ModelShape) -> tuple[str, ...]:
 
 
 def read_device_map(path: Path) -> dict[str, Any]:
-    """Reads a map from a JSON file; a key given twice is an error, not the last one's win.
-
-    Raises:
-        PlanError: the file cannot be read or holds no map.
-    """
+    """Reads a map from a JSON file; PlanError where it cannot be read or holds none, or a key is given twice."""
 
     def refuse_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -102,18 +94,13 @@ def plan_from_map(
     shape: ModelShape,
     *,
     micro_batch_size: int,
-    prefill_micro_batch_size: int | None = None,
-    memory_fraction: float = 0.9,
     place: str = "device map",
 ) -> Plan:
     """The plan that a map describes, in either form.
 
     The longest name that covers a module decides, as in transformers. Every layer must be covered, in stages of
-    neighbouring layers; embedding, norm and head may be left out, and go with the first and the last layer. Messages
-    begin with `place`.
-
-    Raises:
-        PlanError: layers missing or doubled, unknown names or devices, or a placement that is no pipeline.
+    neighbouring layers; embedding, norm and head may be left out, and go with the first and the last layer. PlanError,
+    whose message begins with `place`, for layers missing or doubled, unknown names or devices, or what is no pipeline.
     """
     devices = {name: device_of(value, name, place) for name, value in device_map.items()}
     devices = _by_own_names(devices, shape, place)
@@ -133,14 +120,10 @@ def plan_from_map(
                 f"{place}: {device} holds layers that are not neighbours: {ranges_of(own)} come back to it; "
                 "a stage is one run of layers"
             )
-        stages.append(
-            StagePlan(device=device, first_layer=own[0], end_layer=own[-1] + 1, memory_fraction=memory_fraction)
-        )
+        stages.append(StagePlan(device=device, first_layer=own[0], end_layer=own[-1] + 1))
     _check_ends(placed, shape, stages, place)
     try:
-        return Plan(
-            stages=tuple(stages), micro_batch_size=micro_batch_size, prefill_micro_batch_size=prefill_micro_batch_size
-        )
+        return Plan(stages=tuple(stages), micro_batch_size=micro_batch_size)
     except ValueError as error:
         raise PlanError(f"{place}: {error}") from None
 
@@ -231,11 +214,7 @@ def _check_ends(placed: Mapping[str, str | None], shape: ModelShape, stages: Seq
 
 
 def device_of(value: Any, name: str, place: str) -> str:
-    """A map's value as a device: `0`, `"0"`, `"cuda"` and `"cuda:0"` are one.
-
-    Raises:
-        PlanError: no device that a stage can run on.
-    """
+    """A map's value as a device: `0`, `"0"`, `"cuda"` and `"cuda:0"` are one; PlanError for what no stage runs on."""
     match = None if isinstance(value, bool) else _DEVICE.fullmatch(str(value))
     if not match:
         raise PlanError(

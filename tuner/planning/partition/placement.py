@@ -33,12 +33,8 @@ def levels_of(seconds: Floats) -> Floats:
 
 
 def crossing_s(order: Order, hops_s: Floats, returns_s: Floats, replicas: int = 1) -> float:
-    """What crosses between the stages of an order, replica by replica, in seconds.
-
-    Args:
-        hops_s: `[source, target]`, hidden states from one device to another.
-        returns_s: the same of tokens.
-    """
+    """What crosses between the stages of an order, replica by replica, in seconds; `hops_s`, `[source, target]`, is for
+    hidden states from one device to another, `returns_s` for tokens."""
     rows = np.array(order).reshape(replicas, -1)
     if rows.shape[1] == 1:
         return 0.0
@@ -46,12 +42,8 @@ def crossing_s(order: Order, hops_s: Floats, returns_s: Floats, replicas: int = 
 
 
 def place(order: Order, classes: Sequence[int], hops_s: Floats, returns_s: Floats, *, replicas: int = 1) -> Order:
-    """The order of devices with the least `crossing_s`; the one given, where none has less.
-
-    Args:
-        order: devices, replica by replica and stage by stage; each place keeps its class.
-        classes: of each device.
-    """
+    """The order of devices, replica by replica and stage by stage, with the least `crossing_s`; the one given, where
+    none has less. Each place keeps its class."""
     others = ~np.eye(len(classes), dtype=bool)
     if np.ptp(hops_s[others]) == np.ptp(returns_s[others]) == 0.0:
         return order

@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,8 +40,7 @@ MAX_TOLERANCE = 9.0
 """Squares of ticks within it add up exactly over 64 stages."""
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(NamedTuple):
     """A partition, and where its stages lie."""
 
     partition: Partition
@@ -51,7 +50,7 @@ class Split:
 
 def count_partitions(num_layers: int, *, min_stages: int, max_stages: int, forbidden_cuts: Sequence[int] = ()) -> int:
     """How many partitions there are."""
-    cuts = len(allowed_cuts(num_layers, forbidden_cuts))
+    cuts = len(set(range(1, num_layers)) - set(forbidden_cuts))
     return sum(math.comb(cuts, stages - 1) for stages in range(min_stages, max_stages + 1))
 
 
@@ -149,12 +148,6 @@ def best_partitions(
     return tuple(split.partition for split in splits)
 
 
-def allowed_cuts(num_layers: int, forbidden_cuts: Sequence[int]) -> list[int]:
-    """The layers that a stage but the first may begin with."""
-    forbidden = set(forbidden_cuts)
-    return [cut for cut in range(1, num_layers) if cut not in forbidden]
-
-
 def _masked(cost: Table, forbidden_cuts: Sequence[int]) -> Table:
     """The table with infinity where no stage can be."""
     cost = cost.copy()
@@ -221,7 +214,6 @@ class _Moves:
         return sorted((taken for taken in counts if sum(taken) <= self.max_stages), key=lambda taken: -sum(taken))
 
 
-@dataclass(frozen=True)
 class Columns:
     """Columns for so many replicas of so many stages, or of more where some may stay idle.
 
@@ -230,57 +222,34 @@ class Columns:
     fastest column is then as fast as any choice could make it.
     """
 
-    members: tuple[tuple[int, ...], ...]
-    """Devices of each column, by replica."""
-    classes: tuple[tuple[int, ...], ...]
-    """Classes of the devices of each column."""
-    may_move: bool
-    """Whether columns may hold the stages in any order."""
-
-    @classmethod
-    def of(
-        cls, classes: Sequence[int], by_speed: Sequence[int], *, replicas: int, stages: int, any_order: bool
-    ) -> Self:
-        """Columns of these devices.
-
+    def __init__(
+        self, classes: Sequence[int], by_speed: Sequence[int], *, replicas: int, stages: int, any_order: bool
+    ) -> None:
+        """
         Args:
             classes: of each device; equal ones are of one class.
             by_speed: the devices, the fastest first.
             any_order: whether unlike devices may hold the stages in any order; else they are taken as they come,
                 replica by replica and stage by stage.
         """
-        may_move = any_order and len(set(classes)) > 1
-        if may_move:
+        self.may_move = any_order and len(set(classes)) > 1
+        """Whether columns may hold the stages in any order."""
+        if self.may_move:
             starts = range(0, len(by_speed) - replicas + 1, replicas)
             members = sorted(tuple(sorted(by_speed[start : start + replicas])) for start in starts)
         else:
             members = [tuple(range(stage, stages * replicas, stages)) for stage in range(stages)]
-        kinds = tuple(tuple(sorted({classes[device] for device in column})) for column in members)
-        return cls(tuple(members), kinds, may_move)
-
-    @property
-    def _distinct(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(dict.fromkeys(self.classes))
+        self.members = tuple(members)
+        """Devices of each column, by replica."""
+        self.classes = tuple(tuple(sorted({classes[device] for device in column})) for column in members)
+        """Classes of the devices of each column."""
+        self._distinct = list(dict.fromkeys(self.classes))
+        self.kinds = [self._distinct.index(own) for own in self.classes]
+        """Columns of one kind hold devices of the same classes."""
 
     def slowest(self, tables: Table) -> Table:
-        """`[class of device, …]` to `[class of column, …]`: the most that any device of the column takes."""
+        """`[class of device, …]` to `[kind of column, …]`: the most that any device of the column takes."""
         return np.array([tables[list(kinds)].max(axis=0) for kinds in self._distinct])
-
-    def splits(
-        self, table: Table, stages: int, *, forbidden_cuts: Sequence[int], tolerance: float = 0.0, limit: int = 1
-    ) -> tuple[Split, ...]:
-        """The best splits into so many stages, by a table of the columns; their orders are of columns."""
-        distinct = self._distinct
-        return best_splits(
-            table,
-            [distinct.index(kinds) for kinds in self.classes],
-            min_stages=stages,
-            max_stages=stages,
-            any_order=self.may_move,
-            forbidden_cuts=forbidden_cuts,
-            tolerance=tolerance,
-            limit=limit,
-        )
 
     def devices_of(self, order: Sequence[int]) -> tuple[int, ...]:
         """The devices of columns in this order, replica by replica and stage by stage."""

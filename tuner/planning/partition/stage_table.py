@@ -19,15 +19,13 @@ from pipetune.tuner.planning.partition.splits import Partition, Table, best_part
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.schedule import grid_points_of
 
-Matrix = Floats
-
 ALIKE = 0.02
 """Devices whose times and memory differ by no more than this share are taken for equal."""
 _NEAR, _LOOKED_AT = 0.1, 50
 """Splits whose slowest stage is so near to the best one are worth a comparison by their whole duration."""
 
 
-def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> Matrix:
+def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> Floats:
     """Seconds that a stage on the device computes over a run of so many tasks of each kind."""
     grid_points, weights = grid_points_of(tuple(kinds))
     counts = np.array(list(kinds.values()), dtype=float) @ weights
@@ -43,19 +41,13 @@ def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> M
             for kind, count in zip(grid_points, counts.tolist(), strict=True)
         )
         seconds[np.ix_((places == 0) == is_first, (places == len(layers)) == is_last)] += ends_s
-    table: Matrix = np.maximum(seconds, 0.0)
+    table: Floats = np.maximum(seconds, 0.0)
     return table
 
 
-def stage_needs(shape: ModelShape, plan: Plan, device: str, *, prompt_len: int, output_len: int) -> Matrix:
-    """Bytes that a stage takes with one micro-batch in flight; infinity where there is no stage.
-
-    Args:
-        plan: whose sizes and switches they are; its stages do not matter.
-        device: one of the kind that it is for.
-        prompt_len: longest prompt, tokens.
-        output_len: tokens generated; 0 where texts are scored.
-    """
+def stage_needs(shape: ModelShape, plan: Plan, device: str, *, prompt_len: int, output_len: int) -> Floats:
+    """Bytes that a stage takes on a device of this kind with one micro-batch in flight, as `stage_bytes` has them;
+    infinity where there is no stage. Sizes and switches are those of the plan, whose stages do not matter."""
     num_layers = shape.num_layers
     needs = np.full((num_layers + 1, num_layers + 1), np.inf)
     # Thousands of them, and nothing in them to check.
@@ -73,12 +65,8 @@ def stage_needs(shape: ModelShape, plan: Plan, device: str, *, prompt_len: int, 
 
 
 def alike_classes(values: Floats, tolerance: float = ALIKE) -> tuple[int, ...]:
-    """Class of each device, counted from 0 in order; a device is of the first class whose first member is like it.
-
-    Args:
-        values: `[device, quantity]`, positive: times, bytes.
-        tolerance: share of the larger value by which any two may differ.
-    """
+    """Class of each device, counted from 0 in order; a device is of the first class whose first member is like it: of
+    the positive `values`, `[device, quantity]`, any two differ by no more than a share `tolerance` of the larger."""
     firsts: list[Floats] = []
     classes = []
     for row in values:

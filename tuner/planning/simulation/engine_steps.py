@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from pipetune.tuner.planning.arrays import Floats
-from pipetune.tuner.planning.simulation.schedule import Timeline
-
-Indices = npt.NDArray[np.intp]
+from pipetune.tuner.planning.simulation.schedule import Indices, Timeline
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -12,8 +12,9 @@ import math
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait, rules_of
 from pipetune.bench.load.arrivals import arrival_times_s
@@ -27,8 +28,7 @@ _TRACES, ENOUGH = 3, 200
 """Most traces that a run is predicted from, and requests of all together that are enough."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedRequest:
+class LoadedRequest(NamedTuple):
     """One request: when it arrives, and its lengths in tokens."""
 
     at_s: float
@@ -73,11 +73,9 @@ def simulate_load(
     *,
     max_concurrency: int | None = None,
 ) -> LoadPrediction:
-    """Serves the requests, which come in the order of their times.
+    """Serves the requests, which come in the order of their times; each replica has `in_flight` micro-batches at once.
 
-    Args:
-        in_flight: micro-batches resident at once in each replica.
-        max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
+    Beyond `max_concurrency` in the system at once others wait before it, and their latencies count that.
     """
     rules, most = rules_of(plan, in_flight), max_concurrency or len(requests)
     replicas = [_Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)]
@@ -121,21 +119,15 @@ def simulate_load(
 
 
 def under_load(model: CostModel, plan: Plan, in_flight: int, *, most: int | None = None) -> dict[str, float]:
-    """Metrics of a run under the model's arrivals, by the names of `bench.metrics`: means over its traces.
-
-    Args:
-        most: requests to simulate, where a rough guess will do; by default all of a run's, of its first iterations.
-    """
+    """Metrics of a run under the model's arrivals, by the names of `bench.metrics`: means over its traces; of the first
+    `most` requests alone where a rough guess will do, by default of all of a run's, of its first iterations."""
     assert model.arrivals is not None
     lens = list(zip(model.prompt_lens, model.output_lens, strict=True))
     number = max(1, min(_TRACES, ENOUGH // len(lens))) if most is None and model.arrivals.times_s is None else 1
     found = []
     for seed in range(model.arrivals.seed, model.arrivals.seed + number):
         times_s = arrival_times_s(model.arrivals.model_copy(update={"seed": seed}), len(lens))
-        requests = [
-            LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs)
-            for at, (inputs, outputs) in zip(times_s[:most], lens, strict=False)
-        ]
+        requests = [LoadedRequest(at_s, *own) for at_s, own in zip(times_s[:most], lens, strict=False)]
         served = simulate_load(model, plan, in_flight, requests, max_concurrency=model.arrivals.max_concurrency)
         tokens = sum(one.output_len for one in requests)
         found.append(served.metrics(model.goodput, num_requests=len(lens)))
@@ -143,35 +135,24 @@ def under_load(model: CostModel, plan: Plan, in_flight: int, *, most: int | None
     return {name: statistics.fmean(one[name] for one in found) for name in found[0]}
 
 
-@dataclass(slots=True)
 class _Replica:
     """One pipeline, and the state of its stages."""
 
-    model: CostModel
-    plan: Plan
-    rules: Rules
-    num_replicas: int
-    requests: Sequence[LoadedRequest]
-    admission: Admission = field(init=False)
-    busy_s: list[float] = field(init=False)
-    served: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """When each request's first and last token were known."""
-    _free_s: list[float] = field(init=False)
-    _starts_s: list[list[float]] = field(init=False)
-    _gaps_s: list[float] = field(init=False)
-    _tokens: Counter[int] = field(default_factory=Counter)
-    """By the requests' numbers."""
-    _costs: dict[TaskKind, tuple[list[float], list[float], float]] = field(init=False)
-    _empty_since_s: float = 0.0
-    _idle_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        count = len(self.plan.stages)
-        self.admission, self._costs = Admission(self.rules), self.model.known_tasks(self.plan.stages)
+    def __init__(
+        self, model: CostModel, plan: Plan, rules: Rules, num_replicas: int, requests: Sequence[LoadedRequest]
+    ) -> None:
+        self.model, self.plan, self.num_replicas, self.requests = model, plan, num_replicas, requests
+        count = len(plan.stages)
+        self.admission, self._costs = Admission(rules), model.known_tasks(plan.stages)
         self.busy_s, self._free_s = [0.0] * count, [0.0] * count
-        self._starts_s = [[] for _ in range(count)]
+        self.served: dict[int, tuple[float, float]] = {}
+        """When each request's first and last token were known."""
+        self._starts_s: list[list[float]] = [[] for _ in range(count)]
         # A stage alone hands nothing on.
-        self._gaps_s = [of_device(self.model.gaps_s, name) if count > 1 else 0.0 for name in self.plan.devices]
+        self._gaps_s = [of_device(model.gaps_s, name) if count > 1 else 0.0 for name in plan.devices]
+        self._tokens: Counter[int] = Counter()
+        """By the requests' numbers."""
+        self._empty_since_s = self._idle_s = 0.0
 
     def arrive(self, number: int, at_s: float) -> None:
         if not len(self.admission):

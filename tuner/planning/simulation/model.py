@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -41,27 +41,23 @@ def of_device(known: Mapping[str, float], device: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Predicts runs of one workload on one model.
-
-    Args:
-        prompt_lens: of all prompts, tokens, in any order.
-        output_lens: tokens generated for each prompt; 0 where texts are scored.
-        arrivals: how the prompts come over time; what is predicted here is of all at once, and `load.under_load` has
-            the rest.
-        gaps_s: of each device by its name or its kind, as in `GAPS_S`.
-        stalls_s: of each receiving device, as in `STALLS_S`.
-        contention: None where the costs hold as they are.
-    """
+    """Predicts runs of one workload on one model."""
 
     shape: ModelShape
     prompt_lens: tuple[int, ...]
+    """Tokens of every prompt, in any order."""
     output_lens: tuple[int, ...]
+    """Tokens generated for each prompt; 0 where texts are scored."""
     costs: Costs
     goodput: Goodput | None = None
     arrivals: Arrivals | None = None
+    """How the prompts come over time; what is predicted here is of all at once, and `load.under_load` has the rest."""
     gaps_s: Mapping[str, float] = field(default_factory=lambda: GAPS_S)
+    """By a device's name or its kind, as in `GAPS_S`."""
     stalls_s: Mapping[str, float] = field(default_factory=lambda: STALLS_S)
+    """By the receiving device, as in `STALLS_S`."""
     contention: Contention | None = None
+    """None where the costs hold as they are."""
 
     @classmethod
     def of_workload(
@@ -97,27 +93,29 @@ class CostModel:
         sequence = self._sequence(plan, in_flight, 0)
         return Counter(dict(zip(sequence.kinds, sequence.counts.tolist(), strict=True)))
 
-    def duration_s(self, plan: Plan, in_flight: int | None = None) -> float:
-        """Time of the whole workload."""
-        return self.predict(plan, in_flight).duration_s
-
     def predict(self, plan: Plan, in_flight: int | None = None) -> Prediction:
         """What a run of the plan is thought to give."""
-        return self._predict_alike([plan], in_flight)[0]
+        return self.predict_many([(plan, in_flight)])[0]
 
     def predict_many(self, plans: Sequence[tuple[Plan, int | None]]) -> tuple[Prediction, ...]:
         """What runs of many plans, each with its number in flight, are thought to give; in the order given.
 
         Plans of one schedule are simulated together, so that many at once cost little more than one.
         """
-        groups: dict[tuple[int | None, ...], list[int]] = defaultdict(list)
+        groups: dict[object, list[int]] = defaultdict(list)
         for index, (plan, in_flight) in enumerate(plans):
-            sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
-            groups[plan.replicas, len(plan.stages), *sizes, in_flight].append(index)
+            groups[self._schedule_of(plan, in_flight)].append(index)
         found: dict[int, Prediction] = {}
         for members in groups.values():
-            alike = self._predict_alike([plans[index][0] for index in members], plans[members[0]][1])
-            found.update(zip(members, alike, strict=True))
+            alike = [plans[index][0] for index in members]
+            predictions = predictions_of(
+                self._simulate_alike(alike, plans[members[0]][1]),
+                prompt_lens=self.prompt_lens,
+                output_lens=self.output_lens,
+                goodput=self.goodput,
+                num_stages=len(alike[0].devices),
+            )
+            found.update(zip(members, predictions, strict=True))
         return tuple(found[index] for index in range(len(plans)))
 
     def task_s(self, plan: Plan, kind: TaskKind) -> tuple[list[float], list[float], float]:
@@ -129,14 +127,11 @@ class CostModel:
         last = len(plan.stages) - 1
         busy = []
         for index, stage in enumerate(plan.stages):
-            layers = [self._layers_before(stage.device, point) for point in points]
-            ends = [
-                self.costs.ends_s(stage.device, point, is_first=index == 0, is_last=index == last) for point in points
-            ]
-            costs = [
-                float(before[stage.end_layer] - before[stage.first_layer]) + end
-                for before, end in zip(layers, ends, strict=True)
-            ]
+            costs = []
+            for point in points:
+                before = self._layers_before(stage.device, point)
+                ends_s = self.costs.ends_s(stage.device, point, is_first=index == 0, is_last=index == last)
+                costs.append(float(before[stage.end_layer] - before[stage.first_layer]) + ends_s)
             busy.append(float(np.dot(shares, costs)))
         size = kind.rows * kind.new_tokens * self.shape.crossing_bytes
         hops = [self.costs.hop_s(source, target, size) for source, target in itertools.pairwise(plan.devices)]
@@ -159,8 +154,13 @@ class CostModel:
             in_flight=in_flight,
         )
 
-    def _predict_alike(self, plans: Sequence[Plan], in_flight: int | None) -> list[Prediction]:
-        """Predictions of plans that differ in the layers and devices of their stages alone."""
+    def _schedule_of(self, plan: Plan, in_flight: int | None) -> object:
+        """Equal for plans of one schedule."""
+        sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
+        return plan.replicas, len(plan.stages), *sizes, in_flight
+
+    def _simulate_alike(self, plans: Sequence[Plan], in_flight: int | None) -> Sequence[SimulatedRun[Any]]:
+        """The replicas of plans that differ in the layers and devices of their stages alone."""
         width = len(plans[0].stages)
         devices = [plan.devices for plan in plans]
         bounds = np.array([[(stage.first_layer, stage.end_layer) for stage in plan.stages] for plan in plans])
@@ -173,13 +173,7 @@ class CostModel:
             sharers = np.array([self._sharers(names, width)[part][:-1] for names in devices]).T
             sequence = self._sequence(plans[0], in_flight, replica)
             runs.append(self._run(sequence, own, bounds, sharers, plans[0].replicas))
-        return predictions_of(
-            runs,
-            prompt_lens=self.prompt_lens,
-            output_lens=self.output_lens,
-            goodput=self.goodput,
-            num_stages=width * plans[0].replicas,
-        )
+        return runs
 
     def _run(
         self,

@@ -6,7 +6,6 @@ takes less than the busiest of them, `bound_s`; the rest is time in which that s
     duration = ideal + imbalance (bound - ideal) + fill and drain (before its first and after its last task) + waits
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal
@@ -68,11 +67,7 @@ def predictions_of(
 ) -> list[Prediction]:
     """One prediction of each plan, derived from simulated times as `bench.metrics.derive` does from measured ones.
 
-    Args:
-        runs: of the replicas that have prompts.
-        prompt_lens: of all prompts, tokens.
-        output_lens: tokens generated for each; 0 where texts are scored.
-        num_stages: of all replicas.
+    `runs` are of the replicas that have prompts, and `num_stages` counts those of all; lengths are as in `CostModel`.
     """
     duration_s: Floats = np.max([run.timeline.last_ends_s[-1] for run in runs], axis=0)
     busy_s = _of_stages([run.busy_s for run in runs], num_stages)
@@ -142,9 +137,9 @@ def _latencies(
         found["tpot"] = found["tpot"][lens > 1]
     labels = {"median": 0.5} | {label: q for label, q in PERCENTILES.items() if num_prompts >= samples_needed(q)}
     for name in (name for name in LATENCIES if name in found):
-        ordered = np.sort(found[name], axis=0)
-        values[f"mean_{name}_ms"] = ordered.mean(axis=0) * 1e3
-        values |= {f"{label}_{name}_ms": _quantile(ordered, q) * 1e3 for label, q in labels.items()}
+        values[f"mean_{name}_ms"] = np.sort(found[name], axis=0).mean(axis=0) * 1e3
+        quantiles = np.quantile(found[name], list(labels.values()), axis=0) * 1e3
+        values |= {f"{label}_{name}_ms": of_plans for label, of_plans in zip(labels, quantiles, strict=True)}
     return values
 
 
@@ -162,12 +157,3 @@ def _bubble(duration_s: Floats, busy_s: Floats, active_s: Floats) -> dict[str, F
         "bubble_wait": ratio - fill_drain - imbalance,
         "steady_utilization": busy / active,
     }
-
-
-def _quantile(ordered: Floats, quantile: float) -> Floats:
-    """Quantile along the first, sorted axis, interpolated as in `bench.metrics.percentile`."""
-    position = quantile * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    values: Floats = ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-    return values

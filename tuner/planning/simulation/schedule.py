@@ -129,12 +129,8 @@ def task_sequence_of(
     chunk_size: int | None,
     in_flight: int | None,
 ) -> TaskSequence:
-    """The sequence over prompts of these lengths, longest first.
-
-    Args:
-        output_len: tokens generated for each, or for each of them; 0 where texts are scored.
-        in_flight: micro-batches resident at once; None means all.
-    """
+    """The sequence over prompts of these lengths, longest first; `output_len`, 0 where texts are scored, is that of all
+    or of each, and of `in_flight`, the micro-batches resident at once, None means all."""
     sizes = micro_batch_sizes(len(prompt_lens), micro_batch_size)
     first_rows = np.concatenate([[0], np.cumsum(sizes)])
     lens = (output_len,) * len(prompt_lens) if isinstance(output_len, int) else output_len

@@ -21,11 +21,7 @@ class Load:
     """The requests of a workload as they come, and what plans make of them."""
 
     def __init__(self, model: CostModel, workload: Workload, trace: Trace | None) -> None:
-        """
-        Args:
-            model: with the lengths of the workload's prompts.
-            trace: the workload's, where its arrivals are recorded.
-        """
+        """`model` has the lengths of the workload's prompts; `trace` is its own, where its arrivals are recorded."""
         assert workload.arrivals is not None
         self._model, self._workload, self._arrivals = model, workload, workload.arrivals
         if trace is None:
@@ -50,21 +46,16 @@ class Load:
 
     def serve(self, effective: EffectivePlan, times_s: Sequence[float] | None = None) -> LoadPrediction:
         """What a plan is thought to give under the arrivals as they are, or at other times."""
-        requests = [
-            LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs)
-            for at, (inputs, outputs) in zip(self._times_s if times_s is None else times_s, self._lens, strict=False)
-        ]
+        times_s = self._times_s if times_s is None else times_s
+        requests = [LoadedRequest(at_s, *own) for at_s, own in zip(times_s, self._lens, strict=False)]
         most = self._arrivals.max_concurrency
         return simulate_load(self._model, effective.plan, effective.in_flight, requests, max_concurrency=most)
 
     def highest_rate(
         self, effective: EffectivePlan, attainment: float, *, guess: float, is_rough: bool = False
     ) -> float:
-        """Requests a second that come as bursty as the workload's and of which so large a share keeps its limits.
-
-        Args:
-            is_rough: to a tenth, from few requests.
-        """
+        """Requests a second that come as bursty as the workload's and of which so large a share keeps its limits; where
+        `is_rough`, to a tenth, from few requests."""
         found = []
         traces, count, tolerance = (1, _ROUGH, 0.1) if is_rough else (TRACES, len(self._lens), 0.02)
         for seed in range(self._arrivals.seed, self._arrivals.seed + traces):

@@ -13,8 +13,7 @@ from scipy.special import ndtr
 
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.tuner.config.schema import Constraint
-
-Floats = npt.NDArray[np.float64]
+from pipetune.tuner.planning.arrays import Floats
 
 _LEAST = 1e-9
 """Values and deviations below it are taken for it, so that logs and quotients exist."""

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.config.schema import Constraint
+from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.predictor import PredictedMetrics, Predictor
 from pipetune.tuner.planning.simulation.load import ENOUGH, under_load
 from pipetune.tuner.planning.simulation.model import CostModel
-from pipetune.tuner.search.policy.acquisition import Floats, chance_kept, log_cost, ranges, tchebycheff
+from pipetune.tuner.search.policy.acquisition import chance_kept, log_cost, ranges, tchebycheff
 from pipetune.tuner.search.policy.history import History, PlanHistory, kinds_of
 from pipetune.tuner.search.policy.refine import Refiner
 from pipetune.tuner.search.space.resolver import Resolver

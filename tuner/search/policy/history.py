@@ -47,11 +47,6 @@ class PlanHistory:
         """Runs that nobody stopped."""
         return [record for record in self.records if not was_interrupted(record)]
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it has a chance left."""
-        return is_due(self.records)
-
     def value(self, metric: str) -> float | None:
         """Median over the runs."""
         values = [run[metric] for run in self.runs if metric in run]
@@ -115,7 +110,7 @@ class History:
     def is_open(self, key: str) -> bool:
         """Whether an effective plan, by its key, may be proposed: it never ended or has a second chance."""
         known = self.plans.get(key)
-        return key not in self.taken and (known is None or known.is_due)
+        return key not in self.taken and (known is None or is_due(known.records))
 
     def is_new(self, point: Point, *, most_refused: int) -> bool:
         """Whether the point's plan is worth a run: it never ended, lost its workers once, or was never tried.

@@ -8,9 +8,10 @@ from typing import Literal
 
 from pipetune.bench.spec import EffectivePlan
 from pipetune.tuner.config.schema import Constraint
+from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.simulation.model import CostModel
-from pipetune.tuner.search.policy.acquisition import Floats, chance_of_gain, draw_weights
+from pipetune.tuner.search.policy.acquisition import chance_of_gain, draw_weights
 from pipetune.tuner.search.policy.forecaster import Forecast, Forecaster
 from pipetune.tuner.search.policy.history import History
 from pipetune.tuner.search.space.resolver import Resolver
@@ -89,10 +90,7 @@ class Situation:
     """One step of a search."""
 
     def __init__(self, terms: Terms, history: History, *, num_taken: int = 0) -> None:
-        """
-        Args:
-            num_taken: how many plans other processes run now.
-        """
+        """`num_taken` counts the plans that other processes run now."""
         self.terms, self.history, self.num_taken = terms, history, num_taken
 
     @cached_property

@@ -10,13 +10,8 @@ import numpy as np
 
 from pipetune.bench.record import Record
 from pipetune.bench.spec import EffectivePlan
-from pipetune.tuner.search.policy.acquisition import (
-    Floats,
-    chance_of_gain,
-    even_weights,
-    expected_improvement,
-    first_of,
-)
+from pipetune.tuner.planning.arrays import Floats
+from pipetune.tuner.search.policy.acquisition import chance_of_gain, even_weights, expected_improvement, first_of
 from pipetune.tuner.search.policy.history import History, is_lost, kinds_of
 from pipetune.tuner.search.policy.situation import LEAST_CHANCE, MARGIN, Situation, Terms
 from pipetune.tuner.search.space.space import Point
@@ -214,17 +209,9 @@ RULES: tuple[Rule, ...] = (
 class Strategy(Terms):
     """Proposes trials: a pure function of the terms and of the records so far."""
 
-    @property
-    def counted(self) -> int:
-        """How many trials of the records last seen count against the budget."""
-        return self.history.counted
-
     def next(self, records: Sequence[Record], *, taken: Collection[Point] = ()) -> Proposal | Stop:
-        """What to do after these records, in the order in which they were written.
-
-        Args:
-            taken: what other processes of the study run now: their plans are left to them, and count as trials.
-        """
+        """What to do after these records, in the order in which they were written; the plans of `taken` are run by
+        other processes of the study now: they are left to them, and count as trials."""
         now = Situation(self, self._read(records, taken), num_taken=len(taken))
         return next(step for rule in RULES if (step := rule(now)) is not None)
 

@@ -28,10 +28,7 @@ class TpePolicy:
     def __init__(
         self, space: SearchSpace, *, objectives: Sequence[str], seed: int, trials: Callable[[], Sequence[FrozenTrial]]
     ) -> None:
-        """
-        Args:
-            trials: tells all trials of the study, in the order of their numbers.
-        """
+        """`trials` tells all trials of the study, in the order of their numbers."""
         self._space, self._seed, self._trials = space, seed, trials
         self._directions = [Objective(metric=name).direction for name in objectives]
         self._distributions = distributions(space)

@@ -6,7 +6,7 @@ has not measured itself.
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipetune.bench.errors import StudyError
@@ -56,11 +56,8 @@ class WarmStart(Value):
 def warm_start(
     path: Path, config: TuneConfig, model: ModelSpec, machine: Machine, space: SearchSpace, resolve: Resolver
 ) -> WarmStart:
-    """What the earlier studies of `config.warm_start` give, as kept in `path` or read now and kept there.
-
-    Raises:
-        StudyError: a folder holds no study, or one that cannot be read.
-    """
+    """What the earlier studies of `config.warm_start` give, as kept in `path` or read now and kept there; StudyError
+    where a folder holds no study, or one that cannot be read."""
     if path.exists():
         kept = read(path, WarmStart)
         if kept.folders == config.warm_start:
@@ -110,8 +107,10 @@ def read_warm_start(
 def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Sequence[str]) -> Point | None:
     """The point that runs like a plan under the largest cap, with cuts of its own where the space does not list the
     plan's partition; None where there is none. `devices` are those of the study that the plan is from, in order."""
-    if (wanted := _moved(plan, devices, space.devices)) is None:
+    ours = dict(zip(devices, space.devices, strict=False))
+    if not ours.keys() >= set(plan.devices):
         return None
+    wanted = plan.moved(ours)
     caps = {"memory_index": len(space.memory_fractions) - 1} if len(space.memory_fractions) > 1 else {}
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
     refiner = Refiner(space, resolve)
@@ -163,20 +162,3 @@ def _best_points(
     points = [point_of_plan(space, resolve, plan, earlier.config.concrete_devices) for plan in best]
     found = [point for point in points if point is not None]
     return found, len(points) - len(found)
-
-
-def _moved(plan: Plan, theirs: Sequence[str], ours: Sequence[str]) -> Plan | None:
-    """The plan on devices of the same places; None where there are too few of them."""
-    places = {device: place for place, device in enumerate(theirs)}
-    if any(device not in places or places[device] >= len(ours) for device in plan.devices):
-        return None
-
-    def moved(devices: Sequence[str]) -> Iterator[str]:
-        return (ours[places[device]] for device in devices)
-
-    stages = tuple(
-        stage.model_copy(update={"device": device})
-        for stage, device in zip(plan.stages, moved([stage.device for stage in plan.stages]), strict=True)
-    )
-    rows = tuple(tuple(moved(row)) for row in plan.replica_devices)
-    return plan.model_copy(update={"stages": stages, "replica_devices": rows})

@@ -21,10 +21,8 @@ def collect(url: str, name: str, folder: Path) -> int:
     """Writes what all processes of a shared study have measured into a new folder, and how many runs it is.
 
     The devices have the names that they have in the process that joined first. Baselines and single stages are each
-    process's own, and stay in its folder.
-
-    Raises:
-        StudyError: the database cannot be used, or holds no such study or nothing measured; the folder holds something.
+    process's own, and stay in its folder. StudyError where the database cannot be used, or holds no such study or
+    nothing measured, or the folder holds something.
     """
     with naming_losses(url):
         storage = open_storage(url)

@@ -98,14 +98,8 @@ def describe_self(store: StudyStore) -> dict[str, Any]:
 def membership_of(
     store: StudyStore, study: str, me: Mapping[str, Any], members: Mapping[str, Any], gone: Collection[str]
 ) -> Membership:
-    """Who this folder is in the study: who it was, if it took part before, else a new process.
-
-    Args:
-        members: all that ever joined, by name.
-        gone: names of those that are no more.
-
-    Raises:
-        StudyError: the folder is a copy of one in use.
+    """Who this folder is in the study: who it was, if it took part before, else a new process; StudyError where it is a
+    copy of a folder in use. `members` are all that ever joined, by name, `gone` the names of those that are no more.
     """
     path = store.folder / StudyFile.SHARING
     known = read(path, Membership) if path.exists() else None

@@ -67,14 +67,14 @@ class SharedStudy(OptunaStudy):
     @patient
     def trials(self) -> list[FrozenTrial]:
         """All trials of all processes in the order of their numbers, not to be changed."""
-        return self._trials()
+        return super().trials()
 
     @patient
     def restore(self, records: Collection[Record]) -> tuple[FrozenTrial, ...]:
         """Brings the database up to the records, which may know more than it does: it may have been lost."""
         self._seen = {self._source(record) for record in records}
         with self.database.alone():
-            trials = self._trials()
+            trials = super().trials()
             known = {trial.user_attrs.get(_SOURCE) for trial in trials}
             by_number = {trial.number: trial for trial in self._claims(trials, own=True)}
             for record in sorted(records, key=lambda record: record.trial_number or 0):
@@ -82,7 +82,7 @@ class SharedStudy(OptunaStudy):
                     continue
                 if record.source is None and record.trial_number in by_number:
                     del by_number[record.trial_number]
-                    self._finish(record)
+                    super().tell(record)
                 else:
                     self._add(record)
         return tuple(by_number.values())
@@ -90,7 +90,7 @@ class SharedStudy(OptunaStudy):
     @patient
     def pull(self, store: StudyStore) -> tuple[Record, ...]:
         """Writes what others have measured into this process's folder, and gives it."""
-        trials, gone = self._trials(), self._gone()
+        trials, gone = super().trials(), self._gone()
         self._pulled = self._state_of(trials, gone)
         self.taken = tuple(point_of_trial(trial) for trial in trials if trial.number in self._pulled[0])
         pulled = []
@@ -109,7 +109,7 @@ class SharedStudy(OptunaStudy):
         """Claims a point's plan; its trial's number, or None where another process has taken the plan."""
         wanted = self._identity(point)
         with self.database.alone():
-            trials, gone = self._trials(), self._gone()
+            trials, gone = super().trials(), self._gone()
             for trial in self._claims(trials, own=True):
                 # Of a claim whose answer was lost with the connection.
                 self._release(trial)
@@ -128,11 +128,11 @@ class SharedStudy(OptunaStudy):
         """Says what became of a trial, to all processes."""
         self._seen.add(self._source(record))
         with self.database.alone():
-            trials = self._trials()
+            trials = super().trials()
             if self._source(record) in (trial.user_attrs.get(_SOURCE) for trial in trials if trial.state.is_finished()):
                 return
             if any(trial.number == record.trial_number for trial in self._claims(trials, own=True)):
-                self._finish(record)
+                super().tell(record)
             else:
                 self._add(record)
 
@@ -154,7 +154,7 @@ class SharedStudy(OptunaStudy):
 
     @patient
     def _state(self) -> tuple[frozenset[int], int]:
-        return self._state_of(self._trials(), self._gone())
+        return self._state_of(super().trials(), self._gone())
 
     def _state_of(self, trials: Collection[FrozenTrial], gone: Collection[str]) -> tuple[frozenset[int], int]:
         """Which trials others run, and how many have ended: when it changes there may be news."""
@@ -173,11 +173,8 @@ class SharedStudy(OptunaStudy):
 def records_of(
     trials: Iterable[FrozenTrial], ours: Sequence[str]
 ) -> Iterator[tuple[str, tuple[str, ...], int, Record]]:
-    """What was measured: source, devices it ran on, trial's number, and the record in our devices' names.
-
-    Raises:
-        StudyError: a record of another version.
-    """
+    """What was measured: source, devices it ran on, trial's number, and the record in our devices' names; raises as
+    `unpack`."""
     for trial in trials:
         if trial.state.is_finished() and RECORD in trial.user_attrs:
             theirs = tuple(trial.user_attrs[_DEVICES].split(","))
@@ -191,11 +188,8 @@ def pack(record: Record) -> str:
 
 
 def unpack(text: str, *, theirs: Sequence[str], ours: Sequence[str]) -> Record:
-    """The record, with the devices of the process that measured it renamed to ours in the same places.
-
-    Raises:
-        StudyError: it is no record of this version.
-    """
+    """The record, with the devices of the process that measured it renamed to ours in the same places; StudyError where
+    it is no record of this version."""
     assert len(theirs) == len(ours), f"{theirs} and {ours} are no pairs"
     try:
         values = json.loads(zlib.decompress(base64.b64decode(text, validate=True)))

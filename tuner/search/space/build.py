@@ -32,12 +32,8 @@ _LONG_PROMPT, _LEAST_CHUNK, _CHUNK_STEP = 128, 64, 16
 def build_space(
     config: SpaceConfig, devices: Sequence[str], shape: ModelShape, cost: CostModel, resolve: Resolver
 ) -> SearchSpace:
-    """Lays the space out.
-
-    Raises:
-        ConfigError: bounds that the model cannot meet.
-        NothingFeasibleError: no plan of the space fits into memory; says what the best partition lacks.
-    """
+    """Lays the space out; ConfigError for bounds that model or devices cannot meet, NothingFeasibleError where no plan
+    fits into memory, which says what the best partition lacks."""
     cuts = shape.num_layers - 1 - len(set(shape.forbidden_cuts))
     for name in ("min_stages", "max_stages"):
         wanted = getattr(config, name)

@@ -2,18 +2,17 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Self
+from dataclasses import dataclass
 
 import numpy as np
 
 from pipetune.bench import memory
 from pipetune.bench.errors import ConfigError, NothingFeasibleError
 from pipetune.bench.fleet.engine import Engine
-from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, Workload
 from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.arrays import remembered
 from pipetune.tuner.planning.calibration.engine_model import EngineModel
 from pipetune.tuner.planning.partition.splits import Partition, best_partitions
 from pipetune.tuner.planning.partition.stage_table import stage_seconds
@@ -32,23 +31,12 @@ class EngineResolver(Resolver):
     """Tells what a plan comes to on an engine."""
 
     engine: Engine
-    workload: Workload
-    _resolved: dict[Plan, EffectivePlan | Failure] = field(default_factory=dict, compare=False)
+    work: Workload
 
-    @classmethod
-    def of_engine(
-        cls, shape: ModelShape, workload: Workload, lens: Sequence[int], device_bytes: dict[str, int], *, engine: Engine
-    ) -> Self:
-        """A resolver for prompts of these lengths, tokens."""
-        own = Resolver.of_workload(shape, workload, lens, device_bytes)
-        values = {one.name: getattr(own, one.name) for one in fields(Resolver) if one.init and one.name[0] != "_"}
-        return cls(**values, engine=engine, workload=workload)
-
+    @remembered
     def __call__(self, plan: Plan) -> EffectivePlan | Failure:
         """The plan, or why it does not fit; each plan is resolved once."""
-        if plan not in self._resolved:
-            self._resolved[plan] = self.engine.resolve(plan, self.workload)
-        return self._resolved[plan]
+        return self.engine.resolve(plan, self.work)
 
     def stage_bytes(self, plan: Plan, index: int) -> memory.StageBytes:
         """Weights and KV cache of each worker; the engine does not tell what else it needs."""
@@ -61,12 +49,7 @@ class EngineResolver(Resolver):
 def build_engine_space(
     config: TuneConfig, devices: Sequence[str], cost: EngineModel, resolve: EngineResolver
 ) -> SearchSpace:
-    """Lays the space out.
-
-    Raises:
-        ConfigError: bounds that neither model nor devices can meet.
-        NothingFeasibleError: no split fits into memory at the engine's own limits.
-    """
+    """Lays the space out; raises as `build_space`, over splits at the engine's own limits."""
     assert config.engine is not None
     given = config.engine
     space = SearchSpace(
@@ -104,16 +87,12 @@ def build_engine_space(
 
 def default_point(space: SearchSpace) -> dict[str, int]:
     """What the engine does by itself over all devices: one pipeline, split most evenly, at its own limits."""
-    alike = [
-        rank
+    alone = [
+        (-len(partition), max(partition) - min(partition), rank)
         for rank, partition in enumerate(space.partitions, start=1)
         if space.replicas_of({"partition_rank": rank}) == space.shards_of({"partition_rank": rank}) == 1
     ]
-    longest = max((len(space.partitions[rank - 1]) for rank in alike), default=0)
-    if not alike:
-        alike, longest = [1], len(space.partitions[0])
-    among = [rank for rank in alike if len(space.partitions[rank - 1]) == longest]
-    rank = min(among, key=lambda one: max(space.partitions[one - 1]) - min(space.partitions[one - 1]))
+    rank = min(alone)[-1] if alone else 1
     limits = {"budget_index": len(space.token_budgets) - 1, "seqs_index": len(space.max_num_seqs) - 1}
     return {"partition_rank": rank} | {name: place for name, place in limits.items() if place}
 

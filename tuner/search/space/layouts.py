@@ -18,7 +18,7 @@ from pipetune.tuner.config.schema import SpaceConfig
 from pipetune.tuner.planning.arrays import Floats, remembered
 from pipetune.tuner.planning.partition import stage_table
 from pipetune.tuner.planning.partition.placement import Order, levels_of, place
-from pipetune.tuner.planning.partition.splits import Columns, Partition, Split, Table
+from pipetune.tuner.planning.partition.splits import Columns, Partition, Split, Table, best_splits
 from pipetune.tuner.planning.simulation.model import TOKEN_BYTES, CostModel
 from pipetune.tuner.search.space.resolver import Resolver
 
@@ -62,8 +62,7 @@ class Layouts:
     resolve: Resolver
     sizes: tuple[int, ...]
     prefill_sizes: tuple[int, ...]
-    _needs: dict[tuple[str, Sizes], stage_table.Matrix] = field(default_factory=dict, compare=False)
-    _seconds: dict[tuple[Sizes, int, _Phase], Table] = field(default_factory=dict, compare=False)
+    _needs: dict[tuple[str, Sizes], Floats] = field(default_factory=dict, compare=False)
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
@@ -112,15 +111,13 @@ class Layouts:
             return kinds
         return {kind: count for kind, count in kinds.items() if kind.is_decode == (phase == "decode")}
 
+    @remembered
     def seconds(self, sizes: Sizes, replicas: int, phase: _Phase = "run") -> Table:
         """`[class of device, first, end]` over a run; of a class, the mean of its devices."""
-        key = (sizes, replicas, phase)
-        if key not in self._seconds:
-            kinds = self.kinds(sizes, replicas, phase)
-            tables = np.array([stage_table.stage_seconds(self.cost.costs, device, kinds) for device in self.devices])
-            own = np.array(self.classes)
-            self._seconds[key] = np.array([tables[own == kind].mean(axis=0) for kind in range(max(own) + 1)])
-        return self._seconds[key]
+        kinds = self.kinds(sizes, replicas, phase)
+        tables = np.array([stage_table.stage_seconds(self.cost.costs, device, kinds) for device in self.devices])
+        own = np.array(self.classes)
+        return np.array([tables[own == kind].mean(axis=0) for kind in range(max(own) + 1)])
 
     def fill(self, sizes: Sizes, replicas: int) -> Table:
         """`[class of device, first, end]`, share of the least cap that a stage takes with one micro-batch in flight;
@@ -198,7 +195,7 @@ class LayoutSearch:
     def __init__(self, layouts: Layouts, replicas: int, stages: int) -> None:
         self._all, self._replicas, self._stages = layouts, replicas, stages
         self._every_size = layouts.every_size(replicas)
-        self._columns = Columns.of(
+        self._columns = Columns(
             layouts.classes,
             layouts.by_speed,
             replicas=replicas,
@@ -213,8 +210,8 @@ class LayoutSearch:
             return []
         best = self._best_sizes(first[0])
         near = itertools.chain.from_iterable((self._of_phases(best[0]), *map(self._near_best, best)))
-        splits = dict.fromkeys((split.partition, split.order) for split in near)
-        least_s: dict[tuple[Partition, tuple[int, ...]], float] = {}
+        splits = dict.fromkeys(near)
+        least_s: dict[Split, float] = {}
         for sizes in dict.fromkeys((*best, smallest)):
             for split, seconds in zip(splits, self._durations((*split, sizes) for split in splits), strict=True):
                 least_s[split] = min(seconds, least_s.get(split, math.inf))
@@ -234,7 +231,7 @@ class LayoutSearch:
 
     def _best_sizes(self, split: Split) -> tuple[Sizes, ...]:
         """The sizes that suit a split best, no two of as many rows."""
-        durations = self._durations((split.partition, split.order, sizes) for sizes in self._every_size)
+        durations = self._durations((*split, sizes) for sizes in self._every_size)
         found: dict[int, Sizes] = {}
         for _, sizes in sorted(zip(durations, self._every_size, strict=True)):
             found.setdefault(sizes.rows, sizes)
@@ -255,15 +252,19 @@ class LayoutSearch:
             yield from self._splits(fill)
 
     def _table(self, sizes: Sizes, phase: _Phase = "run") -> Table:
-        """`[class of column, first, end]`, seconds of what fits."""
+        """`[kind of column, first, end]`, seconds of what fits."""
         seconds = self._columns.slowest(self._all.seconds(sizes, self._replicas, phase))
         fill = self._columns.slowest(self._all.fill(sizes, self._replicas))
         return np.where(fill <= 1.0, seconds, np.inf)
 
     def _splits(self, table: Table, limit: int = 1) -> tuple[Split, ...]:
-        return self._columns.splits(
+        """The best ones by a table of the columns; their orders are of columns."""
+        return best_splits(
             table,
-            self._stages,
+            self._columns.kinds,
+            min_stages=self._stages,
+            max_stages=self._stages,
+            any_order=self._columns.may_move,
             forbidden_cuts=self._all.shape.forbidden_cuts,
             tolerance=_TOLERANCE if limit > 1 else 0.0,
             limit=limit,

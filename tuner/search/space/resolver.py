@@ -1,13 +1,14 @@
 """What a plan comes to under the memory caps, and when two plans are one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 from pipetune.bench import memory
 from pipetune.bench.memory import ModelShape, StageBytes
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, Plan, Workload
+from pipetune.tuner.planning.arrays import remembered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +23,12 @@ class Resolver:
     """Tokens generated for each prompt; 0 where texts are scored."""
     device_bytes: dict[str, int]
     under_arrivals: bool = False
-    _known: dict[Plan, EffectivePlan | Failure] = field(default_factory=dict, compare=False)
-    _needed: dict[str, dict[str, int]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of_workload(
-        cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int], device_bytes: dict[str, int]
+        cls, shape: ModelShape, workload: Workload, prompt_lens: Sequence[int], device_bytes: dict[str, int], **own: Any
     ) -> Self:
-        """A resolver for these prompts; `prompt_lens` in tokens."""
+        """A resolver for these prompts; `prompt_lens` in tokens, `own` what this kind of resolver has besides."""
         return cls(
             shape=shape,
             num_prompts=workload.num_prompts,
@@ -37,26 +36,21 @@ class Resolver:
             output_len=workload.generated_len,
             device_bytes=device_bytes,
             under_arrivals=workload.arrivals is not None,
+            **own,
         )
 
+    @remembered
     def __call__(self, plan: Plan) -> EffectivePlan | Failure:
         """The plan as it fits into memory, or why it does not; each plan is resolved once."""
-        if plan not in self._known:
-            lens = {"prompt_len": self.prompt_len, "output_len": self.output_len}
-            if self.under_arrivals:
-                known = memory.resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
-            else:
-                known = memory.resolve(
-                    self.shape, plan, num_prompts=self.num_prompts, **lens, device_bytes=self.device_bytes
-                )
-            self._known[plan] = known
-        return self._known[plan]
+        lens = {"prompt_len": self.prompt_len, "output_len": self.output_len}
+        if self.under_arrivals:
+            return memory.resolve_slots(self.shape, plan, **lens, device_bytes=self.device_bytes)
+        return memory.resolve(self.shape, plan, num_prompts=self.num_prompts, **lens, device_bytes=self.device_bytes)
 
+    @remembered
     def needed_bytes(self, effective: EffectivePlan) -> dict[str, int]:
         """What the plan is accounted to need on each of its devices; each plan is accounted once."""
-        if effective.key in self._needed:
-            return self._needed[effective.key]
-        needed = self._needed[effective.key] = {}
+        needed: dict[str, int] = {}
         for replica in range(effective.plan.replicas):
             plan = effective.plan.replica(replica)
             for index, stage in enumerate(plan.stages):

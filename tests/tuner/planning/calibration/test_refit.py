@@ -35,7 +35,7 @@ def learn(plan: Plan, seed: int = 0, *, drift: float = 1.0, noise: float = 0.02)
 def errors(model: CostModel, plans: list[Plan] = GRID) -> list[float]:
     """Of predicted durations against those of an exact model."""
     exact = make_model()
-    return [abs(math.log(model.duration_s(plan) / exact.duration_s(plan))) for plan in plans]
+    return [abs(math.log(model.predict(plan).duration_s / exact.predict(plan).duration_s)) for plan in plans]
 
 
 def task_s(model: CostModel, plan: Plan, span: TaskSpan) -> float:
@@ -162,7 +162,7 @@ def test_a_slow_device_is_told_from_slow_layers() -> None:
     observations = [slowed(learn(make_plan((first, 30 - first), 16)), true) for first in (12, 15, 18)]
     refitted = refit(model, observations)
     plans = [make_plan((first, 30 - first), size) for first in (8, 14, 20, 24) for size in (8, 16)]
-    found = [abs(math.log(refitted.duration_s(plan) / true.duration_s(plan))) for plan in plans]
+    found = [abs(math.log(refitted.predict(plan).duration_s / true.predict(plan).duration_s)) for plan in plans]
     assert statistics.median(found) < 0.03
 
 

@@ -34,7 +34,8 @@ def cost() -> CostModel:
 
 
 def seconds(cost: CostModel, counts: tuple[int, ...], micro_batch: int, prefill: int | None = None) -> float:
-    return cost.duration_s(Plan.from_layer_counts(counts, DEVICES, micro_batch, prefill_micro_batch_size=prefill))
+    plan = Plan.from_layer_counts(counts, DEVICES, micro_batch, prefill_micro_batch_size=prefill)
+    return cost.predict(plan).duration_s
 
 
 @pytest.mark.parametrize(
@@ -71,17 +72,18 @@ def test_small_prefill_pieces_fill_the_pipeline_until_they_are_too_small(cost: C
 
 def test_fewer_in_flight_are_slower(cost: CostModel) -> None:
     plan = Plan.from_layer_counts((16, 14), DEVICES, 8)
-    assert cost.duration_s(plan) == cost.duration_s(plan, 4) < cost.duration_s(plan, 1)
+    assert cost.predict(plan).duration_s == cost.predict(plan, 4).duration_s < cost.predict(plan, 1).duration_s
 
 
 def test_copies_of_the_model_halve_the_work_and_have_no_bubble(cost: CostModel) -> None:
-    one = cost.duration_s(Plan.from_layer_counts((30,), DEVICES, 16))
-    two = cost.duration_s(Plan.from_layer_counts((30,), DEVICES, 16, replicas=2))
+    one = cost.predict(Plan.from_layer_counts((30,), DEVICES, 16)).duration_s
+    two = cost.predict(Plan.from_layer_counts((30,), DEVICES, 16, replicas=2)).duration_s
     assert two == pytest.approx(one / 2)
     assert two < seconds(cost, (16, 14), 16)
     # The replica with most prompts decides.
     odd, three = model(num_prompts=5), model(num_prompts=3)
-    assert seconds(three, (15, 15), 4) == odd.duration_s(Plan.from_layer_counts((15, 15), DEVICES, 4, replicas=2))
+    two_replicas = Plan.from_layer_counts((15, 15), DEVICES, 4, replicas=2)
+    assert seconds(three, (15, 15), 4) == odd.predict(two_replicas).duration_s
 
 
 def test_the_slower_replica_decides() -> None:
@@ -98,7 +100,7 @@ def test_chunks_fill_the_stages_with_one_long_prompt() -> None:
     cost = model(num_prompts=1, prompt_len=1024, output_len=2)
 
     def chunked(counts: tuple[int, ...], chunk: int | None) -> float:
-        return cost.duration_s(Plan.from_layer_counts(counts, DEVICES, 1, prefill_chunk_size=chunk))
+        return cost.predict(Plan.from_layer_counts(counts, DEVICES, 1, prefill_chunk_size=chunk)).duration_s
 
     assert chunked((15, 15), 256) < 0.8 * chunked((15, 15), None)
     assert chunked((15, 15), 256) < chunked((15, 15), 4)
@@ -210,7 +212,7 @@ def test_what_goes_through_a_network_card_takes_as_long_as_its_bytes(hosts: list
     edges = [ends for stage, ends in enumerate(itertools.pairwise(hosts), start=1) if stage % width]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulation, "device_host", HOSTS.__getitem__)
-        duration_s = own.duration_s(plan)
+        duration_s = own.predict(plan).duration_s
     for host, end in itertools.product("abc", (0, 1)):
         messages = 12 // replicas * sum(ends[end] == host and ends[0] != ends[1] for ends in edges)
         # Replicas are simulated alone, so that their last messages are thought to go at once.

@@ -69,8 +69,8 @@ def test_what_the_space_does_not_list_is_found_when_devices_turn_out_unlike() ->
     assert best.layer_counts not in LISTED
     assert best.layer_counts[0] <= 3
     alike = [one for one in candidates(SPACE, RESOLVE) if SPLITTER.class_of(one) == SPLITTER.class_of(start)]
-    listed = min(slow.duration_s(one.effective.plan) for one in alike)
-    assert min(slow.duration_s(one.effective.plan) for one in found) < listed
+    listed = min(slow.predict(one.effective.plan).duration_s for one in alike)
+    assert min(slow.predict(one.effective.plan).duration_s for one in found) < listed
 
 
 def test_a_space_that_lists_all_needs_no_more() -> None:

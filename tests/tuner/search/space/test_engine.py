@@ -37,7 +37,8 @@ def space_of(devices: int = 2, most_layers: int = 1000, **values: Any) -> tuple[
     config = TuneConfig.model_validate({"model": {"name": "m"}, "devices": names, "engine": given, **values})
     workload = Workload(num_prompts=16, input_len=32, output_len=8)
     engine: Any = Engine(most_layers)
-    resolve = EngineResolver.of_engine(SHAPE, workload, LENS, dict.fromkeys(names, 2**33), engine=engine)
+    of = (SHAPE, workload, LENS, dict.fromkeys(names, 2**33))
+    resolve = EngineResolver.of_workload(*of, engine=engine, work=workload)
     cost = EngineModel.of_workload(SHAPE, workload, LENS)
     return build_engine_space(config, names, cost, resolve), resolve
 

@@ -38,6 +38,6 @@ def test_texts_that_are_scored_need_logits_of_every_position() -> None:
 
 def test_refused_plans_have_identities_of_their_own() -> None:
     *_, roomy = build()
-    resolve = replace(roomy, device_bytes=dict.fromkeys(roomy.device_bytes, 50 * MIB), _known={})
+    resolve = replace(roomy, device_bytes=dict.fromkeys(roomy.device_bytes, 50 * MIB))
     plans = [make_plan((15, 15), 8), make_plan((15, 15), 16), make_plan((30,), 8, replicas=2)]
     assert len({identity(plan, resolve(plan)) for plan in plans}) == 3
