@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama", "llama")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fleet(folder: Path) -> Iterator[Fleet]:
     with Fleet.start(ModelSpec(name=str(folder)), ("cpu:0", "cpu:1")) as fleet:
         yield fleet
