@@ -139,13 +139,13 @@ def test_the_best_plan_serves_and_its_map_loads_with_the_same_tokens(
 
 
 def test_a_ranges_map_of_the_study_comes_back_as_the_plan(
-    study: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path
+    study: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, document = study
     path = tmp_path / "map.json"
-    assert pipetune("export", folder, "-f", "ranges", "-o", path).returncode == 0
-    result = pipetune(
-        "bench", "--model", model, "--device-map", path, "--micro-batch-size", 4, *SIZE, "--no-check", "--json",
+    assert here(capsys, "export", folder, "-f", "ranges", "-o", path).returncode == 0
+    result = here(
+        capsys, "bench", "--model", model, "--device-map", path, "--micro-batch-size", 4, *SIZE, "--no-check", "--json",
         "--compare-baseline", "--rounds", 2, "--baseline-batch-sizes", 8, "-o", tmp_path / "records.jsonl",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -159,9 +159,12 @@ def test_a_ranges_map_of_the_study_comes_back_as_the_plan(
     assert len((tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()) == 1 + 3 * 2
 
 
-def test_a_study_survives_a_killed_worker_a_killed_driver_and_an_interrupt(model: Path, tmp_path: Path) -> None:
+def test_a_study_survives_a_killed_worker_a_killed_driver_and_an_interrupt(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "s"
-    args = ("tune", "--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "--n-trials", 4, "-o", folder)
+    job = ("--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "--no-profile")
+    args = ("tune", *job, "--n-trials", 4, "-o", folder)
 
     def trials() -> int:
         return sum(record.role == "trial" for record in load_records(folder))
@@ -210,7 +213,7 @@ def test_a_study_survives_a_killed_worker_a_killed_driver_and_an_interrupt(model
     assert sum(was_interrupted(record) for record in done) == 2
     assert len({record.trial_number for record in done}) == len(done)
 
-    refused = pipetune(*args, "--resume", "--num-iters", 100, "--input-len", 9)
+    refused = here(capsys, *args, "--resume", "--num-iters", 100, "--input-len", 9)
     assert refused.returncode == 2
     assert "workload.input_len: 64 → 9" in refused.stderr
 
@@ -285,7 +288,8 @@ def test_a_study_stopped_before_its_first_record_leaves_nothing_and_says_so(
 def test_a_study_whose_disk_fills_keeps_its_records_and_goes_on(model: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "20m") as disk:
         folder = disk / "s"
-        args = ("tune", "--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "--n-trials", 2, "-o", folder)
+        job = ("--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "--no-profile")
+        args = ("tune", *job, "--n-trials", 2, "-o", folder)
         process = start(*args)
         wait_for(lambda: list(folder.glob("records/*.json")) or process.poll() is not None)
         filler = fill(disk)
@@ -326,14 +330,14 @@ def test_a_dry_run_shows_the_queue_and_writes_nothing(
     assert not folder.exists()
 
 
-def test_the_doctor_passes_tokens_through_real_workers() -> None:
-    result = pipetune("doctor", "--devices", "cpu:0-1", "--json")
+def test_the_doctor_passes_tokens_through_real_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    result = here(capsys, "doctor", "--devices", "cpu:0-1", "--json")
     assert result.returncode == 0, result.stdout + result.stderr
     checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
     assert checks["pipeline"]["text"] == "tokens went through 2 stages and back"
 
 
-def test_the_doctor_names_what_fails() -> None:
-    result = pipetune("doctor", "--model", "/nowhere", "--devices", "cpu:0")
+def test_the_doctor_names_what_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    result = here(capsys, "doctor", "--model", "/nowhere", "--devices", "cpu:0")
     assert result.returncode == 2
     assert "failed" in result.stdout
