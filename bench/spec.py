@@ -526,7 +526,7 @@ class Lane(Value):
         sizes = {
             "chunk": self.prefill_chunk_size,
             "prefill": self.prefill_micro_batch_size,
-            "per decode": self.prefills_per_decode,
+            "prefills a step": self.prefills_per_decode,
             "slots": self.slots,
             "weight": self.weight if self.weight != 1 else None,
         }
@@ -639,6 +639,8 @@ class Plan(Value):
     @property
     def lane_words(self) -> tuple[str, ...]:
         """Words for the lanes, if there are any."""
+        if len(self.lanes) == 1:
+            return (self.lanes[0].text.replace("others", "all requests", 1),)
         return (f"lanes {', '.join(lane.text for lane in self.lanes)}",) if self.lanes else ()
 
     @property

@@ -411,11 +411,13 @@ def test_a_plan_without_lanes_is_what_it_was_and_one_with_them_another() -> None
     laned = Plan.model_validate({**plan.model_dump(), "lanes": lanes})
     assert Plan.model_validate_json(laned.model_dump_json()) == laned
     keys = [EffectivePlan(plan=each, in_flight=2).key for each in (plan, laned)]
-    assert keys[1].removeprefix(keys[0]) == " lanes_≤64_weight_4,_others_chunk_32_per_decode_1"
+    assert keys[1].removeprefix(keys[0]) == " lanes_≤64_weight_4,_others_chunk_32_prefills_a_step_1"
     assert len({plan.digest(), one.digest(), laned.digest()}) == 2
-    assert laned.describe() == "2+4 · micro-batch 4 · lanes ≤64 weight 4, others chunk 32 per decode 1"
+    assert laned.describe() == "2+4 · micro-batch 4 · lanes ≤64 weight 4, others chunk 32 prefills a step 1"
     assert [laned.lane_of(length) for length in (1, 64, 65)] == [lanes[0], *lanes]
     assert plan.lane_of(65) == Lane()
+    steady = plan.model_copy(update={"lanes": (Lane(prefills_per_decode=1),)})
+    assert steady.describe() == "2+4 · micro-batch 4 · all requests prefills a step 1"
 
 
 @pytest.mark.parametrize("limits", [(64,), (None, None), (None, 64), (64, 32, None), (32, 32, None)])
