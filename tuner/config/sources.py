@@ -93,15 +93,14 @@ def resolve(
     recorded: Path | None = None,
     below: Below = ({}, ""),
 ) -> Resolved:
-    """Merges all sources into one config.
+    """Merges all sources into one config; ConfigError names key and place of a file that cannot be read, an unknown
+    key, or a value that does not fit.
 
     Args:
         file: YAML file given by the user.
         flags: values by the names of `settings`; None means not given.
         recorded: `study.yaml` of a study that is resumed; it lies below the file.
         below: values that lie below the file as well, such as those of a plan file.
-
-    ConfigError names key and place of a file that cannot be read, an unknown key, or a value that does not fit.
     """
     layers = _Layers()
     if recorded is not None:

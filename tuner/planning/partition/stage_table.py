@@ -86,13 +86,9 @@ def count_states(classes: Sequence[int]) -> int:
 def near_best(
     cost: CostModel, kinds: Mapping[TaskKind, int], devices: Sequence[str], fill: Table
 ) -> tuple[Partition, ...]:
-    """Partitions over all devices, in the order given, that fit and whose slowest stage is near to the fastest; the
-    best first, none where nothing fits.
-
-    Args:
-        kinds: how many tasks of each kind the stages run.
-        fill: `[device, first, end]`, share of its memory that a stage would take; up to 1 fits.
-    """
+    """Partitions over all devices, in the order given, that fit and whose slowest stage is near to the fastest, over so
+    many tasks of each kind; the best first, none where nothing fits. `fill` is `[device, first, end]`, the share of its
+    memory that a stage would take; up to 1 fits."""
     seconds = np.array([stage_seconds(cost.costs, device, kinds) for device in devices])
     table = np.where(fill <= 1.0, seconds, np.inf)
     return best_partitions(table, cost.shape.forbidden_cuts, tolerance=_NEAR, limit=_LOOKED_AT)
