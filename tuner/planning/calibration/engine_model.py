@@ -32,9 +32,9 @@ Layout = tuple[int, int, int]
 _BYTES_A_SECOND, _FLOPS = 1e10, 1e11
 _STEP_S, _GAP_S, _HOP_S = 1e-3, 3e-3, 1e-3
 _PRIOR_WEIGHT = 1e-3
-"""Of each nominal rate, in times of one step seen."""
+"""What each nominal rate counts, in times of one step seen."""
 _FACTOR_WEIGHT = 0.5
-"""Of a factor of 1, in records."""
+"""What a factor of 1 counts, in records."""
 
 
 @dataclass(frozen=True, kw_only=True)

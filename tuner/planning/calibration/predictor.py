@@ -120,7 +120,7 @@ class Predictor:
     def _predictions(
         self, plans: Sequence[tuple[Plan, int]], most_requests: int | None = None
     ) -> tuple[Prediction, ...]:
-        """Of the model; under arrivals with the metrics of these."""
+        """The model's; under arrivals with the metrics of these."""
         batches = self.model.predict_many(plans)
         if self.model.arrivals is None:
             return batches

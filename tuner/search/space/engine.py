@@ -20,7 +20,7 @@ from pipetune.tuner.search.space.resolver import Resolver, overrun
 from pipetune.tuner.search.space.space import SearchSpace
 
 SPLITS = 24
-"""Of each number of replicas, stages and shards, the most even ones."""
+"""So many of each number of replicas, stages and shards, the most even ones."""
 _TOLERANCE = 0.5
 _LEAST_BUDGET, _BUDGETS, _SEQS = 32, 6, 3
 """Tokens of the least budget, and how many halves of all prompts' tokens and of all prompts are tried."""
