@@ -69,8 +69,9 @@ def pipetune(*args: object) -> subprocess.CompletedProcess[str]:
 
 def here(capsys: pytest.CaptureFixture[str], *args: object) -> subprocess.CompletedProcess[str]:
     """The same within this process, which has imported what a start takes seconds for; its workers are as real."""
-    code = run([*map(str, args)])
-    return subprocess.CompletedProcess(args, code, *capsys.readouterr())
+    given = [*map(str, args)]
+    code = run(given)
+    return subprocess.CompletedProcess(given, code, *capsys.readouterr())
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:

@@ -17,8 +17,10 @@ from pipetune.tuner.study.plan_file import read_plan
 from tests.tiny_models import save_tiny_model
 
 SIZE = ("--num-prompts", "4", "--input-len", "8", "--output-len", "4", "--num-iters", "1", "--num-iters-warmup", "1")
-SEARCH = ("--n-trials", "2", "--baseline-batch-sizes", "4", "--finalists", "1", "--max-finalist-rounds", "2")
-SEARCH += ("--finalist-rounds", "1")
+SEARCH = (
+    *("--n-trials", "2", "--baseline-batch-sizes", "4"),
+    *("--finalists", "1", "--finalist-rounds", "1", "--max-finalist-rounds", "2"),
+)
 FLEETS = ("--fleet", "cpu:0", "--fleet", "cpu:0-1")
 
 
