@@ -45,11 +45,7 @@ def compare(
 
 
 def parse_prices(texts: Sequence[str]) -> dict[str, float]:
-    """`DEVICE=PRICE` of each.
-
-    Raises:
-        ConfigError: one is not of that form, or its price is no amount.
-    """
+    """`DEVICE=PRICE` of each. ConfigError: one is not of that form, or its price is no amount."""
     prices = {}
     for text in texts:
         device, _, amount = text.partition("=")

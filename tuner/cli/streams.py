@@ -17,10 +17,7 @@ class _Stream(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         """Writes bytes. A reader who left is no fault, and what nobody can read on stderr stops no work.
-
-        Raises:
-            OSError: a result cannot be written; once.
-        """
+        OSError: a result cannot be written; once."""
         if not self._failed:
             try:
                 return super().write(data)

@@ -64,10 +64,7 @@ class GateRequest:
 
     def job(self) -> Job:
         """What there is to do, checked as far as it can be before anything runs.
-
-        Raises:
-            UserError: flags that do not go together, files that cannot be read, settings that do not fit.
-        """
+        UserError: flags that do not go together, files that cannot be read, settings that do not fit."""
         if self.files:
             return self._of_files()
         if self.stored:

@@ -296,10 +296,7 @@ def _usage(choices: Sequence[_Choice]) -> dict[str, int]:
 
 def serve(api: Api, *, host: str, port: int, say: Callable[[str], object]) -> None:
     """Serves until SIGINT or SIGTERM, and then what was accepted; ends by itself when the workers are lost.
-
-    Raises:
-        ConfigError: nobody may listen there.
-    """
+    ConfigError: nobody may listen there."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

@@ -14,11 +14,7 @@ from pipetune.tuner.report.wording import MISSING, ms_text, percent_text
 
 
 def rates_of(text: str | None) -> tuple[float, ...]:
-    """Rates, as the command line gives them.
-
-    Raises:
-        ConfigError: something else than rising numbers above 0.
-    """
+    """Rates, as the command line gives them. ConfigError: something else than rising numbers above 0."""
     try:
         rates = tuple(float(part) for part in text.split(",")) if text is not None else ()
     except ValueError:

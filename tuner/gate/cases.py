@@ -21,11 +21,7 @@ class SideRequest:
 
 
 def case_of(name: str, baseline: SideRequest, candidate: SideRequest) -> Case:
-    """One case.
-
-    Raises:
-        ConfigError: the sides would not do the same work, or a metric that this work does not yield.
-    """
+    """One case. ConfigError: the sides would not do the same work, or a metric that this work does not yield."""
     lines = [
         *differences(_identity(baseline.config.workload), _identity(candidate.config.workload)),
         *differences(baseline.config.protocol, candidate.config.protocol),
@@ -58,11 +54,7 @@ def case_of(name: str, baseline: SideRequest, candidate: SideRequest) -> Case:
 
 
 def parse_env(flag: str, texts: Sequence[str]) -> dict[str, str]:
-    """`KEY=VALUE` of each.
-
-    Raises:
-        ConfigError: one is not of that form, or a key is given twice.
-    """
+    """`KEY=VALUE` of each. ConfigError: one is not of that form, or a key is given twice."""
     found: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -82,10 +74,7 @@ def metrics_of(
     name: str, gate: GateConfig, workload: Workload, *, gpu: bool, engine: bool = False
 ) -> dict[str, Tolerance]:
     """What a gate compares of a case.
-
-    Raises:
-        ConfigError: a metric is asked for by name that such a workload does not yield.
-    """
+    ConfigError: a metric is asked for by name that such a workload does not yield."""
     kinds = {"goodput": workload.goodput is not None, "arrivals": engine or workload.arrivals is not None}
     yielded = metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, **kinds)
     wanted = gate.metrics

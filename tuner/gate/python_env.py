@@ -61,11 +61,7 @@ class Interpreter:
     """What `python -P -m` runs: `tuner` in revisions from before the packages lived in `pipetune`."""
 
     def run(self, code: str) -> subprocess.CompletedProcess[str]:
-        """Some lines of Python, run to their end.
-
-        Raises:
-            OSError, SubprocessError: they cannot be, or take too long.
-        """
+        """Some lines of Python, run to their end. OSError, SubprocessError: they cannot be, or take too long."""
         command = [self.python, "-P", "-c", code]
         return subprocess.run(
             command, capture_output=True, text=True, check=False, env=self.environment, timeout=_TIMEOUT_S
@@ -93,10 +89,7 @@ class Interpreter:
 
 def of_python(python: str, env: Mapping[str, str]) -> Interpreter:
     """Another environment's Python: with the pipetune that is installed there, or with this one where none is.
-
-    Raises:
-        ConfigError: it is no Python that can be run.
-    """
+    ConfigError: it is no Python that can be run."""
     here = Interpreter(python=python, root=None, env=env)
     try:
         done = here.run(_INSTALLED)
@@ -148,10 +141,7 @@ def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT, deadlin
 
 def commit_of(ref: str, *, repository: Path = ROOT) -> str:
     """The full hash of the commit that a revision of pipetune's own repository stands for.
-
-    Raises:
-        ConfigError: this pipetune is no git checkout, or there is no such revision.
-    """
+    ConfigError: this pipetune is no git checkout, or there is no such revision."""
     if not (repository / ".git").exists():
         raise ConfigError(
             f"--baseline-ref {ref}: {repository} is no git checkout of pipetune; install that version into an "

@@ -48,10 +48,7 @@ class Clock:
         self, runner: SideRunner, case: v.Case, name: v.SideName, reporter: Reporter, label: str, *, check: bool
     ) -> v.Sample:
         """One run of a side; one that the deadline ended is none, and says nothing of the side.
-
-        Raises:
-            OutOfTime: the time is up.
-        """
+        OutOfTime: the time is up."""
         reporter.begin(label)
         left_s = self.left_s()
         if left_s <= 0:

@@ -131,10 +131,7 @@ def load_records(folder: Path, unread: list[str] | None = None) -> tuple[Record,
 
 def read_records(path: Path, flag: str = "") -> list[Record]:
     """Records as `pipetune bench -o` writes them.
-
-    Raises:
-        StudyError: the file, after the flag that named it, cannot be read or holds something else.
-    """
+    StudyError: the file, after the flag that named it, cannot be read or holds something else."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [Record.model_validate_json(line) for line in lines if line.strip()]
@@ -183,11 +180,7 @@ def read_config(folder: Path) -> TuneConfig:
 
 
 def read(path: Path, model: type[_T]) -> _T:
-    """Reads one JSON file of a study.
-
-    Raises:
-        StudyError: it is missing, cut off or of another version.
-    """
+    """Reads one JSON file of a study. StudyError: it is missing, cut off or of another version."""
     try:
         return model.model_validate_json(read_text(path), strict=True)
     except FileNotFoundError:

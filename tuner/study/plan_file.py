@@ -153,10 +153,7 @@ def engine_replicas(plan: Plan) -> dict[str, str]:
 
 def read_plan(path: Path) -> PlanFile:
     """Reads a plan file: `best_plan.json`, or a bare plan.
-
-    Raises:
-        PlanError: the file cannot be read or holds no plan; says what is wrong where.
-    """
+    PlanError: the file cannot be read or holds no plan; says what is wrong where."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         bare = isinstance(value, dict) and "stages" in value

@@ -232,10 +232,7 @@ class StudyStore(Closing):
 
     def set_revision(self, revision: str | None, dtype: str = "auto") -> None:
         """Pins the checkpoint that the fleet resolved, and the dtype where it was left open; a resume demands the same.
-
-        Raises:
-            StudyError: the checkpoint changed since the study began.
-        """
+        StudyError: the checkpoint changed since the study began."""
         recorded = self._recorded_revision
         if recorded is not None and revision != recorded:
             raise StudyError(

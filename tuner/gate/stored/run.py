@@ -106,10 +106,7 @@ def nothing_stored(place: Path, gate: GateConfig) -> GateResult:
 
 def compare_files(baselines: Sequence[Path], candidate: Path, gate: GateConfig) -> GateResult:
     """Files of pytest-benchmark, benchmark by benchmark; one that only one side has is never passed over.
-
-    Raises:
-        ConfigError: a metric that is asked for by name is not measured in a benchmark.
-    """
+    ConfigError: a metric that is asked for by name is not measured in a benchmark."""
     clock = Clock()
     try:
         old, new = [read_benchmarks(path) for path in baselines], read_benchmarks(candidate)

@@ -13,10 +13,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@")
 
 def render_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Cell]]) -> str:
     """A header and a line for each row; what a row does not hold is empty.
-
-    Raises:
-        ValueError: a row holds what is no column.
-    """
+    ValueError: a row holds what is no column."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=columns, restval="", lineterminator="\n")
     writer.writeheader()
