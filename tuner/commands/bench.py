@@ -113,11 +113,7 @@ class Bench:
 
     def run(self, reporter: Reporter) -> BenchResult:
         """Starts a fleet and measures.
-
-        Raises:
-            UserError: a model, plan, prompts or file that cannot be used.
-            FleetError: the workers failed.
-        """
+        UserError: a model, plan, prompts or file that cannot be used. FleetError: the workers failed."""
         for path in (self.output, self.save_outputs):
             refuse_existing(path)
         with reporter, scratch_folder() as folder:

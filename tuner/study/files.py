@@ -165,11 +165,7 @@ def still_told(records: Sequence[Record]) -> tuple[Record, ...]:
 
 def read_config(folder: Path) -> TuneConfig:
     """The settings of a study.
-
-    Raises:
-        StudyError: the folder holds no study.
-        ConfigError: its `study.yaml` is damaged.
-    """
+    StudyError: the folder holds no study. ConfigError: its `study.yaml` is damaged."""
     path = folder / StudyFile.CONFIG
     if not path.is_file():
         raise StudyError(f"{folder}{written_by(folder)} holds no study: there is no {StudyFile.CONFIG}")
