@@ -172,7 +172,6 @@ class EngineConfig(Value):
     kv_cache_memory_bytes: Annotated[
         Bytes | None, Flag("Engine", "KV cache of a worker: 2GiB. [what the caps leave]", metavar="SIZE")
     ] = None
-    """KV cache of each worker; None: what the caps leave."""
     enforce_eager: Annotated[bool, Flag("Engine", "Compile nothing.")] = False
     served: Annotated[bool, Flag("Engine", "By its HTTP server, asked over loopback.")] = False
 
