@@ -165,9 +165,7 @@ class EngineConfig(Value):
     """Most tokens of a batch, to choose among; None: halves of all prompts' tokens, and the engine's own."""
     max_num_seqs: Annotated[Sizes | None, Flag("Engine", "Sequences at once: 16,32. [halves of all]")] = None
     """Most sequences at once, to choose among; None: halves of all prompts, and the engine's own."""
-    tensor_parallel_sizes: Annotated[Sizes | None, Flag("Engine", "Workers that share a stage: 1,2. [what fits]")] = (
-        None
-    )
+    tensor_parallel_sizes: Annotated[Sizes | None, Flag("Engine", "Workers of a stage: 1,2. [what fits]")] = None
     """Workers that share each stage; None: every division of the devices that divides the attention heads."""
     kv_cache_memory_bytes: Annotated[
         Bytes | None, Flag("Engine", "KV cache of a worker: 2GiB. [what the caps leave]", metavar="SIZE")
