@@ -11,7 +11,7 @@ from pipetune.bench.record import Failure, FailureKind, Measurement
 from pipetune.tuner.study.files import load_study
 from tests.hooks import break_workers
 from tests.tiny_models import save_tiny_model
-from tests.tuner.test_end_to_end import SHORT, SIZE, pipetune
+from tests.tuner.test_end_to_end import SHORT, SIZE, here
 
 pytestmark = pytest.mark.e2e
 
@@ -28,7 +28,9 @@ DIES = """
 """
 
 
-def test_three_workers_become_two_where_one_dies_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_workers_become_two_where_one_dies_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_tiny_model(tmp_path / "model", "llama", 3)
     break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.runtime.stage.stage", body=DIES)
     # All plans of the space, the one on three devices among them.
@@ -36,7 +38,7 @@ def test_three_workers_become_two_where_one_dies_at_work(tmp_path: Path, monkeyp
     rounds = ("--max-finalist-rounds", 2)
     args = ("tune", "--model", model, "--devices", "cpu:0-2", *SIZE, *SHORT, *space, *rounds)
 
-    stopped = pipetune(*args, "--n-trials", 4, "-o", tmp_path / "stopped", "--on-device-loss", "stop")
+    stopped = here(capsys, *args, "--n-trials", 4, "-o", tmp_path / "stopped", "--on-device-loss", "stop")
     assert stopped.returncode == 4, stopped.stderr
     message = stopped.stderr.splitlines()[-1]
     assert message.startswith("pipetune: cpu:2 was lost twice: ")
@@ -45,7 +47,7 @@ def test_three_workers_become_two_where_one_dies_at_work(tmp_path: Path, monkeyp
     assert not (tmp_path / "stopped/losses.json").exists()
 
     folder = tmp_path / "s"
-    result = pipetune(*args, "--n-trials", 4, "-o", folder, "--json")
+    result = here(capsys, *args, "--n-trials", 4, "-o", folder, "--json")
     assert result.returncode == 0, result.stderr
     contents = load_study(folder)
     (loss,) = contents.losses.losses
@@ -65,9 +67,8 @@ def test_three_workers_become_two_where_one_dies_at_work(tmp_path: Path, monkeyp
     assert document["best"]["speedup_over_baseline"] is not None
     ranking = (folder / "ranking.md").read_text(encoding="utf-8")
     assert "cpu:2 was lost twice: the study is degraded" in ranking
-    again = pipetune(
-        *args, "--n-trials", 4, "--finalist-rounds", 3, "--max-finalist-rounds", 3, "-o", folder, "--resume", "--json"
-    )
+    more = ("--finalist-rounds", 3, "--max-finalist-rounds", 3)
+    again = here(capsys, *args, "--n-trials", 4, *more, "-o", folder, "--resume", "--json")
     assert again.returncode == 0, again.stderr
     assert "cpu:2 was lost twice: the study is degraded" in again.stderr
     longer = load_study(folder)

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipetune.bench.record import FailureKind, Measurement
+from pipetune.tuner.cli import run
 from pipetune.tuner.study.files import load_records, load_study, was_interrupted
 from tests.disks import fill, small_disk
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
@@ -28,7 +29,7 @@ from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 pytestmark = pytest.mark.e2e
 
 SIZE = ("--num-prompts", "8", "--output-len", "4", "--num-iters", "1", "--num-iters-warmup", "1")
-SHORT = ("--baseline-batch-sizes", "8", "--finalists", "1", "--finalist-rounds", "1")
+SHORT = ("--baseline-batch-sizes", "8", "--finalists", "1", "--finalist-rounds", "1", "--max-finalist-rounds", "1")
 FILES = {
     *("study.yaml", "machine.json", "shape.json", "prompts.jsonl", "reference.safetensors", "study.db"),
     *("logs", "records", "ranking.csv", "ranking.md", "report.html", "plots", "trace.json.gz"),
@@ -64,6 +65,13 @@ def pipetune(*args: object) -> subprocess.CompletedProcess[str]:
     process = start(*args)
     out, err = process.communicate(timeout=280)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def here(capsys: pytest.CaptureFixture[str], *args: object) -> subprocess.CompletedProcess[str]:
+    """The same within this process, which has imported what a start takes seconds for; its workers are as real."""
+    given = [*map(str, args)]
+    code = run(given)
+    return subprocess.CompletedProcess(given, code, *capsys.readouterr())
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
@@ -132,13 +140,13 @@ def test_the_best_plan_serves_and_its_map_loads_with_the_same_tokens(
 
 
 def test_a_ranges_map_of_the_study_comes_back_as_the_plan(
-    study: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path
+    study: tuple[Path, dict[str, Any]], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, document = study
     path = tmp_path / "map.json"
-    assert pipetune("export", folder, "-f", "ranges", "-o", path).returncode == 0
-    result = pipetune(
-        "bench", "--model", model, "--device-map", path, "--micro-batch-size", 4, *SIZE, "--no-check", "--json",
+    assert here(capsys, "export", folder, "-f", "ranges", "-o", path).returncode == 0
+    result = here(
+        capsys, "bench", "--model", model, "--device-map", path, "--micro-batch-size", 4, *SIZE, "--no-check", "--json",
         "--compare-baseline", "--rounds", 2, "--baseline-batch-sizes", 8, "-o", tmp_path / "records.jsonl",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -152,9 +160,12 @@ def test_a_ranges_map_of_the_study_comes_back_as_the_plan(
     assert len((tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()) == 1 + 3 * 2
 
 
-def test_a_study_survives_a_killed_worker_a_killed_driver_and_an_interrupt(model: Path, tmp_path: Path) -> None:
+def test_a_study_survives_a_killed_worker_a_killed_driver_and_an_interrupt(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "s"
-    args = ("tune", "--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "--n-trials", 4, "-o", folder)
+    job = ("--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "--no-profile")
+    args = ("tune", *job, "--n-trials", 4, "-o", folder)
 
     def trials() -> int:
         return sum(record.role == "trial" for record in load_records(folder))
@@ -203,7 +214,7 @@ def test_a_study_survives_a_killed_worker_a_killed_driver_and_an_interrupt(model
     assert sum(was_interrupted(record) for record in done) == 2
     assert len({record.trial_number for record in done}) == len(done)
 
-    refused = pipetune(*args, "--resume", "--num-iters", 100, "--input-len", 9)
+    refused = here(capsys, *args, "--resume", "--num-iters", 100, "--input-len", 9)
     assert refused.returncode == 2
     assert "workload.input_len: 64 → 9" in refused.stderr
 
@@ -242,7 +253,7 @@ def _trial_is_running(folder: Path) -> bool:
     ],
 )
 def test_what_only_the_workers_can_know_exits_2_and_leaves_no_study(
-    model: Path, tmp_path: Path, args: tuple[str, str], message: str
+    model: Path, tmp_path: Path, args: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad, text = tmp_path / "bad.jsonl", tmp_path / "text.jsonl"
     bad.write_text("{\n", encoding="utf-8")
@@ -253,7 +264,7 @@ def test_what_only_the_workers_can_know_exits_2_and_leaves_no_study(
         shutil.copytree(model, tmp_path / "model")
         (tmp_path / "model" / value).write_text('{"version": "1.0"' + "}" * value.startswith("tokenizer.j"))
         given |= {"--model": str(tmp_path / "model"), "--prompts": str(text)}
-    result = pipetune("tune", *(part for pair in given.items() for part in pair), "-o", tmp_path / "s")
+    result = here(capsys, "tune", *(part for pair in given.items() for part in pair), "-o", tmp_path / "s")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert result.stderr.splitlines()[-1].startswith("pipetune: ")
@@ -278,7 +289,8 @@ def test_a_study_stopped_before_its_first_record_leaves_nothing_and_says_so(
 def test_a_study_whose_disk_fills_keeps_its_records_and_goes_on(model: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "20m") as disk:
         folder = disk / "s"
-        args = ("tune", "--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "--n-trials", 2, "-o", folder)
+        job = ("--model", model, "--devices", "cpu:0-1", *SIZE, *SHORT, "--no-profile")
+        args = ("tune", *job, "--n-trials", 2, "-o", folder)
         process = start(*args)
         wait_for(lambda: list(folder.glob("records/*.json")) or process.poll() is not None)
         filler = fill(disk)
@@ -294,18 +306,23 @@ def test_a_study_whose_disk_fills_keeps_its_records_and_goes_on(model: Path, tmp
         assert load_records(folder)[: len(before)] == before
 
 
-def test_plans_that_do_not_describe_the_model_exit_2(model: Path, tmp_path: Path) -> None:
+def test_plans_that_do_not_describe_the_model_exit_2(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "map.json"
     path.write_text('{"model.layers.0-1": "cpu:0", "model.layers.3-4": "cpu:1"}', encoding="utf-8")
-    missing = pipetune("bench", "--model", model, "--device-map", path, *SIZE)
+    missing = here(capsys, "bench", "--model", model, "--device-map", path, *SIZE)
     assert (missing.returncode, "layer 2 is missing" in missing.stderr) == (2, True)
-    many = pipetune("bench", "--model", model, "--devices", "cpu:0-1", "--layers", "2,2", *SIZE)
+    many = here(capsys, "bench", "--model", model, "--devices", "cpu:0-1", "--layers", "2,2", *SIZE)
     assert (many.returncode, "layer 4 is missing" in many.stderr) == (2, True)
 
 
-def test_a_dry_run_shows_the_queue_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_queue_and_writes_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "s"
-    result = pipetune("tune", "--model", model, "--devices", "cpu:0-1", *SIZE, "-o", folder, "--dry-run", "--json")
+    size = (*SIZE, "-o", folder)
+    result = here(capsys, "tune", "--model", model, "--devices", "cpu:0-1", *size, "--dry-run", "--json")
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
     assert values["layers"] == 5
@@ -314,14 +331,14 @@ def test_a_dry_run_shows_the_queue_and_writes_nothing(model: Path, tmp_path: Pat
     assert not folder.exists()
 
 
-def test_the_doctor_passes_tokens_through_real_workers() -> None:
-    result = pipetune("doctor", "--devices", "cpu:0-1", "--json")
+def test_the_doctor_passes_tokens_through_real_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    result = here(capsys, "doctor", "--devices", "cpu:0-1", "--json")
     assert result.returncode == 0, result.stdout + result.stderr
     checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
     assert checks["pipeline"]["text"] == "tokens went through 2 stages and back"
 
 
-def test_the_doctor_names_what_fails() -> None:
-    result = pipetune("doctor", "--model", "/nowhere", "--devices", "cpu:0")
+def test_the_doctor_names_what_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    result = here(capsys, "doctor", "--model", "/nowhere", "--devices", "cpu:0")
     assert result.returncode == 2
     assert "failed" in result.stdout
