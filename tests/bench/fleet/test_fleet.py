@@ -36,8 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fleet(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as started:
+def told() -> list[Progress]:
+    """What the fleet told until a test listened itself."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def fleet(folder: Path, told: list[Progress], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES, on_progress=told.append) as started:
         failure = started.make_reference(tmp_path_factory.mktemp("study") / "reference", WORKLOAD, PROTOCOL)
         assert failure is None
         yield started
@@ -75,6 +81,11 @@ def test_a_measurement_holds_what_the_run_was(fleet: Fleet) -> None:
     assert [stage.device for stage in outcome.memory] == list(DEVICES)
     assert all(stage.weights_bytes > 0 and stage.kv_bytes > 0 for stage in outcome.memory)
     assert outcome.transport == "gloo"
+
+
+def test_progress_is_told(fleet: Fleet, told: list[Progress]) -> None:
+    assert isinstance(run(fleet, (3, 3), 2), Measurement)
+    assert {"start", "warmup", "measure"} <= {progress.phase for progress in told}
 
 
 def test_memory_by_accounting_is_what_the_stage_holds(fleet: Fleet) -> None:
@@ -330,13 +341,6 @@ def test_text_without_a_tokenizer_is_refused(fleet: Fleet) -> None:
     plan = Plan.from_layer_counts((3, 3), DEVICES, 2)
     with pytest.raises(ConfigError, match="tokenizer"):
         fleet.generate(plan, ["some text"], max_new_tokens=2)
-
-
-def test_progress_is_told(folder: Path) -> None:
-    told: list[Progress] = []
-    with Fleet.start(ModelSpec(name=str(folder)), DEVICES, on_progress=told.append) as started:
-        run(started, (3, 3), 2)
-    assert {"start", "warmup", "measure"} <= {progress.phase for progress in told}
 
 
 def test_an_interrupted_start_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from pipetune.bench.errors import ConfigError, FleetError, PlanError
 from pipetune.bench.fleet.fleet import Fleet
-from pipetune.bench.pipeline import Pipeline
 from pipetune.bench.record import FailureKind
 from pipetune.bench.spec import ModelSpec, Plan
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
@@ -28,18 +27,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama", "llama")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fleet(folder: Path) -> Iterator[Fleet]:
     with Fleet.start(ModelSpec(name=str(folder)), ("cpu:0", "cpu:1")) as fleet:
         yield fleet
 
 
-def test_requests_from_several_threads_get_the_unsplit_models_tokens(folder: Path) -> None:
+def test_requests_from_several_threads_get_the_unsplit_models_tokens(folder: Path, fleet: Fleet) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     prompts = tiny_prompts(12)
     expected = [unsplit_tokens(model, [prompt], output_len=2 + index % 5)[0] for index, prompt in enumerate(prompts)]
     found: dict[int, list[int]] = {}
-    with Pipeline.start(str(folder), PLAN) as pipeline, pipeline.open_queue(max_len=32) as requests:
+    with fleet.open_queue(PLAN, max_len=32) as requests:
 
         def ask(first: int) -> None:
             for index in range(first, len(prompts), 3):

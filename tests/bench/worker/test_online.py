@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ PLANS = (
         update={"lanes": (Lane(up_to_tokens=4, weight=4, slots=1), Lane(prefill_chunk_size=5, prefills_per_decode=1))}
     ),
 )
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A llama on three workers."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as started:
+        yield started
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "bloom", "gpt2"])
@@ -58,18 +67,16 @@ def test_a_trace_on_workers(family: str, tmp_path: Path) -> None:
         assert not any(stage.compute_start_s for stage in again.stages)
 
 
-def test_draws_are_those_of_the_batch(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "llama", "llama")
+def test_draws_are_those_of_the_batch(fleet: Fleet) -> None:
     sampling = Sampling(temperature=0.8, seed=5)
     prompts = tiny_prompts(6)
     requests = [OnlineRequest(number=one, prompt=prompts[one], output_len=6) for one in (4, 2, 0, 5, 1, 3)]
-    with Fleet.start(ModelSpec(name=str(folder)), DEVICES[:2]) as fleet:
-        plan = Plan.from_layer_counts((3, 3), DEVICES, 2)
-        batch = fleet.generate(plan, prompts, max_new_tokens=6, ignore_eos=True, sampling=sampling)
-        run = fleet.run_trace(plan, requests, sampling=sampling)
-        assert {one.number: one.token_ids for one in run.requests} == {
-            number: result.token_ids for number, result in enumerate(batch)
-        }
+    plan = Plan.from_layer_counts((3, 3), DEVICES, 2)
+    batch = fleet.generate(plan, prompts, max_new_tokens=6, ignore_eos=True, sampling=sampling)
+    run = fleet.run_trace(plan, requests, sampling=sampling)
+    assert {one.number: one.token_ids for one in run.requests} == {
+        number: result.token_ids for number, result in enumerate(batch)
+    }
 
 
 def test_what_is_refused_costs_no_worker(tmp_path: Path) -> None:
@@ -112,30 +119,26 @@ def test_families_whose_tokens_would_change_are_refused(family: str, message: st
         assert worker_pids(fleet) == pids
 
 
-def test_a_pipeline_without_requests_is_not_taken_for_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_without_requests_is_not_taken_for_stuck(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "STUCK_AFTER_S", 1.2)
-    folder = save_tiny_model(tmp_path / "llama", "llama")
     requests = [OnlineRequest(number=one, prompt=(5, 6), output_len=2, at_s=4.0 * one) for one in range(2)]
-    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
-        run = fleet.run_trace(PLANS[2], requests)
+    run = fleet.run_trace(PLANS[2], requests)
     first, second = run.requests
     assert run.idle_s == ((first.token_times_s[-1], 4.0),)
     assert second.noticed_s >= 4.0
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_killed_stage_is_named(rank: int, tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "llama", "llama")
+def test_a_killed_stage_is_named(rank: int, fleet: Fleet) -> None:
     requests = [
         OnlineRequest(number=number, prompt=(5, 6, 7), output_len=20, at_s=0.02 * number) for number in range(1000)
     ]
-    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
-        plan = PLANS[2]
-        fleet.run_trace(plan, requests[:3])
-        timer = threading.Timer(1.0, os.kill, (worker_pids(fleet)[rank], signal.SIGKILL))
-        timer.start()
-        with pytest.raises(FleetError) as caught:
-            fleet.run_trace(plan, requests, in_flight=3)
-        assert (caught.value.failure.kind, caught.value.failure.stage) == (FailureKind.WORKER_DIED, rank)
-        # The next use starts the workers again.
-        assert len(fleet.run_trace(plan, requests[:2]).requests) == 2
+    plan = PLANS[2]
+    fleet.run_trace(plan, requests[:3])
+    timer = threading.Timer(1.0, os.kill, (worker_pids(fleet)[rank], signal.SIGKILL))
+    timer.start()
+    with pytest.raises(FleetError) as caught:
+        fleet.run_trace(plan, requests, in_flight=3)
+    assert (caught.value.failure.kind, caught.value.failure.stage) == (FailureKind.WORKER_DIED, rank)
+    # The next use starts the workers again.
+    assert len(fleet.run_trace(plan, requests[:2]).requests) == 2

@@ -30,14 +30,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fleet(folder: Path) -> Iterator[Fleet]:
-    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as started:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the fleet's workers write down what the loop took for whole tasks, as the profiler sees it."""
+    return tmp_path_factory.mktemp("seen")
+
+
+@pytest.fixture(scope="module")
+def fleet(folder: Path, seen: Path) -> Iterator[Fleet]:
+    body = f"""
+    import json
+    times_of = module._times_of
+    def spy(seen):
+        found = times_of(seen)
+        parts = dict(found.parts_s)
+        row = [sorted(seen.whole_s), *(parts.pop(name) for name in ("overhead", "embedding", "head"))]
+        row.append(list(parts.values()))
+        with open({str(seen / "rank")!r} + str(module.os.getpid()), "a") as file:
+            file.write(json.dumps(row) + "\\n")
+        return found
+    import os
+    module.os = os
+    module._times_of = spy
+"""
+    with pytest.MonkeyPatch.context() as patch:
+        break_workers(seen / "hook", patch, target="pipetune.bench.worker.profiling.profiler", body=body)
+        started = Fleet.start(ModelSpec(name=str(folder)), DEVICES)
+    with started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def profile(fleet: Fleet) -> Profile:
-    return fleet.profile(GRID)
+def profile(fleet: Fleet, seen: Path) -> Profile:
+    for file in seen.glob("rank*"):
+        file.unlink()
+    profile = fleet.profile(GRID)
+    for file in seen.glob("rank*"):
+        file.rename(seen / file.name.replace("rank", "first"))
+    return profile
 
 
 def kinds(times: tuple[TaskTime, ...]) -> set[tuple[int, int, int]]:
@@ -68,28 +97,9 @@ def test_a_profile_says_what_it_is_of(fleet: Fleet, profile: Profile) -> None:
     assert Profile.model_validate_json(profile.model_dump_json()) == profile
 
 
-def test_the_parts_of_a_task_are_the_task(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What the loop took for whole tasks is written down as the profiler sees it.
-    body = f"""
-    import json
-    times_of = module._times_of
-    def spy(seen):
-        found = times_of(seen)
-        parts = dict(found.parts_s)
-        row = [sorted(seen.whole_s), *(parts.pop(name) for name in ("overhead", "embedding", "head"))]
-        row.append(list(parts.values()))
-        with open({str(tmp_path / "seen")!r} + str(module.os.getpid()), "a") as file:
-            file.write(json.dumps(row) + "\\n")
-        return found
-    import os
-    module.os = os
-    module._times_of = spy
-"""
-    break_workers(tmp_path / "hook", monkeypatch, target="pipetune.bench.worker.profiling.profiler", body=body)
-    with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as watched:
-        watched.profile(GRID)
-    files = list(tmp_path.glob("seen*"))
-    assert len(files) == len(DEVICES)
+def test_the_parts_of_a_task_are_the_task(profile: Profile, seen: Path) -> None:
+    files = list(seen.glob("first*"))
+    assert len(files) == len(profile.devices) == len(DEVICES)
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert len(rows) == len(KINDS)
@@ -108,12 +118,15 @@ def test_links_go_both_ways_between_each_pair(folder: Path) -> None:
     assert all(link.bytes_per_s > 1e6 and link.latency_s < 1 for link in profile.links)
 
 
-def test_a_single_device_has_no_links(folder: Path) -> None:
-    with Fleet.start(ModelSpec(name=str(folder)), ("cpu:0",)) as one:
+def test_a_single_device_has_no_links_and_its_progress_is_told(folder: Path) -> None:
+    told: list[Progress] = []
+    with Fleet.start(ModelSpec(name=str(folder)), ("cpu:0",), on_progress=told.append) as one:
         profile = one.profile(ProfileGrid(rows=(2,), lengths=(4,), pasts=(4,)))
     assert profile.links == ()
     assert profile.contention == ContentionProfile()
     assert covered(profile.devices[0]) == list(range(6))
+    counts = [(row.done, row.total) for row in told if row.phase == "profile"]
+    assert counts == [(done, len(counts)) for done in range(len(counts))]
 
 
 def test_plans_run_right_behind_a_profile(fleet: Fleet, profile: Profile, tmp_path: Path) -> None:
@@ -138,14 +151,6 @@ def test_unpacked_padded_sampled_and_scored_tasks_are_timed_as_well(fleet: Fleet
     scored = fleet.profile(ProfileGrid(rows=(1, 2), lengths=(1, 6), scores=True, padded=True))
     assert scored.scores
     assert kinds(scored.devices[0].head) == {(1, 1, 0), (2, 1, 0), (1, 6, 0), (2, 6, 0)}
-
-
-def test_progress_is_told(folder: Path) -> None:
-    told: list[Progress] = []
-    with Fleet.start(ModelSpec(name=str(folder)), ("cpu:0",), on_progress=told.append) as started:
-        started.profile(ProfileGrid(rows=(1,), lengths=(4,), pasts=(4,)))
-    counts = [(row.done, row.total) for row in told if row.phase == "profile"]
-    assert counts == [(done, len(counts)) for done in range(len(counts))]
 
 
 MIXED = {
