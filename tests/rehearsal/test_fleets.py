@@ -103,17 +103,20 @@ module._Pass.sample = watched
 """Every captured step must have chosen what the loop would choose from its logits."""
 
 
-@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.8), Sampling(top_k=9, top_p=0.8, seed=3)], ids=str)
-def test_captured_steps_choose_the_unsplit_models_tokens(
-    sampling: Sampling | None, use_machine: UseMachine, tmp_path: Path
-) -> None:
-    use_machine(StubMachine.alike(4), {"pipetune.bench.runtime.loop": CHOSEN})
-    workload = WORKLOAD.model_copy(update={"sampling": sampling})
-    with Fleet.start(tiny_model(tmp_path, "llama"), FOUR, log_dir=tmp_path / "logs") as fleet:
-        assert fleet.make_reference(tmp_path / "reference", workload, PROTOCOL) is None
-        for counts in ((LAYERS,), (1,) * 4):
-            outcome = equal(run(fleet, counts, workload=workload))
-            assert not [note for note in outcome.notes if note.startswith("cuda_graphs")]
+def test_captured_steps_choose_the_unsplit_models_tokens(use_machine: UseMachine, tmp_path: Path) -> None:
+    use_machine(StubMachine.alike(3), {"pipetune.bench.runtime.loop": CHOSEN})
+    with Fleet.start(tiny_model(tmp_path, "llama"), FOUR[:3], log_dir=tmp_path / "logs") as fleet:
+        # Graphs draw as the first job behind their capture wants it: the last stage is another one each time.
+        for sampling, split in (
+            (None, (1, 1, 2)),
+            (Sampling(temperature=0.8), (1, 2, 1)),
+            (Sampling(top_k=9, top_p=0.8, seed=3), (1, 1, 2)),
+        ):
+            workload = WORKLOAD.model_copy(update={"sampling": sampling})
+            assert fleet.make_reference(tmp_path / "reference", workload, PROTOCOL) is None
+            for counts in ((LAYERS,), split):
+                outcome = equal(run(fleet, counts, workload=workload))
+                assert not [note for note in outcome.notes if note.startswith("cuda_graphs")]
 
 
 HOST_BOUND = """
