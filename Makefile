@@ -1,7 +1,7 @@
 # make demo     tune a small real model on this machine; the study lands in results/demo
 # make test-fast   the tests of the inner loop: no workers, no real models, no whole studies
 # make test-lowest   the same with the lowest versions that pyproject.toml allows, in .venv-lowest
-# make test     all tests, files side by side
+# make test     all tests: side by side, and those that run whole studies one after the other
 # make test-vllm   plans run by unpatched vLLM, in .venv-vllm: 3 GB; make demo-vllm tunes one, in 10 minutes
 # make bench-engines   our search over vLLM's plans beside others, and the engine beside its own defaults and ours
 # make test-families   every causal-LM family that transformers knows; make models-table writes docs/models.md
@@ -87,7 +87,7 @@ bench-gate: $(VENV)/.installed-run
 gpu-check: $(VENV)/.installed-run
 	$(BIN)/python -m tests.evaluation.gpu $(GPU_CHECK_ARGS)
 
-# pytest says 5 where the arguments given chose no fast test.
+# pytest says 5 where the arguments given chose no test of one half.
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 SIDE_BY_SIDE := -n auto --dist loadfile
 
@@ -131,7 +131,8 @@ test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS) -W default -m 'not e2e and not slow' $(SIDE_BY_SIDE)
 
 test: $(VENV)/.installed-test
-	$(PYTEST) $(SIDE_BY_SIDE)
+	$(PYTEST) -m 'not e2e' $(SIDE_BY_SIDE) || [ $$? -eq 5 ]
+	$(PYTEST) -m e2e || [ $$? -eq 5 ]
 
 test-families: $(VENV)/.installed-test
 	PIPETUNE_FAMILY_SHARD=all $(PYTEST) tests/families

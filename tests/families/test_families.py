@@ -25,7 +25,7 @@ from tests.families.survey import some_splits, survey_family, survey_on_one_core
 from tests.families.table import read_verdicts, write_table
 
 SHARD_VARIABLE = "PIPETUNE_FAMILY_SHARD"
-DEFAULT_SHARD = "1/20"
+DEFAULT_SHARD = "1/10"
 MODELS = Path(__file__).parents[2] / "docs" / "models.md"
 CORE = (
     *("llama", "qwen3", "gpt2", "opt", "bloom", "mpt", "falcon", "gptj", "bart", "roberta"),

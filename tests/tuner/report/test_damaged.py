@@ -63,8 +63,8 @@ from tests.study_factory import make_log, make_profile, write_study
 from tests.tuner.gate.fakes import FakeRunner, equal
 from tests.tuner.gate.stored.test_stored import write_benchmarks
 
-MUTATIONS = 300
-BY_COMMAND = 60
+MUTATIONS = 500
+BY_COMMAND = 100
 """One in so many is read by the commands themselves, which draw pictures."""
 GENERATE = Workload(num_prompts=4, input_len=8, output_len=3)
 SCORE = Workload(kind="score", num_prompts=4, input_len=8)

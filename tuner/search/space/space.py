@@ -74,9 +74,10 @@ class SearchSpace(Value):
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without lanes as before there were any."""
-        values: dict[str, Any] = write(self)
-        return {name: value for name, value in values.items() if name != "lanes" or self.lanes != ((),)}
+        """Without lanes or an engine as before there were any."""
+        later = ("lanes", "engine", "shards", "token_budgets", "max_num_seqs")
+        usual = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in write(self).items() if name not in usual}
 
     def replicas_of(self, point: Mapping[str, int]) -> int:
         """How many pipelines side by side the point stands for."""
