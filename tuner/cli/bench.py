@@ -83,6 +83,7 @@ def bench(
 ) -> int:
     """Measure one plan; with --compare-baseline, beside the un-pipelined model in interleaved rounds."""
     from pipetune.bench.errors import ConfigError
+    from pipetune.bench.spec import EngineSettings
     from pipetune.tuner.cli import common
     from pipetune.tuner.commands.bench import Bench
     from pipetune.tuner.commands.bench_document import FORMATS, document_of, exit_code, json_of, render
@@ -96,7 +97,10 @@ def bench(
         raise ConfigError(f"--format: {form!r} is none of {', '.join(forms)}")
     request, rates = PlanRequest.of(ctx.params), rates_of(sweep)
     others = [record for path in beside or () for record in read_records(path, "--beside ")]
-    params = {**ctx.params, "request_rate": rates[0]} if rates else ctx.params
+    # What is said of an engine is the plan's here, and no bound of a search.
+    own = {"engine_python", *EngineSettings.model_fields}
+    params = {name: value for name, value in ctx.params.items() if name not in own}
+    params |= {"request_rate": rates[0]} if rates else {}
     resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
     if engine_python is not None and (compare_baseline or save_outputs is not None):
         raise ConfigError("--engine-python: measures a plan alone; leave out --compare-baseline and --save-outputs")

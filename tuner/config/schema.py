@@ -162,7 +162,6 @@ class EngineConfig(Value):
     name: Annotated[Literal["vllm"], Flag("Engine", "vllm, in place of our own runtime.", name="engine")] = "vllm"
     python: Annotated[str, Flag("Engine", "Python that has the engine.", name="engine_python", metavar="FILE")] = ""
     max_num_batched_tokens: Annotated[Sizes | None, Flag("Engine", "Token budgets: 256,512. [halves of all]")] = None
-    """Most tokens of a batch, to choose among; None: halves of all prompts' tokens, and the engine's own."""
     max_num_seqs: Annotated[Sizes | None, Flag("Engine", "Sequences at once: 16,32. [halves of all]")] = None
     tensor_parallel_sizes: Annotated[Sizes | None, Flag("Engine", "Workers of a stage: 1,2. [what fits]")] = None
     """Workers that share each stage; None: every division of the devices that divides the attention heads."""

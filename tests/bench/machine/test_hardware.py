@@ -122,6 +122,13 @@ def test_a_gpus_worker_is_bound_to_the_cpus_of_its_numa_node(
     assert hardware.read_machine() == before
 
 
+@pytest.fixture(autouse=True)
+def what_was_said() -> Iterator[None]:
+    """No test says of the machine what later ones would take for known."""
+    yield
+    hardware.warn_of_cores.cache_clear()
+
+
 def cores_said(
     devices: tuple[str, ...], cores: int, affinity: int, quota: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[str, ...]:
