@@ -180,7 +180,7 @@ class VllmEngine(Closing):
         self._fleet.close()
 
     def _measure(self, spec: RunSpec, deadline: float) -> Measurement | Failure:
-        protocol, began, check = spec.protocol, time.monotonic(), None
+        protocol, began, check, hosts = spec.protocol, time.monotonic(), None, self._hosts
         reference = self._reference if protocol.check_outputs else None
         notes, in_place = self._move(spec, deadline, guarded=reference is not None)
         load_s, began = time.monotonic() - began, time.monotonic()
@@ -193,8 +193,8 @@ class VllmEngine(Closing):
             if (wrong := wrong_output(check, scored=True)) is not None:
                 return wrong
         check_s = round(time.monotonic() - began, 4) if check is not None else None
-        warmup: list[float] = []
-        wanted = protocol.num_iters_warmup
+        # A host that just started is slow for a pass or two.
+        warmup, wanted = list[float](), protocol.num_iters_warmup * (1 + (hosts is not self._hosts))
         while len(warmup) < wanted:
             warmup.append(round(self._pass(spec, deadline, "warmup").duration_s, 6))
             unlike = len(warmup) == wanted >= 2 and not is_steady(warmup[-2:], protocol.steady_tolerance)
