@@ -115,7 +115,7 @@ $(VLLM)/.installed: $(BIN)/python tests/bench/engines/vllm-requirements.txt
 demo-vllm: $(VENV)/.installed-run $(VLLM)/.installed
 	$(BIN)/pipetune tune --resume auto -o $(DEMO)-vllm --model smollm2-135m --dtype bfloat16 --devices cpu:0-1 \
 		--engine vllm --engine-python $(VLLM)/bin/python --enforce-eager --kv-cache-memory-bytes 512MiB \
-		--num-iters 1 --n-trials 6 --finalists 2 --max-finalist-rounds 4 --baseline-batch-sizes 32
+		--num-iters 1 --n-trials 6 --finalists 1 --max-finalist-rounds 3 --baseline-batch-sizes 32
 	$(BIN)/pipetune export $(DEMO)-vllm --format vllm
 
 # The landscape is measured where it is not there yet, which takes half an hour.
