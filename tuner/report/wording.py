@@ -8,7 +8,7 @@ import yaml
 
 from pipetune.bench.errors import harmless
 from pipetune.bench.record import Hardware, Measurement, OutputCheck
-from pipetune.bench.spec import Arrivals, ModelSpec, Plan, Sampling, Workload
+from pipetune.bench.spec import ENGINE_TITLES, Arrivals, ModelSpec, Plan, Sampling, Workload
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Row, Spread
 from pipetune.tuner.stats.ratios import Ratio
 
@@ -283,7 +283,7 @@ def engine_default_text(ranking: Ranking) -> str | None:
     default = ranking.engine_default
     if default is None or default.row.plan.engine is None:
         return None
-    name, what = default.row.plan.engine.name, default.row.plan.describe()
+    name, what = ENGINE_TITLES[default.row.plan.engine.name], default.row.plan.describe()
     if default.gain is None:
         return f"Nothing is better than what {name} does by itself ({what})."
     return f"Over what {name} does by itself ({what}): {ratio_text(default.gain)}, {ratio_evidence(default.gain)}."
