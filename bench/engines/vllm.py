@@ -264,16 +264,15 @@ class VllmEngine(Closing):
         assert self._started is not None
         was, plan = self._started.plan, spec.plan
         assert was.engine is not None
-        if len(was.stages) != len(plan.stages):
-            return False
+        has_room = self._longest(spec.workload) <= self._longest(self._started.workload)
+        if was.engine.served or len(was.stages) != len(plan.stages):
+            return has_room and was == plan
         stages = tuple(
             one.model_copy(update={"first_layer": other.first_layer, "end_layer": other.end_layer})
             for one, other in zip(was.stages, plan.stages, strict=True)
         )
         settings = was.engine.model_copy(update={name: getattr(plan.engine, name) for name in _LIMITS})
-        has_room = self._longest(spec.workload) <= self._longest(self._started.workload)
         is_alike = was.model_copy(update={"stages": stages, "engine": settings}) == plan
-        is_alike = was == plan if was.engine.served else is_alike
         return has_room and is_alike and all(limits[name] <= self._limits[name] for name in limits)
 
     def _start(self, spec: RunSpec, deadline: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from pipetune.bench.record import SHARED_DEVICE_NOTE, Failure, FailureKind, Measurement, OutputCheck, Record
 from pipetune.bench.spec import Plan
 from pipetune.tuner.config.schema import GENERATE_OBJECTIVE, SCORE_OBJECTIVE, Constraint, SpaceConfig
+from pipetune.tuner.planning.partition.splits import unevenness
 from pipetune.tuner.ranking import runs as r
 from pipetune.tuner.ranking.order import ordered, pareto_front
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Objective, Ranking, Rival, Row, Spread
@@ -137,7 +138,7 @@ def _rival(ranked: Sequence[Row]) -> Row | None:
 def _engine_default(ranked: Sequence[Row]) -> Row | None:
     """The most even of an engine's longest pipelines at its own limits."""
     found = [row for row in ranked if row.plan.is_engine_default]
-    return max(found, key=lambda row: (len(row.plan.stages), -max(row.plan.layer_counts)), default=None)
+    return min(found, key=lambda row: unevenness(row.plan.layer_counts), default=None)
 
 
 def _batch_size(record: Record) -> int | None:

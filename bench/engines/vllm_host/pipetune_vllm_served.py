@@ -42,18 +42,13 @@ class Server:
         return answers
 
     def run(
-        self,
-        prompts: list[list[int]],
-        output_lens: list[int],
-        sampling: dict[str, Any],
-        start_at: float,
-        at_s: list[float],
+        self, prompts: list[list[int]], output_lens: list[int], at_s: list[float], **how: Any
     ) -> list[dict[str, Any]]:
         """Sends each prompt when it is due, and notes when its tokens come."""
 
         async def all_of_them() -> list[dict[str, Any]]:
             rows = zip(prompts, output_lens, at_s, strict=True)
-            return await asyncio.gather(*(self._request(*row, sampling, start_at) for row in rows))
+            return await asyncio.gather(*(self._request(*row, **how) for row in rows))
 
         return asyncio.run(all_of_them())
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pipetune.bench import metrics
 from pipetune.bench.metrics import percentile
 from pipetune.bench.record import Measurement, Record
+from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.calibration.engine_model import EngineModel
 from pipetune.tuner.planning.calibration.observation import observe
 from pipetune.tuner.planning.calibration.predictor import Predictor
@@ -95,7 +96,7 @@ def _complete(world: EngineWorld, record: Record) -> Record:
     return record.model_copy(update={"effective": world.resolve(_plan(record))})
 
 
-def _plan(record: Record):  # type: ignore[no-untyped-def]
+def _plan(record: Record) -> Plan:
     assert record.spec is not None
     return record.spec.plan
 

@@ -76,6 +76,21 @@ def test_a_study_begins_with_the_engine_as_it_is_and_says_what_is_gained(tmp_pat
     assert told["gain_over_it"]["value"] == pytest.approx(default.gain.value)
 
 
+def test_an_earlier_study_of_the_engine_teaches_and_its_best_plan_runs_behind_the_default(
+    tmp_path: Path, start: Any
+) -> None:
+    run(tmp_path / "a", start, TuneConfig.model_validate(CONFIG))
+    best = Report.of(load_study(tmp_path / "a")).ranking.best
+    assert best is not None
+    warm = {**CONFIG, "n_trials": 2, "finalists": 0, "warm_start": [str(tmp_path / "a")]}
+    records = run(tmp_path / "b", start, TuneConfig.model_validate(warm))
+    trials = [one.spec.plan for one in records if one.role == "trial" and one.spec]
+    assert trials[0].is_engine_default
+    assert trials[1] == best.plan
+    (said,) = json.loads((tmp_path / "b" / "warm_start.json").read_text(encoding="utf-8"))["said"]
+    assert "last runs teach the cost model" in said
+
+
 def test_a_stopped_study_goes_on_with_its_space(tmp_path: Path, start: Any) -> None:
     whole = run(tmp_path / "whole", start, TuneConfig.model_validate(CONFIG))
     short = TuneConfig.model_validate({**CONFIG, "n_trials": 2, "finalists": 0})

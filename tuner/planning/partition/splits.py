@@ -148,6 +148,11 @@ def best_partitions(
     return tuple(split.partition for split in splits)
 
 
+def unevenness(partition: Partition) -> tuple[int, int]:
+    """Least for the partition of most stages, and of those for the most even one."""
+    return -len(partition), max(partition) - min(partition)
+
+
 def _masked(cost: Table, forbidden_cuts: Sequence[int]) -> Table:
     """The table with infinity where no stage can be."""
     cost = cost.copy()

@@ -27,16 +27,8 @@ BEST_PLANS = 3
 MOST_OBSERVATIONS = 30
 """Taken of each: the last ones, which are most like today."""
 _RUNS_ALIKE = operator.attrgetter(
-    *(
-        "layer_counts",
-        "devices",
-        "replicas",
-        "micro_batch_size",
-        "prefill_size",
-        "prefill_chunk_size",
-        "compile",
-        "lanes",
-    )
+    *("layer_counts", "devices", "replicas", "engine", "lanes"),
+    *("micro_batch_size", "prefill_size", "prefill_chunk_size", "compile"),
 )
 """What is equal of two plans that differ in their caps and the switches that a study sets for all."""
 
@@ -126,6 +118,8 @@ def _why_no_lesson(earlier: StudyContents, config: TuneConfig, model: ModelSpec)
     """Why the times of an earlier study say nothing of this one's; None where they do."""
     if earlier.config.concrete_devices != config.concrete_devices:
         return f"they are of {', '.join(earlier.config.concrete_devices)}"
+    if (earlier.config.engine is None) != (config.engine is None):
+        return "another engine ran its plans"
     for name in ("dtype", "storage_dtype", "attention"):
         theirs, ours = getattr(earlier.config.model, name), getattr(model, name)
         if theirs != ours:

@@ -14,7 +14,7 @@ from pipetune.bench.spec import EffectivePlan, Plan, Workload
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.planning.arrays import remembered
 from pipetune.tuner.planning.calibration.engine_model import EngineModel
-from pipetune.tuner.planning.partition.splits import Partition, best_partitions
+from pipetune.tuner.planning.partition.splits import Partition, best_partitions, unevenness
 from pipetune.tuner.planning.partition.stage_table import stage_seconds
 from pipetune.tuner.search.space.resolver import Resolver, overrun
 from pipetune.tuner.search.space.space import SearchSpace
@@ -88,7 +88,7 @@ def build_engine_space(
 def default_point(space: SearchSpace) -> dict[str, int]:
     """What the engine does by itself over all devices: one pipeline, split most evenly, at its own limits."""
     alone = [
-        (-len(partition), max(partition) - min(partition), rank)
+        (*unevenness(partition), rank)
         for rank, partition in enumerate(space.partitions, start=1)
         if space.replicas_of({"partition_rank": rank}) == space.shards_of({"partition_rank": rank}) == 1
     ]
