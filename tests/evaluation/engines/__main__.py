@@ -83,7 +83,7 @@ def _search_one(folder: Path, job: tuple[str, int]) -> Curve:
 
 
 def _numbers(args: argparse.Namespace) -> int:
-    from tests.evaluation.engines.numbers import numbers
+    from tests.evaluation.engines.side_by_side import numbers
 
     sys.stdout.write(numbers(args.python, rounds=args.rounds, say=say) + "\n")
     return 0
