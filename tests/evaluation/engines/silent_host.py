@@ -27,4 +27,5 @@ class SilentHost(host.Host):  # type: ignore[misc]
 
 
 host.Host = SilentHost
-host.main()
+if __name__ == "__main__":
+    host.main()
