@@ -109,7 +109,7 @@ def _watched(python: Path, rounds: int, say: Callable[[str], None]) -> str:
 def _pass_s(engine: VllmEngine, spec: RunSpec, is_watched: bool) -> float:
     """Seconds of a pass over all prompts, as the engine makes them for a measurement."""
     prompts, lens = engine.prompts(spec.workload), spec.workload.generated_lens
-    rows = [{"prompts": list(prompts), "output_lens": list(lens)}]
+    rows = [{"prompts": list(prompts), "output_lens": list(lens), "at_s": [0.0] * len(prompts)}]
     start_at = time.monotonic() + 0.05
     settings: dict[str, Any] = {"start_at": start_at, "sampling": {"temperature": 0.0}, "record": is_watched}
     (answer,) = engine._all("run", "measure", time.monotonic() + 600, rows, **settings)
