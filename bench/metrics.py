@@ -27,6 +27,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipetune.bench.load.rates import RateSearch
 from pipetune.bench.record import Intervals, Iteration, Measurement, StageTrace
 
 LATENCIES = ("queue", "ttft", "tpot", "e2el")
@@ -43,7 +44,7 @@ def definitions() -> tuple[tuple[tuple[str, ...], str, str], ...]:
 
 
 HIGHER_IS_BETTER = frozenset(
-    {"max_request_rate", *(name for names, _, better in definitions() for name in names if better == "higher")}
+    name for names, _, better in definitions() for name in names if better == "higher"
 )
 
 
@@ -53,14 +54,14 @@ def samples_needed(quantile: float) -> int:
 
 
 def metric_names(
-    num_prompts: int, output_len: int, *, gpu: bool = False, goodput: bool = False, arrivals: bool = False
+    num_prompts: int, output_len: int, *, gpu: bool = False, goodput: bool = False, arrivals: bool = False, rates: bool = False
 ) -> tuple[str, ...]:
     """Names of the scalar metrics that a run of this size yields; percentiles with too few samples are absent."""
     names = ["total_token_throughput", "request_throughput", "duration_s"]
     if output_len > 0:
         names.insert(0, "output_throughput")
     if goodput:
-        names += ["request_goodput", "slo_attainment"]
+        names += ["request_goodput", "slo_attainment", *(["max_request_rate"] if rates else [])]
     for latency in (*LATENCIES, *(LOAD_LATENCIES if arrivals else ())):
         if (latency in ("tpot", "itl") and output_len < 2) or (latency == "ttft" and output_len < 1):
             continue
@@ -274,6 +275,10 @@ def derive(measurement: Measurement) -> dict[str, float]:
         counts = [good_requests(times, limits) for times in runs]
         values["request_goodput"] = statistics.median(map(operator.truediv, counts, durations))
         values["slo_attainment"] = sum(counts) / (len(counts) * len(measurement.prompt_lens))
+    if (wanted := measurement.wanted_share) is not None:
+        shares = dict(measurement.tried_rates)
+        highest = RateSearch(wanted=wanted, guess=1.0, most=len(shares), shares=shares).highest
+        values |= {"max_request_rate": highest} if highest else {}
     for times in runs:
         for name, own in times.items():
             has_one = (length > 1 or name != "tpot" for length in measurement.generated_lens)

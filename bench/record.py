@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from pipetune.bench.schedule import Task
-from pipetune.bench.spec import EffectivePlan, Goodput, RunSpec, SchemaVersion, Value, digest_of
+from pipetune.bench.spec import EffectivePlan, Goodput, Rate, RunSpec, SchemaVersion, Value, digest_of
 
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Amount = Annotated[float, Field(ge=0, le=1e100)]
@@ -285,6 +285,11 @@ class Measurement(Value):
     """Tokens generated for each prompt, in the order given, where that differs."""
     goodput: Goodput | None = None
     """The workload's limits for a good request."""
+    tried_rates: tuple[tuple[Rate, Annotated[float, Field(ge=0.0, le=1.0)]], ...] = ()
+    """Where the highest rate was looked for: each that was tried, and its share of good requests. All else is of the
+    highest that was sustained, or of the lowest if none was."""
+    wanted_share: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Share of good requests of a rate that is sustained."""
     micro_batch_sizes: tuple[Size, ...]
     """Rows of each micro-batch, one replica after the other."""
     tasks: tuple[TaskShape, ...]

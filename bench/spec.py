@@ -308,6 +308,12 @@ class Arrivals(Value):
     num_warmups: Annotated[
         int | None, Flag("Load", "Requests before the timed ones, all at once. [what fills all slots twice]")
     ] = Field(default=None, ge=1)
+    slo_attainment: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Each measurement looks for the highest rate at which so large a share of the requests keeps the limits, from
+    `request_rate` on; filled in where `max_request_rate` is asked for. None: it is made at `request_rate`."""
+    most_rates: Annotated[int, Flag("Load", "Rates that a search for the highest one tries at most.")] = Field(
+        default=6, ge=2
+    )
     times_s: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
     """When each request of the trace comes, seconds; filled in when that is read."""
     seed: Annotated[int, Flag("Load", "Seed of the gaps.", name="arrival_seed")] = 0
@@ -325,6 +331,10 @@ class Arrivals(Value):
             raise ValueError(f"{named[0]}: {named[1]} says when requests come as well; leave one of them out")
         if not named:
             raise ValueError("request_rate: nothing says when requests come; give a rate, a trace or a ramp")
+        if self.slo_attainment is not None and self.request_rate is None:
+            raise ValueError(f"{named[0]}: a search for the highest rate begins with one; give request_rate")
+        if self.slo_attainment is not None and self.max_concurrency is not None:
+            raise ValueError("max_concurrency: it hides what rate a plan sustains; leave it out")
         return self
 
 
@@ -397,6 +407,8 @@ class Workload(Value):
         if self.kind == "score" and self.goodput is not None and {*self.goodput.limits} != {"e2el"}:
             raise ValueError("workload.goodput: where texts are scored there is no latency but e2el; give e2el alone")
         times_s = self.arrivals.times_s if self.arrivals is not None else None
+        if self.arrivals is not None and self.arrivals.slo_attainment is not None and self.goodput is None:
+            raise ValueError("workload.goodput: a rate is sustained within limits; give --goodput, such as ttft:500")
         given = {"output_lens": self.output_lens, "input_lens": self.input_lens, "arrivals.times_s": times_s}
         for name, values in given.items():
             if values is not None and len(values) != self.num_prompts:

@@ -20,7 +20,9 @@ from pipetune.bench.fleet.engine import Engine
 from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.locks import hold_gpus
 from pipetune.bench.fleet.supervisor import FleetOptions
-from pipetune.bench.record import Failure, FailureKind, Outcome, Record, Role, timestamp
+from pipetune.bench.load.rates import RateSearch, bracket
+from pipetune.bench.metrics import derive
+from pipetune.bench.record import Failure, FailureKind, Measurement, Outcome, Record, Role, timestamp
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload, devices_here
 
 Runner = TypeVar("Runner", bound=Engine, default=Fleet)
@@ -124,7 +126,34 @@ class Experiment(Closing, Generic[Runner]):
         spec = self.spec(plan, workload, protocol)
         if isinstance(known, Failure):
             return self._record(lambda: attempt(lambda: known), spec, None, labels)
-        return self._record(lambda: attempt(lambda: self.fleet.measure(spec, known)), spec, known, labels)
+        arrivals = workload.arrivals
+        run = self._at_highest_rate if arrivals is not None and arrivals.slo_attainment else self.fleet.measure
+        return self._record(lambda: attempt(lambda: run(spec, known)), spec, known, labels)
+
+    def _at_highest_rate(self, spec: RunSpec, known: EffectivePlan) -> Outcome:
+        """Runs at one rate after the other, and what was measured at the highest that was sustained."""
+        arrivals = spec.workload.arrivals
+        assert arrivals is not None
+        assert arrivals.request_rate is not None
+        assert arrivals.slo_attainment is not None
+        search = RateSearch(wanted=arrivals.slo_attainment, guess=arrivals.request_rate, most=arrivals.most_rates)
+        found: dict[float, Measurement] = {}
+        while (rate := search.next()) is not None:
+            once = arrivals.model_copy(update={"request_rate": rate, "slo_attainment": None})
+            workload = spec.workload.model_copy(update={"arrivals": once})
+            outcome = self.fleet.measure(spec.model_copy(update={"workload": workload}), known)
+            if isinstance(outcome, Failure):
+                return outcome
+            found[rate], search.shares[rate] = outcome, derive(outcome)["slo_attainment"]
+        kept = found[bracket(search.shares, search.wanted)[0] or min(found)]
+        disturbances = dict.fromkeys(text for one in found.values() for text in one.telemetry.disturbances)
+        return kept.model_copy(
+            update={
+                "tried_rates": tuple(sorted(search.shares.items())),
+                "wanted_share": search.wanted,
+                "telemetry": kept.telemetry.model_copy(update={"disturbances": tuple(disturbances)}),
+            }
+        )
 
     def baseline(
         self,

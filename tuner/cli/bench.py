@@ -56,7 +56,6 @@ def bench(
     max_request_rate: Annotated[
         bool, _load("--max-request-rate", help="Find the highest rate that keeps --goodput, from --request-rate on.")
     ] = False,
-    most_rates: Annotated[int, _load(min=2, help="Rates it tries at most.")] = 6,
     plot: Annotated[
         Path | None, _load(metavar="FILE", help="Latency against rate, as PNG; the curves of --beside too.")
     ] = None,
@@ -102,11 +101,11 @@ def bench(
     params = {name: value for name, value in ctx.params.items() if name not in own}
     params |= {"request_rate": rates[0]} if rates else {}
     resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
+    if max_request_rate:
+        resolved = sources.with_rate_search(resolved, "--max-request-rate")
     if engine_python is not None and (compare_baseline or save_outputs is not None):
         raise ConfigError("--engine-python: measures a plan alone; leave out --compare-baseline and --save-outputs")
-    check_load(
-        resolved.config, compare_baseline=compare_baseline, saves=save_outputs is not None, finds_rate=max_request_rate
-    )
+    check_load(resolved.config, compare_baseline=compare_baseline, saves=save_outputs is not None)
     if show_config:
         typer.echo(sources.show(resolved), nl=False)
         return 0
@@ -119,7 +118,6 @@ def bench(
         ignore_eos=ignore_eos,
         rounds=rounds if compare_baseline else 0,
         rates=rates,
-        most_rates=most_rates if max_request_rate else 0,
         engine_python=engine_python,
     )
     reporter = make_reporter(common.err(), silent=no_progress)

@@ -23,13 +23,8 @@ from pipetune.tuner.ranking.elimination import ALPHA, Fit, Gap
 from pipetune.tuner.ranking.runs import BASELINE, Finals, PlanRun
 from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.report.wording import peer_name
-from pipetune.tuner.search import rates
 from pipetune.tuner.search.driver import baseline_batch_sizes
 from pipetune.tuner.study.files import refuse_existing
-
-_NARROW = 0.03
-"""Rates between which the highest lies differ by no more: it is found."""
-
 
 class Contender(Value):
     """One row of a comparison: levels over the rounds, and medians of what is no throughput."""
@@ -79,10 +74,6 @@ class BenchResult:
     """Why our single stage is not in the comparison."""
     sweep: list[tuple[float, Measurement]] = field(default_factory=list)
     """Requests a second, and what was measured at them."""
-    max_request_rate: float | None = None
-    """The highest rate that was found to be sustained."""
-    finds_rate: bool = False
-    """Whether it was looked for."""
     records: Sequence[Record] = ()
     files: dict[Path, str] = field(default_factory=dict)
     """What was asked for, not written yet."""
@@ -106,8 +97,6 @@ class Bench:
     """Rounds of the comparison with the un-pipelined model; 0 leaves it out."""
     rates: tuple[float, ...] = ()
     """Requests a second that are measured one after the other; the workload has the first."""
-    most_rates: int = 0
-    """Rates that are tried to find the highest that is sustained, the workload's first; 0 looks for none."""
     engine_python: Path | None = None
     """Python of the environment whose vLLM runs the plan; None: our own runtime does."""
 
@@ -164,7 +153,6 @@ class _Work:
             plan=plan,
             outcome=self._measure(f"measuring {plan.describe()}", effective, protocol),
             in_flight=effective.in_flight,
-            finds_rate=self.job.most_rates > 0,
             records=self.records,
         )
         for rate in self.job.rates:
@@ -173,31 +161,11 @@ class _Work:
             if isinstance(found.outcome, Failure):
                 break
             found.sweep.append((rate, found.outcome))
-        if found.finds_rate and isinstance(found.outcome, Measurement):
-            self._find_rate(found, effective, protocol)
         if isinstance(found.outcome, Measurement) and self.job.rounds:
             self._compare(found, effective)
         if isinstance(found.outcome, Measurement) and self.job.save_outputs is not None:
             found.files[self.job.save_outputs] = self._outputs(effective)
         return found
-
-    def _find_rate(self, found: BenchResult, effective: EffectivePlan, protocol: Protocol) -> None:
-        """Measures at further rates, until two of them enclose the highest that is sustained."""
-        arrivals, wanted = self.job.config.workload.arrivals, self.job.config.slo_attainment
-        assert arrivals is not None
-        assert arrivals.request_rate is not None
-        tried: dict[float, Measurement] = {}
-        outcome, rate, shares = found.outcome, arrivals.request_rate, dict[float, float]()
-        while isinstance(outcome, Measurement):
-            tried[rate] = outcome
-            shares = {one: metrics.derive(measured)["slo_attainment"] for one, measured in tried.items()}
-            low, high = rates.bracket(shares, wanted)
-            rate = float(f"{rates.next_rate(shares, wanted, guess=arrivals.request_rate):.4g}")
-            is_narrow = low is not None and high is not None and high <= low * (1 + _NARROW)
-            if is_narrow or rate in tried or len(tried) == self.job.most_rates:
-                break
-            outcome = self._measure(f"measuring at {rate:g} requests/s", effective, protocol, rate=rate)
-        found.sweep, found.max_request_rate = sorted(tried.items()), rates.estimate(shares, wanted)
 
     def _measure(
         self,
@@ -215,7 +183,7 @@ class _Work:
             labels |= {"role": "finalist", "round": due.round}
         workload = self.job.config.workload
         if rate is not None and workload.arrivals is not None:
-            arrivals = workload.arrivals.model_copy(update={"request_rate": rate})
+            arrivals = workload.arrivals.model_copy(update={"request_rate": rate, "slo_attainment": None})
             workload = workload.model_copy(update={"arrivals": arrivals})
         if isinstance(what, EffectivePlan):
             record = self.experiment.measure(what.plan, workload, protocol, resolved=what, **labels)

@@ -46,7 +46,7 @@ def json_of(result: BenchResult) -> dict[str, Any]:
         "notes": [],
         "failure": None,
         "sweep": [{"request_rate": rate, "metrics": metrics.derive(one)} for rate, one in result.sweep] or None,
-        "max_request_rate": result.max_request_rate,
+        "tried_rates": [] if isinstance(outcome, Failure) else outcome.tried_rates,
         "comparison": result.comparison.model_dump(mode="json") if result.comparison else None,
     }
     if isinstance(outcome, Failure):
@@ -85,13 +85,6 @@ def _swept(result: BenchResult) -> Iterator[Part]:
     yield GAP
     yield sweep_table(result.sweep)
     yield GAP
-    if result.finds_rate:
-        rate = result.max_request_rate
-        yield Text(
-            "highest rate sustained: not found; begin with another --request-rate, or try more (--most-rates)"
-            if rate is None
-            else f"highest rate sustained: {rate:.3g} requests/s, with the limits of --goodput kept"
-        )
 
 
 def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:

@@ -24,15 +24,11 @@ def rates_of(text: str | None) -> tuple[float, ...]:
     return rates
 
 
-def check_load(config: TuneConfig, *, compare_baseline: bool, saves: bool, finds_rate: bool) -> None:
+def check_load(config: TuneConfig, *, compare_baseline: bool, saves: bool) -> None:
     """Raises a ConfigError that names the options, for what cannot be done under arrivals."""
     workload = config.workload
-    if finds_rate and (workload.goodput is None or workload.arrivals is None or workload.arrivals.request_rate is None):
-        raise ConfigError("--max-request-rate: give --goodput, such as ttft:500, and a --request-rate to begin with")
     if workload.arrivals is None:
         return
-    if finds_rate and workload.arrivals.max_concurrency is not None:
-        raise ConfigError("--max-concurrency: it hides what rate a plan sustains; leave it out with --max-request-rate")
     refused = {
         "--compare-baseline: the un-pipelined model takes a batch at once": compare_baseline,
         "--save-outputs: it generates for a batch at once": saves,

@@ -19,7 +19,7 @@ SHORT_NAMES = {
 def full_name(metric: str) -> str:
     """The metric's name in records; ValueError where no run of any size yields such a metric."""
     name = SHORT_NAMES.get(metric, metric)
-    known = metric_names(10**6, 2, gpu=True, goodput=True, arrivals=True)
+    known = metric_names(10**6, 2, gpu=True, goodput=True, arrivals=True, rates=True)
     if name not in known:
         raise ValueError(f"{metric!r} is no metric; there are {', '.join((*SHORT_NAMES, *known))}")
     return name

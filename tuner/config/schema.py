@@ -366,8 +366,6 @@ def check_metrics(config: TuneConfig) -> None:
     if not config.protocol.instrument:
         known -= {name for name in known if name.startswith("bubble") or name.endswith("_queue_ms")}
         known -= {"comm_ms", "steady_utilization"}
-    if workload.arrivals is not None and workload.arrivals.max_concurrency and "max_request_rate" in config.objectives:
-        raise ConfigError("workload.arrivals.max_concurrency: it hides what rate a plan sustains; leave it out")
     places = [(f"objectives: {name}", name) for name in config.objectives]
     places += [(f"constraints: {constraint}", constraint.metric) for constraint in config.constraints]
     for place, metric in places:

@@ -176,16 +176,20 @@ def resolve_settings(
         )
     if reads_trace:
         resolved = _with_trace(resolved, warn)
-        if "max_request_rate" in resolved.config.objectives:
-            raise ConfigError(
-                "objectives: max_request_rate: plans are measured at one rate here; take request_goodput at one that "
-                "few of them sustain, and `pipetune bench --max-request-rate` for the best ones"
-            )
+        limited = [constraint.metric for constraint in resolved.config.constraints]
+        if "max_request_rate" in (*resolved.config.objectives, *limited):
+            resolved = with_rate_search(resolved, "max_request_rate")
     place = resolved.sources.get(("workload", "prompts_file"))
     if place is not None and "prompts" in params and not place.startswith(f"{recorded}:"):
         resolved = _with_prompts(resolved, place)
     check_metrics(resolved.config)
     return resolved
+
+
+def with_rate_search(resolved: Resolved, source: str) -> Resolved:
+    """Each measurement looks for the highest rate that is sustained."""
+    path = ("workload", "arrivals", "slo_attainment")
+    return _with(resolved, {path: resolved.config.slo_attainment}, source)
 
 
 def _with_trace(resolved: Resolved, warn: Callable[[str], None]) -> Resolved:

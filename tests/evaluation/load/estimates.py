@@ -6,10 +6,9 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipetune.bench.metrics import percentile
-from pipetune.tuner.search import rates
 
 RESAMPLES = 2000
 
@@ -59,45 +58,6 @@ def round_up(value: float) -> float:
     """To two digits, upwards."""
     step: float = 10.0 ** (math.floor(math.log10(value)) - 1)
     return float(f"{math.ceil(round(value / step, 9)) * step:.6g}")
-
-
-@dataclass(kw_only=True)
-class RateSearch:
-    """The highest rate of one side, asked for run by run as `bench --max-request-rate` does."""
-
-    wanted: float
-    guess: float
-    tolerance: float = 0.03
-    most: int = 8
-    """Runs."""
-    shares: dict[float, float] = field(default_factory=dict)
-
-    def next(self) -> float | None:
-        """The rate to measure next; None where it is known, or no run is left."""
-        if self.is_narrow or len(self.shares) >= self.most:
-            return None
-        rate = float(f"{rates.next_rate(self.shares, self.wanted, guess=self.guess):.4g}")
-        return None if rate in self.shares else rate
-
-    def tell(self, rate: float, share: float) -> None:
-        """What a run at the rate gave."""
-        self.shares[rate] = share
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether two rates enclose it as narrowly as is asked for."""
-        low, high = rates.bracket(self.shares, self.wanted)
-        return low is not None and high is not None and high <= low * (1 + self.tolerance)
-
-    @property
-    def found(self) -> float | None:
-        """The rate; None as long as no two that were measured enclose it."""
-        return rates.estimate(self.shares, self.wanted)
-
-    @property
-    def highest(self) -> float:
-        """The rate, or the highest one that was sustained; 0 where none was."""
-        return self.found or rates.bracket(self.shares, self.wanted)[0] or 0.0
 
 
 def interval(

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from tests.evaluation.load.estimates import RateSearch
+from pipetune.bench.load.rates import RateSearch
 
 ATTAINMENT = 0.9
 """Share of requests within the limits at a rate that is sustained."""
@@ -40,7 +40,7 @@ def find_together(
             if rate is None:
                 left.remove(name)
             else:
-                searches[name].tell(rate, share_at[name](rate))
+                searches[name].shares[rate] = share_at[name](rate)
     return searches
 
 
@@ -62,7 +62,7 @@ def best_setting(
     for setting in settings:
         search = RateSearch(wanted=ATTAINMENT, guess=best_rate or guess, tolerance=tolerance, most=most)
         while (rate := search.next()) is not None:
-            search.tell(rate, share_at(setting, rate))
+            search.shares[rate] = share_at(setting, rate)
             if best_rate and search.shares[next(iter(search.shares))] < ATTAINMENT:
                 break
         if setting == settings[0]:

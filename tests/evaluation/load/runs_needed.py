@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipetune.bench.load.rates import RateSearch, estimate
 from pipetune.bench.models.describe import describe_model
 from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.spec import Workload
 from pipetune.tuner.planning.simulation.load import LoadedRequest, highest_rate, simulate_load
 from pipetune.tuner.planning.simulation.model import CostModel
 from tests.evaluation.harness import say
-from tests.evaluation.load.estimates import Limits, RateSearch, Served, interval, limits_of
+from tests.evaluation.load.estimates import Limits, Served, interval, limits_of
 from tests.evaluation.load.lab import TPOT_FACTOR, TTFT_FACTOR, Subject
 from tests.evaluation.load.predicted import simulated_share
 from tests.evaluation.load.rates_of import ATTAINMENT
@@ -85,10 +86,10 @@ def repeat(
     truth = curve.crossing(ATTAINMENT)
     early: float | None = None
     while (rate := search.next()) is not None:
-        search.tell(rate, curve.at(rate * math.exp(source.gauss(0.0, speed_sd))))
+        search.shares[rate] = curve.at(rate * math.exp(source.gauss(0.0, speed_sd)))
         if len(search.shares) == AIM_RUNS:
-            early = search.found
-    found = search.found
+            early = estimate(search.shares, search.wanted)
+    found = estimate(search.shares, search.wanted)
     if len(search.shares) < AIM_RUNS:
         early = found
     return Repetition(

@@ -7,8 +7,9 @@ import statistics
 from functools import partial
 from typing import Any
 
+from pipetune.bench.load.rates import RateSearch
 from tests.evaluation.harness import say
-from tests.evaluation.load.estimates import RateSearch, interval
+from tests.evaluation.load.estimates import interval
 from tests.evaluation.load.lab import PILOT_SEED, Lab
 from tests.evaluation.load.rates_of import find_together
 from tests.evaluation.load.sides import serve

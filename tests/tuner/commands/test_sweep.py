@@ -12,7 +12,7 @@ from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.cli import run
 from pipetune.tuner.commands.sweep import rates_of
 from pipetune.tuner.planning.calibration.observation import observe
-from pipetune.tuner.search.rates import bracket
+from pipetune.bench.load.rates import bracket
 from tests.tiny_models import save_tiny_model
 
 SIZES = ("--num-prompts", "20", "--input-len", "9", "--output-len", "4", "--num-iters", "1", "--no-progress")

@@ -76,7 +76,11 @@ class Predictor:
         self.model = model.refit(observations) if isinstance(model, EngineModel) else refit(model, observations)
         self._loads: dict[tuple[Plan, int, int | None], Prediction] = {}
         # Under arrivals it is mostly the trace that says how long a run takes.
-        self.noise = noise_of(observations, metric="duration_s" if model.arrivals is None else "mean_e2el_ms")
+        if model.arrivals is None:
+            metric = "duration_s"
+        else:
+            metric = "mean_e2el_ms" if model.arrivals.slo_attainment is None else "max_request_rate"
+        self.noise = noise_of(observations, metric=metric)
         """Relative standard deviation of a repeated run."""
         self.metrics = tuple(metrics)
         self._processes: dict[str, Process] = {}
@@ -145,7 +149,7 @@ def noise_of(observations: Sequence[Observation], *, metric: str = "duration_s")
     groups: dict[str, list[float]] = defaultdict(list)
     within: list[float] = []
     for observation in observations:
-        if observation.disturbed:
+        if observation.disturbed or metric not in observation.metrics:
             continue
         groups[observation.effective.key].append(math.log(observation.metrics[metric]))
         if observation.spread is not None:

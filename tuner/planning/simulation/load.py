@@ -12,7 +12,7 @@ import math
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ from pipetune.tuner.planning.simulation.schedule import RING_DEPTH
 
 _TRACES, ENOUGH = 3, 200
 """Most traces that a run is predicted from, and requests of all together that are enough."""
+_ROUGHLY, _CLOSELY = 0.1, 0.02
+"""To what share the highest rate is found."""
 
 
 class LoadedRequest(NamedTuple):
@@ -121,14 +123,27 @@ def simulate_load(
 def under_load(model: CostModel, plan: Plan, in_flight: int, *, most: int | None = None) -> dict[str, float]:
     """Metrics of a run under the model's arrivals, by the names of `bench.metrics`: means over its traces; of the first
     `most` requests alone where a rough guess will do, by default of all of a run's, of its first iterations."""
-    assert model.arrivals is not None
+    arrivals = model.arrivals
+    assert arrivals is not None
+    if (wanted := arrivals.slo_attainment) is not None:
+        assert arrivals.request_rate is not None
+        tried: dict[float, dict[str, float]] = {}
+
+        def share(rate: float) -> float:
+            once = arrivals.model_copy(update={"request_rate": rate, "slo_attainment": None})
+            tried[rate] = under_load(replace(model, arrivals=once), plan, in_flight, most=most)
+            return tried[rate]["slo_attainment"]
+
+        tolerance = _ROUGHLY if most else _CLOSELY
+        rate = highest_rate(share, wanted, guess=arrivals.request_rate, tolerance=tolerance) or min(tried)
+        return {**tried[rate], "max_request_rate": rate}
     lens = list(zip(model.prompt_lens, model.output_lens, strict=True))
-    number = max(1, min(_TRACES, ENOUGH // len(lens))) if most is None and model.arrivals.times_s is None else 1
+    number = max(1, min(_TRACES, ENOUGH // len(lens))) if most is None and arrivals.times_s is None else 1
     found = []
-    for seed in range(model.arrivals.seed, model.arrivals.seed + number):
-        times_s = arrival_times_s(model.arrivals.model_copy(update={"seed": seed}), len(lens))
+    for seed in range(arrivals.seed, arrivals.seed + number):
+        times_s = arrival_times_s(arrivals.model_copy(update={"seed": seed}), len(lens))
         requests = [LoadedRequest(at_s, *own) for at_s, own in zip(times_s[:most], lens, strict=False)]
-        served = simulate_load(model, plan, in_flight, requests, max_concurrency=model.arrivals.max_concurrency)
+        served = simulate_load(model, plan, in_flight, requests, max_concurrency=arrivals.max_concurrency)
         tokens = sum(one.output_len for one in requests)
         found.append(served.metrics(model.goodput, num_requests=len(lens)))
         found[-1]["output_throughput"] = tokens / served.duration_s

@@ -29,7 +29,7 @@ def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History
     Raises:
         ConfigError: a metric that there is not, or a place that is no folder.
     """
-    known = metric_names(10**6, 2, gpu=True, goodput=True, arrivals=True)
+    known = metric_names(10**6, 2, gpu=True, goodput=True, arrivals=True, rates=True)
     unknown = [name for name in metrics if name not in known]
     if unknown:
         raise ConfigError(f"--metric {unknown[0]}: there are {', '.join(known)}")

@@ -7,6 +7,7 @@ middle, where one of them is of a rate far beyond it.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 STEP = 1.25
 """Factor to go on by while all rates, or none, were sustained; its square behind the second one, and so on."""
@@ -42,6 +43,39 @@ def estimate(shares: Mapping[float, float], wanted: float) -> float | None:
     low, high = bracket(shares, wanted)
     # By rounding it could lie below a rate that was sustained.
     return None if low is None or high is None else max(low, math.exp(_crossing(shares, wanted, low, high, edge=0.0)))
+
+
+@dataclass(kw_only=True)
+class RateSearch:
+    """The highest rate that one plan sustains, run by run."""
+
+    wanted: float
+    """Share of requests that keep their limits, at a rate that is sustained."""
+    guess: float
+    tolerance: float = 0.03
+    """Between two rates that differ by no more it is found."""
+    most: int
+    """Rates that are tried at most."""
+    shares: dict[float, float] = field(default_factory=dict)
+    """By the rates that were tried."""
+
+    def next(self) -> float | None:
+        """The rate to measure next, of four digits; None where it is known, or no run is left."""
+        if self.is_narrow or len(self.shares) >= self.most:
+            return None
+        rate = float(f"{next_rate(self.shares, self.wanted, guess=self.guess):.4g}")
+        return None if rate in self.shares else rate
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether two rates enclose it as narrowly as is asked for."""
+        low, high = bracket(self.shares, self.wanted)
+        return low is not None and high is not None and high <= low * (1 + self.tolerance)
+
+    @property
+    def highest(self) -> float:
+        """The rate, or the highest one that was sustained where no two enclose it; 0 where none was."""
+        return estimate(self.shares, self.wanted) or bracket(self.shares, self.wanted)[0] or 0.0
 
 
 def _crossing(shares: Mapping[float, float], wanted: float, low: float, high: float, *, edge: float) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipetune.tuner.search.rates import bracket, estimate, next_rate
+from pipetune.bench.load.rates import bracket, estimate, next_rate
 
 WANTED = 0.9
 
