@@ -29,6 +29,7 @@ from pathlib import Path
 
 from pipetune.bench.load.rates import RateSearch
 from pipetune.bench.record import Intervals, Iteration, Measurement, StageTrace
+from pipetune.bench.spec import Workload
 
 LATENCIES = ("queue", "ttft", "tpot", "e2el")
 LOAD_LATENCIES = ("itl", "client_queue_time")
@@ -72,6 +73,19 @@ def metric_names(
     if arrivals:
         names += ["idle_ratio", "bubble_underfilled", "arrival_lag_ms"]
     return (*names, "gpu_utilization", "energy_j", "output_tokens_per_joule") if gpu else tuple(names)
+
+
+def metrics_of_workload(workload: Workload, *, gpu: bool, engine: bool = False) -> tuple[str, ...]:
+    """Names of the metrics that a plan yields, of our own runtime or of an engine."""
+    arrivals = workload.arrivals
+    return metric_names(
+        workload.num_prompts,
+        workload.generated_len,
+        gpu=gpu,
+        goodput=workload.goodput is not None,
+        arrivals=engine or arrivals is not None,
+        rates=arrivals is not None and arrivals.slo_attainment is not None,
+    )
 
 
 def percentile(samples: Sequence[float], quantile: float) -> float:

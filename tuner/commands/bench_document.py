@@ -14,6 +14,7 @@ from pipetune.tuner.progress import values_text
 from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.data import host_us_a_task
 from pipetune.tuner.report.document import GAP, Column, Document, Part, Table, Text, left, rows_of
+from pipetune.tuner.report.lanes import lane_table
 from pipetune.tuner.report.render.csv import render_csv
 from pipetune.tuner.report.render.markdown import render_markdown
 
@@ -104,6 +105,9 @@ def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
     times = [(title, *(w.ms_text(derived.get(f"{of}_{name}_ms")) for of in shown)) for name, title in latencies.items()]
     yield Table(columns=(left(""), *map(Column, shown)), rows=rows_of(times))
     yield GAP
+    if plan.lanes and outcome.is_under_arrivals:
+        yield lane_table(plan, outcome)
+        yield GAP
     stages, host_us = metrics.stage_metrics(outcome), host_us_a_task(outcome)
     rows = []
     for index, device in enumerate(plan.devices):

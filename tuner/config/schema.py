@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_serializer, model_validator
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.metrics import LATENCIES, PERCENTILES, metric_names, samples_needed
+from pipetune.bench.metrics import LATENCIES, PERCENTILES, metric_names, metrics_of_workload, samples_needed
 from pipetune.bench.spec import (
     Bytes,
     Device,
@@ -356,13 +356,11 @@ def check_metrics(config: TuneConfig) -> None:
     ConfigError that names the metric, and the prompts that its percentile would need."""
     workload = config.workload
     gpu = any(device_kind(device) == "cuda" for device in config.concrete_devices)
-    has_goodput = workload.goodput is not None
-    arrivals = workload.arrivals is not None
-    known = set(
-        metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, goodput=has_goodput, arrivals=arrivals)
-    )
-    if has_goodput and workload.arrivals is not None:
+    known = set(metrics_of_workload(workload, gpu=gpu))
+    if workload.goodput is not None and workload.arrivals is not None:
         known.add("max_request_rate")
+    if workload.arrivals is not None and workload.arrivals.max_concurrency and "max_request_rate" in config.objectives:
+        raise ConfigError("workload.arrivals.max_concurrency: it hides what rate a plan sustains; leave it out")
     if not config.protocol.instrument:
         known -= {name for name in known if name.startswith("bubble") or name.endswith("_queue_ms")}
         known -= {"comm_ms", "steady_utilization"}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.metrics import metric_names
+from pipetune.bench.metrics import metrics_of_workload
 from pipetune.bench.spec import Workload, device_kind
 from pipetune.tuner.config.gate import GateConfig, Tolerance
 from pipetune.tuner.config.schema import TuneConfig
@@ -75,8 +75,7 @@ def metrics_of(
 ) -> dict[str, Tolerance]:
     """What a gate compares of a case.
     ConfigError: a metric is asked for by name that such a workload does not yield."""
-    kinds = {"goodput": workload.goodput is not None, "arrivals": engine or workload.arrivals is not None}
-    yielded = metric_names(workload.num_prompts, workload.generated_len, gpu=gpu, **kinds)
+    yielded = metrics_of_workload(workload, gpu=gpu, engine=engine)
     wanted = gate.metrics
     if not (missing := [metric for metric in wanted if metric not in yielded]):
         return dict(wanted)

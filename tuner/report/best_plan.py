@@ -11,6 +11,7 @@ from pipetune.tuner.ranking.values import Row, Spread
 from pipetune.tuner.report import document as doc
 from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.data import Report, host_us_a_task
+from pipetune.tuner.report.lanes import lane_section
 from pipetune.tuner.report.ranking import verdict_of
 
 _LATENCIES = (
@@ -47,6 +48,7 @@ def best_plan_parts(report: Report, timeline: doc.Figures) -> tuple[doc.Part, ..
             "Where the time goes",
             (*_bubble(row), _stage_table(row, measurement), *launch_gaps(row.plan), timeline, before),
         ),
+        *lane_section(report, row, measurement),
         doc.Section("Memory of each stage against its cap", (*bars, cap)),
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipetune.bench.metrics import metric_names
+from pipetune.bench.metrics import metrics_of_workload
 from pipetune.bench.spec import Plan
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Pooled, Row
 from pipetune.tuner.report.data import Report
@@ -27,10 +27,7 @@ _TAIL = (
 
 def columns_of(report: Report) -> tuple[str, ...]:
     """The names of the columns, which `results/README.md` defines."""
-    workload = report.config.workload
-    kinds = {"goodput": workload.goodput is not None, "arrivals": bool(workload.arrivals or report.engine)}
-    names = metric_names(workload.num_prompts, workload.generated_len, gpu=True, **kinds)
-    metrics = dict.fromkeys(names)
+    metrics = metrics_of_workload(report.config.workload, gpu=True, engine=bool(report.engine))
     return (*_HEAD, *(["engine"] if report.engine else []), *metrics, *_TAIL)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from pipetune.bench.errors import ConfigError
+from pipetune.bench.load.rates import bracket
+from pipetune.bench.metrics import derive
 from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.cli import run
 from pipetune.tuner.commands.sweep import rates_of
 from pipetune.tuner.planning.calibration.observation import observe
-from pipetune.bench.load.rates import bracket
 from tests.tiny_models import save_tiny_model
 
 SIZES = ("--num-prompts", "20", "--input-len", "9", "--output-len", "4", "--num-iters", "1", "--no-progress")
@@ -65,17 +66,18 @@ def test_the_highest_rate_lies_between_two_that_were_measured(
     find = ("--max-request-rate", "--most-rates", "4", "--goodput", "ttft:30", "--json")
     assert run([*bench, *find]) == 0
     told = json.loads(capsys.readouterr().out)
-    shares = {row["request_rate"]: row["metrics"]["slo_attainment"] for row in told["sweep"]}
-    assert list(shares) == sorted(shares)
+    shares = {rate: share for rate, share in told["tried_rates"]}
+    assert 50.0 in shares
+    assert 2 <= len(shares) <= 4
     low, high = bracket(shares, 0.9)
+    highest = told["metrics"].get("max_request_rate")
     # Whether some are sustained and others not is the machine's.
-    if low is None or high is None:
-        assert told["max_request_rate"] is None
-        assert len(shares) == 4
-    else:
-        assert low <= told["max_request_rate"] < high
+    assert (highest is None) == (low is None)
+    if low is not None:
+        assert low <= highest <= (high or low)
+        assert told["metrics"]["slo_attainment"] == shares[low] >= 0.9
     assert run([*bench, "--max-request-rate"]) == 2
-    assert "--max-request-rate: give --goodput" in capsys.readouterr().err
+    assert "--max-request-rate): workload.goodput: a rate is sustained within limits" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -109,3 +111,28 @@ def test_a_search_under_arrivals_ranks_by_good_requests(
     assert {one["kind"] for one in trials} <= {"model", "kind"}
     # It goes on where it was, and finds nothing left to do.
     assert run(["tune", "-o", str(folder), "--resume", "--no-progress"]) == 0
+
+
+@pytest.mark.slow
+def test_a_search_for_the_plan_of_the_highest_rate(
+    model: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "study"
+    tune = ("tune", *model, *SIZES, "--request-rate", "200", "--most-rates", "3", "--goodput", "ttft:200")
+    few = ("--n-trials", "3", "--finalists", "1", "--finalist-rounds", "1", "--max-finalist-rounds", "1")
+    assert run([*tune, *few, "--objective", "max_request_rate", "-o", str(folder)]) in (0, 1)
+    text = capsys.readouterr().out
+    records = [Record.model_validate_json(path.read_text("utf-8")) for path in sorted(folder.glob("records/*.json"))]
+    results = [record.result for record in records]
+    assert results
+    for one in results:
+        assert isinstance(one, Measurement), one
+        assert 2 <= len(one.tried_rates) <= 3
+        assert one.wanted_share == 0.9
+        if (best := derive(one).get("max_request_rate")) is not None:
+            assert best >= max((rate for rate, share in one.tried_rates if share >= 0.9), default=0.0) * 0.999
+    best_plan = json.loads((folder / "best_plan.json").read_text("utf-8"))
+    assert best_plan["workload"]["arrivals"]["slo_attainment"] == 0.9
+    assert "req/s" in text
+    trials = json.loads((folder / "search.json").read_text("utf-8"))["entries"]
+    assert all(one["predicted"]["max_request_rate"] > 0 for one in trials)

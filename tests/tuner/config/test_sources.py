@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipetune.bench.errors import ConfigError
-from pipetune.bench.spec import Workload
+from pipetune.bench.spec import Arrivals, Workload
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.config.settings import KeyPath
@@ -313,7 +313,13 @@ def test_what_cannot_be_under_arrivals_is_refused(tmp_path: Path) -> None:
 
     assert "space.replicas: requests over time go to one pipeline" in refused(replicas=[2])
     assert "space.compile" in refused(compile=True)
-    assert "plans are measured at one rate here" in refused(objective=["max_request_rate"], goodput=["ttft:5"])
+    rated = {"objective": ["max_request_rate"], "goodput": ["ttft:5"]}
+    assert "max_concurrency: it hides what rate" in refused(**rated, max_concurrency=3)
+    assert "give --goodput" in refused(objective=["max_request_rate"])
+    ramp = {"ramp_up_strategy": "linear", "ramp_up_start_rps": 1.0, "ramp_up_end_rps": 2.0, "request_rate": None}
+    assert "ramp_up_strategy: a search for the highest rate begins with one" in refused(**rated, **ramp)
+    looking = sources.resolve_settings({**base, **rated, "slo_attainment": 0.8}, reads_trace=True, warn=print)
+    assert looking.config.workload.arrivals == Arrivals(request_rate=3.0, slo_attainment=0.8)
     with pytest.raises(ConfigError, match="max_concurrency: it hides what rate"):
         sources.resolve_settings(
             {**base, "objective": ["max_request_rate"], "goodput": ["ttft:5"], "max_concurrency": 3}, warn=print
