@@ -125,7 +125,7 @@ bench-engines: $(VENV)/.installed-run $(VLLM)/.installed
 	$(BIN)/python -m tests.evaluation.engines numbers --python $(VLLM)/bin/python
 
 test-vllm: $(VENV)/.installed-test $(VLLM)/.installed
-	PIPETUNE_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(PYTEST) tests/bench/engines/test_real_vllm.py
+	PIPETUNE_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(PYTEST) tests/bench/engines/test_real_vllm.py tests/tuner/commands/test_serve.py
 
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS) -W default -m 'not e2e and not slow' $(SIDE_BY_SIDE)

@@ -60,7 +60,7 @@ def bench(
         Path | None, _load(metavar="FILE", help="Latency against rate, as PNG; the curves of --beside too.")
     ] = None,
     beside: Annotated[
-        list[Path] | None, _load(metavar="FILE", help="Records of another plan's sweep (-o), for --plot.")
+        list[Path] | None, _load(metavar="FILE", help="Records of another sweep (-o), or results of vllm bench serve, for --plot.")
     ] = None,
     save_outputs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what is generated or scored, as JSONL.")
@@ -87,15 +87,15 @@ def bench(
     from pipetune.tuner.commands.bench import Bench
     from pipetune.tuner.commands.bench_document import FORMATS, document_of, exit_code, json_of, render
     from pipetune.tuner.commands.plan_request import PlanRequest
-    from pipetune.tuner.commands.sweep import check_load, draw_sweeps, rates_of
+    from pipetune.tuner.commands.sweep import check_load, draw_sweeps, points_of, rates_of, read_points
     from pipetune.tuner.config import sources
     from pipetune.tuner.progress import look_at_load, make_reporter
-    from pipetune.tuner.study.files import read_records, refuse_existing, write_new
+    from pipetune.tuner.study.files import refuse_existing, write_new
 
     if form not in (forms := ("text", "json", "md", *FORMATS)):
         raise ConfigError(f"--format: {form!r} is none of {', '.join(forms)}")
     request, rates = PlanRequest.of(ctx.params), rates_of(sweep)
-    others = [record for path in beside or () for record in read_records(path, "--beside ")]
+    others = [point for path in beside or () for point in read_points(path)]
     # What is said of an engine is the plan's here, and no bound of a search.
     own = {"engine_python", *EngineSettings.model_fields}
     params = {name: value for name, value in ctx.params.items() if name not in own}
@@ -130,5 +130,5 @@ def bench(
     for path, text in result.files.items():
         write_new(path, text)
     if plot is not None:
-        draw_sweeps(plot, (*result.records, *others))
+        draw_sweeps(plot, (*points_of(result.records), *others))
     return exit_code(result)

@@ -1,16 +1,20 @@
 """A plan at several rates: what is asked for, the table, and the plot of latency against rate."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import BaseModel, Field
+
 from pipetune.bench import metrics
-from pipetune.bench.errors import ConfigError
+from pipetune.bench.errors import ConfigError, StudyError, explain
 from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.report.chart import SERIES, Chart, Line
 from pipetune.tuner.report.document import Column, Table, rows_of
 from pipetune.tuner.report.wording import MISSING, ms_text, percent_text
+from pipetune.tuner.study.files import read_records
 
 
 def rates_of(text: str | None) -> tuple[float, ...]:
@@ -51,17 +55,59 @@ def sweep_table(sweep: Sequence[tuple[float, Measurement]]) -> Table:
     return Table(columns=tuple(map(Column, heads)), rows=rows_of(rows))
 
 
-def draw_sweeps(path: Path, records: Sequence[Record]) -> None:
-    """Draws latency against rate, a curve for each plan."""
-    from pipetune.tuner.report.render.plot import render_png
+Point = tuple[str, float, float]
+"""What was measured, requests a second, and TTFT in ms: p90, or where there are too few requests the median."""
 
-    curves: dict[str, list[tuple[float, float]]] = {}
+
+class _Served(BaseModel):
+    """What is read of a line that `vllm bench serve --save-result` or `--append-result` wrote."""
+
+    model_id: str
+    backend: str
+    label: str | None = None
+    request_rate: float = Field(gt=0, allow_inf_nan=False)
+    p90_ttft_ms: float | None = None
+    ttfts: tuple[float, ...] = ()
+
+    @property
+    def point(self) -> Point:
+        if self.p90_ttft_ms is None and not self.ttfts:
+            raise ValueError("no p90_ttft_ms: let it measure with --metric-percentiles 90, or --save-detailed")
+        own = self.p90_ttft_ms or metrics.percentile(self.ttfts, 0.9) * 1e3
+        return self.label or f"{self.model_id} ({self.backend})", self.request_rate, own
+
+
+def read_points(path: Path) -> list[Point]:
+    """Points of a file of records, or of results of `vllm bench serve`.
+    StudyError: it cannot be read, or holds something else."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if lines and "endpoint_type" in json.loads(lines[0]):
+            return [_Served.model_validate_json(line).point for line in lines]
+    except (OSError, ValueError) as error:
+        raise StudyError(f"--beside {path}: {explain(error)}") from None
+    return points_of(read_records(path, "--beside "))
+
+
+def points_of(records: Sequence[Record]) -> list[Point]:
+    """Points of what was measured under arrivals."""
+    found = []
     for record in records:
         arrivals = record.spec and record.spec.workload.arrivals
         if record.spec and arrivals and arrivals.request_rate and isinstance(record.result, Measurement):
             values = metrics.derive(record.result)
             name = "p90_ttft_ms" if "p90_ttft_ms" in values else "median_ttft_ms"
-            curves.setdefault(record.spec.plan.describe(), []).append((arrivals.request_rate, values[name]))
+            found.append((record.spec.plan.describe(), arrivals.request_rate, values[name]))
+    return found
+
+
+def draw_sweeps(path: Path, points: Sequence[Point]) -> None:
+    """Draws latency against rate, a curve for each plan."""
+    from pipetune.tuner.report.render.plot import render_png
+
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name, rate, time_ms in points:
+        curves.setdefault(name, []).append((rate, time_ms))
     lines = tuple(
         Line(xs=xs, ys=ys, colour=colour, label=plan)
         for (plan, points), colour in zip(curves.items(), SERIES, strict=False)

@@ -22,10 +22,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipetune.bench.spec import Plan
+from pipetune.tuner.commands.sweep import read_points
 from tests.tiny_models import save_tiny_model, unsplit_tokens
 
 PLAN = Plan.from_layer_counts((1, 3), ("cpu:0", "cpu:1"), 2)
 pytestmark = pytest.mark.slow
+VLLM, GUIDELLM = (os.environ.get(f"PIPETUNE_{name}", "") for name in ("VLLM_PYTHON", "GUIDELLM"))
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +199,42 @@ def test_it_ends_when_its_workers_are_lost(folder: Path) -> None:
         assert status in (500, 503)
         assert answer["error"]["type"] == "server_error"
         assert process.wait(timeout=60) == 4
+
+
+@pytest.mark.skipif(not VLLM, reason="no environment with vLLM: make test-vllm")
+def test_vllms_own_client_drives_it(folder: Path, running: int, tmp_path: Path) -> None:
+    """Every request of its is served whole, and its results are read."""
+    file = tmp_path / "result.json"
+    lens = ("--random-input-len", "8", "--random-output-len", "6", "--num-prompts", "12")
+    subprocess.run(
+        [
+            *(VLLM, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"),
+            *("--base-url", f"http://127.0.0.1:{running}", "--endpoint", "/v1/completions", "--model", "tiny"),
+            *("--tokenizer", str(folder), "--dataset-name", "random", *lens, "--request-rate", "20", "--ignore-eos"),
+            *("--percentile-metrics", "ttft,tpot", "--metric-percentiles", "90"),
+            *("--save-result", "--result-dir", str(file.parent), "--result-filename", file.name),
+        ],
+        check=True,
+        timeout=300,
+    )
+    told = json.loads(file.read_text(encoding="utf-8"))
+    assert (told["completed"], told["total_output_tokens"]) == (12, 72)
+    assert [point[:2] for point in read_points(file)] == [("tiny (openai)", 20.0)]
+
+
+@pytest.mark.skipif(not GUIDELLM, reason="PIPETUNE_GUIDELLM names no `guidellm`")
+def test_guidellm_drives_it(folder: Path, running: int, tmp_path: Path) -> None:
+    """All of its requests succeed."""
+    file = tmp_path / "benchmarks.json"
+    subprocess.run(
+        [
+            *(GUIDELLM, "benchmark", "run", "--target", f"http://127.0.0.1:{running}", "--model", "tiny"),
+            *("--processor", str(folder), "--data", "prompt_tokens=8,output_tokens=6", "--rate-type", "constant"),
+            *("--rate", "10", "--max-requests", "12", "--output-path", str(file)),
+        ],
+        check=True,
+        timeout=300,
+    )
+    (one,) = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+    assert len(one["requests"]["successful"]) == 12
+    assert one["requests"]["errored"] == []

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipetune.bench.errors import ConfigError
+from pipetune.bench.errors import ConfigError, StudyError
 from pipetune.bench.load.rates import bracket
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.cli import run
-from pipetune.tuner.commands.sweep import rates_of
+from pipetune.tuner.commands.sweep import rates_of, read_points
 from pipetune.tuner.planning.calibration.observation import observe
 from tests.tiny_models import save_tiny_model
 
@@ -31,6 +31,19 @@ def test_rates_that_do_not_rise_are_refused(text: str) -> None:
         rates_of(text)
     assert rates_of("0.5,2,4") == (0.5, 2.0, 4.0)
     assert rates_of(None) == ()
+
+
+def test_results_of_vllms_client_are_points(tmp_path: Path) -> None:
+    file, row = tmp_path / "served.jsonl", {"endpoint_type": "openai", "backend": "openai", "model_id": "m"}
+    rows = [{**row, "request_rate": 2.0, "p90_ttft_ms": 31.5}, {**row, "request_rate": 4.0, "ttfts": [0.1, 0.2, 0.3]}]
+    file.write_text("".join(f"{json.dumps(one)}\n" for one in rows), encoding="utf-8")
+    (first, second) = read_points(file)
+    assert first == ("m (openai)", 2.0, 31.5)
+    assert second[1:] == (4.0, pytest.approx(280.0))
+    for odd, message in (({"request_rate": "inf"}, "request_rate"), ({"request_rate": 2}, "--metric-percentiles 90")):
+        file.write_text(json.dumps({**row, **odd}), encoding="utf-8")
+        with pytest.raises(StudyError, match=rf"--beside .*served.jsonl: .*{message}"):
+            read_points(file)
 
 
 @pytest.mark.slow
