@@ -44,9 +44,7 @@ def definitions() -> tuple[tuple[tuple[str, ...], str, str], ...]:
     return tuple((tuple(re.findall(r"`(\w+)`", names)), text, better) for names, text, better in cells)
 
 
-HIGHER_IS_BETTER = frozenset(
-    name for names, _, better in definitions() for name in names if better == "higher"
-)
+HIGHER_IS_BETTER = frozenset(name for names, _, better in definitions() for name in names if better == "higher")
 
 
 def samples_needed(quantile: float) -> int:
@@ -55,7 +53,13 @@ def samples_needed(quantile: float) -> int:
 
 
 def metric_names(
-    num_prompts: int, output_len: int, *, gpu: bool = False, goodput: bool = False, arrivals: bool = False, rates: bool = False
+    num_prompts: int,
+    output_len: int,
+    *,
+    gpu: bool = False,
+    goodput: bool = False,
+    arrivals: bool = False,
+    rates: bool = False,
 ) -> tuple[str, ...]:
     """Names of the scalar metrics that a run of this size yields; percentiles with too few samples are absent."""
     names = ["total_token_throughput", "request_throughput", "duration_s"]

@@ -408,7 +408,7 @@ class Workload(Value):
             raise ValueError("workload.goodput: where texts are scored there is no latency but e2el; give e2el alone")
         times_s = self.arrivals.times_s if self.arrivals is not None else None
         if self.arrivals is not None and self.arrivals.slo_attainment is not None and self.goodput is None:
-            raise ValueError("workload.goodput: a rate is sustained within limits; give --goodput, such as ttft:500")
+            raise ValueError("goodput: a rate is sustained within limits; give --goodput, such as ttft:500")
         given = {"output_lens": self.output_lens, "input_lens": self.input_lens, "arrivals.times_s": times_s}
         for name, values in given.items():
             if values is not None and len(values) != self.num_prompts:

@@ -20,7 +20,7 @@ from pipetune.bench.fleet.engine import Engine
 from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.locks import hold_gpus
 from pipetune.bench.fleet.supervisor import FleetOptions
-from pipetune.bench.load.rates import RateSearch, bracket
+from pipetune.bench.load.rates import RateSearch
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Failure, FailureKind, Measurement, Outcome, Record, Role, timestamp
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload, devices_here
@@ -134,9 +134,7 @@ class Experiment(Closing, Generic[Runner]):
         """Runs at one rate after the other, and what was measured at the highest that was sustained."""
         arrivals = spec.workload.arrivals
         assert arrivals is not None
-        assert arrivals.request_rate is not None
-        assert arrivals.slo_attainment is not None
-        search = RateSearch(wanted=arrivals.slo_attainment, guess=arrivals.request_rate, most=arrivals.most_rates)
+        search = RateSearch.of(arrivals)
         found: dict[float, Measurement] = {}
         while (rate := search.next()) is not None:
             once = arrivals.model_copy(update={"request_rate": rate, "slo_attainment": None})
@@ -145,12 +143,18 @@ class Experiment(Closing, Generic[Runner]):
             if isinstance(outcome, Failure):
                 return outcome
             found[rate], search.shares[rate] = outcome, derive(outcome)["slo_attainment"]
-        kept = found[bracket(search.shares, search.wanted)[0] or min(found)]
+        kept, low = found[search.sustained or min(found)], min(search.shares.values())
+        notes = (
+            [] if low < search.wanted else ["all rates that were tried are sustained, and the highest may be higher"]
+        )
+        notes += [] if search.sustained else ["no rate that was tried is sustained"]
+        notes = [f"{note}: give another --request-rate to begin with, or more --most-rates" for note in notes]
         disturbances = dict.fromkeys(text for one in found.values() for text in one.telemetry.disturbances)
         return kept.model_copy(
             update={
                 "tried_rates": tuple(sorted(search.shares.items())),
                 "wanted_share": search.wanted,
+                "notes": (*kept.notes, *notes),
                 "telemetry": kept.telemetry.model_copy(update={"disturbances": tuple(disturbances)}),
             }
         )

@@ -8,6 +8,9 @@ middle, where one of them is of a rate far beyond it.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
+
+from pipetune.bench.spec import Arrivals
 
 STEP = 1.25
 """Factor to go on by while all rates, or none, were sustained; its square behind the second one, and so on."""
@@ -59,6 +62,14 @@ class RateSearch:
     shares: dict[float, float] = field(default_factory=dict)
     """By the rates that were tried."""
 
+    @classmethod
+    def of(cls, arrivals: Arrivals) -> Self:
+        """As arrivals with `slo_attainment` ask for it."""
+        wanted, guess = arrivals.slo_attainment, arrivals.request_rate
+        assert wanted is not None
+        assert guess is not None
+        return cls(wanted=wanted, guess=guess, most=arrivals.most_rates)
+
     def next(self) -> float | None:
         """The rate to measure next, of four digits; None where it is known, or no run is left."""
         if self.is_narrow or len(self.shares) >= self.most:
@@ -73,9 +84,14 @@ class RateSearch:
         return low is not None and high is not None and high <= low * (1 + self.tolerance)
 
     @property
+    def sustained(self) -> float:
+        """The highest rate that was tried and sustained; 0 where none was."""
+        return bracket(self.shares, self.wanted)[0] or 0.0
+
+    @property
     def highest(self) -> float:
         """The rate, or the highest one that was sustained where no two enclose it; 0 where none was."""
-        return estimate(self.shares, self.wanted) or bracket(self.shares, self.wanted)[0] or 0.0
+        return estimate(self.shares, self.wanted) or self.sustained
 
 
 def _crossing(shares: Mapping[float, float], wanted: float, low: float, high: float, *, edge: float) -> float:

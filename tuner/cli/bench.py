@@ -60,7 +60,8 @@ def bench(
         Path | None, _load(metavar="FILE", help="Latency against rate, as PNG; the curves of --beside too.")
     ] = None,
     beside: Annotated[
-        list[Path] | None, _load(metavar="FILE", help="Records of another sweep (-o), or results of vllm bench serve, for --plot.")
+        list[Path] | None,
+        _load(metavar="FILE", help="Records of another sweep (-o), or results of vllm bench serve, for --plot."),
     ] = None,
     save_outputs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what is generated or scored, as JSONL.")

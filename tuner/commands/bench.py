@@ -26,6 +26,7 @@ from pipetune.tuner.report.wording import peer_name
 from pipetune.tuner.search.driver import baseline_batch_sizes
 from pipetune.tuner.study.files import refuse_existing
 
+
 class Contender(Value):
     """One row of a comparison: levels over the rounds, and medians of what is no throughput."""
 

@@ -21,9 +21,10 @@ def lane_table(plan: Plan, measurement: Measurement) -> Table:
         is_own = [one is lane for one in taken]
         count = sum(is_own)
         runs = [
-            {name: tuple(compress(times, is_own)) for name, times in run.items()} for run in request_times_s(measurement)
+            {name: tuple(compress(times, is_own)) for name, times in run.items()}
+            for run in request_times_s(measurement)
         ]
-        pooled = {name: [time for run in runs for time in run[name]] for name in ("ttft", "tpot") if name in runs[0]}
+        pooled = {name: [time for run in runs for time in run[name]] for name in runs[0]}
         values = latency_metrics(pooled, count) if count else {}
         good = MISSING
         if measurement.goodput is not None and count:

@@ -232,8 +232,8 @@ def baseline_text(row: BaselineRow, workload: Workload, engine: str | None) -> s
 
 def column_title(metric: str) -> str:
     """A metric's name as a heading that can wrap; the cells bear the unit."""
-    if metric == "request_goodput":
-        return "goodput"
+    if short := {"request_goodput": "goodput", "max_request_rate": "max rate"}.get(metric):
+        return short
     return metric.removesuffix("_ms").removesuffix("_s").removesuffix("_bytes").replace("_", " ")
 
 

@@ -7,22 +7,20 @@ import random
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipetune.bench.load.rates import bracket, estimate, next_rate
+from pipetune.bench.load.rates import RateSearch, bracket, estimate, next_rate
 
 WANTED = 0.9
 
 
 def search(share_of: Callable[[float], float], guess: float, most: int) -> tuple[float | None, int]:
     """The estimate, and how many rates were tried until two within 3 % enclose it."""
-    shares: dict[float, float] = {}
-    while len(shares) < most:
-        rate = next_rate(shares, WANTED, guess=guess)
-        shares[rate] = share_of(rate)
-        low, high = bracket(shares, WANTED)
-        if low is not None and high is not None and high <= low * 1.03:
-            break
-    return estimate(shares, WANTED), len(shares)
+    own = RateSearch(wanted=WANTED, guess=guess, most=most)
+    while (rate := own.next()) is not None:
+        own.shares[rate] = share_of(rate)
+    return estimate(own.shares, WANTED), len(own.shares)
 
 
 def curve(highest: float, steepness: float) -> Callable[[float], float]:
@@ -70,3 +68,22 @@ def test_nothing_is_asked_for_twice_in_a_row() -> None:
         rate = next_rate(shares, WANTED, guess=7.0)
         assert rate not in shares
         shares[rate] = share
+
+
+@given(truth=st.floats(0.5, 200.0), off=st.floats(0.5, 2.0), steepness=st.floats(3.0, 40.0))
+def test_a_search_encloses_where_shares_fall_below_what_is_wanted(truth: float, off: float, steepness: float) -> None:
+    own = RateSearch(wanted=WANTED, guess=truth * off, most=30)
+    while (rate := own.next()) is not None:
+        own.shares[rate] = min(1.0, max(0.0, 0.9 - steepness * (rate / truth - 1)))
+    assert own.is_narrow
+    assert own.highest == estimate(own.shares, WANTED) == pytest.approx(truth, rel=0.03)
+
+
+def test_a_search_that_was_enclosed_by_nothing_tells_what_was_sustained() -> None:
+    own = RateSearch(wanted=0.9, guess=4.0, most=2)
+    tried = []
+    while (rate := own.next()) is not None:
+        tried.append(rate)
+        own.shares[rate] = 1.0
+    assert (tried, own.highest) == ([4.0, 5.0], 5.0)
+    assert RateSearch(wanted=0.9, guess=4.0, most=2, shares={4.0: 0.5}).highest == 0.0

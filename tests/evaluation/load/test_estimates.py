@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tests.evaluation.load.estimates import Limits, RateSearch, Served, interval, limits_of, round_up
+from tests.evaluation.load.estimates import Limits, Served, interval, limits_of, round_up
 
 
 def served(at_s: float, ttft_s: float, tpot_s: float, tokens: int = 3) -> Served:
@@ -35,25 +33,6 @@ def test_limits_come_from_the_slowest_side() -> None:
 @pytest.mark.parametrize(("value", "rounded"), [(101.0, 110.0), (100.0, 100.0), (0.0342, 0.035), (7.31, 7.4)])
 def test_limits_are_rounded_up_to_two_digits(value: float, rounded: float) -> None:
     assert round_up(value) == pytest.approx(rounded)
-
-
-@given(truth=st.floats(0.5, 200.0), off=st.floats(0.5, 2.0), steepness=st.floats(3.0, 40.0))
-def test_a_search_encloses_where_shares_fall_below_what_is_wanted(truth: float, off: float, steepness: float) -> None:
-    search = RateSearch(wanted=0.9, guess=truth * off, most=30)
-    while (rate := search.next()) is not None:
-        search.tell(rate, min(1.0, max(0.0, 0.9 - steepness * (rate / truth - 1))))
-    assert search.is_narrow
-    assert search.found == pytest.approx(truth, rel=0.03)
-    assert search.highest == search.found
-
-
-def test_a_search_that_was_enclosed_by_nothing_tells_what_was_sustained() -> None:
-    search = RateSearch(wanted=0.9, guess=4.0, most=2)
-    for _ in range(2):
-        rate = search.next()
-        assert rate is not None
-        search.tell(rate, 1.0)
-    assert (search.next(), search.found, search.highest) == (None, None, 5.0)
 
 
 def test_an_interval_holds_the_statistic_and_needs_three_values() -> None:

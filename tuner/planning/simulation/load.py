@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait, rules_of
 from pipetune.bench.load.arrivals import arrival_times_s
+from pipetune.bench.load.rates import RateSearch
 from pipetune.bench.metrics import good_requests, latency_metrics
 from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Goodput, Plan
@@ -26,8 +27,8 @@ from pipetune.tuner.planning.simulation.schedule import RING_DEPTH
 
 _TRACES, ENOUGH = 3, 200
 """Most traces that a run is predicted from, and requests of all together that are enough."""
-_ROUGHLY, _CLOSELY = 0.1, 0.02
-"""To what share the highest rate is found."""
+_ROUGHLY = 0.1
+"""Between two rates that differ by no more the highest is found, where a rough guess will do."""
 
 
 class LoadedRequest(NamedTuple):
@@ -125,18 +126,17 @@ def under_load(model: CostModel, plan: Plan, in_flight: int, *, most: int | None
     `most` requests alone where a rough guess will do, by default of all of a run's, of its first iterations."""
     arrivals = model.arrivals
     assert arrivals is not None
-    if (wanted := arrivals.slo_attainment) is not None:
-        assert arrivals.request_rate is not None
+    if arrivals.slo_attainment is not None:
+        # As a run looks for it.
+        search = RateSearch.of(arrivals)
+        search.tolerance = _ROUGHLY if most else search.tolerance
         tried: dict[float, dict[str, float]] = {}
-
-        def share(rate: float) -> float:
+        while (rate := search.next()) is not None:
             once = arrivals.model_copy(update={"request_rate": rate, "slo_attainment": None})
             tried[rate] = under_load(replace(model, arrivals=once), plan, in_flight, most=most)
-            return tried[rate]["slo_attainment"]
-
-        tolerance = _ROUGHLY if most else _CLOSELY
-        rate = highest_rate(share, wanted, guess=arrivals.request_rate, tolerance=tolerance) or min(tried)
-        return {**tried[rate], "max_request_rate": rate}
+            search.shares[rate] = tried[rate]["slo_attainment"]
+        least = min(tried)
+        return {**tried[search.sustained or least], "max_request_rate": search.highest or least}
     lens = list(zip(model.prompt_lens, model.output_lens, strict=True))
     number = max(1, min(_TRACES, ENOUGH // len(lens))) if most is None and arrivals.times_s is None else 1
     found = []
