@@ -23,7 +23,7 @@ from pipetune.tuner.ranking.values import Objective, Ranking
 from pipetune.tuner.search.policy.history import is_due
 from pipetune.tuner.search.policy.warm_start import warm_start
 from pipetune.tuner.search.runs import Interrupted, Runs
-from pipetune.tuner.search.shared.participant import Participant, participate
+from pipetune.tuner.search.shared.participant import Member, Participant
 from pipetune.tuner.search.space.engine import default_point
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
@@ -119,7 +119,8 @@ def baseline_batch_sizes(wanted: Sequence[int] | None, num_prompts: int) -> tupl
 def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
     store, log = runs.store, runs.log
     with log.spend("start"):
-        participant = stack.enter_context(participate(store, runs.reporter.say))
+        takes_part = Participant if store.config.shared_study is None else Member
+        participant = stack.enter_context(takes_part(store, runs.reporter.say))
         fleet = runs.open_fleet(stack)
         store.set_revision(fleet.model.revision, fleet.model.dtype)
         for line in store.set_machine(fleet.machine, fleet.shape):
