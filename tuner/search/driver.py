@@ -8,10 +8,11 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.files import write_durably
+from pipetune.bench.fleet.experiment import Labels
+from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.planning.simulation.model import CostModel
@@ -32,12 +33,8 @@ from pipetune.tuner.search.trials import Search
 from pipetune.tuner.study.files import RECORDS_FOLDER, StudyFile, fitting
 from pipetune.tuner.study.store import StudyStore
 
-if TYPE_CHECKING:
-    from pipetune.bench.fleet.experiment import Labels
-    from pipetune.bench.fleet.fleet import Fleet
 
-
-def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: "Callable[..., Fleet] | None" = None) -> bool:
+def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..., Fleet] | None = None) -> bool:
     """Runs what is left of a study; False if it was interrupted. `start_fleet` is in place of `Fleet.start`, where
     there are no workers.
 
@@ -54,7 +51,7 @@ def run_plans(
     reporter: Reporter,
     plans: Sequence[EffectivePlan],
     *,
-    start_fleet: "Callable[..., Fleet] | None" = None,
+    start_fleet: Callable[..., Fleet] | None = None,
 ) -> bool:
     """Runs given plans in place of a search: each once a round, in an order of its own, and none again that is there;
     returns and raises as `run_study`."""
