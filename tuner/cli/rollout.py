@@ -42,7 +42,7 @@ def rollout(
     from pipetune.tuner.cli import common
     from pipetune.tuner.cli.tune import tune_study
     from pipetune.tuner.commands import rollout_document as told
-    from pipetune.tuner.commands.rollout import TUNE, RolloutRequest
+    from pipetune.tuner.commands.rollout import TUNE, Chain, RolloutRequest
     from pipetune.tuner.config import sources
     from pipetune.tuner.progress import make_reporter
     from pipetune.tuner.study.files import StudyFile
@@ -83,7 +83,7 @@ def rollout(
             code = tune_study(study, request.first, reporter, resume=begun, json=False, wait_for_quiet=wait_for_quiet)
         if code:
             return code
-    found = request.run(reporter)
+    found = Chain(request, reporter).run()
     told.write(found, request)
     common.give(found.model_dump(mode="json"), told.document_of(found), json=json)
     return found.exit_code

@@ -199,18 +199,13 @@ class RolloutRequest:
         found += [(f"gate against {today}", f"{GATE}/gate.json"), ("promote the best", PROMOTED_FILE)]
         return [(what, place, (self.folder / place).exists()) for what, place in found]
 
-    def run(self, reporter: Reporter) -> Rollout:
-        """Goes on from the study of the first fleet to the end of the chain.
 
-        Raises:
-            UserError: the study found no plan, a step's files are damaged or of other fleets, nothing fits.
-            FleetError: the workers failed.
-        """
-        return _Chain(self, reporter).run()
+class Chain:
+    """A rollout under way, from the study of the first fleet on.
 
-
-class _Chain:
-    """A rollout under way."""
+    UserError: the study found no plan, a step's files are damaged or of other fleets, nothing fits.
+    FleetError: the workers failed.
+    """
 
     def __init__(self, request: RolloutRequest, reporter: Reporter) -> None:
         study = load_study(request.folder / TUNE)
@@ -228,6 +223,7 @@ class _Chain:
         """By the fleet whose runs they are of."""
 
     def run(self) -> Rollout:
+        """Goes on to the end of the chain."""
         fleets: list[FleetStep] = []
         with self.reporter:
             for number, devices in enumerate(self.request.fleets[1:], start=1):

@@ -25,7 +25,10 @@ def document_of(rollout: Rollout, *, title: str = "") -> doc.Document:
         about = f"{rollout.first_model}, {layers} layers with random weights; intervals begin twice as wide"
         facts.insert(1, ("tuned with", about))
     verdict = doc.Text(w.clean(rollout.verdict), style)
-    parts: list[doc.Part] = [verdict, doc.GAP, _chain(rollout), doc.GAP, doc.Facts(tuple(facts))]
+    numbers = (doc.Column("predicted", wrap="narrow"), *map(doc.Column, ("measured", "miss")))
+    columns = (doc.left("fleet", "narrow"), doc.left("plan", "prose"), *numbers)
+    chain = doc.Table(columns=columns, rows=doc.rows_of(_rows(rollout)), legend=_LEGEND, gap=1)
+    parts: list[doc.Part] = [verdict, doc.GAP, chain, doc.GAP, doc.Facts(tuple(facts))]
     failed = [one for fleet in rollout.fleets for one in fleet.tried if one.failure]
     if failed:
         told = (w.clean(f"{one.predicted.effective.plan.describe()}: {one.failure}") for one in failed)
@@ -36,16 +39,6 @@ def document_of(rollout: Rollout, *, title: str = "") -> doc.Document:
     if rollout.promoted:
         parts += [doc.GAP, doc.Text(f"The plan with its evidence is in {PROMOTED_FILE}.")]
     return doc.Document(title=title, parts=tuple(parts))
-
-
-def _chain(rollout: Rollout) -> doc.Table:
-    numbers = (doc.Column("predicted", wrap="narrow"), *map(doc.Column, ("measured", "miss")))
-    return doc.Table(
-        columns=(doc.left("fleet", "narrow"), doc.left("plan", "prose"), *numbers),
-        rows=doc.rows_of(_rows(rollout)),
-        legend=_LEGEND,
-        gap=1,
-    )
 
 
 def _rows(rollout: Rollout) -> Iterator[tuple[str, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Measurement, Record
+from pipetune.tuner.ranking.rank import why_broken
 from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.document import Bar, Cell, Column, Segment, Table, Text, left, rows_of
@@ -82,8 +83,8 @@ def trials_of(report: Report) -> tuple[Trial, ...]:
             continue
         number = record.trial_number if record.trial_number is not None else record.number
         values = derive(record.result) if isinstance(record.result, Measurement) else {}
-        value, limits = values.get(metric), report.ranking.constraints
-        keeps = all(limit.metric in values and limit.excess(values[limit.metric]) <= 0 for limit in limits)
+        value = values.get(metric)
+        keeps = all(why_broken(limit, values) is None for limit in report.ranking.constraints)
         keeps = keeps and record.number >= report.losses.first_record
         cost = report.objective.cost(value) if value is not None and keeps else None
         leads = cost is not None and (best is None or cost < best)

@@ -8,10 +8,11 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from pipetune.bench.errors import FleetError, StudyError
 from pipetune.bench.files import write_durably
+from pipetune.bench.fleet.experiment import Labels
+from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan
 from pipetune.tuner.planning.simulation.model import CostModel
@@ -23,7 +24,7 @@ from pipetune.tuner.ranking.values import Objective, Ranking
 from pipetune.tuner.search.policy.history import is_due
 from pipetune.tuner.search.policy.warm_start import warm_start
 from pipetune.tuner.search.runs import Interrupted, Runs
-from pipetune.tuner.search.shared.participant import Participant, participate
+from pipetune.tuner.search.shared.participant import Member, Participant
 from pipetune.tuner.search.space.engine import default_point
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import SearchSpace
@@ -32,12 +33,8 @@ from pipetune.tuner.search.trials import Search
 from pipetune.tuner.study.files import RECORDS_FOLDER, StudyFile, fitting
 from pipetune.tuner.study.store import StudyStore
 
-if TYPE_CHECKING:
-    from pipetune.bench.fleet.experiment import Labels
-    from pipetune.bench.fleet.fleet import Fleet
 
-
-def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: "Callable[..., Fleet] | None" = None) -> bool:
+def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..., Fleet] | None = None) -> bool:
     """Runs what is left of a study; False if it was interrupted. `start_fleet` is in place of `Fleet.start`, where
     there are no workers.
 
@@ -54,7 +51,7 @@ def run_plans(
     reporter: Reporter,
     plans: Sequence[EffectivePlan],
     *,
-    start_fleet: "Callable[..., Fleet] | None" = None,
+    start_fleet: Callable[..., Fleet] | None = None,
 ) -> bool:
     """Runs given plans in place of a search: each once a round, in an order of its own, and none again that is there;
     returns and raises as `run_study`."""
@@ -119,7 +116,8 @@ def baseline_batch_sizes(wanted: Sequence[int] | None, num_prompts: int) -> tupl
 def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
     store, log = runs.store, runs.log
     with log.spend("start"):
-        participant = stack.enter_context(participate(store, runs.reporter.say))
+        takes_part = Participant if store.config.shared_study is None else Member
+        participant = stack.enter_context(takes_part(store, runs.reporter.say))
         fleet = runs.open_fleet(stack)
         store.set_revision(fleet.model.revision, fleet.model.dtype)
         for line in store.set_machine(fleet.machine, fleet.shape):

@@ -12,6 +12,7 @@ from pipetune.tuner.config.storage_url import shown
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import values_text
 from pipetune.tuner.ranking.finals import before_finals
+from pipetune.tuner.ranking.rank import why_broken
 from pipetune.tuner.ranking.values import Objective
 from pipetune.tuner.search.database import naming_losses
 from pipetune.tuner.search.optuna_study import OptunaStudy, point_of_trial
@@ -120,9 +121,7 @@ class Search:
             return
         derived = metrics.derive(record.result)
         objective = Objective(metric=self._config.objectives[0])
-        kept = all(
-            limit.metric in derived and limit.excess(derived[limit.metric]) <= 0 for limit in self._config.constraints
-        )
+        kept = all(why_broken(limit, derived) is None for limit in self._config.constraints)
         if not kept or objective.metric not in derived or objective.cost(derived[objective.metric]) >= self._best_cost:
             return
         self._best_cost = objective.cost(derived[objective.metric])

@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -130,7 +129,7 @@ class EngineModel(CostModel):
         """Equal for plans that form the same batches."""
         return plan.replicas, len(plan.stages), plan.engine, self._room(plan)
 
-    def _simulate_alike(self, plans: Sequence[Plan], in_flight: int | None) -> Sequence[SimulatedRun[Any]]:
+    def _simulate_alike(self, plans: Sequence[Plan], in_flight: int | None) -> Sequence[SimulatedRun]:
         width, replicas = len(plans[0].stages), plans[0].replicas
         rates = self._nominal if self.rates is None else np.array(self.rates)
         factor = self.factors.get(layout_of(plans[0]), 1.0)

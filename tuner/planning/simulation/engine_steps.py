@@ -13,24 +13,18 @@ from functools import lru_cache
 import numpy as np
 
 from pipetune.tuner.planning.arrays import Floats
-from pipetune.tuner.planning.simulation.schedule import Indices, Timeline
+from pipetune.tuner.planning.simulation.schedule import Indices, PromptTasks, Timeline
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class EngineSteps:
-    """What one replica of an engine works through."""
+class EngineSteps(PromptTasks):
+    """What one replica of an engine works through, a step being a task."""
 
     rows: Indices
     tokens: Indices
     """`[step]`, sequences, and new tokens of all of them."""
     awaits: Indices
     """`[step]`, how many steps' tokens were known when it was formed."""
-    begins: Indices
-    first_tokens: Indices
-    last_tokens: Indices
-    """`[prompt]`: steps that first work on it, that give its first and that give its last token."""
-    output_lens: Indices
-    """`[prompt]`, tokens generated for it."""
 
     def timeline(self, busy_s: Floats, hop_s: Floats, gap_s: float) -> Timeline:
         """When the steps run on many plans of equally many stages.

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -159,7 +159,7 @@ class CostModel:
         sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
         return plan.replicas, len(plan.stages), *sizes, in_flight
 
-    def _simulate_alike(self, plans: Sequence[Plan], in_flight: int | None) -> Sequence[SimulatedRun[Any]]:
+    def _simulate_alike(self, plans: Sequence[Plan], in_flight: int | None) -> Sequence[SimulatedRun]:
         """The replicas of plans that differ in the layers and devices of their stages alone."""
         width = len(plans[0].stages)
         devices = [plan.devices for plan in plans]

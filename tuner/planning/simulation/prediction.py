@@ -8,16 +8,14 @@ takes less than the busiest of them, `bound_s`; the rest is time in which that s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal
+from typing import Literal
 
 import numpy as np
-from typing_extensions import TypeVar
 
 from pipetune.bench.metrics import LATENCIES, PERCENTILES, samples_needed
 from pipetune.bench.spec import Goodput
 from pipetune.tuner.planning.arrays import Floats
-from pipetune.tuner.planning.simulation.engine_steps import EngineSteps
-from pipetune.tuner.planning.simulation.schedule import TaskSequence, Timeline
+from pipetune.tuner.planning.simulation.schedule import PromptTasks, Timeline
 
 Limit = Literal["compute", "imbalance", "fill and drain", "waits"]
 
@@ -44,21 +42,18 @@ class Prediction:
     """All work spread evenly over the plan's devices."""
 
 
-Sequenced = TypeVar("Sequenced", bound=TaskSequence | EngineSteps, default=TaskSequence)
-
-
 @dataclass(frozen=True, eq=False, slots=True)
-class SimulatedRun(Generic[Sequenced]):
+class SimulatedRun:
     """One replica of many plans."""
 
-    sequence: Sequenced
+    sequence: PromptTasks
     timeline: Timeline
     busy_s: Floats
     """`[stage, plan]`, over the run."""
 
 
 def predictions_of(
-    runs: Sequence[SimulatedRun[Any]],
+    runs: Sequence[SimulatedRun],
     *,
     prompt_lens: Sequence[int],
     output_lens: Sequence[int],
@@ -113,7 +108,7 @@ def _of_stages(parts: Sequence[Floats], num_stages: int) -> Floats:
 
 
 def _latencies(
-    runs: Sequence[SimulatedRun[Any]], num_prompts: int, goodput: Goodput | None, duration_s: Floats
+    runs: Sequence[SimulatedRun], num_prompts: int, goodput: Goodput | None, duration_s: Floats
 ) -> dict[str, Floats]:
     """`[plan]` by metric."""
 

@@ -32,8 +32,20 @@ RING_DEPTH = 2
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class TaskSequence:
-    """What every stage of a replica works through, with tasks of one kind counted together."""
+class PromptTasks:
+    """When prompts are worked on, by tasks' places in their order."""
+
+    begins: Indices
+    first_tokens: Indices
+    last_tokens: Indices
+    """`[prompt]`: tasks that first work on it, that give its first and that give its last token."""
+    output_lens: Indices
+    """`[prompt]`, tokens generated for it."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TaskSequence(PromptTasks):
+    """What every stage of a replica works through, with tasks of one kind counted together; longest prompts first."""
 
     micro_batches: tuple[int, ...]
     """Micro-batch that each task works on."""
@@ -51,12 +63,6 @@ class TaskSequence:
     """Kinds of task whose costs are looked up; those of the others are interpolated between them."""
     weights: Floats
     """`[kind, grid point]`, shares of which the cost of each kind is made."""
-    begins: Indices
-    first_tokens: Indices
-    last_tokens: Indices
-    """`[prompt]`, longest first: tasks that first work on it, that give its first and that give its last token."""
-    output_lens: Indices
-    """`[prompt]`, tokens generated for it."""
 
     @classmethod
     def of(cls, tasks: Sequence[Task], sizes: Sequence[int], output_lens: Sequence[int]) -> "TaskSequence":

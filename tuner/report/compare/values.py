@@ -61,11 +61,6 @@ class Contestant(Value):
         return self.best.throughput / len(self.devices) if self.best else None
 
     @property
-    def tokens_per_joule(self) -> float | None:
-        """None where no energy was measured."""
-        return self.best.tokens_per_joule if self.best else None
-
-    @property
     def tokens_per_price(self) -> float | None:
         """Tokens for one unit of money."""
         if self.best is None or self.price_per_hour is None:

@@ -180,7 +180,7 @@ def _study(one: Contestant) -> tuple[str, ...]:
         f"{best.throughput:.1f}",
         ratio_text(one.over_baseline),
         _number(one.tokens_per_device, 1),
-        _number(one.tokens_per_joule, 2),
+        _number(best.tokens_per_joule, 2),
         _number(one.tokens_per_price, 0),
         bytes_text(best.metrics.get("peak_memory_bytes")),
         percent_text(best.metrics.get("peak_memory_fraction")),

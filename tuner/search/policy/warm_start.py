@@ -56,15 +56,6 @@ def warm_start(
             return kept
     if not config.warm_start:
         return WarmStart()
-    found = read_warm_start(config, model=model, machine=machine, space=space, resolve=resolve)
-    write_durably(path, found.model_dump_json(exclude_defaults=True) + "\n")
-    return found
-
-
-def read_warm_start(
-    config: TuneConfig, *, model: ModelSpec, machine: Machine, space: SearchSpace, resolve: Resolver
-) -> WarmStart:
-    """Reads the earlier studies; arguments and errors as in `warm_start`."""
     prior: list[Observation] = []
     first: list[Point] = []
     said: list[str] = []
@@ -93,7 +84,9 @@ def read_warm_start(
         parts.append(f"its {len(points)} best plans run first, measured anew" if points else "")
         parts.append(f"{missing} of its best plans are not in this study's space" if missing else "")
         said.append(f"{folder}: " + ("; ".join(filter(None, parts)) or "it measured nothing"))
-    return WarmStart(folders=config.warm_start, prior=tuple(prior), first=tuple(first), said=tuple(said))
+    found = WarmStart(folders=config.warm_start, prior=tuple(prior), first=tuple(first), said=tuple(said))
+    write_durably(path, found.model_dump_json(exclude_defaults=True) + "\n")
+    return found
 
 
 def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Sequence[str]) -> Point | None:

@@ -227,11 +227,6 @@ class Member(Participant):
         self.database.storage.remove_session()
 
 
-def participate(store: StudyStore, say: Callable[[str], None]) -> Participant:
-    """A process's part in the study, alone or as a member; `say` takes a sentence for people, errors as of these."""
-    return (Participant if store.config.shared_study is None else Member)(store, say)
-
-
 def members_of(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All that ever joined, in their order; `attributes` are the study's."""
     return sorted(_by_name(attributes, _MEMBER).values(), key=lambda member: int(member["process"]))

@@ -37,6 +37,7 @@ def run_of(
 
 
 def traces_of(run: SimulatedRun, busy_s: Floats) -> tuple[StageTrace, StageTrace]:
+    assert isinstance(run.sequence, TaskSequence)
     took = busy_s[list(run.sequence.kind_of), :, 0]
     first, last = run.timeline.first_starts_s[:, 0], run.timeline.last_ends_s[:, 0]
     waits: dict[str, Any] = {"recv_wait_s": (0.0,) * len(took), "send_wait_s": (0.0,) * len(took)}
@@ -110,7 +111,7 @@ def test_a_replica_without_prompts_has_idle_stages() -> None:
 
 
 def predicted(lens: tuple[int, ...], output_len: int, stages_s: tuple[float, float]) -> Prediction:
-    kinds = len(run_of(lens, output_len)[0].sequence.kinds)
+    kinds = len(run_of(lens, output_len)[1])
     run, _ = run_of(lens, output_len, np.tile(np.array(stages_s)[None, :, None], (kinds, 1, 1)))
     return predictions_of([run], prompt_lens=lens, output_lens=(output_len,) * len(lens), num_stages=2)[0]
 

@@ -106,7 +106,7 @@ def test_other_hardware_is_named_and_money_counts_by_device(tmp_path: Path) -> N
     assert one.best is not None
     assert one.tokens_per_price == pytest.approx(3600 * one.best.throughput / 2.0)
     assert one.tokens_per_device == pytest.approx(one.best.throughput / 2)
-    assert one.tokens_per_joule is None
+    assert one.best.tokens_per_joule is None
     assert len(one.best.cap_bytes) == len(one.best.peak_bytes) == 2
 
 

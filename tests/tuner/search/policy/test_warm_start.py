@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipetune.bench.record import Machine, Record
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.search.driver import rank_study, run_study
-from pipetune.tuner.search.policy.warm_start import BEST_PLANS, WarmStart, point_of_plan, read_warm_start
+from pipetune.tuner.search.policy.warm_start import BEST_PLANS, WarmStart, point_of_plan, warm_start
 from pipetune.tuner.study.store import StudyStore
 from tests.record_factory import make_machine, make_shape
 from tests.tuner.fake_fleet import Lab
@@ -43,13 +44,9 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read(earlier: Path, *, machine: Machine | None = None, shape: ModelShape | None = None, **values: Any) -> WarmStart:
     resolve = RESOLVE if shape is None else build(2, shape=shape)[2]
     wanted = config(warm_start=[str(earlier)], **values)
-    return read_warm_start(
-        wanted,
-        model=wanted.model,
-        machine=machine or make_machine(),
-        space=SPACE,
-        resolve=resolve,
-    )
+    with tempfile.TemporaryDirectory() as kept:
+        path = Path(kept) / "warm_start.json"
+        return warm_start(path, wanted, wanted.model, machine or make_machine(), SPACE, resolve)
 
 
 def test_on_the_same_machine_runs_teach_and_the_best_plans_run_first(earlier: Path) -> None:

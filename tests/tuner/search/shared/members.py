@@ -13,7 +13,7 @@ from pipetune.bench.record import Machine, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, RunSpec
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.search.optuna_study import OptunaStudy
-from pipetune.tuner.search.shared.participant import Member, Participant, participate
+from pipetune.tuner.search.shared.participant import Member, Participant
 from pipetune.tuner.search.space.resolver import Resolver, identity
 from pipetune.tuner.search.space.space import Point, SearchSpace
 from pipetune.tuner.study.files import StudyFile
@@ -108,7 +108,7 @@ def join(
     said: list[str] = []
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(StudyStore.resume(folder, wanted) if resume else StudyStore.create(folder, wanted))
-        member = stack.enter_context(participate(store, said.append))
+        member = stack.enter_context(Member(store, said.append))
         member.check(machine or make_machine())
         names = wanted.concrete_devices
         space = make_space(names)
