@@ -8,7 +8,7 @@ import typer
 
 from pipetune.tuner.cli import options as o
 
-_engine = partial(typer.Option, rich_help_panel="vLLM in place of our runtime")
+_engine = partial(typer.Option, rich_help_panel="vLLM or SGLang in place of our runtime")
 _plan = partial(typer.Option, rich_help_panel="Plan (one of --plan, --device-map and --layers)")
 _load = partial(typer.Option, rich_help_panel="Load")
 
@@ -43,7 +43,8 @@ def bench(
         bool, typer.Option("--compare-baseline", help="Beside the un-pipelined model, in rounds.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison.")] = 5,
-    engine_python: Annotated[Path | None, _engine(metavar="FILE", help="Python that has vLLM, to run it.")] = None,
+    name: Annotated[str | None, _engine("--engine", metavar="NAME", help="vllm, or sglang. [the plan's, vllm]")] = None,
+    engine_python: Annotated[Path | None, _engine(metavar="FILE", help="Python that has it, to run it.")] = None,
     max_num_batched_tokens: Annotated[int | None, _engine(min=1, help="Tokens of a batch. [the engine's]")] = None,
     max_num_seqs: Annotated[int | None, _engine(min=1, help="Sequences at once. [the engine's]")] = None,
     kv_cache_memory_bytes: Annotated[

@@ -1,0 +1,68 @@
+"""Unpatched SGLang as an engine, driven as vLLM is. Never run yet: written after the source of SGLang 0.5.23."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from pipetune.bench.engines.vllm import VllmEngine
+from pipetune.bench.engines.vllm_args import Arguments
+from pipetune.bench.errors import ConfigError
+from pipetune.bench.record import Failure
+from pipetune.bench.spec import EffectivePlan, EngineName, Plan, RunSpec, Workload, device_index
+
+NEVER_RUN = "SGLang's host was written after SGLang's source and has never been run by pipetune's tests: doubt what it says"
+_STATIC = 0.9
+"""Part of a cap that weights and KV cache may take together, which SGLang limits alone: the rest is for activations."""
+
+
+class SglangEngine(VllmEngine):
+    """SGLang on GPUs; it starts anew for every other plan."""
+
+    NAME: ClassVar[EngineName] = "sglang"
+    HOST: ClassVar[Path] = Path(__file__).parent / "sglang_host" / "pipetune_sglang_host.py"
+    VERSIONS: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((0, 5, 23), (0, 5, 24))
+    DEVICES: ClassVar[str] = "cuda"
+    MOVES: ClassVar[bool] = False
+    NOTES: ClassVar[tuple[str, ...]] = (NEVER_RUN,)
+
+    def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
+        """As vLLM's, and ConfigError for SGLang's HTTP server."""
+        if plan.engine is not None and plan.engine.served:
+            raise ConfigError("plan.engine.served: SGLang is measured without its HTTP server; leave it out")
+        return super().resolve(plan, workload)
+
+    def _arguments(self, spec: RunSpec) -> Arguments:
+        plan, settings = spec.plan, spec.plan.engine
+        assert settings is not None
+        told: Arguments = {
+            "model_path": str(self._fleet.folder),
+            "tp_size": plan.width,
+            "dtype": self.model.dtype,
+            "trust_remote_code": self.model.trust_remote_code,
+            "device": "cuda",
+            "random_seed": 0,
+            "disable_cuda_graph": settings.enforce_eager,
+        }
+        if settings.max_num_batched_tokens is not None:
+            told["chunked_prefill_size"] = settings.max_num_batched_tokens
+        if settings.max_num_seqs is not None:
+            told["max_running_requests"] = settings.max_num_seqs
+        if settings.kv_cache_memory_bytes is not None:
+            held = (self.shape.layers[stage.first_layer : stage.end_layer] for stage in plan.stages)
+            most = max(sum(layer.kv_bytes_per_token for layer in layers) for layers in held)
+            told["max_total_tokens"] = settings.kv_cache_memory_bytes * plan.width // max(most, 1)
+        else:
+            shares = (stage.cap_bytes(size) / size for stage in plan.stages for size in [self.device_bytes[stage.device]])
+            told["mem_fraction_static"] = round(_STATIC * min(shares), 4)
+        return told
+
+    def _environment(self, plan: Plan) -> dict[str, str]:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else list(map(str, range(1 + max(map(device_index, self.devices)))))
+        own = [device_index(one) for device in plan.devices for one in plan.shards(device)]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in own), "HF_HUB_OFFLINE": "1"}
+
+
+ENGINES: Mapping[EngineName, type[VllmEngine]] = {"vllm": VllmEngine, "sglang": SglangEngine}
+"""By the name that a plan has for them."""
