@@ -103,6 +103,8 @@ def bench(
     params = {name: value for name, value in ctx.params.items() if name not in own}
     params |= {"request_rate": rates[0]} if rates else {}
     resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
+    if name is not None and engine_python is None:
+        raise ConfigError(f"--engine {name}: which Python has it? Give it by --engine-python")
     if engine_python is not None and (compare_baseline or save_outputs is not None):
         raise ConfigError("--engine-python: measures a plan alone; leave out --compare-baseline and --save-outputs")
     check_load(
