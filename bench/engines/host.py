@@ -163,8 +163,8 @@ class EngineHost:
         except subprocess.TimeoutExpired:
             code = 0
         if code < 0 or code > 128:
-            # The guard tells by which signal its host ended, unless it was killed itself. An engine may kill all it has,
-            # this host among it, and tell why in the log alone.
+            # The guard tells by which signal its host ended, unless it was killed itself. An engine may kill all of it
+            # by itself, and tell why in the log alone.
             kind, text = reason_of("", self.log_text())
             if kind is not FailureKind.WORKER_ERROR:
                 self._fail(kind, text)

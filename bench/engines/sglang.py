@@ -11,7 +11,9 @@ from pipetune.bench.errors import ConfigError
 from pipetune.bench.record import Failure
 from pipetune.bench.spec import EffectivePlan, EngineName, Plan, RunSpec, Workload, device_index
 
-NEVER_RUN = "SGLang's host was written after SGLang's source and has never been run by pipetune's tests: doubt what it says"
+NEVER_RUN = (
+    "SGLang's host was written after SGLang's source and has never been run by pipetune's tests: doubt what it says"
+)
 _STATIC = 0.9
 """Part of a cap that weights and KV cache may take together, which SGLang limits alone: the rest is for activations."""
 
@@ -53,7 +55,9 @@ class SglangEngine(VllmEngine):
             most = max(sum(layer.kv_bytes_per_token for layer in layers) for layers in held)
             told["max_total_tokens"] = settings.kv_cache_memory_bytes * plan.width // max(most, 1)
         else:
-            shares = (stage.cap_bytes(size) / size for stage in plan.stages for size in [self.device_bytes[stage.device]])
+            shares = (
+                stage.cap_bytes(size) / size for stage in plan.stages for size in [self.device_bytes[stage.device]]
+            )
             told["mem_fraction_static"] = round(_STATIC * min(shares), 4)
         return told
 

@@ -127,7 +127,9 @@ class VllmEngine(Closing):
         if workload.kind == "score":
             raise ConfigError(f"workload.kind=score: {title} is measured generating so far")
         if workload.arrivals is not None and workload.arrivals.max_concurrency is not None:
-            raise ConfigError(f"workload.arrivals.max_concurrency: not kept for {title}; limit plan.engine.max_num_seqs")
+            raise ConfigError(
+                f"workload.arrivals.max_concurrency: not kept for {title}; limit plan.engine.max_num_seqs"
+            )
         check_plan(self.shape, plan)
         if plan.engine is None or plan.engine.name != self.NAME:
             there = "there is none" if plan.engine is None else f"it is {plan.engine.name}"
@@ -395,7 +397,9 @@ class VllmEngine(Closing):
     def _check_usable(self, model: ModelSpec) -> None:
         title, kinds = ENGINE_TITLES[self.NAME], {"cpu": "CPUs", "cuda": "GPUs"}[self.DEVICES]
         if odd := [device for device in self.devices if device_kind(device) != self.DEVICES or "/" in device]:
-            raise ConfigError(f"devices: {title} is measured on {kinds} of this host alone so far, and {odd[0]} is another")
+            raise ConfigError(
+                f"devices: {title} is measured on {kinds} of this host alone so far, and {odd[0]} is another"
+            )
         for name, usual in {"load_format": "auto", "storage_dtype": None, "attention": "auto"}.items():
             if getattr(model, name) != usual:
                 text = f"model.{name}={getattr(model, name)}: our own runtime's alone; leave it out for {title}"

@@ -54,7 +54,7 @@ class SglangHost(Host):
             **settings,
         )
         # In the order of their starts: those of the first stage, of the next, and what is no worker.
-        children = sorted(multiprocessing.active_children(), key=lambda one: int(one.name.rpartition("-")[2]))
+        children = sorted(multiprocessing.active_children(), key=lambda one: one.pid or 0)
         self._workers = children[: len(layers) * settings["tp_size"]]
         names = {"max_num_batched_tokens": "chunked_prefill_size", "max_num_seqs": "max_running_requests"}
         return {"workers": self._rpc("pipetune_install"), **{ours: settings.get(own) for ours, own in names.items()}}

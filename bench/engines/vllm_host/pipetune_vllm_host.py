@@ -1,4 +1,4 @@
-"""vLLM in one process, commanded by JSON lines: start, limits, repartition, run, logprobs. Knows nothing of pipetune."""
+"""vLLM in one process, commanded by JSON lines: start, limits, repartition, run, logprobs."""
 
 import os
 import signal

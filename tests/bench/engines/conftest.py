@@ -89,7 +89,12 @@ def make_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mak
     engines: list[VllmEngine] = []
 
     def make(
-        devices: int = 4, *, reference: bool = True, name: EngineName = "vllm", script: Path | None = None, **options: Any
+        devices: int = 4,
+        *,
+        reference: bool = True,
+        name: EngineName = "vllm",
+        script: Path | None = None,
+        **options: Any,
     ) -> VllmEngine:
         kind, versions = ENGINES[name], {name: "0.5.23" if name == "sglang" else "0.32.0", "torch": "2"}
         monkeypatch.setenv("FAKE_HOST", json.dumps({"told": str(tmp_path / "told"), "versions": versions, **options}))

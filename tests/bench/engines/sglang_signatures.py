@@ -63,7 +63,9 @@ WORDS = {
 def arguments_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     """Names of a function's arguments, without `self`; `**` before what takes all others."""
     args = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-    return [one for one in args if one not in ("self", "cls")] + ([f"**{node.args.kwarg.arg}"] if node.args.kwarg else [])
+    return [one for one in args if one not in ("self", "cls")] + (
+        [f"**{node.args.kwarg.arg}"] if node.args.kwarg else []
+    )
 
 
 def functions_of(tree: ast.Module) -> dict[str, list[str]]:
@@ -112,7 +114,9 @@ def read(wheel: Path, version: str) -> dict[str, Any]:
             raise SystemExit(f"SGLang {version} has no more:\n" + "\n".join(missing))
         return {
             "version": version,
-            "server_args": sorted({field for name in groups if name.endswith(".py") for field in fields_of(tree(name))}),
+            "server_args": sorted(
+                {field for name in groups if name.endswith(".py") for field in fields_of(tree(name))}
+            ),
             "sampling_params": sorted(fields_of(tree("sampling/sampling_params.py"), "SamplingParams")),
             "functions": {one: known[name][one] for name, wanted in FUNCTIONS.items() for one in wanted},
             "words": sorted({one for wanted in WORDS.values() for one in wanted}),

@@ -1,4 +1,4 @@
-"""SGLang as an engine: what the driver tells its host, and the real host, probe and guard over a stand-in for SGLang."""
+"""SGLang as an engine: what the driver tells its host, and host, probe and guard over a stand-in for SGLang."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_the_real_host_and_its_probe_measure_over_the_stand_in(make_engine: Make
         assert [len(stage.compute_start_s) for stage in run.stages] == [5 * 4] * 2
         for stage in run.stages:
             assert sorted(stage.step_tokens) == [1] * 15 + [8] * 5
-            assert all(0.0 < end - start < 5.0 for start, end in zip(stage.compute_start_s, stage.compute_end_s))
-            assert max(stage.compute_end_s) < run.duration_s + 1.0
+            spans = zip(stage.compute_start_s, stage.compute_end_s, strict=True)
+            assert all(0.0 <= start < end for start, end in spans)
         assert [len(one.token_times_s) for one in run.requests] == [4] * 5
         assert all(one.began_s and one.began_s <= one.token_times_s[0] for one in run.requests)
     first, second = outcome.memory
@@ -79,9 +79,7 @@ def test_the_real_host_and_its_probe_measure_over_the_stand_in(make_engine: Make
     assert session(leader) == []
 
 
-def test_wrong_log_probabilities_are_refused(
-    make_engine: Make, script: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_log_probabilities_are_refused(make_engine: Make, script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SGLANG", "wrong")
     outcome = measure(make_engine(name="sglang", script=script), sglang_plan())
     assert isinstance(outcome, Failure)
