@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.engines.vllm_args import Arguments
@@ -21,12 +20,13 @@ _STATIC = 0.9
 class SglangEngine(VllmEngine):
     """SGLang on GPUs; it starts anew for every other plan."""
 
-    NAME: ClassVar[EngineName] = "sglang"
-    HOST: ClassVar[Path] = Path(__file__).parent / "sglang_host" / "pipetune_sglang_host.py"
-    VERSIONS: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((0, 5, 23), (0, 5, 24))
-    DEVICES: ClassVar[str] = "cuda"
-    MOVES: ClassVar[bool] = False
-    NOTES: ClassVar[tuple[str, ...]] = (NEVER_RUN,)
+    NAME = "sglang"
+    TITLE = "SGLang"
+    HOST = Path(__file__).parent / "sglang_host" / "pipetune_sglang_host.py"
+    VERSIONS = ((0, 5, 23), (0, 5, 24))
+    DEVICES = "cuda"
+    MOVES = False
+    NOTES = (NEVER_RUN,)
 
     def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
         """As vLLM's, and ConfigError for SGLang's HTTP server."""
@@ -37,29 +37,28 @@ class SglangEngine(VllmEngine):
     def _arguments(self, spec: RunSpec) -> Arguments:
         plan, settings = spec.plan, spec.plan.engine
         assert settings is not None
-        told: Arguments = {
+        tokens = share = None
+        if settings.kv_cache_memory_bytes is not None:
+            held = (self.shape.layers[stage.first_layer : stage.end_layer] for stage in plan.stages)
+            most = max(sum(layer.kv_bytes_per_token for layer in layers) for layers in held)
+            tokens = settings.kv_cache_memory_bytes * plan.width // max(most, 1)
+        else:
+            sizes = ((stage, self.device_bytes[stage.device]) for stage in plan.stages)
+            share = round(_STATIC * min(stage.cap_bytes(size) / size for stage, size in sizes), 4)
+        told = {
             "model_path": str(self._fleet.folder),
-            "tp_size": plan.width,
             "dtype": self.model.dtype,
             "trust_remote_code": self.model.trust_remote_code,
             "device": "cuda",
             "random_seed": 0,
+            "tp_size": plan.width,
+            "chunked_prefill_size": settings.max_num_batched_tokens,
+            "max_running_requests": settings.max_num_seqs,
+            "max_total_tokens": tokens,
+            "mem_fraction_static": share,
             "disable_cuda_graph": settings.enforce_eager,
         }
-        if settings.max_num_batched_tokens is not None:
-            told["chunked_prefill_size"] = settings.max_num_batched_tokens
-        if settings.max_num_seqs is not None:
-            told["max_running_requests"] = settings.max_num_seqs
-        if settings.kv_cache_memory_bytes is not None:
-            held = (self.shape.layers[stage.first_layer : stage.end_layer] for stage in plan.stages)
-            most = max(sum(layer.kv_bytes_per_token for layer in layers) for layers in held)
-            told["max_total_tokens"] = settings.kv_cache_memory_bytes * plan.width // max(most, 1)
-        else:
-            shares = (
-                stage.cap_bytes(size) / size for stage in plan.stages for size in [self.device_bytes[stage.device]]
-            )
-            told["mem_fraction_static"] = round(_STATIC * min(shares), 4)
-        return told
+        return {name: value for name, value in told.items() if value is not None}
 
     def _environment(self, plan: Plan) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from pipetune.bench.engines.host import HELLO_TIMEOUT_S, EngineHost
 from pipetune.bench.engines.outcome import Pass, Told, outcome_of
@@ -22,21 +22,9 @@ from pipetune.bench.machine.sensors import CpuSensors, family
 from pipetune.bench.machine.telemetry import read_telemetry, sensors_for
 from pipetune.bench.memory import check_plan, stage_bytes
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, OutputCheck
-from pipetune.bench.spec import (
-    ENGINE_TITLES,
-    EffectivePlan,
-    EngineName,
-    EngineSettings,
-    ModelSpec,
-    Plan,
-    Protocol,
-    RunSpec,
-    Workload,
-    device_kind,
-)
+from pipetune.bench.spec import EffectivePlan, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload, device_kind
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
-HOST = Path(__file__).parent / "vllm_host" / "pipetune_vllm_host.py"
 KV_BLOCK = 128
 """Tokens of a block of KV cache on CPUs."""
 IN_PLACE_NOTE = "re-partitioned in place its output was wrong; the engine was started anew"
@@ -56,15 +44,15 @@ _LEAD_S = 0.05
 class VllmEngine(Closing):
     """vLLM on CPU devices; one host a replica, kept over plans that it can move to in place.
 
-    What is said in capitals is another for an engine that is driven alike.
+    What is in capitals is another for an engine that is driven alike.
     """
 
-    NAME: ClassVar[EngineName] = "vllm"
-    HOST: ClassVar[Path] = HOST
+    NAME: ClassVar[Literal["vllm", "sglang"]] = "vllm"
+    TITLE: ClassVar[str] = "vLLM"
+    HOST: ClassVar[Path] = Path(__file__).parent / "vllm_host" / "pipetune_vllm_host.py"
     VERSIONS: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((0, 32), (0, 33))
-    """From the first of them up to the second, which is left out: what the host was tried with."""
-    DEVICES: ClassVar[str] = "cpu"
-    """The kind that it is measured on."""
+    """From the first of them up to the second, which is left out: what the host was written for."""
+    DEVICES: ClassVar[Literal["cpu", "cuda"]] = "cpu"
     MOVES: ClassVar[bool] = True
     """Whether other splits and limits can be taken in place."""
     NOTES: ClassVar[tuple[str, ...]] = ()
@@ -123,17 +111,14 @@ class VllmEngine(Closing):
         ConfigError for prompts that cannot be used, or a workload that the engine is not measured with; PlanError for a
         plan that is not for it, does not suit the model, or names a device that is not there.
         """
-        title = ENGINE_TITLES[self.NAME]
         if workload.kind == "score":
-            raise ConfigError(f"workload.kind=score: {title} is measured generating so far")
+            raise ConfigError(f"workload.kind=score: {self.TITLE} is measured generating so far")
         if workload.arrivals is not None and workload.arrivals.max_concurrency is not None:
-            raise ConfigError(
-                f"workload.arrivals.max_concurrency: not kept for {title}; limit plan.engine.max_num_seqs"
-            )
+            raise ConfigError(f"workload.arrivals.max_concurrency: {self.TITLE} keeps none; limit engine.max_num_seqs")
         check_plan(self.shape, plan)
         if plan.engine is None or plan.engine.name != self.NAME:
             there = "there is none" if plan.engine is None else f"it is {plan.engine.name}"
-            raise PlanError(f"plan.engine: {there}, and {title} is to run the plan; give engine: {{name: {self.NAME}}}")
+            raise PlanError(f"plan.engine: {there}, and {self.TITLE} is to run it; give engine: {{name: {self.NAME}}}")
         if strange := [one for own in plan.devices for one in plan.shards(own) if one not in self.devices]:
             raise PlanError(f"plan.stages: {strange[0]} is not among the devices {', '.join(self.devices)}")
         length = -(-self._longest(workload) // KV_BLOCK) * KV_BLOCK
@@ -336,21 +321,19 @@ class VllmEngine(Closing):
             stage = plan.stages[worker["stage"]]
             held, wanted = (worker["first_layer"], worker["end_layer"]), (stage.first_layer, stage.end_layer)
             if held != wanted:
-                text = f"stage {worker['stage']} holds layers {held} and not {wanted}: "
-                text += f"{ENGINE_TITLES[self.NAME]} did not take the split"
+                text = f"stage {worker['stage']} holds layers {held}: {self.TITLE} did not take the split, {wanted}"
                 raise FleetError(Failure(kind=FailureKind.WORKER_ERROR, phase="load", message=text))
 
     def _all(self, do: str, phase: str, deadline: float, own: Sequence[Told] = (), **args: Any) -> list[Told]:
         """One command to all hosts at once, with what is each one's own."""
         if (say := self._options.get("on_progress")) is not None:
-            say(Progress(phase=phase, message=f"{ENGINE_TITLES[self.NAME]}: {do}"))
+            say(Progress(phase=phase, message=f"{self.TITLE}: {do}"))
         assert self._started is not None
         for replica, host in enumerate(self._hosts):
             host.send(do, phase, self._started.plan.replica(replica), **args, **(own[replica] if own else {}))
         return [host.receive(deadline) for host in self._hosts]
 
     def _environment(self, plan: Plan) -> dict[str, str]:
-        """Of the host of one replica."""
         allowed, each = sorted(os.sched_getaffinity(0)), cores_of(self.devices[0], self.devices)
         return _ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": cores_of_workers(plan, self.devices, allowed, each)}
 
@@ -380,30 +363,27 @@ class VllmEngine(Closing):
     def versions_of(cls, python: Path, script: Path | None = None) -> dict[str, str]:
         """Versions of what another Python has; ConfigError where there is no such Python, or it has not this engine, or
         one that the host was not written for, FleetError where it says nothing of itself."""
-        host = EngineHost(
-            python, script or cls.HOST, log=None, environment=_ENVIRONMENT, hang_timeout_s=HELLO_TIMEOUT_S
-        )
+        script = script or cls.HOST
+        host = EngineHost(python, script, log=None, environment=_ENVIRONMENT, hang_timeout_s=HELLO_TIMEOUT_S)
         host.close()
         versions: dict[str, str] = host.hello["versions"]
-        first, end = (".".join(map(str, bound)) for bound in cls.VERSIONS)
-        title, wanted = ENGINE_TITLES[cls.NAME], f"{cls.NAME}>={first},<{end}"
+        wanted = "{}>={},<{}".format(cls.NAME, *(".".join(map(str, bound)) for bound in cls.VERSIONS))
         if cls.NAME not in versions:
-            raise ConfigError(f"engine_python: {python} has no {title}; install {wanted} there")
+            raise ConfigError(f"engine_python: {python} has no {cls.TITLE}; install {wanted} there")
         parts = versions[cls.NAME].split(".")[: len(cls.VERSIONS[0])]
         if not cls.VERSIONS[0] <= tuple(int(part) for part in parts if part.isdecimal()) < cls.VERSIONS[1]:
-            raise ConfigError(f"engine_python: {python} has {title} {versions[cls.NAME]}; install {wanted} there")
+            raise ConfigError(f"engine_python: {python} has {cls.TITLE} {versions[cls.NAME]}; install {wanted} there")
         return versions
 
     def _check_usable(self, model: ModelSpec) -> None:
-        title, kinds = ENGINE_TITLES[self.NAME], {"cpu": "CPUs", "cuda": "GPUs"}[self.DEVICES]
         if odd := [device for device in self.devices if device_kind(device) != self.DEVICES or "/" in device]:
+            kinds = {"cpu": "CPUs", "cuda": "GPUs"}[self.DEVICES]
             raise ConfigError(
-                f"devices: {title} is measured on {kinds} of this host alone so far, and {odd[0]} is another"
+                f"devices: {self.TITLE} is measured on {kinds} of this host alone so far, not on {odd[0]}"
             )
         for name, usual in {"load_format": "auto", "storage_dtype": None, "attention": "auto"}.items():
             if getattr(model, name) != usual:
-                text = f"model.{name}={getattr(model, name)}: our own runtime's alone; leave it out for {title}"
-                raise ConfigError(text)
+                raise ConfigError(f"model.{name}={getattr(model, name)}: our runtime's; leave it out for {self.TITLE}")
 
 
 def with_engine(machine: Machine, versions: Mapping[str, str]) -> Machine:

@@ -22,7 +22,7 @@ _PLUGIN = {
 """What SGLang finds its plugins by, as if one were installed."""
 
 
-class SglangHost(Host):
+class SglangHost(Host):  # type: ignore[misc]
     """SGLang's engine, whose schedulers, one a worker, are processes of their own."""
 
     packages = ("sglang", "torch", "transformers")

@@ -4,16 +4,15 @@ Never run yet. It hooks by what SGLang offers plugins; times of GPUs are brought
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_on: list[tuple[Any, float]] = []
-"""While batches are noted: an event, and when it was on the monotonic clock."""
+_on: list[tuple[Any, Any, float]] = []
+"""While batches are noted: the device's module, an event, and when that was on the clock of all processes."""
 _noted: list[tuple[Any, Any, int, int]] = []
-"""Of each batch the events at its begin and its end, its requests and its tokens."""
+"""Events at the begin and the end of each batch, its requests and its tokens."""
 
 
 def plugin() -> None:
@@ -31,11 +30,9 @@ def timed(inner: Callable[..., Any], worker: Any, batch: Any = None, *args: Any,
     """Runs a stage's layers on a batch, behind whatever it waits for, and notes it."""
     if not _on or batch is None:
         return inner(worker, batch, *args, **kwargs)
-    import torch
-
     rows = batch.batch_size()
     tokens = batch.extend_num_tokens if batch.forward_mode.is_extend() else rows
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (_on[0][0].Event(enable_timing=True) for _ in range(2))
     begin.record()
     try:
         return inner(worker, batch, *args, **kwargs)
@@ -47,37 +44,34 @@ def timed(inner: Callable[..., Any], worker: Any, batch: Any = None, *args: Any,
 def pipetune_install(scheduler: Any, folder: str) -> None:
     """Tells which layers this worker holds, and the size of its KV cache."""
     layers = scheduler.tp_worker.model_runner.layer_info
-    gib = scheduler.token_to_kv_pool_allocator.get_kvcache().mem_usage
+    kv_bytes = int(scheduler.token_to_kv_pool_allocator.get_kvcache().mem_usage * 2**30)
     held = {"first_layer": layers.start_layer, "end_layer": layers.end_layer}
-    _tell(folder, {**held, "pid": os.getpid(), "kv_bytes": int(gib * 2**30), "baseline_bytes": 0})
+    _tell(folder, {**held, "kv_bytes": kv_bytes, "baseline_bytes": 0})
 
 
 def pipetune_begin(scheduler: Any, folder: str) -> None:
     """Starts to note batches, and the peak of memory anew."""
-    import torch
-
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    _noted.clear()
-    zero = torch.cuda.Event(enable_timing=True)
+    device = scheduler.device_module
+    device.synchronize()
+    device.reset_peak_memory_stats()
+    zero = device.Event(enable_timing=True)
     zero.record()
     zero.synchronize()
-    _on[:] = [(zero, time.monotonic())]
+    _noted.clear()
+    _on[:] = [(device, zero, time.monotonic())]
     _tell(folder, {})
 
 
 def pipetune_end(scheduler: Any, folder: str) -> None:
     """Tells what was noted, and the allocator's peak meanwhile."""
-    import torch
-
-    torch.cuda.synchronize()
-    ((zero, zero_s),) = _on
+    ((device, zero, zero_s),) = _on
     _on.clear()
+    device.synchronize()
     spans = [
         ("compute", *(zero_s + 1e-3 * zero.elapsed_time(event) for event in (begin, end)), *sizes)
         for begin, end, *sizes in _noted
     ]
-    _tell(folder, {"spans": spans, "peak_bytes": torch.cuda.max_memory_allocated()})
+    _tell(folder, {"spans": spans, "peak_bytes": device.max_memory_allocated()})
 
 
 def _tell(folder: str, answer: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pipetune_host import Host, main
 from pipetune_vllm_probe import need
 
 
-class VllmHost(Host):
+class VllmHost(Host):  # type: ignore[misc]
     """vLLM, in this process or as a server."""
 
     packages = ("vllm", "torch", "transformers")

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 VOCAB, RISE = 8, 5.0
 """As in the fake host: the right token's logit, and 0 for all others."""
 STEP_S = 0.01
+PEAK_BYTES = 2**30
 NO_MEMORY = "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static."
 _PLACE = SimpleNamespace(pp_rank=0, tp_rank=0)
 
@@ -86,7 +87,41 @@ class TpModelWorker:
         time.sleep(STEP_S / 10)
 
 
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at_s = 0.0
+
+    def record(self) -> None:
+        self.at_s = time.monotonic()
+
+    def synchronize(self) -> None:
+        assert self.at_s
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.at_s - self.at_s)
+
+
+class DeviceModule:
+    Event = Event
+    peak_bytes = 0
+
+    @staticmethod
+    def synchronize() -> None:
+        pass
+
+    @classmethod
+    def reset_peak_memory_stats(cls) -> None:
+        cls.peak_bytes = PEAK_BYTES
+
+    @classmethod
+    def max_memory_allocated(cls) -> int:
+        return cls.peak_bytes
+
+
 class Scheduler:
+    device_module = DeviceModule
+
     def __init__(self, counts: list[int]) -> None:
         first = sum(counts[: _PLACE.pp_rank])
         self.tp_worker = TpModelWorker((first, first + counts[_PLACE.pp_rank]))

@@ -36,6 +36,7 @@ WORDS = {
     "distributed/utils.py": ("SGLANG_PP_LAYER_PARTITION",),
     "entrypoints/engine.py": ("loop",),
     "managers/schedule_batch.py": ("extend_num_tokens", "forward_mode"),
+    "managers/scheduler.py": ("device_module",),
     "managers/scheduler_components/internal_state.py": (
         "get_kvcache",
         "mem_usage",

@@ -17,7 +17,7 @@ import pytest
 
 from pipetune.bench.engines.host import COMMON, EngineHost
 from pipetune.bench.engines.sglang import SglangEngine
-from pipetune.bench.engines.vllm import HOST, VllmEngine
+from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.errors import FleetError
 from pipetune.bench.record import FailureKind
 from tests.bench.engines.conftest import make_plan
@@ -71,9 +71,9 @@ time.sleep(60)
 def script(tmp_path: Path) -> Path:
     """The host's files beside something that stands in for vLLM."""
     folder = tmp_path / "host"
-    shutil.copytree(HOST.parent, folder)
+    shutil.copytree(VllmEngine.HOST.parent, folder)
     (folder / "vllm.py").write_text(STAND_IN)
-    return folder / HOST.name
+    return folder / VllmEngine.HOST.name
 
 
 @pytest.fixture
@@ -192,5 +192,5 @@ def test_the_host_imports_nothing_that_the_engines_environment_lacks(engine: typ
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").partition(".")[0])
-    others = {"vllm": {"pipetune_vllm_probe", "pipetune_vllm_served"}, "sglang": {"torch"}}[engine.NAME]
+    others = {"vllm": {"pipetune_vllm_probe", "pipetune_vllm_served"}, "sglang": set[str]()}[engine.NAME]
     assert imported - sys.stdlib_module_names == {"pipetune_host", engine.NAME, *others}

@@ -16,7 +16,7 @@ from pipetune.bench.errors import ConfigError, PlanError
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Failure, FailureKind, Measurement
 from pipetune.bench.spec import ModelSpec, Plan, RunSpec, Sampling
-from tests.bench.engines import fake_cuda, fake_sglang
+from tests.bench.engines import fake_sglang
 from tests.bench.engines.conftest import PROTOCOL, WORKLOAD, Make, make_plan
 from tests.bench.engines.test_host import session
 
@@ -35,10 +35,9 @@ def measure(engine: VllmEngine, plan: Plan, **changes: Any) -> Measurement | Fai
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """The host's files beside something that stands in for SGLang and for torch."""
+    """The host's files beside something that stands in for SGLang."""
     folder = tmp_path / "host"
     shutil.copytree(SglangEngine.HOST.parent, folder)
-    shutil.copy(fake_cuda.__file__, folder / "torch.py")
     for name in MODULES:
         path = folder / "sglang" / "srt" / f"{name.replace('.', '/')}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,7 @@ def test_the_real_host_and_its_probe_measure_over_the_stand_in(make_engine: Make
         assert all(one.began_s and one.began_s <= one.token_times_s[0] for one in run.requests)
     first, second = outcome.memory
     assert (first.device, second.device, first.peak_source) == ("cuda:0", "cuda:2", "cuda_allocator")
-    assert (first.kv_bytes, first.peak_bytes, first.baseline_bytes) == (2**28, fake_cuda.PEAK_BYTES, 0)
+    assert (first.kv_bytes, first.peak_bytes, first.baseline_bytes) == (2**28, fake_sglang.PEAK_BYTES, 0)
     assert 0.0 < derive(outcome)["bubble_ratio"] < 1.0
     leader = engine._hosts[0].hello["hello"]
     # The host, four schedulers, the detokenizer, and multiprocessing's own.
@@ -169,7 +168,7 @@ def test_what_sglang_is_not_driven_with_is_refused(make_engine: Make) -> None:
     with pytest.raises(ConfigError, match="devices: SGLang is measured on GPUs of this host"):
         SglangEngine(ModelSpec(name="m"), ["cpu:0"], python=Path(sys.executable))
     engine = make_engine(name="sglang")
-    with pytest.raises(PlanError, match=r"plan.engine: it is vllm, and SGLang is to run the plan"):
+    with pytest.raises(PlanError, match=r"plan.engine: it is vllm, and SGLang is to run it"):
         engine.resolve(make_plan(), WORKLOAD)
     with pytest.raises(ConfigError, match=r"plan.engine.served: SGLang"):
         engine.resolve(sglang_plan(served=True), WORKLOAD)
