@@ -6,9 +6,7 @@ from pathlib import Path
 
 from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.engines.vllm_args import Arguments
-from pipetune.bench.errors import ConfigError
-from pipetune.bench.record import Failure
-from pipetune.bench.spec import EffectivePlan, EngineName, Plan, RunSpec, Workload, device_index
+from pipetune.bench.spec import EngineName, Plan, RunSpec, device_index
 
 NEVER_RUN = (
     "SGLang's host was written after SGLang's source and has never been run by pipetune's tests: doubt what it says"
@@ -25,14 +23,8 @@ class SglangEngine(VllmEngine):
     HOST = Path(__file__).parent / "sglang_host" / "pipetune_sglang_host.py"
     VERSIONS = ((0, 5, 23), (0, 5, 24))
     DEVICES = "cuda"
-    MOVES = False
+    MOVES = SERVES = False
     NOTES = (NEVER_RUN,)
-
-    def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
-        """As vLLM's, and ConfigError for SGLang's HTTP server."""
-        if plan.engine is not None and plan.engine.served:
-            raise ConfigError("plan.engine.served: SGLang is measured without its HTTP server; leave it out")
-        return super().resolve(plan, workload)
 
     def _arguments(self, spec: RunSpec) -> Arguments:
         plan, settings = spec.plan, spec.plan.engine
@@ -45,12 +37,13 @@ class SglangEngine(VllmEngine):
         else:
             sizes = ((stage, self.device_bytes[stage.device]) for stage in plan.stages)
             share = round(_STATIC * min(stage.cap_bytes(size) / size for stage, size in sizes), 4)
-        told = {
+        told: Mapping[str, str | int | float | None] = {
             "model_path": str(self._fleet.folder),
             "dtype": self.model.dtype,
             "trust_remote_code": self.model.trust_remote_code,
             "device": "cuda",
             "random_seed": 0,
+            "log_level": "info",
             "tp_size": plan.width,
             "chunked_prefill_size": settings.max_num_batched_tokens,
             "max_running_requests": settings.max_num_seqs,

@@ -55,6 +55,8 @@ class VllmEngine(Closing):
     DEVICES: ClassVar[Literal["cpu", "cuda"]] = "cpu"
     MOVES: ClassVar[bool] = True
     """Whether other splits and limits can be taken in place."""
+    SERVES: ClassVar[bool] = True
+    """Whether its HTTP server can be asked in place of the engine."""
     NOTES: ClassVar[tuple[str, ...]] = ()
     """Said of every measurement."""
 
@@ -119,6 +121,8 @@ class VllmEngine(Closing):
         if plan.engine is None or plan.engine.name != self.NAME:
             there = "there is none" if plan.engine is None else f"it is {plan.engine.name}"
             raise PlanError(f"plan.engine: {there}, and {self.TITLE} is to run it; give engine: {{name: {self.NAME}}}")
+        if plan.engine.served and not self.SERVES:
+            raise PlanError(f"plan.engine.served: {self.TITLE} is measured without its HTTP server; leave it out")
         if strange := [one for own in plan.devices for one in plan.shards(own) if one not in self.devices]:
             raise PlanError(f"plan.stages: {strange[0]} is not among the devices {', '.join(self.devices)}")
         length = -(-self._longest(workload) // KV_BLOCK) * KV_BLOCK

@@ -15,10 +15,7 @@ from typing import Any
 
 from pipetune_host import Host, main
 
-_PLUGIN = {
-    "METADATA": "Metadata-Version: 2.1\nName: pipetune-sglang-probe\nVersion: 0\n",
-    "entry_points.txt": "[sglang.srt.plugins]\npipetune = pipetune_sglang_probe:plugin\n",
-}
+_PLUGIN = "[sglang.srt.plugins]\npipetune = pipetune_sglang_probe:plugin\n"
 """What SGLang finds its plugins by, as if one were installed."""
 
 
@@ -39,19 +36,14 @@ class SglangHost(Host):  # type: ignore[misc]
         self._told.mkdir()
         plugin = self._told.with_name("pipetune_sglang_probe-0.dist-info")
         plugin.mkdir()
-        for name, text in _PLUGIN.items():
-            (plugin / name).write_text(text)
+        (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: pipetune-sglang-probe\nVersion: 0\n")
+        (plugin / "entry_points.txt").write_text(_PLUGIN)
         # Processes that are spawned get this path, too.
         sys.path.append(str(plugin.parent))
         from sglang.srt.entrypoints.engine import Engine
 
         self._engine = Engine(
-            pp_size=len(layers),
-            disable_radix_cache=True,
-            enable_metrics=True,
-            skip_tokenizer_init=True,
-            log_level="info",
-            **settings,
+            pp_size=len(layers), disable_radix_cache=True, enable_metrics=True, skip_tokenizer_init=True, **settings
         )
         # In the order of their starts: those of the first stage, of the next, and what is no worker.
         children = sorted(multiprocessing.active_children(), key=lambda one: one.pid or 0)
@@ -59,25 +51,14 @@ class SglangHost(Host):  # type: ignore[misc]
         names = {"max_num_batched_tokens": "chunked_prefill_size", "max_num_seqs": "max_running_requests"}
         return {"workers": self._rpc("pipetune_install"), **{ours: settings.get(own) for ours, own in names.items()}}
 
-    def do_run(
-        self,
-        prompts: list[list[int]],
-        output_lens: list[int],
-        sampling: dict[str, Any],
-        start_at: float,
-        at_s: list[float],
-    ) -> dict[str, Any]:
+    def do_run(self, start_at: float, sampling: dict[str, Any], **given: list[Any]) -> dict[str, Any]:
         """Generates for prompts that come at their times after a moment of the monotonic clock; times count from it."""
-        told = {
-            "temperature": sampling["temperature"],
-            "top_k": sampling.get("top_k") or -1,
-            "top_p": sampling.get("top_p", 1.0),
-            "sampling_seed": sampling.get("seed"),
-        }
+        how = {"temperature": sampling["temperature"], "top_p": sampling.get("top_p", 1.0)}
+        how |= {"top_k": sampling.get("top_k") or -1, "sampling_seed": sampling.get("seed")}
 
         async def all_of_them() -> list[dict[str, Any]]:
-            rows = zip(prompts, output_lens, at_s, strict=True)
-            return await asyncio.gather(*(self._request(*row, told, start_at) for row in rows))
+            rows = zip(*(given[name] for name in ("prompts", "output_lens", "at_s")), strict=True)
+            return await asyncio.gather(*(self._request(*row, sampling=how, start_at=start_at) for row in rows))
 
         self._rpc("pipetune_begin")
         requests = self._engine.loop.run_until_complete(all_of_them())

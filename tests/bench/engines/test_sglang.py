@@ -170,5 +170,5 @@ def test_what_sglang_is_not_driven_with_is_refused(make_engine: Make) -> None:
     engine = make_engine(name="sglang")
     with pytest.raises(PlanError, match=r"plan.engine: it is vllm, and SGLang is to run it"):
         engine.resolve(make_plan(), WORKLOAD)
-    with pytest.raises(ConfigError, match=r"plan.engine.served: SGLang"):
+    with pytest.raises(PlanError, match=r"plan.engine.served: SGLang"):
         engine.resolve(sglang_plan(served=True), WORKLOAD)

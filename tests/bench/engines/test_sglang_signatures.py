@@ -52,7 +52,7 @@ def test_requests_are_made_by_arguments_and_sampling_parameters_that_there_are()
     for name in ("generate", "async_generate"):
         assert keywords(HOST, name) - {*functions[f"Engine.{name}"]} == set()
     assert functions["Engine.collective_rpc"] == ["method", "**kwargs"]
-    sampling = {key for keys in dictionaries(HOST) if keys & {"temperature", "max_new_tokens"} for key in keys}
+    sampling = {key for keys in dictionaries(HOST) if keys & {"temperature", "max_new_tokens", "top_k"} for key in keys}
     assert "sampling_seed" in sampling
     assert sampling - {*REAL["sampling_params"]} == set()
 
