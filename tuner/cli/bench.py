@@ -43,7 +43,9 @@ def bench(
         bool, typer.Option("--compare-baseline", help="Beside the un-pipelined model, in rounds.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison.")] = 5,
-    name: Annotated[Literal["vllm", "sglang"] | None, _engine("--engine", help="[the plan's, or vllm]")] = None,
+    name: Annotated[
+        Literal["vllm", "sglang"] | None, _engine("--engine", metavar="vllm|sglang", help="[the plan's, or vllm]")
+    ] = None,
     engine_python: Annotated[Path | None, _engine(metavar="FILE", help="Python that has it, to run it.")] = None,
     max_num_batched_tokens: Annotated[int | None, _engine(min=1, help="Tokens of a batch. [the engine's]")] = None,
     max_num_seqs: Annotated[int | None, _engine(min=1, help="Sequences at once. [the engine's]")] = None,

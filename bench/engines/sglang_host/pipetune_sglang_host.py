@@ -58,7 +58,7 @@ class SglangHost(Host):  # type: ignore[misc]
 
         async def all_of_them() -> list[dict[str, Any]]:
             rows = zip(*(given[name] for name in ("prompts", "output_lens", "at_s")), strict=True)
-            return await asyncio.gather(*(self._request(*row, sampling=how, start_at=start_at) for row in rows))
+            return await asyncio.gather(*(self._request(start_at, how, *row) for row in rows))
 
         self._rpc("pipetune_begin")
         requests = self._engine.loop.run_until_complete(all_of_them())
@@ -67,7 +67,7 @@ class SglangHost(Host):  # type: ignore[misc]
         return {"duration_s": duration_s, "requests": requests, "workers": workers, "peak_was_reset": True}
 
     async def _request(
-        self, prompt: list[int], length: int, at_s: float, sampling: dict[str, Any], start_at: float
+        self, start_at: float, sampling: dict[str, Any], prompt: list[int], length: int, at_s: float
     ) -> dict[str, Any]:
         await asyncio.sleep(max(start_at + at_s - time.monotonic(), 0.0))
         sent_s, times = time.monotonic() - start_at, list[float]()
