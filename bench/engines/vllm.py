@@ -116,7 +116,7 @@ class VllmEngine(Closing):
         if workload.kind == "score":
             raise ConfigError(f"workload.kind=score: {self.TITLE} is measured generating so far")
         if workload.arrivals is not None and workload.arrivals.max_concurrency is not None:
-            raise ConfigError(f"workload.arrivals.max_concurrency: {self.TITLE} keeps none; limit engine.max_num_seqs")
+            raise ConfigError(f"workload.arrivals.max_concurrency: not kept for {self.TITLE}; set engine.max_num_seqs")
         check_plan(self.shape, plan)
         if plan.engine is None or plan.engine.name != self.NAME:
             there = "there is none" if plan.engine is None else f"it is {plan.engine.name}"
