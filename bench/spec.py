@@ -476,13 +476,14 @@ class StagePlan(Value):
         return self
 
 
-ENGINE_TITLES = {"vllm": "vLLM"}
+EngineName = Literal["vllm", "sglang"]
+ENGINE_TITLES: Mapping[EngineName, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
 class EngineSettings(Value):
     """How another engine runs a plan, by the engine's own names; None leaves a setting at the engine's default."""
 
-    name: Literal["vllm"] = "vllm"
+    name: EngineName = "vllm"
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     """Tokens of one batch at most, over all its sequences: the token budget."""
     max_num_seqs: int | None = Field(default=None, ge=1)

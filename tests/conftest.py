@@ -28,6 +28,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 _SLOW = (
     "tests/bench/engines/test_host.py",
+    "tests/bench/engines/test_sglang.py",
     "tests/bench/engines/test_vllm.py",
     "tests/bench/fleet/test_fleet.py",
     "tests/bench/fleet/test_hosts.py",

@@ -9,7 +9,7 @@ _REASONS = (
     (
         FailureKind.OVER_MEMORY_CAP,
         r"No available memory for the cache blocks|larger than the available KV cache memory"
-        r"|less than requested memory for kv|less than desired CPU memory",
+        r"|less than requested memory for kv|less than desired CPU memory|(?i:increase|raise) --mem-fraction-static",
         "give it a larger kv_cache_memory_bytes or memory_fraction, or the stage fewer layers",
     ),
     (

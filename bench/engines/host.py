@@ -23,6 +23,7 @@ from pipetune.bench.fleet.supervisor import oom_kills
 from pipetune.bench.record import Failure, FailureKind
 from pipetune.bench.spec import Plan
 
+COMMON = Path(__file__).parent / "common_host"
 HELLO_TIMEOUT_S = 120.0
 START_PATIENCE_S = 120.0
 """Imports may hold the interpreter's lock for so long, and the host cannot give signs of life meanwhile."""
@@ -50,7 +51,7 @@ class EngineHost:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._file,
-                env={**os.environ, **environment, "PYTHONPATH": str(script.parent), "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **environment, "PYTHONPATH": f"{script.parent}:{COMMON}", "PYTHONUNBUFFERED": "1"},
                 pass_fds=[watched],
                 start_new_session=True,
             )
@@ -162,7 +163,11 @@ class EngineHost:
         except subprocess.TimeoutExpired:
             code = 0
         if code < 0 or code > 128:
-            # The guard tells by which signal its host ended, unless it was killed itself.
+            # The guard tells by which signal its host ended, unless it was killed itself. An engine may kill all of it
+            # by itself, and tell why in the log alone.
+            kind, text = reason_of("", self.log_text())
+            if kind is not FailureKind.WORKER_ERROR:
+                self._fail(kind, text)
             self._died({"rank": None, "exit_code": min(code, 128 - code)})
         kind, text = reason_of(f"it exited with code {code} during {self._phase}", self.log_text())
         self._fail(FailureKind.WORKER_DIED if kind is FailureKind.WORKER_ERROR else kind, text)

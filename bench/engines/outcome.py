@@ -8,7 +8,7 @@ from pipetune.bench.engines.reference import EngineReference
 from pipetune.bench.fleet.engine import Engine
 from pipetune.bench.memory import stage_bytes
 from pipetune.bench.record import Failure, Iteration, Measurement, OutputCheck, RequestTimes, StageMemory, StageTrace
-from pipetune.bench.spec import Plan, RunSpec
+from pipetune.bench.spec import Plan, RunSpec, device_kind
 from pipetune.bench.worker.acceptance import over_cap, wrong_tokens
 
 Told = dict[str, Any]
@@ -78,7 +78,6 @@ def outcome_of(
         memory=memory,
         check=check,
         notes=() if was_reset else ("peak memory is the workers' so far: the kernel does not let it be reset",),
-        transport="vllm",
     )
 
 
@@ -121,7 +120,7 @@ def _memory(engine: Engine, plan: Plan, passes: Sequence[Pass], workers: Sequenc
                 kv_bytes=kv,
                 activation_bytes=max(0, peak - baseline - weights - kv),
                 peak_bytes=peak,
-                peak_source="vm_hwm",
+                peak_source="vm_hwm" if device_kind(device) == "cpu" else "cuda_allocator",
                 baseline_bytes=baseline,
                 cap_bytes=plan.stages[index].cap_bytes(engine.device_bytes[device]),
             )

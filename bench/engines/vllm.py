@@ -7,27 +7,24 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from pipetune.bench.engines.host import HELLO_TIMEOUT_S, EngineHost
 from pipetune.bench.engines.outcome import Pass, Told, outcome_of
 from pipetune.bench.engines.reference import EngineReference
-from pipetune.bench.engines.vllm_args import cores_of_workers, vllm_arguments
+from pipetune.bench.engines.vllm_args import Arguments, cores_of_workers, vllm_arguments
 from pipetune.bench.errors import ConfigError, FleetError, PlanError
 from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.supervisor import FleetOptions, Progress
 from pipetune.bench.load.arrivals import arrival_times_s
 from pipetune.bench.machine.hardware import cores_of, device_bytes
 from pipetune.bench.machine.sensors import CpuSensors, family
-from pipetune.bench.machine.telemetry import read_telemetry
+from pipetune.bench.machine.telemetry import read_telemetry, sensors_for
 from pipetune.bench.memory import check_plan, stage_bytes
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, OutputCheck
 from pipetune.bench.spec import EffectivePlan, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload, device_kind
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
-HOST = Path(__file__).parent / "vllm_host" / "pipetune_vllm_host.py"
-VERSIONS = ((0, 32), (0, 33))
-"""From the first of them up to the second, which is left out: what the host was tried with."""
 KV_BLOCK = 128
 """Tokens of a block of KV cache on CPUs."""
 IN_PLACE_NOTE = "re-partitioned in place its output was wrong; the engine was started anew"
@@ -45,7 +42,23 @@ _LEAD_S = 0.05
 
 
 class VllmEngine(Closing):
-    """vLLM on CPU devices; one host a replica, kept over plans that it can move to in place."""
+    """vLLM on CPU devices; one host a replica, kept over plans that it can move to in place.
+
+    What is in capitals is another for an engine that is driven alike.
+    """
+
+    NAME: ClassVar[Literal["vllm", "sglang"]] = "vllm"
+    TITLE: ClassVar[str] = "vLLM"
+    HOST: ClassVar[Path] = Path(__file__).parent / "vllm_host" / "pipetune_vllm_host.py"
+    VERSIONS: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((0, 32), (0, 33))
+    """From the first of them up to the second, which is left out: what the host was written for."""
+    DEVICES: ClassVar[Literal["cpu", "cuda"]] = "cpu"
+    MOVES: ClassVar[bool] = True
+    """Whether other splits and limits can be taken in place."""
+    SERVES: ClassVar[bool] = True
+    """Whether its HTTP server can be asked in place of the engine."""
+    NOTES: ClassVar[tuple[str, ...]] = ()
+    """Said of every measurement."""
 
     def __init__(
         self,
@@ -54,21 +67,21 @@ class VllmEngine(Closing):
         *,
         python: Path,
         baseline: EngineSettings | None = None,
-        script: Path = HOST,
+        script: Path | None = None,
         start_fleet: Callable[..., Fleet] | None = None,
         **options: Unpack[FleetOptions],
     ) -> None:
-        """Looks at vLLM and the model; raises as `Fleet.start` and `versions_of`, and ConfigError for devices and
-        settings that vLLM is not driven with.
+        """Looks at the engine and the model; raises as `Fleet.start` and `versions_of`, and ConfigError for devices and
+        settings that it is not driven with.
 
         Args:
-            python: of an environment that has vLLM; pipetune need not be there.
+            python: of an environment that has the engine; pipetune need not be there.
             baseline: settings of the un-pipelined engine, by default the engine's own.
         """
         self.devices = tuple(devices)
-        _check_usable(model, self.devices)
-        self._python, self._script, self._options = python, script, options
-        self._baseline = baseline or EngineSettings()
+        self._check_usable(model)
+        self._python, self._script, self._options = python, script or self.HOST, options
+        self._baseline = baseline or EngineSettings(name=self.NAME)
         self._hosts: list[EngineHost] = []
         self._started: RunSpec | None = None
         """What the hosts were started for; `_held` is the plan that they hold now."""
@@ -77,7 +90,7 @@ class VllmEngine(Closing):
         self._workers: list[Told] = []
         self._prompts: dict[str, tuple[tuple[int, ...], ...]] = {}
         self._reference: EngineReference | None = None
-        versions = versions_of(python, script)
+        versions = self.versions_of(python, script)
         self._fleet = (start_fleet or Fleet.start)(model, self.devices[:1], **options)
         self.model, self.shape, self.machine = self._fleet.model, self._fleet.shape, self._fleet.machine
         self.device_bytes = device_bytes(self.devices)
@@ -97,16 +110,19 @@ class VllmEngine(Closing):
     def resolve(self, plan: Plan, workload: Workload) -> EffectivePlan | Failure:
         """The plan, or why it does not fit: its stages beside their KV cache, and in that a single request.
 
-        ConfigError for prompts that cannot be used, or a workload that vLLM is not measured with; PlanError for a plan
-        that is not for this engine, does not suit the model, or names a device that is not there.
+        ConfigError for prompts that cannot be used, or a workload that the engine is not measured with; PlanError for a
+        plan that is not for it, does not suit the model, or names a device that is not there.
         """
         if workload.kind == "score":
-            raise ConfigError("workload.kind=score: vLLM is measured generating so far")
+            raise ConfigError(f"workload.kind=score: {self.TITLE} is measured generating so far")
         if workload.arrivals is not None and workload.arrivals.max_concurrency is not None:
-            raise ConfigError("workload.arrivals.max_concurrency: not kept for vLLM; limit plan.engine.max_num_seqs")
+            raise ConfigError(f"workload.arrivals.max_concurrency: not kept for {self.TITLE}; set engine.max_num_seqs")
         check_plan(self.shape, plan)
-        if plan.engine is None:
-            raise PlanError("plan.engine: there is none, and vLLM is to run the plan; give engine: {name: vllm}")
+        if plan.engine is None or plan.engine.name != self.NAME:
+            there = "there is none" if plan.engine is None else f"it is {plan.engine.name}"
+            raise PlanError(f"plan.engine: {there}, and {self.TITLE} is to run it; give engine: {{name: {self.NAME}}}")
+        if plan.engine.served and not self.SERVES:
+            raise PlanError(f"plan.engine.served: {self.TITLE} is measured without its HTTP server; leave it out")
         if strange := [one for own in plan.devices for one in plan.shards(own) if one not in self.devices]:
             raise PlanError(f"plan.stages: {strange[0]} is not among the devices {', '.join(self.devices)}")
         length = -(-self._longest(workload) // KV_BLOCK) * KV_BLOCK
@@ -199,9 +215,9 @@ class VllmEngine(Closing):
             warmup.append(round(self._pass(spec, deadline, "warmup").duration_s, 6))
             unlike = len(warmup) == wanted >= 2 and not is_steady(warmup[-2:], protocol.steady_tolerance)
             wanted += unlike and wanted < protocol.max_warmup
-        sensors = CpuSensors(spec.plan.devices)
+        sensors = sensors_for(spec.plan.devices)
         before = sensors.state()
-        sensors.start(family(below=True))
+        sensors.start(*([family(below=True)] if isinstance(sensors, CpuSensors) else []))
         passes = [self._pass(spec, deadline, "measure", number) for number in range(protocol.num_iters)]
         telemetry = read_telemetry(sensors, before)
         outcome = outcome_of(self, spec, passes, self._workers, reference, check)
@@ -215,7 +231,8 @@ class VllmEngine(Closing):
                 "check_s": check_s,
                 "warmup_s": tuple(warmup),
                 "steady": spec.workload.arrivals is not None or is_steady(durations, protocol.steady_tolerance),
-                "notes": (*notes, *outcome.notes),
+                "notes": (*self.NOTES, *notes, *outcome.notes),
+                "transport": self.NAME,
             }
         )
 
@@ -251,7 +268,7 @@ class VllmEngine(Closing):
         try:
             if not stays:
                 self._note_workers(self._all("repartition", "load", deadline, layers=plan.layer_counts), plan)
-            if plan.engine is None or not plan.engine.served:
+            if self._moves(plan):
                 self._all("limits", "load", deadline, (), **limits)
         except FleetError as error:
             self._start(spec, deadline)
@@ -265,7 +282,7 @@ class VllmEngine(Closing):
         was, plan = self._started.plan, spec.plan
         assert was.engine is not None
         has_room = self._longest(spec.workload) <= self._longest(self._started.workload)
-        if was.engine.served or len(was.stages) != len(plan.stages):
+        if not self._moves(was) or len(was.stages) != len(plan.stages):
             return has_room and was == plan
         stages = tuple(
             one.model_copy(update={"first_layer": other.first_layer, "end_layer": other.end_layer})
@@ -275,18 +292,24 @@ class VllmEngine(Closing):
         is_alike = was.model_copy(update={"stages": stages, "engine": settings}) == plan
         return has_room and is_alike and all(limits[name] <= self._limits[name] for name in limits)
 
+    def _moves(self, plan: Plan) -> bool:
+        return self.MOVES and not (plan.engine is not None and plan.engine.served)
+
+    def _arguments(self, spec: RunSpec) -> Arguments:
+        """What the engine is told by names of its own, beside the split."""
+        plan, longest = spec.plan, self._longest(spec.workload)
+        told = vllm_arguments(self.model, plan, max_model_len=longest, device_bytes=self.device_bytes)
+        served = plan.engine is not None and plan.engine.served
+        return {"model": str(self._fleet.folder), "seed": 0, "served": served, **told}
+
     def _start(self, spec: RunSpec, deadline: float) -> None:
         self._stop()
         plan = spec.plan
-        longest = self._longest(spec.workload)
-        settings = vllm_arguments(self.model, plan, max_model_len=longest, device_bytes=self.device_bytes)
         try:
             for replica in range(plan.replicas):
                 self._hosts.append(self._host(plan.replica(replica), replica))
             self._started = spec
-            told: Told = {"model": str(self._fleet.folder), "seed": 0, "layers": plan.layer_counts, **settings}
-            told["served"] = plan.engine is not None and plan.engine.served
-            answers = self._all("start", "start", deadline, (), **told)
+            answers = self._all("start", "start", deadline, (), layers=plan.layer_counts, **self._arguments(spec))
             self._note_workers(answers, plan)
         except BaseException:
             # An interrupt among them.
@@ -302,28 +325,30 @@ class VllmEngine(Closing):
             stage = plan.stages[worker["stage"]]
             held, wanted = (worker["first_layer"], worker["end_layer"]), (stage.first_layer, stage.end_layer)
             if held != wanted:
-                text = f"stage {worker['stage']} holds layers {held} and not {wanted}: vLLM did not take the split"
+                text = f"stage {worker['stage']} holds layers {held}: {self.TITLE} did not take the split, {wanted}"
                 raise FleetError(Failure(kind=FailureKind.WORKER_ERROR, phase="load", message=text))
 
     def _all(self, do: str, phase: str, deadline: float, own: Sequence[Told] = (), **args: Any) -> list[Told]:
         """One command to all hosts at once, with what is each one's own."""
         if (say := self._options.get("on_progress")) is not None:
-            say(Progress(phase=phase, message=f"vLLM: {do}"))
+            say(Progress(phase=phase, message=f"{self.TITLE}: {do}"))
         assert self._started is not None
         for replica, host in enumerate(self._hosts):
             host.send(do, phase, self._started.plan.replica(replica), **args, **(own[replica] if own else {}))
         return [host.receive(deadline) for host in self._hosts]
 
-    def _host(self, plan: Plan, replica: int) -> EngineHost:
+    def _environment(self, plan: Plan) -> dict[str, str]:
         allowed, each = sorted(os.sched_getaffinity(0)), cores_of(self.devices[0], self.devices)
-        cores = cores_of_workers(plan, self.devices, allowed, each)
+        return _ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": cores_of_workers(plan, self.devices, allowed, each)}
+
+    def _host(self, plan: Plan, replica: int) -> EngineHost:
         if (folder := self._options.get("log_dir")) is not None:
             folder.mkdir(parents=True, exist_ok=True)
         return EngineHost(
             self._python,
             self._script,
-            log=folder / f"vllm-{replica}.log" if folder is not None else None,
-            environment=_ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": cores},
+            log=folder / f"{self.NAME}-{replica}.log" if folder is not None else None,
+            environment=self._environment(plan),
             hang_timeout_s=self._options.get("hang_timeout_s", 10.0),
         )
 
@@ -338,31 +363,34 @@ class VllmEngine(Closing):
         for host in hosts:
             host.close()
 
+    @classmethod
+    def versions_of(cls, python: Path, script: Path | None = None) -> dict[str, str]:
+        """Versions of what another Python has; ConfigError where there is no such Python, or it has not this engine, or
+        one that the host was not written for, FleetError where it says nothing of itself."""
+        script = script or cls.HOST
+        host = EngineHost(python, script, log=None, environment=_ENVIRONMENT, hang_timeout_s=HELLO_TIMEOUT_S)
+        host.close()
+        versions: dict[str, str] = host.hello["versions"]
+        wanted = "{}>={},<{}".format(cls.NAME, *(".".join(map(str, bound)) for bound in cls.VERSIONS))
+        if cls.NAME not in versions:
+            raise ConfigError(f"engine_python: {python} has no {cls.TITLE}; install {wanted} there")
+        parts = versions[cls.NAME].split(".")[: len(cls.VERSIONS[0])]
+        if not cls.VERSIONS[0] <= tuple(int(part) for part in parts if part.isdecimal()) < cls.VERSIONS[1]:
+            raise ConfigError(f"engine_python: {python} has {cls.TITLE} {versions[cls.NAME]}; install {wanted} there")
+        return versions
 
-def versions_of(python: Path, script: Path = HOST) -> dict[str, str]:
-    """Versions of what another Python has; ConfigError where there is no such Python, or it has no vLLM, or one that
-    the host was not tried with, FleetError where it says nothing of itself."""
-    host = EngineHost(python, script, log=None, environment=_ENVIRONMENT, hang_timeout_s=HELLO_TIMEOUT_S)
-    host.close()
-    versions: dict[str, str] = host.hello["versions"]
-    wanted = "vllm>={}.{},<{}.{}".format(*VERSIONS[0], *VERSIONS[1])
-    if "vllm" not in versions:
-        raise ConfigError(f"engine_python: {python} has no vLLM; install {wanted} there")
-    numbers = tuple(int(part) for part in versions["vllm"].split(".")[:2] if part.isdecimal())
-    if not VERSIONS[0] <= numbers < VERSIONS[1]:
-        raise ConfigError(f"engine_python: {python} has vLLM {versions['vllm']}; install {wanted} there")
-    return versions
+    def _check_usable(self, model: ModelSpec) -> None:
+        if odd := [device for device in self.devices if device_kind(device) != self.DEVICES or "/" in device]:
+            kinds = {"cpu": "CPUs", "cuda": "GPUs"}[self.DEVICES]
+            raise ConfigError(
+                f"devices: {self.TITLE} is measured on {kinds} of this host alone so far, not on {odd[0]}"
+            )
+        for name, usual in {"load_format": "auto", "storage_dtype": None, "attention": "auto"}.items():
+            if getattr(model, name) != usual:
+                raise ConfigError(f"model.{name}={getattr(model, name)}: our runtime's; leave it out for {self.TITLE}")
 
 
 def with_engine(machine: Machine, versions: Mapping[str, str]) -> Machine:
     """A machine with the engine's packages among its software."""
     packages = machine.software.packages | {f"engine's {name}": version for name, version in versions.items()}
     return machine.model_copy(update={"software": machine.software.model_copy(update={"packages": packages})})
-
-
-def _check_usable(model: ModelSpec, devices: Sequence[str]) -> None:
-    if odd := [device for device in devices if device_kind(device) != "cpu" or "/" in device]:
-        raise ConfigError(f"devices: vLLM is measured on CPUs of this host alone so far, and {odd[0]} is another")
-    for name, usual in {"load_format": "auto", "storage_dtype": None, "attention": "auto"}.items():
-        if getattr(model, name) != usual:
-            raise ConfigError(f"model.{name}={getattr(model, name)}: our own runtime's alone; leave it out for vLLM")

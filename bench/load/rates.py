@@ -14,6 +14,8 @@ from pipetune.bench.spec import Arrivals
 
 STEP = 1.25
 """Factor to go on by while all rates, or none, were sustained; its square behind the second one, and so on."""
+_LOWEST = 3.8
+"""How many times lower a rate is tried, while none is sustained."""
 _EDGE = 0.2
 """A rate that lies so near to one of two, as a share of the way between them, tells little."""
 
@@ -71,8 +73,10 @@ class RateSearch:
         return cls(wanted=wanted, guess=guess, most=arrivals.most_rates)
 
     def next(self) -> float | None:
-        """The rate to measure next, of four digits; None where it is known, or no run is left."""
-        if self.is_narrow or len(self.shares) >= self.most:
+        """The rate to measure next, of four digits; None where it is known, or no run is left; or where none is
+        sustained, down to a quarter of the first, since each takes longer than the one before."""
+        is_hopeless = bool(self.shares) and not self.sustained and min(self.shares) <= self.guess / _LOWEST
+        if self.is_narrow or is_hopeless or len(self.shares) >= self.most:
             return None
         rate = float(f"{next_rate(self.shares, self.wanted, guess=self.guess):.4g}")
         return None if rate in self.shares else rate

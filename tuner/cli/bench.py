@@ -2,13 +2,13 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from pipetune.tuner.cli import options as o
 
-_engine = partial(typer.Option, rich_help_panel="vLLM in place of our runtime")
+_engine = partial(typer.Option, rich_help_panel="vLLM or SGLang in place of our runtime")
 _plan = partial(typer.Option, rich_help_panel="Plan (one of --plan, --device-map and --layers)")
 _load = partial(typer.Option, rich_help_panel="Load")
 
@@ -43,7 +43,10 @@ def bench(
         bool, typer.Option("--compare-baseline", help="Beside the un-pipelined model, in rounds.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison.")] = 5,
-    engine_python: Annotated[Path | None, _engine(metavar="FILE", help="Python that has vLLM, to run it.")] = None,
+    name: Annotated[
+        Literal["vllm", "sglang"] | None, _engine("--engine", metavar="vllm|sglang", help="[the plan's, or vllm]")
+    ] = None,
+    engine_python: Annotated[Path | None, _engine(metavar="FILE", help="Python that has it, to run it.")] = None,
     max_num_batched_tokens: Annotated[int | None, _engine(min=1, help="Tokens of a batch. [the engine's]")] = None,
     max_num_seqs: Annotated[int | None, _engine(min=1, help="Sequences at once. [the engine's]")] = None,
     kv_cache_memory_bytes: Annotated[
@@ -104,6 +107,8 @@ def bench(
     resolved = sources.resolve_settings(params, below=request.settings_below(), reads_trace=True, warn=common.warn)
     if max_request_rate:
         resolved = sources.with_rate_search(resolved, "--max-request-rate")
+    if name is not None and engine_python is None:
+        raise ConfigError(f"--engine {name}: which Python has it? Give it by --engine-python")
     if engine_python is not None and (compare_baseline or save_outputs is not None):
         raise ConfigError("--engine-python: measures a plan alone; leave out --compare-baseline and --save-outputs")
     check_load(resolved.config, compare_baseline=compare_baseline, saves=save_outputs is not None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipetune.bench import metrics
-from pipetune.bench.engines.vllm import VllmEngine
+from pipetune.bench.engines.sglang import ENGINES
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.fleet.experiment import Experiment, Labels
 from pipetune.bench.prompts.file import read_requests
@@ -99,7 +99,7 @@ class Bench:
     rates: tuple[float, ...] = ()
     """Requests a second that are measured one after the other; the workload has the first."""
     engine_python: Path | None = None
-    """Python of the environment whose vLLM runs the plan; None: our own runtime does."""
+    """Python of the environment whose engine runs the plan; None: our own runtime does."""
 
     def run(self, reporter: Reporter) -> BenchResult:
         """Starts a fleet and measures.
@@ -111,7 +111,9 @@ class Bench:
             with Experiment.start(
                 self.config.model,
                 self.config.concrete_devices,
-                start_fleet=None if self.engine_python is None else partial(VllmEngine, python=self.engine_python),
+                start_fleet=partial(ENGINES[self.request.engine_name], python=self.engine_python)
+                if self.engine_python is not None
+                else None,
                 hang_timeout_s=self.config.protocol.hang_timeout_s,
                 on_progress=reporter.fleet,
             ) as experiment:

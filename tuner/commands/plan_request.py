@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pipetune.bench.errors import ConfigError, PlanError, explain
 from pipetune.bench.memory import ModelShape
-from pipetune.bench.spec import EngineSettings, Plan, StagePlan
+from pipetune.bench.spec import EngineName, EngineSettings, Plan, StagePlan
 from pipetune.tuner.config.settings import KeyPath, leaves_of
 from pipetune.tuner.config.sources import Below
 from pipetune.tuner.planning.partition.device_map import device_of, plan_from_map, read_device_map
@@ -63,6 +63,13 @@ class PlanRequest:
             if params.get("engine_python") is not None
             else None,
         )
+
+    @property
+    def engine_name(self) -> EngineName:
+        """The engine that is to run the plan, where another than our own runtime is."""
+        own = self.plan_file.plan.engine if self.plan_file is not None else None
+        name: EngineName = (self.engine or {}).get("name") or (own or EngineSettings()).name
+        return name
 
     def settings_below(self) -> Below:
         """Settings that a file brings along, for those that nobody gives: model, workload and devices."""

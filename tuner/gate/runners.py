@@ -20,7 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from pipetune.bench import metrics
-from pipetune.bench.engines.vllm import versions_of, with_engine
+from pipetune.bench.engines.sglang import ENGINES
+from pipetune.bench.engines.vllm import with_engine
 from pipetune.bench.errors import ConfigError, PlanError, UserError, explain
 from pipetune.bench.files import scratch_folder
 from pipetune.bench.fleet.experiment import Experiment
@@ -110,8 +111,9 @@ class FreshProcesses(Closing):
             self._interpreters[name] = found
         self._machines = {name: one.machine() for name, one in self._interpreters.items()}
         for name, machine in self._machines.items():
-            if (engine := self._case.side(name).engine_python) is not None:
-                versions = versions_of(Path(engine))
+            side = self._case.side(name)
+            if side.engine_python is not None and side.plan.engine is not None:
+                versions = ENGINES[side.plan.engine.name].versions_of(Path(side.engine_python))
                 self._machines[name] = with_engine(machine, versions) if machine is not None else None
         return self._machines
 

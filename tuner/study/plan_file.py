@@ -72,7 +72,8 @@ def render(
         return plan_file.model_dump_json(indent=1) + "\n"
     if form in MAPS:
         return json.dumps(MAPS[form](shape, plan_file.plan, device_names), indent=1) + "\n"
-    if plan_file.plan.engine is not None and machine is not None and form in ("vllm", "vllm-yaml"):
+    own = plan_file.plan.engine
+    if own is not None and own.name == "vllm" and machine is not None and form in ("vllm", "vllm-yaml"):
         return _vllm_as_measured(plan_file, machine, prompt_lens, is_yaml=form == "vllm-yaml")
     *first, last = plan_file.plan.layer_counts
     counts, stages = ",".join(map(str, (*first, last))), len(plan_file.plan.stages)

@@ -1,112 +1,23 @@
-"""vLLM in one process, commanded by JSON lines: start, limits, repartition, run, logprobs. Knows nothing of pipetune.
+"""vLLM in one process, commanded by JSON lines: start, limits, repartition, run, logprobs."""
 
-Beside it, from before vLLM is imported, a guard waits in a process of its own: once the driver or this process is gone,
-it kills what is left of the session and removes its files, also those in /dev/shm.
-"""
-
-import contextlib
-import ctypes
-import json
 import os
-import select
-import shutil
 import signal
-import sys
-import tempfile
-import threading
 import time
-from importlib.metadata import packages_distributions, version
-from pathlib import Path
 from typing import Any
 
+from pipetune_host import Host, main
 from pipetune_vllm_probe import need
 
-BEAT_S = 0.5
-TRACKER_S = 1.0
-_PR_SET_PDEATHSIG = 1
-_SHM = "/dev/shm/"  # noqa: S108
 
+class VllmHost(Host):  # type: ignore[misc]
+    """vLLM, in this process or as a server."""
 
-def members(session: int) -> list[int]:
-    """Processes of a session that run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split() if entry.name.isdecimal() else []
-        except OSError:
-            continue
-        if fields and fields[3] == str(session) and fields[0] != "Z":
-            found.append(int(entry.name))
-    return found
-
-
-def is_tracker(process: int) -> bool:
-    """Whether it is what multiprocessing keeps account of shared files by."""
-    with contextlib.suppress(OSError):
-        return b"multiprocessing.resource_tracker" in Path(f"/proc/{process}/cmdline").read_bytes()
-    return False
-
-
-def shared_files(processes: list[int]) -> set[Path]:
-    """Files in shared memory that processes have mapped, and that still have a name."""
-    found = set()
-    for process in processes:
-        try:
-            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
-        except OSError:
-            continue
-        found |= {Path(line.split(maxsplit=5)[5]) for line in lines if _SHM in line and not line.endswith("(deleted)")}
-    return found
-
-
-def guard(driver: int, host: int, folder: str) -> int:
-    """Waits for the end of the driver's pipe or of the host, and leaves nothing behind; the host's exit status."""
-    status = None
-    while status is None and not select.select([driver], [], [], 0.1)[0]:
-        ended, how = os.waitpid(host, os.WNOHANG)
-        status = how if ended else None
-    files: set[Path] = set()
-    patience = time.monotonic() + TRACKER_S
-    while left := members(host):
-        files |= shared_files(left)
-        for process in left:
-            # Python's own tracker unlinks what the others leave, semaphores among it, and ends by itself.
-            if time.monotonic() > patience or not is_tracker(process):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-        time.sleep(0.01)
-    for file in files:
-        file.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    code = os.waitstatus_to_exitcode(os.waitpid(host, 0)[1] if status is None else status)
-    return code if code >= 0 else 128 - code
-
-
-class Host:
-    """One engine, and the line to its driver."""
+    packages = ("vllm", "torch", "transformers")
 
     def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w", buffering=1)
-        # What vLLM prints goes to the log.
-        os.dup2(2, 1)
-        self._lock = threading.Lock()
+        super().__init__()
         self._llm: Any = None
         self._server: Any = None
-        self._steps = 0
-
-    def serve(self) -> None:
-        """Says who it is, then answers until nobody asks any more."""
-        known = packages_distributions()
-        versions = {name: version(known[name][0]) for name in ("vllm", "torch", "transformers") if name in known}
-        self._send({"hello": os.getpid(), "versions": versions})
-        threading.Thread(target=self._beat, daemon=True).start()
-        for line in sys.stdin:
-            command = json.loads(line)
-            try:
-                answer = {"answer": getattr(self, f"do_{command['do']}")(**command["args"])}
-            except BaseException as error:
-                answer = {"error": f"{type(error).__name__}: {error}"[:4000], "died": self._died()}
-            self._send({"id": command["id"], **answer})
 
     def do_start(self, layers: list[int], served: bool = False, **settings: Any) -> dict[str, Any]:
         """Starts the engine, here or as a server; settings are vLLM's own."""
@@ -249,34 +160,6 @@ class Host:
         ended = [{"rank": rank, "exit_code": code} for rank, code in codes if code is not None]
         return min(ended, key=lambda one: (one["exit_code"] in (0, -signal.SIGTERM), one["rank"]), default=None)
 
-    def _beat(self) -> None:
-        while True:
-            time.sleep(BEAT_S)
-            died = None
-            with contextlib.suppress(AttributeError):
-                died = self._died()
-            self._send({"beat": self._steps, "died": died})
-
-    def _send(self, message: dict[str, Any]) -> None:
-        with self._lock:
-            self._out.write(json.dumps(message) + "\n")
-
-
-def main() -> None:
-    """Splits into guard and host; the one argument is the end of the driver's pipe."""
-    driver, folder = int(sys.argv[1]), tempfile.mkdtemp(prefix="pipetune-vllm-")
-    host = os.fork()
-    if host:
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for number in (0, 1):
-            os.dup2(nothing, number)
-        os._exit(guard(driver, host, folder))
-    os.close(driver)
-    os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.environ["TMPDIR"] = tempfile.tempdir = folder
-    Host().serve()
-
 
 if __name__ == "__main__":
-    main()
+    main(VllmHost)

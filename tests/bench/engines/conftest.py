@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pipetune.bench.engines import vllm
+from pipetune.bench.engines.sglang import ENGINES
 from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.record import Failure
-from pipetune.bench.spec import ModelSpec, Plan, Protocol, Workload
+from pipetune.bench.spec import EngineName, ModelSpec, Plan, Protocol, Workload
 from tests.bench.engines import fake_host
 from tests.tuner.fake_fleet import FakeFleet, Lab
 
@@ -23,9 +25,9 @@ PROTOCOL = Protocol(num_iters=2, num_iters_warmup=1, hang_timeout_s=1.0, timeout
 
 
 def make_plan(counts: tuple[int, ...] = (16, 14), replicas: int = 1, **settings: Any) -> Plan:
-    """A plan of vLLM's over the first devices."""
-    width = settings.get("tensor_parallel_size", 1)
-    devices = tuple(f"cpu:{width * place}" for place in range(len(counts) * replicas))
+    """A plan over the first devices, of vLLM's unless the settings name another."""
+    width, kind = settings.get("tensor_parallel_size", 1), ENGINES[settings.get("name", "vllm")].DEVICES
+    devices = tuple(f"{kind}:{width * place}" for place in range(len(counts) * replicas))
     given = {"max_num_batched_tokens": 256, "max_num_seqs": 64, "kv_cache_memory_bytes": "64MiB", **settings}
     plan = Plan.from_layer_counts(counts, devices, 1, replicas=replicas)
     return Plan.model_validate(plan.model_dump() | {"engine": given})
@@ -86,13 +88,23 @@ def make_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mak
     """Starts engines over fake hosts of some behaviour."""
     engines: list[VllmEngine] = []
 
-    def make(devices: int = 4, *, reference: bool = True, **options: Any) -> VllmEngine:
-        monkeypatch.setenv("FAKE_HOST", json.dumps({"told": str(tmp_path / "told"), **options}))
-        engine = VllmEngine(
+    def make(
+        devices: int = 4,
+        *,
+        reference: bool = True,
+        name: EngineName = "vllm",
+        script: Path | None = None,
+        **options: Any,
+    ) -> VllmEngine:
+        kind, versions = ENGINES[name], {name: "0.5.23" if name == "sglang" else "0.32.0", "torch": "2"}
+        monkeypatch.setenv("FAKE_HOST", json.dumps({"told": str(tmp_path / "told"), "versions": versions, **options}))
+        if kind.DEVICES == "cuda":
+            monkeypatch.setattr(vllm, "device_bytes", lambda names: dict.fromkeys(names, 2**36))
+        engine = kind(
             ModelSpec(name="m"),
-            [f"cpu:{index}" for index in range(devices)],
+            [f"{kind.DEVICES}:{index}" for index in range(devices)],
             python=Path(sys.executable),
-            script=Path(fake_host.__file__),
+            script=script or Path(fake_host.__file__),
             start_fleet=describe,
             log_dir=tmp_path / "logs",
             hang_timeout_s=PROTOCOL.hang_timeout_s,

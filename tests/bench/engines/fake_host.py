@@ -34,7 +34,8 @@ class FakeHost:
         self.width, self.budget, self.in_place = 1, 0, False
 
     def start(self, layers: list[int], **settings: Any) -> dict[str, Any]:
-        self.layers, self.width = layers, settings["tensor_parallel_size"]
+        self.layers = layers
+        self.width = settings["tp_size"] if "tp_size" in settings else settings["tensor_parallel_size"]
         self.budget = settings.get("max_num_batched_tokens", 8192)
         return {
             "workers": self.workers(),

@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipetune.bench.engines.host import EngineHost
-from pipetune.bench.engines.vllm import HOST
+from pipetune.bench.engines.host import COMMON, EngineHost
+from pipetune.bench.engines.sglang import SglangEngine
+from pipetune.bench.engines.vllm import VllmEngine
 from pipetune.bench.errors import FleetError
 from pipetune.bench.record import FailureKind
 from tests.bench.engines.conftest import make_plan
@@ -70,9 +71,9 @@ time.sleep(60)
 def script(tmp_path: Path) -> Path:
     """The host's files beside something that stands in for vLLM."""
     folder = tmp_path / "host"
-    shutil.copytree(HOST.parent, folder)
+    shutil.copytree(VllmEngine.HOST.parent, folder)
     (folder / "vllm.py").write_text(STAND_IN)
-    return folder / HOST.name
+    return folder / VllmEngine.HOST.name
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def shared_of(log: Path) -> list[Path]:
 
 
 def folders() -> set[Path]:
-    return {*Path("/tmp").glob("pipetune-vllm-*")}
+    return {*Path("/tmp").glob("pipetune-engine-*")}
 
 
 @pytest.mark.parametrize("stuck", ["1", ""])
@@ -182,12 +183,14 @@ def test_a_stopped_host_is_hung(script: Path, tmp_path: Path) -> None:
     assert session(host.hello["hello"]) == []
 
 
-def test_the_host_imports_nothing_that_vllms_environment_lacks() -> None:
+@pytest.mark.parametrize("engine", [VllmEngine, SglangEngine])
+def test_the_host_imports_nothing_that_the_engines_environment_lacks(engine: type[VllmEngine]) -> None:
     imported = set()
-    for path in HOST.parent.glob("*.py"):
+    for path in (*engine.HOST.parent.glob("*.py"), *COMMON.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").partition(".")[0])
-    assert imported - sys.stdlib_module_names == {"pipetune_vllm_probe", "pipetune_vllm_served", "vllm"}
+    others = {"vllm": {"pipetune_vllm_probe", "pipetune_vllm_served"}, "sglang": set[str]()}[engine.NAME]
+    assert imported - sys.stdlib_module_names == {"pipetune_host", engine.NAME, *others}

@@ -8,10 +8,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench" / "engines" / "vllm_host"))
 
-import pipetune_vllm_host as host
+from pipetune_host import main
+from pipetune_vllm_host import VllmHost
 
 
-class SilentHost(host.Host):  # type: ignore[misc]
+class SilentHost(VllmHost):  # type: ignore[misc]
     """Runs with or without a record."""
 
     def do_run(self, record: bool = True, **given: Any) -> Any:
@@ -26,6 +27,5 @@ class SilentHost(host.Host):  # type: ignore[misc]
             self._llm.collective_rpc = rpc
 
 
-host.Host = SilentHost
 if __name__ == "__main__":
-    host.main()
+    main(SilentHost)

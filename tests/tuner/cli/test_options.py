@@ -114,3 +114,9 @@ def test_an_amount_of_memory_has_a_unit(option: str, capsys: pytest.CaptureFixtu
     given = ("--model", "m", "--devices", "cpu:0-1", "--engine-python", "python", option, "600MiB")
     lines = shown(capsys, *given)
     assert f"{600 * 2**20}   # {option}" in lines[settings_of(TuneConfig)[option[2:].replace("-", "_")].path[-1]]
+
+
+def test_an_engine_without_its_python_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--model", "m", "--devices", "cuda:0-1", "--layers", "16,14", "--engine", "sglang")
+    assert run(["bench", *given]) == 2
+    assert "--engine sglang: which Python has it? Give it by --engine-python" in capsys.readouterr().err

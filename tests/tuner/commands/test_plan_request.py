@@ -159,3 +159,15 @@ def test_an_engine_takes_the_split_and_its_own_settings(tmp_path: Path) -> None:
     again = request(plan=path, engine_python="python", max_num_seqs=9).complete(make_shape(), DEVICES, 32)
     assert again.engine == EngineSettings(max_num_seqs=9, kv_cache_memory_bytes=2**26)
     assert request(layers="17,13", max_num_seqs=9).complete(make_shape(), DEVICES, 32).engine is None
+
+
+def test_the_engine_is_the_one_that_a_flag_or_the_file_names(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"layers": "17,13", "engine_python": "python", "name": "sglang"}
+    asked = request(**flags)
+    plan = asked.complete(make_shape(), DEVICES, 32)
+    assert (asked.engine_name, plan.engine) == ("sglang", EngineSettings(name="sglang"))
+    path = tmp_path / "sglang.json"
+    path.write_text(PlanFile(plan=plan).model_dump_json())
+    assert request(plan=path, engine_python="python", max_num_seqs=8).engine_name == "sglang"
+    assert request(plan=path, engine_python="python", name="vllm").engine_name == "vllm"
+    assert request(plan=plan_file(tmp_path), engine_python="python").engine_name == "vllm"

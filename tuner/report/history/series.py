@@ -22,7 +22,7 @@ LEAST_SHARED_NIGHTS = 2 * LEAST_NIGHTS
 MOST_SHARED_PLANS = 6
 FALSE_CHANGES = 0.05
 """Chance that any series of a question shows a change where none of them has one; shared equally among them."""
-_COMPUTING = ("torch", "transformers", "numpy", "engine's vllm")
+_COMPUTING = ("torch", "transformers", "numpy", "engine's vllm", "engine's sglang")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
