@@ -48,7 +48,7 @@ def best_plan_parts(report: Report, timeline: doc.Figures) -> tuple[doc.Part, ..
             "Where the time goes",
             (*_bubble(row), _stage_table(row, measurement), *launch_gaps(row.plan), timeline, before),
         ),
-        *lane_section(report, row, measurement),
+        *lane_section(report.ranking, row, measurement),
         doc.Section("Memory of each stage against its cap", (*bars, cap)),
     )
 

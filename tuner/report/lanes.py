@@ -6,8 +6,7 @@ from pipetune.bench.metrics import good_requests, latency_metrics, request_times
 from pipetune.bench.record import Measurement
 from pipetune.bench.spec import Plan
 from pipetune.tuner.ranking.runs import unpaired
-from pipetune.tuner.ranking.values import Row
-from pipetune.tuner.report.data import Report
+from pipetune.tuner.ranking.values import Ranking, Row
 from pipetune.tuner.report.document import Column, Section, Table, Text, left, rows_of
 from pipetune.tuner.report.wording import MISSING, ms_text, percent_text, ratio_text, row_text, sentence
 
@@ -36,12 +35,12 @@ def lane_table(plan: Plan, measurement: Measurement) -> Table:
     return Table(columns=(left("lane, tokens of a prompt"), *heads), rows=rows_of(rows))
 
 
-def lane_section(report: Report, row: Row, measurement: Measurement) -> tuple[Section, ...]:
+def lane_section(ranking: Ranking, row: Row, measurement: Measurement) -> tuple[Section, ...]:
     """The lanes of a plan, and what they gain; nothing for a plan without any, or for batches."""
     if not row.plan.lanes or not measurement.is_under_arrivals:
         return ()
-    without = next((one for one in report.ranking.rows if not one.plan.lanes), None)
+    without = next((one for one in ranking.rows if not one.plan.lanes), None)
     told = "no plan without lanes was measured beside it, so there is no gain"
-    if without is not None and (gain := unpaired(report.objective, row.spread, without.spread)) is not None:
-        told = f"{ratio_text(gain)} over the best plan without lanes in {report.objective.metric}: {row_text(without)}"
+    if without is not None and (gain := unpaired(ranking.objectives[0], row.spread, without.spread)) is not None:
+        told = f"{ratio_text(gain)} over the best plan without lanes in {ranking.objectives[0].metric}: {row_text(without)}"
     return (Section("Lanes", (lane_table(row.plan, measurement), Text(sentence(told)))),)

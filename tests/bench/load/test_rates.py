@@ -34,11 +34,19 @@ def curve(highest: float, steepness: float) -> Callable[[float], float]:
 
 
 @pytest.mark.parametrize("steepness", [8.0, 20.0, 60.0])
-@pytest.mark.parametrize("guess", [0.3, 0.9, 1.1, 4.0])
+@pytest.mark.parametrize("guess", [0.3, 0.9, 1.1, 3.0])
 def test_it_is_found_from_far_and_near(guess: float, steepness: float) -> None:
     found, count = search(curve(50.0, steepness), 50.0 * guess, 20)
     assert found == pytest.approx(50.0, rel=0.03)
     assert count <= 12
+
+
+def test_it_is_given_up_where_a_quarter_of_the_guess_is_not_sustained() -> None:
+    own = RateSearch(wanted=WANTED, guess=8.0, most=20)
+    while (rate := own.next()) is not None:
+        own.shares[rate] = 0.0
+    assert min(own.shares) == pytest.approx(8.0 / 4, rel=0.1)
+    assert (len(own.shares), own.highest) == (4, 0.0)
 
 
 def test_noise_of_shares_moves_it_by_little() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.cli import run
 from pipetune.tuner.commands.sweep import rates_of, read_points
 from pipetune.tuner.planning.calibration.observation import observe
+from pipetune.tuner.ranking.rank import rank
+from pipetune.tuner.ranking.values import Objective
+from pipetune.tuner.report.document import Text
+from pipetune.tuner.report.lanes import lane_section
 from tests.tiny_models import save_tiny_model
 
 SIZES = ("--num-prompts", "20", "--input-len", "9", "--output-len", "4", "--num-iters", "1", "--no-progress")
@@ -92,6 +97,32 @@ def test_the_highest_rate_lies_between_two_that_were_measured(
         assert told["metrics"]["slo_attainment"] == shares[low] >= 0.9
     assert run([*bench, "--max-request-rate"]) == 2
     assert "--max-request-rate): workload: goodput: a rate is sustained within limits" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_each_lane_gave_is_told(
+    model: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = ("bench", *model, *SIZES, "--random-range-ratio", "0.6", "--layers", "4", "--request-rate", "60")
+    records = []
+    for number, lanes in enumerate(([], ["--lanes", '[{"up_to_tokens": 8, "weight": 4}, {"prefills_per_decode": 1}]'])):
+        file = tmp_path / f"{number}.jsonl"
+        assert run([*bench, "--goodput", "ttft:9000", *lanes, "-o", str(file)]) == 0
+        record = Record.model_validate_json(file.read_text("utf-8"))
+        records.append(record.model_copy(update={"number": number, "role": "trial", "trial_number": number}))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("≤8", "others"))]
+    measured = records[1].result
+    assert isinstance(measured, Measurement)
+    short = sum(length <= 8 for length in measured.prompt_lens) / 20
+    assert [row[row.index("ms") - 2] for row in rows] == [f"{100 * share:.0f}" for share in (short, 1 - short)]
+    assert all(row[-2:] == ["100", "%"] for row in rows)
+    ranking = rank(records, [Objective(metric="request_goodput")])
+    laned = next(row for row in ranking.rows if row.plan.lanes)
+    (section,) = lane_section(ranking, laned, measured)
+    text = section.parts[1]
+    assert isinstance(text, Text)
+    assert re.match(r"\d\.\d+× over the best plan without lanes in request_goodput: 4 · ", text.text)
+    assert lane_section(ranking, next(row for row in ranking.rows if not row.plan.lanes), measured) == ()
 
 
 @pytest.mark.slow
