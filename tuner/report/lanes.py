@@ -40,7 +40,7 @@ def lane_section(ranking: Ranking, row: Row, measurement: Measurement) -> tuple[
     if not row.plan.lanes or not measurement.is_under_arrivals:
         return ()
     without = next((one for one in ranking.rows if not one.plan.lanes), None)
-    told = "no plan without lanes was measured beside it, so there is no gain"
-    if without is not None and (gain := unpaired(ranking.objectives[0], row.spread, without.spread)) is not None:
-        told = f"{ratio_text(gain)} over the best plan without lanes in {ranking.objectives[0].metric}: {row_text(without)}"
+    objective, told = ranking.objectives[0], "no plan without lanes was measured beside it, so there is no gain"
+    if without is not None and (gain := unpaired(objective, row.spread, without.spread)) is not None:
+        told = f"{ratio_text(gain)} over the best plan without lanes in {objective.metric}: {row_text(without)}"
     return (Section("Lanes", (lane_table(row.plan, measurement), Text(sentence(told)))),)

@@ -114,7 +114,7 @@ def test_what_each_lane_gave_is_told(
     measured = records[1].result
     assert isinstance(measured, Measurement)
     short = sum(length <= 8 for length in measured.prompt_lens) / 20
-    assert [row[row.index("ms") - 2] for row in rows] == [f"{100 * share:.0f}" for share in (short, 1 - short)]
+    assert [row[row.index("ms") - 3] for row in rows] == [f"{100 * share:.0f}" for share in (short, 1 - short)]
     assert all(row[-2:] == ["100", "%"] for row in rows)
     ranking = rank(records, [Objective(metric="request_goodput")])
     laned = next(row for row in ranking.rows if row.plan.lanes)
