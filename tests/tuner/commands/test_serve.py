@@ -232,14 +232,17 @@ def test_vllms_own_client_drives_it(folder: Path, running: int, tmp_path: Path) 
 
 
 @pytest.mark.skipif(not GUIDELLM, reason="PIPETUNE_GUIDELLM names no `guidellm`")
-def test_guidellm_drives_it(folder: Path, running: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_guidellm_drives_it(folder: Path, running: int, tmp_path: Path, path: str) -> None:
     """All of its requests succeed."""
     file = tmp_path / "benchmarks.json"
     subprocess.run(
         [
-            *(GUIDELLM, "benchmark", "run", "--target", f"http://127.0.0.1:{running}", "--model", "tiny"),
-            *("--processor", str(folder), "--data", "prompt_tokens=8,output_tokens=6", "--rate-type", "constant"),
-            *("--rate", "10", "--max-requests", "12", "--output-path", str(file)),
+            *(GUIDELLM, "run", "--disable-progress", "--profile", "kind=constant,rate=10"),
+            *("--backend", f"kind=openai_http,target=http://127.0.0.1:{running},model=tiny,request_format={path}"),
+            *("--tokenizer", f"kind=huggingface_auto,model={folder}", "--constraint", "kind=max_requests,count=12"),
+            *("--data", "kind=synthetic_text,prompt_tokens=8,output_tokens=6"),
+            *("--output", f"kind=json,path={file}"),
         ],
         check=True,
         timeout=300,
