@@ -3,10 +3,11 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from pipetune.bench.engines.vllm import VllmEngine
-from pipetune.bench.engines.vllm_args import Arguments
-from pipetune.bench.spec import EngineName, Plan, RunSpec, device_index
+from pipetune.bench.engines.vllm_args import Arguments, gpus_of
+from pipetune.bench.spec import EngineName, Plan, RunSpec
 
 NEVER_RUN = (
     "SGLang's host was written after SGLang's source and has never been run by pipetune's tests: doubt what it says"
@@ -22,9 +23,8 @@ class SglangEngine(VllmEngine):
     TITLE = "SGLang"
     HOST = Path(__file__).parent / "sglang_host" / "pipetune_sglang_host.py"
     VERSIONS = ((0, 5, 23), (0, 5, 24))
-    DEVICES = "cuda"
     MOVES = SERVES = False
-    NOTES = (NEVER_RUN,)
+    NOTES: ClassVar[Mapping[str, tuple[str, ...]]] = {"cuda": (NEVER_RUN,)}
 
     def _arguments(self, spec: RunSpec) -> Arguments:
         plan, settings = spec.plan, spec.plan.engine
@@ -54,10 +54,7 @@ class SglangEngine(VllmEngine):
         return {name: value for name, value in told.items() if value is not None}
 
     def _environment(self, plan: Plan) -> dict[str, str]:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else list(map(str, range(1 + max(map(device_index, self.devices)))))
-        own = [device_index(one) for device in plan.devices for one in plan.shards(device)]
-        return {"CUDA_VISIBLE_DEVICES": ",".join(names[index] for index in own), "HF_HUB_OFFLINE": "1"}
+        return {"CUDA_VISIBLE_DEVICES": gpus_of(plan, os.environ.get("CUDA_VISIBLE_DEVICES")), "HF_HUB_OFFLINE": "1"}
 
 
 ENGINES: Mapping[EngineName, type[VllmEngine]] = {"vllm": VllmEngine, "sglang": SglangEngine}

@@ -7,12 +7,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Unpack
 
 from pipetune.bench.engines.host import HELLO_TIMEOUT_S, EngineHost
 from pipetune.bench.engines.outcome import Pass, Told, outcome_of
 from pipetune.bench.engines.reference import EngineReference
-from pipetune.bench.engines.vllm_args import Arguments, cores_of_workers, vllm_arguments
+from pipetune.bench.engines.vllm_args import Arguments, cores_of_workers, gpus_of, vllm_arguments
 from pipetune.bench.errors import ConfigError, FleetError, PlanError
 from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.supervisor import FleetOptions, Progress
@@ -22,7 +22,17 @@ from pipetune.bench.machine.sensors import CpuSensors, family
 from pipetune.bench.machine.telemetry import read_telemetry, sensors_for
 from pipetune.bench.memory import check_plan, stage_bytes
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, OutputCheck
-from pipetune.bench.spec import EffectivePlan, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload, device_kind
+from pipetune.bench.spec import (
+    EffectivePlan,
+    EngineName,
+    EngineSettings,
+    ModelSpec,
+    Plan,
+    Protocol,
+    RunSpec,
+    Workload,
+    device_kind,
+)
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
 KV_BLOCK = 128
@@ -42,23 +52,25 @@ _LEAD_S = 0.05
 
 
 class VllmEngine(Closing):
-    """vLLM on CPU devices; one host a replica, kept over plans that it can move to in place.
+    """vLLM on CPUs or GPUs; one host a replica, kept over plans that it can move to in place.
 
     What is in capitals is another for an engine that is driven alike.
     """
 
-    NAME: ClassVar[Literal["vllm", "sglang"]] = "vllm"
+    NAME: ClassVar[EngineName] = "vllm"
     TITLE: ClassVar[str] = "vLLM"
     HOST: ClassVar[Path] = Path(__file__).parent / "vllm_host" / "pipetune_vllm_host.py"
     VERSIONS: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((0, 32), (0, 33))
     """From the first of them up to the second, which is left out: what the host was written for."""
-    DEVICES: ClassVar[Literal["cpu", "cuda"]] = "cpu"
     MOVES: ClassVar[bool] = True
     """Whether other splits and limits can be taken in place."""
     SERVES: ClassVar[bool] = True
     """Whether its HTTP server can be asked in place of the engine."""
-    NOTES: ClassVar[tuple[str, ...]] = ()
-    """Said of every measurement."""
+    NOTES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "cpu": (),
+        "cuda": ("vLLM's probe has never been run on GPUs by pipetune's tests: doubt what it says",),
+    }
+    """Said of every measurement, by the devices that it can be made on."""
 
     def __init__(
         self,
@@ -231,7 +243,7 @@ class VllmEngine(Closing):
                 "check_s": check_s,
                 "warmup_s": tuple(warmup),
                 "steady": spec.workload.arrivals is not None or is_steady(durations, protocol.steady_tolerance),
-                "notes": (*self.NOTES, *notes, *outcome.notes),
+                "notes": (*self.NOTES[device_kind(self.devices[0])], *notes, *outcome.notes),
                 "transport": self.NAME,
             }
         )
@@ -338,6 +350,8 @@ class VllmEngine(Closing):
         return [host.receive(deadline) for host in self._hosts]
 
     def _environment(self, plan: Plan) -> dict[str, str]:
+        if device_kind(self.devices[0]) == "cuda":
+            return _ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": gpus_of(plan, os.environ.get("CUDA_VISIBLE_DEVICES"))}
         allowed, each = sorted(os.sched_getaffinity(0)), cores_of(self.devices[0], self.devices)
         return _ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": cores_of_workers(plan, self.devices, allowed, each)}
 
@@ -380,8 +394,10 @@ class VllmEngine(Closing):
         return versions
 
     def _check_usable(self, model: ModelSpec) -> None:
-        if odd := [device for device in self.devices if device_kind(device) != self.DEVICES or "/" in device]:
-            kinds = {"cpu": "CPUs", "cuda": "GPUs"}[self.DEVICES]
+        kind = device_kind(self.devices[0])
+        usable = (kind,) if kind in self.NOTES else tuple(self.NOTES)
+        if odd := [device for device in self.devices if device_kind(device) not in usable or "/" in device]:
+            kinds = " or ".join({"cpu": "CPUs", "cuda": "GPUs"}[name] for name in usable)
             raise ConfigError(
                 f"devices: {self.TITLE} is measured on {kinds} of this host alone so far, not on {odd[0]}"
             )

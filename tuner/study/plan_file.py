@@ -8,12 +8,12 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from pipetune.bench.engines.vllm_args import cores_of_workers, model_to_serve, vllm_arguments
+from pipetune.bench.engines.vllm_args import cores_of_workers, gpus_of, model_to_serve, vllm_arguments
 from pipetune.bench.errors import PlanError, explain, harmless
 from pipetune.bench.files import write_durably
 from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import Machine
-from pipetune.bench.spec import ModelSpec, Plan, SchemaVersion, Value, Workload, device_kind
+from pipetune.bench.spec import ModelSpec, Plan, SchemaVersion, Value, Workload, device_index, device_kind
 from pipetune.tuner.planning.partition.device_map import DeviceMap, hf_map, ranges_map
 
 Format = Literal["hf", "ranges", "plan", "vllm", "vllm-yaml", "sglang", "trtllm", "llama.cpp"]
@@ -107,13 +107,15 @@ def _vllm_as_measured(plan_file: PlanFile, machine: Machine, prompt_lens: Sequen
     assert workload is not None
     devices, model = plan_file.devices or plan.devices, model_to_serve(plan_file.model)
     on_cpus, each = device_kind(devices[0]) == "cpu", max(1, hardware.cpu_cores // len(devices))
-    sizes = dict.fromkeys(devices, hardware.memory_bytes // len(devices))
+    gpus = [gpu.memory_bytes or 0 for gpu in hardware.gpus]
+    sizes = {name: hardware.memory_bytes // len(devices) if on_cpus else gpus[device_index(name)] for name in devices}
     longest = 1 + max(map(sum, zip(prompt_lens, workload.generated_lens, strict=True)))
     told: dict[str, object] = {"pipeline_parallel_size": len(plan.stages)}
     told |= vllm_arguments(plan_file.model, plan, max_model_len=longest, device_bytes=sizes)
     told["no_enable_prefix_caching"] = True
     version = machine.software.packages.get("engine's vllm", "of a version not known")
-    where = f"{machine.hostname} ({hardware.cpu_model}, {hardware.cpu_cores} cores)"
+    what = f"{hardware.cpu_model}, {hardware.cpu_cores} cores"
+    where = f"{machine.hostname} ({what if on_cpus else ', '.join(dict.fromkeys(gpu.name for gpu in hardware.gpus))})"
     how = "served over loopback" if plan.engine.served else "with its scheduler in process"
     head = [" ".join(harmless(f"Measured on vLLM {version} on {where}, {how}.").split())]
     head.append(f"Requests longer than {longest} tokens need another --max-model-len, and room for it.")
@@ -137,6 +139,8 @@ def _vllm_as_measured(plan_file: PlanFile, machine: Machine, prompt_lens: Sequen
         if on_cpus:
             cores = cores_of_workers(plan.replica(index), devices, range(hardware.cpu_cores), each)
             variables.append(f"VLLM_CPU_OMP_THREADS_BIND={shlex.quote(cores)}")
+        else:
+            variables.append(f"CUDA_VISIBLE_DEVICES={gpus_of(plan.replica(index))}")
         starts.append([*variables, *serve, *([f"--port {8000 + index}"] if plan.replicas > 1 else [])])
     lines = list(map(" \\\n    ".join, starts))
     if is_yaml:

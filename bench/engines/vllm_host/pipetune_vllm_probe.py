@@ -33,6 +33,16 @@ def need(owner: Any, *names: str) -> Any:
     return owner
 
 
+def _recorded() -> Any:
+    """An event behind all that the device was given so far."""
+    import torch
+
+    make: Any = torch.cuda.Event
+    event = make(enable_timing=True)
+    event.record()
+    return event
+
+
 class StageProbe:
     """Becomes a base class of vLLM's worker, which refuses names that it has itself."""
 
@@ -43,8 +53,11 @@ class StageProbe:
         group, runner = get_pp_group(), need(self, "model_runner")
         model = need(runner, "get_model")()
         self.pipetune_spans: list[tuple[Any, ...]] = []
-        self.pipetune_on, self.pipetune_entered = False, 0.0
-        if not group.is_first_rank and need(runner, "intermediate_tensors") is None:
+        self.pipetune_on, self.pipetune_device = False, need(runner, "device").type
+        self.pipetune_entered: Any = None
+        self.pipetune_zero: Any = None
+        is_later_on_cpu = self.pipetune_device == "cpu" and not group.is_first_rank
+        if is_later_on_cpu and need(runner, "intermediate_tensors") is None:
             # On CPUs vLLM 0.32 makes them in a dummy run, which eager mode has none of, and then fails an assertion.
             how = {"dtype": need(runner, "model_config", "dtype"), "device": need(runner, "device")}
             make = need(model, "make_empty_intermediate_tensors")
@@ -55,7 +68,7 @@ class StageProbe:
             inner = need(self, "execute_model")
 
             def entered(*args: Any, **kwargs: Any) -> Any:
-                self.pipetune_entered = time.monotonic()
+                self.pipetune_entered = self._pipetune_now()
                 return inner(*args, **kwargs)
 
             self.execute_model = entered
@@ -72,7 +85,7 @@ class StageProbe:
             "first_layer": min(kept),
             "end_layer": max(kept) + 1,
             "kv_bytes": sum(caches.values()),
-            "baseline_bytes": BASELINE_BYTES,
+            "baseline_bytes": BASELINE_BYTES if self.pipetune_device == "cpu" else 0,
         }
 
     def _pipetune_wrap(self, owner: Any, name: str, kind: str, *, received: bool = False) -> None:
@@ -82,29 +95,43 @@ class StageProbe:
         def timed(*args: Any, **kwargs: Any) -> Any:
             if not self.pipetune_on:
                 return inner(*args, **kwargs)
-            sizes, start, spans = (0, 0), time.monotonic(), self.pipetune_spans
-            if self.pipetune_entered:
+            sizes, start, spans = (0, 0), self._pipetune_now(), self.pipetune_spans
+            if self.pipetune_entered is not None:
                 # Until here the worker waited for what it sent before.
                 spans.append(("send", self.pipetune_entered, start, *sizes))
-                self.pipetune_entered = 0.0
+                self.pipetune_entered = None
             if received:
                 batch = args[0]
                 sizes = (len(batch.num_scheduled_tokens), batch.total_num_scheduled_tokens)
                 if len(args) > 1 and hasattr(args[1], "wait_for_comm"):
                     args[1].wait_for_comm()
-                    spans.append(("receive", start, time.monotonic(), 0, 0))
-                    start = time.monotonic()
+                    spans.append(("receive", start, self._pipetune_now(), 0, 0))
+                    start = self._pipetune_now()
             try:
                 return inner(*args, **kwargs)
             finally:
-                spans.append((kind, start, time.monotonic(), *sizes))
+                spans.append((kind, start, self._pipetune_now(), *sizes))
 
         setattr(owner, name, timed)
+
+    def _pipetune_now(self) -> Any:
+        """Now: on GPUs an event behind what was given to the device, as the host runs ahead of it."""
+        return time.monotonic() if self.pipetune_zero is None else _recorded()
 
     def pipetune_begin(self) -> bool:
         """Starts to record; whether the peak of memory starts anew as well."""
         self.pipetune_spans.clear()
         self.pipetune_on = True
+        if self.pipetune_device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            # An event that is done at a time which is known: all others are told from it.
+            zero = _recorded()
+            zero.synchronize()
+            self.pipetune_zero = zero, time.monotonic()
+            return True
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
@@ -114,7 +141,17 @@ class StageProbe:
     def pipetune_end(self) -> dict[str, Any]:
         """What was recorded, and the largest resident set meanwhile."""
         self.pipetune_on = False
-        return {"spans": list(self.pipetune_spans), "peak_bytes": status_bytes("VmHWM")}
+        if self.pipetune_zero is None:
+            return {"spans": list(self.pipetune_spans), "peak_bytes": status_bytes("VmHWM")}
+        import torch
+
+        torch.cuda.synchronize()
+        (zero, zero_s), self.pipetune_zero = self.pipetune_zero, None
+        spans = [
+            (kind, *(zero_s + 1e-3 * zero.elapsed_time(event) for event in (start, end)), *sizes)
+            for kind, start, end, *sizes in self.pipetune_spans
+        ]
+        return {"spans": spans, "peak_bytes": torch.cuda.max_memory_allocated()}
 
     def pipetune_repartition(self, layers: list[int]) -> None:
         """Another runner with other layers, in the same process; its KV cache is the engine's to make."""

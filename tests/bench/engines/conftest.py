@@ -26,7 +26,7 @@ PROTOCOL = Protocol(num_iters=2, num_iters_warmup=1, hang_timeout_s=1.0, timeout
 
 def make_plan(counts: tuple[int, ...] = (16, 14), replicas: int = 1, **settings: Any) -> Plan:
     """A plan over the first devices, of vLLM's unless the settings name another."""
-    width, kind = settings.get("tensor_parallel_size", 1), ENGINES[settings.get("name", "vllm")].DEVICES
+    width, kind = settings.get("tensor_parallel_size", 1), next(iter(ENGINES[settings.get("name", "vllm")].NOTES))
     devices = tuple(f"{kind}:{width * place}" for place in range(len(counts) * replicas))
     given = {"max_num_batched_tokens": 256, "max_num_seqs": 64, "kv_cache_memory_bytes": "64MiB", **settings}
     plan = Plan.from_layer_counts(counts, devices, 1, replicas=replicas)
@@ -98,11 +98,12 @@ def make_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mak
     ) -> VllmEngine:
         kind, versions = ENGINES[name], {name: "0.5.23" if name == "sglang" else "0.32.0", "torch": "2"}
         monkeypatch.setenv("FAKE_HOST", json.dumps({"told": str(tmp_path / "told"), "versions": versions, **options}))
-        if kind.DEVICES == "cuda":
+        device = next(iter(kind.NOTES))
+        if device == "cuda":
             monkeypatch.setattr(vllm, "device_bytes", lambda names: dict.fromkeys(names, 2**36))
         engine = kind(
             ModelSpec(name="m"),
-            [f"{kind.DEVICES}:{index}" for index in range(devices)],
+            [f"{device}:{index}" for index in range(devices)],
             python=Path(sys.executable),
             script=script or Path(fake_host.__file__),
             start_fleet=describe,
