@@ -192,5 +192,5 @@ def test_the_host_imports_nothing_that_the_engines_environment_lacks(engine: typ
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").partition(".")[0])
-    others = {"vllm": {"pipetune_vllm_probe", "pipetune_vllm_served"}, "sglang": set[str]()}[engine.NAME]
+    others = {"vllm": {"pipetune_vllm_probe", "pipetune_vllm_served", "torch"}, "sglang": set[str]()}[engine.NAME]
     assert imported - sys.stdlib_module_names == {"pipetune_host", engine.NAME, *others}

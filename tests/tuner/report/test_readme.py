@@ -125,7 +125,7 @@ def test_every_kind_of_failure_is_defined() -> None:
 def test_every_metric_is_defined_and_no_other() -> None:
     first_cells = re.findall(r"^\| (`.*?) \|", text_under("Metrics"), re.MULTILINE)
     defined = set(re.findall(r"`(\w+)`", " ".join(first_cells)))
-    assert defined == set(metric_names(1000, 1000, gpu=True, goodput=True, arrivals=True))
+    assert defined == set(metric_names(1000, 1000, gpu=True, goodput=True, arrivals=True, rates=True))
 
 
 @pytest.mark.slow
