@@ -126,15 +126,12 @@ class StageBytes(Value):
 
 
 def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, output_len: int) -> StageBytes:
-    """Accounts for one stage of a plan.
+    """Accounts for one stage of a plan; `prompt_len` is the longest prompt after padding, `output_len` what is
+    generated, both in tokens; 0 where texts are scored.
 
     Weights are counted exactly. A KV slot holds `micro_batch_size` rows of `prompt_len + output_len` positions, and
     what states a row keeps. Activations are those of the larger of prefill and decode, `_task_bytes`; and on a CPU what
     the heap and the libraries hold beside them.
-
-    Args:
-        prompt_len: longest prompt after padding, tokens.
-        output_len: tokens generated, tokens; 0 where texts are scored.
     """
     stage = plan.stages[index]
     own = shape.layers[stage.first_layer : stage.end_layer]

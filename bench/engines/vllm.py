@@ -72,11 +72,8 @@ class VllmEngine(Closing):
         **options: Unpack[FleetOptions],
     ) -> None:
         """Looks at the engine and the model; raises as `Fleet.start` and `versions_of`, and ConfigError for devices and
-        settings that it is not driven with.
-
-        Args:
-            python: of an environment that has the engine; pipetune need not be there.
-            baseline: settings of the un-pipelined engine, by default the engine's own.
+        settings that it is not driven with. `python` is of an environment that has the engine; pipetune need not be
+        there. `baseline` has the settings of the un-pipelined engine, by default the engine's own.
         """
         self.devices = tuple(devices)
         self._check_usable(model)

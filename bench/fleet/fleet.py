@@ -63,15 +63,11 @@ class Fleet(Closing):
 
     @classmethod
     def start(cls, model: s.ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> Self:
-        """Starts one worker per device and waits until the model is known to all.
+        """Starts one worker per device, `cpu:N` or `cuda:N`, and waits until the model is known to all; a GPU named
+        twice gets two.
 
-        Args:
-            devices: `cpu:N` or `cuda:N`, one worker each; a GPU named twice gets two.
-
-        Raises:
-            ModelError: the model cannot be found, read or split.
-            ConfigError: a device that is not there.
-            FleetError: workers that do not start.
+        ModelError where the model cannot be found, read or split; ConfigError for a device that is not there;
+        FleetError for workers that do not start.
         """
         fleet = cls(model, devices, **options)
         fleet._check_devices()
@@ -207,16 +203,13 @@ class Fleet(Closing):
     ) -> OnlineRun:
         """Serves requests as they arrive over time, each at its own; decode steps run eagerly, on GPUs as well.
 
-        Args:
-            requests: with numbers of their own; those without a time are there from the start.
-            in_flight: slots; by default as many as the plan's memory caps let be, at most two a stage.
-            max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
-            sampling: how tokens are drawn, by the requests' numbers; None takes the likeliest token.
-            instrument: keep what every stage did and when.
+        Requests have numbers of their own; those without a time are there from the start. `in_flight` counts slots, by
+        default as many as the plan's memory caps let be, at most two a stage. At most `max_concurrency` requests are in
+        the system at once; others wait before it, and their latencies count that. `sampling` draws tokens by the
+        requests' numbers; None takes the likeliest token. `instrument` keeps what every stage did and when.
 
-        Raises:
-            PlanError: a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, more slots
-                of lanes than there are, or of a model whose cache cannot be.
+        PlanError for a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, more slots
+        of lanes than there are, or of a model whose cache cannot be.
         """
         if not requests or len({one.number for one in requests}) < len(requests):
             raise ConfigError(f"requests: {len(requests)} are given; give at least one, each with a number of its own")

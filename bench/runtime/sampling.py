@@ -94,11 +94,8 @@ def _weights(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, to
 
 
 def _likeliest(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The likeliest tokens, in falling order, at least one more than may be drawn where there are more.
-
-    Returns:
-        Their logits over the temperature and their ids, and the probability `[B, n]`, float64, of those that `top_k`
-        leaves.
+    """The likeliest tokens, in falling order, at least one more than may be drawn where there are more: their logits
+    over the temperature, their ids, and the probability `[B, n]`, float64, of those that `top_k` leaves.
     """
     scaled = logits.float() / sampling.temperature
     vocabulary = scaled.shape[-1]

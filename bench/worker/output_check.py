@@ -100,14 +100,11 @@ class TimedCheck:
 def _small_pass(
     host: StageHost, plan: Plan, job: Job, checked: Sequence[int], rows: int, tokens: torch.Tensor | None
 ) -> dict[int, torch.Tensor] | None:
-    """Runs a few prompts through every replica.
+    """Runs a few prompts through every replica, in micro-batches of at most `rows`: few, so that prompts of unlike
+    length are padded against each other.
 
-    Args:
-        rows: of a micro-batch at most; few, so that prompts of unlike length are padded against each other.
-        tokens: `[k, t]`, fed instead of the sampled ones; None scores the prompts.
-
-    Returns:
-        Logits under the tokens, or log-probabilities, by place in `checked`; None without a last stage.
+    `tokens` `[k, t]` are fed instead of the sampled ones; None scores the prompts. Gives the logits under the tokens,
+    or log-probabilities, by place in `checked`; None without a last stage.
     """
     small = min(job.micro_batch_size, rows)
     part = Job(

@@ -143,11 +143,9 @@ class StaticStep:
     ) -> None:
         """Copies a step's inputs to where it reads them, on the stream it will run on.
 
-        Args:
-            position: of the padded prompts and what was generated behind them.
-            inputs: of the micro-batch, the same object for all its steps: its mask is copied once.
-            hidden: `[rows, 1, M]` as received; None on the first stage.
-            u: `[rows]`, what tokens are drawn by; None where they are not, or not by the step.
+        `position` is of the padded prompts and what was generated behind them; `inputs` the same object for all steps
+        of a micro-batch: its mask is copied once. `hidden` is `[rows, 1, M]` as received, None on the first stage; `u`
+        is `[rows]`, what tokens are drawn by, None where they are not, or not by the step.
         """
         # Held, so that no other micro-batch can come to have this one's identity.
         if self._loaded is not inputs:

@@ -154,20 +154,13 @@ class Stage:
         all_logits: bool = False,
         without_logits: bool = False,
     ) -> torch.Tensor:
-        """Runs the own layers.
+        """Runs the own layers on `input_ids` `[B, S]`, the real ids on every stage, at `position_ids` `[B, S]`.
 
-        Args:
-            input_ids: `[B, S]`, the real ids on every stage.
-            attention_mask: `[B, past + S]`, 0 where a row is padded on the left; None where none is.
-            position_ids: `[B, S]`.
-            cache: sought to the rows and to `past`.
-            hidden_states: `[B, S, M]` from the stage before, M being `message_values`; None on the first.
-            all_logits: on the last stage, return the logits of every position.
-            without_logits: on the last stage, leave out the head, as for a chunk of a prompt that is not its last.
-
-        Returns:
-            `[B, S, M]` for the next stage, or on the last one the logits `[B, V]` of the last position, or
-            `[B, S, V]` of all; what it returns without logits means nothing.
+        `attention_mask` is `[B, past + S]`, 0 where a row is padded on the left, None where none is; `cache` is sought
+        to the rows and to `past`; `hidden_states` are `[B, S, M]` from the stage before, M being `message_values`, None
+        on the first. Gives `[B, S, M]` for the next stage, or on the last one the logits `[B, V]` of the last position,
+        `[B, S, V]` of every one with `all_logits`. `without_logits` leaves out the head, as for a chunk of a prompt
+        that is not its last: what is returned then means nothing.
         """
         kwargs: dict[str, Any] = {"input_ids": input_ids, self._cache_name: cache, "use_cache": True}
         # What has states alone takes the mask of the new tokens, and none once the padding lies behind.

@@ -44,14 +44,8 @@ def scope_of(
     device_bytes: int,
     packed_weights: bool,
 ) -> Scope | Failure:
-    """Chooses kinds and windows.
-
-    Args:
-        alike: of each layer; layers with equal ones cost the same.
-        device_bytes: memory of the device that has the least.
-
-    Returns:
-        What to time, or why not even one layer of each kind has room for the smallest task.
+    """What to time, or why not even one layer of each kind has room for the smallest task. `alike` has a value for each
+    layer, and those with equal ones cost the same; `device_bytes` is the memory of the device that has the least.
     """
     kinds, notes = _possible(grid, shape)
     cap = int(MEMORY_FRACTION * device_bytes)
