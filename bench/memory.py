@@ -214,10 +214,8 @@ def _bytes_at(samples: Samples, positions: int, has_head: bool) -> int:
 def resolve(
     shape: ModelShape, plan: Plan, *, num_prompts: int, prompt_len: int, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
-    """How many micro-batches the memory caps let be in flight, or why not even one fits.
-
-    Raises as `check_plan`, and PlanError for an unknown device.
-    """
+    """How many micro-batches the memory caps let be in flight, or why not even one fits. Raises as `check_plan`, and
+    PlanError for an unknown device."""
     check_plan(shape, plan)
     for place, device in enumerate(plan.devices):
         if device not in device_bytes:
@@ -259,9 +257,7 @@ def resolve_slots(
     shape: ModelShape, plan: Plan, *, prompt_len: int, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
     """Slots of a plan whose requests come over time: what its lanes need, at most two a stage. Raises as `resolve`.
-
-    Prompts are prefilled beside them, which takes the room of one slot's prefill more than there are slots.
-    """
+    Prompts are prefilled beside them, which takes the room of one slot's prefill more than there are slots."""
     most = plan.max_in_flight or 2 * len(plan.stages)
     share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len))
     # As many micro-batches as slots and their prefills could come to.
@@ -282,8 +278,7 @@ def resolve_slots(
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:
     """Refuses, by a PlanError, other layers than the model's, a forbidden cut, or prefill cut where a state covers a
-    whole micro-batch.
-    """
+    whole micro-batch."""
     if plan.num_layers != shape.num_layers:
         is_short = plan.num_layers < shape.num_layers
         what = f"layer {plan.num_layers} is missing" if is_short else "there are too many layers"

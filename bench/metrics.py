@@ -102,10 +102,8 @@ def percentile(samples: Sequence[float], quantile: float) -> float:
 
 
 def request_times_s(measurement: Measurement) -> tuple[dict[str, tuple[float, ...]], ...]:
-    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (0 for one token) and `e2el`, in seconds.
-
-    Under arrivals `client_queue_time` as well.
-    """
+    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (0 for one token) and `e2el`, in seconds. Under
+    arrivals `client_queue_time` as well."""
     if measurement.iterations[0].requests:
         return tuple(_arrived_times_s(run, measurement) for run in measurement.iterations)
     order, tasks = measurement.order, measurement.tasks

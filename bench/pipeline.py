@@ -90,10 +90,8 @@ class Pipeline(Closing):
         )
 
     def score(self, texts: Prompts) -> tuple[ScoreResult, ...]:
-        """Log-probabilities of the tokens of given texts, each under those before it, in the order given.
-
-        Texts are given as prompts are to `generate`, and it raises what that does.
-        """
+        """Log-probabilities of the tokens of given texts, each under those before it, in the order given. Texts are
+        given as prompts are to `generate`, and it raises what that does."""
         return self._surviving(lambda: self._fleet.score(self.plan, texts))
 
     def open_queue(self, *, max_len: int | None = None, sampling: Sampling | None = None) -> RequestQueue:

@@ -137,10 +137,8 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def digest(self, *, exclude_defaults: bool = True, exclude: Mapping[str, Any] | None = None) -> str:
-        """sha256 of the canonical JSON, 16 hex digits: equal values have equal digests.
-
-        What is at its default is left out unless told otherwise, so that a field added later changes no digest.
-        """
+        """sha256 of the canonical JSON, 16 hex digits: equal values have equal digests. What is at its default is left
+        out unless told otherwise, so that a field added later changes no digest."""
         return digest_of(self.model_dump(mode="json", exclude_defaults=exclude_defaults, exclude=exclude))
 
 

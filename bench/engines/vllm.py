@@ -42,10 +42,8 @@ _LEAD_S = 0.05
 
 
 class VllmEngine(Closing):
-    """vLLM on CPU devices; one host a replica, kept over plans that it can move to in place.
-
-    What is in capitals is another for an engine that is driven alike.
-    """
+    """vLLM on CPU devices; one host a replica, kept over plans that it can move to in place. What is in capitals is
+    another for an engine that is driven alike."""
 
     NAME: ClassVar[Literal["vllm", "sglang"]] = "vllm"
     TITLE: ClassVar[str] = "vLLM"

@@ -83,10 +83,8 @@ class Fleet(Closing):
         return tuple(len(prompt) for prompt in self.prompts(workload))
 
     def resolve(self, plan: s.Plan, workload: s.Workload) -> s.EffectivePlan | Failure:
-        """How many micro-batches the plan's memory caps let be in flight here, or why not even one fits.
-
-        PlanError for a plan that does not suit the model, or names a device that is not the fleet's.
-        """
+        """How many micro-batches the plan's memory caps let be in flight here, or why not even one fits. PlanError for
+        a plan that does not suit the model, or names a device that is not the fleet's."""
         if workload.arrivals is None:
             return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
         self._check_online(plan)
@@ -102,10 +100,8 @@ class Fleet(Closing):
         return self._refer("reference", path, workload, workload=workload, protocol=protocol)
 
     def make_reference_from_plan(self, path: Path, spec: s.RunSpec, effective: s.EffectivePlan) -> Failure | None:
-        """Takes a plan's own output for the truth, where the unsplit model fits on no device.
-
-        Later plans can be told apart from it; whether it was right itself cannot be told.
-        """
+        """Takes a plan's own output for the truth, where the unsplit model fits on no device. Later plans can be told
+        apart from it; whether it was right itself cannot be told."""
         self._check_stages(spec.plan)
         timeout_s = spec.protocol.timeout_s
         return self._refer(
@@ -118,10 +114,8 @@ class Fleet(Closing):
         self._reference = path.absolute(), workload
 
     def baseline(self, workload: s.Workload, protocol: s.Protocol, batch_size: int) -> Measurement | Failure:
-        """Measures the model un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`.
-
-        By HF `generate`, or by plain forward passes where texts are scored.
-        """
+        """Measures the model un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`. By HF
+        `generate`, or by plain forward passes where texts are scored."""
         return self._outcome(
             "baseline", timeout_s=protocol.timeout_s, workload=workload, protocol=protocol, batch_size=batch_size
         )
@@ -133,9 +127,7 @@ class Fleet(Closing):
 
     def profile(self, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True) -> Profile:
         """Times the model's parts on every device, all of them busy at once, and links; the switches are as in plans.
-
-        FleetError as well where not even one layer of each kind fits between embedding and head.
-        """
+        FleetError as well where not even one layer of each kind fits between embedding and head."""
         answer = self._call("profile", grid=grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
         if "failure" in answer:
             raise FleetError(Failure.model_validate(answer["failure"]))

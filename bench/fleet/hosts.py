@@ -168,11 +168,8 @@ class HostsLauncher:
     def start(
         self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]
     ) -> Sequence[tuple[RemoteProcess, None]]:
-        """Waits for every host, then has all agents start their workers.
-
-        Meanwhile `listen` hears connections for a moment, and `say` tells people. A host that does not join in time, or
-        has other versions, is a FleetError.
-        """
+        """Waits for every host, then has all agents start their workers. Meanwhile `listen` hears connections for a
+        moment, and `say` tells people. A host that does not join in time, or has other versions, is a FleetError."""
         self._start_own(log_dir)
         deadline, said, self._refused = time.monotonic() + self.patience_s, -_SAY_EVERY_S, ""
         while missing := [host for host in self._hosts if host not in self._stores]:
@@ -293,8 +290,7 @@ def lead_or_join(
     host_ip: str | None,
 ) -> int | None:
     """Exit status of a host that joined another; None on the one that leads, and listens from now on; or ConfigError
-    where something is missing, or does not go together.
-    """
+    where something is missing, or does not go together."""
     if nnodes is None or nnodes == 1:
         if listen:
             os.environ[LISTEN_VARIABLE] = listen

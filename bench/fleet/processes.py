@@ -25,10 +25,8 @@ _NOT_READ = frozenset({"PYTEST_CURRENT_TEST"})
 def start_worker(
     arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], *, forked: bool
 ) -> "Process":
-    """One worker's process, in a session of its own, with its output in a file.
-
-    Where `forked`, it may start from one that imported everything under the same environment: no worker with a GPU.
-    """
+    """One worker's process, in a session of its own, with its output in a file. Where `forked`, it may start from one
+    that imported everything under the same environment: no worker with a GPU."""
     if forked and (server := _server_for(environment)) is not None:
         with contextlib.suppress(OSError):
             return server.fork(arguments, output)

@@ -274,11 +274,8 @@ def _gpu_state(device: str, handle: Any, own: Collection[int]) -> DeviceState:
 
 
 def foreign_gpu_processes(pids: Collection[int], own: Collection[int], proc: Path = Path("/proc")) -> tuple[str, ...]:
-    """Which of a GPU's processes are others', in words.
-
-    In a container NVML may give the pids of the host, where our own cannot be told: if none of the pids is ours, one
-    that `/proc` does not show is taken for our own.
-    """
+    """Which of a GPU's processes are others', in words. In a container NVML may give the pids of the host, where our
+    own cannot be told: if none of the pids is ours, one that `/proc` does not show is taken for our own."""
     strangers = sorted(set(pids) - set(own))
     hidden = [pid for pid in strangers if not (proc / str(pid)).exists()]
     if hidden and not set(pids) & set(own):

@@ -16,9 +16,7 @@ _FLASH: dict[str, tuple[Callable[[], bool], str]] = {
 
 def check_attention(spec: ModelSpec, family: Any) -> None:
     """Refuses, by a ModelError, a kernel that a family, a class of models, does not have, or that is not installed.
-
-    transformers itself would fetch some from the hub, or take another one than was asked for.
-    """
+    transformers itself would fetch some from the hub, or take another one than was asked for."""
     place = f"model.attention={spec.attention}"
     sdpa, flash, known = hf.kernels_of(family)
     if spec.attention == "sdpa" and not sdpa:

@@ -95,10 +95,8 @@ class StageLoop:
 
     @torch.inference_mode()
     def rehearse(self, job: Job) -> None:
-        """Runs the tasks of a micro-batch of each kind, without a message and on made-up hidden states.
-
-        Call it after `prepare`, while no message is under way: what compiles may wait for the whole device.
-        """
+        """Runs the tasks of a micro-batch of each kind, without a message and on made-up hidden states. Call it after
+        `prepare`, while no message is under way: what compiles may wait for the whole device."""
         self._status.activity = "compute"
         work, stage = _Pass(self, job), self._stage
         kinds = {(len(inputs.ids), inputs.prompt_len, inputs.full_rows): own for own, inputs in enumerate(work.inputs)}
@@ -117,10 +115,8 @@ class StageLoop:
         self.slots = []
 
     def run(self, job: Job, start: Callable[[], object] = lambda: None) -> PassResult:
-        """Works through the schedule; returns when this stage's part and all its messages are done.
-
-        Time counts from `start`, which is called when the inputs lie ready, and where the stages meet.
-        """
+        """Works through the schedule; returns when this stage's part and all its messages are done. Time counts from
+        `start`, which is called when the inputs lie ready, and where the stages meet."""
         work = _Pass(self, job)
         start()
         return work.run()

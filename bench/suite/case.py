@@ -60,9 +60,7 @@ class Round:
 
 def run_fresh(case: PlanCase, protocol: Protocol, folder: Path) -> Round:
     """Starts a fleet, measures the plan once, and ends it; the unsplit model's output, if compared, goes to `folder`.
-
-    PipetuneError says why where the plan did not run, or its output is wrong.
-    """
+    PipetuneError says why where the plan did not run, or its output is wrong."""
     started_at, began = timestamp(), time.monotonic()
     devices = case.devices or case.plan.devices
     with Experiment.start(case.model, devices, hang_timeout_s=protocol.hang_timeout_s) as experiment:

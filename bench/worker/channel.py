@@ -21,10 +21,8 @@ PINGS = 8
 
 
 class DriverLink:
-    """A worker's own connection to the driver: every worker can report, rank 0 alone is commanded.
-
-    When the driver goes away the connection ends, and the worker with it.
-    """
+    """A worker's own connection to the driver: every worker can report, rank 0 alone is commanded. When the driver goes
+    away the connection ends, and the worker with it."""
 
     def __init__(self, lines: Lines, rank: int, **hello: Any) -> None:
         self._lines, self.rank = lines, rank

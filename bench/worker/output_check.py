@@ -19,10 +19,8 @@ from pipetune.bench.worker.stage_host import StageHost
 
 
 def check_output(host: StageHost, plan: Plan, job: Job, reference: ref.Reference) -> OutputCheck:
-    """Runs the checked prompts through every replica and compares logits, or log-probabilities; the worst counts.
-
-    Every rank calls it under the plan, and gets the same.
-    """
+    """Runs the checked prompts through every replica and compares logits, or log-probabilities; the worst counts. Every
+    rank calls it under the plan, and gets the same."""
     checked = reference.checked
     tokens = None if job.scores else reference.tokens[list(checked), : reference.logits.shape[1]]
     found = _small_pass(host, plan, job, checked, max(1, len(checked) // 2), tokens)
@@ -128,10 +126,8 @@ def _small_pass(
 def make_reference_from_plan(
     host: StageHost, job: Job, plan: Plan, path: Path, digest: str, protocol: Protocol
 ) -> None:
-    """Takes a plan's own output for the truth, where the unsplit model does not fit on any device.
-
-    Later plans are compared with this one: that tells them apart, and cannot tell whether the first was right.
-    """
+    """Takes a plan's own output for the truth, where the unsplit model does not fit on any device. Later plans are
+    compared with this one: that tells them apart, and cannot tell whether the first was right."""
     plan, dtype = plan.replica(0), host.stage.dtype
     host.apply(plan)
     host.status.phase = "reference"

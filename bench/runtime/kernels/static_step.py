@@ -29,11 +29,8 @@ AGREEING_ROWS = 0.75
 
 
 def why_not_static(slot: SlotCache) -> str | None:
-    """Why a slot cannot be seen with fixed shapes; None if it can.
-
-    Keys and values alone can: recurrent states and the states of families with caches of their own are written by code
-    that decides on the host.
-    """
+    """Why a slot cannot be seen with fixed shapes; None if it can. Keys and values alone can: recurrent states and the
+    states of families with caches of their own are written by code that decides on the host."""
     for index, layer in enumerate(slot.layers):
         # What is neither is a place that nothing is kept in.
         if isinstance(layer, hf.CacheLayerMixin | hf.LinearAttentionCacheLayerMixin) and type(layer) is not SlotLayer:
@@ -83,10 +80,8 @@ class StaticSlotLayer(hf.DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class StaticSlotCache(hf.Cache):
-    """The first `rows` rows and `kv_len` positions of a slot that has its memory from a forward pass.
-
-    Steps are of one token at `position`, `[1]` int64 on the slot's device, which whoever runs a step writes first.
-    """
+    """The first `rows` rows and `kv_len` positions of a slot that has its memory from a forward pass. Steps are of one
+    token at `position`, `[1]` int64 on the slot's device, which whoever runs a step writes first."""
 
     def __init__(self, slot: SlotCache, *, rows: int, kv_len: int, position: torch.Tensor) -> None:
         assert rows <= slot.rows, f"{rows} rows of a slot of {slot.rows}"
@@ -214,10 +209,8 @@ class Probe:
 
 
 def disagreement(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """How far two outputs `[rows, …]` are apart: the relative error that all but the worst rows keep to.
-
-    Rows whose expected values are no numbers prove nothing; a number missing where one should be is infinitely far.
-    """
+    """How far two outputs `[rows, …]` are apart: the relative error that all but the worst rows keep to. Rows whose
+    expected values are no numbers prove nothing; a number missing where one should be is infinitely far."""
     expected, actual = expected.float().flatten(1), actual.float().flatten(1)
     size = expected.norm(dim=1)
     errors = ((actual - expected).norm(dim=1) / size.clamp(min=torch.finfo(torch.float32).tiny)).cpu()

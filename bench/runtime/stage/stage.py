@@ -67,9 +67,7 @@ class Stage:
 
     def assign(self, first_layer: int, end_layer: int, *, is_first: bool, is_last: bool) -> tuple[int, ...]:
         """Makes this stage hold layers `[first_layer, end_layer)`; loads, and returns, only what it does not hold yet.
-
-        ModelError where the checkpoint lacks weights, or the model cannot be cut this way.
-        """
+        ModelError where the checkpoint lacks weights, or the model cannot be cut this way."""
         wanted = range(first_layer, end_layer)
         tied = self._parts.is_tied
         have_head = self._model is not None and self.is_last

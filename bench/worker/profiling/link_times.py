@@ -70,9 +70,7 @@ def time_sizes(round_trips: Callable[[int, int], Sequence[float]], budget_s: flo
 
 def fit(seconds: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Latency, s, and bandwidth, bytes/s, of `latency + bytes / bandwidth` through times of messages by size in bytes.
-
-    Least squares of the relative errors, so that small messages count as much as large ones; neither is below 0.
-    """
+    Least squares of the relative errors, so that small messages count as much as large ones; neither is below 0."""
     pairs = [(float(size), time_s) for size, time_s in dict(seconds).items()]
     sizes, times = np.array(pairs).T
     design = np.stack([np.ones_like(sizes), sizes], axis=1) / times[:, None]

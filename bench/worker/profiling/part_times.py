@@ -39,9 +39,7 @@ class PartStamps(contextlib.ExitStack):
 
     def shares(self, spans: Sequence[tuple[float, float]]) -> list[dict[Part, float]]:
         """What share of a task's time each part took, together 1, by each task's begin and end on the monotonic clock.
-
-        A layer that the model does not call has 0.
-        """
+        A layer that the model does not call has 0."""
         # At once: each time, a clock is tied to the host's anew.
         moments = self._clock.resolve([stamp for _, *stamps in self._calls for stamp in stamps])
         begins, ends = moments[::2], moments[1::2]

@@ -173,10 +173,8 @@ class Profiler:
             control.barrier()
 
     def _contention(self, *, is_decode: bool) -> float | None:
-        """Logarithm of how much longer tasks take while all devices compute than while one does; None without tasks.
-
-        By lower quartiles: whatever else runs on the machine can only make tasks longer, those alone above all.
-        """
+        """Logarithm of how much longer tasks take while all devices compute than while one does; None without tasks. By
+        lower quartiles: whatever else runs on the machine can only make tasks longer, those alone above all."""
         found = [
             math.log(_lower_quartile(together) / _lower_quartile(alone))
             for kind, (together, alone) in self._bursts.items()
@@ -203,9 +201,7 @@ class Profiler:
         self, loop: StageLoop, kind: TaskKind, count: int
     ) -> tuple[list[tuple[float, float]], list[dict[Part, float]]]:
         """Begins and ends of so many tasks, and their shares: those within a second graph where plans would run one.
-
-        Run eagerly, the parts of a small step take as long as the host takes to launch their kernels.
-        """
+        Run eagerly, the parts of a small step take as long as the host takes to launch their kernels."""
         plain, timed = loop.graphs, None
         spans: list[tuple[float, float]] = []
         shares: list[dict[Part, float]] = []

@@ -45,8 +45,7 @@ def scope_of(
     packed_weights: bool,
 ) -> Scope | Failure:
     """What to time, or why not even one layer of each kind has room for the smallest task. `alike` has a value for each
-    layer, and those with equal ones cost the same; `device_bytes` is the memory of the device that has the least.
-    """
+    layer, and those with equal ones cost the same; `device_bytes` is the memory of the device that has the least."""
     kinds, notes = _possible(grid, shape)
     cap = int(MEMORY_FRACTION * device_bytes)
     # What a GPU rounds up and a CPU packs is more than what others take: the kind of device that takes most decides.
@@ -80,10 +79,8 @@ def scope_of(
 
 
 def windows_of(alike: Sequence[Hashable], forbidden_cuts: Sequence[int], width: int) -> tuple[range, ...]:
-    """Few runs of up to `width` layers that together hold one of every kind, in order.
-
-    A run is longer where its layers cannot be parted. Greedy: each time the one that adds most kinds, then the longest.
-    """
+    """Few runs of up to `width` layers that together hold one of every kind, in order. A run is longer where its layers
+    cannot be parted. Greedy: each time the one that adds most kinds, then the longest."""
     bounds = [cut for cut in range(len(alike) + 1) if cut not in forbidden_cuts or cut in (0, len(alike))]
     candidates = []
     for start in bounds[:-1]:
