@@ -174,7 +174,7 @@ def forced_logits(
     cached: bool,
 ) -> torch.Tensor:
     """Logits of the unsplit model when `tokens` `[n, t]` are fed after the prompts: `[n, t, V]` fp32 on the host, in
-    the order given; where `cached`, step by step with a KV cache as in generation, else in one pass over prompt and tokens.
+    the order given; with `cached` step by step with a KV cache as in generation, else in one pass over both.
     """
     accepted = inspect.signature(model.forward).parameters
     by_name = cache_name(model) or "past_key_values"
