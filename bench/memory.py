@@ -150,7 +150,7 @@ def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, o
     if not on_cpu:
         max_len = -(-max_len // KV_ALIGNMENT) * KV_ALIGNMENT
     kv_per_slot = plan.micro_batch_size * sum(max_len * layer.kv_bytes_per_token + layer.state_bytes for layer in own)
-    activations = _task_bytes(shape, plan, is_first, is_last, prompt_len=prompt_len, output_len=output_len)
+    activations = _task_bytes(shape, plan, is_first, is_last, prompt_len, output_len)
     if on_cpu:
         activations = int(activations * (1 + CPU_FREE_SHARE)) + CPU_WORKSPACE_BYTES
     else:
@@ -163,9 +163,7 @@ def gpu_workspace_bytes(plan: Plan) -> int:
     return GPU_WORKSPACE_BYTES + plan.cuda_graphs * GRAPHS_WORKSPACE_BYTES
 
 
-def _task_bytes(
-    shape: ModelShape, plan: Plan, is_first: bool, is_last: bool, *, prompt_len: int, output_len: int
-) -> int:
+def _task_bytes(shape: ModelShape, plan: Plan, is_first: bool, is_last: bool, prompt_len: int, output_len: int) -> int:
     """What a stage holds at most while it works on a task, beside weights and KV.
 
     On GPUs it is what tasks took that were run without memory, where the family could be. Elsewhere it is a formula:
@@ -269,10 +267,8 @@ def resolve_slots(
         return resolved
     slots = max(1, min(most, math.floor((resolved.in_flight - share) / (1 + share))))
     if (needed := slots_needed(plan.lanes)) > slots:
-        message = (
-            f"plan.lanes: they need {needed} slots, and the plan has room for {slots}; give them fewer of their own"
-        )
-        return Failure(kind=FailureKind.OVER_MEMORY_CAP, phase="plan", message=message)
+        why = f"plan.lanes: they need {needed} slots, and the plan has room for {slots}; give them fewer of their own"
+        return Failure(kind=FailureKind.OVER_MEMORY_CAP, phase="plan", message=why)
     return EffectivePlan(plan=plan, in_flight=slots)
 
 
@@ -295,6 +291,5 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
     cuts = {stage.first_layer for stage in plan.stages[1:]}
     if bad := sorted(cuts & set(shape.forbidden_cuts)):
         allowed = [cut for cut in range(1, shape.num_layers) if cut not in shape.forbidden_cuts]
-        raise PlanError(
-            f"plan.stages: {shape.architecture} must not be cut before layer {bad[0]}; possible cuts: {allowed}"
-        )
+        where = f"plan.stages: {shape.architecture} must not be cut before layer {bad[0]}"
+        raise PlanError(f"{where}; possible cuts: {allowed}")

@@ -103,10 +103,8 @@ class Fleet(Closing):
         """Takes a plan's own output for the truth, where the unsplit model fits on no device. Later plans can be told
         apart from it; whether it was right itself cannot be told."""
         self._check_stages(spec.plan)
-        timeout_s = spec.protocol.timeout_s
-        return self._refer(
-            "reference_from_plan", path, spec.workload, timeout_s=timeout_s, spec=spec, effective=effective
-        )
+        how: dict[str, Any] = {"timeout_s": spec.protocol.timeout_s, "spec": spec, "effective": effective}
+        return self._refer("reference_from_plan", path, spec.workload, **how)
 
     def use_reference(self, path: Path, workload: s.Workload) -> None:
         """Takes a reference made earlier, as on a resume; StudyError if it cannot be read, or is of other work."""
@@ -285,13 +283,9 @@ class Fleet(Closing):
     def _check_devices(self) -> None:
         if not self.devices:
             raise ConfigError("devices: there is none; give cpu:0-1, cuda:0,cuda:1 or auto")
-        there = available_devices()
-        if missing := [
-            name for name in s.devices_here(self.devices) if s.device_kind(name) == "cuda" and name not in there
-        ]:
-            raise ConfigError(
-                f"devices: {missing[0]} is not on this machine; there are {', '.join(there)} and any cpu:N"
-            )
+        there, gpus = available_devices(), [one for one in s.devices_here(self.devices) if s.device_kind(one) == "cuda"]
+        if missing := next((gpu for gpu in gpus if gpu not in there), None):
+            raise ConfigError(f"devices: {missing} is not on this machine; there are {', '.join(there)} and any cpu:N")
 
     def _check_stages(self, plan: s.Plan) -> None:
         named = list(plan.devices)
@@ -321,11 +315,9 @@ class Fleet(Closing):
                 raise ModelError(error.failure.message) from error
             raise
 
-    def _refer(
-        self, command: str, path: Path, of: s.Workload, *, timeout_s: float = START_TIMEOUT_S, **args: Any
-    ) -> Failure | None:
+    def _refer(self, command: str, path: Path, of: s.Workload, **args: Any) -> Failure | None:
         try:
-            answer = self._call(command, timeout_s=timeout_s, path=path.absolute(), **args)
+            answer = self._call(command, path=path.absolute(), **args)
         except FleetError as error:
             return error.failure
         if answer.get("failure") is not None:

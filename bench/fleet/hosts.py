@@ -132,18 +132,13 @@ class HostsLauncher:
             channel.send({"type": "workers", "workers": workers, "hosts": self._hosts, "stays": stays})
         elif message["type"] == "agent":
             host = f"host{message['node']}"
-            ours = {name: importlib.metadata.version(name) for name in message["versions"]}
-            other = [
-                f"{name} {there} ({ours[name]} here)"
-                for name, there in message["versions"].items()
-                if there != ours[name]
-            ]
+            theirs = message["versions"].items()
+            ours = {name: importlib.metadata.version(name) for name, _ in theirs}
+            other = [f"{name} {there} ({ours[name]} here)" for name, there in theirs if there != ours[name]]
             if other or host not in self._hosts:
-                why = (
-                    f"has {', '.join(other)}: install the same versions"
-                    if other
-                    else f"is none of {', '.join(self._hosts)}"
-                )
+                why = f"is none of {', '.join(self._hosts)}"
+                if other:
+                    why = f"has {', '.join(other)}: install the same versions"
                 self._refused = f"{host} ({message['hostname']}) {why}"
                 channel.send({"type": "close", "why": self._refused})
                 return

@@ -133,9 +133,7 @@ class Supervisor:
             self._selector.register(channel.socket, selectors.EVENT_READ, channel)
         self._say(f"starting {len(self._devices)} workers")
         started = self._launcher.start(model, self._log_dir, lambda: self._listen(0.05), self._say)
-        self._workers = [
-            _Worker(device, process, log) for device, (process, log) in zip(self._devices, started, strict=True)
-        ]
+        self._workers = [_Worker(device, *how) for device, how in zip(self._devices, started, strict=True)]
         self._await(lambda: all(worker.ready for worker in self._workers), START_TIMEOUT_S, "start")
 
     def request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:

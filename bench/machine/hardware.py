@@ -226,10 +226,8 @@ def _cgroup_cores(membership: str, root: Path) -> float | None:
     quotas = []
     for folder in _cgroup_folders(membership, root, controller="cpu"):
         # Version 2 has "<quota or max> <period>" in one file, version 1 a file for each.
-        values = _words(folder / "cpu.max") or [
-            *_words(folder / "cpu.cfs_quota_us"),
-            *_words(folder / "cpu.cfs_period_us"),
-        ]
+        values = _words(folder / "cpu.max")
+        values = values or [*_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")]
         if len(values) == 2 and values[0].isdecimal() and int(values[1]) > 0:
             quotas.append(int(values[0]) / int(values[1]))
     return min(quotas, default=None)

@@ -40,8 +40,6 @@ def check_attention(spec: ModelSpec, family: Any) -> None:
 
 def check_attention_devices(spec: ModelSpec, devices: Sequence[str]) -> None:
     """Refuses, by a ModelError, a kernel that runs on GPUs alone where a stage may be on another device."""
-    other = next((name for name in devices if device_kind(name) != "cuda"), None)
-    if spec.attention in _FLASH and other is not None:
-        raise ModelError(
-            f"model.attention={spec.attention} runs on GPUs alone, and {other} is none; choose sdpa or auto"
-        )
+    odd = next((name for name in devices if device_kind(name) != "cuda"), None)
+    if spec.attention in _FLASH and odd is not None:
+        raise ModelError(f"model.attention={spec.attention} runs on GPUs alone, and {odd} is none; choose sdpa or auto")

@@ -65,9 +65,8 @@ def _prompt(given: Any, body: Mapping[str, Any], place: str) -> Prompt:
     if given and isinstance(given, list) and all(isinstance(message, dict) for message in given):
         messages = [_message(message, f"{place}: messages[{index}]") for index, message in enumerate(given)]
         options = body.get("chat_template_kwargs")
-        given_too = {
-            key: body[key] for key in ("tools", "add_generation_prompt", "continue_final_message") if key in body
-        }
+        known = ("tools", "add_generation_prompt", "continue_final_message")
+        given_too = {key: body[key] for key in known if key in body}
         return Chat(messages, given_too | (options if isinstance(options, dict) else {}))
     raise ConfigError(f"{place}: no text, token ids or messages in {', '.join(body) or 'it'}; write {_FORMS}")
 

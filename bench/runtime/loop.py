@@ -67,9 +67,7 @@ class PassResult:
 class StageLoop:
     """Runs jobs on one stage, decode steps as captured graphs if given; KV slots are kept from job to job."""
 
-    def __init__(
-        self, stage: Stage, device: DeviceContext, status: Status, *, graphs: DecodeGraphs | None = None
-    ) -> None:
+    def __init__(self, stage: Stage, device: DeviceContext, status: Status, graphs: DecodeGraphs | None = None) -> None:
         self.graphs = graphs
         self.slots: list[SlotCache] = []
         self._stage, self._device, self._status = stage, device, status

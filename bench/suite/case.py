@@ -41,10 +41,8 @@ class PlanCase(BaseModel):
         if (prompts := case.workload.prompts_file) is None:
             return case
         file = (path.parent / prompts).absolute()
-        workload = case.workload.model_copy(
-            update={"prompts_file": str(file), "prompts_sha256": sha256_of(read_text(file))}
-        )
-        return case.model_copy(update={"workload": workload})
+        prompts_of = {"prompts_file": str(file), "prompts_sha256": sha256_of(read_text(file))}
+        return case.model_copy(update={"workload": case.workload.model_copy(update=prompts_of)})
 
 
 @dataclass(frozen=True, kw_only=True)

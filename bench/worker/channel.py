@@ -44,9 +44,8 @@ class DriverLink:
         told = link.receive()
         link.rank = told["rank"]
         own_address = wire.socket.getsockname()[0]
-        (interface,) = (
-            name for name, found in psutil.net_if_addrs().items() if own_address in (one.address for one in found)
-        )
+        interfaces = psutil.net_if_addrs().items()
+        (interface,) = (name for name, found in interfaces if own_address in (one.address for one in found))
         told["environment"] |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
         return link, told
 

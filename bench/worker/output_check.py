@@ -62,9 +62,8 @@ class TimedCheck:
         if result.tokens is not None:
             self.add_tokens({self._share[index]: row for index, row in result.tokens.items()})
         if result.scores is not None:
-            check = ref.compare_scores(
-                self._reference, {self._share[index]: row for index, row in result.scores.items()}
-            )
+            scores = {self._share[index]: row for index, row in result.scores.items()}
+            check = ref.compare_scores(self._reference, scores)
             self._scores = ref.worst_check([self._scores, check]) if self._scores is not None else check
 
     def add_tokens(self, tokens: dict[int, list[int]]) -> None:

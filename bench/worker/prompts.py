@@ -155,9 +155,8 @@ def load_prompts(
             "workload: every text has a single token, and a first token has no probability; give longer texts"
         )
     if max_positions is not None and longest + workload.generated_len > max_positions:
-        generated = (
-            f", and with output_len={workload.generated_len} that is" if workload.generated_len else ", which is"
-        )
+        output_len = workload.generated_len
+        generated = f", and with {output_len=} that is" if output_len else ", which is"
         raise ConfigError(
             f"workload: the longest prompt has {longest} tokens{generated} "
             f"more than the model's {max_positions} positions; shorten it"

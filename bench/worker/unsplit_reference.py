@@ -123,10 +123,8 @@ def _scored(
 
     def ask_cached(prompt: Sequence[int], steps: int) -> torch.Tensor:
         """Log-probabilities of a prompt's last tokens, step by step."""
-        last = torch.tensor([prompt[len(prompt) - steps :]], dtype=torch.long)
-        logits = forced_logits(
-            model, [prompt[: len(prompt) - steps]], last, batch_size=1, pad_token_id=pad_token_id, cached=True
-        )
+        first, last = prompt[: len(prompt) - steps], torch.tensor([prompt[len(prompt) - steps :]], dtype=torch.long)
+        logits = forced_logits(model, [first], last, batch_size=1, pad_token_id=pad_token_id, cached=True)
         return log_probabilities(logits[0], last[0])
 
     flat = ask(everyone, len(prompts))

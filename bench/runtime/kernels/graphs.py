@@ -180,11 +180,8 @@ class DecodeGraphs:
         if self._has_failed or not slots:
             return
         wanted = steps_of(tasks, max_len=self._max_len)
-        new = {
-            key: last
-            for key, last in wanted.items()
-            if key not in self._steps or last > self._compared[key.rows, key.kv_len]
-        }
+        known, compared = self._steps, self._compared
+        new = {key: last for key, last in wanted.items() if key not in known or last > compared[key.rows, key.kv_len]}
         if not new:
             return
         reason = self._why_not(len(new.keys() | self._steps.keys()))

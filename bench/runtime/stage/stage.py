@@ -74,9 +74,8 @@ class Stage:
         # Packed, a tied head needs no embedding beside it any more.
         shares = tied and not (have_head and isinstance(self.model.get_output_embeddings(), PackedLinear))
         need_embedding = is_first or self._embeds_always or (is_last and shares)
-        have_embedding = self._model is not None and not isinstance(
-            self.model.get_input_embeddings(), PlaceholderEmbedding
-        )
+        embedding = self._model.get_input_embeddings() if self._model is not None else None
+        have_embedding = self._model is not None and not isinstance(embedding, PlaceholderEmbedding)
         missing = tuple(layer for layer in wanted if layer not in self.own_layers)
         load_embedding = need_embedding and not have_embedding
         load_head = is_last and not have_head

@@ -38,10 +38,8 @@ def time_links(host: StageHost) -> tuple[LinkProfile, ...]:
         if ends not in timed:
             timed[ends] = fit(_round_trips(host, (one, other)))
         latency_s, bytes_per_s = timed[ends]
-        for source, target in dict.fromkeys((pair, pair[::-1])):
-            found[source, target] = LinkProfile(
-                source=source, target=target, latency_s=latency_s, bytes_per_s=bytes_per_s
-            )
+        for key in (pair, pair[::-1]):
+            found[key] = LinkProfile(source=key[0], target=key[1], latency_s=latency_s, bytes_per_s=bytes_per_s)
     return tuple(found.values())
 
 

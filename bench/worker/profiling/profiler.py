@@ -88,15 +88,10 @@ class Profiler:
         sensors = sensors_for([host.device.name])
         before = sensors.state()
         host.status.phase = "profile"
-        least_bytes = min(host.control.gather(host.device_bytes))
+        least = min(host.control.gather(host.device_bytes))
         alike = _alike(host)
         scope = scope_of(
-            self.grid,
-            host.shape,
-            alike,
-            devices=host.devices,
-            device_bytes=least_bytes,
-            packed_weights=self.packed_weights,
+            self.grid, host.shape, alike, devices=host.devices, device_bytes=least, packed_weights=self.packed_weights
         )
         if isinstance(scope, Failure):
             return {"failure": scope}
@@ -229,9 +224,7 @@ class Profiler:
     def _time(self, loop: StageLoop, kind: TaskKind, count: int) -> list[float]:
         return [end - start for start, end in self._spans(loop, kind, count)]
 
-    def _spans(
-        self, loop: StageLoop, kind: TaskKind, count: int, *, together: bool = True
-    ) -> list[tuple[float, float]]:
+    def _spans(self, loop: StageLoop, kind: TaskKind, count: int, together: bool = True) -> list[tuple[float, float]]:
         """Begin and end of so many tasks, in monotonic seconds; all devices begin together, or only this one does."""
         job = repeat(kind, count, self.grid, self.host.shape, pad_token_id=self.pad_token_id)
         loop.prepare(job)

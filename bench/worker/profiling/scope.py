@@ -180,14 +180,7 @@ def repeat(kind: TaskKind, count: int, grid: ProfileGrid, shape: ModelShape, *, 
     )
 
 
-def _task(rows: int, step: int, first_token: int, end_token: int) -> Task:
+def _task(rows: int, step: int, first: int, end: int) -> Task:
     return Task(
-        micro_batch=0,
-        step=step,
-        slot=0,
-        first_row=0,
-        end_row=rows,
-        first_token=first_token,
-        end_token=end_token,
-        samples=True,
+        micro_batch=0, slot=0, step=step, first_row=0, end_row=rows, first_token=first, end_token=end, samples=True
     )
