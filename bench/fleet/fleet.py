@@ -206,16 +206,9 @@ class Fleet(Closing):
         self._check_online(plan)
         prompt_len, output_len = max(len(one.prompt) for one in requests), max(one.output_len for one in requests)
         in_flight = in_flight or self._slots(plan, prompt_len=prompt_len, output_len=output_len)
-        answer = self._call(
-            "run_trace",
-            timeout_s=timeout_s,
-            plan=plan,
-            rules=rules_of(plan, in_flight),
-            requests=requests,
-            max_concurrency=max_concurrency,
-            sampling=sampling,
-            instrument=instrument,
-        )
+        how: dict[str, Any] = {"max_concurrency": max_concurrency, "sampling": sampling, "instrument": instrument}
+        rules = rules_of(plan, in_flight)
+        answer = self._call("run_trace", timeout_s=timeout_s, plan=plan, rules=rules, requests=requests, **how)
         return OnlineRun.model_validate(answer["run"])
 
     def open_queue(

@@ -227,17 +227,11 @@ class HostsLauncher:
             return
         folder = (log_dir or Path(self._log_dir.name)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        command = [*JOIN, self.address, "--node-rank", "0", "--timeout", "30", "--log-dir", str(folder / "host0")]
+        command += ["--driver-pid", str(os.getpid())]
         with (folder / "host0.log").open("ab") as output:
             self._own = subprocess.Popen(
-                [
-                    *(*JOIN, self.address),
-                    *("--node-rank", "0", "--timeout", "30"),
-                    *("--log-dir", str(folder / "host0"), "--driver-pid", str(os.getpid())),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
 
 

@@ -13,6 +13,7 @@ A `Probe`, a made-up micro-batch, shows whether a step computes what an eager on
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -86,14 +87,8 @@ class StaticSlotCache(hf.Cache):
     def __init__(self, slot: SlotCache, *, rows: int, kv_len: int, position: torch.Tensor) -> None:
         assert rows <= slot.rows, f"{rows} rows of a slot of {slot.rows}"
         assert kv_len <= slot.max_len, f"{kv_len} positions of a slot of {slot.max_len}"
-        super().__init__(
-            layers=[
-                StaticSlotLayer(layer, rows=rows, kv_len=kv_len, position=position)
-                if isinstance(layer, SlotLayer)
-                else layer
-                for layer in slot.layers
-            ]
-        )
+        static = partial(StaticSlotLayer, rows=rows, kv_len=kv_len, position=position)
+        super().__init__(layers=[static(one) if isinstance(one, SlotLayer) else one for one in slot.layers])
 
     @property
     def is_compileable(self) -> bool:

@@ -124,12 +124,8 @@ class Profiler:
     def _window(self, window: range, scope: Scope, *, done: int) -> dict[TaskKind, _Times]:
         """Times every kind of task on one window."""
         host = self.host
-        loop = host.hold(
-            window,
-            packed_weights=self.packed_weights,
-            cuda_graphs=self.cuda_graphs,
-            cap_bytes=int(MEMORY_FRACTION * host.device_bytes),
-        )
+        cap = int(MEMORY_FRACTION * host.device_bytes)
+        loop = host.hold(window, packed_weights=self.packed_weights, cuda_graphs=self.cuda_graphs, cap_bytes=cap)
         host.status.phase = "profile"
         self._filled = None
         seen: dict[TaskKind, _Seen] = {kind: _Seen() for kind in scope.kinds}
