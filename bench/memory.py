@@ -126,15 +126,12 @@ class StageBytes(Value):
 
 
 def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, output_len: int) -> StageBytes:
-    """Accounts for one stage of a plan.
+    """Accounts for one stage of a plan; `prompt_len` is the longest prompt after padding, `output_len` what is
+    generated, both in tokens; 0 where texts are scored.
 
     Weights are counted exactly. A KV slot holds `micro_batch_size` rows of `prompt_len + output_len` positions, and
     what states a row keeps. Activations are those of the larger of prefill and decode, `_task_bytes`; and on a CPU what
     the heap and the libraries hold beside them.
-
-    Args:
-        prompt_len: longest prompt after padding, tokens.
-        output_len: tokens generated, tokens; 0 where texts are scored.
     """
     stage = plan.stages[index]
     own = shape.layers[stage.first_layer : stage.end_layer]
@@ -153,7 +150,7 @@ def stage_bytes(shape: ModelShape, plan: Plan, index: int, *, prompt_len: int, o
     if not on_cpu:
         max_len = -(-max_len // KV_ALIGNMENT) * KV_ALIGNMENT
     kv_per_slot = plan.micro_batch_size * sum(max_len * layer.kv_bytes_per_token + layer.state_bytes for layer in own)
-    activations = _task_bytes(shape, plan, is_first, is_last, prompt_len=prompt_len, output_len=output_len)
+    activations = _task_bytes(shape, plan, is_first, is_last, prompt_len, output_len)
     if on_cpu:
         activations = int(activations * (1 + CPU_FREE_SHARE)) + CPU_WORKSPACE_BYTES
     else:
@@ -166,9 +163,7 @@ def gpu_workspace_bytes(plan: Plan) -> int:
     return GPU_WORKSPACE_BYTES + plan.cuda_graphs * GRAPHS_WORKSPACE_BYTES
 
 
-def _task_bytes(
-    shape: ModelShape, plan: Plan, is_first: bool, is_last: bool, *, prompt_len: int, output_len: int
-) -> int:
+def _task_bytes(shape: ModelShape, plan: Plan, is_first: bool, is_last: bool, prompt_len: int, output_len: int) -> int:
     """What a stage holds at most while it works on a task, beside weights and KV.
 
     On GPUs it is what tasks took that were run without memory, where the family could be. Elsewhere it is a formula:
@@ -217,10 +212,8 @@ def _bytes_at(samples: Samples, positions: int, has_head: bool) -> int:
 def resolve(
     shape: ModelShape, plan: Plan, *, num_prompts: int, prompt_len: int, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
-    """How many micro-batches the memory caps let be in flight, or why not even one fits.
-
-    Raises as `check_plan`, and PlanError for an unknown device.
-    """
+    """How many micro-batches the memory caps let be in flight, or why not even one fits. Raises as `check_plan`, and
+    PlanError for an unknown device."""
     check_plan(shape, plan)
     for place, device in enumerate(plan.devices):
         if device not in device_bytes:
@@ -262,9 +255,7 @@ def resolve_slots(
     shape: ModelShape, plan: Plan, *, prompt_len: int, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
     """Slots of a plan whose requests come over time: what its lanes need, at most two a stage. Raises as `resolve`.
-
-    Prompts are prefilled beside them, which takes the room of one slot's prefill more than there are slots.
-    """
+    Prompts are prefilled beside them, which takes the room of one slot's prefill more than there are slots."""
     most = plan.max_in_flight or 2 * len(plan.stages)
     share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len))
     # As many micro-batches as slots and their prefills could come to.
@@ -276,17 +267,14 @@ def resolve_slots(
         return resolved
     slots = max(1, min(most, math.floor((resolved.in_flight - share) / (1 + share))))
     if (needed := slots_needed(plan.lanes)) > slots:
-        message = (
-            f"plan.lanes: they need {needed} slots, and the plan has room for {slots}; give them fewer of their own"
-        )
-        return Failure(kind=FailureKind.OVER_MEMORY_CAP, phase="plan", message=message)
+        why = f"plan.lanes: they need {needed} slots, and the plan has room for {slots}; give them fewer of their own"
+        return Failure(kind=FailureKind.OVER_MEMORY_CAP, phase="plan", message=why)
     return EffectivePlan(plan=plan, in_flight=slots)
 
 
 def check_plan(shape: ModelShape, plan: Plan) -> None:
     """Refuses, by a PlanError, other layers than the model's, a forbidden cut, or prefill cut where a state covers a
-    whole micro-batch.
-    """
+    whole micro-batch."""
     if plan.num_layers != shape.num_layers:
         is_short = plan.num_layers < shape.num_layers
         what = f"layer {plan.num_layers} is missing" if is_short else "there are too many layers"
@@ -303,6 +291,5 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
     cuts = {stage.first_layer for stage in plan.stages[1:]}
     if bad := sorted(cuts & set(shape.forbidden_cuts)):
         allowed = [cut for cut in range(1, shape.num_layers) if cut not in shape.forbidden_cuts]
-        raise PlanError(
-            f"plan.stages: {shape.architecture} must not be cut before layer {bad[0]}; possible cuts: {allowed}"
-        )
+        where = f"plan.stages: {shape.architecture} must not be cut before layer {bad[0]}"
+        raise PlanError(f"{where}; possible cuts: {allowed}")

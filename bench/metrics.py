@@ -102,10 +102,8 @@ def percentile(samples: Sequence[float], quantile: float) -> float:
 
 
 def request_times_s(measurement: Measurement) -> tuple[dict[str, tuple[float, ...]], ...]:
-    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (0 for one token) and `e2el`, in seconds.
-
-    Under arrivals `client_queue_time` as well.
-    """
+    """By iteration, per prompt as given: `queue`, `ttft`, `tpot` (0 for one token) and `e2el`, in seconds. Under
+    arrivals `client_queue_time` as well."""
     if measurement.iterations[0].requests:
         return tuple(_arrived_times_s(run, measurement) for run in measurement.iterations)
     order, tasks = measurement.order, measurement.tasks
@@ -115,12 +113,11 @@ def request_times_s(measurement: Measurement) -> tuple[dict[str, tuple[float, ..
     for index, task in enumerate(tasks):
         start = first_rows[task.micro_batch]
         together.setdefault((start + task.first_row, start + task.end_row), []).append(index)
-    groups = [
-        (order[row:end_row], [index for index in own if tasks[index].step == 0], own)
-        for (row, end_row), own in together.items()
-    ]
+    groups = []
     begun: dict[int, int] = {}
-    for prompts, prefills, _ in groups:
+    for (row, end_row), own in together.items():
+        prompts, prefills = order[row:end_row], [index for index in own if tasks[index].step == 0]
+        groups.append((prompts, prefills, own))
         begun |= {one: min(begun.get(one, prefills[0]), prefills[0]) for one in prompts if prefills}
     return tuple(_times_s(measurement, run, groups, begun) for run in measurement.iterations)
 
@@ -172,9 +169,8 @@ def _times_s(
     if starts:
         times["queue"] = tuple(starts[begun[prompt]] if prompt in begun else 0.0 for prompt in range(count))
     if measurement.output_len > 1:
-        times["tpot"] = tuple(
-            (end - begin) / max(length - 1, 1) for begin, end, length in zip(first, last, lens, strict=True)
-        )
+        spans = zip(first, last, lens, strict=True)
+        times["tpot"] = tuple((end - begin) / max(length - 1, 1) for begin, end, length in spans)
     return times
 
 
@@ -249,11 +245,8 @@ def stage_metrics(measurement: Measurement) -> dict[str, tuple[float, ...]]:
     def medians(rows: Sequence[Sequence[float]], scale: float) -> tuple[float, ...]:
         return tuple(statistics.median(column) * scale for column in zip(*rows, strict=True))
 
-    return {
-        "stage_busy_ms": medians(busy, 1e3),
-        "comm_ms": medians(comm, 1e3),
-        "stage_utilization": medians(utilization, 1.0),
-    }
+    times = {"stage_busy_ms": medians(busy, 1e3), "comm_ms": medians(comm, 1e3)}
+    return times | {"stage_utilization": medians(utilization, 1.0)}
 
 
 def latency_metrics(times_s: Mapping[str, Sequence[float]], num_requests: int) -> dict[str, float]:

@@ -42,15 +42,10 @@ class Pipeline(Closing):
     ) -> Self:
         """Starts a worker for each stage of the plan.
 
-        Args:
-            model: a spec, or a name alone: an HF id, a local folder, or `smollm2-135m`; on GPUs in the checkpoint's own
-                dtype, else in float32.
-            log_dir: where the workers' logs go; by default a temporary folder.
-
-        Raises:
-            ModelError: the model cannot be found, read or split.
-            PlanError: the plan does not cover the model.
-            FleetError: workers that do not start.
+        The model is a spec, or a name alone: an HF id, a local folder, or `smollm2-135m`; on GPUs in the checkpoint's
+        own dtype, else in float32. The workers' logs go to `log_dir`, by default a temporary folder. ModelError where
+        the model cannot be found, read or split; PlanError where the plan does not cover it; FleetError for workers
+        that do not start.
         """
         if isinstance(model, str):
             on_gpus = all(device_kind(device) == "cuda" for device in plan.devices)
@@ -76,23 +71,17 @@ class Pipeline(Closing):
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
     ) -> tuple[GenerationResult, ...]:
-        """Generates for every prompt, in the order given.
+        """Generates for every prompt, in the order given, at most `max_new_tokens`, for all or for each.
 
-        Args:
-            prompts: one or several, each as text (where the model has a tokenizer) or as a list of token ids; arrays
-                and tensors of ids that are not padded will do.
-            max_new_tokens: the most tokens to generate for a prompt, for all or for each.
-            ignore_eos: go on after an end-of-sequence token, as measurements do.
-            sampling: how tokens are drawn, the same for every plan: draws depend on the seed and on the prompt's place
-                among the prompts. None takes the likeliest token.
+        Prompts are one or several, each as text (where the model has a tokenizer) or as a list of token ids; arrays and
+        tensors of ids that are not padded will do. `ignore_eos` goes on after an end-of-sequence token, as measurements
+        do. `sampling` draws tokens, the same for every plan: draws depend on the seed and on the prompt's place among
+        the prompts. None takes the likeliest token.
 
-        Raises:
-            TypeError: something else than prompts.
-            ConfigError: prompts that cannot be used.
-            PlanError: not even one micro-batch fits under the plan's memory caps.
-            FleetError: the workers failed; the next call starts them again. A worker that died, hung or was cut off
-                costs a warning and the time to run the prompts again, with the same tokens: on the same devices, then
-                without the one that was lost twice, until none is left.
+        TypeError for something else than prompts; ConfigError for prompts that cannot be used; PlanError where not even
+        one micro-batch fits under the plan's memory caps; FleetError where the workers failed; the next call starts
+        them again. A worker that died, hung or was cut off costs a warning and the time to run the prompts again, with
+        the same tokens: on the same devices, then without the one that was lost twice, until none is left.
         """
         return self._surviving(
             lambda: self._fleet.generate(
@@ -101,10 +90,8 @@ class Pipeline(Closing):
         )
 
     def score(self, texts: Prompts) -> tuple[ScoreResult, ...]:
-        """Log-probabilities of the tokens of given texts, each under those before it, in the order given.
-
-        Texts are given as prompts are to `generate`, and it raises what that does.
-        """
+        """Log-probabilities of the tokens of given texts, each under those before it, in the order given. Texts are
+        given as prompts are to `generate`, and it raises what that does."""
         return self._surviving(lambda: self._fleet.score(self.plan, texts))
 
     def open_queue(self, *, max_len: int | None = None, sampling: Sampling | None = None) -> RequestQueue:
@@ -112,14 +99,9 @@ class Pipeline(Closing):
         they go.
 
         Until it is closed the pipeline does nothing else. Requests of workers that were lost are not run again.
-
-        Args:
-            max_len: tokens of the longest prompt with its output; by default the model's positions, at most 2048.
-            sampling: how tokens are drawn, by the order in which requests are given; None takes the likeliest token.
-
-        Raises:
-            PlanError: the plan cannot be run so, or has no room for it.
-            FleetError: the workers failed.
+        `max_len` counts tokens of the longest prompt with its output, by default the model's positions, at most 2048.
+        `sampling` draws tokens by the order in which requests are given; None takes the likeliest token. PlanError
+        where the plan cannot be run so, or has no room for it; FleetError where the workers failed.
         """
         return self._fleet.open_queue(self.plan, max_len=max_len, sampling=sampling)
 

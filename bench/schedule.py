@@ -71,23 +71,14 @@ def build_schedule(
     prefill_size: int | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Task, ...]:
-    """The order in which every stage works.
+    """The order in which every stage works: each micro-batch has its prefill first, one prefill micro-batch after the
+    other and in each chunk by chunk, then a step for each further token.
 
-    Args:
-        sizes: rows of each micro-batch.
-        prompt_lens: tokens of each micro-batch's padded prompts.
-        output_len: most tokens to generate for a row, of all micro-batches or of each, at least 1; the first comes
-            from prefill.
-        in_flight: micro-batches resident at once, which is the number of KV slots.
-        prefill_size: rows prefilled together; None prefills a micro-batch at once.
-        chunk_size: tokens of a prompt prefilled at once; None prefills whole prompts.
-
-    Returns:
-        Tasks in order; each micro-batch has its prefill first, one prefill micro-batch after the other and in each
-        chunk by chunk, then a step for each further token.
-
-    Raises:
-        ValueError: a size, a length or the number in flight is below 1.
+    `sizes` are rows of each micro-batch, `prompt_lens` tokens of each one's padded prompts, `output_len` the most
+    tokens to generate for a row, of all micro-batches or of each, at least 1; the first comes from prefill. `in_flight`
+    micro-batches are resident at once, which is the number of KV slots. `prefill_size` rows are prefilled together,
+    None: a micro-batch at once; so are `chunk_size` tokens of a prompt, None: whole prompts. ValueError where a size, a
+    length or the number in flight is below 1.
     """
     steps = (output_len,) * len(sizes) if isinstance(output_len, int) else output_len
     if in_flight < 1 or any(size < 1 for size in (*sizes, *prompt_lens, *steps)):

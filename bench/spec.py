@@ -137,10 +137,8 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def digest(self, *, exclude_defaults: bool = True, exclude: Mapping[str, Any] | None = None) -> str:
-        """sha256 of the canonical JSON, 16 hex digits: equal values have equal digests.
-
-        What is at its default is left out unless told otherwise, so that a field added later changes no digest.
-        """
+        """sha256 of the canonical JSON, 16 hex digits: equal values have equal digests. What is at its default is left
+        out unless told otherwise, so that a field added later changes no digest."""
         return digest_of(self.model_dump(mode="json", exclude_defaults=exclude_defaults, exclude=exclude))
 
 
@@ -227,9 +225,7 @@ class Sampling(Value):
     temperature: Annotated[float, Flag("Workload", "Draw tokens, not the likeliest; divides logits.")] = Field(
         default=1.0, gt=0.0
     )
-    """Divides the logits."""
     top_k: Annotated[int, Flag("Workload", "Draw among the k likeliest tokens alone; 0: all.")] = Field(default=0, ge=0)
-    """Only the k likeliest tokens can be drawn; 0 for all."""
     top_p: Annotated[float, Flag("Workload", "Draw among the likeliest tokens of that probability.")] = Field(
         default=1.0, gt=0.0, le=1.0
     )
@@ -437,9 +433,8 @@ class Workload(Value):
             return (self.output_len,) * self.num_prompts
         source = random.Random(f"{self.seed}/output")
         spread = round(self.output_len * self.random_output_range_ratio)
-        return tuple(
-            max(1, source.randint(self.output_len - spread, self.output_len + spread)) for _ in range(self.num_prompts)
-        )
+        least, most = self.output_len - spread, self.output_len + spread
+        return tuple(max(1, source.randint(least, most)) for _ in range(self.num_prompts))
 
 
 class StagePlan(Value):
@@ -604,10 +599,9 @@ class Plan(Value):
         workers = [device for device in self.devices if device_kind(device) == "cpu"]
         if doubled := sorted({device for device in workers if workers.count(device) > 1}):
             raise ValueError(f"plan.stages: {', '.join(doubled)} would hold two stages; give each its own CPU worker")
-        prefill = self.prefill_micro_batch_size
-        if prefill is not None and prefill > self.micro_batch_size:
+        if self.prefill_size > (most := self.micro_batch_size):
             raise ValueError(
-                f"plan.prefill_micro_batch_size={prefill} is larger than micro_batch_size={self.micro_batch_size}"
+                f"plan.prefill_micro_batch_size={self.prefill_size} is larger than micro_batch_size={most}"
             )
         limits = [lane.up_to_tokens or math.inf for lane in self.lanes] or [math.inf]
         if limits != sorted({*limits, math.inf}):
@@ -680,9 +674,7 @@ class Plan(Value):
     def replica(self, index: int) -> Self:
         """One replica as a plan of its own."""
         devices = self.devices[index * len(self.stages) : (index + 1) * len(self.stages)]
-        stages = tuple(
-            stage.model_copy(update={"device": device}) for stage, device in zip(self.stages, devices, strict=True)
-        )
+        stages = tuple(one.model_copy(update={"device": name}) for one, name in zip(self.stages, devices, strict=True))
         return self.model_copy(update={"stages": stages, "replicas": 1, "replica_devices": ()})
 
     def moved(self, names: Mapping[str, str]) -> Self:

@@ -186,7 +186,5 @@ class EngineHost:
             stage, device = workers[rank]
         self.close()
         where = f"stage {stage} on {device}" if stage is not None else "the engine's host"
-        message = f"{where}: {text}" + (f"; its log is {self._log}" if self._log is not None else "")
-        raise FleetError(
-            Failure(kind=kind, stage=stage, device=device, phase=self._phase, message=message, detail=detail)
-        )
+        told = f"{where}: {text}" + (f"; its log is {self._log}" if self._log is not None else "")
+        raise FleetError(Failure(kind=kind, stage=stage, device=device, phase=self._phase, message=told, detail=detail))

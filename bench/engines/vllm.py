@@ -22,17 +22,8 @@ from pipetune.bench.machine.sensors import CpuSensors, family
 from pipetune.bench.machine.telemetry import read_telemetry, sensors_for
 from pipetune.bench.memory import check_plan, stage_bytes
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, OutputCheck
-from pipetune.bench.spec import (
-    EffectivePlan,
-    EngineName,
-    EngineSettings,
-    ModelSpec,
-    Plan,
-    Protocol,
-    RunSpec,
-    Workload,
-    device_kind,
-)
+from pipetune.bench.spec import EffectivePlan, EngineName, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload
+from pipetune.bench.spec import device_kind
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
 KV_BLOCK = 128
@@ -52,10 +43,8 @@ _LEAD_S = 0.05
 
 
 class VllmEngine(Closing):
-    """vLLM on CPUs or GPUs; one host a replica, kept over plans that it can move to in place.
-
-    What is in capitals is another for an engine that is driven alike.
-    """
+    """vLLM on CPUs or GPUs; one host a replica, kept over plans that it can move to in place. What is in capitals is
+    another for an engine that is driven alike."""
 
     NAME: ClassVar[EngineName] = "vllm"
     TITLE: ClassVar[str] = "vLLM"
@@ -84,11 +73,8 @@ class VllmEngine(Closing):
         **options: Unpack[FleetOptions],
     ) -> None:
         """Looks at the engine and the model; raises as `Fleet.start` and `versions_of`, and ConfigError for devices and
-        settings that it is not driven with.
-
-        Args:
-            python: of an environment that has the engine; pipetune need not be there.
-            baseline: settings of the un-pipelined engine, by default the engine's own.
+        settings that it is not driven with. `python` is of an environment that has the engine; pipetune need not be
+        there. `baseline` has the settings of the un-pipelined engine, by default the engine's own.
         """
         self.devices = tuple(devices)
         self._check_usable(model)

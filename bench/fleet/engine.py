@@ -13,10 +13,8 @@ from pipetune.bench.spec import Protocol as MeasuringProtocol
 
 
 class Engine(Protocol):
-    """Runs plans of one model on some devices, and starts again by itself after a failure, when next used.
-
-    A run that fails gives a `Failure`, in a driver that lives on. Errors are those of `Fleet`.
-    """
+    """Runs plans of one model on some devices, and starts again by itself after a failure, when next used. A run that
+    fails gives a `Failure`, in a driver that lives on. Errors are those of `Fleet`."""
 
     model: ModelSpec
     """With its revision."""

@@ -63,15 +63,11 @@ class Fleet(Closing):
 
     @classmethod
     def start(cls, model: s.ModelSpec, devices: Sequence[str], **options: Unpack[FleetOptions]) -> Self:
-        """Starts one worker per device and waits until the model is known to all.
+        """Starts one worker per device, `cpu:N` or `cuda:N`, and waits until the model is known to all; a GPU named
+        twice gets two.
 
-        Args:
-            devices: `cpu:N` or `cuda:N`, one worker each; a GPU named twice gets two.
-
-        Raises:
-            ModelError: the model cannot be found, read or split.
-            ConfigError: a device that is not there.
-            FleetError: workers that do not start.
+        ModelError where the model cannot be found, read or split; ConfigError for a device that is not there;
+        FleetError for workers that do not start.
         """
         fleet = cls(model, devices, **options)
         fleet._check_devices()
@@ -87,10 +83,8 @@ class Fleet(Closing):
         return tuple(len(prompt) for prompt in self.prompts(workload))
 
     def resolve(self, plan: s.Plan, workload: s.Workload) -> s.EffectivePlan | Failure:
-        """How many micro-batches the plan's memory caps let be in flight here, or why not even one fits.
-
-        PlanError for a plan that does not suit the model, or names a device that is not the fleet's.
-        """
+        """How many micro-batches the plan's memory caps let be in flight here, or why not even one fits. PlanError for
+        a plan that does not suit the model, or names a device that is not the fleet's."""
         if workload.arrivals is None:
             return self._resolve(plan, self.prompt_lens(workload), workload.generated_len)
         self._check_online(plan)
@@ -106,15 +100,11 @@ class Fleet(Closing):
         return self._refer("reference", path, workload, workload=workload, protocol=protocol)
 
     def make_reference_from_plan(self, path: Path, spec: s.RunSpec, effective: s.EffectivePlan) -> Failure | None:
-        """Takes a plan's own output for the truth, where the unsplit model fits on no device.
-
-        Later plans can be told apart from it; whether it was right itself cannot be told.
-        """
+        """Takes a plan's own output for the truth, where the unsplit model fits on no device. Later plans can be told
+        apart from it; whether it was right itself cannot be told."""
         self._check_stages(spec.plan)
-        timeout_s = spec.protocol.timeout_s
-        return self._refer(
-            "reference_from_plan", path, spec.workload, timeout_s=timeout_s, spec=spec, effective=effective
-        )
+        how: dict[str, Any] = {"timeout_s": spec.protocol.timeout_s, "spec": spec, "effective": effective}
+        return self._refer("reference_from_plan", path, spec.workload, **how)
 
     def use_reference(self, path: Path, workload: s.Workload) -> None:
         """Takes a reference made earlier, as on a resume; StudyError if it cannot be read, or is of other work."""
@@ -122,10 +112,8 @@ class Fleet(Closing):
         self._reference = path.absolute(), workload
 
     def baseline(self, workload: s.Workload, protocol: s.Protocol, batch_size: int) -> Measurement | Failure:
-        """Measures the model un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`.
-
-        By HF `generate`, or by plain forward passes where texts are scored.
-        """
+        """Measures the model un-pipelined: on one CPU worker's share of cores, or over all GPUs by `device_map`. By HF
+        `generate`, or by plain forward passes where texts are scored."""
         return self._outcome(
             "baseline", timeout_s=protocol.timeout_s, workload=workload, protocol=protocol, batch_size=batch_size
         )
@@ -137,9 +125,7 @@ class Fleet(Closing):
 
     def profile(self, grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True) -> Profile:
         """Times the model's parts on every device, all of them busy at once, and links; the switches are as in plans.
-
-        FleetError as well where not even one layer of each kind fits between embedding and head.
-        """
+        FleetError as well where not even one layer of each kind fits between embedding and head."""
         answer = self._call("profile", grid=grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
         if "failure" in answer:
             raise FleetError(Failure.model_validate(answer["failure"]))
@@ -207,32 +193,22 @@ class Fleet(Closing):
     ) -> OnlineRun:
         """Serves requests as they arrive over time, each at its own; decode steps run eagerly, on GPUs as well.
 
-        Args:
-            requests: with numbers of their own; those without a time are there from the start.
-            in_flight: slots; by default as many as the plan's memory caps let be, at most two a stage.
-            max_concurrency: requests in the system at once; others wait before it, and their latencies count that.
-            sampling: how tokens are drawn, by the requests' numbers; None takes the likeliest token.
-            instrument: keep what every stage did and when.
+        Requests have numbers of their own; those without a time are there from the start. `in_flight` counts slots, by
+        default as many as the plan's memory caps let be, at most two a stage. At most `max_concurrency` requests are in
+        the system at once; others wait before it, and their latencies count that. `sampling` draws tokens by the
+        requests' numbers; None takes the likeliest token. `instrument` keeps what every stage did and when.
 
-        Raises:
-            PlanError: a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, more slots
-                of lanes than there are, or of a model whose cache cannot be.
+        PlanError for a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, more slots
+        of lanes than there are, or of a model whose cache cannot be.
         """
         if not requests or len({one.number for one in requests}) < len(requests):
             raise ConfigError(f"requests: {len(requests)} are given; give at least one, each with a number of its own")
         self._check_online(plan)
         prompt_len, output_len = max(len(one.prompt) for one in requests), max(one.output_len for one in requests)
         in_flight = in_flight or self._slots(plan, prompt_len=prompt_len, output_len=output_len)
-        answer = self._call(
-            "run_trace",
-            timeout_s=timeout_s,
-            plan=plan,
-            rules=rules_of(plan, in_flight),
-            requests=requests,
-            max_concurrency=max_concurrency,
-            sampling=sampling,
-            instrument=instrument,
-        )
+        how: dict[str, Any] = {"max_concurrency": max_concurrency, "sampling": sampling, "instrument": instrument}
+        rules = rules_of(plan, in_flight)
+        answer = self._call("run_trace", timeout_s=timeout_s, plan=plan, rules=rules, requests=requests, **how)
         return OnlineRun.model_validate(answer["run"])
 
     def open_queue(
@@ -300,13 +276,9 @@ class Fleet(Closing):
     def _check_devices(self) -> None:
         if not self.devices:
             raise ConfigError("devices: there is none; give cpu:0-1, cuda:0,cuda:1 or auto")
-        there = available_devices()
-        if missing := [
-            name for name in s.devices_here(self.devices) if s.device_kind(name) == "cuda" and name not in there
-        ]:
-            raise ConfigError(
-                f"devices: {missing[0]} is not on this machine; there are {', '.join(there)} and any cpu:N"
-            )
+        there, gpus = available_devices(), [one for one in s.devices_here(self.devices) if s.device_kind(one) == "cuda"]
+        if missing := next((gpu for gpu in gpus if gpu not in there), None):
+            raise ConfigError(f"devices: {missing} is not on this machine; there are {', '.join(there)} and any cpu:N")
 
     def _check_stages(self, plan: s.Plan) -> None:
         named = list(plan.devices)
@@ -336,11 +308,9 @@ class Fleet(Closing):
                 raise ModelError(error.failure.message) from error
             raise
 
-    def _refer(
-        self, command: str, path: Path, of: s.Workload, *, timeout_s: float = START_TIMEOUT_S, **args: Any
-    ) -> Failure | None:
+    def _refer(self, command: str, path: Path, of: s.Workload, **args: Any) -> Failure | None:
         try:
-            answer = self._call(command, timeout_s=timeout_s, path=path.absolute(), **args)
+            answer = self._call(command, path=path.absolute(), **args)
         except FleetError as error:
             return error.failure
         if answer.get("failure") is not None:

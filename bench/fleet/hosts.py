@@ -132,18 +132,13 @@ class HostsLauncher:
             channel.send({"type": "workers", "workers": workers, "hosts": self._hosts, "stays": stays})
         elif message["type"] == "agent":
             host = f"host{message['node']}"
-            ours = {name: importlib.metadata.version(name) for name in message["versions"]}
-            other = [
-                f"{name} {there} ({ours[name]} here)"
-                for name, there in message["versions"].items()
-                if there != ours[name]
-            ]
+            theirs = message["versions"].items()
+            ours = {name: importlib.metadata.version(name) for name, _ in theirs}
+            other = [f"{name} {there} ({ours[name]} here)" for name, there in theirs if there != ours[name]]
             if other or host not in self._hosts:
-                why = (
-                    f"has {', '.join(other)}: install the same versions"
-                    if other
-                    else f"is none of {', '.join(self._hosts)}"
-                )
+                why = f"is none of {', '.join(self._hosts)}"
+                if other:
+                    why = f"has {', '.join(other)}: install the same versions"
                 self._refused = f"{host} ({message['hostname']}) {why}"
                 channel.send({"type": "close", "why": self._refused})
                 return
@@ -168,11 +163,8 @@ class HostsLauncher:
     def start(
         self, model: ModelSpec, log_dir: Path | None, listen: Callable[[], None], say: Callable[[str], None]
     ) -> Sequence[tuple[RemoteProcess, None]]:
-        """Waits for every host, then has all agents start their workers.
-
-        Meanwhile `listen` hears connections for a moment, and `say` tells people. A host that does not join in time, or
-        has other versions, is a FleetError.
-        """
+        """Waits for every host, then has all agents start their workers. Meanwhile `listen` hears connections for a
+        moment, and `say` tells people. A host that does not join in time, or has other versions, is a FleetError."""
         self._start_own(log_dir)
         deadline, said, self._refused = time.monotonic() + self.patience_s, -_SAY_EVERY_S, ""
         while missing := [host for host in self._hosts if host not in self._stores]:
@@ -235,17 +227,11 @@ class HostsLauncher:
             return
         folder = (log_dir or Path(self._log_dir.name)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        command = [*JOIN, self.address, "--node-rank", "0", "--timeout", "30", "--log-dir", str(folder / "host0")]
+        command += ["--driver-pid", str(os.getpid())]
         with (folder / "host0.log").open("ab") as output:
             self._own = subprocess.Popen(
-                [
-                    *(*JOIN, self.address),
-                    *("--node-rank", "0", "--timeout", "30"),
-                    *("--log-dir", str(folder / "host0"), "--driver-pid", str(os.getpid())),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
 
 
@@ -293,8 +279,7 @@ def lead_or_join(
     host_ip: str | None,
 ) -> int | None:
     """Exit status of a host that joined another; None on the one that leads, and listens from now on; or ConfigError
-    where something is missing, or does not go together.
-    """
+    where something is missing, or does not go together."""
     if nnodes is None or nnodes == 1:
         if listen:
             os.environ[LISTEN_VARIABLE] = listen

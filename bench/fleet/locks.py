@@ -19,9 +19,7 @@ from pipetune.bench.spec import device_index, device_kind
 @contextlib.contextmanager
 def hold(path: Path, what: str, *, remedy: str) -> Iterator[None]:
     """Holds a lock until the block or the process ends, and writes beside it who holds it; the file at `path` stays.
-
-    Who does not get it gets a StudyError that names what is locked, who holds it, and a remedy.
-    """
+    Who does not get it gets a StudyError that names what is locked, who holds it, and a remedy."""
     lock = FileLock(path, blocking=False)
     holder = path.with_name(f"{path.name}.holder")
     try:

@@ -22,14 +22,10 @@ _NOT_READ = frozenset({"PYTEST_CURRENT_TEST"})
 """Variables that no worker reads, and that change under a driver."""
 
 
-def start_worker(
-    arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes], *, forked: bool
-) -> "Process":
-    """One worker's process, in a session of its own, with its output in a file.
-
-    Where `forked`, it may start from one that imported everything under the same environment: no worker with a GPU.
-    """
-    if forked and (server := _server_for(environment)) is not None:
+def start_worker(arguments: Sequence[str], env: Mapping[str, str], output: IO[bytes], *, forked: bool) -> "Process":
+    """One worker's process, in a session of its own, with its output in a file. Where `forked`, it may start from one
+    that imported everything under the same environment: no worker with a GPU."""
+    if forked and (server := _server_for(env)) is not None:
         with contextlib.suppress(OSError):
             return server.fork(arguments, output)
     return subprocess.Popen(
@@ -37,7 +33,7 @@ def start_worker(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        env=dict(environment),
+        env=dict(env),
         # A Ctrl-C at the terminal is the driver's to handle.
         start_new_session=True,
     )

@@ -119,19 +119,13 @@ class RequestQueue(Closing):
         ignore_eos: bool = False,
         on_text: Callable[[str | None], object] | None = None,
     ) -> RequestHandle:
-        """Gives a request.
+        """Gives a request: one prompt, as text, token ids, or messages of a chat, for at most `max_new_tokens`, where
+        None lets it fill what is left of its positions; `ignore_eos` goes on after an end-of-sequence token.
 
-        Args:
-            prompt: one, as text, token ids, or messages of a chat.
-            max_new_tokens: the most tokens to generate; None lets the request fill what is left of its positions.
-            ignore_eos: go on after an end-of-sequence token.
-            on_text: called with each piece of text as it comes, and with None once the result is there; from the thread
-                that hears the workers, which it must not keep.
-
-        Raises:
-            TypeError: something else than a prompt.
-            ConfigError: the queue is closed, there is not one prompt, or no token is asked for.
-            PipetuneError: what the workers died of.
+        `on_text` is called with each piece of text as it comes, and with None once the result is there; from the thread
+        that hears the workers, which it must not keep. TypeError for something else than a prompt; ConfigError where
+        the queue is closed, there is not one prompt, or no token is asked for; else the PipetuneError that the workers
+        died of.
         """
         chat = {"messages": prompt.messages, **prompt.options} if isinstance(prompt, Chat) else None
         given: list[Any] = [chat] if isinstance(prompt, Chat) else prompts_of_call(prompt)

@@ -86,14 +86,8 @@ class _Worker:
             detail = ""
             with contextlib.suppress(OSError):
                 detail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-        return Failure(
-            kind=kind,
-            stage=self.state["stage"],
-            device=self.device,
-            phase=self.state["phase"],
-            message=message,
-            detail=detail,
-        )
+        stage, phase = self.state["stage"], self.state["phase"]
+        return Failure(kind=kind, stage=stage, device=self.device, phase=phase, message=message, detail=detail)
 
 
 class Supervisor:
@@ -133,9 +127,7 @@ class Supervisor:
             self._selector.register(channel.socket, selectors.EVENT_READ, channel)
         self._say(f"starting {len(self._devices)} workers")
         started = self._launcher.start(model, self._log_dir, lambda: self._listen(0.05), self._say)
-        self._workers = [
-            _Worker(device, process, log) for device, (process, log) in zip(self._devices, started, strict=True)
-        ]
+        self._workers = [_Worker(device, *how) for device, how in zip(self._devices, started, strict=True)]
         self._await(lambda: all(worker.ready for worker in self._workers), START_TIMEOUT_S, "start")
 
     def request(self, command: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -217,16 +209,9 @@ class Supervisor:
             elif now - moved_at > STUCK_AFTER_S:
                 self._fail(self._stuck(stages, now - moved_at))
             if now - began > timeout_s:
-                self._fail(
-                    Failure(
-                        kind=FailureKind.TIMEOUT,
-                        phase=self._workers[0].state["phase"],
-                        message=(
-                            f"{what} took longer than {timeout_s:.0f} s; raise protocol.timeout_s or choose a smaller "
-                            "workload"
-                        ),
-                    )
-                )
+                phase, late = self._workers[0].state["phase"], f"{what} took longer than {timeout_s:.0f} s"
+                why = f"{late}; raise protocol.timeout_s or choose a smaller workload"
+                self._fail(Failure(kind=FailureKind.TIMEOUT, phase=phase, message=why))
 
     def _say(self, message: str) -> None:
         self.on_progress(Progress(phase="start", message=message))
@@ -353,16 +338,10 @@ class Supervisor:
 
     def _stuck(self, stages: Sequence[_Worker], waited_s: float) -> Failure:
         doing = ", ".join(f"{worker.where} {worker.state['activity']}s" for worker in stages)
-        return Failure(
-            kind=FailureKind.COMMUNICATION_TIMEOUT,
-            stage=stages[0].state["stage"],
-            device=stages[0].device,
-            phase=stages[0].state["phase"],
-            message=(
-                f"nothing moved between the workers for {waited_s:.0f} s ({doing}): a message was lost; check the "
-                "links, or NCCL_DEBUG=INFO on GPUs"
-            ),
-        )
+        why = f"nothing moved between the workers for {waited_s:.0f} s ({doing}): a message was lost"
+        why += "; check the links, or NCCL_DEBUG=INFO on GPUs"
+        kind, stage, phase = FailureKind.COMMUNICATION_TIMEOUT, stages[0].state["stage"], stages[0].state["phase"]
+        return Failure(kind=kind, stage=stage, device=stages[0].device, phase=phase, message=why)
 
     def _fail(self, failure: Failure) -> None:
         """Ends the workers and raises; a worker that died may have been the first victim of another's fault."""

@@ -60,8 +60,7 @@ class Rules:
 
 
 def rules_of(plan: Plan, in_flight: int) -> Rules:
-    """How a plan admits requests: a slot for each micro-batch in flight.
-    PlanError: its lanes need more."""
+    """How a plan admits requests: a slot for each micro-batch in flight. PlanError: its lanes need more."""
     try:
         return Rules(
             slots=in_flight,

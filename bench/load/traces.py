@@ -53,15 +53,10 @@ class Trace(NamedTuple):
 
 
 def read_trace(path: str | Path, *, time_scale: float = 1.0, limit: int | None = None) -> Trace:
-    """The requests of a trace file.
+    """The first `limit` requests of a trace file, or all, with times multiplied by `time_scale`: 0.5 doubles the rate.
 
-    Args:
-        time_scale: what its times are multiplied by; 0.5 doubles the rate.
-        limit: requests to read; None reads all.
-
-    Raises:
-        ConfigError: the file cannot be read, is of no known form, has no request, times that run backwards, or lengths
-            that are none.
+    ConfigError where the file cannot be read, is of no known form, has no request, times that run backwards, or lengths
+    that are none.
     """
     if not 0.0 < time_scale < math.inf:
         raise ConfigError(f"time_scale={time_scale}: must be a number above 0")

@@ -79,8 +79,7 @@ def available_devices() -> tuple[str, ...]:
 
 def device_bytes(devices: Sequence[str]) -> dict[str, int]:
     """Memory of each device: a GPU's, or an even share of it where several workers share the GPU; of the host's, limits
-    of the cgroup respected, an even share per `cpu:N`. ValueError for a GPU that is not there, or does not tell.
-    """
+    of the cgroup respected, an even share per `cpu:N`. ValueError for a GPU that is not there, or does not tell."""
     num_cpus = sum(device_kind(device) == "cpu" for device in devices)
     with visible_gpus() as gpus:
         sizes = {}
@@ -104,10 +103,8 @@ def cpu_cores() -> int:
 
 @functools.cache
 def warn_of_cores(devices: tuple[str, ...]) -> tuple[str, ...]:
-    """Logs, once, what spoils the times of a fleet of these devices: cores that its workers share or may not have.
-
-    It is returned as a note; none where every worker has a core, and CPU workers have all of the machine's.
-    """
+    """Logs, once, what spoils the times of a fleet of these devices: cores that its workers share or may not have. It
+    is returned as a note; none where every worker has a core, and CPU workers have all of the machine's."""
     devices = devices_here(devices)
     limits, there, count = _core_limits(), os.cpu_count() or 1, len(devices)
     less = [name for name, cores in limits.items() if cores < there and "cpu" in map(device_kind, devices)]
@@ -128,10 +125,8 @@ def cores_of(device: str, devices: Sequence[str]) -> int:
 
 
 def bind_near(device: str) -> None:
-    """Binds this thread, and those that it starts from now on, to the CPUs of a GPU's NUMA node that it may use.
-
-    Memory that they touch first then lies there, too. Nothing changes where no node or none of its CPUs is known.
-    """
+    """Binds this thread, and those that it starts from now on, to the CPUs of a GPU's NUMA node that it may use. Memory
+    that they touch first then lies there, too. Nothing changes where no node or none of its CPUs is known."""
     with visible_gpus() as gpus:
         _, cpus = _near(gpus.get(device_index(device)))
     allowed = os.sched_getaffinity(0)
@@ -231,10 +226,8 @@ def _cgroup_cores(membership: str, root: Path) -> float | None:
     quotas = []
     for folder in _cgroup_folders(membership, root, controller="cpu"):
         # Version 2 has "<quota or max> <period>" in one file, version 1 a file for each.
-        values = _words(folder / "cpu.max") or [
-            *_words(folder / "cpu.cfs_quota_us"),
-            *_words(folder / "cpu.cfs_period_us"),
-        ]
+        values = _words(folder / "cpu.max")
+        values = values or [*_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")]
         if len(values) == 2 and values[0].isdecimal() and int(values[1]) > 0:
             quotas.append(int(values[0]) / int(values[1]))
     return min(quotas, default=None)

@@ -54,16 +54,12 @@ def _visible(gpus: Sequence[Any]) -> list[Any]:
 def visible_indices(
     visible: str | None, uuids: Sequence[str], instances: Sequence[str] = (), blind: tuple[str, ...] = ()
 ) -> tuple[int | None, ...]:
-    """Which GPUs `CUDA_VISIBLE_DEVICES` leaves, in its order.
+    """Which GPUs the variable `CUDA_VISIBLE_DEVICES` leaves, in its order; all where it is None, which is not set.
 
     As CUDA reads it: entries begin with an index, or are beginnings of names; the first one that fits no GPU, or more
-    than one, ends the list, a GPU named twice empties it, and a MIG instance is shown alone.
-
-    Args:
-        visible: the variable; None where it is not set.
-        uuids: of all GPUs, in NVML's order.
-        instances: names of MIG instances, which are counted on behind the GPUs.
-        blind: how names begin that may be right without being known; such an entry is None.
+    than one, ends the list, a GPU named twice empties it, and a MIG instance is shown alone. `uuids` are of all GPUs,
+    in NVML's order; `instances` name MIG instances, which are counted on behind the GPUs; an entry that begins as one
+    of `blind` may be right without being known, and is None.
     """
     if visible is None:
         return tuple(range(len(uuids)))

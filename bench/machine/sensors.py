@@ -84,11 +84,8 @@ class CpuSensors:
         time.sleep(_LOOK_S)
         last = _CpuLook.take()
         frequency = psutil.cpu_freq()
-        foreign = tuple(
-            f"{name} (pid {pid}, {cores:.0%} of a core)"
-            for pid, name, cores in last.foreign_since(first, own)
-            if cores > FOREIGN_SHARE
-        )
+        busy = [row for row in last.foreign_since(first, own) if row[2] > FOREIGN_SHARE]
+        foreign = tuple(f"{name} (pid {pid}, {cores:.0%} of a core)" for pid, name, cores in busy)
         host = {
             "clock_mhz": frequency.current if frequency is not None and frequency.current > 0 else None,
             "utilization": last.utilization_since(first),
@@ -172,10 +169,8 @@ class NvmlSensors:
         """The devices as they are now; processes of `family` are no disturbance."""
         own = family()
         with self._handles() as gpus:
-            return tuple(
-                _gpu_state(device, gpus[device], own) if device in gpus else DeviceState(device=device)
-                for device in self._devices
-            )
+            states = {device: _gpu_state(device, gpu, own) for device, gpu in gpus.items()}
+        return tuple(states.get(device, DeviceState(device=device)) for device in self._devices)
 
     def start(self) -> None:
         """Begins to watch."""
@@ -253,6 +248,7 @@ def _gpu_state(device: str, handle: Any, own: Collection[int]) -> DeviceState:
 
     rates = read(pynvml.nvmlDeviceGetUtilizationRates, handle)
     memory = read(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    errors = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
     # Those that only draw are left out: every desktop has some.
     computing = read(pynvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
     return DeviceState(
@@ -263,22 +259,14 @@ def _gpu_state(device: str, handle: Any, own: Collection[int]) -> DeviceState:
         utilization=None if rates is None else rates.gpu / 100,
         memory_used_bytes=None if memory is None else int(memory.used),
         throttle_reasons=_throttle_reasons(handle),
-        ecc_errors=read(
-            pynvml.nvmlDeviceGetTotalEccErrors,
-            handle,
-            pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
-            pynvml.NVML_VOLATILE_ECC,
-        ),
+        ecc_errors=read(pynvml.nvmlDeviceGetTotalEccErrors, handle, *errors),
         foreign_processes=foreign_gpu_processes({int(one.pid) for one in computing}, own),
     )
 
 
 def foreign_gpu_processes(pids: Collection[int], own: Collection[int], proc: Path = Path("/proc")) -> tuple[str, ...]:
-    """Which of a GPU's processes are others', in words.
-
-    In a container NVML may give the pids of the host, where our own cannot be told: if none of the pids is ours, one
-    that `/proc` does not show is taken for our own.
-    """
+    """Which of a GPU's processes are others', in words. In a container NVML may give the pids of the host, where our
+    own cannot be told: if none of the pids is ours, one that `/proc` does not show is taken for our own."""
     strangers = sorted(set(pids) - set(own))
     hidden = [pid for pid in strangers if not (proc / str(pid)).exists()]
     if hidden and not set(pids) & set(own):

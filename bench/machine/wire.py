@@ -70,10 +70,8 @@ class Lines:
         self.socket.sendall(self._seal(payload) + b"\n")
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """Messages that these bytes complete.
-
-        WireError for a wrong proof or signature, a replayed line, or one over `most_bytes`; OSError where nobody is.
-        """
+        """Messages that these bytes complete. WireError for a wrong proof or signature, a replayed line, or one over
+        `most_bytes`; OSError where nobody is."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if max(map(len, (*lines, self._rest))) > self.most_bytes:
             raise WireError(f"a line of more than {self.most_bytes} bytes")

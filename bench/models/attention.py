@@ -16,9 +16,7 @@ _FLASH: dict[str, tuple[Callable[[], bool], str]] = {
 
 def check_attention(spec: ModelSpec, family: Any) -> None:
     """Refuses, by a ModelError, a kernel that a family, a class of models, does not have, or that is not installed.
-
-    transformers itself would fetch some from the hub, or take another one than was asked for.
-    """
+    transformers itself would fetch some from the hub, or take another one than was asked for."""
     place = f"model.attention={spec.attention}"
     sdpa, flash, known = hf.kernels_of(family)
     if spec.attention == "sdpa" and not sdpa:
@@ -42,8 +40,6 @@ def check_attention(spec: ModelSpec, family: Any) -> None:
 
 def check_attention_devices(spec: ModelSpec, devices: Sequence[str]) -> None:
     """Refuses, by a ModelError, a kernel that runs on GPUs alone where a stage may be on another device."""
-    other = next((name for name in devices if device_kind(name) != "cuda"), None)
-    if spec.attention in _FLASH and other is not None:
-        raise ModelError(
-            f"model.attention={spec.attention} runs on GPUs alone, and {other} is none; choose sdpa or auto"
-        )
+    odd = next((name for name in devices if device_kind(name) != "cuda"), None)
+    if spec.attention in _FLASH and odd is not None:
+        raise ModelError(f"model.attention={spec.attention} runs on GPUs alone, and {odd} is none; choose sdpa or auto")

@@ -117,9 +117,8 @@ def quantization_method(folder: Path, config: dict[str, Any]) -> str | None:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        sources.append(
-            {"quantization_config": found} if name in ("quantize_config.json", "quant_config.json") else found
-        )
+        is_bare = name in ("quantize_config.json", "quant_config.json")
+        sources.append({"quantization_config": found} if is_bare else found)
     for part in (part for source in sources for part in _parts(source)):
         for method in filter(None, map(part.get, _QUANTIZATION_KEYS)):
             named = map(method.get, _METHOD_KEYS) if isinstance(method, dict) else [method]

@@ -76,10 +76,8 @@ def describe_model(resolved: ResolvedModel) -> ModelShape:
 
 
 def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
-    """Sizes, layers and where it may be cut, of a causal LM at hand, which may be on the meta device.
-
-    Numbers that are computed with and cached have `dtype_bytes`. ModelError where its layers are not found.
-    """
+    """Sizes, layers and where it may be cut, of a causal LM at hand, which may be on the meta device. Numbers that are
+    computed with and cached have `dtype_bytes`. ModelError where its layers are not found."""
     prefix, layers = find_layers(model)
     config = model.config.get_text_config(decoder=True)
     # Configs differ where a family's layers do.

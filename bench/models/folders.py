@@ -53,8 +53,7 @@ def cached_snapshot(
     repository: Path, revision: str | None, is_whole: Callable[[Path], bool], say: Callable[[str], None]
 ) -> Path:
     """The snapshot of a revision in a folder of the Hugging Face cache: without one main's or, where the cache does not
-    say which that is, the newest whole one; ModelError where there is none.
-    """
+    say which that is, the newest whole one; ModelError where there is none."""
     snapshots = [child for child in _children(repository / "snapshots", by_time=True) if is_whole(child)]
     ref = repository / "refs" / (revision or "main")
     commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else revision

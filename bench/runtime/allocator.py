@@ -99,10 +99,8 @@ def _mapped(paths: set[str]) -> list[tuple[int, int]]:
 
 @torch.inference_mode()
 def touch_libraries(dtype: torch.dtype) -> None:
-    """Calls the kernels that every model calls, on a few numbers.
-
-    Their code comes into memory at the first call; afterwards it is part of what the process takes without a model.
-    """
+    """Calls the kernels that every model calls, on a few numbers. Their code comes into memory at the first call;
+    afterwards it is part of what the process takes without a model."""
     for rows in (1, 8, 64):
         states = torch.zeros((rows, 64), dtype=dtype)
         functional.silu(states @ torch.zeros((64, 64), dtype=dtype)).float().softmax(-1)

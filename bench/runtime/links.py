@@ -29,10 +29,8 @@ Mark = torch.cuda.Event | None
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a host tensor to a device; to a GPU from pinned memory, so that the host does not wait for it.
-
-    The pinned copy may be let go at once: its allocator keeps it until the stream has read it.
-    """
+    """Copies a host tensor to a device; to a GPU from pinned memory, so that the host does not wait for it. The pinned
+    copy may be let go at once: its allocator keeps it until the stream has read it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -152,10 +150,8 @@ class Receiver:
 
 
 class StagedReceiver(Receiver):
-    """Receives over gloo into pinned memory; a stream of its own copies to the GPU.
-
-    Two rings, place for place: pinned buffers that gloo writes, and buffers on the GPU that the compute reads.
-    """
+    """Receives over gloo into pinned memory; a stream of its own copies to the GPU. Two rings, place for place: pinned
+    buffers that gloo writes, and buffers on the GPU that the compute reads."""
 
     def __init__(self, source: int, messages: Messages, device: torch.device) -> None:
         super().__init__(source, messages, device)

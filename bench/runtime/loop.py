@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -67,9 +68,7 @@ class PassResult:
 class StageLoop:
     """Runs jobs on one stage, decode steps as captured graphs if given; KV slots are kept from job to job."""
 
-    def __init__(
-        self, stage: Stage, device: DeviceContext, status: Status, *, graphs: DecodeGraphs | None = None
-    ) -> None:
+    def __init__(self, stage: Stage, device: DeviceContext, status: Status, graphs: DecodeGraphs | None = None) -> None:
         self.graphs = graphs
         self.slots: list[SlotCache] = []
         self._stage, self._device, self._status = stage, device, status
@@ -95,10 +94,8 @@ class StageLoop:
 
     @torch.inference_mode()
     def rehearse(self, job: Job) -> None:
-        """Runs the tasks of a micro-batch of each kind, without a message and on made-up hidden states.
-
-        Call it after `prepare`, while no message is under way: what compiles may wait for the whole device.
-        """
+        """Runs the tasks of a micro-batch of each kind, without a message and on made-up hidden states. Call it after
+        `prepare`, while no message is under way: what compiles may wait for the whole device."""
         self._status.activity = "compute"
         work, stage = _Pass(self, job), self._stage
         kinds = {(len(inputs.ids), inputs.prompt_len, inputs.full_rows): own for own, inputs in enumerate(work.inputs)}
@@ -117,10 +114,8 @@ class StageLoop:
         self.slots = []
 
     def run(self, job: Job, start: Callable[[], object] = lambda: None) -> PassResult:
-        """Works through the schedule; returns when this stage's part and all its messages are done.
-
-        Time counts from `start`, which is called when the inputs lie ready, and where the stages meet.
-        """
+        """Works through the schedule; returns when this stage's part and all its messages are done. Time counts from
+        `start`, which is called when the inputs lie ready, and where the stages meet."""
         work = _Pass(self, job)
         start()
         return work.run()
@@ -130,30 +125,24 @@ class _Pass:
     """The state of one pass over one job."""
 
     def __init__(self, loop: StageLoop, job: Job) -> None:
-        device = loop._device
+        device = loop._device.torch_device
         self.stage, self.edges, self.graphs = loop._stage, loop._edges, loop.graphs
         self.timeline, self.slots, self.job, self.status = loop._timeline, loop.slots, job, loop._status
         self.tasks = job.tasks()
         rows = [job.prompts[index] for index in job.order]
         self.first_rows, self.steps = job.first_rows, job.steps
+        build = partial(MicroBatchInputs.build, output_len=job.output_len, pad_token_id=job.pad_token_id, device=device)
         self.inputs = [
-            MicroBatchInputs.build(
-                rows[first : first + size],
-                output_len=job.output_len,
-                pad_token_id=job.pad_token_id,
-                device=device.torch_device,
-            )
-            for first, size in zip(self.first_rows, job.sizes, strict=True)
+            build(rows[first : first + size]) for first, size in zip(self.first_rows, job.sizes, strict=True)
         ]
         self.forced = None
         if job.forced is not None:
-            in_order = torch.tensor([job.forced[index] for index in job.order], dtype=torch.long)
-            self.forced = in_order.to(device.torch_device)
+            self.forced = torch.tensor([job.forced[index] for index in job.order], dtype=torch.long).to(device)
         self.uniforms = None
         if job.sampling is not None and self.stage.is_last:
             numbers = job.numbers or range(len(job.prompts))
             in_rows = [numbers[index] for index in job.order]
-            self.uniforms = uniforms(job.sampling, in_rows, job.output_len).to(device.torch_device)
+            self.uniforms = uniforms(job.sampling, in_rows, job.output_len).to(device)
         # Rows that have not met an end-of-sequence token yet; with fixed length, always all.
         self.unfinished = [[True] * size for size in job.sizes]
         self.known_step = [-1] * len(job.sizes)
@@ -246,15 +235,10 @@ class _Pass:
         rows = slice(task.first_row, task.end_row)
         span = slice(task.first_token, task.end_token)
         has_mask = self.stage.needs_mask or task.end_row > inputs.full_rows
-        return self.stage.forward(
-            inputs.ids[rows, span],
-            inputs.mask[rows, : task.end_token] if has_mask else None,
-            inputs.positions[rows, span],
-            self.slots[task.slot],
-            hidden,
-            all_logits=self.job.scores,
-            without_logits=not (task.samples or self.job.scores),
-        )
+        mask = inputs.mask[rows, : task.end_token] if has_mask else None
+        ids, positions, slot = inputs.ids[rows, span], inputs.positions[rows, span], self.slots[task.slot]
+        which = {"all_logits": self.job.scores, "without_logits": not (task.samples or self.job.scores)}
+        return self.stage.forward(ids, mask, positions, slot, hidden, **which)
 
     def rows(self, task: Task) -> slice:
         """Rows of a task, counted over all micro-batches."""

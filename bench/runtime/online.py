@@ -40,10 +40,8 @@ _AHEAD = 2
 
 
 class Mail:
-    """One end of a line between the first stage and another: plain values, told within some 30 µs.
-
-    All raise RuntimeError once the other end is gone.
-    """
+    """One end of a line between the first stage and another: plain values, told within some 30 µs. All raise
+    RuntimeError once the other end is gone."""
 
     def __init__(self, connection: socket.socket) -> None:
         """`connection` is of kind SEQPACKET."""
@@ -152,10 +150,7 @@ class OnlineStage:
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Runs a task of each kind on made-up hidden states, and leaves zeros in all caches: what a mask hides still
-        must not be NaN.
-
-        Call it while no message is under way.
-        """
+        must not be NaN. Call it while no message is under way."""
         for index, cache in enumerate(self.caches):
             is_slot = index < self._sizes.rules.slots
             past, tokens = (self._sizes.max_len - 1, 1) if is_slot else (0, min(self._sizes.chunk, _REHEARSED))
@@ -263,10 +258,8 @@ class OnlineStage:
 
 
 class Source:
-    """Where requests come from, and what comes of them goes to: here those whose times are known beforehand.
-
-    Times are seconds from the start.
-    """
+    """Where requests come from, and what comes of them goes to: here those whose times are known beforehand. Times are
+    seconds from the start."""
 
     waits_on: Sequence[Any] = ()
     """What turns readable when one comes whose time is not known."""
@@ -339,11 +332,8 @@ class Leader:
         max_concurrency: int | None = None,
         keep_tasks: bool = True,
     ) -> None:
-        """`lines` go to the other stages, in their order.
-
-        At most `max_concurrency` requests are in the system at once. `keep_tasks` keeps what grows with time: tasks,
-        `idle_s` and `underfilled_s`.
-        """
+        """`lines` go to the other stages, in their order. At most `max_concurrency` requests are in the system at once.
+        `keep_tasks` keeps what grows with time: tasks, `idle_s` and `underfilled_s`."""
         self.admission = Admission(sizes.rules)
         self.slots = Slots(sizes.rules, sizes.max_len, stage.pad_token_id)
         self.tasks: list[LoadTask] = []

@@ -14,10 +14,8 @@ from pipetune.bench.models.torch_private import can_pack, hooks_before, pack, pa
 
 
 class PackedLinear(nn.Module):
-    """A linear layer over a weight in oneDNN's own layout: `[..., in_features]` → `[..., out_features]`.
-
-    Made from a plain weight `[out_features, in_features]`, which is not kept.
-    """
+    """A linear layer over a weight in oneDNN's own layout: `[..., in_features]` → `[..., out_features]`. Made from a
+    plain weight `[out_features, in_features]`, which is not kept."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -39,9 +37,7 @@ class PackedLinear(nn.Module):
 
 def pack_linears(model: Any) -> int:
     """Packs every plain linear layer (and GPT-2's transposed kind) that is not packed yet, in place; returns how many.
-
-    Subclasses of `nn.Linear` have a forward of their own and are left alone, as are the embeddings of a tied head.
-    """
+    Subclasses of `nn.Linear` have a forward of their own and are left alone, as are the embeddings of a tied head."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -21,10 +21,8 @@ LIKELIEST = (1024, 8192)
 
 
 def uniforms(sampling: Sampling, numbers: Sequence[int], output_len: int) -> torch.Tensor:
-    """`[len(numbers), output_len]` numbers in [0, 1), float64 on the host, one row for each prompt's number.
-
-    A longer output begins with the numbers of a shorter one.
-    """
+    """`[len(numbers), output_len]` numbers in [0, 1), float64 on the host, one row for each prompt's number. A longer
+    output begins with the numbers of a shorter one."""
     rows = []
     for number in numbers:
         digest = hashlib.sha256(f"{sampling.seed}/{number}".encode()).digest()
@@ -94,12 +92,8 @@ def _weights(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, to
 
 
 def _likeliest(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The likeliest tokens, in falling order, at least one more than may be drawn where there are more.
-
-    Returns:
-        Their logits over the temperature and their ids, and the probability `[B, n]`, float64, of those that `top_k`
-        leaves.
-    """
+    """The likeliest tokens, in falling order, at least one more than may be drawn where there are more: their logits
+    over the temperature, their ids, and the probability `[B, n]`, float64, of those that `top_k` leaves."""
     scaled = logits.float() / sampling.temperature
     vocabulary = scaled.shape[-1]
     if 0 < sampling.top_k < vocabulary:
@@ -119,10 +113,8 @@ def _likeliest(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
 
 
 def _stays(shares: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Which of the likeliest tokens, in falling order, `top_p` leaves: those before which less than `top_p` lies.
-
-    So the likeliest always stays (nucleus sampling, Holtzman et al. 2020).
-    """
+    """Which of the likeliest tokens, in falling order, `top_p` leaves: those before which less than `top_p` lies. So
+    the likeliest always stays (nucleus sampling, Holtzman et al. 2020)."""
     return shares.cumsum(-1) - shares < sampling.top_p
 
 

@@ -64,11 +64,9 @@ class Links:
     ) -> Edges | None:
         """Edges of this rank in a pipeline over `ranks`; None if it has no stage. Every rank must call this alike.
 
-        Args:
-            hidden_numel: elements of the largest hidden states that cross an edge.
-            tokens_numel: rows of a micro-batch.
-            tokens_depth: token messages that may be under way to one stage.
-            tokens_to_all: whether every stage is told the sampled tokens; else the first alone is, which embeds them.
+        `hidden_numel` counts elements of the largest hidden states that cross an edge, `tokens_numel` rows of a
+        micro-batch, `tokens_depth` the token messages that may be under way to one stage. `tokens_to_all` tells every
+        stage the sampled tokens; else the first alone is told, which embeds them.
         """
         *others, last = ranks
         told = others if tokens_to_all else others[:1]

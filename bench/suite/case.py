@@ -41,10 +41,8 @@ class PlanCase(BaseModel):
         if (prompts := case.workload.prompts_file) is None:
             return case
         file = (path.parent / prompts).absolute()
-        workload = case.workload.model_copy(
-            update={"prompts_file": str(file), "prompts_sha256": sha256_of(read_text(file))}
-        )
-        return case.model_copy(update={"workload": workload})
+        prompts_of = {"prompts_file": str(file), "prompts_sha256": sha256_of(read_text(file))}
+        return case.model_copy(update={"workload": case.workload.model_copy(update=prompts_of)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +58,7 @@ class Round:
 
 def run_fresh(case: PlanCase, protocol: Protocol, folder: Path) -> Round:
     """Starts a fleet, measures the plan once, and ends it; the unsplit model's output, if compared, goes to `folder`.
-
-    PipetuneError says why where the plan did not run, or its output is wrong.
-    """
+    PipetuneError says why where the plan did not run, or its output is wrong."""
     started_at, began = timestamp(), time.monotonic()
     devices = case.devices or case.plan.devices
     with Experiment.start(case.model, devices, hang_timeout_s=protocol.hang_timeout_s) as experiment:

@@ -18,12 +18,10 @@ def is_steady(durations: Sequence[float], tolerance: float) -> bool:
 def wrong_output(
     check: OutputCheck, *, scored: bool = False, may_route_otherwise: bool = False, phase: str = "check"
 ) -> Failure | None:
-    """The failure that a comparison of logits amounts to, if any.
+    """The failure that a comparison of logits, or where `scored` of log-probabilities, amounts to, if any.
 
-    Args:
-        scored: log-probabilities were compared.
-        may_route_otherwise: the model chooses experts, and computes in half precision: where two are nearly tied,
-            kernels decide, and the position comes out otherwise. So a few may, as long as most do not.
+    `may_route_otherwise`: the model chooses experts, and computes in half precision: where two are nearly tied, kernels
+    decide, and the position comes out otherwise. So a few may, as long as most do not.
     """
     error, tolerance = check.max_logit_error, check.tolerance
     typical, typical_tolerance = check.typical_error, check.typical_tolerance

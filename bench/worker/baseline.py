@@ -60,10 +60,9 @@ def generate_once(
 ) -> BaselinePass:
     """Runs `generate` over the prompts, longest first, `batch_size` at a time.
 
-    Args:
-        output_lens: tokens to generate for each; a batch goes on until its last prompt has them.
-        sampling: transformers' own sampling with these settings; its draws are not ours, their cost is.
-        processor: makes what changes the scores of a batch, from its prompts' given indices and its padded length.
+    `output_lens` are tokens to generate for each; a batch goes on until its last prompt has them. `sampling` is
+    transformers' own with these settings; its draws are not ours, their cost is. `processor` makes what changes the
+    scores of a batch, from its prompts' given indices and its padded length.
     """
     how: dict[str, Any] = {"do_sample": sampling is not None}
     if sampling is not None:

@@ -21,10 +21,8 @@ PINGS = 8
 
 
 class DriverLink:
-    """A worker's own connection to the driver: every worker can report, rank 0 alone is commanded.
-
-    When the driver goes away the connection ends, and the worker with it.
-    """
+    """A worker's own connection to the driver: every worker can report, rank 0 alone is commanded. When the driver goes
+    away the connection ends, and the worker with it."""
 
     def __init__(self, lines: Lines, rank: int, **hello: Any) -> None:
         self._lines, self.rank = lines, rank
@@ -46,9 +44,8 @@ class DriverLink:
         told = link.receive()
         link.rank = told["rank"]
         own_address = wire.socket.getsockname()[0]
-        (interface,) = (
-            name for name, found in psutil.net_if_addrs().items() if own_address in (one.address for one in found)
-        )
+        interfaces = psutil.net_if_addrs().items()
+        (interface,) = (name for name, found in interfaces if own_address in (one.address for one in found))
         told["environment"] |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
         return link, told
 

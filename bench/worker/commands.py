@@ -86,13 +86,9 @@ class Worker:
             bind_near(own_name)
         cores = min(cores_of(own_name, self._local), len(os.sched_getaffinity(0)))
         device = DeviceContext(name, num_threads=cores)
-        dist.init_process_group(
-            "gloo",
-            **({"store": agents_store()} if args.rendezvous is None else {"init_method": f"file://{args.rendezvous}"}),
-            rank=self.rank,
-            world_size=len(self.devices),
-            timeout=CONTROL_TIMEOUT,
-        )
+        file = args.rendezvous
+        meet: dict[str, Any] = {"store": agents_store()} if file is None else {"init_method": f"file://{file}"}
+        dist.init_process_group("gloo", **meet, rank=self.rank, world_size=len(self.devices), timeout=CONTROL_TIMEOUT)
         group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.control = ControlGroup(group, self.rank, len(self.devices))
         spec = s.ModelSpec.model_validate_json(args.model)
@@ -313,13 +309,8 @@ class Worker:
     def do_profile(self, grid: ProfileGrid, packed_weights: bool, cuda_graphs: bool) -> dict[str, Any]:
         """Times the model's parts on every device, and the links between them."""
         self._drop_unsplit()
-        return Profiler(
-            self.host,
-            grid,
-            packed_weights=packed_weights,
-            cuda_graphs=cuda_graphs,
-            pad_token_id=self.tokens.pad_token_id,
-        ).run()
+        switches = {"packed_weights": packed_weights, "cuda_graphs": cuda_graphs}
+        return Profiler(self.host, grid, **switches, pad_token_id=self.tokens.pad_token_id).run()
 
     def do_links(self) -> dict[str, Any]:
         """Times the links between devices alone."""

@@ -161,9 +161,7 @@ class Online:
 
     def open(self, plan: Plan, sizes: Sizes, sampling: Sampling | None, *, instrument: bool) -> OnlineStage | None:
         """Moves to the plan, and makes and tries this rank's caches and edges; None on ranks without a stage.
-
-        ConfigError, on every rank, if the model's caches cannot be used so.
-        """
+        ConfigError, on every rank, if the model's caches cannot be used so."""
         host = self._host
         if plan != host.plan:
             host.apply(plan)

@@ -19,10 +19,8 @@ from pipetune.bench.worker.stage_host import StageHost
 
 
 def check_output(host: StageHost, plan: Plan, job: Job, reference: ref.Reference) -> OutputCheck:
-    """Runs the checked prompts through every replica and compares logits, or log-probabilities; the worst counts.
-
-    Every rank calls it under the plan, and gets the same.
-    """
+    """Runs the checked prompts through every replica and compares logits, or log-probabilities; the worst counts. Every
+    rank calls it under the plan, and gets the same."""
     checked = reference.checked
     tokens = None if job.scores else reference.tokens[list(checked), : reference.logits.shape[1]]
     found = _small_pass(host, plan, job, checked, max(1, len(checked) // 2), tokens)
@@ -64,9 +62,8 @@ class TimedCheck:
         if result.tokens is not None:
             self.add_tokens({self._share[index]: row for index, row in result.tokens.items()})
         if result.scores is not None:
-            check = ref.compare_scores(
-                self._reference, {self._share[index]: row for index, row in result.scores.items()}
-            )
+            scores = {self._share[index]: row for index, row in result.scores.items()}
+            check = ref.compare_scores(self._reference, scores)
             self._scores = ref.worst_check([self._scores, check]) if self._scores is not None else check
 
     def add_tokens(self, tokens: dict[int, list[int]]) -> None:
@@ -100,14 +97,11 @@ class TimedCheck:
 def _small_pass(
     host: StageHost, plan: Plan, job: Job, checked: Sequence[int], rows: int, tokens: torch.Tensor | None
 ) -> dict[int, torch.Tensor] | None:
-    """Runs a few prompts through every replica.
+    """Runs a few prompts through every replica, in micro-batches of at most `rows`: few, so that prompts of unlike
+    length are padded against each other.
 
-    Args:
-        rows: of a micro-batch at most; few, so that prompts of unlike length are padded against each other.
-        tokens: `[k, t]`, fed instead of the sampled ones; None scores the prompts.
-
-    Returns:
-        Logits under the tokens, or log-probabilities, by place in `checked`; None without a last stage.
+    `tokens` `[k, t]` are fed instead of the sampled ones; None scores the prompts. Gives the logits under the tokens,
+    or log-probabilities, by place in `checked`; None without a last stage.
     """
     small = min(job.micro_batch_size, rows)
     part = Job(
@@ -131,10 +125,8 @@ def _small_pass(
 def make_reference_from_plan(
     host: StageHost, job: Job, plan: Plan, path: Path, digest: str, protocol: Protocol
 ) -> None:
-    """Takes a plan's own output for the truth, where the unsplit model does not fit on any device.
-
-    Later plans are compared with this one: that tells them apart, and cannot tell whether the first was right.
-    """
+    """Takes a plan's own output for the truth, where the unsplit model does not fit on any device. Later plans are
+    compared with this one: that tells them apart, and cannot tell whether the first was right."""
     plan, dtype = plan.replica(0), host.stage.dtype
     host.apply(plan)
     host.status.phase = "reference"

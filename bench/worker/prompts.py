@@ -55,10 +55,8 @@ class Tokens:
         self._prompts: dict[str, tuple[tuple[int, ...], ...]] = {}
 
     def of_workload(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
-        """Prompts of a workload, alike on every rank; `as_text` where the answers will be wanted as text.
-
-        ConfigError, on every rank, says what is wrong with them, or with the tokenizer that they need.
-        """
+        """Prompts of a workload, alike on every rank; `as_text` where the answers will be wanted as text. ConfigError,
+        on every rank, says what is wrong with them, or with the tokenizer that they need."""
         digest = workload.digest()
         if digest not in self._prompts or as_text:
             self._prompts[digest] = self._from_rank_0(
@@ -73,9 +71,7 @@ class Tokens:
 
     def encode(self, prompts: Sequence[Any], max_new_tokens: int) -> tuple[tuple[int, ...], ...]:
         """Ids of prompts given as text or ids, alike on every rank; ConfigError, on each, says what is wrong with them.
-
-        For each `max_new_tokens` are to be generated; 0 where they are scored.
-        """
+        For each `max_new_tokens` are to be generated; 0 where they are scored."""
 
         def read() -> tuple[tuple[int, ...], ...]:
             rows = tuple(self.read(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts))
@@ -137,10 +133,8 @@ class Tokens:
 def load_prompts(
     workload: Workload, *, tokenizer: Any | None, vocab_size: int, max_positions: int | None
 ) -> tuple[tuple[int, ...], ...]:
-    """Token ids of every prompt.
-
-    ConfigError where the file is missing or malformed, holds too few prompts, or a prompt does not fit the model.
-    """
+    """Token ids of every prompt. ConfigError where the file is missing or malformed, holds too few prompts, or a prompt
+    does not fit the model."""
     if workload.prompts_file is None:
         prompts = random_prompts(workload, vocab_size)
     else:
@@ -161,9 +155,8 @@ def load_prompts(
             "workload: every text has a single token, and a first token has no probability; give longer texts"
         )
     if max_positions is not None and longest + workload.generated_len > max_positions:
-        generated = (
-            f", and with output_len={workload.generated_len} that is" if workload.generated_len else ", which is"
-        )
+        output_len = workload.generated_len
+        generated = f", and with {output_len=} that is" if output_len else ", which is"
         raise ConfigError(
             f"workload: the longest prompt has {longest} tokens{generated} "
             f"more than the model's {max_positions} positions; shorten it"
@@ -183,11 +176,8 @@ def random_prompts(workload: Workload, vocab_size: int) -> tuple[tuple[int, ...]
 
 
 def encode(entry: Prompt | Sequence[int], tokenizer: Any, vocab_size: int, place: str) -> tuple[int, ...]:
-    """Ids of one prompt.
-
-    ConfigError for text without a tokenizer, messages without a template that takes them, an empty prompt, or an id
-    outside the vocabulary.
-    """
+    """Ids of one prompt. ConfigError for text without a tokenizer, messages without a template that takes them, an
+    empty prompt, or an id outside the vocabulary."""
     ids: tuple[int, ...]
     if isinstance(entry, str):
         if tokenizer is None:

@@ -34,9 +34,7 @@ class DriverRendezvous(elastic.RendezvousHandler):
 
     def __init__(self, params: elastic.RendezvousParameters) -> None:
         """Joins the driver at the endpoint, as the host of rank `node`; tries for `join_timeout` seconds.
-
-        RendezvousConnectionError where nobody is there who knows the token.
-        """
+        RendezvousConnectionError where nobody is there who knows the token."""
         host, port = split_address(params.endpoint)
         self._run_id, self._backend = params.run_id, params.backend
         node = int(params.get("node", os.environ.get("GROUP_RANK", "-1")))
@@ -161,8 +159,7 @@ class DriverRendezvous(elastic.RendezvousHandler):
 
 def connect(host: str, port: int, patience_s: float) -> Wire:
     """A connection to the driver, once it listens; RendezvousConnectionError if it does not in time, or knows another
-    token.
-    """
+    token."""
     deadline = time.monotonic() + patience_s
     while True:
         try:

@@ -40,10 +40,8 @@ class Serving:
         mine: dict[int, dict[str, Any]] = {}
         if own is not None and result is not None and result.tokens is not None:
             times = _token_times_s(own, result, zero_s)
-            mine = {
-                index: {"token_ids": tokens, "token_times_s": times[index][: len(tokens)]}
-                for index, tokens in result.tokens.items()
-            }
+            for index, tokens in result.tokens.items():
+                mine[index] = {"token_ids": tokens, "token_times_s": times[index][: len(tokens)]}
         return {"results": self._gathered(job, own, mine)}
 
     @validate_call

@@ -103,10 +103,8 @@ class StageHost:
         return self.placement.index if self.placement is not None else None
 
     def apply(self, plan: Plan) -> tuple[float, tuple[int, ...]]:
-        """Moves to a plan; loads only layers that changed hands.
-
-        Gives the seconds until the slowest stage was ready, and all layers that were loaded.
-        """
+        """Moves to a plan; loads only layers that changed hands. Gives the seconds until the slowest stage was ready,
+        and all layers that were loaded."""
         self.status.phase = "load"
         began = time.perf_counter()
         self._leave()
@@ -135,9 +133,7 @@ class StageHost:
 
     def hold(self, window: range, *, packed_weights: bool, cuda_graphs: bool, cap_bytes: int) -> StageLoop:
         """Leaves the present plan: this rank alone holds some layers between embedding and head, a pipeline of its own.
-
-        The next plan, or the next window, takes its loop away.
-        """
+        The next plan, or the next window, takes its loop away."""
         self._leave()
         gc.collect()
         self._take(window, is_first=True, is_last=True, packed_weights=packed_weights, cap_bytes=cap_bytes)

@@ -123,10 +123,8 @@ def _scored(
 
     def ask_cached(prompt: Sequence[int], steps: int) -> torch.Tensor:
         """Log-probabilities of a prompt's last tokens, step by step."""
-        last = torch.tensor([prompt[len(prompt) - steps :]], dtype=torch.long)
-        logits = forced_logits(
-            model, [prompt[: len(prompt) - steps]], last, batch_size=1, pad_token_id=pad_token_id, cached=True
-        )
+        first, last = prompt[: len(prompt) - steps], torch.tensor([prompt[len(prompt) - steps :]], dtype=torch.long)
+        logits = forced_logits(model, [first], last, batch_size=1, pad_token_id=pad_token_id, cached=True)
         return log_probabilities(logits[0], last[0])
 
     flat = ask(everyone, len(prompts))
@@ -173,13 +171,8 @@ def forced_logits(
     pad_token_id: int,
     cached: bool,
 ) -> torch.Tensor:
-    """Logits of the unsplit model when `tokens` `[n, t]` are fed after the prompts.
-
-    Args:
-        cached: step by step with a KV cache as in generation, else in one pass over prompt and tokens.
-
-    Returns:
-        `[n, t, V]` fp32 on the host, in the order given.
+    """Logits of the unsplit model when `tokens` `[n, t]` are fed after the prompts: `[n, t, V]` fp32 on the host, in
+    the order given; with `cached` step by step with a KV cache as in generation, else in one pass over both.
     """
     accepted = inspect.signature(model.forward).parameters
     by_name = cache_name(model) or "past_key_values"

@@ -34,10 +34,8 @@ MAX_VARIANTS = 24
 
 
 class CompiledLayers:
-    """The own layers of one stage, compiled; made once for a worker, whose graphs it keeps from plan to plan.
-
-    `apply` after `Stage.assign` and packing, `remove` before the next: a stage takes its layers for what they are.
-    """
+    """The own layers of one stage, compiled; made once for a worker, whose graphs it keeps from plan to plan. `apply`
+    after `Stage.assign` and packing, `remove` before the next: a stage takes its layers for what they are."""
 
     def __init__(self, *, backend: str = "inductor") -> None:
         self.graphs = 0
@@ -64,10 +62,8 @@ class CompiledLayers:
         )
 
     def apply(self, model: Any, own_layers: Iterable[int], *, where: str = "this stage") -> None:
-        """Makes these layers run compiled; `where`, such as `stage 1`, is for the notes.
-
-        Nothing is compiled yet: the first pass over each kind of input does that.
-        """
+        """Makes these layers run compiled; `where`, such as `stage 1`, is for the notes. Nothing is compiled yet: the
+        first pass over each kind of input does that."""
         self.remove()
         _configure()
         self._where, self.compile_s = where, 0.0

@@ -59,10 +59,8 @@ class GraphsReport:
 
 
 def steps_of(tasks: Iterable[Task], *, max_len: int) -> dict[StepKey, int]:
-    """The kinds of step that a schedule's decode has, and the last position at which each is used.
-
-    The largest come first: smaller ones then find memory in the pool.
-    """
+    """The kinds of step that a schedule's decode has, and the last position at which each is used. The largest come
+    first: smaller ones then find memory in the pool."""
     last: dict[StepKey, int] = {}
     for task in tasks:
         if not task.is_prefill:
@@ -133,10 +131,8 @@ class DecodeGraphs:
     def __init__(
         self, stage: Stage, device: DeviceContext, *, where: str = "this stage", capture: bool | None = None
     ) -> None:
-        """For a stage; notes name it by `where`. Steps are captured on GPUs unless `capture` says otherwise.
-
-        Without capture the static steps run as they are, which works on a CPU too.
-        """
+        """For a stage; notes name it by `where`. Steps are captured on GPUs unless `capture` says otherwise. Without
+        capture the static steps run as they are, which works on a CPU too."""
         self.report = GraphsReport()
         self.chosen: torch.Tensor | None = None
         """Tokens `[rows]` that the last run chose as the job wants it; None where they are left to the caller."""
@@ -184,11 +180,8 @@ class DecodeGraphs:
         if self._has_failed or not slots:
             return
         wanted = steps_of(tasks, max_len=self._max_len)
-        new = {
-            key: last
-            for key, last in wanted.items()
-            if key not in self._steps or last > self._compared[key.rows, key.kv_len]
-        }
+        known, compared = self._steps, self._compared
+        new = {key: last for key, last in wanted.items() if key not in known or last > compared[key.rows, key.kv_len]}
         if not new:
             return
         reason = self._why_not(len(new.keys() | self._steps.keys()))

@@ -13,6 +13,7 @@ A `Probe`, a made-up micro-batch, shows whether a step computes what an eager on
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -29,11 +30,8 @@ AGREEING_ROWS = 0.75
 
 
 def why_not_static(slot: SlotCache) -> str | None:
-    """Why a slot cannot be seen with fixed shapes; None if it can.
-
-    Keys and values alone can: recurrent states and the states of families with caches of their own are written by code
-    that decides on the host.
-    """
+    """Why a slot cannot be seen with fixed shapes; None if it can. Keys and values alone can: recurrent states and the
+    states of families with caches of their own are written by code that decides on the host."""
     for index, layer in enumerate(slot.layers):
         # What is neither is a place that nothing is kept in.
         if isinstance(layer, hf.CacheLayerMixin | hf.LinearAttentionCacheLayerMixin) and type(layer) is not SlotLayer:
@@ -83,22 +81,14 @@ class StaticSlotLayer(hf.DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class StaticSlotCache(hf.Cache):
-    """The first `rows` rows and `kv_len` positions of a slot that has its memory from a forward pass.
-
-    Steps are of one token at `position`, `[1]` int64 on the slot's device, which whoever runs a step writes first.
-    """
+    """The first `rows` rows and `kv_len` positions of a slot that has its memory from a forward pass. Steps are of one
+    token at `position`, `[1]` int64 on the slot's device, which whoever runs a step writes first."""
 
     def __init__(self, slot: SlotCache, *, rows: int, kv_len: int, position: torch.Tensor) -> None:
         assert rows <= slot.rows, f"{rows} rows of a slot of {slot.rows}"
         assert kv_len <= slot.max_len, f"{kv_len} positions of a slot of {slot.max_len}"
-        super().__init__(
-            layers=[
-                StaticSlotLayer(layer, rows=rows, kv_len=kv_len, position=position)
-                if isinstance(layer, SlotLayer)
-                else layer
-                for layer in slot.layers
-            ]
-        )
+        static = partial(StaticSlotLayer, rows=rows, kv_len=kv_len, position=position)
+        super().__init__(layers=[static(one) if isinstance(one, SlotLayer) else one for one in slot.layers])
 
     @property
     def is_compileable(self) -> bool:
@@ -143,11 +133,9 @@ class StaticStep:
     ) -> None:
         """Copies a step's inputs to where it reads them, on the stream it will run on.
 
-        Args:
-            position: of the padded prompts and what was generated behind them.
-            inputs: of the micro-batch, the same object for all its steps: its mask is copied once.
-            hidden: `[rows, 1, M]` as received; None on the first stage.
-            u: `[rows]`, what tokens are drawn by; None where they are not, or not by the step.
+        `position` is of the padded prompts and what was generated behind them; `inputs` the same object for all steps
+        of a micro-batch: its mask is copied once. `hidden` is `[rows, 1, M]` as received, None on the first stage; `u`
+        is `[rows]`, what tokens are drawn by, None where they are not, or not by the step.
         """
         # Held, so that no other micro-batch can come to have this one's identity.
         if self._loaded is not inputs:
@@ -216,10 +204,8 @@ class Probe:
 
 
 def disagreement(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """How far two outputs `[rows, …]` are apart: the relative error that all but the worst rows keep to.
-
-    Rows whose expected values are no numbers prove nothing; a number missing where one should be is infinitely far.
-    """
+    """How far two outputs `[rows, …]` are apart: the relative error that all but the worst rows keep to. Rows whose
+    expected values are no numbers prove nothing; a number missing where one should be is infinitely far."""
     expected, actual = expected.float().flatten(1), actual.float().flatten(1)
     size = expected.norm(dim=1)
     errors = ((actual - expected).norm(dim=1) / size.clamp(min=torch.finfo(torch.float32).tiny)).cpu()

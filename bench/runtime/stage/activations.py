@@ -49,10 +49,8 @@ class TaskMemory(TorchDispatchMode):
         return result
 
     def kernel(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation's result; of kernels on GPUs that write nothing but their output, that alone.
-
-        What asks for a number gets some, so that work goes on.
-        """
+        """An operation's result; of kernels on GPUs that write nothing but their output, that alone. What asks for a
+        number gets some, so that work goes on."""
         if func is _aten.scaled_dot_product_attention.default:
             query, _, value = args[:3]
             return query.new_empty((*query.shape[:-1], value.shape[-1]))

@@ -26,10 +26,8 @@ def attend(
     attention_mask: torch.Tensor | None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention `[B, S, heads, D]` of `[B, heads, S, D]` on `[B, KV heads, L, D]`, as `sdpa_attention_forward`.
-
-    One query token a row takes the place of a group's queries; of several, each member of the groups goes by itself.
-    """
+    """Attention `[B, S, heads, D]` of `[B, heads, S, D]` on `[B, KV heads, L, D]`, as `sdpa_attention_forward`. One
+    query token a row takes the place of a group's queries; of several, each member of the groups goes by itself."""
     groups: int = getattr(module, "num_key_value_groups", 1)
     shared = attention_mask is not None and attention_mask.shape[1] == 1
     if groups == 1 or not shared or given.get("position_bias") is not None:

@@ -132,10 +132,8 @@ class _Reads(TorchDispatchMode):
 
 
 def probe(model: Any) -> MessageFormat:
-    """Asks a whole model on the meta device what its layers take and return.
-
-    Where a kernel has no meta form, the length of the returned tuple is read from the layer's annotation.
-    """
+    """Asks a whole model on the meta device what its layers take and return. Where a kernel has no meta form, the
+    length of the returned tuple is read from the layer's annotation."""
     _, layers = find_layers(model)
     config = model.config.get_text_config(decoder=True)
     taken: list[torch.Tensor] = []
@@ -187,11 +185,8 @@ def probe(model: Any) -> MessageFormat:
 
 
 class Boundary:
-    """The two ends of a stage within its model.
-
-    The far end is where the next layer would be called: what the model itself does between two layers belongs to
-    the stage before.
-    """
+    """The two ends of a stage within its model. The far end is where the next layer would be called: what the model
+    itself does between two layers belongs to the stage before."""
 
     def __init__(self, message_format: MessageFormat) -> None:
         self._format = message_format

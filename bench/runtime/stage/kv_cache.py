@@ -179,10 +179,8 @@ class SlotCache(hf.Cache):
 
     @torch.inference_mode()
     def seek(self, first_row: int, end_row: int, length: int) -> None:
-        """Says which rows the next forward pass works on and how many positions they hold.
-
-        States that start anew are written here: they were made in inference mode, and cannot be outside of it.
-        """
+        """Says which rows the next forward pass works on and how many positions they hold. States that start anew are
+        written here: they were made in inference mode, and cannot be outside of it."""
         if length == 0 and self._of_own_kind:
             templates = self._templates(0)
             for index in self._of_own_kind:
@@ -207,9 +205,7 @@ class SlotCache(hf.Cache):
     @torch.inference_mode()
     def copy(self, source: Self, rows: slice, span: slice, *, to_row: int, to_first: int) -> None:
         """Copies keys and values of some rows and positions from a cache that is movable as well, or from this one.
-
-        Both have memory already.
-        """
+        Both have memory already."""
         layers: Iterator[tuple[Any, Any]] = zip(self.layers, source.layers, strict=True)
         for layer, other in layers:
             if getattr(other, "keys", None) is None:

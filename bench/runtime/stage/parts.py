@@ -177,9 +177,8 @@ class Parts:
         if not head:
             self._set_head(model, PlaceholderHead())
         present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        model.all_tied_weights_keys = {
-            name: source for name, source in model.all_tied_weights_keys.items() if {name, source} <= present
-        }
+        ties = model.all_tied_weights_keys.items()
+        model.all_tied_weights_keys = {name: source for name, source in ties if {name, source} <= present}
 
     def _set_head(self, model: Any, head: nn.Module) -> None:
         """Only the module itself: `set_output_embeddings` of some families moves its bias about as well."""
@@ -212,9 +211,8 @@ class Parts:
     def _build_dummy(self, prune: Callable[[Any], None]) -> Any:
         spec = self._resolved.spec
         with torch.device("meta"):
-            model = builder_of(self._family)(
-                self._config, dtype=self._dtype, attn_implementation=spec.attn_implementation
-            )
+            build = builder_of(self._family)
+            model = build(self._config, dtype=self._dtype, attn_implementation=spec.attn_implementation)
         prune(model)
         init_dummy_weights(model, spec.seed)
         return model.to(self._device).eval()

@@ -67,18 +67,15 @@ class Stage:
 
     def assign(self, first_layer: int, end_layer: int, *, is_first: bool, is_last: bool) -> tuple[int, ...]:
         """Makes this stage hold layers `[first_layer, end_layer)`; loads, and returns, only what it does not hold yet.
-
-        ModelError where the checkpoint lacks weights, or the model cannot be cut this way.
-        """
+        ModelError where the checkpoint lacks weights, or the model cannot be cut this way."""
         wanted = range(first_layer, end_layer)
         tied = self._parts.is_tied
         have_head = self._model is not None and self.is_last
         # Packed, a tied head needs no embedding beside it any more.
         shares = tied and not (have_head and isinstance(self.model.get_output_embeddings(), PackedLinear))
         need_embedding = is_first or self._embeds_always or (is_last and shares)
-        have_embedding = self._model is not None and not isinstance(
-            self.model.get_input_embeddings(), PlaceholderEmbedding
-        )
+        embedding = self._model.get_input_embeddings() if self._model is not None else None
+        have_embedding = self._model is not None and not isinstance(embedding, PlaceholderEmbedding)
         missing = tuple(layer for layer in wanted if layer not in self.own_layers)
         load_embedding = need_embedding and not have_embedding
         load_head = is_last and not have_head
@@ -154,20 +151,13 @@ class Stage:
         all_logits: bool = False,
         without_logits: bool = False,
     ) -> torch.Tensor:
-        """Runs the own layers.
+        """Runs the own layers on `input_ids` `[B, S]`, the real ids on every stage, at `position_ids` `[B, S]`.
 
-        Args:
-            input_ids: `[B, S]`, the real ids on every stage.
-            attention_mask: `[B, past + S]`, 0 where a row is padded on the left; None where none is.
-            position_ids: `[B, S]`.
-            cache: sought to the rows and to `past`.
-            hidden_states: `[B, S, M]` from the stage before, M being `message_values`; None on the first.
-            all_logits: on the last stage, return the logits of every position.
-            without_logits: on the last stage, leave out the head, as for a chunk of a prompt that is not its last.
-
-        Returns:
-            `[B, S, M]` for the next stage, or on the last one the logits `[B, V]` of the last position, or
-            `[B, S, V]` of all; what it returns without logits means nothing.
+        `attention_mask` is `[B, past + S]`, 0 where a row is padded on the left, None where none is; `cache` is sought
+        to the rows and to `past`; `hidden_states` are `[B, S, M]` from the stage before, M being `message_values`, None
+        on the first. Gives `[B, S, M]` for the next stage, or on the last one the logits `[B, V]` of the last position,
+        `[B, S, V]` of every one with `all_logits`. `without_logits` leaves out the head, as for a chunk of a prompt
+        that is not its last: what is returned then means nothing.
         """
         kwargs: dict[str, Any] = {"input_ids": input_ids, self._cache_name: cache, "use_cache": True}
         # What has states alone takes the mask of the new tokens, and none once the padding lies behind.

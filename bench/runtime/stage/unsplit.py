@@ -46,9 +46,7 @@ def load_unsplit(resolved: ResolvedModel, devices: Sequence[str]) -> Any:
 
 def spread_over(model: Any, gpus: Sequence[str]) -> dict[str, int]:
     """The map that `device_map="auto"` makes over these GPUs alone, with a tenth of what is free left for the KV cache.
-
-    MemoryError where part of the model would end on the host or on disk.
-    """
+    MemoryError where part of the model would end on the host or on disk."""
     limits = {device_index(name): int(0.9 * torch.cuda.mem_get_info(device_index(name))[0]) for name in gpus}
     whole, _ = device_map_hints(model)
     balanced = get_balanced_memory(model, max_memory=dict(limits), no_split_module_classes=whole)

@@ -38,10 +38,8 @@ def time_links(host: StageHost) -> tuple[LinkProfile, ...]:
         if ends not in timed:
             timed[ends] = fit(_round_trips(host, (one, other)))
         latency_s, bytes_per_s = timed[ends]
-        for source, target in dict.fromkeys((pair, pair[::-1])):
-            found[source, target] = LinkProfile(
-                source=source, target=target, latency_s=latency_s, bytes_per_s=bytes_per_s
-            )
+        for key in (pair, pair[::-1]):
+            found[key] = LinkProfile(source=key[0], target=key[1], latency_s=latency_s, bytes_per_s=bytes_per_s)
     return tuple(found.values())
 
 
@@ -70,9 +68,7 @@ def time_sizes(round_trips: Callable[[int, int], Sequence[float]], budget_s: flo
 
 def fit(seconds: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Latency, s, and bandwidth, bytes/s, of `latency + bytes / bandwidth` through times of messages by size in bytes.
-
-    Least squares of the relative errors, so that small messages count as much as large ones; neither is below 0.
-    """
+    Least squares of the relative errors, so that small messages count as much as large ones; neither is below 0."""
     pairs = [(float(size), time_s) for size, time_s in dict(seconds).items()]
     sizes, times = np.array(pairs).T
     design = np.stack([np.ones_like(sizes), sizes], axis=1) / times[:, None]

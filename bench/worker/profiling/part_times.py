@@ -39,21 +39,15 @@ class PartStamps(contextlib.ExitStack):
 
     def shares(self, spans: Sequence[tuple[float, float]]) -> list[dict[Part, float]]:
         """What share of a task's time each part took, together 1, by each task's begin and end on the monotonic clock.
-
-        A layer that the model does not call has 0.
-        """
+        A layer that the model does not call has 0."""
         # At once: each time, a clock is tied to the host's anew.
         moments = self._clock.resolve([stamp for _, *stamps in self._calls for stamp in stamps])
         begins, ends = moments[::2], moments[1::2]
-        parts = [part for part, _, _ in self._calls]
+        calls = list(zip((part for part, _, _ in self._calls), begins, ends, strict=True))
         found = []
         for start_s, end_s in spans:
             # A clock that is tied to the host's anew may be some microseconds off.
-            inside = [
-                call
-                for call in zip(parts, begins, ends, strict=True)
-                if start_s - 1e-4 <= call[1] and call[2] <= end_s + 1e-4
-            ]
+            inside = [call for call in calls if start_s - 1e-4 <= call[1] and call[2] <= end_s + 1e-4]
             found.append(self._shares(start_s, end_s, inside))
         return found
 

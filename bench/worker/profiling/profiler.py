@@ -88,15 +88,10 @@ class Profiler:
         sensors = sensors_for([host.device.name])
         before = sensors.state()
         host.status.phase = "profile"
-        least_bytes = min(host.control.gather(host.device_bytes))
+        least = min(host.control.gather(host.device_bytes))
         alike = _alike(host)
         scope = scope_of(
-            self.grid,
-            host.shape,
-            alike,
-            devices=host.devices,
-            device_bytes=least_bytes,
-            packed_weights=self.packed_weights,
+            self.grid, host.shape, alike, devices=host.devices, device_bytes=least, packed_weights=self.packed_weights
         )
         if isinstance(scope, Failure):
             return {"failure": scope}
@@ -129,12 +124,8 @@ class Profiler:
     def _window(self, window: range, scope: Scope, *, done: int) -> dict[TaskKind, _Times]:
         """Times every kind of task on one window."""
         host = self.host
-        loop = host.hold(
-            window,
-            packed_weights=self.packed_weights,
-            cuda_graphs=self.cuda_graphs,
-            cap_bytes=int(MEMORY_FRACTION * host.device_bytes),
-        )
+        cap = int(MEMORY_FRACTION * host.device_bytes)
+        loop = host.hold(window, packed_weights=self.packed_weights, cuda_graphs=self.cuda_graphs, cap_bytes=cap)
         host.status.phase = "profile"
         self._filled = None
         seen: dict[TaskKind, _Seen] = {kind: _Seen() for kind in scope.kinds}
@@ -173,10 +164,8 @@ class Profiler:
             control.barrier()
 
     def _contention(self, *, is_decode: bool) -> float | None:
-        """Logarithm of how much longer tasks take while all devices compute than while one does; None without tasks.
-
-        By lower quartiles: whatever else runs on the machine can only make tasks longer, those alone above all.
-        """
+        """Logarithm of how much longer tasks take while all devices compute than while one does; None without tasks. By
+        lower quartiles: whatever else runs on the machine can only make tasks longer, those alone above all."""
         found = [
             math.log(_lower_quartile(together) / _lower_quartile(alone))
             for kind, (together, alone) in self._bursts.items()
@@ -203,9 +192,7 @@ class Profiler:
         self, loop: StageLoop, kind: TaskKind, count: int
     ) -> tuple[list[tuple[float, float]], list[dict[Part, float]]]:
         """Begins and ends of so many tasks, and their shares: those within a second graph where plans would run one.
-
-        Run eagerly, the parts of a small step take as long as the host takes to launch their kernels.
-        """
+        Run eagerly, the parts of a small step take as long as the host takes to launch their kernels."""
         plain, timed = loop.graphs, None
         spans: list[tuple[float, float]] = []
         shares: list[dict[Part, float]] = []
@@ -233,9 +220,7 @@ class Profiler:
     def _time(self, loop: StageLoop, kind: TaskKind, count: int) -> list[float]:
         return [end - start for start, end in self._spans(loop, kind, count)]
 
-    def _spans(
-        self, loop: StageLoop, kind: TaskKind, count: int, *, together: bool = True
-    ) -> list[tuple[float, float]]:
+    def _spans(self, loop: StageLoop, kind: TaskKind, count: int, together: bool = True) -> list[tuple[float, float]]:
         """Begin and end of so many tasks, in monotonic seconds; all devices begin together, or only this one does."""
         job = repeat(kind, count, self.grid, self.host.shape, pad_token_id=self.pad_token_id)
         loop.prepare(job)

@@ -44,15 +44,8 @@ def scope_of(
     device_bytes: int,
     packed_weights: bool,
 ) -> Scope | Failure:
-    """Chooses kinds and windows.
-
-    Args:
-        alike: of each layer; layers with equal ones cost the same.
-        device_bytes: memory of the device that has the least.
-
-    Returns:
-        What to time, or why not even one layer of each kind has room for the smallest task.
-    """
+    """What to time, or why not even one layer of each kind has room for the smallest task. `alike` has a value for each
+    layer, and those with equal ones cost the same; `device_bytes` is the memory of the device that has the least."""
     kinds, notes = _possible(grid, shape)
     cap = int(MEMORY_FRACTION * device_bytes)
     # What a GPU rounds up and a CPU packs is more than what others take: the kind of device that takes most decides.
@@ -86,10 +79,8 @@ def scope_of(
 
 
 def windows_of(alike: Sequence[Hashable], forbidden_cuts: Sequence[int], width: int) -> tuple[range, ...]:
-    """Few runs of up to `width` layers that together hold one of every kind, in order.
-
-    A run is longer where its layers cannot be parted. Greedy: each time the one that adds most kinds, then the longest.
-    """
+    """Few runs of up to `width` layers that together hold one of every kind, in order. A run is longer where its layers
+    cannot be parted. Greedy: each time the one that adds most kinds, then the longest."""
     bounds = [cut for cut in range(len(alike) + 1) if cut not in forbidden_cuts or cut in (0, len(alike))]
     candidates = []
     for start in bounds[:-1]:
@@ -189,14 +180,7 @@ def repeat(kind: TaskKind, count: int, grid: ProfileGrid, shape: ModelShape, *, 
     )
 
 
-def _task(rows: int, step: int, first_token: int, end_token: int) -> Task:
+def _task(rows: int, step: int, first: int, end: int) -> Task:
     return Task(
-        micro_batch=0,
-        step=step,
-        slot=0,
-        first_row=0,
-        end_row=rows,
-        first_token=first_token,
-        end_token=end_token,
-        samples=True,
+        micro_batch=0, slot=0, step=step, first_row=0, end_row=rows, first_token=first, end_token=end, samples=True
     )
