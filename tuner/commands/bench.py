@@ -290,11 +290,8 @@ class _Work:
 
 
 def comparison_of(records: Sequence[Record], titles: Mapping[str, tuple[str, str]], objective: Objective) -> Comparison:
-    """Levels and ratios of a finals without failures.
-
-    Args:
-        titles: name and title of each row by its key in the finals, the baseline's first.
-        objective: a throughput.
+    """Levels and ratios of a finals without failures, the objective a throughput; `titles` holds name and title of each
+    row by its key in the finals, the baseline's first.
     """
     found = Finals([PlanRun(record) for record in records], objective)
     fit = Fit(found.cells)

@@ -90,12 +90,9 @@ class DoctorResult(BaseModel):
 def run_doctor(
     config: TuneConfig, fitting: Fitting | None, reporter: Reporter, described: DescribedDevices | None = None
 ) -> DoctorResult:
-    """Looks at software, disk, devices and, with real workers, at what is needed to run.
-
-    Args:
-        config: with its devices resolved.
-        fitting: None leaves the model out: the workers pass tokens of a tiny one.
-        described: devices to fit it onto in place of this machine's, which then start no workers.
+    """Looks at software, disk, devices (the config's are resolved) and, with real workers, at what is needed to run.
+    Without a fitting the workers pass tokens of a tiny model. Described devices are fitted onto in place of this
+    machine's, and then start no workers.
     """
     found = DoctorResult()
     _look_at_host(found)

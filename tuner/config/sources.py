@@ -94,13 +94,9 @@ def resolve(
     below: Below = ({}, ""),
 ) -> Resolved:
     """Merges all sources into one config; ConfigError names key and place of a file that cannot be read, an unknown
-    key, or a value that does not fit.
-
-    Args:
-        file: YAML file given by the user.
-        flags: values by the names of `settings`; None means not given.
-        recorded: `study.yaml` of a study that is resumed; it lies below the file.
-        below: values that lie below the file as well, such as those of a plan file.
+    key, or a value that does not fit. Flags go by the names of `settings`, None being not given, and before the user's
+    YAML file; below that lie `recorded`, the `study.yaml` of a study that is resumed, and `below`, such as values of a
+    plan file.
     """
     layers = _Layers()
     if recorded is not None:

@@ -74,11 +74,8 @@ class Gate:
     _findings: dict[tuple[str, str], v.Finding] = field(init=False)
 
     def run(self, reporter: Reporter) -> v.GateResult:
-        """Runs it to its end.
-
-        Raises:
-            UserError: sides that cannot be started as they were asked for.
-            FleetError: of a running fleet, the workers failed before anything was compared.
+        """Runs it to its end. UserError: sides that cannot be started as they were asked for; FleetError: of a running
+        fleet, the workers failed before anything was compared.
         """
         self._clock = Clock(self.max_minutes)
         self._pairs = {case.name: [] for case in self.cases}

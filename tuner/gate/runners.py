@@ -62,20 +62,14 @@ class SideRunner(contextlib.AbstractContextManager["SideRunner"], Protocol):
 
     def prepare(self, deadline: float) -> dict[SideName, Machine | None]:
         """Gets both sides ready by a deadline of the monotonic clock, and says what those of the first case run on.
-
-        Raises:
-            UserError: sides that cannot be started as they were asked for.
-            FleetError: workers that do not start.
-            OutOfTime: they are not ready by the deadline.
+        UserError: sides that cannot be started as they were asked for; FleetError: workers that do not start;
+        OutOfTime: not ready by the deadline.
         """
         ...
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
-        """One unit.
-
-        Args:
-            check: whether its output is compared with the unsplit model's.
-            timeout_s: beyond which it is given up; None is what the protocol lets a run take.
+        """One unit, its output compared with the unsplit model's where that is to be checked, given up beyond the
+        timeout; None is what the protocol lets a run take.
         """
         ...
 
@@ -195,11 +189,9 @@ class RunningFleet(Closing):
 def run_fresh(
     case: Case, name: SideName, interpreter: Interpreter, *, check: bool, timeout_s: float | None = None
 ) -> Sample:
-    """Starts a side, measures it, and ends it, as `SideRunner.run` asks.
-
-    Raises:
-        PlanError: this very pipetune refuses the plan, so that it cannot be for that model whoever runs it.
-        ConfigError: it refuses the baseline's model, prompts or devices, so that there is nothing to compare with.
+    """Starts a side, measures it, and ends it, as `SideRunner.run` asks. PlanError: this very pipetune refuses the
+    plan, so that it cannot be for that model whoever runs it; ConfigError: it refuses the baseline's model, prompts or
+    devices, so that there is nothing to compare with.
     """
     longest_s = min(_START_S + 2 * case.protocol.timeout_s, timeout_s or math.inf)
     with scratch_folder() as folder:

@@ -120,10 +120,8 @@ class Fit:
         return sorted(names, key=lambda name: self.levels.get(name, math.inf))
 
     def gap(self, plan: str, other: str, pool: "Fit | None" = None) -> Gap | None:
-        """How far one plan is behind another; None without a common round.
-
-        Args:
-            pool: the fit whose noise counts, of fewer plans; this one by default.
+        """How far one plan is behind another by the noise of `pool`, a fit of fewer plans, or of this one; None without
+        a common round.
         """
         common = self.figures.get(plan, {}).keys() & self.figures.get(other, {}).keys()
         if not common:
@@ -177,13 +175,9 @@ def decide(
     rivals: Collection[str] | None = None,
     controls: Collection[str] = (),
 ) -> State:
-    """Replays an elimination, round by round, as far as its figures go.
-
-    Args:
-        cells: figures of all plans and controls; those without any yet have an empty row.
-        max_rounds: rounds after which what is not told apart is a tie.
-        rivals: names of `cells` that compete; all but the controls by default.
-        controls: names of `cells` that run in every round and compete with nobody.
+    """Replays an elimination, round by round, as far as its figures go; after `max_rounds` what is not told apart is a
+    tie. Cells hold figures of all plans and controls, those without any yet an empty row. Rivals, all but the controls
+    by default, compete; controls run in every round and compete with nobody.
     """
     last = max(min_rounds, max_rounds)
     first_look = max(min_rounds, MIN_ROUNDS)

@@ -69,11 +69,9 @@ def choose(
     pipeline where all others went to replicas, or the other way round: which of the two ways is better is then told by
     common rounds. Of several objectives' front those around its knee are taken. The single stage, or what another
     engine does by itself, takes part beside them, so that what is gained is told by the same rounds; not where it has
-    missed the first of them, as in finals from before it did.
-
-    Args:
-        preferred: keys of plans, best first, that go before all others where there is one objective; before them go
-            those that ran in these finals already, so that what was learnt in between changes nothing.
+    missed the first of them, as in finals from before it did. Preferred keys of plans, best first, go before all others
+    where there is one objective; before them go those that ran in these finals already, so that what was learnt in
+    between changes nothing.
     """
     first_round, own = last_finals(records)
     ran = [record.effective.key for record in own if record.effective is not None]

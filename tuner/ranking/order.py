@@ -96,15 +96,9 @@ def _knee(ranked: Sequence[Row], objectives: Sequence[Objective]) -> tuple[Row |
 
 
 def bulges(costs: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
-    """How far each point lies before the plane through the best points of each objective, towards the ideal.
-
-    Every objective is scaled to the range that the points span.
-
-    Args:
-        costs: a row for each point, a column for each objective; less is better, and no value is infinite.
-
-    Returns:
-        One distance a point; None where there are too few points, or none of them bulges.
+    """How far each point, a row with a column for each objective, lies before the plane through the best points of each
+    objective, towards the ideal; None where there are too few points, or none of them bulges. Less is better, no value
+    is infinite, and every objective is scaled to the range that the points span.
     """
     table = np.asarray(costs, dtype=float)
     if len(table) < _FEWEST_POINTS or table.shape[1] < 2:

@@ -31,20 +31,16 @@ def rank(
     *,
     space: SpaceConfig = _UNBOUND,
 ) -> Ranking:
-    """Orders what was measured; the order of the records does not matter.
+    """Orders what was measured in one study, of one model, workload and machine; the order of the records does not
+    matter.
 
-    Records of one effective plan are one row. Its values are those of the last finals, or where it took no part,
-    medians over all iterations of its search runs (undisturbed ones, if any was). Rows that keep the constraints come
-    first; of those the finalists. With one objective these stand in the order of their levels; of those that are tied
-    with the fastest, the one that takes least comes first. With several objectives the knee of the front comes first,
-    then the front, and the objectives in turn decide the rest.
-
-    Args:
-        records: of one study: one model, workload and machine.
-        objectives: the first orders; with several, the non-dominated rows are marked.
-        constraints: a row that breaks one has no rank.
-        rounds: how many the finals have at least and at most.
-        space: bounds of the search; plans outside them are references: they have no rank.
+    Records of one effective plan are one row. Its values are those of the last finals (of `rounds`, at least and at
+    most), or where it took no part, medians over all iterations of its search runs (undisturbed ones, if any was). Rows
+    that keep the constraints come first, others have no rank, nor have plans outside the bounds of `space`, which are
+    references; of the rows the finalists come first. With one objective these stand in the order of their levels; of
+    those that are tied with the fastest, the one that takes least comes first. With several objectives the knee of the
+    front comes first, then the front, whose rows are marked as non-dominated, and the objectives in turn decide the
+    rest.
     """
     assert objectives, "a ranking needs an objective"
     first = objectives[0]
@@ -185,10 +181,8 @@ def _row(
 
 
 def _pooled(group: Sequence[r.PlanRun], finals: r.Finals, name: str | None) -> tuple[list[r.PlanRun], dict[str, Any]]:
-    """What a row of either kind says of all of its runs, and of those that its values come from, which are given too.
-
-    Args:
-        name: in the finals; None for values of the search, whatever came later.
+    """What a row of either kind says of all of its runs, and of those that its values come from, which are given too;
+    its name in the finals is None for values of the search, whatever came later.
     """
     rounds = finals.rounds.get(name, 0) if name else 0
     used = finals.runs(name) if name and rounds else r.searched_runs(group)

@@ -131,10 +131,8 @@ def _samples(runs: Sequence[PlanRun], name: str) -> list[float]:
 
 
 def last_finals(records: Sequence[Record]) -> tuple[int, tuple[Record, ...]]:
-    """The finals that chose among all trials; plans measured after a finals call for a new one.
-
-    Returns:
-        Number of its first round, which is behind all rounds of earlier finals, and its records.
+    """The finals that chose among all trials: number of its first round, which is behind all rounds of earlier finals,
+    and its records. Plans measured after a finals call for a new one.
     """
     last_trial = max(
         (record.number for record in records if record.role == "trial" and isinstance(record.result, Measurement)),

@@ -48,12 +48,9 @@ class CorruptDatabaseError(StudyError):
 
 
 def open_storage(url: str, say: Callable[[str], None] = lambda text: None) -> optuna.storages.RDBStorage:
-    """Opens an Optuna database; `say` is told once when an SQLite file is waited for, now or later.
-
-    Raises:
-        ConfigError: it is no URL, or the driver is missing.
-        CorruptDatabaseError: an SQLite file that is damaged; it is left as it is.
-        StudyError: it cannot be used, is held for `LOCKED_S`, or is another program's; no password is shown.
+    """Opens an Optuna database; `say` is told once when an SQLite file is waited for, now or later. ConfigError: it is
+    no URL, or the driver is missing; CorruptDatabaseError: an SQLite file that is damaged, which is left as it is;
+    StudyError: it cannot be used, is held for `LOCKED_S`, or is another program's; no password is shown.
     """
     target = connectable(url)
     path = sqlite_path(target)

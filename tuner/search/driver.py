@@ -36,12 +36,9 @@ from pipetune.tuner.study.store import StudyStore
 
 def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..., Fleet] | None = None) -> bool:
     """Runs what is left of a study; False if it was interrupted. `start_fleet` is in place of `Fleet.start`, where
-    there are no workers.
-
-    Raises:
-        UserError: a model, prompts or bounds that cannot be used, or a resume that does not fit.
-        NothingFeasibleError: no plan fits into memory.
-        FleetError: the workers do not start, or are lost again and again, and the study cannot or shall not go on.
+    there are no workers. UserError: a model, prompts or bounds that cannot be used, or a resume that does not fit;
+    NothingFeasibleError: no plan fits into memory; FleetError: the workers do not start, or are lost again and again,
+    and the study cannot or shall not go on.
     """
     return _to_the_end(Runs(store, start_fleet, reporter), _run)
 

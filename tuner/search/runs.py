@@ -176,12 +176,9 @@ class Runs:
         protocol: Protocol | None = None,
         **labels: Unpack[Labels],
     ) -> Record:
-        """Measures a plan, or records why it is not run.
-
-        Raises:
-            Interrupted: somebody asked to stop, and this is no trial: it leaves no record and is run again. A trial's
-                record says that it was interrupted.
-            FleetError: the workers were lost too often.
+        """Measures a plan, or records why it is not run. Interrupted: somebody asked to stop, and this is no trial: it
+        leaves no record and is run again, where a trial's record says that it was interrupted. FleetError: workers lost
+        too often.
         """
         spec = self.spec(plan, protocol)
         if isinstance(resolved, EffectivePlan):

@@ -32,11 +32,8 @@ class NewLevel:
     """How a new session's level lies to what stored ones let expect of it."""
 
     def __init__(self, stored: Sequence[Sequence[float]], new: Sequence[float], *, told_spread: float | None) -> None:
-        """
-        Args:
-            stored: of each session, the logarithms of its runs; at least one session with a run.
-            new: the logarithms of the new session's runs, at least one.
-            told_spread: SD of the levels of sessions, used where too few are stored to tell; None where nobody knows.
+        """Logarithms of runs, at least one of a stored session and one of the new; `told_spread`, the SD of the levels
+        of sessions, is used where too few are stored to tell, and None where nobody knows.
         """
         sessions = [session for session in stored if session]
         assert sessions, "there are stored runs"

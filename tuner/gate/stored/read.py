@@ -32,10 +32,8 @@ class Stored(Session):
 
 def read_stored(places: Sequence[Path], case: Case, *, other_dtype: bool = False) -> tuple[Stored, ...]:
     """Stored sessions of a case, of another dtype where that is compared; of studies, all of the first one's best plan.
-
-    Raises:
-        StudyError: a place that holds no session that can be read.
-        ConfigError: it did other work, or another plan than the places before it; or the first study has no best plan.
+    StudyError: a place that holds no session that can be read; ConfigError: it did other work, or another plan than the
+    places before it, or the first study has no best plan.
     """
     found: list[Stored] = []
     key: str | None = None
@@ -68,12 +66,9 @@ def read_stored(places: Sequence[Path], case: Case, *, other_dtype: bool = False
 
 
 def read_study(folder: Path, *, key: str | None = None) -> Stored:
-    """A stored study's session of the plan of that key, by default of its best one.
-
-    A plan's finals are taken where it has any: luck helped to choose it by its other runs, and they flatter it.
-
-    Raises:
-        StudyError: the folder holds no study, or a file of it is cut off: a gate passes over no run.
+    """A stored study's session of the plan of that key, by default of its best one. A plan's finals are taken where it
+    has any: luck helped to choose it by its other runs, and they flatter it. StudyError: the folder holds no study, or
+    a file of it is cut off: a gate passes over no run.
     """
     study = load_study(folder)
     if study.unread:
@@ -101,10 +96,7 @@ def read_study(folder: Path, *, key: str | None = None) -> Stored:
 
 def read_benchmarks(path: Path) -> dict[str, Stored]:
     """Sessions of a file that `pytest pipetune/bench/suite --benchmark-json` wrote, by the benchmark's name.
-
-    Raises:
-        StudyError: the file cannot be read, is cut off, or has two benchmarks of one name.
-        ConfigError: it is another tool's.
+    StudyError: it cannot be read, is cut off, or has two benchmarks of one name; ConfigError: it is another tool's.
     """
     try:
         found = [_stored(path, entry) for entry in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]

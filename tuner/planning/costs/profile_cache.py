@@ -158,12 +158,9 @@ def grid_for(
     *,
     devices: Sequence[str] = (),
 ) -> ProfileGrid:
-    """What predictions need of a workload's plans, which may have these sizes, and no more.
-
-    Args:
-        prompt_lens: of all prompts, tokens.
-        chunk_sizes: tokens of a prompt that may be prefilled together; None for whole prompts.
-        devices: of the fleet, which decide how large a task may be.
+    """What predictions need of a workload's plans, which may have these sizes, and no more: with all prompts' tokens,
+    chunks of tokens that may be prefilled together (None for whole prompts), and the fleet's devices, which decide how
+    large a task may be.
     """
     longest, mean = max(prompt_lens), round(sum(prompt_lens) / len(prompt_lens))
     sizes = {min(size, len(prompt_lens)) for size in (*micro_batch_sizes, *prefill_sizes)}

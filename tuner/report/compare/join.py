@@ -20,12 +20,8 @@ from pipetune.tuner.stats.ratios import Ratio, ratio_of, welch
 def compare_studies(
     reports: Sequence[Report], names: Sequence[str], prices: Mapping[str, float] | None = None
 ) -> StudyComparison:
-    """Compares studies, of unique names, with the first one.
-
-    Prices are of one device and hour, by kind or name; without them each study's own config has them.
-
-    Raises:
-        ConfigError: a price of a device that no study has.
+    """Compares studies, of unique names, with the first one. Prices are of one device and hour, by kind or name;
+    without them each study's own config has them. ConfigError: a price of a device that no study has.
     """
     assert len(set(names)) == len(names) == len(reports) >= 2
     devices = dict.fromkeys(device for report in reports for device in report.config.concrete_devices)
