@@ -56,9 +56,7 @@ class Steps:
 
 class Reporter:
     """Who waits is told what runs, how far it is, and what came out; this one says nothing, as `--no-progress` wants.
-
-    It is entered around all work that it is told of, and may be entered again.
-    """
+    It is entered around all work that it is told of, and may be entered again."""
 
     _course: Steps | None = None
     _steps = Steps(0, 0, "")

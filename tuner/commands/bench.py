@@ -199,10 +199,8 @@ class _Work:
         return record.result
 
     def _compare(self, found: BenchResult, effective: EffectivePlan) -> None:
-        """A finals of the plan, our single stage, and the un-pipelined model at its best batch size.
-
-        All take part in every round; the first failure ends it.
-        """
+        """A finals of the plan, our single stage, and the un-pipelined model at its best batch size. All take part in
+        every round; the first failure ends it."""
         config, fleet, rounds = self.job.config, self.experiment.fleet, self.job.rounds
         once = finals.side_by_side(config.protocol)
         sizes = baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts)
@@ -291,8 +289,7 @@ class _Work:
 
 def comparison_of(records: Sequence[Record], titles: Mapping[str, tuple[str, str]], objective: Objective) -> Comparison:
     """Levels and ratios of a finals without failures, the objective a throughput; `titles` holds name and title of each
-    row by its key in the finals, the baseline's first.
-    """
+    row by its key in the finals, the baseline's first."""
     found = Finals([PlanRun(record) for record in records], objective)
     fit = Fit(found.cells)
     return Comparison(

@@ -92,8 +92,7 @@ def run_doctor(
 ) -> DoctorResult:
     """Looks at software, disk, devices (the config's are resolved) and, with real workers, at what is needed to run.
     Without a fitting the workers pass tokens of a tiny model. Described devices are fitted onto in place of this
-    machine's, and then start no workers.
-    """
+    machine's, and then start no workers."""
     found = DoctorResult()
     _look_at_host(found)
     try:

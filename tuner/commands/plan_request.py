@@ -36,8 +36,7 @@ class PlanRequest:
     def of(cls, params: Mapping[str, Any]) -> Self:
         """From a command's parameters, by their names; what was not given is None or missing. A prefix, as in
         `plan_replicas`, tells fields of a plan from settings of the same name. ConfigError: none or several ways to
-        name a plan, or layers that are no counts; PlanError: a file that holds no plan.
-        """
+        name a plan, or layers that are no counts; PlanError: a file that holds no plan."""
         names = {"--plan": "plan", "--device-map": "device_map", "--layers": "layers"}
         named = {flag: params[name] for flag, name in names.items() if params.get(name) is not None}
         if len(named) != 1:
@@ -86,8 +85,7 @@ class PlanRequest:
     ) -> Plan:
         """The plan itself; each replica's prompts default to as many micro-batches as there are stages. A device map
         calls the devices as `device_names` does, in their order. PlanError: not for that model, or not for those
-        devices.
-        """
+        devices."""
         if self.plan_file is not None:
             return self._changed(self.plan_file.plan, devices)
         stages = len(self.layers or self._devices_of(self.device_map or {}))

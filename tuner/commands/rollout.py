@@ -201,11 +201,8 @@ class RolloutRequest:
 
 
 class Chain:
-    """A rollout under way, from the study of the first fleet on.
-
-    UserError: the study found no plan, a step's files are damaged or of other fleets, nothing fits.
-    FleetError: the workers failed.
-    """
+    """A rollout under way, from the study of the first fleet on. UserError: the study found no plan, a step's files are
+    damaged or of other fleets, nothing fits. FleetError: the workers failed."""
 
     def __init__(self, request: RolloutRequest, reporter: Reporter) -> None:
         study = load_study(request.folder / TUNE)

@@ -48,8 +48,7 @@ def look_at(
 ) -> tuple[v.LookTaken, v.Reason | None]:
     """One look at one hypothesis: what it saw, and WORSE, WITHIN_MARGIN or, left open, None. Differences are
     logarithms, worse being positive, as many as the look asks for; the noise floor, a share that is known beforehand,
-    is to hold after the last look's pairs, `last`.
-    """
+    is to hold after the last look's pairs, `last`."""
     floor = max(math.expm1(signed_rank.noise_floor(differences, last)), noise_floor)
     taken = v.LookTaken(
         pairs=look.pairs,

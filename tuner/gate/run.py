@@ -75,8 +75,7 @@ class Gate:
 
     def run(self, reporter: Reporter) -> v.GateResult:
         """Runs it to its end. UserError: sides that cannot be started as they were asked for; FleetError: of a running
-        fleet, the workers failed before anything was compared.
-        """
+        fleet, the workers failed before anything was compared."""
         self._clock = Clock(self.max_minutes)
         self._pairs = {case.name: [] for case in self.cases}
         self._findings = {}

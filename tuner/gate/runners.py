@@ -63,14 +63,12 @@ class SideRunner(contextlib.AbstractContextManager["SideRunner"], Protocol):
     def prepare(self, deadline: float) -> dict[SideName, Machine | None]:
         """Gets both sides ready by a deadline of the monotonic clock, and says what those of the first case run on.
         UserError: sides that cannot be started as they were asked for; FleetError: workers that do not start;
-        OutOfTime: not ready by the deadline.
-        """
+        OutOfTime: not ready by the deadline."""
         ...
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
         """One unit, its output compared with the unsplit model's where that is to be checked, given up beyond the
-        timeout; None is what the protocol lets a run take.
-        """
+        timeout; None is what the protocol lets a run take."""
         ...
 
 
@@ -191,8 +189,7 @@ def run_fresh(
 ) -> Sample:
     """Starts a side, measures it, and ends it, as `SideRunner.run` asks. PlanError: this very pipetune refuses the
     plan, so that it cannot be for that model whoever runs it; ConfigError: it refuses the baseline's model, prompts or
-    devices, so that there is nothing to compare with.
-    """
+    devices, so that there is nothing to compare with."""
     longest_s = min(_START_S + 2 * case.protocol.timeout_s, timeout_s or math.inf)
     with scratch_folder() as folder:
         started_at, began = timestamp(), time.monotonic()
@@ -259,10 +256,8 @@ def _run(
 
 
 def _finish(command: list[str], environment: dict[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end. Whatever comes between, a Ctrl-C for one, leaves no process behind.
-
-    A session of its own keeps the terminal's Ctrl-C from it, so that it is told once, by us, and can clean up.
-    """
+    """Runs a command to its end. Whatever comes between, a Ctrl-C for one, leaves no process behind. A session of its
+    own keeps the terminal's Ctrl-C from it, so that it is told once, by us, and can clean up."""
     command = [sys.executable, "-ISc", _DIE_WITH_GATE, str(os.getpid()), *command]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -315,10 +310,8 @@ def _nothing(done: subprocess.CompletedProcess[str], name: SideName, interpreter
 
 
 def _read(output: Path, case: Case, name: SideName) -> Record | str:
-    """The last record: others stand before it where a run was repeated.
-
-    An old revision, whose defaults are not ours, may have done other work.
-    """
+    """The last record: others stand before it where a run was repeated. An old revision, whose defaults are not ours,
+    may have done other work."""
     line = output.read_text(encoding="utf-8").splitlines()[-1]
     try:
         record = Record.model_validate_json(line)

@@ -121,8 +121,7 @@ class Fit:
 
     def gap(self, plan: str, other: str, pool: "Fit | None" = None) -> Gap | None:
         """How far one plan is behind another by the noise of `pool`, a fit of fewer plans, or of this one; None without
-        a common round.
-        """
+        a common round."""
         common = self.figures.get(plan, {}).keys() & self.figures.get(other, {}).keys()
         if not common:
             return None
@@ -157,11 +156,9 @@ class State:
     """Plans and controls that the round to come still lacks."""
 
     def ratio(self, ours: str, theirs: str) -> Ratio | None:
-        """How many times better ours is: of two rivals by the rivals' noise; None without a common round.
-
-        The interval is what the tests leave possible, so that it leaves 1 out where one of them tells the two apart;
-        rounds that are too few for a test give none.
-        """
+        """How many times better ours is: of two rivals by the rivals' noise; None without a common round. The interval
+        is what the tests leave possible, so that it leaves 1 out where one of them tells the two apart; rounds that are
+        too few for a test give none."""
         are_rivals = {ours, theirs} <= self.pool.levels.keys()
         gap = self.fit.gap(theirs, ours, self.pool if are_rivals else None)
         return gap.ratio(self.level if gap.rounds >= MIN_ROUNDS else None) if gap else None
@@ -177,8 +174,7 @@ def decide(
 ) -> State:
     """Replays an elimination, round by round, as far as its figures go; after `max_rounds` what is not told apart is a
     tie. Cells hold figures of all plans and controls, those without any yet an empty row. Rivals, all but the controls
-    by default, compete; controls run in every round and compete with nobody.
-    """
+    by default, compete; controls run in every round and compete with nobody."""
     last = max(min_rounds, max_rounds)
     first_look = max(min_rounds, MIN_ROUNDS)
     level = nominal_level(first_look, max(first_look, last))
@@ -228,11 +224,8 @@ def nominal_level(first_look: int, last_look: int, alpha: float = ALPHA) -> floa
 
 
 def _crossing(bound: float, first_look: int, last_look: int) -> float:
-    """P(a sum of n standard normal differences exceeds bound·√n at some look n).
-
-    The density of the sums that have not crossed is carried from look to look by quadrature (Armitage, McPherson and
-    Rowe 1969, JRSS A 132, 235-244).
-    """
+    """P(a sum of n standard normal differences exceeds bound·√n at some look n). The density of the sums that have not
+    crossed is carried from look to look by quadrature (Armitage, McPherson and Rowe 1969, JRSS A 132, 235-244)."""
     crossed, place, mass = float(ndtr(-bound)), np.zeros(1), np.ones(1)
     step = math.sqrt(first_look)
     for look in range(first_look, last_look):

@@ -182,8 +182,7 @@ def _row(
 
 def _pooled(group: Sequence[r.PlanRun], finals: r.Finals, name: str | None) -> tuple[list[r.PlanRun], dict[str, Any]]:
     """What a row of either kind says of all of its runs, and of those that its values come from, which are given too;
-    its name in the finals is None for values of the search, whatever came later.
-    """
+    its name in the finals is None for values of the search, whatever came later."""
     rounds = finals.rounds.get(name, 0) if name else 0
     used = finals.runs(name) if name and rounds else r.searched_runs(group)
 
@@ -228,11 +227,9 @@ def _why_unranked(measurement: Measurement, plan: Plan) -> str | None:
 
 
 def _is_wrong(check: OutputCheck) -> bool:
-    """Whether a comparison does not hold what a measurement promises.
-
-    Where positions were counted, a few of a mixture of experts may lie beyond the tolerance: whoever measured judged
-    them, and gave a failure where they were too many.
-    """
+    """Whether a comparison does not hold what a measurement promises. Where positions were counted, a few of a mixture
+    of experts may lie beyond the tolerance: whoever measured judged them, and gave a failure where they were too
+    many."""
     if check.typical_error is not None and check.typical_tolerance is not None:
         return check.typical_error > check.typical_tolerance
     return check.argmax_flips > 0 or check.max_logit_error > check.tolerance
@@ -241,10 +238,8 @@ def _is_wrong(check: OutputCheck) -> bool:
 def _baselines(
     runs: Sequence[r.PlanRun], finals: r.Finals, constraints: Sequence[Constraint]
 ) -> tuple[tuple[BaselineRow, ...], BaselineRow | None]:
-    """The un-pipelined model at every batch size tried, and at its best one.
-
-    The best is chosen by the sweep, among those that keep the constraints if any does, unless the finals chose already.
-    """
+    """The un-pipelined model at every batch size tried, and at its best one. The best is chosen by the sweep, among
+    those that keep the constraints if any does, unless the finals chose already."""
     by_size: dict[int, list[r.PlanRun]] = {}
     for run in runs:
         by_size.setdefault(run.measurement.batch_size or len(run.measurement.order), []).append(run)

@@ -17,10 +17,8 @@ _MOST_ROWS, _MOST_REMARKS = 12, 5
 
 
 def screen_of(report: Report, *, goes_on: bool = False) -> doc.Document:
-    """The ranking for a terminal of 80 columns: the verdict, the tables, what to do next, and the legend last.
-
-    Who `goes_on` says what to do next behind it.
-    """
+    """The ranking for a terminal of 80 columns: the verdict, the tables, what to do next, and the legend last. Who
+    `goes_on` says what to do next behind it."""
     remarks = shortened(remarks_of(report), _MOST_REMARKS, "more such plans in ranking.md")
     tables, (verdict, *others) = ranking_tables(report), verdict_of(report)
     parts: list[doc.Part] = [verdict]

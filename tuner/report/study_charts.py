@@ -38,11 +38,9 @@ def study_figures(report: Report) -> dict[str, Figure | None]:
 
 
 def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Chart | None:
-    """Every ranked plan's throughput against a metric; None when no plan has it.
-
-    Where there is a baseline, throughput is drawn as the gain over it: the machine may be slower or faster during the
-    finals than it was during the search, and then tokens per second of the two do not compare.
-    """
+    """Every ranked plan's throughput against a metric; None when no plan has it. Where there is a baseline, throughput
+    is drawn as the gain over it: the machine may be slower or faster during the finals than it was during the search,
+    and then tokens per second of the two do not compare."""
     ranking, base = report.ranking, report.ranking.baseline
     references = (row for row in ranking.unranked if row.is_reference)
     rows = [row for row in (*ranking.rows, *references) if metric in row.metrics]

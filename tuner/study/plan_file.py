@@ -61,8 +61,7 @@ def render(
 ) -> str:
     """One form of a plan as text, the last newline included. Maps describe one model: of several replicas the first.
     They call the stages' devices as `device_names` says; empty keeps their names. An engine's plan is exported as it
-    ran, on `machine` with prompts of `prompt_lens`. ConfigError: fewer names than stages.
-    """
+    ran, on `machine` with prompts of `prompt_lens`. ConfigError: fewer names than stages."""
     if form == "plan":
         return plan_file.model_dump_json(indent=1) + "\n"
     if form in MAPS:

@@ -66,8 +66,7 @@ class StudyStore(Closing):
     def create(cls, folder: Path, config: TuneConfig) -> Self:
         """Starts a study in a new or empty folder; the config's devices are resolved, and a prompts file is copied into
         it. ConfigError: a shared study without a database that several processes can use, or prompts not to be read;
-        StudyError: the folder holds a study or something else, or cannot be made. Nothing is overwritten.
-        """
+        StudyError: the folder holds a study or something else, or cannot be made. Nothing is overwritten."""
         check_sharing(config)
         taken = StudyError(f"{folder} holds a study already; go on with it by --resume, or take another folder")
         if folder.is_dir():
@@ -101,8 +100,7 @@ class StudyStore(Closing):
     def resume(cls, folder: Path, config: TuneConfig) -> Self:
         """Goes on with a study, by the settings wanted now; only those of `MAY_CHANGE` may differ from what was
         recorded. ConfigError: a shared study without a database that several processes can use, or prompts not to be
-        read; StudyError: there is no study, it is in use, a setting differs (says which), or a record is cut off.
-        """
+        read; StudyError: there is no study, it is in use, a setting differs (says which), or a record is cut off."""
         recorded = files.read_config(folder)
         in_place = (_LOCK_FILE, *_FOLDERS, f"{StudyFile.DATABASE}*", f"{files.LOGS_FOLDER}/*")
         files.refuse_links(path for name in in_place for path in folder.glob(name))
@@ -197,8 +195,7 @@ class StudyStore(Closing):
 
     def set_machine(self, machine: Machine, shape: ModelShape) -> tuple[str, ...]:
         """Records what the study runs on; on a resume demands equal hardware and an equal model (StudyError), and gives
-        the software that differs from the recorded, to be said.
-        """
+        the software that differs from the recorded, to be said."""
         path = self.path(StudyFile.MACHINE)
         if not path.exists():
             write_durably(self.folder / StudyFile.SHAPE, shape.model_dump_json(indent=1))
@@ -239,8 +236,7 @@ class StudyStore(Closing):
     def adopt(self, record: Record, *, source: str, source_devices: Sequence[str], trial_number: int) -> Record:
         """Writes a record that another process of the study measured, as `add` does: with this study's names for its
         devices, a source unique over all processes (see `Record.source`), and the trial's number in the database that
-        both use.
-        """
+        both use."""
         origin = {"trial_number": trial_number, "source": source, "source_devices": tuple(source_devices)}
         return self._write(record.model_copy(update=origin))
 

@@ -84,10 +84,8 @@ class Observation(Value):
 
 def observe(record: Record) -> Observation | None:
     """What a record teaches about the costs of tasks; None for failures, for runs without spans (the un-pipelined
-    baseline among them), and for stages that shared a device.
-
-    Under arrivals nothing is told of the first stage's gaps and of tokens on their way back to it.
-    """
+    baseline among them), and for stages that shared a device. Under arrivals nothing is told of the first stage's gaps
+    and of tokens on their way back to it."""
     measurement = record.result
     if not isinstance(measurement, Measurement) or record.effective is None:
         return None
@@ -288,11 +286,9 @@ class _StageSpans:
         return spans
 
     def gaps_s(self) -> list[float | None]:
-        """Per stage: the lower quartile of the gaps behind tasks whose successor's input was there.
-
-        The lower one, since some stall. And those are left out whose output may have waited for the next stage's
-        buffers, which is that stage's time and not this one's: it had work left from before.
-        """
+        """Per stage: the lower quartile of the gaps behind tasks whose successor's input was there. The lower one,
+        since some stall. And those are left out whose output may have waited for the next stage's buffers, which is
+        that stage's time and not this one's: it had work left from before."""
         gaps: list[float | None] = []
         for place in range(len(self.stages)):
             before, after = self.ends[:, place, :-1], self.starts[:, place, 1:]

@@ -36,8 +36,7 @@ class Contention:
     ) -> Floats:
         """Factors `[kind, stage, plan]` on the times of tasks, where all devices computing at once is 1: of
         `counts[kind]` tasks that each take `busy_s[kind, stage, plan]` while all devices compute, with `slots`
-        micro-batches in flight.
-        """
+        micro-batches in flight."""
         decodes = np.array([kind.is_decode for kind in kinds])
         factors = np.ones_like(busy_s)
         for decode in (False, True):

@@ -180,11 +180,9 @@ class DescribedCosts:
 
 
 def read_devices(path: Path) -> DescribedDevices:
-    """Reads a file of devices, or its stead: `2xH100,2xA10`.
-
-    ConfigError names file, key and way out of what cannot be read, an unknown key, a value out of range, a device that
-    is described by halves or twice, and a link that is lacking.
-    """
+    """Reads a file of devices, or its stead: `2xH100,2xA10`. ConfigError names file, key and way out of what cannot be
+    read, an unknown key, a value out of range, a device that is described by halves or twice, and a link that is
+    lacking."""
     entry = _parse(path) if path.exists() or not _CARDS.fullmatch(str(path)) else _of_cards(str(path))
     devices: dict[str, DescribedDevice] = {}
     profiles: dict[Path, Profile] = {}

@@ -36,12 +36,9 @@ def stage_names(plan: Plan, device_names: Sequence[str] = ()) -> tuple[str, ...]
 
 
 def hf_map(shape: ModelShape, plan: Plan, device_names: Sequence[str] = ()) -> DeviceMap:
-    """The complete map that `from_pretrained(device_map=…)` takes.
-
-    CPU workers become `cpu`, since transformers refuses `cpu:0`. A head that shares the embedding's weights goes to
-    the embedding's device: accelerate makes the two one tensor again after it has moved them, and a head elsewhere
-    would meet its input on the wrong device.
-    """
+    """The complete map that `from_pretrained(device_map=…)` takes. CPU workers become `cpu`, since transformers refuses
+    `cpu:0`. A head that shares the embedding's weights goes to the embedding's device: accelerate makes the two one
+    tensor again after it has moved them, and a head elsewhere would meet its input on the wrong device."""
     names = ["cpu" if name.startswith("cpu") else name for name in stage_names(plan, device_names)]
     device_map = dict.fromkeys(shape.first_modules, names[0])
     for name, stage in zip(names, plan.stages, strict=True):

@@ -225,8 +225,7 @@ class Columns:
         self, classes: Sequence[int], by_speed: Sequence[int], *, replicas: int, stages: int, any_order: bool
     ) -> None:
         """Devices of equal classes are of one class, the fastest first in `by_speed`; unlike ones may hold the stages
-        in any order, or else are taken as they come, replica by replica and stage by stage.
-        """
+        in any order, or else are taken as they come, replica by replica and stage by stage."""
         self.may_move = any_order and len(set(classes)) > 1
         """Whether columns may hold the stages in any order."""
         if self.may_move:

@@ -29,8 +29,7 @@ class EngineSteps(PromptTasks):
     def timeline(self, busy_s: Floats, hop_s: Floats, gap_s: float) -> Timeline:
         """When the steps run on many plans of equally many stages: they compute for `busy_s[step, stage, plan]`,
         sampling at the last stage included, begin on the next stage `hop_s[stage - 1]` after their end on one, and are
-        formed `gap_s` before they begin, from known tokens, or a free first stage, on.
-        """
+        formed `gap_s` before they begin, from known tokens, or a free first stage, on."""
         _, stages, plans = busy_s.shape
         free, began = np.zeros((stages, plans)), np.zeros((stages, plans))
         first_starts, last_ends = np.empty((len(busy_s), plans)), np.zeros((len(busy_s) + 1, plans))
@@ -54,8 +53,7 @@ def engine_steps(
 ) -> EngineSteps:
     """The steps of one replica, `depth` of them under way at once, each of `budget` tokens at most, all together of
     `most_rows` running sequences. One is let into the KV cache's `room` of tokens with all that it will need, and one
-    in any case.
-    """
+    in any case."""
     count = len(prompt_lens)
     known, done, generated = list(prompt_lens), [0] * count, [0] * count
     begins, first_tokens, last_tokens = (np.full(count, -1, dtype=np.intp) for _ in range(3))

@@ -98,11 +98,9 @@ class TaskSequence(PromptTasks):
 
 
 def grid_points_of(kinds: Sequence[TaskKind]) -> tuple[tuple[TaskKind, ...], Floats]:
-    """Kinds of which others are made, and `[kind, point]` weights.
-
-    The past of decode steps grows by one a step. Costs are looked up at two pasts an octave (2, 3, 4, 6, 8, 12 …) and
-    taken for linear in between, as reading the KV cache is.
-    """
+    """Kinds of which others are made, and `[kind, point]` weights. The past of decode steps grows by one a step. Costs
+    are looked up at two pasts an octave (2, 3, 4, 6, 8, 12 …) and taken for linear in between, as reading the KV cache
+    is."""
     known: dict[TaskKind, int] = {}
     parts: list[list[tuple[int, float]]] = []
     for kind in kinds:

@@ -20,8 +20,7 @@ from pipetune.tuner.study.files import load_study, read_records
 def read_reports(folders: Sequence[Path]) -> tuple[list[Report], list[str]]:
     """Studies, or files of records as `pipetune bench -o` writes them, ranked, and names that tell them apart.
     ConfigError: fewer than two, or one given twice; StudyError: a folder that holds no study, a file that holds no
-    records of one question, or one that is cut off.
-    """
+    records of one question, or one that is cut off."""
     places = [folder.resolve() for folder in folders]
     if len(places) < 2:
         raise ConfigError(f"compare: {len(places)} study given; name two or more")

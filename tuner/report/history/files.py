@@ -23,8 +23,7 @@ _MANY = 40
 def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History:
     """The history of the studies at some places: studies, or folders of studies. One that cannot be read, such as one
     that still runs, is named in the history and does not end it. Metrics are by default those that most people watch.
-    ConfigError: a metric that there is not, or a place that is no folder.
-    """
+    ConfigError: a metric that there is not, or a place that is no folder."""
     known = metric_names(10**6, 2, gpu=True, goodput=True, arrivals=True, rates=True)
     unknown = [name for name in metrics if name not in known]
     if unknown:

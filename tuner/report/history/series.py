@@ -61,10 +61,8 @@ class StudyNight:
 
 
 def history_of(nights: Iterable[StudyNight], metrics: Sequence[str] = (), skipped: Sequence[str] = ()) -> History:
-    """Groups nights by what they asked and where, and looks for changes of level in each metric.
-
-    Metrics are tokens per second and `METRICS` where none is given; those that no night has are left out.
-    """
+    """Groups nights by what they asked and where, and looks for changes of level in each metric. Metrics are tokens per
+    second and `METRICS` where none is given; those that no night has are left out."""
     groups: dict[tuple[str, ...], list[StudyNight]] = defaultdict(list)
     for night in nights:
         groups[night.question].append(night)

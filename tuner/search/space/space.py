@@ -34,10 +34,8 @@ _T = TypeVar("_T")
 
 
 class SearchSpace(Value):
-    """The space of one study; partitions and sizes are listed, points refer to them by position.
-
-    What has a default was not searched when the first spaces were written: these read back as they were.
-    """
+    """The space of one study; partitions and sizes are listed, points refer to them by position. What has a default was
+    not searched when the first spaces were written: these read back as they were."""
 
     study_id: str = Field(default_factory=lambda: uuid.uuid4().hex[:12])
     """Names the study in a database that holds several."""
@@ -181,12 +179,9 @@ class Candidate:
 
 
 def candidates(space: SearchSpace, resolve: Resolver, *, limit: int = MAX_CANDIDATES) -> tuple[Candidate, ...]:
-    """One of every plan that runs differently, those of the best partitions first.
-
-    Points under the largest cap come before all others, and stand for those whose cap makes no difference; smaller
-    caps follow as far as there is room: about `limit`. Each number of replicas and of stages has its best partition
-    among them.
-    """
+    """One of every plan that runs differently, those of the best partitions first. Points under the largest cap come
+    before all others, and stand for those whose cap makes no difference; smaller caps follow as far as there is room:
+    about `limit`. Each number of replicas and of stages has its best partition among them."""
     found: dict[str, Candidate] = {}
     for point in _points(space, limit):
         if len(found) >= limit and point.get("memory_index", 0) < len(space.memory_fractions) - 1:
