@@ -268,11 +268,7 @@ class Chain:
         described = larger_fleet(profile, self.request.fleets[0], device_bytes(devices), cores=cores)
         lessons = [one for fleet, own in self.observations.items() for one in slowed(own, fleet, devices, cores=cores)]
         planned = Planned(
-            self.request.of(devices),
-            self.reporter,
-            described=described,
-            observations=lessons,
-            top=self.request.top,
+            self.request.of(devices), self.reporter, described=described, observations=lessons, top=self.request.top
         )
         if self.objective not in planned.plans[0].metrics:
             raise ConfigError(

@@ -87,11 +87,7 @@ def read_device_map(path: Path) -> dict[str, Any]:
 
 
 def plan_from_map(
-    device_map: Mapping[str, Any],
-    shape: ModelShape,
-    *,
-    micro_batch_size: int,
-    place: str = "device map",
+    device_map: Mapping[str, Any], shape: ModelShape, *, micro_batch_size: int, place: str = "device map"
 ) -> Plan:
     """The plan that a map describes, in either form.
 
