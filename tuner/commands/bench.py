@@ -280,9 +280,8 @@ class _Work:
                 }
                 for row in results
             ]
-        lines = [
-            {"prompt": text, **row} if isinstance(text, str) else row for text, row in zip(texts, rows, strict=False)
-        ]
+        pairs = zip(texts, rows, strict=False)
+        lines = [{"prompt": text, **row} if isinstance(text, str) else row for text, row in pairs]
         self.reporter.end(f"{len(lines)} of them")
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 

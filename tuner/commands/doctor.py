@@ -126,18 +126,15 @@ def _look_at_host(found: DoctorResult) -> None:
     busy = load_now(available_devices())
     found.add("load", "; ".join(busy) or "others take little", "warning" if busy else "ok")
     system = Path("/sys/devices/system")
-    nodes = [
-        f"{path.parent.name} has cores {path.read_text().strip()}" for path in sorted(system.glob("node/node*/cpulist"))
-    ]
+    lists = sorted(system.glob("node/node*/cpulist"))
+    nodes = [f"{path.parent.name} has cores {path.read_text().strip()}" for path in lists]
     if len(nodes) > 1:
         found.add("NUMA", "; ".join(nodes))
     governors = {path.read_text().strip() for path in system.glob("cpu/cpu*/cpufreq/scaling_governor")}
     if governors:
         steady = governors <= {"performance"}
-        slow = (
-            "" if steady else ": clocks follow the load, and times with them; `cpupower frequency-set -g performance`"
-        )
-        found.add("governor", f"{', '.join(sorted(governors))}{slow}", "ok" if steady else "warning")
+        slow = ": clocks follow the load, and times with them; `cpupower frequency-set -g performance`"
+        found.add("governor", ", ".join(sorted(governors)) + ("" if steady else slow), "ok" if steady else "warning")
 
 
 def _look_at_workers(config: TuneConfig, reporter: Reporter, found: DoctorResult) -> None:

@@ -124,10 +124,8 @@ class Gate:
                 if number != v.REHEARSAL or not is_measured:
                     self._pairs[case.name].append(pair)
                     self._decide(case, looks)
-                    open_ = sum(bool(self._open(one)) for one in self.cases)
-                    reporter.course(
-                        sum(map(len, self._pairs.values())), open_ * (looks[-1].pairs - number - 1), "pairs"
-                    )
+                    open_, done = sum(bool(self._open(one)) for one in self.cases), sum(map(len, self._pairs.values()))
+                    reporter.course(done, open_ * (looks[-1].pairs - number - 1), "pairs")
             if number == v.REHEARSAL and pair_s:
                 reporter.say(self._forecast(sum(pair_s.values()), looks))
             if number == v.REHEARSAL + 1 and pair_s and self.max_minutes is not None:

@@ -94,9 +94,7 @@ class Fit:
         """What was measured, by plan and round."""
         names = [name for name, row in self.figures.items() if row]
         numbers = sorted({at for name in names for at in self.figures[name]})
-        entries = [
-            (place, numbers.index(at), x) for place, name in enumerate(names) for at, x in self.figures[name].items()
-        ]
+        entries = [(n, numbers.index(at), x) for n, name in enumerate(names) for at, x in self.figures[name].items()]
         design = np.zeros((len(entries), len(names) + len(numbers)))
         for line, (place, at, _) in enumerate(entries):
             design[line, place] = design[line, len(names) + at] = 1.0

@@ -32,9 +32,7 @@ def study_figures(report: Report) -> dict[str, Figure | None]:
         "predicted_vs_measured": ("Predicted against measured", predictions),
         "timeline": ("Timeline of the stages", timeline_chart(report)),
     }
-    return {
-        name: Figure(alt, chart, wide=chart.size[0] > 8) if chart else None for name, (alt, chart) in charts.items()
-    }
+    return {key: Figure(alt, chart, wide=chart.size[0] > 8) if chart else None for key, (alt, chart) in charts.items()}
 
 
 def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Chart | None:

@@ -144,9 +144,7 @@ def _check_file(path: Path, url: str, waiting: Mapping[str, Any]) -> None:
             with contextlib.closing(opened), contextlib.closing(opened.cursor()) as cursor:
                 names = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
                 tables = {name for (name,) in cursor.execute(names)}
-                columns = {
-                    table: {row[1] for row in cursor.execute(f"PRAGMA table_info({table})")} for table in _OPTUNAS
-                }
+                columns = {name: {row[1] for row in cursor.execute(f"PRAGMA table_info({name})")} for name in _OPTUNAS}
                 if mode == "mode=ro":
                     found = cursor.execute("PRAGMA quick_check(1)").fetchone()[0]
         except sqlite3.DatabaseError as error:

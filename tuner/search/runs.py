@@ -46,9 +46,7 @@ class StopSignal:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handles the signals within the block, which must run in the main thread."""
-        before: dict[int, Any] = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before: dict[int, Any] = {one: signal.signal(one, self._on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:

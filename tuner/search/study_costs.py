@@ -94,9 +94,8 @@ def _measured(runs: Runs, grid: ProfileGrid) -> Profile | None:
     runs.reporter.begin("profile: what layers and links take")
     try:
         with runs.stop.interruptible():
-            profile = profile_for(
-                runs.fleet, grid, packed_weights=config.packed_weights, cuda_graphs=config.cuda_graphs
-            )
+            wanted = {"packed_weights": config.packed_weights, "cuda_graphs": config.cuda_graphs}
+            profile = profile_for(runs.fleet, grid, **wanted)
     except FleetError as error:
         runs.reporter.end(f"failed, nominal costs serve instead: {error}")
         return None

@@ -42,9 +42,7 @@ def deepened(profile: Profile, model: ModelSpec, shape: ModelShape) -> Profile:
     places = [like[layer] for layer in shape.layers]
     devices = []
     for device in profile.devices:
-        groups = (
-            (tuple(n for n, place in enumerate(places) if place in one.layers), one.times) for one in device.layers
-        )
+        groups = ((tuple(n for n, at in enumerate(places) if at in one.layers), one.times) for one in device.layers)
         layers = tuple(LayerTimes(layers=chosen, times=times) for chosen, times in groups if chosen)
         devices.append(device.model_copy(update={"layers": layers}))
     return profile.model_copy(update={"model": model, "shape": shape, "devices": tuple(devices)})

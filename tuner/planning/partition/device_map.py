@@ -44,9 +44,7 @@ def hf_map(shape: ModelShape, plan: Plan, device_names: Sequence[str] = ()) -> D
     for name, stage in zip(names, plan.stages, strict=True):
         for layer in range(stage.first_layer, stage.end_layer):
             device_map[f"{shape.layers_prefix}.{layer}"] = name
-    return device_map | {
-        module: names[0] if module in _tied_heads(shape) else names[-1] for module in shape.last_modules
-    }
+    return device_map | {last: names[0] if last in _tied_heads(shape) else names[-1] for last in shape.last_modules}
 
 
 def ranges_map(shape: ModelShape, plan: Plan, device_names: Sequence[str] = ()) -> DeviceMap:

@@ -235,9 +235,7 @@ class CostModel:
     @remembered
     def _layers_of(self, sequence: TaskSequence, device: str) -> Floats:
         """`[kind, num_layers + 1]`: of all layers before each one."""
-        seconds: Floats = sequence.weights @ np.stack(
-            [self._layers_before(device, kind) for kind in sequence.grid_points]
-        )
+        seconds: Floats = sequence.weights @ np.stack([self._layers_before(device, at) for at in sequence.grid_points])
         return seconds
 
     @remembered

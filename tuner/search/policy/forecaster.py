@@ -267,11 +267,9 @@ class Forecaster:
             for place in order:
                 firsts.setdefault(self._refiner.class_of(chosen[place]), chosen[place])
             for first in list(firsts.values())[: max(1, REFINED_CLASSES // len(self._objectives))]:
-                found = (
-                    () if self._refiner.is_whole(first) else self._refiner.best(first, model, limit=self._refinements)
-                )
-                for candidate in found:
-                    further.setdefault(candidate.effective.key, candidate)
+                if not self._refiner.is_whole(first):
+                    for candidate in self._refiner.best(first, model, limit=self._refinements):
+                        further.setdefault(candidate.effective.key, candidate)
         known = set(self._keys)
         return [one for key, one in further.items() if key not in known and self._is_open(one, history)]
 

@@ -152,9 +152,7 @@ class SearchSpace(Value):
             "compile_index": self.compile,
             "lane_index": self.lanes,
         }
-        return dimensions | {
-            name: (0, len(choices) - 1, False) for name, choices in optional.items() if len(choices) > 1
-        }
+        return dimensions | {name: (0, len(values) - 1, False) for name, values in optional.items() if len(values) > 1}
 
     @property
     def num_points(self) -> int:
