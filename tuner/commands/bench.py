@@ -223,10 +223,9 @@ class _Work:
         found.single_stage_missing = single.message if isinstance(single, Failure) else None
         finalists = finals.Finalists(plans=tuple(plans), baseline_batch_size=batch_size)
         objective = Objective(metric=SCORE_OBJECTIVE if config.workload.kind == "score" else GENERATE_OBJECTIVE)
+        bounds = {"min_rounds": rounds, "max_rounds": rounds, "seed": config.seed}
         while True:
-            due = finals.next_step(
-                self.records, finalists, objectives=(objective,), min_rounds=rounds, max_rounds=rounds, seed=config.seed
-            )
+            due = finals.next_step(self.records, finalists, objectives=(objective,), **bounds)
             if isinstance(due, str):
                 found.comparison = comparison_of(self.records, titles, objective)
                 return
@@ -241,11 +240,8 @@ class _Work:
         if len(sizes) == 1:
             return sizes[0]
         outcomes = [self._measure(f"baseline: un-pipelined, batch size {size}", size, once) for size in sizes]
-        found = [
-            (outcome.iterations[0].duration_s, size)
-            for outcome, size in zip(outcomes, sizes, strict=True)
-            if isinstance(outcome, Measurement)
-        ]
+        pairs = zip(outcomes, sizes, strict=True)
+        found = [(one.iterations[0].duration_s, size) for one, size in pairs if isinstance(one, Measurement)]
         failures = (outcome for outcome in reversed(outcomes) if isinstance(outcome, Failure))
         return min(found)[1] if found else next(failures)
 

@@ -224,9 +224,8 @@ class Chain:
         """Predicts for a fleet and measures there what is predicted to be best."""
         folder = self.request.folder / f"fleet-{number}"
         self.reporter.say(f"fleet {number + 1} of {len(self.request.fleets)}: {','.join(devices)}")
-        width = carried.half_width(
-            misses, carried.PRIOR_SD if self.request.first_model is None else carried.FEWER_LAYERS_SD
-        )
+        sd = carried.PRIOR_SD if self.request.first_model is None else carried.FEWER_LAYERS_SD
+        width = carried.half_width(misses, sd)
         prediction = self._predict(folder.with_suffix(".json"), devices, width)
         records = self._measure(folder, prediction)
         self.observations[devices] = [*filter(None, map(observe, records))]
@@ -351,9 +350,8 @@ class Chain:
             return SideRequest(Side(name=name, model=config.model, plan=plan, devices=devices), config)
 
         cases = (case_of("rollout", side("baseline", today), side("candidate", plan)),)
-        gate = Gate(
-            cases=cases, runner=FreshProcesses(cases), seed=config.seed, max_minutes=self.request.max_minutes
-        ).run(self.reporter)
+        most, runner = self.request.max_minutes, FreshProcesses(cases)
+        gate = Gate(cases=cases, runner=runner, seed=config.seed, max_minutes=most).run(self.reporter)
         outputs.write(gate, folder, None)
         return gate
 

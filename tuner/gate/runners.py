@@ -227,12 +227,8 @@ def _run(
     config, plan, output = folder / "config.yaml", folder / "plan.json", folder / "records.jsonl"
     model = _given(side.model) | {"name": side.model.name}
     trusted = model.pop("trust_remote_code", False)
-    settings = {
-        "model": model,
-        "workload": _given(case.workload),
-        "protocol": _given(case.protocol),
-        "devices": list(side.devices),
-    }
+    asked = {"workload": _given(case.workload), "protocol": _given(case.protocol)}
+    settings = {"model": model, **asked, "devices": list(side.devices)}
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     plan.write_text(side.plan.model_dump_json(exclude_defaults=True), encoding="utf-8")
     command = [interpreter.python, "-P", "-m", interpreter.module, "bench", "--config", str(config)]

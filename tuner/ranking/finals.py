@@ -150,11 +150,8 @@ def next_step(
     if state.kind == "open":
         names = sorted((*rivals, *controls))
         order = random.Random(f"{seed}-{finals.first_round + state.rounds}").sample(names, len(names))
-        return Due(
-            name=next(name for name in order if name in state.due),
-            round=finals.first_round + state.rounds,
-            shown_round=state.rounds,
-        )
+        due = next(name for name in order if name in state.due)
+        return Due(name=due, round=finals.first_round + state.rounds, shown_round=state.rounds)
     if state.kind == "none":
         return "no finalist is left: each failed twice or breaks a constraint"
     ranking = rank(records, objectives, constraints, (min_rounds, max_rounds), space=space)

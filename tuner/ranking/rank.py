@@ -60,9 +60,8 @@ def rank(
     front = pareto_front(fit, objectives)
     rows = [row.model_copy(update={"on_front": row.key in front}) for row in rows]
     rows, recommended_because = ordered(rows, objectives, state)
-    separation = r.separation_of(
-        [row for row in rows if row.feasible and not row.unranked_because], state, several=len(objectives) > 1
-    )
+    sound = [row for row in rows if row.feasible and not row.unranked_because]
+    separation = r.separation_of(sound, state, several=len(objectives) > 1)
 
     sweep, baseline = _baselines([run for run in measured if not run.record.effective], finals, constraints)
     rows.sort(key=lambda row: row.unranked_because is not None)
@@ -80,10 +79,8 @@ def rank(
         return r.unpaired(first, searched.get(ours), searched.get(theirs))
 
     def complete(row: Row, position: int) -> Row:
-        update: dict[str, object] = {
-            "rank": position if row.feasible and not row.unranked_because else None,
-            "tied": row.key in separation.tied,
-        }
+        place = position if row.feasible and not row.unranked_because else None
+        update: dict[str, object] = {"rank": place, "tied": row.key in separation.tied}
         if row.is_reference or not row.unranked_because:
             update["speedup_over_baseline"] = gain(row.key, r.BASELINE)
             update["speedup_over_single_stage"] = gain(row.key, single.key) if single else None

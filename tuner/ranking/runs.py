@@ -131,10 +131,8 @@ def _samples(runs: Sequence[PlanRun], name: str) -> list[float]:
 def last_finals(records: Sequence[Record]) -> tuple[int, tuple[Record, ...]]:
     """The finals that chose among all trials: number of its first round, which is behind all rounds of earlier finals,
     and its records. Plans measured after a finals call for a new one."""
-    last_trial = max(
-        (record.number for record in records if record.role == "trial" and isinstance(record.result, Measurement)),
-        default=-1,
-    )
+    trials = [one.number for one in records if one.role == "trial" and isinstance(one.result, Measurement)]
+    last_trial = max(trials, default=-1)
     finals = [record for record in records if record.role == "finalist" and record.round is not None]
     first_round = max((record.round + 1 for record in finals if record.number < last_trial), default=0)  # type: ignore[operator]
     return first_round, tuple(record for record in finals if record.number > last_trial)

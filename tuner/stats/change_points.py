@@ -66,10 +66,8 @@ def change_points(values: Sequence[float], *, alpha: float = ALPHA) -> tuple[Cha
         if not same:
             break
         cuts.remove(same[0])
-    return tuple(
-        ChangePoint(index=cut, p=found[cut], before=levels[place], after=levels[place + 1])
-        for place, cut in enumerate(cuts)
-    )
+    steps = zip(cuts, itertools.pairwise(levels), strict=True)
+    return tuple(ChangePoint(index=cut, p=found[cut], before=before, after=after) for cut, (before, after) in steps)
 
 
 def dependence(values: Sequence[float], changes: Sequence[ChangePoint]) -> float | None:

@@ -158,16 +158,9 @@ def _observe_engine(effective: EffectivePlan, measurement: Measurement) -> Obser
     tasks = []
     for (stage, _, _), seen in groups.items():
         rows_, tokens_, took_ = (statistics.fmean(column) for column in zip(*seen, strict=True))
-        tasks.append(
-            TaskSpan(
-                stage=stage,
-                rows=round(rows_),
-                new_tokens=round(tokens_),
-                past_tokens=0,
-                seconds=round(took_, 7),
-                count=len(seen),
-            )
-        )
+        rows, tokens, took_s = round(rows_), round(tokens_), round(took_, 7)
+        span = TaskSpan(stage=stage, rows=rows, new_tokens=tokens, past_tokens=0, seconds=took_s, count=len(seen))
+        tasks.append(span)
     return Observation(
         effective=effective,
         tasks=tuple(tasks),
@@ -193,11 +186,9 @@ class _Task(NamedTuple):
 
 def _loaded_tasks(runs: Sequence[Iteration]) -> list[_Task]:
     """All tasks under arrivals, one iteration after the other."""
-    return [
-        _Task(TaskKind(one.rows, one.tokens, one.past, one.samples), one.kind == "decode", None)
-        for run in runs
-        for one in run.load_tasks
-    ]
+    tasks = [one for run in runs for one in run.load_tasks]
+    kinds = [TaskKind(one.rows, one.tokens, one.past, one.samples) for one in tasks]
+    return [_Task(kind, one.kind == "decode", None) for kind, one in zip(kinds, tasks, strict=True)]
 
 
 def _end_to_end(runs: Sequence[Iteration]) -> Iteration:

@@ -276,14 +276,8 @@ def _like_profiled(
     there = [one.device for one in profile.devices]
     if like.device not in there:
         raise ConfigError(f"{place}.like.device: {like.device} is not in {path}, which has {', '.join(there)}")
-    return DescribedDevice(
-        name=name,
-        memory_bytes=profile.device_bytes[like.device],
-        speed=1.0,
-        rates=None,
-        profile=profile,
-        profiled_as=like.device,
-    )
+    memory, own = profile.device_bytes[like.device], like.device
+    return DescribedDevice(name=name, memory_bytes=memory, speed=1.0, rates=None, profile=profile, profiled_as=own)
 
 
 def _changed(rates: Rates, entry: DeviceEntry) -> Rates:

@@ -170,10 +170,8 @@ class _Moves:
     @cached_property
     def _members(self) -> dict[int, tuple[int, ...]]:
         """Devices of each class, in order."""
-        return {
-            kind: tuple(index for index, other in enumerate(self.classes) if other == kind)
-            for kind in sorted(set(self.classes))
-        }
+        places = range(len(self.classes))
+        return {kind: tuple(n for n in places if self.classes[n] == kind) for kind in sorted(set(self.classes))}
 
     @property
     def start(self) -> _State:

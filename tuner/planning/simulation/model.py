@@ -212,9 +212,8 @@ class CostModel:
             stall_s=stalls[device.T[1:]],
             wires_s=np.maximum(hops_s - latency_s, 0.0) * sharers,
         )
-        return SimulatedRun(
-            sequence=sequence, timeline=timeline, busy_s=np.einsum("k,ksp->sp", sequence.counts.astype(float), busy_s)
-        )
+        busy = np.einsum("k,ksp->sp", sequence.counts.astype(float), busy_s)
+        return SimulatedRun(sequence=sequence, timeline=timeline, busy_s=busy)
 
     @remembered
     def _sharers(self, devices: tuple[str, ...], width: int) -> tuple[int, ...]:

@@ -29,11 +29,8 @@ def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History
     if unknown:
         raise ConfigError(f"--metric {unknown[0]}: there are {', '.join(known)}")
     found = list(_read_all(_studies(places)))
-    return history_of(
-        [night for night, _ in found if night is not None],
-        tuple(metrics),
-        [text for _, texts in found for text in texts],
-    )
+    nights = [night for night, _ in found if night is not None]
+    return history_of(nights, tuple(metrics), [text for _, texts in found for text in texts])
 
 
 def _read_all(folders: Sequence[Path]) -> Iterable[tuple[StudyNight | None, list[str]]]:

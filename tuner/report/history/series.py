@@ -67,10 +67,8 @@ def history_of(nights: Iterable[StudyNight], metrics: Sequence[str] = (), skippe
     for night in nights:
         groups[night.question].append(night)
     questions = [_question(group, metrics) for group in groups.values()]
-    return History(
-        questions=tuple(sorted(questions, key=lambda one: (one.title, one.machine, one.hardware_id))),
-        skipped=tuple(skipped),
-    )
+    questions.sort(key=lambda one: (one.title, one.machine, one.hardware_id))
+    return History(questions=tuple(questions), skipped=tuple(skipped))
 
 
 def _question(group: list[StudyNight], metrics: Sequence[str]) -> Question:

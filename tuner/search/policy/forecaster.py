@@ -153,11 +153,8 @@ class Forecaster:
         predictor = self._predictor(history)
         chosen, metrics = self._choose(predictor, history)
         keys = {one.effective.key for one in chosen}
-        others = [
-            known.effective
-            for key, known in history.plans.items()
-            if known.runs and known.effective is not None and key not in keys
-        ]
+        ran = [known.effective for key, known in history.plans.items() if known.runs and key not in keys]
+        others = [one for one in ran if one is not None]
         effective = [*(one.effective for one in chosen), *others]
         runs = [history.plans.get(one.key) or PlanHistory(effective=one) for one in effective]
         metrics = self._scaled_memory(metrics.joined(self._predict(predictor, others)), runs)

@@ -194,13 +194,8 @@ class LayoutSearch:
     def __init__(self, layouts: Layouts, replicas: int, stages: int) -> None:
         self._all, self._replicas, self._stages = layouts, replicas, stages
         self._every_size = layouts.every_size(replicas)
-        self._columns = Columns(
-            layouts.classes,
-            layouts.by_speed,
-            replicas=replicas,
-            stages=stages,
-            any_order=layouts.config.device_order == "auto",
-        )
+        classes, by_speed, any_order = layouts.classes, layouts.by_speed, layouts.config.device_order == "auto"
+        self._columns = Columns(classes, by_speed, replicas=replicas, stages=stages, any_order=any_order)
 
     def fitting(self) -> list[Layout]:
         """Layouts that fit into memory, best first."""

@@ -204,10 +204,8 @@ def _points(space: SearchSpace, limit: int) -> Iterator[Point]:
     """Points of the best partitions, cap by cap from the largest on."""
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
     sizes = {(rows, min(prefill, rows)) for rows in space.micro_batch_sizes for prefill in space.prefill_sizes}
-    others = math.prod(
-        len(choices)
-        for choices in (space.chunk_sizes, space.compile, space.lanes, space.token_budgets, space.max_num_seqs)
-    )
+    further = space.chunk_sizes, space.compile, space.lanes, space.token_budgets, space.max_num_seqs
+    others = math.prod(map(len, further))
     ranks = best_ranks(space, limit // (len(sizes) * others))
     many_caps = len(space.memory_fractions) > 1
     for cap in reversed(range(len(space.memory_fractions))):
