@@ -223,9 +223,10 @@ class _Work:
         found.single_stage_missing = single.message if isinstance(single, Failure) else None
         finalists = finals.Finalists(plans=tuple(plans), baseline_batch_size=batch_size)
         objective = Objective(metric=SCORE_OBJECTIVE if config.workload.kind == "score" else GENERATE_OBJECTIVE)
-        bounds = {"min_rounds": rounds, "max_rounds": rounds, "seed": config.seed}
         while True:
-            due = finals.next_step(self.records, finalists, objectives=(objective,), **bounds)
+            due = finals.next_step(
+                self.records, finalists, objectives=(objective,), min_rounds=rounds, max_rounds=rounds, seed=config.seed
+            )
             if isinstance(due, str):
                 found.comparison = comparison_of(self.records, titles, objective)
                 return

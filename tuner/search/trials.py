@@ -105,9 +105,8 @@ class Search:
         if predicted := values_text(proposal.predicted, self._config.objectives[:1]):
             label += f" · predicted {predicted}"
         with self._log.spend("trials"):
-            params = dict(proposal.point)
             record = self.runs.measure(
-                label, plan, self.resolve(plan), role="trial", trial_number=number, params=params
+                label, plan, self.resolve(plan), role="trial", trial_number=number, params=dict(proposal.point)
             )
         with self._log.spend("search"):
             study.tell(record)

@@ -90,11 +90,8 @@ class EngineModel(CostModel):
         params = float(np.mean([one.active_params for one in shape.layers]))
         head = shape.head_bytes or shape.embedding_bytes
         token_s = 2.0 * params / _FLOPS
-        layer_s, head_s, sample_s = (
-            layer / _BYTES_A_SECOND,
-            head / _BYTES_A_SECOND,
-            2.0 * head / shape.kept_bytes / _FLOPS,
-        )
+        layer_s, head_s = layer / _BYTES_A_SECOND, head / _BYTES_A_SECOND
+        sample_s = 2.0 * head / shape.kept_bytes / _FLOPS
         return np.array([_STEP_S, layer_s, token_s, token_s / 4, head_s, sample_s])
 
     def _room(self, plan: Plan) -> int:

@@ -124,12 +124,11 @@ def _of_whole(measurement: Measurement) -> dict[str, Any]:
     """What an observation says of a whole run."""
     durations = [run.duration_s for run in measurement.iterations]
     is_repeated = len(durations) > 1
+    # Traces differ, whatever the plan does.
+    has_spread = is_repeated and not measurement.is_under_arrivals
     return {
         "metrics": derive(measurement),
-        # Traces differ, whatever the plan does.
-        "spread": round(statistics.stdev(map(math.log, durations)), 6)
-        if is_repeated and not measurement.is_under_arrivals
-        else None,
+        "spread": round(statistics.stdev(map(math.log, durations)), 6) if has_spread else None,
         "iterations": len(durations),
         "disturbed": bool(measurement.telemetry.disturbances) or (is_repeated and not measurement.steady),
     }
@@ -158,9 +157,8 @@ def _observe_engine(effective: EffectivePlan, measurement: Measurement) -> Obser
     tasks = []
     for (stage, _, _), seen in groups.items():
         rows_, tokens_, took_ = (statistics.fmean(column) for column in zip(*seen, strict=True))
-        rows, tokens, took_s = round(rows_), round(tokens_), round(took_, 7)
-        span = TaskSpan(stage=stage, rows=rows, new_tokens=tokens, past_tokens=0, seconds=took_s, count=len(seen))
-        tasks.append(span)
+        row, new, took = round(rows_), round(tokens_), round(took_, 7)
+        tasks.append(TaskSpan(stage=stage, rows=row, new_tokens=new, past_tokens=0, seconds=took, count=len(seen)))
     return Observation(
         effective=effective,
         tasks=tuple(tasks),
