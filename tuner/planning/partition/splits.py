@@ -222,8 +222,8 @@ class Columns:
     def __init__(
         self, classes: Sequence[int], by_speed: Sequence[int], *, replicas: int, stages: int, any_order: bool
     ) -> None:
-        """Devices of equal classes are of one class, the fastest first in `by_speed`; unlike ones may hold the stages
-        in any order, or else are taken as they come, replica by replica and stage by stage."""
+        """From the class of each device, and the devices by speed, the fastest first. Devices of unlike classes may
+        hold the stages in any order, or else are taken as they come, replica by replica and stage by stage."""
         self.may_move = any_order and len(set(classes)) > 1
         """Whether columns may hold the stages in any order."""
         if self.may_move:

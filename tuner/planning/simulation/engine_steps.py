@@ -28,8 +28,8 @@ class EngineSteps(PromptTasks):
 
     def timeline(self, busy_s: Floats, hop_s: Floats, gap_s: float) -> Timeline:
         """When the steps run on many plans of equally many stages: they compute for `busy_s[step, stage, plan]`,
-        sampling at the last stage included, begin on the next stage `hop_s[stage - 1]` after their end on one, and are
-        formed `gap_s` before they begin, from known tokens, or a free first stage, on."""
+        sampling at the last stage included, begin on the next stage `hop_s[stage - 1]` after their end on one, and on
+        the first `gap_s` after known tokens, or a free first stage, let them be formed."""
         _, stages, plans = busy_s.shape
         free, began = np.zeros((stages, plans)), np.zeros((stages, plans))
         first_starts, last_ends = np.empty((len(busy_s), plans)), np.zeros((len(busy_s) + 1, plans))
