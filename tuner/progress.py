@@ -56,9 +56,7 @@ class Steps:
 
 class Reporter:
     """Who waits is told what runs, how far it is, and what came out; this one says nothing, as `--no-progress` wants.
-
-    It is entered around all work that it is told of, and may be entered again.
-    """
+    It is entered around all work that it is told of, and may be entered again."""
 
     _course: Steps | None = None
     _steps = Steps(0, 0, "")
@@ -138,11 +136,8 @@ def describe(result: Outcome, objectives: Sequence[str]) -> str:
 
 def values_text(values: Mapping[str, float], names: Sequence[str]) -> str:
     """Metrics for people: `95.2 tok/s · bubble 11 % · mean_ttft 1204 ms`; those that are missing are left out."""
-    return " · ".join(
-        _value_text(name, values[name], scored="output_throughput" not in values)
-        for name in dict.fromkeys(names)
-        if name in values
-    )
+    scored, shown = "output_throughput" not in values, (name for name in dict.fromkeys(names) if name in values)
+    return " · ".join(_value_text(name, values[name], scored=scored) for name in shown)
 
 
 def _value_text(name: str, value: float, *, scored: bool) -> str:

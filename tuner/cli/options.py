@@ -63,13 +63,9 @@ def chosen(names: Iterable[str], without: Iterable[str] = ()) -> "list[Setting]"
 
 
 def settings(*names: str, before: str, without: tuple[str, ...] = ()) -> Callable[[Function], Function]:
-    """A decorator that gives a command the options of settings; their values stand in the context's parameters.
-
-    Args:
-        names: panels as they are written in `--help`, single settings by name, or sections of the config.
-        before: the command's own parameter that the options are listed in front of.
-        without: settings and sections that are left out.
-    """
+    """A decorator that gives a command the options of settings: of panels as they are written in `--help`, single
+    settings by name, or sections of the config, but for the settings and sections left out by `without`. They are
+    listed in front of the command's own parameter `before`, and their values stand in the context's parameters."""
 
     def add(function: Function) -> Function:
         vars(function)["settings_groups"] = ((before, partial(chosen, names, without)), *groups_of(function))

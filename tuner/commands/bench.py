@@ -199,10 +199,8 @@ class _Work:
         return record.result
 
     def _compare(self, found: BenchResult, effective: EffectivePlan) -> None:
-        """A finals of the plan, our single stage, and the un-pipelined model at its best batch size.
-
-        All take part in every round; the first failure ends it.
-        """
+        """A finals of the plan, our single stage, and the un-pipelined model at its best batch size. All take part in
+        every round; the first failure ends it."""
         config, fleet, rounds = self.job.config, self.experiment.fleet, self.job.rounds
         once = finals.side_by_side(config.protocol)
         sizes = baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts)
@@ -243,11 +241,8 @@ class _Work:
         if len(sizes) == 1:
             return sizes[0]
         outcomes = [self._measure(f"baseline: un-pipelined, batch size {size}", size, once) for size in sizes]
-        found = [
-            (outcome.iterations[0].duration_s, size)
-            for outcome, size in zip(outcomes, sizes, strict=True)
-            if isinstance(outcome, Measurement)
-        ]
+        pairs = zip(outcomes, sizes, strict=True)
+        found = [(one.iterations[0].duration_s, size) for one, size in pairs if isinstance(one, Measurement)]
         failures = (outcome for outcome in reversed(outcomes) if isinstance(outcome, Failure))
         return min(found)[1] if found else next(failures)
 
@@ -282,20 +277,15 @@ class _Work:
                 }
                 for row in results
             ]
-        lines = [
-            {"prompt": text, **row} if isinstance(text, str) else row for text, row in zip(texts, rows, strict=False)
-        ]
+        pairs = zip(texts, rows, strict=False)
+        lines = [{"prompt": text, **row} if isinstance(text, str) else row for text, row in pairs]
         self.reporter.end(f"{len(lines)} of them")
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def comparison_of(records: Sequence[Record], titles: Mapping[str, tuple[str, str]], objective: Objective) -> Comparison:
-    """Levels and ratios of a finals without failures.
-
-    Args:
-        titles: name and title of each row by its key in the finals, the baseline's first.
-        objective: a throughput.
-    """
+    """Levels and ratios of a finals without failures, the objective a throughput; `titles` holds name and title of each
+    row by its key in the finals, the baseline's first."""
     found = Finals([PlanRun(record) for record in records], objective)
     fit = Fit(found.cells)
     return Comparison(

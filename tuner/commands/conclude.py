@@ -30,14 +30,8 @@ PLANS_FAULT = frozenset(
 
 
 def conclude(folder: Path, show: Callable[[Report], int], sections: Sequence[Section] = ()) -> int:
-    """Writes the exports and the reports of a study as it stands; then shows it, even where they cannot be written.
-
-    Args:
-        show: prints the study, and gives the exit code.
-        sections: further ones of its page.
-
-    Raises:
-        StudyError: the folder holds no study that can be read.
+    """Writes the exports and the reports of a study as it stands, `sections` being further ones of its page; then
+    `show` prints it, even where they cannot be written, and gives the exit code. StudyError: no study that can be read.
     """
     report = Report.of(load_study(folder))
     best = report.ranking.best

@@ -90,13 +90,9 @@ class DoctorResult(BaseModel):
 def run_doctor(
     config: TuneConfig, fitting: Fitting | None, reporter: Reporter, described: DescribedDevices | None = None
 ) -> DoctorResult:
-    """Looks at software, disk, devices and, with real workers, at what is needed to run.
-
-    Args:
-        config: with its devices resolved.
-        fitting: None leaves the model out: the workers pass tokens of a tiny one.
-        described: devices to fit it onto in place of this machine's, which then start no workers.
-    """
+    """Looks at software, disk, devices (the config's are resolved) and, with real workers, at what is needed to run.
+    Without a fitting the workers pass tokens of a tiny model. Described devices are fitted onto in place of this
+    machine's, and then start no workers."""
     found = DoctorResult()
     _look_at_host(found)
     try:
@@ -130,18 +126,15 @@ def _look_at_host(found: DoctorResult) -> None:
     busy = load_now(available_devices())
     found.add("load", "; ".join(busy) or "others take little", "warning" if busy else "ok")
     system = Path("/sys/devices/system")
-    nodes = [
-        f"{path.parent.name} has cores {path.read_text().strip()}" for path in sorted(system.glob("node/node*/cpulist"))
-    ]
+    lists = sorted(system.glob("node/node*/cpulist"))
+    nodes = [f"{path.parent.name} has cores {path.read_text().strip()}" for path in lists]
     if len(nodes) > 1:
         found.add("NUMA", "; ".join(nodes))
     governors = {path.read_text().strip() for path in system.glob("cpu/cpu*/cpufreq/scaling_governor")}
     if governors:
         steady = governors <= {"performance"}
-        slow = (
-            "" if steady else ": clocks follow the load, and times with them; `cpupower frequency-set -g performance`"
-        )
-        found.add("governor", f"{', '.join(sorted(governors))}{slow}", "ok" if steady else "warning")
+        slow = ": clocks follow the load, and times with them; `cpupower frequency-set -g performance`"
+        found.add("governor", ", ".join(sorted(governors)) + ("" if steady else slow), "ok" if steady else "warning")
 
 
 def _look_at_workers(config: TuneConfig, reporter: Reporter, found: DoctorResult) -> None:

@@ -82,11 +82,7 @@ class DryRun:
     def document(self) -> Document:
         """For people."""
         space, config = self.space, self.config
-        finals = (
-            f"{config.finalists} best plans and the baseline, {config.finalist_rounds} rounds or more"
-            if config.finalists
-            else "none"
-        )
+        finals = f"{config.finalists} best plans and the baseline, {config.finalist_rounds} rounds or more"
         facts = {
             "model": f"{config.model.name} ({self.shape.architecture}, {self.shape.num_layers} layers)",
             "devices": ", ".join(config.concrete_devices),
@@ -96,7 +92,7 @@ class DryRun:
             "replicas": _joined(self.replicas),
             **(_sizes(space) if space.engine is None else _limits(space)),
             "space": f"{space.num_points} points, {config.n_trials} trials",
-            "finals": finals,
+            "finals": finals if config.finalists else "none",
         }
         names = ("output_throughput", "total_token_throughput")
         queue = []

@@ -86,10 +86,8 @@ class GateRequest:
         return Gate(cases=cases, runner=runner, seed=seed, max_minutes=self.max_minutes).run
 
     def shown(self) -> str:
-        """All settings of each case, with their sources, as YAML; those of the baseline, where sides differ.
-
-        Raises as `job`.
-        """
+        """All settings of each case, with their sources, as YAML; those of the baseline, where sides differ. Raises as
+        `job`."""
         plan = self.candidate_plan or self._stored_plan() if self.stored else self._measured_plan()
         if plan is None:
             raise ConfigError(f"--stored {self.stored[0]}: no plan of it has a rank; name one by --candidate-plan FILE")

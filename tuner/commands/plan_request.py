@@ -34,14 +34,9 @@ class PlanRequest:
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Self:
-        """From a command's parameters, by their names; what was not given is None or missing.
-
-        A prefix, as in `plan_replicas`, tells fields of a plan from settings of the same name.
-
-        Raises:
-            ConfigError: none or several ways to name a plan, or layers that are no counts.
-            PlanError: a file that holds no plan.
-        """
+        """From a command's parameters, by their names; what was not given is None or missing. A prefix, as in
+        `plan_replicas`, tells fields of a plan from settings of the same name. ConfigError: none or several ways to
+        name a plan, or layers that are no counts; PlanError: a file that holds no plan."""
         names = {"--plan": "plan", "--device-map": "device_map", "--layers": "layers"}
         named = {flag: params[name] for flag, name in names.items() if params.get(name) is not None}
         if len(named) != 1:
@@ -88,14 +83,9 @@ class PlanRequest:
     def complete(
         self, shape: ModelShape, devices: tuple[str, ...], num_prompts: int, device_names: Sequence[str] = ()
     ) -> Plan:
-        """The plan itself; each replica's prompts default to as many micro-batches as there are stages.
-
-        Args:
-            device_names: what a device map calls the devices, in their order.
-
-        Raises:
-            PlanError: it does not describe the model, or does not go with the devices.
-        """
+        """The plan itself; each replica's prompts default to as many micro-batches as there are stages. A device map
+        calls the devices as `device_names` does, in their order. PlanError: not for that model, or not for those
+        devices."""
         if self.plan_file is not None:
             return self._changed(self.plan_file.plan, devices)
         stages = len(self.layers or self._devices_of(self.device_map or {}))

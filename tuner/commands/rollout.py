@@ -34,14 +34,7 @@ from pipetune.tuner.gate.outputs import files as outputs
 from pipetune.tuner.gate.run import Gate
 from pipetune.tuner.gate.runners import FreshProcesses
 from pipetune.tuner.gate.values import GateResult, Side, SideName, Verdict
-from pipetune.tuner.planning.calibration.carried import (
-    FEWER_LAYERS_SD,
-    PRIOR_SD,
-    deepened,
-    half_width,
-    larger_fleet,
-    slowed,
-)
+from pipetune.tuner.planning.calibration import carried
 from pipetune.tuner.planning.calibration.observation import observe
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.ranking.values import Objective
@@ -201,11 +194,8 @@ class RolloutRequest:
 
 
 class Chain:
-    """A rollout under way, from the study of the first fleet on.
-
-    UserError: the study found no plan, a step's files are damaged or of other fleets, nothing fits.
-    FleetError: the workers failed.
-    """
+    """A rollout under way, from the study of the first fleet on. UserError: the study found no plan, a step's files are
+    damaged or of other fleets, nothing fits. FleetError: the workers failed."""
 
     def __init__(self, request: RolloutRequest, reporter: Reporter) -> None:
         study = load_study(request.folder / TUNE)
@@ -234,7 +224,8 @@ class Chain:
         """Predicts for a fleet and measures there what is predicted to be best."""
         folder = self.request.folder / f"fleet-{number}"
         self.reporter.say(f"fleet {number + 1} of {len(self.request.fleets)}: {','.join(devices)}")
-        width = half_width(misses, PRIOR_SD if self.request.first_model is None else FEWER_LAYERS_SD)
+        sd = carried.PRIOR_SD if self.request.first_model is None else carried.FEWER_LAYERS_SD
+        width = carried.half_width(misses, sd)
         prediction = self._predict(folder.with_suffix(".json"), devices, width)
         records = self._measure(folder, prediction)
         self.observations[devices] = [*filter(None, map(observe, records))]
@@ -266,17 +257,12 @@ class Chain:
         profile = self.profile
         if profile is not None and self.request.first_model is not None:
             whole = Known(self.request.of(self.request.fleets[0]), self.reporter, None)
-            profile = deepened(profile, whole.model, whole.shape)
-        cores = self.machine.hardware.cpu_cores
-        described = larger_fleet(profile, self.request.fleets[0], device_bytes(devices), cores=cores)
-        lessons = [one for fleet, own in self.observations.items() for one in slowed(own, fleet, devices, cores=cores)]
-        planned = Planned(
-            self.request.of(devices),
-            self.reporter,
-            described=described,
-            observations=lessons,
-            top=self.request.top,
-        )
+            profile = carried.deepened(profile, whole.model, whole.shape)
+        cores, seen = self.machine.hardware.cpu_cores, self.observations.items()
+        described = carried.larger_fleet(profile, self.request.fleets[0], device_bytes(devices), cores=cores)
+        lessons = [one for fleet, own in seen for one in carried.slowed(own, fleet, devices, cores=cores)]
+        request, reporter = self.request, self.reporter
+        planned = Planned(request.of(devices), reporter, described=described, observations=lessons, top=request.top)
         if self.objective not in planned.plans[0].metrics:
             raise ConfigError(
                 f"objectives: {self.objective} is not predicted; roll out by one that `pipetune plan` shows"
@@ -350,9 +336,7 @@ class Chain:
         quotient, rest = divmod(shape.num_layers, stages)
         counts = tuple(quotient + (place < rest) for place in range(stages))
         even = Plan.from_layer_counts(counts, devices, math.ceil(self.request.config.workload.num_prompts / stages))
-        return even.model_copy(
-            update={name: getattr(like, name) for name in ("compile", "cuda_graphs", "packed_weights")}
-        )
+        return even.model_copy(update={key: getattr(like, key) for key in ("compile", "cuda_graphs", "packed_weights")})
 
     def _gate(self, today: Plan, plan: Plan) -> GateResult:
         folder, devices = self.request.folder / GATE, self.request.fleets[-1]
@@ -366,9 +350,8 @@ class Chain:
             return SideRequest(Side(name=name, model=config.model, plan=plan, devices=devices), config)
 
         cases = (case_of("rollout", side("baseline", today), side("candidate", plan)),)
-        gate = Gate(
-            cases=cases, runner=FreshProcesses(cases), seed=config.seed, max_minutes=self.request.max_minutes
-        ).run(self.reporter)
+        most, runner = self.request.max_minutes, FreshProcesses(cases)
+        gate = Gate(cases=cases, runner=runner, seed=config.seed, max_minutes=most).run(self.reporter)
         outputs.write(gate, folder, None)
         return gate
 

@@ -94,14 +94,9 @@ def resolve(
     below: Below = ({}, ""),
 ) -> Resolved:
     """Merges all sources into one config; ConfigError names key and place of a file that cannot be read, an unknown
-    key, or a value that does not fit.
-
-    Args:
-        file: YAML file given by the user.
-        flags: values by the names of `settings`; None means not given.
-        recorded: `study.yaml` of a study that is resumed; it lies below the file.
-        below: values that lie below the file as well, such as those of a plan file.
-    """
+    key, or a value that does not fit. Flags go by the names of `settings`, None being not given, and before the user's
+    YAML file; below that lie `recorded`, the `study.yaml` of a study that is resumed, and `below`, such as values of a
+    plan file."""
     layers = _Layers()
     if recorded is not None:
         layers.put_file(recorded)
@@ -151,11 +146,9 @@ def resolve_settings(
     reads_trace: bool = False,
     warn: Callable[[str], None],
 ) -> Resolved:
-    """Settings from all sources, with devices made concrete and the number of prompts fitted to their file.
-
-    Where it `reads_trace`, recorded arrivals and lengths become the workload's. ConfigError as in `resolve`, and for
-    prompts that cannot be read, or objectives and constraints that the workload cannot serve.
-    """
+    """Settings from all sources, with devices made concrete and the number of prompts fitted to their file. Where it
+    `reads_trace`, recorded arrivals and lengths become the workload's. ConfigError as in `resolve`, and for prompts
+    that cannot be read, or objectives and constraints that the workload cannot serve."""
     resolved = resolve(file=params.get("config"), flags=given(params), recorded=recorded, below=below)
     for warning in resolved.warnings:
         warn(warning)
@@ -332,10 +325,8 @@ _SURE_DEPTH = 2000
 
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any]:
-    """The text's tree and its values, by libyaml, which is quick; the other parser tells better what is wrong.
-
-    libyaml ends the process on what is nested too deeply, which takes as many brackets, or a line as long.
-    """
+    """The text's tree and its values, by libyaml, which is quick; the other parser tells better what is wrong. libyaml
+    ends the process on what is nested too deeply, which takes as many brackets, or a line as long."""
     deepest = text.count("[") + text.count("{") + max(map(len, text.splitlines()), default=0)
     with contextlib.suppress(yaml.YAMLError, ValueError, AttributeError):
         if deepest < _SURE_DEPTH:

@@ -106,12 +106,8 @@ def of_python(python: str, env: Mapping[str, str]) -> Interpreter:
 
 
 def of_ref(ref: str, env: Mapping[str, str], *, repository: Path = ROOT, deadline: float = math.inf) -> Interpreter:
-    """A revision of pipetune's own repository, built if it is not there yet; that may take minutes.
-
-    Raises:
-        ConfigError: there is no such revision, as `commit_of` says, or it cannot be built.
-        OutOfTime: it is not built by the deadline.
-    """
+    """A revision of pipetune's own repository, built if it is not there yet; that may take minutes. ConfigError: there
+    is no such revision, as `commit_of` says, or it cannot be built; OutOfTime: it is not built by the deadline."""
     commit = commit_of(ref, repository=repository)
     folder = cache_root() / "revisions" / commit
     tree = folder / "tree"

@@ -26,11 +26,9 @@ def judge(
     """What is to be said of a metric by now; None for: more pairs.
 
     What was decided at one look stays decided whatever later pairs show, or fail to show: a hypothesis may be judged
-    again with all pairs of a gate that went on for the sake of another.
-
-    Args:
-        looks: as `looks_for` the number of hypotheses of the whole gate.
-        because: why no more pairs will come, so that something must be said; OUT_OF_TIME, for one.
+    again with all pairs of a gate that went on for the sake of another. The looks are those of `looks_for` the number
+    of hypotheses of the whole gate; `because`, such as OUT_OF_TIME, is why no more pairs will come, so that something
+    must be said.
     """
     told = _Told(case, metric, pairs)
     for look in looks:
@@ -48,13 +46,9 @@ def judge(
 def look_at(
     differences: Sequence[float], look: Look, tolerance: Tolerance, *, noise_floor: float, last: int
 ) -> tuple[v.LookTaken, v.Reason | None]:
-    """One look at one hypothesis: what it saw, and WORSE, WITHIN_MARGIN or, left open, None.
-
-    Args:
-        differences: as many as the look asks for; logarithms, worse being positive.
-        noise_floor: that is known beforehand, as a share.
-        last: pairs of the last look, after which the noise floor is to hold.
-    """
+    """One look at one hypothesis: what it saw, and WORSE, WITHIN_MARGIN or, left open, None. Differences are
+    logarithms, worse being positive, as many as the look asks for; the noise floor, a share that is known beforehand,
+    is to hold after the last look's pairs, `last`."""
     floor = max(math.expm1(signed_rank.noise_floor(differences, last)), noise_floor)
     taken = v.LookTaken(
         pairs=look.pairs,

@@ -74,12 +74,8 @@ class Gate:
     _findings: dict[tuple[str, str], v.Finding] = field(init=False)
 
     def run(self, reporter: Reporter) -> v.GateResult:
-        """Runs it to its end.
-
-        Raises:
-            UserError: sides that cannot be started as they were asked for.
-            FleetError: of a running fleet, the workers failed before anything was compared.
-        """
+        """Runs it to its end. UserError: sides that cannot be started as they were asked for; FleetError: of a running
+        fleet, the workers failed before anything was compared."""
         self._clock = Clock(self.max_minutes)
         self._pairs = {case.name: [] for case in self.cases}
         self._findings = {}
@@ -128,10 +124,8 @@ class Gate:
                 if number != v.REHEARSAL or not is_measured:
                     self._pairs[case.name].append(pair)
                     self._decide(case, looks)
-                    open_ = sum(bool(self._open(one)) for one in self.cases)
-                    reporter.course(
-                        sum(map(len, self._pairs.values())), open_ * (looks[-1].pairs - number - 1), "pairs"
-                    )
+                    open_, done = sum(bool(self._open(one)) for one in self.cases), sum(map(len, self._pairs.values()))
+                    reporter.course(done, open_ * (looks[-1].pairs - number - 1), "pairs")
             if number == v.REHEARSAL and pair_s:
                 reporter.say(self._forecast(sum(pair_s.values()), looks))
             if number == v.REHEARSAL + 1 and pair_s and self.max_minutes is not None:

@@ -62,21 +62,13 @@ class SideRunner(contextlib.AbstractContextManager["SideRunner"], Protocol):
 
     def prepare(self, deadline: float) -> dict[SideName, Machine | None]:
         """Gets both sides ready by a deadline of the monotonic clock, and says what those of the first case run on.
-
-        Raises:
-            UserError: sides that cannot be started as they were asked for.
-            FleetError: workers that do not start.
-            OutOfTime: they are not ready by the deadline.
-        """
+        UserError: sides that cannot be started as they were asked for; FleetError: workers that do not start;
+        OutOfTime: not ready by the deadline."""
         ...
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
-        """One unit.
-
-        Args:
-            check: whether its output is compared with the unsplit model's.
-            timeout_s: beyond which it is given up; None is what the protocol lets a run take.
-        """
+        """One unit, its output compared with the unsplit model's where that is to be checked, given up beyond the
+        timeout; None is what the protocol lets a run take."""
         ...
 
 
@@ -195,12 +187,9 @@ class RunningFleet(Closing):
 def run_fresh(
     case: Case, name: SideName, interpreter: Interpreter, *, check: bool, timeout_s: float | None = None
 ) -> Sample:
-    """Starts a side, measures it, and ends it, as `SideRunner.run` asks.
-
-    Raises:
-        PlanError: this very pipetune refuses the plan, so that it cannot be for that model whoever runs it.
-        ConfigError: it refuses the baseline's model, prompts or devices, so that there is nothing to compare with.
-    """
+    """Starts a side, measures it, and ends it, as `SideRunner.run` asks. PlanError: this very pipetune refuses the
+    plan, so that it cannot be for that model whoever runs it; ConfigError: it refuses the baseline's model, prompts or
+    devices, so that there is nothing to compare with."""
     longest_s = min(_START_S + 2 * case.protocol.timeout_s, timeout_s or math.inf)
     with scratch_folder() as folder:
         started_at, began = timestamp(), time.monotonic()
@@ -238,12 +227,8 @@ def _run(
     config, plan, output = folder / "config.yaml", folder / "plan.json", folder / "records.jsonl"
     model = _given(side.model) | {"name": side.model.name}
     trusted = model.pop("trust_remote_code", False)
-    settings = {
-        "model": model,
-        "workload": _given(case.workload),
-        "protocol": _given(case.protocol),
-        "devices": list(side.devices),
-    }
+    asked = {"workload": _given(case.workload), "protocol": _given(case.protocol)}
+    settings = {"model": model, **asked, "devices": list(side.devices)}
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     plan.write_text(side.plan.model_dump_json(exclude_defaults=True), encoding="utf-8")
     command = [interpreter.python, "-P", "-m", interpreter.module, "bench", "--config", str(config)]
@@ -267,10 +252,8 @@ def _run(
 
 
 def _finish(command: list[str], environment: dict[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end. Whatever comes between, a Ctrl-C for one, leaves no process behind.
-
-    A session of its own keeps the terminal's Ctrl-C from it, so that it is told once, by us, and can clean up.
-    """
+    """Runs a command to its end. Whatever comes between, a Ctrl-C for one, leaves no process behind. A session of its
+    own keeps the terminal's Ctrl-C from it, so that it is told once, by us, and can clean up."""
     command = [sys.executable, "-ISc", _DIE_WITH_GATE, str(os.getpid()), *command]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -323,10 +306,8 @@ def _nothing(done: subprocess.CompletedProcess[str], name: SideName, interpreter
 
 
 def _read(output: Path, case: Case, name: SideName) -> Record | str:
-    """The last record: others stand before it where a run was repeated.
-
-    An old revision, whose defaults are not ours, may have done other work.
-    """
+    """The last record: others stand before it where a run was repeated. An old revision, whose defaults are not ours,
+    may have done other work."""
     line = output.read_text(encoding="utf-8").splitlines()[-1]
     try:
         record = Record.model_validate_json(line)

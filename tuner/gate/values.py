@@ -59,10 +59,8 @@ class Case(Value):
 
 
 class Sample(Value):
-    """One fresh process, or one run in a running fleet: a unit of the gate.
-
-    What is no number is kept, since it decides a gate; JSON has no word for it, and says it as a string.
-    """
+    """One fresh process, or one run in a running fleet: a unit of the gate. What is no number is kept, since it decides
+    a gate; JSON has no word for it, and says it as a string."""
 
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
 

@@ -94,9 +94,7 @@ class Fit:
         """What was measured, by plan and round."""
         names = [name for name, row in self.figures.items() if row]
         numbers = sorted({at for name in names for at in self.figures[name]})
-        entries = [
-            (place, numbers.index(at), x) for place, name in enumerate(names) for at, x in self.figures[name].items()
-        ]
+        entries = [(n, numbers.index(at), x) for n, name in enumerate(names) for at, x in self.figures[name].items()]
         design = np.zeros((len(entries), len(names) + len(numbers)))
         for line, (place, at, _) in enumerate(entries):
             design[line, place] = design[line, len(names) + at] = 1.0
@@ -120,11 +118,8 @@ class Fit:
         return sorted(names, key=lambda name: self.levels.get(name, math.inf))
 
     def gap(self, plan: str, other: str, pool: "Fit | None" = None) -> Gap | None:
-        """How far one plan is behind another; None without a common round.
-
-        Args:
-            pool: the fit whose noise counts, of fewer plans; this one by default.
-        """
+        """How far one plan is behind another by the noise of `pool`, a fit of fewer plans, or of this one; None without
+        a common round."""
         common = self.figures.get(plan, {}).keys() & self.figures.get(other, {}).keys()
         if not common:
             return None
@@ -159,11 +154,9 @@ class State:
     """Plans and controls that the round to come still lacks."""
 
     def ratio(self, ours: str, theirs: str) -> Ratio | None:
-        """How many times better ours is: of two rivals by the rivals' noise; None without a common round.
-
-        The interval is what the tests leave possible, so that it leaves 1 out where one of them tells the two apart;
-        rounds that are too few for a test give none.
-        """
+        """How many times better ours is: of two rivals by the rivals' noise; None without a common round. The interval
+        is what the tests leave possible, so that it leaves 1 out where one of them tells the two apart; rounds that are
+        too few for a test give none."""
         are_rivals = {ours, theirs} <= self.pool.levels.keys()
         gap = self.fit.gap(theirs, ours, self.pool if are_rivals else None)
         return gap.ratio(self.level if gap.rounds >= MIN_ROUNDS else None) if gap else None
@@ -177,14 +170,9 @@ def decide(
     rivals: Collection[str] | None = None,
     controls: Collection[str] = (),
 ) -> State:
-    """Replays an elimination, round by round, as far as its figures go.
-
-    Args:
-        cells: figures of all plans and controls; those without any yet have an empty row.
-        max_rounds: rounds after which what is not told apart is a tie.
-        rivals: names of `cells` that compete; all but the controls by default.
-        controls: names of `cells` that run in every round and compete with nobody.
-    """
+    """Replays an elimination, round by round, as far as its figures go; after `max_rounds` what is not told apart is a
+    tie. Cells hold figures of all plans and controls, those without any yet an empty row. Rivals, all but the controls
+    by default, compete; controls run in every round and compete with nobody."""
     last = max(min_rounds, max_rounds)
     first_look = max(min_rounds, MIN_ROUNDS)
     level = nominal_level(first_look, max(first_look, last))
@@ -234,11 +222,8 @@ def nominal_level(first_look: int, last_look: int, alpha: float = ALPHA) -> floa
 
 
 def _crossing(bound: float, first_look: int, last_look: int) -> float:
-    """P(a sum of n standard normal differences exceeds bound·√n at some look n).
-
-    The density of the sums that have not crossed is carried from look to look by quadrature (Armitage, McPherson and
-    Rowe 1969, JRSS A 132, 235-244).
-    """
+    """P(a sum of n standard normal differences exceeds bound·√n at some look n). The density of the sums that have not
+    crossed is carried from look to look by quadrature (Armitage, McPherson and Rowe 1969, JRSS A 132, 235-244)."""
     crossed, place, mass = float(ndtr(-bound)), np.zeros(1), np.ones(1)
     step = math.sqrt(first_look)
     for look in range(first_look, last_look):

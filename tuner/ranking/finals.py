@@ -69,11 +69,9 @@ def choose(
     pipeline where all others went to replicas, or the other way round: which of the two ways is better is then told by
     common rounds. Of several objectives' front those around its knee are taken. The single stage, or what another
     engine does by itself, takes part beside them, so that what is gained is told by the same rounds; not where it has
-    missed the first of them, as in finals from before it did.
-
-    Args:
-        preferred: keys of plans, best first, that go before all others where there is one objective; before them go
-            those that ran in these finals already, so that what was learnt in between changes nothing.
+    missed the first of them, as in finals from before it did. Preferred keys of plans, best first, go before all others
+    where there is one objective; before them go those that ran in these finals already, so that what was learnt in
+    between changes nothing.
     """
     first_round, own = last_finals(records)
     ran = [record.effective.key for record in own if record.effective is not None]
@@ -152,11 +150,8 @@ def next_step(
     if state.kind == "open":
         names = sorted((*rivals, *controls))
         order = random.Random(f"{seed}-{finals.first_round + state.rounds}").sample(names, len(names))
-        return Due(
-            name=next(name for name in order if name in state.due),
-            round=finals.first_round + state.rounds,
-            shown_round=state.rounds,
-        )
+        due = next(name for name in order if name in state.due)
+        return Due(name=due, round=finals.first_round + state.rounds, shown_round=state.rounds)
     if state.kind == "none":
         return "no finalist is left: each failed twice or breaks a constraint"
     ranking = rank(records, objectives, constraints, (min_rounds, max_rounds), space=space)

@@ -51,10 +51,8 @@ def ordered(rows: Sequence[Row], objectives: Sequence[Objective], state: State |
 
 
 def _least_of_tied(ranked: Sequence[Row], state: State | None) -> tuple[Row | None, str | None]:
-    """The plan that takes least among those tied with the fastest and measured within the margin of it.
-
-    Fewer devices, then less memory on the fullest (differences below about 5 % are none), then the earlier rank.
-    """
+    """The plan that takes least among those tied with the fastest and measured within the margin of it. Fewer devices,
+    then less memory on the fullest (differences below about 5 % are none), then the earlier rank."""
     fastest = ranked[0] if ranked else None
     if state is None or fastest is None or state.rounds < MIN_ROUNDS:
         return None, None
@@ -76,10 +74,8 @@ def _least_of_tied(ranked: Sequence[Row], state: State | None) -> tuple[Row | No
 
 
 def _knee(ranked: Sequence[Row], objectives: Sequence[Objective]) -> tuple[Row | None, str | None]:
-    """The knee of the front; where plans are confirmed, the confirmed one that bulges most.
-
-    The whole front gives the scale, so that which plans came into the finals does not move it.
-    """
+    """The knee of the front; where plans are confirmed, the confirmed one that bulges most. The whole front gives the
+    scale, so that which plans came into the finals does not move it."""
     confirmed = [row for row in ranked if row.in_finals]
     best = pareto_front(confirmed or ranked, objectives)
     pool = [row for row in ranked if row.key in best]
@@ -96,16 +92,9 @@ def _knee(ranked: Sequence[Row], objectives: Sequence[Objective]) -> tuple[Row |
 
 
 def bulges(costs: Sequence[Sequence[float]]) -> tuple[float, ...] | None:
-    """How far each point lies before the plane through the best points of each objective, towards the ideal.
-
-    Every objective is scaled to the range that the points span.
-
-    Args:
-        costs: a row for each point, a column for each objective; less is better, and no value is infinite.
-
-    Returns:
-        One distance a point; None where there are too few points, or none of them bulges.
-    """
+    """How far each point, a row with a column for each objective, lies before the plane through the best points of each
+    objective, towards the ideal; None where there are too few points, or none of them bulges. Less is better, no value
+    is infinite, and every objective is scaled to the range that the points span."""
     table = np.asarray(costs, dtype=float)
     if len(table) < _FEWEST_POINTS or table.shape[1] < 2:
         return None

@@ -31,20 +31,16 @@ def rank(
     *,
     space: SpaceConfig = _UNBOUND,
 ) -> Ranking:
-    """Orders what was measured; the order of the records does not matter.
+    """Orders what was measured in one study, of one model, workload and machine; the order of the records does not
+    matter.
 
-    Records of one effective plan are one row. Its values are those of the last finals, or where it took no part,
-    medians over all iterations of its search runs (undisturbed ones, if any was). Rows that keep the constraints come
-    first; of those the finalists. With one objective these stand in the order of their levels; of those that are tied
-    with the fastest, the one that takes least comes first. With several objectives the knee of the front comes first,
-    then the front, and the objectives in turn decide the rest.
-
-    Args:
-        records: of one study: one model, workload and machine.
-        objectives: the first orders; with several, the non-dominated rows are marked.
-        constraints: a row that breaks one has no rank.
-        rounds: how many the finals have at least and at most.
-        space: bounds of the search; plans outside them are references: they have no rank.
+    Records of one effective plan are one row. Its values are those of the last finals (of `rounds`, at least and at
+    most), or where it took no part, medians over all iterations of its search runs (undisturbed ones, if any was). Rows
+    that keep the constraints come first, others have no rank, nor have plans outside the bounds of `space`, which are
+    references; of the rows the finalists come first. With one objective these stand in the order of their levels; of
+    those that are tied with the fastest, the one that takes least comes first. With several objectives the knee of the
+    front comes first, then the front, whose rows are marked as non-dominated, and the objectives in turn decide the
+    rest.
     """
     assert objectives, "a ranking needs an objective"
     first = objectives[0]
@@ -64,9 +60,8 @@ def rank(
     front = pareto_front(fit, objectives)
     rows = [row.model_copy(update={"on_front": row.key in front}) for row in rows]
     rows, recommended_because = ordered(rows, objectives, state)
-    separation = r.separation_of(
-        [row for row in rows if row.feasible and not row.unranked_because], state, several=len(objectives) > 1
-    )
+    sound = [row for row in rows if row.feasible and not row.unranked_because]
+    separation = r.separation_of(sound, state, several=len(objectives) > 1)
 
     sweep, baseline = _baselines([run for run in measured if not run.record.effective], finals, constraints)
     rows.sort(key=lambda row: row.unranked_because is not None)
@@ -84,10 +79,8 @@ def rank(
         return r.unpaired(first, searched.get(ours), searched.get(theirs))
 
     def complete(row: Row, position: int) -> Row:
-        update: dict[str, object] = {
-            "rank": position if row.feasible and not row.unranked_because else None,
-            "tied": row.key in separation.tied,
-        }
+        place = position if row.feasible and not row.unranked_because else None
+        update: dict[str, object] = {"rank": place, "tied": row.key in separation.tied}
         if row.is_reference or not row.unranked_because:
             update["speedup_over_baseline"] = gain(row.key, r.BASELINE)
             update["speedup_over_single_stage"] = gain(row.key, single.key) if single else None
@@ -185,11 +178,8 @@ def _row(
 
 
 def _pooled(group: Sequence[r.PlanRun], finals: r.Finals, name: str | None) -> tuple[list[r.PlanRun], dict[str, Any]]:
-    """What a row of either kind says of all of its runs, and of those that its values come from, which are given too.
-
-    Args:
-        name: in the finals; None for values of the search, whatever came later.
-    """
+    """What a row of either kind says of all of its runs, and of those that its values come from, which are given too;
+    its name in the finals is None for values of the search, whatever came later."""
     rounds = finals.rounds.get(name, 0) if name else 0
     used = finals.runs(name) if name and rounds else r.searched_runs(group)
 
@@ -234,11 +224,9 @@ def _why_unranked(measurement: Measurement, plan: Plan) -> str | None:
 
 
 def _is_wrong(check: OutputCheck) -> bool:
-    """Whether a comparison does not hold what a measurement promises.
-
-    Where positions were counted, a few of a mixture of experts may lie beyond the tolerance: whoever measured judged
-    them, and gave a failure where they were too many.
-    """
+    """Whether a comparison does not hold what a measurement promises. Where positions were counted, a few of a mixture
+    of experts may lie beyond the tolerance: whoever measured judged them, and gave a failure where they were too
+    many."""
     if check.typical_error is not None and check.typical_tolerance is not None:
         return check.typical_error > check.typical_tolerance
     return check.argmax_flips > 0 or check.max_logit_error > check.tolerance
@@ -247,10 +235,8 @@ def _is_wrong(check: OutputCheck) -> bool:
 def _baselines(
     runs: Sequence[r.PlanRun], finals: r.Finals, constraints: Sequence[Constraint]
 ) -> tuple[tuple[BaselineRow, ...], BaselineRow | None]:
-    """The un-pipelined model at every batch size tried, and at its best one.
-
-    The best is chosen by the sweep, among those that keep the constraints if any does, unless the finals chose already.
-    """
+    """The un-pipelined model at every batch size tried, and at its best one. The best is chosen by the sweep, among
+    those that keep the constraints if any does, unless the finals chose already."""
     by_size: dict[int, list[r.PlanRun]] = {}
     for run in runs:
         by_size.setdefault(run.measurement.batch_size or len(run.measurement.order), []).append(run)

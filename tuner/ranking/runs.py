@@ -51,11 +51,9 @@ class PlanRun:
 
 
 class Finals:
-    """The last finals: what its runs say of each plan by its key, and of the un-pipelined model by `BASELINE`.
-
-    The objective, and all that follows from an iteration's duration, are levels: as `tuner.ranking.elimination` reads
-    them, in a round as the rounds were on the whole. Other metrics are medians.
-    """
+    """The last finals: what its runs say of each plan by its key, and of the un-pipelined model by `BASELINE`. The
+    objective, and all that follows from an iteration's duration, are levels: as `tuner.ranking.elimination` reads them,
+    in a round as the rounds were on the whole. Other metrics are medians."""
 
     def __init__(self, runs: Sequence[PlanRun], objective: Objective) -> None:
         self.objective = objective
@@ -131,15 +129,10 @@ def _samples(runs: Sequence[PlanRun], name: str) -> list[float]:
 
 
 def last_finals(records: Sequence[Record]) -> tuple[int, tuple[Record, ...]]:
-    """The finals that chose among all trials; plans measured after a finals call for a new one.
-
-    Returns:
-        Number of its first round, which is behind all rounds of earlier finals, and its records.
-    """
-    last_trial = max(
-        (record.number for record in records if record.role == "trial" and isinstance(record.result, Measurement)),
-        default=-1,
-    )
+    """The finals that chose among all trials: number of its first round, which is behind all rounds of earlier finals,
+    and its records. Plans measured after a finals call for a new one."""
+    trials = [one.number for one in records if one.role == "trial" and isinstance(one.result, Measurement)]
+    last_trial = max(trials, default=-1)
     finals = [record for record in records if record.role == "finalist" and record.round is not None]
     first_round = max((record.round + 1 for record in finals if record.number < last_trial), default=0)  # type: ignore[operator]
     return first_round, tuple(record for record in finals if record.number > last_trial)

@@ -22,10 +22,8 @@ TRACE_FILE = "trace.json.gz"
 
 def write_report(report: Report, sections: Sequence[Section] = ()) -> None:
     """Writes `ranking.csv`, `ranking.md`, `report.html`, `plots/*.png` and `trace.json.gz` into the study's folder.
-
     What the records do not yield (no plan ran, no run was instrumented) is said in the texts, and its file of an
-    earlier report is taken away. `sections` are further ones of the page, such as a comparison with other studies.
-    """
+    earlier report is taken away. `sections` are further ones of the page, such as a comparison with other studies."""
     # matplotlib takes half a second to import: those who only print a table need not wait for it.
     from pipetune.tuner.report.render.html import render_html
     from pipetune.tuner.report.render.plot import render_png

@@ -56,9 +56,7 @@ def costs_of(profile: Profile) -> doc.Section:
             lines.append((device.device if index == 0 else "", part, *cells))
     notes = "".join(f"; {clean(note)}" for note in profile.notes)
     origin = f"Measured in {profile.took_s:.0f} s at {clean(profile.measured_at)}{notes}."
-    links = tuple(
-        (name, f"{latency_us:.0f} µs, {number_text(gb_per_s)} GB/s") for name, latency_us, gb_per_s in _links(profile)
-    )
+    links = tuple((name, f"{us:.0f} µs, {number_text(gb_per_s)} GB/s") for name, us, gb_per_s in _links(profile))
     return doc.Section(
         "What the model's parts take",
         (
@@ -122,9 +120,7 @@ def _bytes(profile: Profile) -> doc.Facts:
 
 def _kinds(times: Iterable[TaskTime]) -> tuple[list[TaskKind], list[TaskKind]]:
     """A few kinds of prefill and of decode: the smallest, the largest, and what lies between them."""
-    kinds = sorted(
-        {_kind(time) for time in times}, key=lambda kind: (kind.rows * (kind.new_tokens + kind.past_tokens), kind)
-    )
+    kinds = sorted(set(map(_kind, times)), key=lambda kind: (kind.rows * (kind.new_tokens + kind.past_tokens), kind))
     return _some([kind for kind in kinds if not kind.past_tokens]), _some([kind for kind in kinds if kind.is_decode])
 
 

@@ -17,10 +17,8 @@ _MOST_ROWS, _MOST_REMARKS = 12, 5
 
 
 def screen_of(report: Report, *, goes_on: bool = False) -> doc.Document:
-    """The ranking for a terminal of 80 columns: the verdict, the tables, what to do next, and the legend last.
-
-    Who `goes_on` says what to do next behind it.
-    """
+    """The ranking for a terminal of 80 columns: the verdict, the tables, what to do next, and the legend last. Who
+    `goes_on` says what to do next behind it."""
     remarks = shortened(remarks_of(report), _MOST_REMARKS, "more such plans in ranking.md")
     tables, (verdict, *others) = ranking_tables(report), verdict_of(report)
     parts: list[doc.Part] = [verdict]
@@ -242,13 +240,8 @@ def verdict_of(report: Report) -> list[doc.Text]:
     ties = f"; tied with {w.list_text(tied)}" if tied else ""
     because, rival, note = ranking.recommended_because, w.rival_text(ranking), w.export_note(best.plan, DEVICE_MAP_FILE)
     warnings = w.warnings_of(best)
-    told = (
-        w.engine_default_text(ranking),
-        w.sentence(ranking.separation.text),
-        w.sentence(because),
-        rival,
-        w.sentence(note),
-    )
+    default, separation = w.engine_default_text(ranking), ranking.separation.text
+    told = (default, w.sentence(separation), w.sentence(because), rival, w.sentence(note))
     return [
         doc.Text(f"Best plan: {w.row_text(best)}: {value}{over}{ties}", "warning" if warnings else "good"),
         *(doc.Text(warning, "warning") for warning in warnings),

@@ -144,14 +144,8 @@ def _cells(report: Report, trial: Trial) -> tuple[Cell, ...]:
     if record.source is not None:
         why = f"measured by {w.clean(record.source.partition('/')[0])}"
     best = Text(measured, "strong") if trial.is_best_so_far else measured
-    return (
-        str(trial.number),
-        plan,
-        why,
-        predicted,
-        best,
-        w.MISSING if trial.error is None else f"{100 * trial.error:+.1f} %",
-    )
+    error = w.MISSING if trial.error is None else f"{100 * trial.error:+.1f} %"
+    return str(trial.number), plan, why, predicted, best, error
 
 
 def _errors_text(errors: Sequence[float]) -> str:

@@ -32,17 +32,13 @@ def study_figures(report: Report) -> dict[str, Figure | None]:
         "predicted_vs_measured": ("Predicted against measured", predictions),
         "timeline": ("Timeline of the stages", timeline_chart(report)),
     }
-    return {
-        name: Figure(alt, chart, wide=chart.size[0] > 8) if chart else None for name, (alt, chart) in charts.items()
-    }
+    return {key: Figure(alt, chart, wide=chart.size[0] > 8) if chart else None for key, (alt, chart) in charts.items()}
 
 
 def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Chart | None:
-    """Every ranked plan's throughput against a metric; None when no plan has it.
-
-    Where there is a baseline, throughput is drawn as the gain over it: the machine may be slower or faster during the
-    finals than it was during the search, and then tokens per second of the two do not compare.
-    """
+    """Every ranked plan's throughput against a metric; None when no plan has it. Where there is a baseline, throughput
+    is drawn as the gain over it: the machine may be slower or faster during the finals than it was during the search,
+    and then tokens per second of the two do not compare."""
     ranking, base = report.ranking, report.ranking.baseline
     references = (row for row in ranking.unranked if row.is_reference)
     rows = [row for row in (*ranking.rows, *references) if metric in row.metrics]

@@ -48,13 +48,9 @@ class CorruptDatabaseError(StudyError):
 
 
 def open_storage(url: str, say: Callable[[str], None] = lambda text: None) -> optuna.storages.RDBStorage:
-    """Opens an Optuna database; `say` is told once when an SQLite file is waited for, now or later.
-
-    Raises:
-        ConfigError: it is no URL, or the driver is missing.
-        CorruptDatabaseError: an SQLite file that is damaged; it is left as it is.
-        StudyError: it cannot be used, is held for `LOCKED_S`, or is another program's; no password is shown.
-    """
+    """Opens an Optuna database; `say` is told once when an SQLite file is waited for, now or later. ConfigError: it is
+    no URL, or the driver is missing; CorruptDatabaseError: an SQLite file that is damaged, which is left as it is;
+    StudyError: it cannot be used, is held for `LOCKED_S`, or is another program's; no password is shown."""
     target = connectable(url)
     path = sqlite_path(target)
     held = f"another program holds it; it is waited for, up to {LOCKED_S:.0f} s"
@@ -138,9 +134,7 @@ _OPTUNAS = {"studies": "study_name", "version_info": "schema_version"}
 
 def _check_file(path: Path, url: str, waiting: Mapping[str, Any]) -> None:
     """Looks at an SQLite file without writing to it; one of Optuna's with a journal is left to Optuna to mend.
-
-    CorruptDatabaseError where it is damaged, StudyError where it is another program's, or may be.
-    """
+    CorruptDatabaseError where it is damaged, StudyError where it is another program's, or may be."""
     is_optunas = False
     # Whose a file is shows past locks and journals, and leaves none; whether it is whole shows only with them.
     for mode in ("immutable=1", "mode=ro"):
@@ -150,9 +144,7 @@ def _check_file(path: Path, url: str, waiting: Mapping[str, Any]) -> None:
             with contextlib.closing(opened), contextlib.closing(opened.cursor()) as cursor:
                 names = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
                 tables = {name for (name,) in cursor.execute(names)}
-                columns = {
-                    table: {row[1] for row in cursor.execute(f"PRAGMA table_info({table})")} for table in _OPTUNAS
-                }
+                columns = {name: {row[1] for row in cursor.execute(f"PRAGMA table_info({name})")} for name in _OPTUNAS}
                 if mode == "mode=ro":
                     found = cursor.execute("PRAGMA quick_check(1)").fetchone()[0]
         except sqlite3.DatabaseError as error:

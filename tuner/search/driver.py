@@ -36,13 +36,9 @@ from pipetune.tuner.study.store import StudyStore
 
 def run_study(store: StudyStore, reporter: Reporter, *, start_fleet: Callable[..., Fleet] | None = None) -> bool:
     """Runs what is left of a study; False if it was interrupted. `start_fleet` is in place of `Fleet.start`, where
-    there are no workers.
-
-    Raises:
-        UserError: a model, prompts or bounds that cannot be used, or a resume that does not fit.
-        NothingFeasibleError: no plan fits into memory.
-        FleetError: the workers do not start, or are lost again and again, and the study cannot or shall not go on.
-    """
+    there are no workers. UserError: a model, prompts or bounds that cannot be used, or a resume that does not fit;
+    NothingFeasibleError: no plan fits into memory; FleetError: the workers do not start, or are lost again and again,
+    and the study cannot or shall not go on."""
     return _to_the_end(Runs(store, start_fleet, reporter), _run)
 
 
@@ -201,10 +197,8 @@ def _measure_baseline(runs: Runs) -> None:
 
 
 def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> None:
-    """Our runtime without a pipeline, which tells what pipelining gains from what the rest of it gains.
-
-    Where it does not fit below `max_memory_per_device`, it is measured without that cap, to compare with.
-    """
+    """Our runtime without a pipeline, which tells what pipelining gains from what the rest of it gains. Where it does
+    not fit below `max_memory_per_device`, it is measured without that cap, to compare with."""
     if space.engine is not None or not is_due([one for one in runs.store.current if one.role == "single_stage"]):
         return
     baseline, workload = rank_study(runs.store).baseline, runs.store.config.workload

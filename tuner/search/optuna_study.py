@@ -64,14 +64,10 @@ class OptunaStudy:
         say: Callable[[str], None] = lambda text: None,
         is_own: bool = False,
     ) -> "OptunaStudy":
-        """The study of a space in its database; CorruptDatabaseError, StudyError where that cannot be used.
-
-        Args:
-            name: what the study is called there, before what tells it from others; one that is there keeps its own.
-            say: told that the database is waited for or set aside.
-            is_own: whether it is the study's own: if it is damaged it is kept under another name, and made anew. Any
-                other may be somebody else's, and is never touched.
-        """
+        """The study of a space in its database; CorruptDatabaseError, StudyError where that cannot be used. The name is
+        what it is called there, before what tells it from others; one that is there keeps its own. `say` is told that
+        the database is waited for or set aside. A damaged one that is the study's own is kept under another name, and
+        made anew; any other may be somebody else's, and is never touched."""
 
         def create() -> OptunaStudy:
             optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -135,10 +131,8 @@ class OptunaStudy:
         self._study.set_user_attr("best_plan", record and record.spec and record.spec.plan.describe())
 
     def restore(self, records: Collection[Record]) -> tuple[FrozenTrial, ...]:
-        """Brings the database up to the records: adds trials it lacks, tells what it was not told.
-
-        Those are returned that were running and have no record; their driver died.
-        """
+        """Brings the database up to the records: adds trials it lacks, tells what it was not told. Those are returned
+        that were running and have no record; their driver died."""
         by_trial = {record.trial_number: record for record in records if record.trial_number is not None}
         trials = self.trials()
         for trial in trials:

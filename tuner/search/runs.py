@@ -46,9 +46,7 @@ class StopSignal:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handles the signals within the block, which must run in the main thread."""
-        before: dict[int, Any] = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before: dict[int, Any] = {one: signal.signal(one, self._on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -127,11 +125,9 @@ class Runs:
         self.reporter.course(self._done, self._left)
 
     def ensure_reference(self) -> None:
-        """Gives the fleet what every plan's output is checked against: the unsplit model's own.
-
-        ModelError where it cannot be split, StudyError where something else stands in the reference's place, FleetError
-        where the workers failed.
-        """
+        """Gives the fleet what every plan's output is checked against: the unsplit model's own. ModelError where it
+        cannot be split, StudyError where something else stands in the reference's place, FleetError where the workers
+        failed."""
         if self._fleet_has_reference or not self.store.config.protocol.check_outputs:
             return
         self._fleet_has_reference = True
@@ -176,13 +172,9 @@ class Runs:
         protocol: Protocol | None = None,
         **labels: Unpack[Labels],
     ) -> Record:
-        """Measures a plan, or records why it is not run.
-
-        Raises:
-            Interrupted: somebody asked to stop, and this is no trial: it leaves no record and is run again. A trial's
-                record says that it was interrupted.
-            FleetError: the workers were lost too often.
-        """
+        """Measures a plan, or records why it is not run. Interrupted: somebody asked to stop, and this is no trial: it
+        leaves no record and is run again, where a trial's record says that it was interrupted. FleetError: workers lost
+        too often."""
         spec = self.spec(plan, protocol)
         if isinstance(resolved, EffectivePlan):
             self.ensure_reference()
@@ -227,10 +219,8 @@ class Runs:
 
     def survive(self, error: FleetError) -> None:
         """Lets the work begin anew after a loss: on the same devices, and without one that was lost twice in a row.
-
         Raises the same where it is no device's, or the machine's; or with the way out, where the work shall stop, or
-        what is left does not suffice.
-        """
+        what is left does not suffice."""
         failure, config = error.failure, self.store.config
         device, twice = failure.lost_device, self._lost[-1:] == [failure.lost_device]
         if device is None or (not twice and len(self._lost) + 1 >= _HOPELESS):

@@ -31,10 +31,8 @@ def resolver_of(fleet: Fleet, config: TuneConfig, lens: Sequence[int]) -> Resolv
 
 def study_costs(runs: Runs, lens: Sequence[int], resolve: Resolver) -> CostModel:
     """The cost model of a study: over its profile, which is measured or taken from the cache once, and then its own.
-
     Raises as `build_space` before anything is timed, StudyError where the study's profile cannot be read, and
-    Interrupted where somebody asked to stop.
-    """
+    Interrupted where somebody asked to stop."""
     store, fleet = runs.store, runs.fleet
     if store.config.engine is not None:
         return EngineModel.of_workload(fleet.shape, store.workload, lens)
@@ -96,9 +94,8 @@ def _measured(runs: Runs, grid: ProfileGrid) -> Profile | None:
     runs.reporter.begin("profile: what layers and links take")
     try:
         with runs.stop.interruptible():
-            profile = profile_for(
-                runs.fleet, grid, packed_weights=config.packed_weights, cuda_graphs=config.cuda_graphs
-            )
+            wanted = {"packed_weights": config.packed_weights, "cuda_graphs": config.cuda_graphs}
+            profile = profile_for(runs.fleet, grid, **wanted)
     except FleetError as error:
         runs.reporter.end(f"failed, nominal costs serve instead: {error}")
         return None

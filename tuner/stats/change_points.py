@@ -66,18 +66,14 @@ def change_points(values: Sequence[float], *, alpha: float = ALPHA) -> tuple[Cha
         if not same:
             break
         cuts.remove(same[0])
-    return tuple(
-        ChangePoint(index=cut, p=found[cut], before=levels[place], after=levels[place + 1])
-        for place, cut in enumerate(cuts)
-    )
+    steps = zip(cuts, itertools.pairwise(levels), strict=True)
+    return tuple(ChangePoint(index=cut, p=found[cut], before=before, after=after) for cut, (before, after) in steps)
 
 
 def dependence(values: Sequence[float], changes: Sequence[ChangePoint]) -> float | None:
-    """Autocorrelation from one night to the next, around the levels.
-
-    None where it is no more than what nights without any show (1.96 / sqrt(n): Anderson 1942, Annals of Mathematical
-    Statistics 13, 1-13), and in series of fewer than 10 nights.
-    """
+    """Autocorrelation from one night to the next, around the levels. None where it is no more than what nights without
+    any show (1.96 / sqrt(n): Anderson 1942, Annals of Mathematical Statistics 13, 1-13), and in series of fewer than 10
+    nights."""
     edges = (0, *(change.index for change in changes), len(values))
     parts = [np.asarray(values[first:end], dtype=np.float64) for first, end in itertools.pairwise(edges)]
     away = np.concatenate([part - part.mean() for part in parts if part.size] or [np.zeros(0)])

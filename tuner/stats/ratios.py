@@ -37,12 +37,8 @@ class Ratio(Value):
 def ratio_of(
     log_gain: float, error: float = 0.0, freedom: float = 0.0, *, tail: float = TAIL, rounds: int = 0
 ) -> Ratio:
-    """The ratio of a gain in logarithms, with its t interval where there are degrees of freedom for one.
-
-    Args:
-        error: standard error of the gain.
-        tail: chance that the interval leaves out at each end.
-    """
+    """The ratio of a gain in logarithms, of that standard error, with its t interval, which leaves out the chance
+    `tail` at each end, where there are degrees of freedom for one."""
     if not freedom:
         return Ratio(value=math.exp(log_gain), rounds=rounds)
     half = float(stdtrit(freedom, 1 - tail)) * error if error else 0.0

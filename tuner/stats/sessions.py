@@ -32,12 +32,8 @@ class NewLevel:
     """How a new session's level lies to what stored ones let expect of it."""
 
     def __init__(self, stored: Sequence[Sequence[float]], new: Sequence[float], *, told_spread: float | None) -> None:
-        """
-        Args:
-            stored: of each session, the logarithms of its runs; at least one session with a run.
-            new: the logarithms of the new session's runs, at least one.
-            told_spread: SD of the levels of sessions, used where too few are stored to tell; None where nobody knows.
-        """
+        """Logarithms of runs, at least one of a stored session and one of the new; `told_spread`, the SD of the levels
+        of sessions, is used where too few are stored to tell, and None where nobody knows."""
         sessions = [session for session in stored if session]
         assert sessions, "there are stored runs"
         assert new, "there are new runs"
@@ -77,10 +73,8 @@ class NewLevel:
         return self.difference - half, self.difference + half
 
     def power(self, shift: float, alpha: float) -> float:
-        """Chance that `above` is at most alpha where the true difference is `shift`, in the noise that was found.
-
-        By the noncentral t distribution. Where there is no test: what a test could have at most, were all nights alike.
-        """
+        """Chance that `above` is at most alpha where the true difference is `shift`, in the noise that was found. By
+        the noncentral t distribution. Where there is no test: what a test could have at most, were all nights alike."""
         bound = self._quantile(1 - alpha)
         if self.error == 0.0:
             return 1.0 if shift > 0 else 0.0
@@ -114,8 +108,6 @@ def _variance_of_runs(sessions: Sequence[Sequence[float]]) -> float | None:
 
 
 def _open(variance: float, runs: int) -> float:
-    """Variance of a median of so many runs: a mean's up to two, beyond it that of a large normal sample's median.
-
-    The latter is a little more than few runs have (Kendall and Stuart 1977, Advanced Theory of Statistics 1, 14.8).
-    """
+    """Variance of a median of so many runs: a mean's up to two, beyond it that of a large normal sample's median. The
+    latter is a little more than few runs have (Kendall and Stuart 1977, Advanced Theory of Statistics 1, 14.8)."""
     return variance * (1.0 if runs <= 2 else math.pi / 2) / runs

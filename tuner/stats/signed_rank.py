@@ -64,22 +64,18 @@ def hodges_lehmann(values: Sequence[float]) -> float:
 
 
 def interval(differences: Sequence[float], level: float) -> tuple[float, float]:
-    """The shifts that two signed-rank tests at (1 - level) / 2 each do not exclude.
-
-    Their ends are order statistics of the means of all pairs (Hollander, Wolfe and Chicken 2014, Nonparametric
-    Statistical Methods, section 3.3). Differences too few for the level give the whole line.
-    """
+    """The shifts that two signed-rank tests at (1 - level) / 2 each do not exclude. Their ends are order statistics of
+    the means of all pairs (Hollander, Wolfe and Chicken 2014, Nonparametric Statistical Methods, section 3.3).
+    Differences too few for the level give the whole line."""
     means = np.sort(_pair_means(differences))
     outside = int(np.searchsorted(_tail(len(differences)), (1 - level) / 2, side="right"))
     return (-math.inf, math.inf) if outside == 0 else (float(means[outside - 1]), float(means[-outside]))
 
 
 def noise_floor(differences: Sequence[float], pairs: int, alpha: float = 0.01) -> float:
-    """What two equal sides may seem to differ by after so many pairs, once in 1/alpha gates, in the noise of these.
-
-    The standard error of the Hodges-Lehmann shift is read off its own 80 % interval, which a few astray pairs do not
-    widen, and carried over to `pairs` pairs by the root of their number.
-    """
+    """What two equal sides may seem to differ by after so many pairs, once in 1/alpha gates, in the noise of these. The
+    standard error of the Hodges-Lehmann shift is read off its own 80 % interval, which a few astray pairs do not widen,
+    and carried over to `pairs` pairs by the root of their number."""
     low, high = interval(differences, 0.8)
     error = (high - low) / 2 / float(ndtri(0.9))
     return float(ndtri(1 - alpha)) * error * math.sqrt(len(differences) / pairs)
@@ -125,11 +121,9 @@ class Look:
 
 
 def looks_for(hypotheses: int) -> tuple[Look, ...]:
-    """The looks of each of so many hypotheses.
-
-    OK is not corrected for their number: a gate is OK only if all its hypotheses are, so that one which is worse by the
-    margin lets it be so no more often than itself (intersection-union; Berger 1982, Technometrics 24, 295-300).
-    """
+    """The looks of each of so many hypotheses. OK is not corrected for their number: a gate is OK only if all its
+    hypotheses are, so that one which is worse by the margin lets it be so no more often than itself
+    (intersection-union; Berger 1982, Technometrics 24, 295-300)."""
     assert hypotheses >= 1
     looks, saved = [], 0.0
     for pairs, share in zip(PAIRS, _SHARES, strict=True):

@@ -78,10 +78,8 @@ class StudyContents(Value):
 
 
 def load_study(folder: Path) -> StudyContents:
-    """Reads a study; what beside its settings and losses cannot be read is named, and passed over.
-
-    Raises as `read_config`, and as `read_losses`.
-    """
+    """Reads a study; what beside its settings and losses cannot be read is named, and passed over. Raises as
+    `read_config`, and as `read_losses`."""
     unread: list[str] = []
     records, losses = load_records(folder, unread), read_losses(folder)
     return StudyContents(
@@ -109,11 +107,9 @@ def read_losses(folder: Path) -> Losses:
 
 
 def load_records(folder: Path, unread: list[str] | None = None) -> tuple[Record, ...]:
-    """All records of a study in order of their numbers; temporary files of a killed writer are passed over.
-
-    Those that are damaged, of another version, or whose number is not their file's are passed over where `unread`
-    takes what is wrong with them; else a StudyError names the first.
-    """
+    """All records of a study in order of their numbers; temporary files of a killed writer are passed over. Those that
+    are damaged, of another version, or whose number is not their file's are passed over where `unread` takes what is
+    wrong with them; else a StudyError names the first."""
     records = []
     for path in sorted((folder / RECORDS_FOLDER).glob("[0-9]*.json")):
         try:
@@ -164,8 +160,7 @@ def still_told(records: Sequence[Record]) -> tuple[Record, ...]:
 
 
 def read_config(folder: Path) -> TuneConfig:
-    """The settings of a study.
-    StudyError: the folder holds no study. ConfigError: its `study.yaml` is damaged."""
+    """The settings of a study. StudyError: the folder holds no study. ConfigError: its `study.yaml` is damaged."""
     path = folder / StudyFile.CONFIG
     if not path.is_file():
         raise StudyError(f"{folder}{written_by(folder)} holds no study: there is no {StudyFile.CONFIG}")

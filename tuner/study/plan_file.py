@@ -60,14 +60,8 @@ def render(
     prompt_lens: Sequence[int] = (),
 ) -> str:
     """One form of a plan as text, the last newline included. Maps describe one model: of several replicas the first.
-    They call the stages' devices as `device_names` says; empty keeps their names.
-
-    Args:
-        machine: what an engine's plan was measured on, so that it is exported as it ran; prompts were `prompt_lens`.
-
-    Raises:
-        ConfigError: fewer names than stages.
-    """
+    They call the stages' devices as `device_names` says; empty keeps their names. An engine's plan is exported as it
+    ran, on `machine` with prompts of `prompt_lens`. ConfigError: fewer names than stages."""
     if form == "plan":
         return plan_file.model_dump_json(indent=1) + "\n"
     if form in MAPS:

@@ -64,15 +64,9 @@ class StudyStore(Closing):
 
     @classmethod
     def create(cls, folder: Path, config: TuneConfig) -> Self:
-        """Starts a study in a new or empty folder.
-
-        Args:
-            config: with its devices resolved; a prompts file is copied into the folder.
-
-        Raises:
-            ConfigError: a shared study without a database that several processes can use, or prompts not to be read.
-            StudyError: the folder holds a study or something else, or cannot be made. Nothing is overwritten.
-        """
+        """Starts a study in a new or empty folder; the config's devices are resolved, and a prompts file is copied into
+        it. ConfigError: a shared study without a database that several processes can use, or prompts not to be read;
+        StudyError: the folder holds a study or something else, or cannot be made. Nothing is overwritten."""
         check_sharing(config)
         taken = StudyError(f"{folder} holds a study already; go on with it by --resume, or take another folder")
         if folder.is_dir():
@@ -104,15 +98,9 @@ class StudyStore(Closing):
 
     @classmethod
     def resume(cls, folder: Path, config: TuneConfig) -> Self:
-        """Goes on with a study.
-
-        Args:
-            config: the settings wanted now; only those of `MAY_CHANGE` may differ from what was recorded.
-
-        Raises:
-            ConfigError: a shared study without a database that several processes can use, or prompts not to be read.
-            StudyError: there is no study, it is in use, a setting differs (says which), or a record is cut off.
-        """
+        """Goes on with a study, by the settings wanted now; only those of `MAY_CHANGE` may differ from what was
+        recorded. ConfigError: a shared study without a database that several processes can use, or prompts not to be
+        read; StudyError: there is no study, it is in use, a setting differs (says which), or a record is cut off."""
         recorded = files.read_config(folder)
         in_place = (_LOCK_FILE, *_FOLDERS, f"{StudyFile.DATABASE}*", f"{files.LOGS_FOLDER}/*")
         files.refuse_links(path for name in in_place for path in folder.glob(name))
@@ -206,14 +194,8 @@ class StudyStore(Closing):
         return self.config.storage or sqlite_url((self.folder / StudyFile.DATABASE).resolve())
 
     def set_machine(self, machine: Machine, shape: ModelShape) -> tuple[str, ...]:
-        """Records what the study runs on; on a resume demands equal hardware and an equal model.
-
-        Returns:
-            Software that differs from the recorded, to be said.
-
-        Raises:
-            StudyError: other hardware, or a model of another shape.
-        """
+        """Records what the study runs on; on a resume demands equal hardware and an equal model (StudyError), and gives
+        the software that differs from the recorded, to be said."""
         path = self.path(StudyFile.MACHINE)
         if not path.exists():
             write_durably(self.folder / StudyFile.SHAPE, shape.model_dump_json(indent=1))
@@ -252,13 +234,9 @@ class StudyStore(Closing):
         return self._write(record.model_copy(update={"spec": spec}))
 
     def adopt(self, record: Record, *, source: str, source_devices: Sequence[str], trial_number: int) -> Record:
-        """Writes a record that another process of the study measured, as `add` does.
-
-        Args:
-            record: with this study's names for its devices.
-            source: unique over all processes; see `Record.source`.
-            trial_number: in the database that both use.
-        """
+        """Writes a record that another process of the study measured, as `add` does: with this study's names for its
+        devices, a source unique over all processes (see `Record.source`), and the trial's number in the database that
+        both use."""
         origin = {"trial_number": trial_number, "source": source, "source_devices": tuple(source_devices)}
         return self._write(record.model_copy(update=origin))
 

@@ -191,10 +191,8 @@ def _sides(case: Case) -> list[tuple[str, str]]:
 
 
 def differences_chart(result: GateResult) -> Chart | None:
-    """Pairs from top to bottom in the order measured, hollow where the verdict did not look at them.
-
-    None where nothing was compared.
-    """
+    """Pairs from top to bottom in the order measured, hollow where the verdict did not look at them. None where nothing
+    was compared."""
     if not (shown := [finding for finding in result.findings if finding.differences]):
         return None
     several = len({finding.case for finding in result.findings}) > 1

@@ -32,11 +32,8 @@ class Stored(Session):
 
 def read_stored(places: Sequence[Path], case: Case, *, other_dtype: bool = False) -> tuple[Stored, ...]:
     """Stored sessions of a case, of another dtype where that is compared; of studies, all of the first one's best plan.
-
-    Raises:
-        StudyError: a place that holds no session that can be read.
-        ConfigError: it did other work, or another plan than the places before it; or the first study has no best plan.
-    """
+    StudyError: a place that holds no session that can be read; ConfigError: it did other work, or another plan than the
+    places before it, or the first study has no best plan."""
     found: list[Stored] = []
     key: str | None = None
     for place in places:
@@ -68,13 +65,9 @@ def read_stored(places: Sequence[Path], case: Case, *, other_dtype: bool = False
 
 
 def read_study(folder: Path, *, key: str | None = None) -> Stored:
-    """A stored study's session of the plan of that key, by default of its best one.
-
-    A plan's finals are taken where it has any: luck helped to choose it by its other runs, and they flatter it.
-
-    Raises:
-        StudyError: the folder holds no study, or a file of it is cut off: a gate passes over no run.
-    """
+    """A stored study's session of the plan of that key, by default of its best one. A plan's finals are taken where it
+    has any: luck helped to choose it by its other runs, and they flatter it. StudyError: the folder holds no study, or
+    a file of it is cut off: a gate passes over no run."""
     study = load_study(folder)
     if study.unread:
         raise StudyError(study.unread[0])
@@ -101,11 +94,7 @@ def read_study(folder: Path, *, key: str | None = None) -> Stored:
 
 def read_benchmarks(path: Path) -> dict[str, Stored]:
     """Sessions of a file that `pytest pipetune/bench/suite --benchmark-json` wrote, by the benchmark's name.
-
-    Raises:
-        StudyError: the file cannot be read, is cut off, or has two benchmarks of one name.
-        ConfigError: it is another tool's.
-    """
+    StudyError: it cannot be read, is cut off, or has two benchmarks of one name; ConfigError: it is another tool's."""
     try:
         found = [_stored(path, entry) for entry in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]]
     except OSError as error:
@@ -124,11 +113,9 @@ def read_benchmarks(path: Path) -> dict[str, Stored]:
 
 
 def other_work(stored: Sequence[Stored], model: ModelSpec, workload: Workload, *, other_dtype: bool = False) -> str:
-    """What sets the stored work apart, in words; empty where it is the same.
-
-    Of the model its name and dtype: its revision, its attention kernel and the like may be what is compared, and are
-    only shown. Prompts are the same if what they say is, wherever the file lies.
-    """
+    """What sets the stored work apart, in words; empty where it is the same. Of the model its name and dtype: its
+    revision, its attention kernel and the like may be what is compared, and are only shown. Prompts are the same if
+    what they say is, wherever the file lies."""
     keys = {"name"} if other_dtype else {"name", "dtype"}
     lines: list[str] = []
     for one in stored:
@@ -138,11 +125,9 @@ def other_work(stored: Sequence[Stored], model: ModelSpec, workload: Workload, *
 
 
 def other_plans(stored: Sequence[Stored]) -> str:
-    """Which two of the stored sessions are of different plans, and of which; empty where all are of one.
-
-    A study is asked for an effective plan, in which caps that come to the same are one; a file does not say to what its
-    plan's caps came.
-    """
+    """Which two of the stored sessions are of different plans, and of which; empty where all are of one. A study is
+    asked for an effective plan, in which caps that come to the same are one; a file does not say to what its plan's
+    caps came."""
     plans = [(one, one.plan) for one in stored if one.plan is not None]
     for one, plan in plans[1:]:
         first, its_plan = plans[0]

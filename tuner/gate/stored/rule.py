@@ -56,10 +56,8 @@ def judge_case(
 
 
 def out_of_time(findings: Sequence[v.Finding], runs: int) -> tuple[v.Finding, ...]:
-    """Findings of a candidate's session that was cut short after so many runs by the time that a gate was given.
-
-    What its runs decided all the same stays decided, and what more of them would not help is still the reason.
-    """
+    """Findings of a candidate's session that was cut short after so many runs by the time that a gate was given. What
+    its runs decided all the same stays decided, and what more of them would not help is still the reason."""
     why = f"the time was up after {runs} of {SESSION_RUNS} runs; give more --max-minutes"
 
     def cut(one: v.Finding) -> v.Finding:

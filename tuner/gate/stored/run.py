@@ -36,15 +36,8 @@ def compare_stored(
     max_minutes: float | None = None,
     start: Callable[[tuple[Case, ...]], SideRunner] = FreshProcesses,
 ) -> GateResult:
-    """Stored sessions beside a candidate that is measured now.
-
-    Args:
-        other_dtype: whether another dtype is what is compared.
-        start: gives who runs the candidate.
-
-    Raises:
-        ConfigError: the stored side did other work than the candidate is asked for.
-    """
+    """Stored sessions beside a candidate that is measured now, by the runner that `start` gives; with `other_dtype`
+    another dtype is what is compared. ConfigError: the stored side did other work than the candidate is asked for."""
     clock = Clock(max_minutes)
     case = case_of("default", candidate, candidate)
     try:
@@ -75,10 +68,8 @@ def compare_stored(
 
 
 def _runs(case: Case, runner: SideRunner, reporter: Reporter, clock: Clock) -> list[Sample]:
-    """A rehearsal, which compares its output with the unsplit model's and is not counted, then the session.
-
-    Fewer than a session's where one failed, or the time was up.
-    """
+    """A rehearsal, which compares its output with the unsplit model's and is not counted, then the session. Fewer than
+    a session's where one failed, or the time was up."""
     samples: list[Sample] = []
     for number in range(1 + SESSION_RUNS):
         label = f"candidate {number} of {SESSION_RUNS}" if number else "rehearsal"

@@ -42,9 +42,7 @@ def deepened(profile: Profile, model: ModelSpec, shape: ModelShape) -> Profile:
     places = [like[layer] for layer in shape.layers]
     devices = []
     for device in profile.devices:
-        groups = (
-            (tuple(n for n, place in enumerate(places) if place in one.layers), one.times) for one in device.layers
-        )
+        groups = ((tuple(n for n, at in enumerate(places) if at in one.layers), one.times) for one in device.layers)
         layers = tuple(LayerTimes(layers=chosen, times=times) for chosen, times in groups if chosen)
         devices.append(device.model_copy(update={"layers": layers}))
     return profile.model_copy(update={"model": model, "shape": shape, "devices": tuple(devices)})
@@ -53,16 +51,12 @@ def deepened(profile: Profile, model: ModelSpec, shape: ModelShape) -> Profile:
 def larger_fleet(
     profile: Profile | None, smaller: Sequence[str], larger: Mapping[str, int], *, cores: int
 ) -> DescribedDevices:
-    """Devices that each are like the one of their name, or else of their kind, in a smaller fleet.
+    """Devices that each are like the one of their name, or else of their kind, in a smaller fleet of that profile;
+    without one, at nominal rates. `larger` holds bytes of memory by name.
 
-    CPU workers share the machine's cores: among more of them each has less of these, and is as much slower. A link
-    that was not timed is as slow as the slowest that was; where none was, it is nominal. ConfigError where a kind of
-    device is not in the smaller fleet.
-
-    Args:
-        profile: of the smaller fleet; None takes nominal rates.
-        larger: bytes of memory by name.
-        cores: of the machine.
+    CPU workers share the machine's cores: among more of them each has less of these, and is as much slower. A link that
+    was not timed is as slow as the slowest that was; where none was, it is nominal. ConfigError where a kind of device
+    is not in the smaller fleet.
     """
     devices = []
     for name, size in larger.items():

@@ -38,12 +38,7 @@ def octaves_of(kind: TaskKind) -> float:
 def speed_terms(device: str, kind: TaskKind) -> Weighted:
     """The terms of K."""
     decode = kind.is_decode
-    return (
-        (("all",), 1.0),
-        (("phase", decode), 1.0),
-        (("device", device), 1.0),
-        (("device_phase", device, decode), 1.0),
-    )
+    return (("all",), 1.0), (("phase", decode), 1.0), (("device", device), 1.0), (("device_phase", device, decode), 1.0)
 
 
 def layer_terms(device: str, kind: TaskKind, middle: int) -> Weighted:

@@ -90,26 +90,17 @@ class EngineModel(CostModel):
         params = float(np.mean([one.active_params for one in shape.layers]))
         head = shape.head_bytes or shape.embedding_bytes
         token_s = 2.0 * params / _FLOPS
-        return np.array(
-            [
-                _STEP_S,
-                layer / _BYTES_A_SECOND,
-                token_s,
-                token_s / 4,
-                head / _BYTES_A_SECOND,
-                2.0 * head / shape.kept_bytes / _FLOPS,
-            ]
-        )
+        layer_s, head_s = layer / _BYTES_A_SECOND, head / _BYTES_A_SECOND
+        sample_s = 2.0 * head / shape.kept_bytes / _FLOPS
+        return np.array([_STEP_S, layer_s, token_s, token_s / 4, head_s, sample_s])
 
     def _room(self, plan: Plan) -> int:
         """Tokens that the KV cache of the fullest stage holds; without a limit where the engine takes what is left."""
         assert plan.engine is not None
         if plan.engine.kv_cache_memory_bytes is None:
             return sum(self.prompt_lens) + sum(self.output_lens)
-        each = [
-            sum(layer.kv_bytes_per_token for layer in self.shape.layers[stage.first_layer : stage.end_layer])
-            for stage in plan.stages
-        ]
+        layers = [self.shape.layers[stage.first_layer : stage.end_layer] for stage in plan.stages]
+        each = [sum(layer.kv_bytes_per_token for layer in own) for own in layers]
         return plan.engine.kv_cache_memory_bytes * plan.width // max(*each, 1)
 
     def _steps(self, plan: Plan, replica: int) -> EngineSteps:

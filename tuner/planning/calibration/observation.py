@@ -84,10 +84,8 @@ class Observation(Value):
 
 def observe(record: Record) -> Observation | None:
     """What a record teaches about the costs of tasks; None for failures, for runs without spans (the un-pipelined
-    baseline among them), and for stages that shared a device.
-
-    Under arrivals nothing is told of the first stage's gaps and of tokens on their way back to it.
-    """
+    baseline among them), and for stages that shared a device. Under arrivals nothing is told of the first stage's gaps
+    and of tokens on their way back to it."""
     measurement = record.result
     if not isinstance(measurement, Measurement) or record.effective is None:
         return None
@@ -126,12 +124,11 @@ def _of_whole(measurement: Measurement) -> dict[str, Any]:
     """What an observation says of a whole run."""
     durations = [run.duration_s for run in measurement.iterations]
     is_repeated = len(durations) > 1
+    # Traces differ, whatever the plan does.
+    has_spread = is_repeated and not measurement.is_under_arrivals
     return {
         "metrics": derive(measurement),
-        # Traces differ, whatever the plan does.
-        "spread": round(statistics.stdev(map(math.log, durations)), 6)
-        if is_repeated and not measurement.is_under_arrivals
-        else None,
+        "spread": round(statistics.stdev(map(math.log, durations)), 6) if has_spread else None,
         "iterations": len(durations),
         "disturbed": bool(measurement.telemetry.disturbances) or (is_repeated and not measurement.steady),
     }
@@ -160,16 +157,8 @@ def _observe_engine(effective: EffectivePlan, measurement: Measurement) -> Obser
     tasks = []
     for (stage, _, _), seen in groups.items():
         rows_, tokens_, took_ = (statistics.fmean(column) for column in zip(*seen, strict=True))
-        tasks.append(
-            TaskSpan(
-                stage=stage,
-                rows=round(rows_),
-                new_tokens=round(tokens_),
-                past_tokens=0,
-                seconds=round(took_, 7),
-                count=len(seen),
-            )
-        )
+        row, new, took = round(rows_), round(tokens_), round(took_, 7)
+        tasks.append(TaskSpan(stage=stage, rows=row, new_tokens=new, past_tokens=0, seconds=took, count=len(seen)))
     return Observation(
         effective=effective,
         tasks=tuple(tasks),
@@ -195,11 +184,9 @@ class _Task(NamedTuple):
 
 def _loaded_tasks(runs: Sequence[Iteration]) -> list[_Task]:
     """All tasks under arrivals, one iteration after the other."""
-    return [
-        _Task(TaskKind(one.rows, one.tokens, one.past, one.samples), one.kind == "decode", None)
-        for run in runs
-        for one in run.load_tasks
-    ]
+    tasks = [one for run in runs for one in run.load_tasks]
+    kinds = [TaskKind(one.rows, one.tokens, one.past, one.samples) for one in tasks]
+    return [_Task(kind, one.kind == "decode", None) for kind, one in zip(kinds, tasks, strict=True)]
 
 
 def _end_to_end(runs: Sequence[Iteration]) -> Iteration:
@@ -288,11 +275,9 @@ class _StageSpans:
         return spans
 
     def gaps_s(self) -> list[float | None]:
-        """Per stage: the lower quartile of the gaps behind tasks whose successor's input was there.
-
-        The lower one, since some stall. And those are left out whose output may have waited for the next stage's
-        buffers, which is that stage's time and not this one's: it had work left from before.
-        """
+        """Per stage: the lower quartile of the gaps behind tasks whose successor's input was there. The lower one,
+        since some stall. And those are left out whose output may have waited for the next stage's buffers, which is
+        that stage's time and not this one's: it had work left from before."""
         gaps: list[float | None] = []
         for place in range(len(self.stages)):
             before, after = self.ends[:, place, :-1], self.starts[:, place, 1:]

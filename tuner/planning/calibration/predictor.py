@@ -141,11 +141,9 @@ class Predictor:
 
 
 def noise_of(observations: Sequence[Observation], *, metric: str = "duration_s") -> float:
-    """Relative standard deviation of the duration of a repeated run, or of another metric.
-
-    Pooled over the repeats of each plan, with a prior; and no less than runs differ within themselves: the median of n
-    iterations has about 1.25 / √n of an iteration's. Disturbed runs tell nothing.
-    """
+    """Relative standard deviation of the duration of a repeated run, or of another metric. Pooled over the repeats of
+    each plan, with a prior; and no less than runs differ within themselves: the median of n iterations has about 1.25 /
+    √n of an iteration's. Disturbed runs tell nothing."""
     groups: dict[str, list[float]] = defaultdict(list)
     within: list[float] = []
     for observation in observations:

@@ -141,9 +141,7 @@ class Rows:
         self._enter("ends", corrected.place_terms("ends", kind, **place))
         unit = float(self.base.layers_s(device, corrected.SMALLEST).mean())
         self._enter("extra", corrected.place_terms("extra", kind, **place), unit)
-        self.group_columns.append(
-            [self._column(corrected.group_term(group, kind)) for group in range(self.groups.shape[1])]
-        )
+        self.group_columns.append([self._column(corrected.group_term(n, kind)) for n in range(self.groups.shape[1])])
         self.log_s.append(log_s)
 
     def _enter(self, part: str, terms: Iterable[tuple[corrected.Term, float]], unit: float = 1.0) -> None:

@@ -56,13 +56,8 @@ class Features:
 
     @classmethod
     def of(cls, plans: Sequence[tuple[Plan, int]], shares: Sequence[Sequence[float]], *, longest: int) -> "Features":
-        """Where plans are.
-
-        Args:
-            plans: with their micro-batches in flight.
-            shares: of each plan, what each stage of a replica is busy.
-            longest: prompt, tokens: what a chunk is when there is none.
-        """
+        """Where plans are, each given with its micro-batches in flight and the shares that each stage of a replica is
+        busy; `longest`, of the prompts, in tokens, is what a chunk is when there is none."""
         widest = max((len(plan.stages) for plan, _ in plans), default=1)
         places = np.zeros((len(plans), widest - 1 + len(LENGTHS)))
         for row, ((plan, in_flight), busy) in enumerate(zip(plans, shares, strict=True)):

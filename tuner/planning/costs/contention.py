@@ -34,13 +34,9 @@ class Contention:
     def factors(
         self, kinds: Sequence[TaskKind], counts: npt.NDArray[np.intp], busy_s: Floats, *, slots: int, replicas: int
     ) -> Floats:
-        """Factors `[kind, stage, plan]` on the times of tasks, where all devices computing at once is 1.
-
-        Args:
-            counts: `[kind]`, tasks of each kind.
-            busy_s: `[kind, stage, plan]`, of a task while all devices compute.
-            slots: micro-batches in flight.
-        """
+        """Factors `[kind, stage, plan]` on the times of tasks, where all devices computing at once is 1: of
+        `counts[kind]` tasks that each take `busy_s[kind, stage, plan]` while all devices compute, with `slots`
+        micro-batches in flight."""
         decodes = np.array([kind.is_decode for kind in kinds])
         factors = np.ones_like(busy_s)
         for decode in (False, True):

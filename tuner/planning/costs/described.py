@@ -180,11 +180,9 @@ class DescribedCosts:
 
 
 def read_devices(path: Path) -> DescribedDevices:
-    """Reads a file of devices, or its stead: `2xH100,2xA10`.
-
-    ConfigError names file, key and way out of what cannot be read, an unknown key, a value out of range, a device that
-    is described by halves or twice, and a link that is lacking.
-    """
+    """Reads a file of devices, or its stead: `2xH100,2xA10`. ConfigError names file, key and way out of what cannot be
+    read, an unknown key, a value out of range, a device that is described by halves or twice, and a link that is
+    lacking."""
     entry = _parse(path) if path.exists() or not _CARDS.fullmatch(str(path)) else _of_cards(str(path))
     devices: dict[str, DescribedDevice] = {}
     profiles: dict[Path, Profile] = {}
@@ -278,14 +276,8 @@ def _like_profiled(
     there = [one.device for one in profile.devices]
     if like.device not in there:
         raise ConfigError(f"{place}.like.device: {like.device} is not in {path}, which has {', '.join(there)}")
-    return DescribedDevice(
-        name=name,
-        memory_bytes=profile.device_bytes[like.device],
-        speed=1.0,
-        rates=None,
-        profile=profile,
-        profiled_as=like.device,
-    )
+    memory, own = profile.device_bytes[like.device], like.device
+    return DescribedDevice(name=name, memory_bytes=memory, speed=1.0, rates=None, profile=profile, profiled_as=own)
 
 
 def _changed(rates: Rates, entry: DeviceEntry) -> Rates:

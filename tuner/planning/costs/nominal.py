@@ -126,10 +126,8 @@ class NominalCosts:
         """By the names of two GPUs."""
         found = {}
         for pair, _, level in (link.partition(":") for link in self.links):
-            lanes = level.removeprefix("NV")
-            rate = (
-                int(lanes) * NVLINK_BYTES_PER_S if lanes.isdecimal() else PCI_BYTES_PER_S.get(level.partition("+")[0])
-            )
+            lanes, pci = level.removeprefix("NV"), PCI_BYTES_PER_S.get(level.partition("+")[0])
+            rate = int(lanes) * NVLINK_BYTES_PER_S if lanes.isdecimal() else pci
             if rate:
                 found[frozenset(f"cuda:{index}" for index in pair.split("-"))] = rate
         return found

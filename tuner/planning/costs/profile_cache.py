@@ -51,11 +51,9 @@ class KeptProfile(Value):
 def profile_for(
     fleet: "Fleet", grid: ProfileGrid, *, packed_weights: bool = True, cuda_graphs: bool = True, refresh: bool = False
 ) -> Profile:
-    """The profile of a fleet's model on its devices: from the cache but to refresh it, or measured now and kept.
-
-    One that something disturbed is not kept, so that the next command measures anew. With several hosts the links are
-    measured each time: a cache does not know what lies between them. FleetError where the workers failed at it.
-    """
+    """The profile of a fleet's model on its devices: from the cache but to refresh it, or measured now and kept. One
+    that something disturbed is not kept, so that the next command measures anew. With several hosts the links are
+    measured each time: a cache does not know what lies between them. FleetError where the workers failed at it."""
     key = profile_key(fleet, grid, packed_weights=packed_weights, cuda_graphs=cuda_graphs)
     if not refresh and (kept := read_kept(key)) is not None:
         has_hosts = len(set(map(device_host, fleet.devices))) > 1
@@ -158,13 +156,9 @@ def grid_for(
     *,
     devices: Sequence[str] = (),
 ) -> ProfileGrid:
-    """What predictions need of a workload's plans, which may have these sizes, and no more.
-
-    Args:
-        prompt_lens: of all prompts, tokens.
-        chunk_sizes: tokens of a prompt that may be prefilled together; None for whole prompts.
-        devices: of the fleet, which decide how large a task may be.
-    """
+    """What predictions need of a workload's plans, which may have these sizes, and no more: with all prompts' tokens,
+    chunks of tokens that may be prefilled together (None for whole prompts), and the fleet's devices, which decide how
+    large a task may be."""
     longest, mean = max(prompt_lens), round(sum(prompt_lens) / len(prompt_lens))
     sizes = {min(size, len(prompt_lens)) for size in (*micro_batch_sizes, *prefill_sizes)}
     # A study's own largest task is worth timing, if it takes no more than twice as long as the largest that is enough.

@@ -32,11 +32,8 @@ Seconds = Callable[[int, int, int], float]
 
 
 class ProfiledCosts:
-    """Costs by a profile of the machine; see `tuner.planning.costs.base.Costs`.
-
-    A device or a link that was not profiled is a KeyError, a profile without times of prefill from an empty cache a
-    ValueError.
-    """
+    """Costs by a profile of the machine; see `tuner.planning.costs.base.Costs`. A device or a link that was not
+    profiled is a KeyError, a profile without times of prefill from an empty cache a ValueError."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile

@@ -36,20 +36,15 @@ def stage_names(plan: Plan, device_names: Sequence[str] = ()) -> tuple[str, ...]
 
 
 def hf_map(shape: ModelShape, plan: Plan, device_names: Sequence[str] = ()) -> DeviceMap:
-    """The complete map that `from_pretrained(device_map=…)` takes.
-
-    CPU workers become `cpu`, since transformers refuses `cpu:0`. A head that shares the embedding's weights goes to
-    the embedding's device: accelerate makes the two one tensor again after it has moved them, and a head elsewhere
-    would meet its input on the wrong device.
-    """
+    """The complete map that `from_pretrained(device_map=…)` takes. CPU workers become `cpu`, since transformers refuses
+    `cpu:0`. A head that shares the embedding's weights goes to the embedding's device: accelerate makes the two one
+    tensor again after it has moved them, and a head elsewhere would meet its input on the wrong device."""
     names = ["cpu" if name.startswith("cpu") else name for name in stage_names(plan, device_names)]
     device_map = dict.fromkeys(shape.first_modules, names[0])
     for name, stage in zip(names, plan.stages, strict=True):
         for layer in range(stage.first_layer, stage.end_layer):
             device_map[f"{shape.layers_prefix}.{layer}"] = name
-    return device_map | {
-        module: names[0] if module in _tied_heads(shape) else names[-1] for module in shape.last_modules
-    }
+    return device_map | {last: names[0] if last in _tied_heads(shape) else names[-1] for last in shape.last_modules}
 
 
 def ranges_map(shape: ModelShape, plan: Plan, device_names: Sequence[str] = ()) -> DeviceMap:
@@ -90,11 +85,7 @@ def read_device_map(path: Path) -> dict[str, Any]:
 
 
 def plan_from_map(
-    device_map: Mapping[str, Any],
-    shape: ModelShape,
-    *,
-    micro_batch_size: int,
-    place: str = "device map",
+    device_map: Mapping[str, Any], shape: ModelShape, *, micro_batch_size: int, place: str = "device map"
 ) -> Plan:
     """The plan that a map describes, in either form.
 

@@ -65,23 +65,17 @@ def best_splits(
     tolerance: float = 0.0,
     limit: int = 1,
 ) -> tuple[Split, ...]:
-    """The splits whose bottleneck is within `1 + tolerance` of the least, best first, up to a limit.
+    """The splits whose bottleneck is within `1 + tolerance` (up to `MAX_TOLERANCE`) of the least, best first, up to a
+    limit; none where no split has finite cost.
 
     Of equal bottleneck, those with more even stages come first (the lesser sum of squares), then those whose devices
     come first in the order given, then those with fewer layers in front. Devices of one class are taken in the order
     given, so that no two splits differ by equal devices alone.
 
-    Args:
-        cost: `[class, first, end]`, see `Table`; what it holds for `end <= first` is not looked at.
-        min_stages: so many devices hold a stage at least; as many as there are devices leaves none idle.
-        max_stages: so many at most; None means all.
-        any_order: whether devices may hold stages in any order, and any of them be idle; else stage i lies on the
-            i-th device.
-        forbidden_cuts: layers before which no stage may begin.
-        tolerance: up to `MAX_TOLERANCE`.
-
-    Returns:
-        An empty tuple where no split has finite cost.
+    What `cost[class, first, end]`, see `Table`, holds for `end <= first` is not looked at. From `min_stages` devices
+    (as many as there are leaves none idle) up to `max_stages` (None means all) hold a stage; they may do so in any
+    order, and any of them be idle, or else stage i lies on the i-th device. No stage may begin before a layer of
+    `forbidden_cuts`.
     """
     assert 0.0 <= tolerance <= MAX_TOLERANCE
     moves = _Moves(tuple(classes), min_stages, min(max_stages or len(classes), len(classes)), any_order)
@@ -176,10 +170,8 @@ class _Moves:
     @cached_property
     def _members(self) -> dict[int, tuple[int, ...]]:
         """Devices of each class, in order."""
-        return {
-            kind: tuple(index for index, other in enumerate(self.classes) if other == kind)
-            for kind in sorted(set(self.classes))
-        }
+        places = range(len(self.classes))
+        return {kind: tuple(n for n in places if self.classes[n] == kind) for kind in sorted(set(self.classes))}
 
     @property
     def start(self) -> _State:
@@ -230,13 +222,8 @@ class Columns:
     def __init__(
         self, classes: Sequence[int], by_speed: Sequence[int], *, replicas: int, stages: int, any_order: bool
     ) -> None:
-        """
-        Args:
-            classes: of each device; equal ones are of one class.
-            by_speed: the devices, the fastest first.
-            any_order: whether unlike devices may hold the stages in any order; else they are taken as they come,
-                replica by replica and stage by stage.
-        """
+        """From the class of each device, and the devices by speed, the fastest first. Devices of unlike classes may
+        hold the stages in any order, or else are taken as they come, replica by replica and stage by stage."""
         self.may_move = any_order and len(set(classes)) > 1
         """Whether columns may hold the stages in any order."""
         if self.may_move:

@@ -29,9 +29,7 @@ def stage_seconds(costs: Costs, device: str, kinds: Mapping[TaskKind, int]) -> F
     """Seconds that a stage on the device computes over a run of so many tasks of each kind."""
     grid_points, weights = grid_points_of(tuple(kinds))
     counts = np.array(list(kinds.values()), dtype=float) @ weights
-    layers = np.sum(
-        [count * costs.layers_s(device, kind) for kind, count in zip(grid_points, counts, strict=True)], axis=0
-    )
+    layers = np.sum([n * costs.layers_s(device, kind) for kind, n in zip(grid_points, counts, strict=True)], axis=0)
     before = np.concatenate([[0.0], np.cumsum(layers)])
     seconds = before[np.newaxis, :] - before[:, np.newaxis]
     places = np.arange(len(before))

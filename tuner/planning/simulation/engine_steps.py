@@ -27,13 +27,9 @@ class EngineSteps(PromptTasks):
     """`[step]`, how many steps' tokens were known when it was formed."""
 
     def timeline(self, busy_s: Floats, hop_s: Floats, gap_s: float) -> Timeline:
-        """When the steps run on many plans of equally many stages.
-
-        Args:
-            busy_s: `[step, stage, plan]`, compute, sampling at the last stage included.
-            hop_s: `[stage - 1]`, from the end on one stage to the begin on the next.
-            gap_s: from known tokens, or a free first stage, to the begin of the step that is formed then.
-        """
+        """When the steps run on many plans of equally many stages: they compute for `busy_s[step, stage, plan]`,
+        sampling at the last stage included, begin on the next stage `hop_s[stage - 1]` after their end on one, and on
+        the first `gap_s` after known tokens, or a free first stage, let them be formed."""
         _, stages, plans = busy_s.shape
         free, began = np.zeros((stages, plans)), np.zeros((stages, plans))
         first_starts, last_ends = np.empty((len(busy_s), plans)), np.zeros((len(busy_s) + 1, plans))
@@ -55,14 +51,9 @@ class EngineSteps(PromptTasks):
 def engine_steps(
     prompt_lens: tuple[int, ...], output_lens: tuple[int, ...], *, budget: int, most_rows: int, room: int, depth: int
 ) -> EngineSteps:
-    """The steps of one replica.
-
-    Args:
-        budget: tokens of a step at most.
-        most_rows: sequences that run at once, of all steps together.
-        room: tokens that the KV cache holds; a sequence is let in with all that it will need, and one in any case.
-        depth: steps under way at once.
-    """
+    """The steps of one replica, `depth` of them under way at once, each of `budget` tokens at most, all together of
+    `most_rows` running sequences. One is let into the KV cache's `room` of tokens with all that it will need, and one
+    in any case."""
     count = len(prompt_lens)
     known, done, generated = list(prompt_lens), [0] * count, [0] * count
     begins, first_tokens, last_tokens = (np.full(count, -1, dtype=np.intp) for _ in range(3))

@@ -86,10 +86,8 @@ class CostModel:
         return tuple(sorted(lens, key=lambda pair: -pair[0]))
 
     def kinds(self, plan: Plan, in_flight: int | None = None) -> Counter[TaskKind]:
-        """How many tasks of each kind every stage runs, in the replica that has most prompts.
-
-        Here as below, `in_flight` counts the micro-batches resident at once in each replica; None means all.
-        """
+        """How many tasks of each kind every stage runs, in the replica that has most prompts. Here as below,
+        `in_flight` counts the micro-batches resident at once in each replica; None means all."""
         sequence = self._sequence(plan, in_flight, 0)
         return Counter(dict(zip(sequence.kinds, sequence.counts.tolist(), strict=True)))
 
@@ -98,10 +96,8 @@ class CostModel:
         return self.predict_many([(plan, in_flight)])[0]
 
     def predict_many(self, plans: Sequence[tuple[Plan, int | None]]) -> tuple[Prediction, ...]:
-        """What runs of many plans, each with its number in flight, are thought to give; in the order given.
-
-        Plans of one schedule are simulated together, so that many at once cost little more than one.
-        """
+        """What runs of many plans, each with its number in flight, are thought to give; in the order given. Plans of
+        one schedule are simulated together, so that many at once cost little more than one."""
         groups: dict[object, list[int]] = defaultdict(list)
         for index, (plan, in_flight) in enumerate(plans):
             groups[self._schedule_of(plan, in_flight)].append(index)
@@ -120,9 +116,7 @@ class CostModel:
 
     def task_s(self, plan: Plan, kind: TaskKind) -> tuple[list[float], list[float], float]:
         """Seconds of a task on each stage of a single pipeline, of each hop between them, and of its tokens' way back.
-
-        Times are those while all devices compute; `contention` says how much less a task takes that runs alone.
-        """
+        Times are those while all devices compute; `contention` says how much less a task takes that runs alone."""
         points, ((*shares,),) = grid_points_of((kind,))
         last = len(plan.stages) - 1
         busy = []
@@ -218,9 +212,8 @@ class CostModel:
             stall_s=stalls[device.T[1:]],
             wires_s=np.maximum(hops_s - latency_s, 0.0) * sharers,
         )
-        return SimulatedRun(
-            sequence=sequence, timeline=timeline, busy_s=np.einsum("k,ksp->sp", sequence.counts.astype(float), busy_s)
-        )
+        busy = np.einsum("k,ksp->sp", sequence.counts.astype(float), busy_s)
+        return SimulatedRun(sequence=sequence, timeline=timeline, busy_s=busy)
 
     @remembered
     def _sharers(self, devices: tuple[str, ...], width: int) -> tuple[int, ...]:
@@ -241,9 +234,7 @@ class CostModel:
     @remembered
     def _layers_of(self, sequence: TaskSequence, device: str) -> Floats:
         """`[kind, num_layers + 1]`: of all layers before each one."""
-        seconds: Floats = sequence.weights @ np.stack(
-            [self._layers_before(device, kind) for kind in sequence.grid_points]
-        )
+        seconds: Floats = sequence.weights @ np.stack([self._layers_before(device, at) for at in sequence.grid_points])
         return seconds
 
     @remembered

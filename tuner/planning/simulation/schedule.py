@@ -98,11 +98,9 @@ class TaskSequence(PromptTasks):
 
 
 def grid_points_of(kinds: Sequence[TaskKind]) -> tuple[tuple[TaskKind, ...], Floats]:
-    """Kinds of which others are made, and `[kind, point]` weights.
-
-    The past of decode steps grows by one a step. Costs are looked up at two pasts an octave (2, 3, 4, 6, 8, 12 …) and
-    taken for linear in between, as reading the KV cache is.
-    """
+    """Kinds of which others are made, and `[kind, point]` weights. The past of decode steps grows by one a step. Costs
+    are looked up at two pasts an octave (2, 3, 4, 6, 8, 12 …) and taken for linear in between, as reading the KV cache
+    is."""
     known: dict[TaskKind, int] = {}
     parts: list[list[tuple[int, float]]] = []
     for kind in kinds:
@@ -174,17 +172,13 @@ def simulate_plans(
     wires_s: Floats | float = 0.0,
     depth: int | None = RING_DEPTH,
 ) -> Timeline:
-    """Runs the sequence on many plans of equally many stages.
+    """Runs the sequence on many plans of equally many stages; rings between stages have a depth, or None for no end.
 
-    Args:
-        busy_s: `[kind, stage, plan]`, compute of a task.
-        hops_s: `[kind, stage - 1, plan]`, a message to the next stage.
-        returns_s: `[kind, plan]`, tokens on their way from the last stage to the first.
-        gap_s: `[stage, plan]`, from the end of a task's compute until its stage can begin another.
-        stall_s: `[stage - 1, plan]`, how long a stage waits that asks for a message which was sent before its receive
-            was posted, where the sender computes all the while; less, as the square of the share of time that it does.
-        wires_s: `[kind, stage - 1, plan]`, how long a message to the next stage has the link for itself.
-        depth: of the rings between stages; None for rings without end.
+    A task computes for `busy_s[kind, stage, plan]`, and its stage can begin another `gap_s[stage, plan]` after that.
+    Its message takes `hops_s[kind, stage - 1, plan]` to the next stage, of which `wires_s[kind, stage - 1, plan]` with
+    the link for itself, and tokens take `returns_s[kind, plan]` from the last stage to the first. `stall_s[stage - 1,
+    plan]` is how long a stage waits that asks for a message which was sent before its receive was posted, where the
+    sender computes all the while; less, as the square of the share of time that it does.
     """
     num_stages, num_plans = busy_s.shape[1:]
     busy = [list(of_kind) for of_kind in busy_s]

@@ -19,11 +19,8 @@ from pipetune.tuner.study.files import load_study, read_records
 
 def read_reports(folders: Sequence[Path]) -> tuple[list[Report], list[str]]:
     """Studies, or files of records as `pipetune bench -o` writes them, ranked, and names that tell them apart.
-
-    Raises:
-        ConfigError: fewer than two, or one given twice.
-        StudyError: a folder that holds no study, a file that holds no records of one question, or one that is cut off.
-    """
+    ConfigError: fewer than two, or one given twice; StudyError: a folder that holds no study, a file that holds no
+    records of one question, or one that is cut off."""
     places = [folder.resolve() for folder in folders]
     if len(places) < 2:
         raise ConfigError(f"compare: {len(places)} study given; name two or more")
@@ -56,10 +53,8 @@ def _records_file(path: Path) -> Report:
     asked = {(spec.model.digest(), spec.workload.digest()) for spec in specs}
     if len(asked) > 1 or len({record.hardware_id for record in records}) > 1:
         raise StudyError(f"{path}: holds records of several models, workloads or machines; give a file of each")
-    devices = sorted(
-        {device for spec in specs for device in spec.plan.devices},
-        key=lambda device: (device_kind(device), device_index(device)),
-    )
+    devices = list({device for spec in specs for device in spec.plan.devices})
+    devices.sort(key=lambda device: (device_kind(device), device_index(device)))
     config = TuneConfig(model=first.model, workload=first.workload, protocol=first.protocol, devices=tuple(devices))
     # Files that were joined by hand count from 0 more than once.
     numbered = tuple(record.model_copy(update={"number": number}) for number, record in enumerate(records))

@@ -20,13 +20,8 @@ from pipetune.tuner.stats.ratios import Ratio, ratio_of, welch
 def compare_studies(
     reports: Sequence[Report], names: Sequence[str], prices: Mapping[str, float] | None = None
 ) -> StudyComparison:
-    """Compares studies, of unique names, with the first one.
-
-    Prices are of one device and hour, by kind or name; without them each study's own config has them.
-
-    Raises:
-        ConfigError: a price of a device that no study has.
-    """
+    """Compares studies, of unique names, with the first one. Prices are of one device and hour, by kind or name;
+    without them each study's own config has them. ConfigError: a price of a device that no study has."""
     assert len(set(names)) == len(names) == len(reports) >= 2
     devices = dict.fromkeys(device for report in reports for device in report.config.concrete_devices)
     for priced in prices or {}:
@@ -45,10 +40,8 @@ def compare_studies(
 
 
 def plan_key(plan: Plan, devices: Sequence[str]) -> str:
-    """What a plan is on any machine: without the devices' names and without what its caps resolve to.
-
-    Which of its study's devices, in order, hold its stages matters where they are unlike.
-    """
+    """What a plan is on any machine: without the devices' names and without what its caps resolve to. Which of its
+    study's devices, in order, hold its stages matters where they are unlike."""
     counts = "+".join(map(str, plan.layer_counts))
     parts = [f"{plan.replicas}x{counts}", f"mb={plan.micro_batch_size}", f"prefill={plan.prefill_size}"]
     parts += [word.replace(" ", "=") for word in plan.engine.words] if plan.engine is not None else []

@@ -21,24 +21,16 @@ _MANY = 40
 
 
 def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History:
-    """The history of the studies at some places: studies, or folders of studies.
-
-    A study that cannot be read, such as one that still runs, is named in the history and does not end it. Metrics are
-    by default those that most people watch.
-
-    Raises:
-        ConfigError: a metric that there is not, or a place that is no folder.
-    """
+    """The history of the studies at some places: studies, or folders of studies. One that cannot be read, such as one
+    that still runs, is named in the history and does not end it. Metrics are by default those that most people watch.
+    ConfigError: a metric that there is not, or a place that is no folder."""
     known = metric_names(10**6, 2, gpu=True, goodput=True, arrivals=True, rates=True)
     unknown = [name for name in metrics if name not in known]
     if unknown:
         raise ConfigError(f"--metric {unknown[0]}: there are {', '.join(known)}")
     found = list(_read_all(_studies(places)))
-    return history_of(
-        [night for night, _ in found if night is not None],
-        tuple(metrics),
-        [text for _, texts in found for text in texts],
-    )
+    nights = [night for night, _ in found if night is not None]
+    return history_of(nights, tuple(metrics), [text for _, texts in found for text in texts])
 
 
 def _read_all(folders: Sequence[Path]) -> Iterable[tuple[StudyNight | None, list[str]]]:

@@ -61,18 +61,14 @@ class StudyNight:
 
 
 def history_of(nights: Iterable[StudyNight], metrics: Sequence[str] = (), skipped: Sequence[str] = ()) -> History:
-    """Groups nights by what they asked and where, and looks for changes of level in each metric.
-
-    Metrics are tokens per second and `METRICS` where none is given; those that no night has are left out.
-    """
+    """Groups nights by what they asked and where, and looks for changes of level in each metric. Metrics are tokens per
+    second and `METRICS` where none is given; those that no night has are left out."""
     groups: dict[tuple[str, ...], list[StudyNight]] = defaultdict(list)
     for night in nights:
         groups[night.question].append(night)
     questions = [_question(group, metrics) for group in groups.values()]
-    return History(
-        questions=tuple(sorted(questions, key=lambda one: (one.title, one.machine, one.hardware_id))),
-        skipped=tuple(skipped),
-    )
+    questions.sort(key=lambda one: (one.title, one.machine, one.hardware_id))
+    return History(questions=tuple(questions), skipped=tuple(skipped))
 
 
 def _question(group: list[StudyNight], metrics: Sequence[str]) -> Question:

@@ -135,11 +135,11 @@ def _trust_text(question: Question) -> str:
 
 def history_figures(question: Question) -> dict[str, doc.Figure]:
     """A figure for each metric: nights as dots, levels as lines, changes as arrows (red: worse)."""
-    series = {metric: [one for one in question.series if one.metric == metric] for metric in question.metrics}
-    return {
-        metric: doc.Figure(f"{metric}, night by night", _metric_chart(question, own), wide=True)
-        for metric, own in series.items()
-    }
+    figures = {}
+    for metric in question.metrics:
+        own = [one for one in question.series if one.metric == metric]
+        figures[metric] = doc.Figure(f"{metric}, night by night", _metric_chart(question, own), wide=True)
+    return figures
 
 
 def _metric_chart(question: Question, series: Sequence[Series]) -> Chart:

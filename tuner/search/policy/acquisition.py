@@ -28,10 +28,8 @@ def log_cost(metric: str, values: Floats) -> Floats:
 
 
 def expected_improvement(mean: Floats, sd: Floats, best: float) -> Floats:
-    """Expected fall of a normal cost below the best one, rises counted as zero.
-
-    D. R. Jones, M. Schonlau and W. J. Welch, Efficient Global Optimization, 1998, eq. 15.
-    """
+    """Expected fall of a normal cost below the best one, rises counted as zero. D. R. Jones, M. Schonlau and W. J.
+    Welch, Efficient Global Optimization, 1998, eq. 15."""
     sd = np.maximum(sd, _LEAST)
     gain = best - mean
     scaled = gain / sd
@@ -72,11 +70,9 @@ def even_weights(count: int) -> Floats | None:
 
 
 def tchebycheff(costs: Floats, sds: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """One cost of several: `max(w · c) + 0.05 · Σ (w · c)`, and its standard deviation to first order.
-
-    `costs` and `sds` are `[plan, objective]`, scaled to a like range; `weights` are `[objective]`, summing to one.
-    J. Knowles, ParEGO: a hybrid algorithm with on-line landscape approximation, 2006, eq. 2.
-    """
+    """One cost of several: `max(w · c) + 0.05 · Σ (w · c)`, and its standard deviation to first order. `costs` and
+    `sds` are `[plan, objective]`, scaled to a like range; `weights` are `[objective]`, summing to one. J. Knowles,
+    ParEGO: a hybrid algorithm with on-line landscape approximation, 2006, eq. 2."""
     weighted = costs * weights
     mean: Floats = weighted.max(axis=1) + AUGMENTATION * weighted.sum(axis=1)
     slopes = weights * (AUGMENTATION + (np.arange(costs.shape[1]) == weighted.argmax(axis=1)[:, None]))

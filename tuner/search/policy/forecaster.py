@@ -153,11 +153,8 @@ class Forecaster:
         predictor = self._predictor(history)
         chosen, metrics = self._choose(predictor, history)
         keys = {one.effective.key for one in chosen}
-        others = [
-            known.effective
-            for key, known in history.plans.items()
-            if known.runs and known.effective is not None and key not in keys
-        ]
+        ran = [known.effective for key, known in history.plans.items() if known.runs and key not in keys]
+        others = [one for one in ran if one is not None]
         effective = [*(one.effective for one in chosen), *others]
         runs = [history.plans.get(one.key) or PlanHistory(effective=one) for one in effective]
         metrics = self._scaled_memory(metrics.joined(self._predict(predictor, others)), runs)
@@ -267,11 +264,9 @@ class Forecaster:
             for place in order:
                 firsts.setdefault(self._refiner.class_of(chosen[place]), chosen[place])
             for first in list(firsts.values())[: max(1, REFINED_CLASSES // len(self._objectives))]:
-                found = (
-                    () if self._refiner.is_whole(first) else self._refiner.best(first, model, limit=self._refinements)
-                )
-                for candidate in found:
-                    further.setdefault(candidate.effective.key, candidate)
+                if not self._refiner.is_whole(first):
+                    for candidate in self._refiner.best(first, model, limit=self._refinements):
+                        further.setdefault(candidate.effective.key, candidate)
         known = set(self._keys)
         return [one for key, one in further.items() if key not in known and self._is_open(one, history)]
 

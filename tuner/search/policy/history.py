@@ -113,10 +113,8 @@ class History:
         return key not in self.taken and (known is None or is_due(known.records))
 
     def is_new(self, point: Point, *, most_refused: int) -> bool:
-        """Whether the point's plan is worth a run: it never ended, lost its workers once, or was never tried.
-
-        Refusals cost no time, but shall not go on for ever: there may be `most_refused`.
-        """
+        """Whether the point's plan is worth a run: it never ended, lost its workers once, or was never tried. Refusals
+        cost no time, but shall not go on for ever: there may be `most_refused`."""
         plan = self._space.plan(point)
         resolved = self._resolve(plan)
         may_run = isinstance(resolved, EffectivePlan) or self.refused < most_refused
@@ -127,10 +125,8 @@ class History:
         return next((known for key, known in self.plans.items() if known.point and self.is_open(key)), None)
 
     def chance_to_work(self, plan: Plan) -> float:
-        """A guess from plans that share traits, of use for comparing plans.
-
-        The product of `(worked + 1) / (worked + broke + 1)` over them; 0 where all that share one broke, others not.
-        """
+        """A guess from plans that share traits, of use for comparing plans. The product of `(worked + 1) / (worked +
+        broke + 1)` over them; 0 where all that share one broke, others not."""
         if not self.broke:
             return 1.0
         found = traits(plan)

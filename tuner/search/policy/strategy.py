@@ -217,9 +217,7 @@ class Strategy(Terms):
 
     def preferred(self, records: Sequence[Record]) -> tuple[str, ...]:
         """Keys of the measured plans, best first as the refitted model has them, which smooths the luck of runs out.
-
-        What earlier studies taught is left aside. Empty for several objectives, or where nothing predicts the one.
-        """
+        What earlier studies taught is left aside. Empty for several objectives, or where nothing predicts the one."""
         if len(self.objectives) > 1 or self.own_forecaster.is_blind or not self.own_forecaster.num_candidates:
             return ()
         forecast = self.own_forecaster.look(self._read(records))

@@ -18,10 +18,8 @@ from pipetune.tuner.study.store import StudyStore
 
 
 class StudyKey(Value):
-    """Whatever must be equal between processes whose measurements are to compare.
-
-    A study's settings without those that each process may choose; devices by their places, without their names.
-    """
+    """Whatever must be equal between processes whose measurements are to compare. A study's settings without those that
+    each process may choose; devices by their places, without their names."""
 
     schema_version: int = 1
     model: ModelSpec
@@ -99,8 +97,7 @@ def membership_of(
     store: StudyStore, study: str, me: Mapping[str, Any], members: Mapping[str, Any], gone: Collection[str]
 ) -> Membership:
     """Who this folder is in the study: who it was, if it took part before, else a new process; StudyError where it is a
-    copy of a folder in use. `members` are all that ever joined, by name, `gone` the names of those that are no more.
-    """
+    copy of a folder in use. `members` are all that ever joined, by name, `gone` the names of those that are no more."""
     path = store.folder / StudyFile.SHARING
     known = read(path, Membership) if path.exists() else None
     if known is None or known.study != study:

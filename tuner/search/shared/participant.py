@@ -51,10 +51,8 @@ class Participant(Closing):
         """Raises a StudyError where the study has another key, or was measured on other hardware."""
 
     def agree(self, space: SearchSpace) -> SearchSpace:
-        """The study's space in this process's devices; `space` where nobody was there before.
-
-        A `StudyError` where the points in this folder's records are of another space.
-        """
+        """The study's space in this process's devices; `space` where nobody was there before. A `StudyError` where the
+        points in this folder's records are of another space."""
         return space
 
     def open_study(self, space: SearchSpace, resolve: Resolver) -> OptunaStudy:
@@ -116,10 +114,8 @@ class Member(Participant):
 
     @patient
     def agree(self, space: SearchSpace) -> SearchSpace:
-        """Takes the study's space, which `space` is if nobody was there before, and enters among those who search it.
-
-        A point in a record of this folder must go on to mean the same plan.
-        """
+        """Takes the study's space, which `space` is if nobody was there before, and enters among those who search it. A
+        point in a record of this folder must go on to mean the same plan."""
         agreed = space
         with self.database.alone():
             attributes = self.database.study.user_attrs

@@ -94,11 +94,8 @@ def build_space(
 
 
 def _widths(config: SpaceConfig, num_devices: int, most_stages: int, num_prompts: int) -> Iterator[tuple[int, range]]:
-    """Numbers of replicas, and of the stages that each may have.
-
-    One pipeline may leave devices idle. Several take all that each of them can use: with a device to spare, a
-    replica more of fewer stages would be the plan to try.
-    """
+    """Numbers of replicas, and of the stages that each may have. One pipeline may leave devices idle. Several take all
+    that each of them can use: with a device to spare, a replica more of fewer stages would be the plan to try."""
     most_stages = min(config.max_stages or num_devices, most_stages)
     wanted = config.replicas or [count for count in range(1, num_devices + 1) if num_devices % count == 0]
     for replicas in sorted(set(wanted)):
@@ -170,10 +167,8 @@ def _micro_batch_sizes(
 
 
 def _chunk_sizes(config: SpaceConfig, shape: ModelShape, resolve: Resolver, num_devices: int) -> tuple[int | None, ...]:
-    """Given sizes, those that cut nothing as None; else a half, a quarter and an eighth of the longest prompt.
-
-    Cutting prompts pays where there are too few of them to fill the stages; short ones are not worth it.
-    """
+    """Given sizes, those that cut nothing as None; else a half, a quarter and an eighth of the longest prompt. Cutting
+    prompts pays where there are too few of them to fill the stages; short ones are not worth it."""
     longest = resolve.prompt_len
     if config.prefill_chunk_sizes is not None:
         wanted = {size if size is not None and size < longest else None for size in config.prefill_chunk_sizes}
@@ -191,10 +186,8 @@ def _chunk_sizes(config: SpaceConfig, shape: ModelShape, resolve: Resolver, num_
 
 
 def _lane_sets(prompt_lens: Sequence[int]) -> tuple[tuple[Lane, ...], ...]:
-    """None, and one that lets steps go between prefills; where prompts are of two kinds also a lane for each.
-
-    They are told apart where the logarithms of both kinds are least spread (N. Otsu, 1979).
-    """
+    """None, and one that lets steps go between prefills; where prompts are of two kinds also a lane for each. They are
+    told apart where the logarithms of both kinds are least spread (N. Otsu, 1979)."""
     steady, logs = Lane(prefills_per_decode=1), sorted(map(math.log, prompt_lens))
     sums = list(itertools.accumulate(logs, initial=0.0))
 

@@ -182,9 +182,8 @@ class Layouts:
     def _most_bytes(self, whole: Plan, device: str) -> int:
         """More than any stage takes: what two stages do that hold the model, or its only layer."""
         cuts = (0, 1, self.shape.num_layers) if self.shape.num_layers > 1 else (0, 1)
-        stages = tuple(
-            StagePlan(device=device, first_layer=first, end_layer=end) for first, end in itertools.pairwise(cuts)
-        )
+        pairs = itertools.pairwise(cuts)
+        stages = tuple(StagePlan(device=device, first_layer=first, end_layer=end) for first, end in pairs)
         plan = whole.model_copy(update={"stages": stages})
         return sum(self.resolve.stage_bytes(plan, index).total(1) for index in range(len(stages)))
 
@@ -195,13 +194,8 @@ class LayoutSearch:
     def __init__(self, layouts: Layouts, replicas: int, stages: int) -> None:
         self._all, self._replicas, self._stages = layouts, replicas, stages
         self._every_size = layouts.every_size(replicas)
-        self._columns = Columns(
-            layouts.classes,
-            layouts.by_speed,
-            replicas=replicas,
-            stages=stages,
-            any_order=layouts.config.device_order == "auto",
-        )
+        classes, by_speed, any_order = layouts.classes, layouts.by_speed, layouts.config.device_order == "auto"
+        self._columns = Columns(classes, by_speed, replicas=replicas, stages=stages, any_order=any_order)
 
     def fitting(self) -> list[Layout]:
         """Layouts that fit into memory, best first."""

@@ -34,10 +34,8 @@ _T = TypeVar("_T")
 
 
 class SearchSpace(Value):
-    """The space of one study; partitions and sizes are listed, points refer to them by position.
-
-    What has a default was not searched when the first spaces were written: these read back as they were.
-    """
+    """The space of one study; partitions and sizes are listed, points refer to them by position. What has a default was
+    not searched when the first spaces were written: these read back as they were."""
 
     study_id: str = Field(default_factory=lambda: uuid.uuid4().hex[:12])
     """Names the study in a database that holds several."""
@@ -154,9 +152,7 @@ class SearchSpace(Value):
             "compile_index": self.compile,
             "lane_index": self.lanes,
         }
-        return dimensions | {
-            name: (0, len(choices) - 1, False) for name, choices in optional.items() if len(choices) > 1
-        }
+        return dimensions | {name: (0, len(values) - 1, False) for name, values in optional.items() if len(values) > 1}
 
     @property
     def num_points(self) -> int:
@@ -181,12 +177,9 @@ class Candidate:
 
 
 def candidates(space: SearchSpace, resolve: Resolver, *, limit: int = MAX_CANDIDATES) -> tuple[Candidate, ...]:
-    """One of every plan that runs differently, those of the best partitions first.
-
-    Points under the largest cap come before all others, and stand for those whose cap makes no difference; smaller
-    caps follow as far as there is room: about `limit`. Each number of replicas and of stages has its best partition
-    among them.
-    """
+    """One of every plan that runs differently, those of the best partitions first. Points under the largest cap come
+    before all others, and stand for those whose cap makes no difference; smaller caps follow as far as there is room:
+    about `limit`. Each number of replicas and of stages has its best partition among them."""
     found: dict[str, Candidate] = {}
     for point in _points(space, limit):
         if len(found) >= limit and point.get("memory_index", 0) < len(space.memory_fractions) - 1:
@@ -211,10 +204,8 @@ def _points(space: SearchSpace, limit: int) -> Iterator[Point]:
     """Points of the best partitions, cap by cap from the largest on."""
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
     sizes = {(rows, min(prefill, rows)) for rows in space.micro_batch_sizes for prefill in space.prefill_sizes}
-    others = math.prod(
-        len(choices)
-        for choices in (space.chunk_sizes, space.compile, space.lanes, space.token_budgets, space.max_num_seqs)
-    )
+    further = space.chunk_sizes, space.compile, space.lanes, space.token_budgets, space.max_num_seqs
+    others = math.prod(map(len, further))
     ranks = best_ranks(space, limit // (len(sizes) * others))
     many_caps = len(space.memory_fractions) > 1
     for cap in reversed(range(len(space.memory_fractions))):
