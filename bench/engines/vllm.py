@@ -22,8 +22,17 @@ from pipetune.bench.machine.sensors import CpuSensors, family
 from pipetune.bench.machine.telemetry import read_telemetry, sensors_for
 from pipetune.bench.memory import check_plan, stage_bytes
 from pipetune.bench.record import Failure, FailureKind, Machine, Measurement, OutputCheck
-from pipetune.bench.spec import EffectivePlan, EngineName, EngineSettings, ModelSpec, Plan, Protocol, RunSpec, Workload
-from pipetune.bench.spec import device_kind
+from pipetune.bench.spec import (
+    EffectivePlan,
+    EngineName,
+    EngineSettings,
+    ModelSpec,
+    Plan,
+    Protocol,
+    RunSpec,
+    Workload,
+    device_kind,
+)
 from pipetune.bench.worker.acceptance import is_steady, wrong_output
 
 KV_BLOCK = 128
