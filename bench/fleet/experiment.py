@@ -144,9 +144,7 @@ class Experiment(Closing, Generic[Runner]):
                 return outcome
             found[rate], search.shares[rate] = outcome, derive(outcome)["slo_attainment"]
         kept, low = found[search.sustained or min(found)], min(search.shares.values())
-        notes = (
-            [] if low < search.wanted else ["all rates that were tried are sustained, and the highest may be higher"]
-        )
+        notes = [] if low < search.wanted else ["all rates that were tried are sustained; the highest may be higher"]
         notes += [] if search.sustained else ["no rate that was tried is sustained"]
         notes = [f"{note}: give another --request-rate to begin with, or more --most-rates" for note in notes]
         disturbances = dict.fromkeys(text for one in found.values() for text in one.telemetry.disturbances)

@@ -99,6 +99,10 @@ def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
     yield GAP
     if outcome.is_under_arrivals:
         yield Text(_load_text(derived))
+    if outcome.tried_rates:
+        highest = f"{derived['max_request_rate']:.3g} requests/s" if "max_request_rate" in derived else "none"
+        tried = ", ".join(f"{rate:g} ({w.percent_text(share)})" for rate, share in outcome.tried_rates)
+        yield Text(f"highest rate sustained: {highest} · good requests at {tried}")
     named_ = {name: name.upper() for name in metrics.LATENCIES} | {"itl": "ITL", "client_queue_time": "CLIENT QUEUE"}
     latencies = {name: title for name, title in named_.items() if f"mean_{name}_ms" in derived}
     shown = ("mean", "median", "p99")

@@ -95,6 +95,8 @@ def test_the_highest_rate_lies_between_two_that_were_measured(
     if low is not None:
         assert low <= highest <= (high or low)
         assert told["metrics"]["slo_attainment"] == shares[low] >= 0.9
+    assert run([*bench, *find[:-1]]) == 0
+    assert "highest rate sustained: " in capsys.readouterr().out
     assert run([*bench, "--max-request-rate"]) == 2
     assert "--max-request-rate): workload: goodput: a rate is sustained within limits" in capsys.readouterr().err
 
