@@ -22,6 +22,7 @@ from pipetune.tuner.report.lanes import lane_section
 from tests.tiny_models import save_tiny_model
 
 SIZES = ("--num-prompts", "20", "--input-len", "9", "--output-len", "4", "--num-iters", "1", "--no-progress")
+FEW = ("--n-trials", "3", "--finalists", "1", "--finalist-rounds", "1", "--max-finalist-rounds", "1")
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +134,7 @@ def test_a_search_under_arrivals_ranks_by_good_requests(
 ) -> None:
     folder = tmp_path / "study"
     tune = ("tune", *model, *SIZES, "--request-rate", "60", "--goodput", "ttft:9000", "--objective", "request_goodput")
-    few = ("--n-trials", "3", "--finalists", "1", "--finalist-rounds", "1", "--max-finalist-rounds", "1")
-    assert run([*tune, *few, "-o", str(folder)]) == 0
+    assert run([*tune, *FEW, "-o", str(folder)]) == 0
     assert "60 requests/s" in (text := capsys.readouterr().out)
     assert "goodput" in text
     files = sorted(folder.glob("records/*.json"))
@@ -166,8 +166,7 @@ def test_a_search_for_the_plan_of_the_highest_rate(
 ) -> None:
     folder = tmp_path / "study"
     tune = ("tune", *model, *SIZES, "--request-rate", "200", "--most-rates", "3", "--goodput", "ttft:200")
-    few = ("--n-trials", "3", "--finalists", "1", "--finalist-rounds", "1", "--max-finalist-rounds", "1")
-    assert run([*tune, *few, "--objective", "max_request_rate", "-o", str(folder)]) in (0, 1)
+    assert run([*tune, *FEW, "--objective", "max_request_rate", "-o", str(folder)]) in (0, 1)
     text = capsys.readouterr().out
     records = [Record.model_validate_json(path.read_text("utf-8")) for path in sorted(folder.glob("records/*.json"))]
     results = [record.result for record in records]
