@@ -813,6 +813,13 @@ class EffectivePlan(Value):
             text += f" replicas={'|'.join(','.join(row) for row in plan.replica_devices)}"
         return " ".join((text, *(words.replace(" ", "_") for words in (*plan.switches, *plan.lane_words))))
 
+    def by(self, *, served: bool) -> Self:
+        """The same with another engine asked through its HTTP server, or not; as it is for our own runtime."""
+        if self.plan.engine is None:
+            return self
+        engine = self.plan.engine.model_copy(update={"served": served})
+        return self.model_copy(update={"plan": self.plan.model_copy(update={"engine": engine})})
+
 
 class Protocol(Value):
     """How one plan is measured."""

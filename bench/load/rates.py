@@ -6,7 +6,7 @@ middle, where one of them is of a rate far beyond it.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -14,8 +14,8 @@ from pipetune.bench.spec import Arrivals
 
 STEP = 1.25
 """Factor to go on by while all rates, or none, were sustained; its square behind the second one, and so on."""
-_LOWEST = 3.8
-"""How many times lower a rate is tried, while none is sustained."""
+_HIGHEST = 2**12
+"""How many times higher than the first a rate is tried, while all are sustained."""
 _EDGE = 0.2
 """A rate that lies so near to one of two, as a share of the way between them, tells little."""
 
@@ -61,6 +61,8 @@ class RateSearch:
     """Between two rates that differ by no more it is found."""
     most: int
     """Rates that are tried at most."""
+    lowest: float = 3.8
+    """How many times lower than the guess one is tried, while none is sustained."""
     shares: dict[float, float] = field(default_factory=dict)
     """By the rates that were tried."""
 
@@ -72,10 +74,19 @@ class RateSearch:
         assert guess is not None
         return cls(wanted=wanted, guess=guess, most=arrivals.most_rates)
 
+    def run(self, share_at: Callable[[float], float]) -> float:
+        """The highest rate, by runs that cost nothing: each gives the share at a rate."""
+        while (rate := self.next()) is not None:
+            self.shares[rate] = share_at(rate)
+        return self.highest
+
     def next(self) -> float | None:
         """The rate to measure next, of four digits; None where it is known, or no run is left; or where none is
         sustained, down to a quarter of the first, since each takes longer than the one before."""
-        is_hopeless = bool(self.shares) and not self.sustained and min(self.shares) <= self.guess / _LOWEST
+        is_hopeless = bool(self.shares) and (
+            self.sustained >= self.guess * _HIGHEST
+            or (not self.sustained and min(self.shares) <= self.guess / self.lowest)
+        )
         if self.is_narrow or is_hopeless or len(self.shares) >= self.most:
             return None
         rate = float(f"{next_rate(self.shares, self.wanted, guess=self.guess):.4g}")

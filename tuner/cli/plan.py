@@ -12,7 +12,8 @@ _from = partial(typer.Option, rich_help_panel="What predictions are made from")
 
 
 @o.settings("Model", "Workload", before="device_file", without=("protocol",))
-@o.settings("Load", before="device_file")
+@o.settings("Load", before="device_file", without=("most_rates",))
+@o.settings("Engine", "warm_start", before="device_file", without=("served", "served_finals"))
 @o.settings("device_order", "objective", "constraint", "space", before="top")
 def plan(
     ctx: typer.Context,
@@ -57,5 +58,6 @@ def plan(
         planned.write(output)
     common.give(json_of(planned), document_of(planned), json=json)
     if output is not None and not json:
-        common.out().print(f"It is in {output}: `pipetune bench --plan {output}` measures it.", markup=False)
+        python = f" --engine-python {engine.python}" if (engine := resolved.config.engine) is not None else ""
+        common.out().print(f"It is in {output}: `pipetune bench --plan {output}{python}` measures it.", markup=False)
     return 0

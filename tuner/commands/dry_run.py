@@ -7,6 +7,7 @@ from pipetune.bench.fleet.experiment import Experiment
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.progress import Reporter, values_text
 from pipetune.tuner.report.document import GAP, Document, Facts, Text
+from pipetune.tuner.report.wording import bytes_text
 from pipetune.tuner.search.driver import baseline_batch_sizes
 from pipetune.tuner.search.policy.acquisition import even_weights
 from pipetune.tuner.search.policy.forecaster import Forecaster
@@ -34,7 +35,7 @@ class DryRun:
             lens = fleet.prompt_lens(workload)
             resolve = resolver_of(fleet, config, lens)
             cost, self.over_profile = kept_costs(fleet, config, lens, resolve)
-            self.space = new_space(config, fleet, cost, resolve)
+            self.space = new_space(config, devices, cost, resolve)
         self.replicas = tuple(sorted(set(self.space.replicas))) or (1,)
         self.baseline_batch_sizes = baseline_batch_sizes(config.baseline_batch_sizes, workload.num_prompts)
         raw = count_raw_partitions(config.space, self.shape, len(devices), workload.num_prompts)
@@ -120,6 +121,8 @@ def _limits(space: SearchSpace) -> dict[str, str]:
     """Those of another engine."""
     limits = {"token budgets": space.token_budgets, "sequences": space.max_num_seqs}
     texts = {name: ", ".join(str(most or "its own") for most in choices) for name, choices in limits.items()}
+    if space.kv_cache_sizes:
+        texts["KV cache"] = ", ".join(map(bytes_text, space.kv_cache_sizes))
     return {"shards": _joined(tuple(sorted(set(space.shards)))), **texts}
 
 

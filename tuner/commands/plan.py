@@ -7,7 +7,7 @@ the result says from which.
 
 import itertools
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,13 +15,13 @@ from typing import Literal
 from pipetune.bench.errors import ConfigError, NothingFeasibleError
 from pipetune.bench.files import write_durably
 from pipetune.bench.fleet.experiment import Experiment
-from pipetune.bench.fleet.fleet import device_bytes
+from pipetune.bench.fleet.fleet import Fleet, device_bytes
 from pipetune.bench.load.traces import read_trace
-from pipetune.bench.memory import stage_bytes
 from pipetune.bench.metrics import HIGHER_IS_BETTER
 from pipetune.bench.profile import Profile
 from pipetune.bench.spec import EffectivePlan, Plan, device_kind
 from pipetune.tuner.config.schema import Constraint, TuneConfig
+from pipetune.tuner.planning.calibration.engine_model import EngineModel
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.predictor import refit
 from pipetune.tuner.planning.costs.base import Costs
@@ -33,9 +33,11 @@ from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.prediction import Prediction
 from pipetune.tuner.planning.simulation.sustained import Load
 from pipetune.tuner.progress import Reporter
-from pipetune.tuner.search.space.build import build_space
+from pipetune.tuner.search.policy.warm_start import lessons_of
+from pipetune.tuner.search.runs import starter_of
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import candidates
+from pipetune.tuner.search.study_costs import new_space, resolver_of
 from pipetune.tuner.study.plan_file import PlanFile, render
 
 _MOST_TRACED, _MOST_RATED = 2000, 10
@@ -111,17 +113,26 @@ class PlannedPlan:
 class Known:
     """What a worker says of the model and the prompts.
 
-    One on the CPU is enough, but for GPUs of this machine, whose free memory they alone know.
+    One on the CPU is enough, but for GPUs of this machine, whose free memory they alone know; another engine starts its
+    own, and runs nothing.
     """
 
-    def __init__(self, config: TuneConfig, reporter: Reporter, described: DescribedDevices | None) -> None:
+    def __init__(
+        self,
+        config: TuneConfig,
+        reporter: Reporter,
+        described: DescribedDevices | None,
+        start_fleet: Callable[..., Fleet] | None = None,
+    ) -> None:
         devices, model = config.concrete_devices, config.model
         on_gpus = described is None and any(device_kind(device) == "cuda" for device in devices)
         if not on_gpus and model.attention.startswith("flash"):
             # Such kernels need a GPU; the shape is the same without them.
             model = model.model_copy(update={"attention": "auto"})
-        workers = devices if on_gpus else ("cpu:0",)
-        with Experiment.start(model, workers, exclusive=False, on_progress=reporter.fleet) as experiment:
+        workers = devices if on_gpus or config.engine is not None else ("cpu:0",)
+        with Experiment.start(
+            model, workers, exclusive=False, start_fleet=start_fleet or starter_of(config), on_progress=reporter.fleet
+        ) as experiment:
             fleet, self.shape = experiment.fleet, experiment.fleet.shape
             if described is not None:
                 self.device_bytes = described.device_bytes(devices)
@@ -131,8 +142,10 @@ class Known:
                 self.device_bytes = dict(fleet.device_bytes) if on_gpus else device_bytes(devices)
             self.model = fleet.model.model_copy(update={"attention": config.model.attention})
             """With its revision."""
-            self.hardware_id = fleet.machine.hardware_id
+            self.machine = fleet.machine
             self.prompt_lens = fleet.prompt_lens(config.workload)
+            own = Resolver.of_workload(self.shape, config.workload, self.prompt_lens, self.device_bytes)
+            self.resolve = own if config.engine is None else resolver_of(fleet, config, self.prompt_lens)
 
 
 class Planned:
@@ -147,6 +160,7 @@ class Planned:
         profile_file: Path | None = None,
         observations: Sequence[Observation] = (),
         top: int = 10,
+        start_fleet: Callable[..., Fleet] | None = None,
     ) -> None:
         """
         Args:
@@ -155,30 +169,43 @@ class Planned:
             profile_file: a profile to take instead of the cached one.
             observations: runs that correct what tasks take.
             top: plans to keep.
+            start_fleet: as in `run_study`.
 
         Raises:
             UserError: a model, prompts, bounds or a profile that cannot be used.
             NothingFeasibleError: no plan fits into memory.
         """
+        if described is not None and config.warm_start:
+            raise ConfigError(
+                "warm_start: runs of this machine say nothing of devices in a file; leave one of them out"
+            )
+        if config.engine is not None and (described is not None or profile_file is not None):
+            given = "--device-file" if described is not None else "--profile"
+            raise ConfigError(f"engine: its own runs alone say what it takes, by --warm-start; leave {given} out")
         reporter.begin(f"reading {config.model.name}")
-        self.config, self.known = config, Known(config, reporter, described)
-        known, workload = self.known, config.workload
+        self.config, self.known = config, Known(config, reporter, described, start_fleet)
+        known, workload, resolve = self.known, config.workload, self.known.resolve
         costs, self.source = _costs(config, known, described, profile_file)
+        earlier = [lessons_of(one, config, known.model, known.machine, known.shape) for one in config.warm_start]
+        said = zip(config.warm_start, earlier, strict=True)
+        told = [f"{folder}: {text or 'it measured nothing'}" for folder, (_, _, text) in said]
+        if seen := [one for _, lessons, _ in earlier for one in lessons]:
+            self.source = replace(self.source, text=f"{self.source.text}, corrected by {len(seen)} earlier runs")
         reporter.begin("predicting")
-        resolve = Resolver.of_workload(known.shape, workload, known.prompt_lens, known.device_bytes)
-        model = refit(CostModel.of_workload(known.shape, workload, known.prompt_lens, costs), observations)
-        space = build_space(config.space, config.concrete_devices, known.shape, model, resolve)
+        kind = CostModel if config.engine is None else EngineModel
+        model = refit(kind.of_workload(known.shape, workload, known.prompt_lens, costs), [*observations, *seen])
+        space = new_space(config, config.concrete_devices, model, resolve)
         found = [candidate.effective for candidate in candidates(space, resolve)]
         self.space = {"partitions": len(space.partitions), "points": space.num_points, "predicted": len(found)}
         predictions = model.predict_many([(effective.plan, effective.in_flight) for effective in found])
-        prompt_len = max(known.prompt_lens)
         planned = [
-            _planned(effective, prediction, known, config, prompt_len)
+            _planned(effective, prediction, resolve, config)
             for effective, prediction in zip(found, predictions, strict=True)
         ]
         self.objective, self.notes = config.objectives[0], _notes(config, planned)
         if workload.arrivals is not None:
             planned, self.objective, self.notes = _under_load(config, known, planned, model, reporter, top)
+        self.notes += told
         if all(one.broken for one in planned):
             self.notes.append("no plan is predicted to keep all constraints; those come first that break them least")
         self.plans = rank(planned, self.objective)[:top]
@@ -248,7 +275,7 @@ def _under_load(
     for one, factor in itertools.product(fastest.values(), (1, 2)):
         effective = resolve(one.plan.model_copy(update={"max_in_flight": factor * len(one.plan.stages)}))
         if isinstance(effective, EffectivePlan):
-            planned_ = _planned(effective, one.prediction, known, config, load.longest[0])
+            planned_ = _planned(effective, one.prediction, resolve, config)
             chosen.setdefault(f"{effective.key} {effective.in_flight}", planned_)
     if not chosen:
         raise NothingFeasibleError("no plan has room for the longest request; give plans more memory or devices")
@@ -294,6 +321,9 @@ def _broken(config: TuneConfig, metrics: Mapping[str, float]) -> tuple[Constrain
 def _costs(
     config: TuneConfig, known: Known, described: DescribedDevices | None, profile_file: Path | None
 ) -> tuple[Costs | None, Source]:
+    if config.engine is not None:
+        way = None if config.warm_start else "`--warm-start STUDY` corrects them by what a study of this engine saw"
+        return None, Source(kind="nominal", text="nominal rates", remedy=way)
     if described is not None:
         about = f" ({described.about})" if described.about else ""
         text = f"devices described in {described.place}{about}"
@@ -328,7 +358,7 @@ def _profile(config: TuneConfig, known: Known, profile_file: Path | None) -> Pro
         if not config.profile:
             return None
         return find_profile(
-            hardware_id=known.hardware_id,
+            hardware_id=known.machine.hardware_id,
             devices=config.concrete_devices,
             model=known.model,
             packed_weights=config.space.packed_weights,
@@ -350,16 +380,14 @@ def _profile(config: TuneConfig, known: Known, profile_file: Path | None) -> Pro
     return profile
 
 
-def _planned(
-    effective: EffectivePlan, prediction: Prediction, known: Known, config: TuneConfig, prompt_len: int
-) -> PlannedPlan:
+def _planned(effective: EffectivePlan, prediction: Prediction, resolve: Resolver, config: TuneConfig) -> PlannedPlan:
     plan = effective.plan
     busy = iter(prediction.stage_busy_s)
     stages = []
     for replica, index in itertools.product(range(plan.replicas), range(len(plan.stages))):
         own = plan.replica(replica)
         stage = own.stages[index]
-        need = stage_bytes(known.shape, own, index, prompt_len=prompt_len, output_len=config.workload.generated_len)
+        need = resolve.stage_bytes(own, index)
         busy_s = next(busy)
         stages.append(
             PlannedStage(
@@ -373,7 +401,7 @@ def _planned(
                 kv_bytes=effective.in_flight * need.kv_per_slot,
                 activation_bytes=need.activations,
                 total_bytes=need.total(effective.in_flight),
-                cap_bytes=stage.cap_bytes(known.device_bytes[stage.device]),
+                cap_bytes=stage.cap_bytes(resolve.device_bytes[stage.device]),
             )
         )
     metrics = dict(prediction.metrics) | {

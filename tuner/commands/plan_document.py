@@ -11,12 +11,14 @@ from pipetune.tuner.planning.model_fit import ranges_text
 from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.document import GAP, Column, Document, Facts, Table, Text, left, rows_of
 
-_LEGEND = """rows: decoded together/prefilled together·tokens of a prompt at a time
+_ROWS = "rows: decoded together/prefilled together·tokens of a prompt at a time"
+_LIMITS = "budget/seqs: tokens of a batch/sequences at once; –: left to the engine"
+_LEGEND = """
 memory: of the fullest stage's cap; !: breaks a constraint
 limited by: the slowest stage, and how much of the time it is busy
 ideal: share of what its devices would give, were each of them always busy"""
 
-_LOAD_LEGEND = """rows: decoded together/prefilled together·tokens of a prompt at a time, in each of the slots
+_LOAD_LEGEND = f"""{_ROWS}, in each of the slots
 good: share of requests that keep the limits of --goodput
 max rate: requests a second up to which as many do as --slo-attainment says
 bubble: of the time in which there are requests"""
@@ -107,7 +109,7 @@ def _ranking(planned: Planned) -> Table:
         (
             str(rank),
             w.layers_text(plan.plan),
-            f"{plan.plan.micro_batch_size}/{w.prefill_text(plan.plan)}",
+            "/".join(w.sizes_text(plan.effective)[:2]),
             w.number_text(plan.metrics[throughput]),
             *(w.ms_text(plan.metrics.get(name)) for name in latencies.values()),
             w.percent_text(plan.metrics["bubble_ratio"]),
@@ -117,11 +119,12 @@ def _ranking(planned: Planned) -> Table:
         )
         for rank, plan in enumerate(planned.plans, start=1)
     ]
-    numbers = map(Column, ("rows", "tok/s", *latencies, "bubble", "memory"))
+    sizes, legend = ("rows", _ROWS) if planned.config.engine is None else ("budget/seqs", _LIMITS)
+    numbers = map(Column, (sizes, "tok/s", *latencies, "bubble", "memory"))
     return Table(
         columns=(Column("#"), left("plan", "prose"), *numbers, left("limited by"), Column("ideal")),
         rows=rows_of(rows),
-        legend=_LEGEND,
+        legend=legend + _LEGEND,
         gap=1,
     )
 
@@ -133,8 +136,7 @@ def _loads(planned: Planned) -> Table:
         (
             str(rank),
             w.layers_text(plan.plan),
-            f"{plan.plan.micro_batch_size}/{w.prefill_text(plan.plan)}",
-            f"{plan.effective.in_flight}",
+            *("/".join(w.sizes_text(plan.effective)[:2]), w.sizes_text(plan.effective)[2]),
             *(w.ms_text(plan.metrics.get(name)) for name in columns.values()),
             w.percent_text(plan.metrics.get("slo_attainment")),
             w.number_text(plan.metrics.get("max_request_rate")),

@@ -98,6 +98,8 @@ def _count_seconds(value: Any) -> Any:
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Sizes = Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_split)]
+_split_one = BeforeValidator(lambda value: (value,) if isinstance(value, int) else _split(value))
+ByteSizes = Annotated[tuple[Bytes, ...], Field(min_length=1), _split_one]
 Fractions = Annotated[tuple[Fraction, ...], Field(min_length=1), BeforeValidator(_split)]
 Chunks = Annotated[tuple[Positive | None, ...], Field(min_length=1), BeforeValidator(_parse_chunks)]
 Compile = Annotated[bool | Literal["search"], BeforeValidator(_parse_compile)]
@@ -166,16 +168,18 @@ class EngineConfig(Value):
     tensor_parallel_sizes: Annotated[Sizes | None, Flag("Engine", "Workers of a stage: 1,2. [what fits]")] = None
     """Workers that share each stage; None: every division of the devices that divides the attention heads."""
     kv_cache_memory_bytes: Annotated[
-        Bytes | None, Flag("Engine", "KV cache of a worker: 2GiB. [what the caps leave]", metavar="SIZE")
+        ByteSizes | None,
+        Flag("Engine", "KV cache of a worker: 2GiB,4GiB. [what the caps leave]", metavar="SIZES"),
     ] = None
     enforce_eager: Annotated[bool, Flag("Engine", "Compile nothing.")] = False
     served: Annotated[bool, Flag("Engine", "By its HTTP server, asked over loopback.")] = False
+    served_finals: Annotated[bool, Flag("Engine", "The finals alone by its HTTP server.")] = False
 
     @property
     def settings(self) -> EngineSettings:
-        """What is the same for all plans."""
-        own = ("name", "kv_cache_memory_bytes", "enforce_eager", "served")
-        return EngineSettings(**{name: getattr(self, name) for name in own})
+        """What is the same for all plans, and of several sizes of the KV cache the largest."""
+        own = {name: getattr(self, name) for name in ("name", "enforce_eager", "served")}
+        return EngineSettings(**own, kv_cache_memory_bytes=max(self.kv_cache_memory_bytes or (0,)) or None)
 
     @model_validator(mode="after")
     def _has_python(self) -> Self:

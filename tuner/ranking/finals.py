@@ -62,6 +62,7 @@ def choose(
     count: int,
     space: SpaceConfig = _UNBOUND,
     preferred: Sequence[str] = (),
+    served: bool = False,
 ) -> Finalists:
     """Who takes part in the finals that follow the last trial; the same whether none or some of its rounds are done.
 
@@ -71,10 +72,12 @@ def choose(
     engine does by itself, takes part beside them, so that what is gained is told by the same rounds; not where it has
     missed the first of them, as in finals from before it did. Preferred keys of plans, best first, go before all others
     where there is one objective; before them go those that ran in these finals already, so that what was learnt in
-    between changes nothing.
+    between changes nothing. Where finals are `served`, another engine's plans take part by its HTTP server, and the
+    baseline, which is in process, does not.
     """
     first_round, own = last_finals(records)
-    ran = [record.effective.key for record in own if record.effective is not None]
+    effectives = [record.effective for record in own if record.effective is not None]
+    ran = [one.key for effective in effectives for one in (effective, effective.by(served=False))]
     ranking = rank(before_finals(records), objectives, constraints, space=space)
     single = ranking.engine_default.row if ranking.engine_default else ranking.single_stage
     rows = [row for row in ranking.rows if row.feasible and row is not single]
@@ -92,10 +95,12 @@ def choose(
         single = None
     if single and single.rank:
         rows.append(single)
+    plans = [row.effective.by(served=True) if served else row.effective for row in rows]
+    beside = single.effective if rows and single and not single.rank else None
     return Finalists(
-        plans=tuple(row.effective for row in rows),
-        single_stage=single.effective if rows and single and not single.rank else None,
-        baseline_batch_size=ranking.baseline.batch_size if ranking.baseline else None,
+        plans=tuple({plan.key: plan for plan in plans}.values()),
+        single_stage=beside.by(served=True) if beside and served else beside,
+        baseline_batch_size=ranking.baseline.batch_size if ranking.baseline and not served else None,
     )
 
 

@@ -129,9 +129,9 @@ def _rival(ranked: Sequence[Row]) -> Row | None:
 
 
 def _engine_default(ranked: Sequence[Row]) -> Row | None:
-    """The most even of an engine's longest pipelines at its own limits."""
+    """The most even of an engine's longest pipelines at its own limits, by the finals where it ran there."""
     found = [row for row in ranked if row.plan.is_engine_default]
-    return min(found, key=lambda row: unevenness(row.plan.layer_counts), default=None)
+    return min(found, key=lambda row: (not row.in_finals, unevenness(row.plan.layer_counts)), default=None)
 
 
 def _batch_size(record: Record) -> int | None:

@@ -155,7 +155,7 @@ def _cells(row: Row, latency: str, extras: Sequence[str], *, several: bool) -> t
     return (
         f"{row.rank if row.rank else w.MISSING}{marks}",
         w.layers_text(row.plan),
-        *w.sizes_text(row),
+        *w.sizes_text(row.effective),
         *_measured(row, w.ratio_text(row.speedup_over_baseline), latency, extras),
     )
 

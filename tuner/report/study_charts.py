@@ -67,7 +67,7 @@ def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Char
         if own := [point for point in points if kind(point[0]) == label]:
             shown, xs, ys = zip(*own, strict=True)
             size = "budget" if report.engine else "mb"
-            names = (f"{layers_text(row.plan)}, {size} {sizes_text(row)[0]}" for row in shown)
+            names = (f"{layers_text(row.plan)}, {size} {sizes_text(row.effective)[0]}" for row in shown)
             marks.append(replace(look, xs=xs, ys=ys, label=label, names=tuple(names) if label == "best plan" else ()))
     return Chart(
         title=f"Throughput against {column_title(metric)}",

@@ -8,7 +8,7 @@ import yaml
 
 from pipetune.bench.errors import harmless
 from pipetune.bench.record import Hardware, Measurement, OutputCheck
-from pipetune.bench.spec import ENGINE_TITLES, Arrivals, ModelSpec, Plan, Sampling, Workload
+from pipetune.bench.spec import ENGINE_TITLES, Arrivals, EffectivePlan, ModelSpec, Plan, Sampling, Workload
 from pipetune.tuner.ranking.values import BaselineRow, FailureRow, Ranking, Row, Spread
 from pipetune.tuner.stats.ratios import Ratio
 
@@ -48,11 +48,11 @@ def layers_text(plan: Plan) -> str:
     return " ".join([f"{plan.replicas}×{counts}" if plan.replicas > 1 else counts, *switches, *plan.lane_words])
 
 
-def sizes_text(row: Row) -> tuple[str, str, str]:
+def sizes_text(effective: EffectivePlan) -> tuple[str, str, str]:
     """Micro-batch, what is prefilled together, and how many are in flight; of an engine budget, sequences, KV cache."""
-    plan, engine = row.plan, row.plan.engine
+    plan, engine = effective.plan, effective.plan.engine
     if engine is None:
-        return str(plan.micro_batch_size), prefill_text(plan), str(row.effective.in_flight)
+        return str(plan.micro_batch_size), prefill_text(plan), str(effective.in_flight)
     budget, seqs = (str(limit or MISSING) for limit in (engine.max_num_batched_tokens, engine.max_num_seqs))
     return budget, seqs, bytes_text(engine.kv_cache_memory_bytes)
 

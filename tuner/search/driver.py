@@ -147,7 +147,9 @@ def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
     with log.spend("finals"):
         _run_finals(runs, participant, preferred)
     best = rank_study(store).best
-    trials = [record for record in store.current if best and record.role == "trial" and record.number in best.records]
+    own = best.effective.by(served=False).key if best else None
+    trials = [one for one in store.current if one.role == "trial" and one.effective]
+    trials = [one for one in trials if one.effective and one.effective.by(served=False).key == own]
     # The database is a copy for others: a study does not end without its reports for want of it.
     with contextlib.suppress(Exception), contextlib.closing(participant.open_study(space, resolve)) as study:
         study.note_best(trials[0] if trials else None)
@@ -227,7 +229,13 @@ def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) 
         runs.reporter.say(other)
         return
     finalists = finals.choose(
-        store.current, objectives, config.constraints, count=config.finalists, space=config.space, preferred=preferred
+        store.current,
+        objectives,
+        config.constraints,
+        count=config.finalists,
+        space=config.space,
+        preferred=preferred,
+        served=config.engine is not None and config.engine.served_finals,
     )
     if not finalists.plans:
         return

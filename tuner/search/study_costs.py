@@ -65,14 +65,14 @@ def space_of(runs: Runs, cost: CostModel, resolve: Resolver) -> SearchSpace:
     path = runs.store.path(StudyFile.SPACE)
     if path.exists():
         return read(path, SearchSpace)
-    return new_space(runs.store.config, runs.fleet, cost, resolve)
+    return new_space(runs.store.config, runs.fleet.devices, cost, resolve)
 
 
-def new_space(config: TuneConfig, fleet: Fleet, cost: CostModel, resolve: Resolver) -> SearchSpace:
+def new_space(config: TuneConfig, devices: Sequence[str], cost: CostModel, resolve: Resolver) -> SearchSpace:
     """A space to search; raises as `build_space`."""
     if isinstance(cost, EngineModel) and isinstance(resolve, EngineResolver):
-        return build_engine_space(config, fleet.devices, cost, resolve)
-    return build_space(config.space, fleet.devices, fleet.shape, cost, resolve)
+        return build_engine_space(config, devices, cost, resolve)
+    return build_space(config.space, devices, cost.shape, cost, resolve)
 
 
 def _model(fleet: Fleet, workload: Workload, lens: Sequence[int], profile: Profile | None = None) -> CostModel:

@@ -18,8 +18,7 @@ WANTED = 0.9
 def search(share_of: Callable[[float], float], guess: float, most: int) -> tuple[float | None, int]:
     """The estimate, and how many rates were tried until two within 3 % enclose it."""
     own = RateSearch(wanted=WANTED, guess=guess, most=most)
-    while (rate := own.next()) is not None:
-        own.shares[rate] = share_of(rate)
+    own.run(share_of)
     return estimate(own.shares, WANTED), len(own.shares)
 
 
@@ -43,10 +42,19 @@ def test_it_is_found_from_far_and_near(guess: float, steepness: float) -> None:
 
 def test_it_is_given_up_where_a_quarter_of_the_guess_is_not_sustained() -> None:
     own = RateSearch(wanted=WANTED, guess=8.0, most=20)
-    while (rate := own.next()) is not None:
-        own.shares[rate] = 0.0
+    own.run(lambda rate: 0.0)
     assert min(own.shares) == pytest.approx(8.0 / 4, rel=0.1)
     assert (len(own.shares), own.highest) == (4, 0.0)
+
+
+def test_simulated_runs_go_as_far_as_it_takes() -> None:
+    def highest(share_at: Callable[[float], float]) -> float:
+        return RateSearch(wanted=WANTED, guess=1.0, tolerance=0.01, most=30, lowest=2**12).run(share_at)
+
+    assert highest(lambda rate: float(rate <= 0.01)) == pytest.approx(0.01, rel=0.01)
+    assert highest(lambda rate: float(rate <= 730.0)) == pytest.approx(730.0, rel=0.01)
+    assert highest(lambda rate: 0.0) == 0.0
+    assert 2**12 <= highest(lambda rate: 1.0) < 2**18
 
 
 def test_noise_of_shares_moves_it_by_little() -> None:

@@ -83,9 +83,10 @@ def _search_one(folder: Path, job: tuple[str, int]) -> Curve:
 
 
 def _numbers(args: argparse.Namespace) -> int:
-    from tests.evaluation.engines.side_by_side import numbers
+    from tests.evaluation.engines import highest_rates, side_by_side
 
-    sys.stdout.write(numbers(args.python, rounds=args.rounds, say=say) + "\n")
+    work = {"rates": highest_rates.compare, "watched": side_by_side.watched, "beside": side_by_side.beside_ours}
+    sys.stdout.write(work.get(args.what, side_by_side.numbers)(args.python, args.rounds, say) + "\n")
     return 0
 
 
@@ -93,7 +94,9 @@ _worlds: dict[Path, EngineWorld] = {}
 """Landscapes that a worker process has read."""
 
 WORK: dict[str, Callable[[argparse.Namespace], int]] = {"measure": _measure, "search": _search, "numbers": _numbers}
-"""What can be asked for: the landscape measured; all searches of it; the engine beside itself and ours."""
+WORK |= dict.fromkeys(("watched", "beside", "rates"), _numbers)
+"""What can be asked for: the landscape measured; all searches of it; the engine beside its defaults, itself and ours,
+and the last two by themselves; and the highest rates of requests of it and ours."""
 
 
 if __name__ == "__main__":

@@ -21,39 +21,41 @@ from pipetune.bench.errors import FleetError
 from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.record import Measurement, Record
 from pipetune.bench.spec import Plan, Protocol, RunSpec, Workload
+from pipetune.tuner.planning.calibration.observation import observe
 from tests.evaluation.engines.grid import DEVICES, SMOLLM2, engine_plan
 from tests.evaluation.harness import ROOT, findable
 from tests.evaluation.peers.questions import WORKLOADS
 
 SILENT_HOST = Path(__file__).with_name("silent_host.py")
 _MODEL = ("--model", "smollm2-135m", "--dtype", "bfloat16", "--devices", ",".join(DEVICES))
-_ONE = Protocol(num_iters=1, num_iters_warmup=0, max_warmup=0)
+_FOLDER = ROOT / "results" / "engines"
+_RUN = Protocol(num_iters=3, num_iters_warmup=1, max_warmup=1)
 
 
-def numbers(python: Path, *, rounds: int, say: Callable[[str], None]) -> str:
+def numbers(python: Path, rounds: int, say: Callable[[str], None]) -> str:
     """All tables, as Markdown."""
-    folder = ROOT / "results" / "engines"
-    best = {name: _tuned(folder, name, python, say) for name in WORKLOADS}
+    best = {name: _tuned(name, python, say) for name in WORKLOADS}
     parts = [
         "| workload | vLLM tuned | over its defaults at two stages |\n|---|---|--:|\n"
         + "\n".join(f"| {name} | {_described(one)} | {_gain(one)} |" for name, one in best.items()),
-        _watched(python, rounds, say),
-        _beside_ours(folder, best["balanced"], python, rounds, say),
+        watched(python, rounds, say),
+        beside_ours(python, rounds, say),
     ]
     return "\n\n".join(parts)
 
 
-def _tuned(folder: Path, name: str, python: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """A study by the command that users have, or what is there of it; its document."""
-    say(f"tuning vLLM for the workload {name}")
+def _tuned(name: str, python: Path, say: Callable[[str], None], *, least: int = 2) -> dict[str, Any]:
+    """A study of plans of at least so many stages by the command that users have, or what is there of it; its
+    document."""
+    say(f"tuning vLLM for the workload {name}, {least} stages or more")
     workload = WORKLOADS[name]
     return _study(
         *_arguments(workload),
         *("--engine", "vllm", "--engine-python", str(python), "--enforce-eager", "--kv-cache-memory-bytes", "512MiB"),
         *("--num-iters", "1", "--n-trials", "8", "--finalists", "1", "--finalist-rounds", "5"),
-        *("--max-finalist-rounds", "5", "--min-stages", "2"),
+        *("--max-finalist-rounds", "5", "--min-stages", str(least)),
         *("--baseline-batch-sizes", str(workload.num_prompts)),
-        folder=folder / f"vllm-{name}",
+        folder=_FOLDER / f"vllm-{name}{'-any' * (least == 1)}",
     )
 
 
@@ -82,27 +84,33 @@ def _gain(document: dict[str, Any]) -> str:
     return f"{gain['value']:.2f}× ({gain['low']:.2f}–{gain['high']:.2f}, {gain['rounds']} rounds)"
 
 
-def _watched(python: Path, rounds: int, say: Callable[[str], None]) -> str:
+def watched(python: Path, rounds: int, say: Callable[[str], None]) -> str:
     """One plan in one process, its passes recorded and not, in random order; and its bubble from run to run."""
     say("one plan, watched and not")
     order, took = random.Random(0), {True: list[float](), False: list[float]()}
-    spec = RunSpec(model=SMOLLM2.model, workload=SMOLLM2.workload, plan=engine_plan((15, 15), 256, 64), protocol=_ONE)
+    spec = RunSpec(model=SMOLLM2.model, workload=SMOLLM2.workload, plan=engine_plan((15, 15), 256, 64), protocol=_RUN)
     engine = VllmEngine(SMOLLM2.model, DEVICES, python=python, script=SILENT_HOST)
     try:
-        first = engine.measure(spec)
-        bubbles = [metrics.derive(_sound(first))["bubble_ratio"]]
+        runs = [_sound(engine.measure(spec))]
         for _ in range(2 * rounds):
             for is_watched in order.sample((True, False), 2):
                 took[is_watched].append(_pass_s(engine, spec, is_watched))
-        bubbles += [metrics.derive(_sound(engine.measure(spec)))["bubble_ratio"] for _ in range(rounds - 1)]
+        runs += [_sound(engine.measure(spec)) for _ in range(rounds - 1)]
     finally:
         engine.close()
     ratios = [watched / silent for watched, silent in zip(took[True], took[False], strict=True)]
+    bubbles = [metrics.derive(run)["bubble_ratio"] for run in runs]
+    alone = [run.model_copy(update={"iterations": (one,)}) for run in runs for one in run.iterations]
+    passes = [metrics.derive(one) for one in alone]
     spread = max(bubbles) - min(bubbles)
+    busy_s = [(1 - one["bubble_ratio"]) * one["duration_s"] for one in passes]
+    idle_s = [one["bubble_ratio"] * one["duration_s"] for one in passes]
     return (
         f"Recorded over unrecorded passes: {statistics.median(ratios):.3f}× "
         f"({min(ratios):.3f}–{max(ratios):.3f}, {len(ratios)} pairs). Bubble of one plan, {len(bubbles)} runs in one "
-        f"process: {min(bubbles):.3f}–{max(bubbles):.3f}, apart by {spread:.3f} at most."
+        f"process, {_RUN.num_iters} passes each: {min(bubbles):.3f}–{max(bubbles):.3f}, apart by {spread:.3f} at most. "
+        f"Of its passes each by itself {_range([one['bubble_ratio'] for one in passes])}: a stage computes for "
+        f"{_range(busy_s)} s and does not for {_range(idle_s)} s."
     )
 
 
@@ -116,18 +124,21 @@ def _pass_s(engine: VllmEngine, spec: RunSpec, is_watched: bool) -> float:
     return float(answer["duration_s"])
 
 
-def _beside_ours(folder: Path, theirs: dict[str, Any], python: Path, rounds: int, say: Callable[[str], None]) -> str:
-    """Both runtimes' best plans for one workload, each in fresh processes, in rounds of random order."""
+def beside_ours(python: Path, rounds: int, say: Callable[[str], None]) -> str:
+    """Both runtimes' best plans for one workload, each in fresh processes, in rounds of random order; and where the
+    time of either goes."""
+    theirs = _tuned("balanced", python, say, least=1)
     say("our runtime for the same workload")
-    ours = _study(*_arguments(WORKLOADS["balanced"]), "--n-trials", "10", folder=folder / "pipetune-balanced")
+    ours = _study(*_arguments(WORKLOADS["balanced"]), "--n-trials", "10", folder=_FOLDER / "pipetune-balanced")
     plans = {"pipetune": Plan.model_validate(ours["best"]["plan"]), "vLLM": Plan.model_validate(theirs["best"]["plan"])}
     starts: dict[str, Any] = {"pipetune": None, "vLLM": partial(VllmEngine, python=python)}
     order, rates = random.Random(1), {name: list[float]() for name in plans}
+    records: dict[str, Record] = {}
     for turn in range(rounds):
         for name in order.sample(sorted(plans), 2):
             say(f"round {turn + 1} of {rounds}: {name}")
-            record = _fresh_run(plans[name], starts[name])
-            rates[name].append(metrics.derive(_sound(record.result))["output_throughput"])
+            records[name] = _fresh_run(plans[name], starts[name])
+            rates[name].append(metrics.derive(_sound(records[name].result))["output_throughput"])
     ratios = [ours_ / theirs_ for ours_, theirs_ in zip(rates["pipetune"], rates["vLLM"], strict=True)]
     lines = [f"| {name} | {plans[name].describe()} | {_middle(values)} |" for name, values in rates.items()]
     return "\n".join(
@@ -135,9 +146,26 @@ def _beside_ours(folder: Path, theirs: dict[str, Any], python: Path, rounds: int
             "| runtime | best plan | output tok/s: median (range) |\n|---|---|--:|",
             *lines,
             f"\npipetune over vLLM: {statistics.median(ratios):.2f}× ({min(ratios):.2f}–{max(ratios):.2f}, "
-            f"{rounds} rounds).",
+            f"{rounds} rounds).\n",
+            "| runtime, seconds of a device in its last run | all | with prompts | decode steps | computes nothing |",
+            "|---|--:|--:|--:|--:|",
+            *(_where(name, record) for name, record in records.items()),
         )
     )
+
+
+def _where(name: str, record: Record) -> str:
+    """Where the time of a run goes, in seconds."""
+    seen = observe(record)
+    assert seen is not None
+    plan, took = seen.effective.plan, seen.metrics["duration_s"]
+    spent = {True: 0.0, False: 0.0}
+    for task in seen.tasks:
+        # An engine's steps are counted in tokens of all their sequences.
+        per_row = task.new_tokens / (task.rows if plan.engine else 1)
+        spent[per_row > 1] += task.seconds * task.count / seen.iterations / (len(plan.devices) * plan.width)
+    values = (took, spent[True], spent[False], took - sum(spent.values()))
+    return f"| {name}, {plan.describe()} | " + " | ".join(f"{one:.2f}" for one in values) + " |"
 
 
 def _fresh_run(plan: Plan, start: Any) -> Record:
@@ -151,6 +179,10 @@ def _fresh_run(plan: Plan, start: Any) -> Record:
         if failure is not None:
             raise FleetError(failure)
         return experiment.measure(plan, workload, protocol)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3f}–{max(values):.3f}"
 
 
 def _middle(values: Sequence[float]) -> str:

@@ -20,7 +20,7 @@ from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.space.engine import EngineResolver, build_engine_space, default_point
 from pipetune.tuner.search.space.resolver import Resolver
 from pipetune.tuner.search.space.space import Point, SearchSpace
-from tests.evaluation.engines.grid import EngineDocument, EngineFolder, EngineLandscape, engine_plan
+from tests.evaluation.engines.grid import KV_BYTES, EngineDocument, EngineFolder, EngineLandscape, engine_plan
 from tests.evaluation.search import drift
 from tests.evaluation.search.landscape import usable_runs
 from tests.evaluation.search.methods import OURS, Listed, Make
@@ -74,7 +74,7 @@ class EngineOurs(Ours):
                 python="python",
                 max_num_batched_tokens=tuple(sorted(set(budgets))),
                 max_num_seqs=tuple(sorted(set(seqs))),
-                kv_cache_memory_bytes=first.engine.kv_cache_memory_bytes,
+                kv_cache_memory_bytes=(first.engine.kv_cache_memory_bytes or KV_BYTES,),
                 enforce_eager=True,
             ),
         )

@@ -19,12 +19,12 @@ from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.profile_cache import grid_for
 from pipetune.tuner.planning.costs.profiled import ProfiledCosts
-from pipetune.tuner.planning.simulation.load import LoadedRequest, highest_rate, simulate_load
+from pipetune.tuner.planning.simulation.load import LoadedRequest, simulate_load
 from pipetune.tuner.planning.simulation.model import CostModel
 from tests.evaluation.harness import say
 from tests.evaluation.load.estimates import Limits, interval
 from tests.evaluation.load.lab import Lab
-from tests.evaluation.load.rates_of import ATTAINMENT, find_together
+from tests.evaluation.load.rates_of import find_together, search_from
 from tests.evaluation.load.sides import OurSetting, Trace
 from tests.evaluation.load.values import Row
 
@@ -154,13 +154,7 @@ def _model(
 
 def _predicted(model: CostModel, setting: OurSetting, traces: Sequence[Trace], limits: Limits) -> float:
     return statistics.median(
-        highest_rate(
-            partial(simulated_share, model, setting, trace, limits),
-            ATTAINMENT,
-            guess=10.0,
-            step=1.5,
-        )
-        for trace in traces
+        search_from(10.0).run(partial(simulated_share, model, setting, trace, limits)) for trace in traces
     )
 
 

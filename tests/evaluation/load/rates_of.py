@@ -14,6 +14,11 @@ ATTAINMENT = 0.9
 S = TypeVar("S")
 
 
+def search_from(guess: float, *, tolerance: float = 0.01) -> RateSearch:
+    """A search by simulated runs, which goes as far as it takes."""
+    return RateSearch(wanted=ATTAINMENT, guess=guess, tolerance=tolerance, most=40, lowest=2**12)
+
+
 def find_together(
     share_at: Mapping[str, Callable[[float], float]],
     guesses: Mapping[str, float],

@@ -19,13 +19,13 @@ from pipetune.bench.load.rates import RateSearch, estimate
 from pipetune.bench.models.describe import describe_model
 from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.spec import Workload
-from pipetune.tuner.planning.simulation.load import LoadedRequest, highest_rate, simulate_load
+from pipetune.tuner.planning.simulation.load import LoadedRequest, simulate_load
 from pipetune.tuner.planning.simulation.model import CostModel
 from tests.evaluation.harness import say
 from tests.evaluation.load.estimates import Limits, Served, interval, limits_of
 from tests.evaluation.load.lab import TPOT_FACTOR, TTFT_FACTOR, Subject
 from tests.evaluation.load.predicted import simulated_share
-from tests.evaluation.load.rates_of import ATTAINMENT
+from tests.evaluation.load.rates_of import ATTAINMENT, search_from
 from tests.evaluation.load.sides import OurSetting, Trace
 from tests.evaluation.load.values import Row
 
@@ -119,7 +119,7 @@ def curves_of(
             def share(rate: float, trace: Trace = trace, setting: OurSetting = setting, of: Limits = limits) -> float:
                 return simulated_share(model, setting, trace, of, rate)
 
-            middle = highest_rate(share, ATTAINMENT, guess=10.0, step=1.5, tolerance=0.02)
+            middle = search_from(10.0, tolerance=0.02).run(share)
             rates = tuple(middle * _SPAN ** (2 * index / (points - 1) - 1) for index in range(points))
             curves.append(Curve(rates=rates, shares=tuple(map(share, rates))))
         found[setting.name] = curves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,13 +13,19 @@ from typing import Any
 import pytest
 
 from pipetune.bench.engines.vllm import VllmEngine
+from pipetune.bench.errors import ConfigError
 from pipetune.bench.record import Measurement, Record
 from pipetune.tuner.commands.conclude import document
+from pipetune.tuner.commands.plan import Planned
+from pipetune.tuner.commands.plan_document import document_of, json_of
 from pipetune.tuner.config.schema import TuneConfig
+from pipetune.tuner.planning.costs.described import read_devices
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.report.data import Report
+from pipetune.tuner.report.render.markdown import render_markdown
 from pipetune.tuner.search.driver import rank_study, run_study
 from pipetune.tuner.study.files import load_study
+from pipetune.tuner.study.plan_file import read_plan
 from pipetune.tuner.study.store import StudyStore
 from tests.bench.engines import fake_host
 from tests.bench.engines.conftest import describe
@@ -89,6 +96,59 @@ def test_an_earlier_study_of_the_engine_teaches_and_its_best_plan_runs_behind_th
     assert trials[1] == best.plan
     (said,) = json.loads((tmp_path / "b" / "warm_start.json").read_text(encoding="utf-8"))["said"]
     assert "last runs teach the cost model" in said
+
+
+def test_finals_are_served_where_that_is_asked_for(tmp_path: Path, start: Any) -> None:
+    asked = {**CONFIG, "engine": {"python": sys.executable, "served_finals": True}}
+    records = run(tmp_path / "s", start, TuneConfig.model_validate(asked))
+    by_role: dict[str, set[bool]] = {}
+    for one in records:
+        if one.spec and one.spec.plan.engine:
+            by_role.setdefault(one.role, set()).add(one.spec.plan.engine.served)
+    assert by_role == {"trial": {False}, "finalist": {True}}
+    report = Report.of(load_study(tmp_path / "s"))
+    best, default = report.ranking.best, report.ranking.engine_default
+    assert best is not None
+    assert best.in_finals
+    assert best.effective.key != best.effective.by(served=False).key
+    assert default is not None
+    assert default.gain is not None
+    assert default.gain.paired
+    # What is compared with in process is not compared with what was served.
+    assert best.speedup_over_baseline is None
+
+
+def test_plans_are_predicted_by_what_an_earlier_study_saw_of_the_engine(tmp_path: Path, start: Any) -> None:
+    run(tmp_path / "a", start, TuneConfig.model_validate(CONFIG))
+    best = Report.of(load_study(tmp_path / "a")).ranking.best
+    assert best is not None
+    nominal = Planned(TuneConfig.model_validate(CONFIG), Reporter(), start_fleet=start, top=1000)
+    assert nominal.source.remedy is not None
+    assert "--warm-start" in nominal.source.remedy
+    warm = TuneConfig.model_validate({**CONFIG, "warm_start": [str(tmp_path / "a")]})
+    planned = Planned(warm, Reporter(), start_fleet=start, top=1000)
+    # The fake's first stage is fast up to so many layers.
+    assert planned.plans[0].plan.layer_counts[0] <= 14 < nominal.plans[0].plan.layer_counts[0]
+    was, now = (next(one for one in own.plans if one.plan == best.plan) for own in (nominal, planned))
+    # Of each of four steps the fake's stages compute for 10 ms, and the last one samples for 2 ms.
+    assert [stage.busy_s for stage in now.stages] == pytest.approx([0.040, 0.048], rel=0.1)
+    assert was.stages[0].busy_s > 0.1
+    assert json_of(planned)["plans"][0]["plan"]["engine"]["name"] == "vllm"
+    screen = render_markdown(document_of(planned))
+    assert "| budget/seqs | tok/s |" in screen
+    assert re.search(r"nominal rates, corrected by \d+ earlier runs", screen), screen
+    assert "last runs teach the cost model" in screen
+    assert not re.search("micro-batch|prefilled", screen), screen
+    planned.write(tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json").plan == planned.plans[0].plan
+
+
+def test_what_an_engines_plans_are_not_predicted_from_is_refused(start: Any) -> None:
+    config = TuneConfig.model_validate(CONFIG)
+    with pytest.raises(ConfigError, match="leave --device-file out"):
+        Planned(config, Reporter(), described=read_devices(Path("2xH100")), start_fleet=start)
+    with pytest.raises(ConfigError, match="leave --profile out"):
+        Planned(config, Reporter(), profile_file=Path("p.json"), start_fleet=start)
 
 
 def test_a_stopped_study_goes_on_with_its_space(tmp_path: Path, start: Any) -> None:

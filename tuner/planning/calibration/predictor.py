@@ -73,7 +73,7 @@ class Predictor:
     def __init__(self, model: CostModel, observations: Sequence[Observation], *, metrics: Sequence[str]) -> None:
         """Learns from what was observed; from nothing, it predicts what the model, over uncorrected costs, says of the
         metrics."""
-        self.model = model.refit(observations) if isinstance(model, EngineModel) else refit(model, observations)
+        self.model = refit(model, observations)
         self._loads: dict[tuple[Plan, int, int | None], Prediction] = {}
         # Under arrivals it is mostly the trace that says how long a run takes.
         if model.arrivals is None:
@@ -195,6 +195,8 @@ def _mean(runs: Sequence[Observation], metric: str, noise: float) -> tuple[float
 
 def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
     """A model over uncorrected costs, with these corrected by what was observed; itself if that teaches nothing."""
+    if isinstance(model, EngineModel):
+        return model.refit(observations)
     if not any(observation.tasks for observation in observations):
         return model
     # Layers of equal shape share a group.

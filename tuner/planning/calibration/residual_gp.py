@@ -67,8 +67,9 @@ class Features:
             sizes = (plan.micro_batch_size, plan.prefill_size, chunk, in_flight)
             if plan.engine is not None:
                 # What is left to the engine stands far above.
-                most = plan.engine.max_num_seqs or _OPEN, plan.engine.max_num_batched_tokens or _OPEN
-                sizes = (most[0], 1, most[1], in_flight)
+                own = plan.engine
+                limits = own.max_num_seqs or _OPEN, own.kv_cache_memory_bytes or _OPEN
+                sizes = (*limits, own.max_num_batched_tokens or _OPEN, in_flight)
             places[row, widest - 1 :] = [
                 math.log2(size) / length for size, length in zip(sizes, LENGTHS.values(), strict=True)
             ]

@@ -239,29 +239,3 @@ class _Replica:
             self.admission.decoded(order.slot, finished)
         if not len(self.admission):
             self._empty_since_s = at_s
-
-
-def highest_rate(
-    attainment: Callable[[float], float], wanted: float, *, guess: float, step: float = 2.0, tolerance: float = 0.01
-) -> float:
-    """Highest rate at which so large a share of requests keeps its limits, in requests a second; 0 where none does.
-
-    Args:
-        attainment: falls as the rate grows.
-        guess: where to begin.
-        step: factor to go on by until the rate lies between two that were asked for.
-    """
-    least, most = guess * 2**-12, guess * 2**12
-    low = high = guess
-    if attainment(guess) >= wanted:
-        while high <= most and (high == low or attainment(high) >= wanted):
-            low, high = high, high * step
-    else:
-        while low >= least and (high == low or attainment(low) < wanted):
-            low, high = low / step, low
-        if low < least:
-            return 0.0
-    while most > high > low * (1 + tolerance):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if attainment(middle) >= wanted else (low, middle)
-    return low

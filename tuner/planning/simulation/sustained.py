@@ -5,14 +5,16 @@ import statistics
 from collections.abc import Sequence
 
 from pipetune.bench.load.arrivals import arrival_times_s, unit_trace
+from pipetune.bench.load.rates import RateSearch
 from pipetune.bench.load.traces import Trace
 from pipetune.bench.spec import EffectivePlan, Workload
-from pipetune.tuner.planning.simulation.load import LoadedRequest, LoadPrediction, highest_rate, simulate_load
+from pipetune.tuner.planning.simulation.load import LoadedRequest, LoadPrediction, simulate_load
 from pipetune.tuner.planning.simulation.model import CostModel
 
 REQUESTS = 1000
 """At least so many are simulated: short runs flatter."""
 _ROUGH = 300
+_MOST_RATES = 20
 TRACES = 3
 """Seeds, over which the highest rate is a median."""
 
@@ -65,6 +67,6 @@ class Load:
                 served = self.serve(effective, [at / rate for at in times])
                 return served.metrics(self._workload.goodput)["slo_attainment"]
 
-            step = 2.0 if is_rough else 1.1
-            found.append(highest_rate(attained, attainment, guess=guess, step=step, tolerance=tolerance))
+            search = RateSearch(wanted=attainment, guess=guess, tolerance=tolerance, most=_MOST_RATES, lowest=2**12)
+            found.append(search.run(attained))
         return statistics.median(found)

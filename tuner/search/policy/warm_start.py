@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipetune.bench.errors import StudyError
 from pipetune.bench.files import write_durably
+from pipetune.bench.memory import ModelShape
 from pipetune.bench.record import Machine
 from pipetune.bench.spec import ModelSpec, Plan, SchemaVersion, Value, Workload
 from pipetune.tuner.config.schema import TuneConfig
@@ -60,33 +61,38 @@ def warm_start(
     first: list[Point] = []
     said: list[str] = []
     for folder in config.warm_start:
-        try:
-            earlier = load_study(study_at(folder))
-        except StudyError as error:
-            raise StudyError(f"warm_start: {error}") from None
-        if earlier.machine is None or earlier.shape is None:
-            raise StudyError(f"warm_start: {earlier.unread[-1]}")
-        if not earlier.shape.is_alike(resolve.shape):
-            said.append(
-                f"{folder}: measured {earlier.config.model.name}, a model of another shape than {config.model.name}; "
-                "nothing of it is used"
-            )
-            continue
-        other_machine = earlier.machine.hardware_id != machine.hardware_id
-        why_not = "they are of other hardware" if other_machine else _why_no_lesson(earlier, config, model)
-        own = [] if why_not else [observe(record) for record in earlier.records if record.source is None]
-        lessons = [observation for observation in own if observation is not None][-MOST_OBSERVATIONS:]
-        points, missing = _best_points(earlier, space, resolve, config)
+        earlier, lessons, text = lessons_of(folder, config, model, machine, resolve.shape)
+        points, missing = _best_points(earlier, space, resolve, config) if earlier is not None else ([], 0)
         prior += lessons
         first += [point for point in points if point not in first]
-        parts = [f"its {len(lessons)} last runs teach the cost model" if lessons else ""]
-        parts.append(f"its records teach nothing here: {why_not}" if why_not else "")
-        parts.append(f"its {len(points)} best plans run first, measured anew" if points else "")
+        parts = [text, f"its {len(points)} best plans run first, measured anew" if points else ""]
         parts.append(f"{missing} of its best plans are not in this study's space" if missing else "")
         said.append(f"{folder}: " + ("; ".join(filter(None, parts)) or "it measured nothing"))
     found = WarmStart(folders=config.warm_start, prior=tuple(prior), first=tuple(first), said=tuple(said))
     write_durably(path, found.model_dump_json(exclude_defaults=True) + "\n")
     return found
+
+
+def lessons_of(
+    folder: str, config: TuneConfig, model: ModelSpec, machine: Machine, shape: ModelShape
+) -> tuple[StudyContents | None, list[Observation], str]:
+    """An earlier study, or None where its model has another shape; those of its runs that teach the cost model of
+    `config` on `machine`; and how many these are, or why there are none. StudyError as in `warm_start`."""
+    try:
+        earlier = load_study(study_at(folder))
+    except StudyError as error:
+        raise StudyError(f"warm_start: {error}") from None
+    if earlier.machine is None or earlier.shape is None:
+        raise StudyError(f"warm_start: {earlier.unread[-1]}")
+    if not earlier.shape.is_alike(shape):
+        what = f"measured {earlier.config.model.name}, a model of another shape than {config.model.name}"
+        return None, [], f"{what}; nothing of it is used"
+    other_machine = earlier.machine.hardware_id != machine.hardware_id
+    if why_not := "they are of other hardware" if other_machine else _why_no_lesson(earlier, config, model):
+        return earlier, [], f"its records teach nothing here: {why_not}"
+    own = [observe(record) for record in earlier.records if record.source is None]
+    lessons = [observation for observation in own if observation is not None][-MOST_OBSERVATIONS:]
+    return earlier, lessons, f"its {len(lessons)} last runs teach the cost model" if lessons else ""
 
 
 def point_of_plan(space: SearchSpace, resolve: Resolver, plan: Plan, devices: Sequence[str]) -> Point | None:

@@ -63,6 +63,7 @@ def build_engine_space(
         engine=given.settings,
         token_budgets=_limits(given.max_num_batched_tokens, sum(cost.prompt_lens), _BUDGETS, least=_LEAST_BUDGET),
         max_num_seqs=_limits(given.max_num_seqs, cost.num_prompts, _SEQS),
+        kv_cache_sizes=tuple(sorted(set(given.kv_cache_memory_bytes or ()))),
     )
     found: list[tuple[float, tuple[int, int, Partition]]] = []
     refused: list[Failure] = []
@@ -74,12 +75,12 @@ def build_engine_space(
             "prompts; allow fewer"
         )
     for entry in entries:
-        plan = _space_of(space, [entry]).plan({"partition_rank": 1})
-        resolved = resolve(plan)
-        if isinstance(resolved, Failure):
-            refused.append(resolved)
-        else:
-            found.append((cost.predict(plan).duration_s, entry))
+        own, sizes = _space_of(space, [entry]), range(max(1, len(space.kv_cache_sizes)))
+        tried = [resolve(own.plan({"partition_rank": 1, "kv_index": place})) for place in sizes]
+        fits = [one.plan for one in tried if isinstance(one, EffectivePlan)]
+        refused += [one for one in tried if isinstance(one, Failure)]
+        if fits:
+            found.append((cost.predict(fits[-1]).duration_s, entry))
     if not found:
         raise NothingFeasibleError(f"no plan fits into memory; the nearest one: {min(refused, key=overrun).message}")
     return _space_of(space, [entry for _, entry in sorted(found)])
@@ -93,8 +94,8 @@ def default_point(space: SearchSpace) -> dict[str, int]:
         if space.replicas_of({"partition_rank": rank}) == space.shards_of({"partition_rank": rank}) == 1
     ]
     rank = min(alone)[-1] if alone else 1
-    limits = {"budget_index": len(space.token_budgets) - 1, "seqs_index": len(space.max_num_seqs) - 1}
-    return {"partition_rank": rank} | {name: place for name, place in limits.items() if place}
+    limits = {name: high for name, (_, high, _) in space.dimensions().items() if name != "partition_rank"}
+    return {"partition_rank": rank} | limits
 
 
 def _entries(config: TuneConfig, num_devices: int, cost: EngineModel) -> Iterator[tuple[int, int, Partition]]:

@@ -6,7 +6,7 @@ many replicas a partition has, and on which devices it lies where these are unli
 and replicas share the devices: every point can run.
 `micro_batch_index`, `prefill_index` and `chunk_index` count through ascending sizes, `memory_index` through memory
 fractions, `compile_index` from off to on, `lane_index` from no lanes on; the last four are there only when they make a
-difference. Where another engine runs the plans, `budget_index` and `seqs_index` stand in place of all these.
+difference. Where another engine runs the plans, `budget_index`, `seqs_index` and `kv_index` stand in place of all.
 
 A point may also carry cuts (`cut_1`, `cut_2` …), the first layers of its stages, where no partition listed is the one
 meant; its rank is then that of a neighbour.
@@ -69,11 +69,13 @@ class SearchSpace(Value):
     token_budgets: tuple[int | None, ...] = (None,)
     max_num_seqs: tuple[int | None, ...] = (None,)
     """Ascending; None, which is last, for the engine's own default."""
+    kv_cache_sizes: tuple[int, ...] = ()
+    """Bytes of each worker, ascending; empty: as `engine` has it."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without lanes or an engine as before there were any."""
-        later = ("lanes", "engine", "shards", "token_budgets", "max_num_seqs")
+        later = ("lanes", "engine", "shards", "token_budgets", "max_num_seqs", "kv_cache_sizes")
         usual = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in write(self).items() if name not in usual}
 
@@ -122,6 +124,8 @@ class SearchSpace(Value):
             "max_num_seqs": min(seqs, budget) if seqs and budget else seqs,
             "tensor_parallel_size": self.shards_of(point),
         }
+        if self.kv_cache_sizes:
+            settings["kv_cache_memory_bytes"] = _pick(self.kv_cache_sizes, point, "kv_index")
         plan = Plan.from_layer_counts(
             partition,
             devices,
@@ -147,6 +151,7 @@ class SearchSpace(Value):
         optional = {
             "budget_index": self.token_budgets,
             "seqs_index": self.max_num_seqs,
+            "kv_index": self.kv_cache_sizes,
             "chunk_index": self.chunk_sizes,
             "memory_index": self.memory_fractions,
             "compile_index": self.compile,
@@ -204,8 +209,8 @@ def _points(space: SearchSpace, limit: int) -> Iterator[Point]:
     """Points of the best partitions, cap by cap from the largest on."""
     few = space.model_copy(update={"memory_fractions": space.memory_fractions[-1:]})
     sizes = {(rows, min(prefill, rows)) for rows in space.micro_batch_sizes for prefill in space.prefill_sizes}
-    further = space.chunk_sizes, space.compile, space.lanes, space.token_budgets, space.max_num_seqs
-    others = math.prod(map(len, further))
+    limits = space.token_budgets, space.max_num_seqs, space.kv_cache_sizes or (None,)
+    others = math.prod(map(len, (space.chunk_sizes, space.compile, space.lanes, *limits)))
     ranks = best_ranks(space, limit // (len(sizes) * others))
     many_caps = len(space.memory_fractions) > 1
     for cap in reversed(range(len(space.memory_fractions))):

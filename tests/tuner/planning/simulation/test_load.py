@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench.load.arrivals import unit_trace
+from pipetune.bench.load.rates import RateSearch
 from pipetune.bench.spec import Goodput, Lane, Plan
 from pipetune.tuner.planning.costs.contention import Contention
-from pipetune.tuner.planning.simulation.load import LoadedRequest, highest_rate, simulate_load
+from pipetune.tuner.planning.simulation.load import LoadedRequest, simulate_load
 from tests.tuner.planning.factory_costs import make_model
 
 DEVICES = ("cpu:0", "cpu:1")
@@ -110,12 +111,8 @@ def test_limits_are_kept_up_to_a_rate() -> None:
         asked.append(rate)
         return simulate_load(MODEL, plan, 2, requests(200, rate)).metrics(goodput)["slo_attainment"]
 
-    rate = highest_rate(attainment, 0.9, guess=1.0)
-    assert attainment(rate) >= 0.9 > attainment(rate * 1.05)
-    assert len(asked) < 25
-
-
-def test_no_rate_keeps_limits_that_nothing_keeps() -> None:
-    assert highest_rate(lambda rate: 0.0, 0.9, guess=1.0) == 0.0
-    assert highest_rate(lambda rate: 1.0, 0.9, guess=1.0) > 1000
-    assert highest_rate(lambda rate: float(rate <= 7.3), 0.9, guess=1.0) == pytest.approx(7.3, rel=0.01)
+    search = RateSearch(wanted=0.9, guess=1.0, tolerance=0.01, most=30, lowest=2**12)
+    rate = search.run(attainment)
+    assert attainment(search.sustained) >= 0.9 > attainment(rate * 1.05)
+    assert rate < search.sustained * 1.01
+    assert len(asked) < 20

@@ -83,6 +83,20 @@ def test_limits_given_are_the_limits_tried() -> None:
     assert settings == {(64, 8), (64, 64), (512, 8), (512, 128)}
 
 
+def kv_bytes(*plans: Plan) -> set[int | None]:
+    return {plan.engine.kv_cache_memory_bytes for plan in plans if plan.engine}
+
+
+def test_sizes_of_the_kv_cache_are_tried_where_several_are_given() -> None:
+    one, resolve = space_of(engine={"kv_cache_memory_bytes": "1GiB"})
+    assert "kv_index" not in one.dimensions()
+    assert kv_bytes(*(candidate.effective.plan for candidate in candidates(one, resolve))) == {2**30}
+    several, resolve = space_of(engine={"kv_cache_memory_bytes": "2GiB,1GiB"})
+    assert several.num_points == 2 * one.num_points
+    assert kv_bytes(several.plan(default_point(several))) == {2**31}
+    assert kv_bytes(*(candidate.effective.plan for candidate in candidates(several, resolve))) == {2**30, 2**31}
+
+
 def test_a_stored_space_reads_back() -> None:
     space, _ = space_of(2)
     assert SearchSpace.model_validate_json(space.model_dump_json()) == space
