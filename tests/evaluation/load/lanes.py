@@ -84,8 +84,7 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any], str]:
         limits[length] = limits_of([found], ttft_factor=TTFT_FACTOR, tpot_factor=TPOT_FACTOR)
         say(f"limits of {length} tokens: ttft {limits[length].ttft:g} ms, tpot {limits[length].tpot:g} ms")
     pilot = trace_of(lab, PILOT_SEED, max(8, round(count * lab.extent.pilot_share)), [SHORT, LONG])
-    everything = serve(lab.ours, sides["without"][0], pilot, None, used=lab.used)
-    guess = 0.5 * len(everything) / max(one.times_s[-1] for one in everything)
+    guess = _half_of_all(lab, sides["without"][0], pilot)
     chosen: dict[str, OurSetting] = {}
     guesses: dict[str, float] = {}
 
@@ -105,6 +104,8 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any], str]:
     rows, raw = [], {"limits": {str(key): [one.ttft, one.tpot] for key, one in limits.items()}, "pilot_runs": runs}
     for kind, lens in (("mixed", [SHORT, LONG]), ("uniform", [LONG])):
         rates: dict[str, list[float]] = {side: [] for side in sides}
+        if kind == "uniform":
+            guesses = dict.fromkeys(sides, _half_of_all(lab, chosen["without"], trace_of(lab, PILOT_SEED, 24, lens)))
         for number in range(lab.extent.rounds):
             trace = trace_of(lab, number, count, lens)
             searches = find_together(
@@ -128,6 +129,12 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any], str]:
         f"{len(sides['with'])} settings a side in {runs['with']} and {runs['without']} runs (with, without)."
     )
     return rows, raw, told
+
+
+def _half_of_all(lab: Lab, setting: OurSetting, trace: Trace) -> float:
+    """Half the requests a second of a trace whose requests come at once: where searches begin."""
+    served = serve(lab.ours, setting, trace, None, used=lab.used)
+    return 0.5 * len(served) / max(one.times_s[-1] for one in served)
 
 
 def _rows(name: str, kind: str, rates: Mapping[str, Sequence[float]], chosen: Mapping[str, OurSetting]) -> list[Row]:
