@@ -107,7 +107,8 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any], str]:
         if kind == "uniform":
             guesses = dict.fromkeys(sides, _half_of_all(lab, chosen["without"], trace_of(lab, PILOT_SEED, 24, lens)))
         for number in range(lab.extent.rounds):
-            trace = trace_of(lab, number, count, lens)
+            # All long, they come as many times less often, and a quarter has more long ones than the mixed trace.
+            trace = trace_of(lab, number, count if kind == "mixed" else max(8, count // 4), lens)
             searches = find_together(
                 {side: partial(share, lab, limits, trace, setting) for side, setting in chosen.items()},
                 guesses,
@@ -123,7 +124,7 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any], str]:
         rows += _rows(name, kind, rates, chosen)
     told = (
         f"{name}: {count} requests a trace, {SHARE_OF_LONG:.0%} of them {LONG} tokens and the others {SHORT}, uniform: "
-        f"all {LONG}; {OUTPUT_LEN} out; within "
+        f"a quarter as many, all {LONG}; {OUTPUT_LEN} out; within "
         + " and ".join(f"ttft {one.ttft:g} ms, tpot {one.tpot:g} ms ({length})" for length, one in limits.items())
         + f", {TTFT_FACTOR:g} and {TPOT_FACTOR:g} times a request alone; each length counts by itself, chosen of "
         f"{len(sides['with'])} settings a side in {runs['with']} and {runs['without']} runs (with, without)."
