@@ -105,7 +105,8 @@ class VllmEngine(Closing):
 
     def prompts(self, workload: Workload, *, as_text: bool = False) -> tuple[tuple[int, ...], ...]:
         """Token ids of every prompt; raises as `Fleet.prompts` does."""
-        key = workload.digest()
+        # When they come is no matter, and asking anew starts a worker.
+        key = workload.digest(exclude={"arrivals": True, "goodput": True})
         if key not in self._prompts:
             self._prompts[key] = self._fleet.prompts(workload)
         return self._prompts[key]

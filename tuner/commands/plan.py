@@ -262,7 +262,7 @@ def _under_load(
     fastest: dict[tuple[object, ...], PlannedPlan] = {}
     for one in sorted(planned, key=lambda one: one.prediction.duration_s):
         plan = one.plan
-        sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size)
+        sizes = (plan.micro_batch_size, plan.prefill_size, plan.prefill_chunk_size, plan.engine)
         fastest.setdefault((len(plan.stages), plan.replicas, *sizes, plan.lanes), one)
     resolve = Resolver(
         shape=known.shape,
@@ -272,8 +272,9 @@ def _under_load(
         device_bytes=known.device_bytes,
     )
     chosen: dict[str, PlannedPlan] = {}
-    for one, factor in itertools.product(fastest.values(), (1, 2)):
-        effective = resolve(one.plan.model_copy(update={"max_in_flight": factor * len(one.plan.stages)}))
+    for one, factor in itertools.product(fastest.values(), (1, 2) if config.engine is None else (1,)):
+        slots = one.plan.model_copy(update={"max_in_flight": factor * len(one.plan.stages)})
+        effective = resolve(slots) if config.engine is None else known.resolve(one.plan)
         if isinstance(effective, EffectivePlan):
             planned_ = _planned(effective, one.prediction, resolve, config)
             chosen.setdefault(f"{effective.key} {effective.in_flight}", planned_)

@@ -18,7 +18,7 @@ memory: of the fullest stage's cap; !: breaks a constraint
 limited by: the slowest stage, and how much of the time it is busy
 ideal: share of what its devices would give, were each of them always busy"""
 
-_LOAD_LEGEND = f"""{_ROWS}, in each of the slots
+_LOAD_LEGEND = """
 good: share of requests that keep the limits of --goodput
 max rate: requests a second up to which as many do as --slo-attainment says
 bubble: of the time in which there are requests"""
@@ -144,8 +144,13 @@ def _loads(planned: Planned) -> Table:
         )
         for rank, plan in enumerate(planned.plans, start=1)
     ]
-    numbers = map(Column, ("rows", "slots", *columns, "good", "max rate", "bubble"))
-    return Table(columns=(Column("#"), left("plan", "prose"), *numbers), rows=rows_of(rows), legend=_LOAD_LEGEND, gap=1)
+    is_ours = planned.config.engine is None
+    sizes, legend = (
+        (("rows", "slots"), f"{_ROWS}, in each of the slots") if is_ours else (("budget/seqs", "KV"), _LIMITS)
+    )
+    numbers = map(Column, (*sizes, *columns, "good", "max rate", "bubble"))
+    legend += _LOAD_LEGEND
+    return Table(columns=(Column("#"), left("plan", "prose"), *numbers), rows=rows_of(rows), legend=legend, gap=1)
 
 
 def _stages(best: PlannedPlan) -> Table:

@@ -24,7 +24,7 @@ from scipy.stats import mannwhitneyu
 from pipetune.tuner.config.gate import Tolerance
 from pipetune.tuner.gate.rule import look_at
 from pipetune.tuner.gate.values import VERDICTS, Verdict
-from pipetune.tuner.stats.signed_rank import looks_for
+from pipetune.tuner.stats.signed_rank import Look, looks_for
 
 Floats = npt.NDArray[np.float64]
 
@@ -64,20 +64,26 @@ def ours(hypotheses: int) -> Method:
     def gate(draws: np.random.Generator, sd: float, effect: float) -> Outcome:
         differences = _paired(draws, sd, hypotheses, looks[-1].pairs)
         differences[0] += math.log1p(effect)
-        left, failed = set(range(hypotheses)), False
-        for look in looks:
-            for one in sorted(left):
-                _, reason = look_at(
-                    differences[one, : look.pairs].tolist(), look, tolerance, noise_floor=0.0, last=looks[-1].pairs
-                )
-                if reason is not None:
-                    left.remove(one)
-                    failed |= VERDICTS[reason] is Verdict.FAIL
-            if failed or not left:
-                return Outcome(verdict=Verdict.FAIL if failed else Verdict.OK, pairs=look.pairs)
-        return Outcome(verdict=Verdict.INCONCLUSIVE, pairs=looks[-1].pairs)
+        return judged(differences, looks, tolerance)
 
     return gate
+
+
+def judged(differences: Floats, looks: Sequence[Look], tolerance: Tolerance) -> Outcome:
+    """What our rule says of `differences[hypothesis, pair]`, logarithms that are positive where the candidate is worse,
+    of as many pairs as the last look has."""
+    left, failed = set(range(len(differences))), False
+    for look in looks:
+        for one in sorted(left):
+            _, reason = look_at(
+                differences[one, : look.pairs].tolist(), look, tolerance, noise_floor=0.0, last=looks[-1].pairs
+            )
+            if reason is not None:
+                left.remove(one)
+                failed |= VERDICTS[reason] is Verdict.FAIL
+        if failed or not left:
+            return Outcome(verdict=Verdict.FAIL if failed else Verdict.OK, pairs=look.pairs)
+    return Outcome(verdict=Verdict.INCONCLUSIVE, pairs=looks[-1].pairs)
 
 
 def stored_mean(draws: np.random.Generator, sd: float, effect: float) -> Outcome:

@@ -1,4 +1,5 @@
-"""Part 5: how many runs the search for the highest rate takes, on loads that are simulated.
+"""Part 5: how many runs the search for the highest rate takes, on loads that are simulated; and how often a gate calls
+a plan's rate worse than its own.
 
 Shares come from curves: of a plan and a trace, over a grid of rates, simulated once with nominal costs. A run has a
 speed of its own, so that its share is the curve's at another rate; the guess is the curves' median, as a prediction
@@ -15,12 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pipetune.bench.load.rates import RateSearch, estimate
 from pipetune.bench.models.describe import describe_model
 from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.spec import Workload
+from pipetune.tuner.config.gate import Tolerance
+from pipetune.tuner.gate.values import Verdict
 from pipetune.tuner.planning.simulation.load import LoadedRequest, simulate_load
 from pipetune.tuner.planning.simulation.model import CostModel
+from pipetune.tuner.stats.signed_rank import looks_for
+from tests.evaluation.gate.power import judged
 from tests.evaluation.harness import say
 from tests.evaluation.load.estimates import Limits, Served, interval, limits_of
 from tests.evaluation.load.lab import TPOT_FACTOR, TTFT_FACTOR, Subject
@@ -29,7 +36,7 @@ from tests.evaluation.load.rates_of import ATTAINMENT, search_from
 from tests.evaluation.load.sides import OurSetting, Trace
 from tests.evaluation.load.values import Row
 
-AIM_RUNS, AIM_ERROR = 4, 0.03
+AIM_RUNS, AIM_ERROR, AIM_ALARMS = 4, 0.03, 5.0
 SPEEDS_SD = {"still": 0.0, "quiet": 0.012, "typical": 0.024, "noisy": 0.046}
 """By how much runs of one plan differ in speed, in logarithms: the machines of `make bench-gate`, and none."""
 GUESS_SD = 0.05
@@ -69,6 +76,7 @@ class Curve:
 class Repetition:
     """One simulated search."""
 
+    highest: float
     runs: int
     """Until two rates enclose it narrowly, or no run was left."""
     is_narrow: bool
@@ -93,6 +101,7 @@ def repeat(
     if len(search.shares) < AIM_RUNS:
         early = found
     return Repetition(
+        highest=search.highest,
         runs=len(search.shares),
         is_narrow=search.is_narrow,
         error=None if found is None else abs(found / truth - 1),
@@ -155,7 +164,37 @@ def compare(subject: Subject, name: str, *, quick: bool) -> tuple[list[Row], dic
             done.append(repeat(source.choice(curves[key]), guess, source, speed_sd=speed_sd))
         rows += rows_of(done, f"{name}, {machine} machine, {speed_sd:.1%}")
         raw[f"runs_{machine}"] = [one.runs for one in done]
+    every = [(predictions[key], curve) for key, own in curves.items() for curve in own]
+    rows += [_alarms(every, machine, source, gates=repetitions, note=name) for machine in SPEEDS_SD]
     return rows, raw
+
+
+def _alarms(
+    curves: Sequence[tuple[float, Curve]], machine: str, source: random.Random, *, gates: int, note: str
+) -> Row:
+    """How often the gate fails a plan beside itself: each pair of searches begins from one guess, on one trace."""
+    looks, tolerance = looks_for(1), Tolerance(margin=0.05)
+
+    def difference() -> float:
+        guess, curve = source.choice(curves)
+        rates = [repeat(curve, guess, source, speed_sd=SPEEDS_SD[machine]).highest for _ in range(2)]
+        # Where no rate was sustained within the runs, the pair says that one is infinitely worse.
+        return math.log(max(rates[0], 1e-9) / max(rates[1], 1e-9))
+
+    failed = 0
+    for _ in range(gates):
+        differences = np.array([[difference() for _ in range(looks[-1].pairs)]])
+        failed += judged(differences, looks, tolerance).verdict is Verdict.FAIL
+    return Row(
+        name="null: a plan's highest rate called worse than its own",
+        value=100 * failed / gates,
+        n=gates,
+        of="gates",
+        aim=AIM_ALARMS,
+        at_least=False,
+        unit="%",
+        note=f"{note}, {machine} machine, {SPEEDS_SD[machine]:.1%}",
+    )
 
 
 def rows_of(done: Sequence[Repetition], place: str) -> list[Row]:

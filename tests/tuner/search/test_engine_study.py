@@ -98,6 +98,28 @@ def test_an_earlier_study_of_the_engine_teaches_and_its_best_plan_runs_behind_th
     assert "last runs teach the cost model" in said
 
 
+def test_a_study_and_a_prediction_of_requests_that_come_over_time(tmp_path: Path, start: Any) -> None:
+    workload = {"num_prompts": 12, "input_len": 16, "output_len": 4, "arrivals": {"request_rate": 20}}
+    asked = {**CONFIG, "workload": workload | {"goodput": ["ttft:150", "tpot:60"]}, "objectives": ["mean_e2el_ms"]}
+    records = run(tmp_path / "s", start, TuneConfig.model_validate(asked))
+    assert all(isinstance(one.result, Measurement) for one in records)
+    assert {one.role for one in records} == {"trial", "finalist"}, "the un-pipelined model takes prompts by the batch"
+    report = Report.of(load_study(tmp_path / "s"))
+    best, default = report.ranking.best, report.ranking.engine_default
+    assert best is not None
+    assert best.plan.layer_counts[0] <= 14
+    assert default is not None
+    planned = Planned(
+        TuneConfig.model_validate(asked | {"warm_start": [str(tmp_path / "s")]}), Reporter(), start_fleet=start
+    )
+    assert planned.plans[0].load is not None
+    rates = [one.metrics["max_request_rate"] for one in planned.plans]
+    assert min(rates) > 0
+    screen = render_markdown(document_of(planned))
+    assert "| budget/seqs | KV | TTFT p90 |" in screen
+    assert not re.search("in each of the slots", screen)
+
+
 def test_finals_are_served_where_that_is_asked_for(tmp_path: Path, start: Any) -> None:
     asked = {**CONFIG, "engine": {"python": sys.executable, "served_finals": True}}
     records = run(tmp_path / "s", start, TuneConfig.model_validate(asked))

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import numpy as np
 from scipy.optimize import nnls
@@ -20,7 +20,8 @@ from scipy.optimize import nnls
 from pipetune.bench.spec import Plan
 from pipetune.tuner.planning.arrays import Floats
 from pipetune.tuner.planning.calibration.observation import Observation
-from pipetune.tuner.planning.simulation.engine_steps import EngineSteps, engine_steps
+from pipetune.tuner.planning.simulation.engine_steps import EngineSteps, engine_steps, served_steps
+from pipetune.tuner.planning.simulation.load import LoadedRequest, LoadPrediction, prediction_of, simulate_load
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.planning.simulation.prediction import SimulatedRun
 from pipetune.tuner.planning.simulation.schedule import Indices
@@ -103,18 +104,27 @@ class EngineModel(CostModel):
         each = [sum(layer.kv_bytes_per_token for layer in own) for own in layers]
         return plan.engine.kv_cache_memory_bytes * plan.width // max(*each, 1)
 
-    def _steps(self, plan: Plan, replica: int) -> EngineSteps:
+    def limits(self, plan: Plan) -> dict[str, int]:
+        """What bounds the steps of each replica; without a limit where that is left to the engine."""
         assert plan.engine is not None
+        return {
+            "budget": plan.engine.max_num_batched_tokens or sum(self.prompt_lens),
+            "most_rows": plan.engine.max_num_seqs or len(self.prompt_lens),
+            "room": self._room(plan),
+            "depth": len(plan.stages),
+        }
+
+    def step_s(self, plan: Plan, rows: int, tokens: int) -> list[float]:
+        """Seconds of a step on each stage of a replica."""
+        rates = self._nominal if self.rates is None else np.array(self.rates)
+        factor, last = self.factors.get(layout_of(plan), 1.0), len(plan.stages) - 1
+        counts = enumerate(plan.layer_counts)
+        features = [_features(count / plan.width, tokens, rows, is_last=stage == last) for stage, count in counts]
+        return [factor * float(rates @ own) for own in features]
+
+    def _steps(self, plan: Plan, replica: int) -> EngineSteps:
         share = slice(replica, None, plan.replicas)
-        prompt_lens, output_lens = self.prompt_lens[share], self.output_lens[share]
-        return engine_steps(
-            prompt_lens,
-            output_lens,
-            budget=plan.engine.max_num_batched_tokens or sum(prompt_lens),
-            most_rows=plan.engine.max_num_seqs or len(prompt_lens),
-            room=self._room(plan),
-            depth=len(plan.stages),
-        )
+        return engine_steps(self.prompt_lens[share], self.output_lens[share], **self.limits(plan))
 
     def _schedule_of(self, plan: Plan, in_flight: int | None) -> object:
         """Equal for plans that form the same batches."""
@@ -135,6 +145,32 @@ class EngineModel(CostModel):
             timeline = steps.timeline(busy_s, np.full(width - 1, self.hop_s), self.gap_s)
             runs.append(SimulatedRun(sequence=steps, timeline=timeline, busy_s=busy_s.sum(axis=0)))
         return runs
+
+
+@simulate_load.register
+def _simulate_engine_load(
+    model: EngineModel,
+    plan: Plan,
+    in_flight: int,
+    requests: Sequence[LoadedRequest],
+    *,
+    max_concurrency: int | None = None,
+) -> LoadPrediction:
+    """Serves the requests step by step, as they are dealt to the engine's replicas in turn."""
+    # Rows and tokens come again and again.
+    step_s = cache(partial(model.step_s, plan))
+    shares = [range(replica, len(requests), plan.replicas) for replica in range(min(plan.replicas, len(requests)))]
+    served = [
+        served_steps(
+            [requests[one] for one in share], step_s, hop_s=model.hop_s, gap_s=model.gap_s, **model.limits(plan)
+        )
+        for share in shares
+    ]
+    first_s, last_s = [0.0] * len(requests), [0.0] * len(requests)
+    for share, own in zip(shares, served, strict=True):
+        first_s[share.start :: plan.replicas], last_s[share.start :: plan.replicas] = own.first_s, own.last_s
+    # As it is measured: time without a request is part of the bubble.
+    return prediction_of(requests, first_s, last_s, [own.busy_s for own in served], idle_s=0.0)
 
 
 def layout_of(plan: Plan) -> Layout:

@@ -141,7 +141,7 @@ def _observe_engine(effective: EffectivePlan, measurement: Measurement) -> Obser
     groups: dict[tuple[int, int, int], list[tuple[int, int, float]]] = {}
     gaps: list[list[float]] = [[] for _ in range(count)]
     for run in measurement.iterations:
-        steps = [_steps_of(trace) for trace in run.stages]
+        steps, came = [_steps_of(trace) for trace in run.stages], any(one.arrived_s > 0 for one in run.requests)
         for stage, (starts, ends, rows, tokens) in enumerate(steps):
             first = stage - stage % depth
             if len(starts) != len(steps[first][0]) or not len(starts):
@@ -153,7 +153,9 @@ def _observe_engine(effective: EffectivePlan, measurement: Measurement) -> Obser
             if stage == first:
                 known = steps[first + depth - 1][1][: max(0, len(starts) - depth)]
                 ready[depth - 1 :] = known
-            gaps[stage] += (starts[1:] - np.maximum(before, ready)).tolist()
+            own = np.sort(starts[1:] - np.maximum(before, ready))
+            # Where requests come over time the first stage waits for them as well, but seldom in every other step.
+            gaps[stage] += own[: len(own) // 2 if came and stage == first else None].tolist()
     tasks = []
     for (stage, _, _), seen in groups.items():
         rows_, tokens_, took_ = (statistics.fmean(column) for column in zip(*seen, strict=True))

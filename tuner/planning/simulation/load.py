@@ -13,7 +13,7 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, singledispatch
 from typing import NamedTuple
 
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait, rules_of
@@ -68,6 +68,7 @@ class LoadPrediction:
         }
 
 
+@singledispatch
 def simulate_load(
     model: CostModel,
     plan: Plan,
@@ -77,6 +78,7 @@ def simulate_load(
     max_concurrency: int | None = None,
 ) -> LoadPrediction:
     """Serves the requests, which come in the order of their times; each replica has `in_flight` micro-batches at once.
+    Models of engines that form their batches otherwise are registered with another way.
 
     Beyond `max_concurrency` in the system at once others wait before it, and their latencies count that.
     """
@@ -108,16 +110,28 @@ def simulate_load(
     for replica in replicas:
         for number, (begin, end) in replica.served.items():
             first[number], last[number] = begin, end
-    pairs = list(zip(requests, first, last, strict=True))
+    idle_s = sum(len(replica.busy_s) * replica.idle_s(max(last)) for replica in replicas)
+    return prediction_of(requests, first, last, [replica.busy_s for replica in replicas], idle_s)
+
+
+def prediction_of(
+    requests: Sequence[LoadedRequest],
+    first_s: Sequence[float],
+    last_s: Sequence[float],
+    busy_s: Sequence[Sequence[float]],
+    idle_s: float,
+) -> LoadPrediction:
+    """What is predicted where first and last tokens of requests were known at these times; `busy_s[replica][stage]`."""
+    pairs = list(zip(requests, first_s, last_s, strict=True))
     return LoadPrediction(
         times_s={
             "ttft": tuple(begin - one.at_s for one, begin, _ in pairs),
             "tpot": tuple((end - begin) / max(one.output_len - 1, 1) for one, begin, end in pairs),
             "e2el": tuple(end - one.at_s for one, _, end in pairs),
         },
-        duration_s=max(last),
-        busy_s=tuple(itertools.chain.from_iterable(replica.busy_s for replica in replicas)),
-        idle_s=sum(len(replica.busy_s) * replica.idle_s(max(last)) for replica in replicas),
+        duration_s=max(last_s),
+        busy_s=tuple(itertools.chain.from_iterable(busy_s)),
+        idle_s=idle_s,
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipetune.tuner.planning.simulation.engine_steps import engine_steps
+from pipetune.tuner.planning.simulation.engine_steps import engine_steps, served_steps
 
 ENDLESS = 1 << 30
 
@@ -71,3 +72,31 @@ def test_a_timeline_by_hand() -> None:
     assert timeline.last_ends_s[:, 0].tolist() == [5.75, 8.75, 9.75, 11.5]
     assert timeline.began_s[:, 0].tolist() == [0.25, 2.75]
     assert timeline.ended_s[:, 0].tolist() == [10.0, 11.5]
+
+
+def test_requests_that_come_at_once_are_served_as_prompts_given_at_once() -> None:
+    lens, limits = ((4, 3), (9, 2), (5, 4)), {"budget": 6, "most_rows": 2, "room": ENDLESS, "depth": 2}
+    steps = engine_steps((4, 9, 5), (3, 2, 4), **limits)
+    busy_s = np.array([[[0.1 + 0.01 * new], [0.2 + 0.01 * new]] for new in steps.tokens.tolist()])
+    timeline = steps.timeline(busy_s, np.array([0.002]), 0.003)
+    served = served_steps(
+        [(0.0, *own) for own in lens],
+        lambda rows, new: (0.1 + 0.01 * new, 0.2 + 0.01 * new),
+        hop_s=0.002,
+        gap_s=0.003,
+        **limits,
+    )
+    known = timeline.last_ends_s[:, 0]
+    assert served.first_s == pytest.approx(known[steps.first_tokens].tolist())
+    assert served.last_s == pytest.approx(known[steps.last_tokens].tolist())
+    assert served.busy_s == pytest.approx(busy_s.sum(axis=0)[:, 0].tolist())
+
+
+def test_a_request_waits_for_the_step_under_way_and_for_nobody_where_there_is_none() -> None:
+    limits = {"budget": 64, "most_rows": 8, "room": ENDLESS, "depth": 1}
+    requests = [(1.0, 8, 2), (1.5, 8, 1), (9.0, 8, 1)]
+    served = served_steps(requests, lambda rows, new: (1.0,), hop_s=0.0, gap_s=0.0, **limits)
+    # The second one comes while the first is prefilled, and goes along with its second token.
+    assert served.first_s == [2.0, 3.0, 10.0]
+    assert served.last_s == [3.0, 3.0, 10.0]
+    assert served.busy_s == [3.0]
