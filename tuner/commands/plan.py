@@ -272,9 +272,11 @@ def _under_load(
         device_bytes=known.device_bytes,
     )
     chosen: dict[str, PlannedPlan] = {}
+    if config.engine is not None:
+        resolve = known.resolve
     for one, factor in itertools.product(fastest.values(), (1, 2) if config.engine is None else (1,)):
-        slots = one.plan.model_copy(update={"max_in_flight": factor * len(one.plan.stages)})
-        effective = resolve(slots) if config.engine is None else known.resolve(one.plan)
+        slots = {"max_in_flight": factor * len(one.plan.stages)} if config.engine is None else {}
+        effective = resolve(one.plan.model_copy(update=slots))
         if isinstance(effective, EffectivePlan):
             planned_ = _planned(effective, one.prediction, resolve, config)
             chosen.setdefault(f"{effective.key} {effective.in_flight}", planned_)

@@ -12,16 +12,15 @@ from pipetune.tuner.report import wording as w
 from pipetune.tuner.report.document import GAP, Column, Document, Facts, Table, Text, left, rows_of
 
 _ROWS = "rows: decoded together/prefilled together·tokens of a prompt at a time"
-_LIMITS = "budget/seqs: tokens of a batch/sequences at once; –: left to the engine"
-_LEGEND = """
-memory: of the fullest stage's cap; !: breaks a constraint
-limited by: the slowest stage, and how much of the time it is busy
-ideal: share of what its devices would give, were each of them always busy"""
-
-_LOAD_LEGEND = """
-good: share of requests that keep the limits of --goodput
-max rate: requests a second up to which as many do as --slo-attainment says
-bubble: of the time in which there are requests"""
+_LIMITS = "budget: tokens of a batch; seqs: sequences at once; KV: of each worker; –: left to the engine"
+_LEGEND = (
+    "memory: of the fullest stage's cap; !: breaks a constraint; limited by: the slowest stage, and how much of the "
+    "time it is busy; ideal: share of what its devices would give, were each of them always busy"
+)
+_LOAD_LEGEND = (
+    "good: share of requests that keep the limits of --goodput; max rate: requests a second up to which as many do as "
+    "--slo-attainment says; bubble: of the time in which there are requests"
+)
 
 
 def json_of(planned: Planned) -> dict[str, Any]:
@@ -105,11 +104,13 @@ def _ranking(planned: Planned) -> Table:
     scored = planned.config.workload.kind == "score"
     latencies = {"E2EL": "mean_e2el_ms"} if scored else {"TTFT": "mean_ttft_ms", "TPOT": "mean_tpot_ms"}
     throughput = "total_token_throughput" if scored else "output_throughput"
+    engine = planned.config.engine
+    has_kv = engine is not None and len(engine.kv_cache_memory_bytes or ()) > 1
     rows = [
         (
             str(rank),
             w.layers_text(plan.plan),
-            "/".join(w.sizes_text(plan.effective)[:2]),
+            "/".join(w.sizes_text(plan.effective)[: 2 + has_kv]),
             w.number_text(plan.metrics[throughput]),
             *(w.ms_text(plan.metrics.get(name)) for name in latencies.values()),
             w.percent_text(plan.metrics["bubble_ratio"]),
@@ -119,12 +120,13 @@ def _ranking(planned: Planned) -> Table:
         )
         for rank, plan in enumerate(planned.plans, start=1)
     ]
-    sizes, legend = ("rows", _ROWS) if planned.config.engine is None else ("budget/seqs", _LIMITS)
+    limits = "budget/seqs/KV" if has_kv else "budget/seqs"
+    sizes, legend = ("rows", _ROWS) if engine is None else (limits, _LIMITS)
     numbers = map(Column, (sizes, "tok/s", *latencies, "bubble", "memory"))
     return Table(
         columns=(Column("#"), left("plan", "prose"), *numbers, left("limited by"), Column("ideal")),
         rows=rows_of(rows),
-        legend=legend + _LEGEND,
+        legend=f"{legend}; {_LEGEND}",
         gap=1,
     )
 
@@ -144,12 +146,10 @@ def _loads(planned: Planned) -> Table:
         )
         for rank, plan in enumerate(planned.plans, start=1)
     ]
-    is_ours = planned.config.engine is None
-    sizes, legend = (
-        (("rows", "slots"), f"{_ROWS}, in each of the slots") if is_ours else (("budget/seqs", "KV"), _LIMITS)
-    )
+    sizes, legend = ("rows", "slots"), f"{_ROWS}, in each of the slots; {_LOAD_LEGEND}"
+    if planned.config.engine is not None:
+        sizes, legend = ("budget/seqs", "KV"), f"{_LIMITS}; {_LOAD_LEGEND}"
     numbers = map(Column, (*sizes, *columns, "good", "max rate", "bubble"))
-    legend += _LOAD_LEGEND
     return Table(columns=(Column("#"), left("plan", "prose"), *numbers), rows=rows_of(rows), legend=legend, gap=1)
 
 

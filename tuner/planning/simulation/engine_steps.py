@@ -141,9 +141,9 @@ class Served:
 
     first_s: list[float]
     last_s: list[float]
-    """Of each request, when its first and its last token were known."""
+    """When the first and the last token of each request were known."""
     busy_s: list[float]
-    """Of each stage."""
+    """Stage by stage."""
 
 
 def served_steps(
