@@ -29,6 +29,8 @@ from pipetune.tuner.planning.simulation.schedule import Indices
 Layout = tuple[int, int, int]
 """Replicas, stages, shards."""
 
+_ENDLESS = 1 << 60
+"""Tokens."""
 _BYTES_A_SECOND, _FLOPS = 1e10, 1e11
 _STEP_S, _GAP_S, _HOP_S = 1e-3, 3e-3, 1e-3
 _PRIOR_WEIGHT = 1e-3
@@ -99,17 +101,17 @@ class EngineModel(CostModel):
         """Tokens that the KV cache of the fullest stage holds; without a limit where the engine takes what is left."""
         assert plan.engine is not None
         if plan.engine.kv_cache_memory_bytes is None:
-            return sum(self.prompt_lens) + sum(self.output_lens)
+            return _ENDLESS
         layers = [self.shape.layers[stage.first_layer : stage.end_layer] for stage in plan.stages]
         each = [sum(layer.kv_bytes_per_token for layer in own) for own in layers]
         return plan.engine.kv_cache_memory_bytes * plan.width // max(*each, 1)
 
-    def limits(self, plan: Plan) -> dict[str, int]:
-        """What bounds the steps of each replica; without a limit where that is left to the engine."""
+    def limits(self, plan: Plan, prompt_lens: Sequence[int]) -> dict[str, int]:
+        """What bounds the steps of a replica with these prompts; no limit where that is left to the engine."""
         assert plan.engine is not None
         return {
-            "budget": plan.engine.max_num_batched_tokens or sum(self.prompt_lens),
-            "most_rows": plan.engine.max_num_seqs or len(self.prompt_lens),
+            "budget": plan.engine.max_num_batched_tokens or sum(prompt_lens),
+            "most_rows": plan.engine.max_num_seqs or len(prompt_lens),
             "room": self._room(plan),
             "depth": len(plan.stages),
         }
@@ -124,7 +126,8 @@ class EngineModel(CostModel):
 
     def _steps(self, plan: Plan, replica: int) -> EngineSteps:
         share = slice(replica, None, plan.replicas)
-        return engine_steps(self.prompt_lens[share], self.output_lens[share], **self.limits(plan))
+        prompt_lens = self.prompt_lens[share]
+        return engine_steps(prompt_lens, self.output_lens[share], **self.limits(plan, prompt_lens))
 
     def _schedule_of(self, plan: Plan, in_flight: int | None) -> object:
         """Equal for plans that form the same batches."""
@@ -159,11 +162,10 @@ def _simulate_engine_load(
     """Serves the requests step by step, as they are dealt to the engine's replicas in turn."""
     # Rows and tokens come again and again.
     step_s = cache(partial(model.step_s, plan))
+    limits = model.limits(plan, [one.prompt_len for one in requests])
     shares = [range(replica, len(requests), plan.replicas) for replica in range(min(plan.replicas, len(requests)))]
     served = [
-        served_steps(
-            [requests[one] for one in share], step_s, hop_s=model.hop_s, gap_s=model.gap_s, **model.limits(plan)
-        )
+        served_steps([requests[one] for one in share], step_s, hop_s=model.hop_s, gap_s=model.gap_s, **limits)
         for share in shares
     ]
     first_s, last_s = [0.0] * len(requests), [0.0] * len(requests)
