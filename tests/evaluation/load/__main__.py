@@ -147,14 +147,17 @@ def _lab(name: str, args: argparse.Namespace, *, finds_limits: bool = False) -> 
 
 def _kept_limits(name: str, args: argparse.Namespace) -> Limits | None:
     """Those of part 1, if it ran on this machine."""
-    path = _path(1, read_machine(), args)
-    part = _read(path) if path.exists() else None
-    kept = part.raw.get(name, {}).get("limits") if part else None
-    return Limits(**kept) if kept else None
+    for path in sorted(folder_of(args.output, read_machine()).glob("1*.json")):
+        part = _read(path)
+        if part is not None and part.quick == args.quick and "limits" in part.raw.get(name, {}):
+            return Limits(**part.raw[name]["limits"])
+    return None
 
 
 def _path(number: int, machine: Machine, args: argparse.Namespace) -> Path:
-    return folder_of(args.output, machine) / f"{number}{'-quick' if args.quick else ''}.json"
+    """A part of some models has a file of its own: each takes up to an hour."""
+    models = f"-{args.models.replace(',', '+')}" if args.models else ""
+    return folder_of(args.output, machine) / f"{number}{models}{'-quick' if args.quick else ''}.json"
 
 
 def _in_labs(
