@@ -272,11 +272,12 @@ def _under_load(
         device_bytes=known.device_bytes,
     )
     chosen: dict[str, PlannedPlan] = {}
+    factors: tuple[int | None, ...] = (1, 2)
     if config.engine is not None:
-        resolve = known.resolve
-    for one, factor in itertools.product(fastest.values(), (1, 2) if config.engine is None else (1,)):
-        slots = {"max_in_flight": factor * len(one.plan.stages)} if config.engine is None else {}
-        effective = resolve(one.plan.model_copy(update=slots))
+        resolve, factors = known.resolve, (None,)
+    for one, factor in itertools.product(fastest.values(), factors):
+        slots = factor and factor * len(one.plan.stages)
+        effective = resolve(one.plan.model_copy(update={"max_in_flight": slots}))
         if isinstance(effective, EffectivePlan):
             planned_ = _planned(effective, one.prediction, resolve, config)
             chosen.setdefault(f"{effective.key} {effective.in_flight}", planned_)

@@ -148,7 +148,7 @@ def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
         _run_finals(runs, participant, preferred)
     best = rank_study(store).best
     own = best.effective.by(served=False).key if best else None
-    trials = [one for one in store.current if one.role == "trial" and one.effective]
+    trials = [one for one in store.current if one.role == "trial"]
     trials = [one for one in trials if one.effective and one.effective.by(served=False).key == own]
     # The database is a copy for others: a study does not end without its reports for want of it.
     with contextlib.suppress(Exception), contextlib.closing(participant.open_study(space, resolve)) as study:

@@ -85,7 +85,8 @@ def _search_one(folder: Path, job: tuple[str, int]) -> Curve:
 def _numbers(args: argparse.Namespace) -> int:
     from tests.evaluation.engines import highest_rates, side_by_side
 
-    work = {"rates": highest_rates.compare, "watched": side_by_side.watched, "beside": side_by_side.beside_ours}
+    work = {"watched": side_by_side.watched, "beside": side_by_side.beside_ours, "where": side_by_side.where}
+    work["rates"] = highest_rates.compare
     sys.stdout.write(work.get(args.what, side_by_side.numbers)(args.python, args.rounds, say) + "\n")
     return 0
 
@@ -94,9 +95,9 @@ _worlds: dict[Path, EngineWorld] = {}
 """Landscapes that a worker process has read."""
 
 WORK: dict[str, Callable[[argparse.Namespace], int]] = {"measure": _measure, "search": _search, "numbers": _numbers}
-WORK |= dict.fromkeys(("watched", "beside", "rates"), _numbers)
+WORK |= dict.fromkeys(("watched", "beside", "where", "rates"), _numbers)
 """What can be asked for: the landscape measured; all searches of it; the engine beside its defaults, itself and ours,
-and the last two by themselves; and the highest rates of requests of it and ours."""
+the last two by themselves, and where the time of both goes; and the highest rates of requests of both."""
 
 
 if __name__ == "__main__":

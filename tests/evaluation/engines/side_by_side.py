@@ -22,6 +22,8 @@ from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.record import Measurement, Record
 from pipetune.bench.spec import Plan, Protocol, RunSpec, Workload
 from pipetune.tuner.planning.calibration.observation import observe
+from pipetune.tuner.report.data import Report
+from pipetune.tuner.study.files import load_study
 from tests.evaluation.engines.grid import DEVICES, SMOLLM2, engine_plan
 from tests.evaluation.harness import ROOT, findable
 from tests.evaluation.peers.questions import WORKLOADS
@@ -125,20 +127,18 @@ def _pass_s(engine: VllmEngine, spec: RunSpec, is_watched: bool) -> float:
 
 
 def beside_ours(python: Path, rounds: int, say: Callable[[str], None]) -> str:
-    """Both runtimes' best plans for one workload, each in fresh processes, in rounds of random order; and where the
-    time of either goes."""
+    """Both runtimes' best plans for one workload, each in fresh processes, in rounds of random order."""
     theirs = _tuned("balanced", python, say, least=1)
     say("our runtime for the same workload")
     ours = _study(*_arguments(WORKLOADS["balanced"]), "--n-trials", "10", folder=_FOLDER / "pipetune-balanced")
     plans = {"pipetune": Plan.model_validate(ours["best"]["plan"]), "vLLM": Plan.model_validate(theirs["best"]["plan"])}
     starts: dict[str, Any] = {"pipetune": None, "vLLM": partial(VllmEngine, python=python)}
     order, rates = random.Random(1), {name: list[float]() for name in plans}
-    records: dict[str, Record] = {}
     for turn in range(rounds):
         for name in order.sample(sorted(plans), 2):
             say(f"round {turn + 1} of {rounds}: {name}")
-            records[name] = _fresh_run(plans[name], starts[name])
-            rates[name].append(metrics.derive(_sound(records[name].result))["output_throughput"])
+            record = _fresh_run(plans[name], starts[name])
+            rates[name].append(metrics.derive(_sound(record.result))["output_throughput"])
     ratios = [ours_ / theirs_ for ours_, theirs_ in zip(rates["pipetune"], rates["vLLM"], strict=True)]
     lines = [f"| {name} | {plans[name].describe()} | {_middle(values)} |" for name, values in rates.items()]
     return "\n".join(
@@ -146,12 +146,20 @@ def beside_ours(python: Path, rounds: int, say: Callable[[str], None]) -> str:
             "| runtime | best plan | output tok/s: median (range) |\n|---|---|--:|",
             *lines,
             f"\npipetune over vLLM: {statistics.median(ratios):.2f}× ({min(ratios):.2f}–{max(ratios):.2f}, "
-            f"{rounds} rounds).\n",
-            "| runtime, seconds of a device in its last run | all | with prompts | decode steps | computes nothing |",
-            "|---|--:|--:|--:|--:|",
-            *(_where(name, record) for name, record in records.items()),
+            f"{rounds} rounds).",
         )
     )
+
+
+def where(python: Path, rounds: int, say: Callable[[str], None]) -> str:
+    """Where the time of a device goes in the finals of both runtimes' studies of one workload, run by run in seconds;
+    nothing is measured."""
+    lines = ["| runtime | all | steps with prompts | decode steps | computes nothing |", "|---|--:|--:|--:|--:|"]
+    for name, folder in (("pipetune", "pipetune-balanced"), ("vLLM", "vllm-balanced")):
+        study = load_study(_FOLDER / folder)
+        best = Report.of(study).ranking.rows[0]
+        lines += [_where(name, record) for record in study.records if record.number in best.used_records]
+    return "\n".join(lines)
 
 
 def _where(name: str, record: Record) -> str:
