@@ -172,13 +172,14 @@ def test_what_an_engines_plans_are_not_predicted_from_is_refused(start: Any) -> 
 
 
 def test_a_stopped_study_goes_on_with_its_space(tmp_path: Path, start: Any) -> None:
-    whole = run(tmp_path / "whole", start, TuneConfig.model_validate(CONFIG))
     short = TuneConfig.model_validate({**CONFIG, "n_trials": 2, "finalists": 0})
-    run(tmp_path / "s", start, short)
+    stopped = run(tmp_path / "s", start, short)
     resumed = run(tmp_path / "s", start, TuneConfig.model_validate(CONFIG), resume=True)
     with StudyStore.resume(tmp_path / "s", TuneConfig.model_validate(CONFIG)) as store:
         assert rank_study(store).best is not None
-    trials = [one.effective.key for one in resumed if one.role == "trial" and one.effective]
-    assert trials[:2] == [one.effective.key for one in whole if one.role == "trial" and one.effective][:2]
+    before, trials = (
+        [one.effective.key for one in rows if one.role == "trial" and one.effective] for rows in (stopped, resumed)
+    )
+    assert trials[:2] == before
     assert len(trials) == 4
     assert len(set(trials)) == 4
