@@ -191,34 +191,37 @@ def bubble(measurement: Measurement, iteration: int) -> dict[str, float]:
         return {}
     run = measurement.iterations[iteration]
     area = len(busy) * run.duration_s
-    idle = len(busy) * sum(end - begin for begin, end in run.idle_s) / area
+    idle = fill_drain = underfilled = active_s = 0.0
+    for trace, load in zip(run.stages, run.stage_loads, strict=True):
+        outside = _outside(trace, run.duration_s)
+        idle += _length(load.idle_s) / area
+        active_s += run.duration_s - _length(outside)
+        fill_drain += (_length(outside) - _shared(outside, load.idle_s)) / area
+        if load.underfilled_s:
+            computes = list(zip(trace.compute_start_s, trace.compute_end_s, strict=True))
+            computed = _shared(computes, load.underfilled_s) + _shared(outside, load.underfilled_s)
+            underfilled += (_length(load.underfilled_s) - computed) / area
     ratio = 1.0 - sum(busy) / area - idle
-    # A replica without prompts has idle stages.
-    active = [
-        trace.compute_end_s[-1] - trace.compute_start_s[0] if trace.compute_start_s else 0.0 for trace in run.stages
-    ]
-    outside = [span for trace in run.stages if trace.compute_start_s for span in _outside(trace, run.duration_s)]
-    fill_drain = (sum(run.duration_s - span for span in active) - _shared(outside, run.idle_s)) / area
-    underfilled = 0.0
-    for trace in run.stages if run.underfilled_s else ():
-        computes = list(zip(trace.compute_start_s, trace.compute_end_s, strict=True))
-        waits = sum(end - begin for begin, end in run.underfilled_s)
-        waits -= _shared(computes, run.underfilled_s) + _shared(_outside(trace, run.duration_s), run.underfilled_s)
-        underfilled += waits / area
     imbalance = min(sum(max(busy) - own for own in busy) / area, max(ratio - fill_drain - underfilled, 0.0))
     values = {
         "bubble_ratio": ratio,
         "bubble_fill_drain": fill_drain,
         "bubble_imbalance": imbalance,
         "bubble_wait": ratio - fill_drain - underfilled - imbalance,
-        "steady_utilization": sum(busy) / sum(active),
+        "steady_utilization": sum(busy) / active_s,
     }
     return values | {"idle_ratio": idle, "bubble_underfilled": underfilled} if measurement.is_under_arrivals else values
 
 
 def _outside(trace: StageTrace, duration_s: float) -> Intervals:
-    """Before a stage's first task and after its last."""
+    """Before a stage's first task and after its last; all of the time on a replica without prompts."""
+    if not trace.compute_start_s:
+        return ((0.0, duration_s),)
     return (0.0, trace.compute_start_s[0]), (trace.compute_end_s[-1], duration_s)
+
+
+def _length(spans: Intervals) -> float:
+    return sum(end - begin for begin, end in spans)
 
 
 def _shared(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> float:

@@ -165,8 +165,19 @@ class LoadTask(Value):
 Intervals = tuple[tuple[Seconds, Seconds], ...]
 
 
-class Iteration(Value):
-    """One timed repetition of the workload."""
+class ReplicaLoad(Value):
+    """What one replica did with requests that came over time."""
+
+    load_tasks: tuple[LoadTask, ...] = ()
+    """Under arrivals, what the traces of its stages run along."""
+    idle_s: Intervals = ()
+    """Under arrivals: spans in which none of its requests was in the system."""
+    underfilled_s: Intervals = ()
+    """Under arrivals: spans in which all that were waited for their tokens, and none for a row."""
+
+
+class Iteration(ReplicaLoad):
+    """One timed repetition of the workload; under arrivals the first replica's part of it."""
 
     duration_s: Annotated[Seconds, Field(ge=1e-6)]
     """Time from the prompts to the last token."""
@@ -179,12 +190,14 @@ class Iteration(Value):
     """Per stage: time inside the loop that was neither compute nor waiting."""
     requests: tuple[RequestTimes, ...] = ()
     """Under arrivals and where an engine formed the batches: along the prompts, and `tasks` is empty."""
-    load_tasks: tuple[LoadTask, ...] = ()
-    """Under arrivals, what the traces of the stages run along."""
-    idle_s: Intervals = ()
-    """Under arrivals: spans in which no request was in the system."""
-    underfilled_s: Intervals = ()
-    """Under arrivals: spans in which all that were waited for their tokens, and none for a row."""
+    further_replicas: tuple[ReplicaLoad, ...] = ()
+    """Under arrivals: what the other replicas did."""
+
+    @property
+    def stage_loads(self) -> tuple[ReplicaLoad, ...]:
+        """Along `stages`, what the replica did that each is of; of a batch all are alike."""
+        loads = (self, *self.further_replicas)
+        return tuple(one for one in loads for _ in range(len(self.stages) // len(loads)))
 
 
 class StageMemory(Value):
@@ -332,10 +345,13 @@ class Measurement(Value):
         rows, spans = dict(enumerate(sizes)), [count for count in counts for _ in range(stages // len(counts))]
         first_steps = {task.micro_batch: task.step for task in reversed(self.tasks)}
         in_rows = (task.first_row < task.end_row <= rows.get(task.micro_batch, 0) for task in self.tasks)
-        lens = {(len(run.token_times_s), len(run.host_gap_s) or stages) for run in self.iterations}
+        lens = {
+            (len(run.token_times_s), len(run.host_gap_s) or stages, len(run.further_replicas) + 1)
+            for run in self.iterations
+        }
         engine, loaded = self.method == "engine", self.is_under_arrivals
         served = list(self.generated_lens) if engine or loaded else []
-        tasks = ([len(run.load_tasks)] * stages if loaded else spans for run in self.iterations)
+        tasks = ([len(one.load_tasks) for one in run.stage_loads] if loaded else spans for run in self.iterations)
         traced = ([len(trace.compute_start_s) for trace in run.stages] for run in self.iterations)
         requests = ([len(one.token_times_s) for one in run.requests] for run in self.iterations)
         fits = {
@@ -346,7 +362,7 @@ class Measurement(Value):
             "tasks": sum(counts) == (0 if loaded else len(self.tasks))
             and not any(first_steps.values())
             and all(in_rows),
-            "iterations": lens == {(len(self.tasks), stages)}
+            "iterations": lens == {(len(self.tasks), stages, len(counts) if loaded else 1)}
             and (engine or all(one in (own, [0] * stages) for one, own in zip(traced, tasks, strict=True))),
             "requests": all(one == served for one in requests),
         }

@@ -193,13 +193,14 @@ class Fleet(Closing):
     ) -> OnlineRun:
         """Serves requests as they arrive over time, each at its own; decode steps run eagerly, on GPUs as well.
 
-        Requests have numbers of their own; those without a time are there from the start. `in_flight` counts slots, by
-        default as many as the plan's memory caps let be, at most two a stage. At most `max_concurrency` requests are in
+        Requests have numbers of their own; those without a time are there from the start. Replicas get them in turn.
+        `in_flight` counts slots of each, by default as many as the plan's memory caps let be, at most two a stage. At
+        most `max_concurrency` requests are in
         the system at once; others wait before it, and their latencies count that. `sampling` draws tokens by the
         requests' numbers; None takes the likeliest token. `instrument` keeps what every stage did and when.
 
-        PlanError for a plan that cannot be run so: with replicas, compiled layers, stages on several hosts, more slots
-        of lanes than there are, or of a model whose cache cannot be.
+        PlanError for a plan that cannot be run so: with compiled layers, stages on several hosts, more slots of lanes
+        than there are, or of a model whose cache cannot be.
         """
         if not requests or len({one.number for one in requests}) < len(requests):
             raise ConfigError(f"requests: {len(requests)} are given; give at least one, each with a number of its own")
@@ -246,7 +247,6 @@ class Fleet(Closing):
         check_plan(self.shape, plan)
         named = f"{self.shape.architecture} keeps recurrent states"
         refused = {
-            f"plan.replicas={plan.replicas}: one pipeline is given them; leave it at 1": plan.replicas > 1,
             "plan.compile: its graphs are made for whole batches; leave it out": plan.compile,
             "plan.stages: orders do not travel between hosts yet; use one host's": len(s.hosts_of(plan.devices)) > 1,
             f"model: {named}, which cannot be moved within a slot yet; give it whole batches": self.shape.recurrent,

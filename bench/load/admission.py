@@ -73,6 +73,16 @@ def rules_of(plan: Plan, in_flight: int) -> Rules:
         raise PlanError(f"plan.lanes: {error}") from None
 
 
+def deal(replicas: int, max_concurrency: int | None) -> list[tuple[slice, int | None]]:
+    """Which of the requests each replica gets, dealt out in turn, and how many it has at once; with fewer places than
+    replicas some get none."""
+    count = min(replicas, max_concurrency or replicas)
+    return [
+        (slice(one, None if one < count else 0, count), max_concurrency and len(range(one, max_concurrency, count)))
+        for one in range(replicas)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Prefill:
     """A task on prompts: the positions `[first_token, end_token)` of requests that are padded to the longest."""

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -78,6 +79,10 @@ class Mail:
                 raise RuntimeError("a line for orders between stages: connection closed by peer")
             parts.append(part)
         return marshal.loads(b"".join(part[1:] for part in parts))  # noqa: S302  from our own processes alone
+
+    def pending(self) -> list[Any]:
+        """All that the other end has told, without waiting for more."""
+        return list(iter(partial(self.receive, wait=False), None))
 
     def close(self) -> None:
         """Hangs up."""
@@ -349,9 +354,9 @@ class Leader:
         self._empty_since_s: float | None = 0.0
         self._zero_s = 0.0
 
-    def run(self) -> float:
-        """Serves until no requests come and all have left; the moment from which times count. Raises as `Mail`."""
-        self._zero_s = self._stage.device.now()
+    def run(self, zero_s: float) -> None:
+        """Serves until no requests come and all have left; times count from the moment given. Raises as `Mail`."""
+        self._zero_s = zero_s
         self._stage.timeline.receive_begins()
         self._listen(0.0)
         while not (self._source.is_over and not self._served and not self._outside):
@@ -368,7 +373,6 @@ class Leader:
         for line in self._lines:
             line.send(())
         self._stage.finish()
-        return self._zero_s
 
     def _now(self) -> float:
         # To the microsecond, as times are in records.
@@ -379,9 +383,9 @@ class Leader:
         waits_on = [*self._lines, *self._source.waits_on]
         if waits_on:
             ready, _, _ = select.select(waits_on, [], [], timeout_s)
-            for line in ready:
-                # Of the others nothing is heard but that they are gone.
-                while isinstance(line, Mail) and (tokens := line.receive(wait=False)) is not None:
+            for line in (one for one in ready if one in self._lines):
+                # Of stages but the last nothing is heard but that they are gone.
+                for tokens in line.pending():
                     self._learn(*self._under_way.popleft(), tokens)
         elif timeout_s:
             time.sleep(timeout_s)

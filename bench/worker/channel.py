@@ -63,6 +63,12 @@ class DriverLink:
             os._exit(1)
         return received
 
+    def question(self) -> dict[str, Any]:
+        """Waits for the next command that is answered; what was told of requests that have left is dropped."""
+        while "id" not in (received := self.receive()):
+            pass
+        return received
+
     def fileno(self) -> int:
         """What turns readable when a command comes."""
         return self._lines.socket.fileno()

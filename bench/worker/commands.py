@@ -153,7 +153,7 @@ class Worker:
         """Carries out commands until told to exit."""
         while True:
             self.status.phase, self.status.activity = "idle", "idle"
-            command = self.control.broadcast(self.link.receive() if self.rank == 0 else None)
+            command = self.control.broadcast(self.link.question() if self.rank == 0 else None)
             name = command["command"]
             if name == "exit":
                 return

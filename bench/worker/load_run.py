@@ -52,7 +52,7 @@ class LoadRun(PlanRun):
         """Twice as many requests as the slots hold, all at once."""
         rules, most = self._sizes.rules, len(self.job.prompts)
         self.host.report("warmup", 0, 1)
-        count = min(most, self._arrivals.num_warmups or 2 * rules.slots * rules.rows)
+        count = min(most, self._arrivals.num_warmups or 2 * rules.slots * rules.rows * self.plan.replicas)
         return [self._serve([0.0] * count, None).duration_s]
 
     def _pass(self, number: int, jobs: Sequence[Job | None], timed_check: TimedCheck) -> Iteration:
@@ -69,7 +69,8 @@ class LoadRun(PlanRun):
 
     def _shapes(self, jobs: Sequence[Job | None]) -> dict[str, Any]:
         order = tuple(range(len(self.job.prompts)))
-        return {"order": order, "micro_batch_sizes": (), "tasks": (), "replica_tasks": None}
+        counts = (0,) * self.plan.replicas if self.plan.replicas > 1 else None
+        return {"order": order, "micro_batch_sizes": (), "tasks": (), "replica_tasks": counts}
 
     def _kv_bytes(self) -> int:
         return sum(cache.nbytes() for cache in self._stage.caches) if self._stage is not None else 0

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 from pipetune.bench.errors import ConfigError
 from pipetune.bench.files import scratch_folder
-from pipetune.bench.load.admission import Rules
+from pipetune.bench.load.admission import Rules, deal
 from pipetune.bench.load.online import OnlineRequest, OnlineRun, ServedRequest
 from pipetune.bench.prompts.forms import requests_of
 from pipetune.bench.runtime.device import undisturbed
@@ -22,13 +22,17 @@ from pipetune.bench.worker.stage_host import StageHost
 
 
 class Queue(Source):
-    """Requests as the driver gives them, until it says that no more will come; each token is told at once."""
+    """Requests as the driver gives them, until it says that no more will come; each token is told at once. The first
+    replica hears the driver, and deals requests out in turn."""
 
     is_over = False
 
-    def __init__(self, link: DriverLink, tokens: Tokens, max_len: int) -> None:
+    def __init__(self, link: DriverLink, replica: int, lines: Sequence[Mail], tokens: Tokens, max_len: int) -> None:
+        """`lines` go from the first replica to the others, or from another one to the first."""
         super().__init__()
-        self.waits_on = [link]
+        self._commands: DriverLink | Mail = lines[0] if replica else link
+        self._others = () if replica else lines
+        self.waits_on = [self._commands]
         self._link, self._tokens, self._max_len = link, tokens, max_len
         self._cancelled: list[int] = []
         self._texts: dict[int, DecodeStream] = {}
@@ -36,8 +40,13 @@ class Queue(Source):
     def take(self, now_s: float) -> list[OnlineRequest]:
         """Those that were given, but for those that cannot be served, of which the driver is told."""
         found = []
-        for message in self._link.pending():
+        for message in self._commands.pending():
             args = message["args"]
+            owner = args["number"] % (len(self._others) + 1) if "number" in args else 0
+            for line in self._others if message["command"] == "stop" else self._others[owner - 1 : owner]:
+                line.send(message)
+            if owner:
+                continue
             if message["command"] == "submit":
                 try:
                     found.append(self._read(**args))
@@ -119,26 +128,36 @@ class Online:
         """One pass over a trace, on every rank."""
         host = self._host
         assert host.placement is not None
-        ranks, leader, source = host.placement.replicas[0], None, Source(requests)
+        replica, replicas, leader, source = host.placement.replica, host.placement.replicas, None, Source()
+        shares = deal(len(replicas), max_concurrency)
         if own is not None:
             own.timeline.reset()
-        with self._lines(ranks) as lines, undisturbed():
-            if own is not None and host.rank == ranks[0]:
-                leader = Leader(own, lines, source, sizes, max_concurrency=max_concurrency)
+        with self._lines(replicas) as lines, undisturbed():
+            if own is not None and replica is not None and host.index == 0:
+                share, places = shares[replica]
+                source = Source(requests[share])
+                leader = Leader(own, lines, source, sizes, max_concurrency=places)
             zero_s = self._run(own, leader, lines)
-        zero_s = host.control.gather(zero_s)[ranks[0]]
         mine: dict[str, Any] = {"trace": own.timeline.resolve().trace(zero_s)} if own is not None else {}
         if leader is not None:
-            mine["run"] = {
-                "requests": source.in_order(),
-                "duration_s": leader.last_s,
-                "load_tasks": leader.tasks,
-                "idle_s": leader.idle_s,
-                "underfilled_s": leader.underfilled_s,
-            }
+            load = {"load_tasks": leader.tasks, "idle_s": leader.idle_s, "underfilled_s": leader.underfilled_s}
+            mine |= {"requests": source.in_order(), "last_s": leader.last_s, "load": load}
         rows = host.control.gather(mine)
-        stages = tuple(rows[rank]["trace"] for rank in ranks)
-        return OnlineRun(**rows[ranks[0]]["run"], stages=stages, transport=host.transport())
+        leaders = [rows[ranks[0]] for ranks in replicas]
+        duration_s = max(row["last_s"] for row in leaders)
+        served: list[Any] = [None] * len(requests)
+        for (share, _), row in zip(shares, leaders, strict=True):
+            served[share] = row["requests"]
+            if row["last_s"] < duration_s:
+                row["load"]["idle_s"].append((row["last_s"], duration_s))
+        return OnlineRun(
+            **leaders[0]["load"],
+            further_replicas=tuple(row["load"] for row in leaders[1:]),
+            requests=tuple(served),
+            duration_s=duration_s,
+            stages=tuple(rows[rank]["trace"] for rank in host.placement.ranks),
+            transport=host.transport(),
+        )
 
     @validate_call
     def open_queue(self, plan: Plan, rules: Rules, max_len: int, sampling: Sampling | None) -> dict[str, Any]:
@@ -147,14 +166,19 @@ class Online:
         sizes = Sizes(rules=rules, max_len=max_len, prompt_len=max_len - 1)
         own = self.open(plan, sizes, sampling, instrument=False)
         assert host.placement is not None
-        ranks, leader = host.placement.replicas[0], None
-        if ranks[0] != 0:
+        replica, replicas, leader = host.placement.replica, host.placement.replicas, None
+        firsts = tuple(ranks[0] for ranks in replicas)
+        if firsts[0] != 0:
             raise ConfigError(f"plan.stages: the first is on {plan.devices[0]}; requests come to {host.devices[0]}")
-        with self._lines(ranks) as lines:
-            if own is not None and host.rank == 0:
-                leader = Leader(own, lines, Queue(self._link, self._tokens, max_len), sizes, keep_tasks=False)
+        with self._lines(replicas) as lines, self._lines((firsts,)) as between:
+            if own is not None and replica is not None and host.index == 0:
+                queue = Queue(self._link, replica, between, self._tokens, max_len)
+                leader = Leader(own, lines, queue, sizes, keep_tasks=False)
+            if host.rank == 0:
                 self._link.send("open")
             self._run(own, leader, lines)
+            # What is answered next says that all have been served.
+            host.control.barrier()
         del own, leader
         host.free()
         return {}
@@ -170,18 +194,21 @@ class Online:
             host.loop = None
         assert host.placement is not None
         host.status.phase = "serve"
-        edges = host.links.edges(
-            host.placement.replicas[0],
-            hidden_numel=sizes.most_tokens * host.stage.message_values,
-            hidden_dtype=host.stage.message_dtype,
-            tokens_numel=1,
-            tokens_depth=1,
-            tokens_to_all=False,
-        )
+        edges = [
+            host.links.edges(
+                ranks,
+                hidden_numel=sizes.most_tokens * host.stage.message_values,
+                hidden_dtype=host.stage.message_dtype,
+                tokens_numel=1,
+                tokens_depth=1,
+                tokens_to_all=False,
+            )
+            for ranks in host.placement.replicas
+        ]
         own = None
-        if edges is not None:
+        if host.placement.replica is not None and (found := edges[host.placement.replica]) is not None:
             own = OnlineStage(
-                *(host.stage, host.device, host.status, edges, sizes),
+                *(host.stage, host.device, host.status, found, sizes),
                 sampling=sampling,
                 pad_token_id=self._tokens.pad_token_id,
                 instrument=instrument,
@@ -192,28 +219,31 @@ class Online:
             own.rehearse()
         return own
 
-    def _run(self, own: OnlineStage | None, leader: Leader | None, lines: Sequence[Mail]) -> float | None:
-        """This rank's part; the moment from which times are counted, on the first stage."""
+    def _run(self, own: OnlineStage | None, leader: Leader | None, lines: Sequence[Mail]) -> float:
+        """This rank's part; the moment from which times are counted, alike on every rank."""
         # Nobody is told anything before all are ready.
-        self._host.control.barrier()
+        now_s = self._host.control.gather(None if own is None else self._host.device.now())
+        zero_s: float = max(one for one in now_s if one is not None)
         if leader is not None:
-            return leader.run()
-        if own is not None:
+            leader.run(zero_s)
+        elif own is not None:
             own.follow(lines[0])
-        return None
+        return zero_s
 
     @contextlib.contextmanager
-    def _lines(self, ranks: Sequence[int]) -> Iterator[list[Mail]]:
-        """The first stage's lines to the others, in their order; of another, its line to the first."""
+    def _lines(self, groups: Sequence[Sequence[int]]) -> Iterator[list[Mail]]:
+        """Of each group of ranks the first one's lines to the others, in their order; of another, its line to the
+        first."""
         host, lines = self._host, list[Mail]()
+        ranks = next((one for one in groups if host.rank in one), ())
         with contextlib.ExitStack() as held:
             path, listener = None, None
-            if host.rank == ranks[0]:
+            if ranks and host.rank == ranks[0]:
                 path = str(held.enter_context(scratch_folder()) / "orders")
                 listener = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
                 listener.bind(path)
                 listener.listen(len(ranks))
-            path = host.control.gather(path)[ranks[0]]
+            paths = host.control.gather(path)
             if listener is not None:
                 found = {}
                 for _ in ranks[1:]:
@@ -221,10 +251,10 @@ class Online:
                     held.callback(line.close)
                     found[line.receive()] = line
                 lines += [found[index] for index in range(1, len(ranks))]
-            elif host.rank in ranks:
+            elif ranks:
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                connection.connect(path)
+                connection.connect(paths[ranks[0]])
                 lines.append(Mail(connection))
                 held.callback(lines[0].close)
-                lines[0].send(host.index)
+                lines[0].send(ranks.index(host.rank))
             yield lines

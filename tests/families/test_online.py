@@ -71,5 +71,5 @@ def test_a_family_is_served_right_or_refused(family: str, tmp_path: Path) -> Non
         expected[one.number] = tokens[0]
     online.rehearse()
     served = Source(requests)
-    Leader(online, [], served, sizes).run()
+    Leader(online, [], served, sizes).run(online.device.now())
     assert {number: list(one.token_ids) for number, one in served.served.items()} == expected

@@ -333,9 +333,8 @@ class TuneConfig(Value):
         for key, count in wanted.items():
             if count > len(self.devices):
                 raise ValueError(f"space.{key}={count} needs as many devices; {given}")
-        if self.workload.arrivals is not None and self.engine is None and (max(replicas) > 1 or space.compile):
-            name = "replicas" if max(replicas) > 1 else "compile"
-            raise ValueError(f"space.{name}: requests over time go to one pipeline, uncompiled; leave it out")
+        if self.workload.arrivals is not None and self.engine is None and space.compile:
+            raise ValueError("space.compile: requests over time run uncompiled; leave it out")
         if self.engine is not None and (self.shared_study or self.space.compile):
             raise ValueError("engine: it is searched by one process; space.compile is not its own")
         fewest = min(replicas)

@@ -20,6 +20,7 @@ from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 from tests.workers import worker_pids
 
 PLAN = Plan.from_layer_counts((2, 4), ("cpu:0", "cpu:1"), 2)
+REPLICAS = Plan.from_layer_counts((6,), ("cpu:0", "cpu:1"), 2, replicas=2)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +34,13 @@ def fleet(folder: Path) -> Iterator[Fleet]:
         yield fleet
 
 
-def test_requests_from_several_threads_get_the_unsplit_models_tokens(folder: Path, fleet: Fleet) -> None:
+@pytest.mark.parametrize("plan", [PLAN, REPLICAS], ids=["pipeline", "replicas"])
+def test_requests_from_several_threads_get_the_unsplit_models_tokens(plan: Plan, folder: Path, fleet: Fleet) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     prompts = tiny_prompts(12)
     expected = [unsplit_tokens(model, [prompt], output_len=2 + index % 5)[0] for index, prompt in enumerate(prompts)]
     found: dict[int, list[int]] = {}
-    with fleet.open_queue(PLAN, max_len=32) as requests:
+    with fleet.open_queue(plan, max_len=32) as requests:
 
         def ask(first: int) -> None:
             for index in range(first, len(prompts), 3):
@@ -57,13 +59,14 @@ def test_requests_from_several_threads_get_the_unsplit_models_tokens(folder: Pat
     assert [found[index] for index in range(len(prompts))] == expected
 
 
-def test_what_is_refused_and_cancelled_is_let_go(fleet: Fleet) -> None:
+@pytest.mark.parametrize("plan", [PLAN, REPLICAS], ids=["pipeline", "replicas"])
+def test_what_is_refused_and_cancelled_is_let_go(plan: Plan, fleet: Fleet) -> None:
     pids = worker_pids(fleet)
     with pytest.raises(PlanError, match="start there"):
         fleet.open_queue(Plan.from_layer_counts((3, 3), ("cpu:1", "cpu:0"), 2), max_len=64)
     with pytest.raises(ConfigError, match=r"max_len=4000.*2048 positions"):
         fleet.open_queue(PLAN, max_len=4000)
-    with fleet.open_queue(PLAN, max_len=64, in_flight=1) as requests:
+    with fleet.open_queue(plan, max_len=64, in_flight=1) as requests:
         with pytest.raises(ConfigError, match="close that first"):
             fleet.generate(PLAN, [[5]], max_new_tokens=1)
         with pytest.raises(ConfigError, match="max_new_tokens=0"):
@@ -81,6 +84,8 @@ def test_what_is_refused_and_cancelled_is_let_go(fleet: Fleet) -> None:
     assert len(after.result(0).token_ids) == 3
     with pytest.raises(ConfigError, match="is closed"):
         requests.submit([5], max_new_tokens=1)
+    # A client may go away after its answer.
+    after.cancel()
     assert len(fleet.generate(PLAN, [[5]], max_new_tokens=2, ignore_eos=True)[0].token_ids) == 2
     assert worker_pids(fleet) == pids
 
@@ -98,9 +103,9 @@ def test_an_error_outside_cancels_what_was_given(fleet: Fleet) -> None:
     assert len(handles[0].result(0).token_ids) < 1900
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_requests_of_killed_workers_fail_by_name(rank: int, fleet: Fleet) -> None:
-    requests = fleet.open_queue(PLAN, max_len=2000)
+@pytest.mark.parametrize(("plan", "rank"), [(PLAN, 0), (PLAN, 1), (REPLICAS, 1)])
+def test_requests_of_killed_workers_fail_by_name(plan: Plan, rank: int, fleet: Fleet) -> None:
+    requests = fleet.open_queue(plan, max_len=2000)
     handle = requests.submit([5], max_new_tokens=1900, ignore_eos=True)
     tokens = iter(handle)
     next(tokens)

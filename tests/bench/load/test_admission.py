@@ -11,10 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench.errors import PlanError
-from pipetune.bench.load.admission import Admission, Decode, Order, Prefill, Request, Rules, Wait, rules_of
+from pipetune.bench.load.admission import Admission, Decode, Order, Prefill, Request, Rules, Wait, deal, rules_of
 from pipetune.bench.spec import Lane, Plan
 
 REQUESTS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=40)
+
+
+@given(st.integers(1, 5), st.none() | st.integers(1, 7), st.integers(0, 20))
+def test_every_request_and_every_place_is_one_replicas(replicas: int, places: int | None, count: int) -> None:
+    shares = deal(replicas, places)
+    assert sorted(number for own, _ in shares for number in range(count)[own]) == list(range(count))
+    assert len(shares) == replicas
+    if places is not None:
+        assert sum(own or 0 for _, own in shares) == places
+        assert all(own or not range(count)[share] for share, own in shares)
 
 
 @st.composite

@@ -118,7 +118,7 @@ def serve(
     ]
     for thread in threads:
         thread.start()
-    leader.run()
+    leader.run(online[0].device.now())
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()

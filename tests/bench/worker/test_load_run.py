@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from pipetune.bench.fleet.experiment import Experiment
 from pipetune.bench.metrics import derive, metric_names, request_times_s, stage_busy_s
 from pipetune.bench.record import Measurement, Record
 from pipetune.bench.spec import Arrivals, Goodput, ModelSpec, Plan, Protocol, Workload
+from pipetune.tuner.planning.calibration.observation import observe
 from tests.tiny_models import save_tiny_model
 
 DEVICES = ("cpu:0", "cpu:1")
@@ -33,11 +35,16 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Experiment]
         yield started
 
 
-@pytest.fixture(scope="module")
-def record(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Record:
+PLANS = (
+    Plan.from_layer_counts((1, 3), DEVICES, 4, prefill_chunk_size=4),
+    Plan.from_layer_counts((4,), DEVICES, 4, prefill_chunk_size=4, replicas=2),
+)
+
+
+@pytest.fixture(scope="module", params=PLANS, ids=["pipeline", "replicas"])
+def record(request: Any, experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Record:
     assert experiment.make_reference(tmp_path_factory.mktemp("reference") / "file", WORKLOAD, PROTOCOL) is None
-    plan = Plan.from_layer_counts((1, 3), DEVICES, 4, prefill_chunk_size=4)
-    return experiment.measure(plan, WORKLOAD, PROTOCOL)
+    return experiment.measure(request.param, WORKLOAD, PROTOCOL)
 
 
 def test_tokens_are_the_unsplit_models_and_every_request_is_told_of(record: Record) -> None:
@@ -48,7 +55,7 @@ def test_tokens_are_the_unsplit_models_and_every_request_is_told_of(record: Reco
     assert result.check.tokens_equal is True
     assert record.effective is not None
     # At most two slots a stage.
-    assert record.effective.in_flight == 4
+    assert record.effective.in_flight == 2 * len(record.effective.plan.stages)
     for run in result.iterations:
         assert [len(one.token_times_s) for one in run.requests] == list(WORKLOAD.generated_lens)
         for one in run.requests:
@@ -81,6 +88,17 @@ def test_stage_time_is_busy_bubble_or_idle(record: Record) -> None:
     values = derive(result)
     assert set(values) == set(metric_names(24, 7, goodput=True, arrivals=True))
     assert values["slo_attainment"] == 1.0
+
+
+def test_every_stages_tasks_teach(record: Record) -> None:
+    found = observe(record)
+    assert found is not None
+    assert {task.stage for task in found.tasks} == {0, 1}
+    assert isinstance(record.result, Measurement)
+    loads = [run.stage_loads for run in record.result.iterations]
+    for stage in range(2):
+        counted = sum(task.count for task in found.tasks if task.stage == stage)
+        assert counted == sum(len(own[stage].load_tasks) for own in loads)
 
 
 def test_latencies_count_from_the_scheduled_arrival(record: Record) -> None:

@@ -23,7 +23,8 @@ from tests.families.configs import tiny_config
 from tests.tiny_models import save_tiny_model, tiny_prompts, unsplit_tokens
 from tests.workers import worker_pids
 
-DEVICES = ("cpu:0", "cpu:1", "cpu:2")
+DEVICES = ("cpu:0", "cpu:1", "cpu:2", "cpu:3")
+REPLICAS = Plan.from_layer_counts((2, 4), DEVICES[::-1], 2, prefill_chunk_size=5, replicas=2)
 PLANS = (
     Plan.from_layer_counts((6,), DEVICES, 3, prefill_micro_batch_size=2),
     Plan.from_layer_counts((2, 4), DEVICES[::-1], 2, prefill_chunk_size=5),
@@ -35,7 +36,7 @@ PLANS = (
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """A llama on three workers."""
+    """A llama on four workers."""
     folder = save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama")
     with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as started:
         yield started
@@ -52,19 +53,35 @@ def test_a_trace_on_workers(family: str, tmp_path: Path) -> None:
     ]
     expected = [tuple(unsplit_tokens(model, [one.prompt], output_len=one.output_len)[0]) for one in requests]
     with Fleet.start(ModelSpec(name=str(folder)), DEVICES) as fleet:
-        for plan in PLANS:
+        for plan in (REPLICAS, *PLANS):
             run = fleet.run_trace(plan, requests)
             assert tuple(one.token_ids for one in run.requests) == tuple(expected), plan.describe()
             assert [one.arrived_s for one in run.requests] == [one.at_s for one in requests]
             assert run.duration_s == max(one.token_times_s[-1] for one in run.requests)
-            assert len(run.stages) == len(plan.stages)
-            assert all(len(stage.compute_start_s) == len(run.load_tasks) for stage in run.stages)
+            assert len(run.stages) == len(plan.devices)
+            for stage, load in zip(run.stages, run.stage_loads, strict=True):
+                assert len(stage.compute_start_s) == len(load.load_tasks) > 0
         # An offline pass finds its own slots again, behind which the plan is the same.
         results = fleet.generate(plan, [one.prompt for one in requests], max_new_tokens=4, ignore_eos=True)
         again = fleet.run_trace(plan, requests, instrument=False, max_concurrency=2)
         assert all(one.token_ids[:4] == row[:4] for one, row in zip(results, expected, strict=True) if len(row) >= 4)
         assert tuple(one.token_ids for one in again.requests) == tuple(expected)
         assert not any(stage.compute_start_s for stage in again.stages)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_replicas_share_the_places_for_requests(most: int, fleet: Fleet) -> None:
+    requests = [OnlineRequest(number=one, prompt=(5, 6), output_len=4) for one in range(7)]
+    run = fleet.run_trace(REPLICAS, requests, max_concurrency=most)
+    spans = [(one.admitted_s or 0.0, one.token_times_s[-1]) for one in run.requests]
+    assert max(sum(begin <= at < end for begin, end in spans) for at, _ in spans) <= most
+    (other,) = run.further_replicas
+    steps = [sum(task.rows for task in load.load_tasks if task.samples) for load in (run, other)]
+    assert steps == ([28, 0] if most == 1 else [16, 12])
+    # A replica that has done its part is idle until the last token.
+    assert max(load.idle_s[-1][1] for load in (run, other) if load.idle_s) == run.duration_s
+    if most == 1:
+        assert other.idle_s == ((0.0, run.duration_s),)
 
 
 def test_draws_are_those_of_the_batch(fleet: Fleet) -> None:
@@ -93,8 +110,6 @@ def test_what_is_refused_costs_no_worker(tmp_path: Path) -> None:
             fleet.run_trace(plan, [request, request])
         with pytest.raises(PlanError, match=r"plan\.compile"):
             fleet.run_trace(plan.model_copy(update={"compile": True}), [request])
-        with pytest.raises(PlanError, match=r"plan\.replicas=2"):
-            fleet.run_trace(Plan.from_layer_counts((6,), DEVICES, 2, replicas=2), [request])
         assert len(fleet.run_trace(plan, [request]).requests[0].token_ids) == 2
         assert worker_pids(fleet) == pids
 

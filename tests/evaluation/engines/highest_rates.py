@@ -48,27 +48,30 @@ class Side:
 
 
 def sides(python: Path) -> tuple[Side, Side]:
-    """Four settings each: one worker with all cores, and two that share the layers, or of vLLM each layer."""
-    ours = [
-        OurSetting(counts=counts, rows=rows, slots=slots)
-        for counts, rows, slots in (((30,), 16, 1), ((17, 13), 8, 2), ((17, 13), 8, 4), ((17, 13), 16, 2))
-    ]
+    """Five settings each: one worker with all cores, and two with a copy each, or that share the layers, or of vLLM
+    each layer."""
+    ours = [OurSetting(counts=(17, 13), rows=rows, slots=slots) for rows, slots in ((8, 2), (16, 2))]
+    ours += [OurSetting(counts=(30,), rows=16, slots=1)]
+    ours += [OurSetting(counts=(30,), rows=rows, slots=1, replicas=2) for rows in (8, 16)]
     theirs = [_engine((30,), 256), _engine((30,), 256, shards=2), _engine((15, 15), 256), _engine((15, 15), 128)]
+    theirs += [_engine((30,), 256, replicas=2)]
     return (
         Side(name="pipetune", settings=tuple((one.devices, one.plan) for one in ours), start=None),
         Side(name="vLLM", settings=tuple(theirs), start=partial(VllmEngine, python=python)),
     )
 
 
-def _engine(counts: tuple[int, ...], budget: int, *, shards: int = 1) -> tuple[tuple[str, ...], Plan]:
-    devices = DEVICES[: len(counts) * shards]
+def _engine(
+    counts: tuple[int, ...], budget: int, *, shards: int = 1, replicas: int = 1
+) -> tuple[tuple[str, ...], Plan]:
+    devices = DEVICES[: len(counts) * shards * replicas]
     settings = EngineSettings(
         max_num_batched_tokens=budget,
         kv_cache_memory_bytes=KV_BYTES,
         enforce_eager=True,
         tensor_parallel_size=shards,
     )
-    plan = Plan.from_layer_counts(counts, devices[: len(counts)], 1)
+    plan = Plan.from_layer_counts(counts, devices[: len(counts) * replicas], 1, replicas=replicas)
     return devices, plan.model_copy(update={"engine": settings})
 
 
@@ -91,7 +94,7 @@ def compare(python: Path, rounds: int, say: Callable[[str], None]) -> str:
         say(f"{side.name}, {setting[1].describe()}: {found:.1%} at {rate:g} requests/s")
         return found
 
-    guess = 0.5 * both[0].measure(both[0].settings[0], WORKLOAD)["request_throughput"]
+    guess = 0.3 * both[0].measure(both[0].settings[0], WORKLOAD)["request_throughput"]
     chosen, rates = {}, {side.name: list[float]() for side in both}
     guesses = {}
     for side in both:

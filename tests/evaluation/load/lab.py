@@ -56,8 +56,8 @@ class Subject:
         )
 
 
-def _ours(*rows: tuple[tuple[int, ...], int, int]) -> tuple[OurSetting, ...]:
-    return tuple(OurSetting(counts=counts, rows=size, slots=slots) for counts, size, slots in rows)
+def _ours(*rows: tuple[int, tuple[int, ...], int, int]) -> tuple[OurSetting, ...]:
+    return tuple(OurSetting(replicas=own, counts=counts, rows=size, slots=slots) for own, counts, size, slots in rows)
 
 
 _PEERS = (
@@ -73,7 +73,8 @@ SUBJECTS: Mapping[str, Subject] = {
         input_len=64,
         output_len=16,
         ours=_ours(
-            ((30,), 8, 1), ((30,), 16, 1), ((17, 13), 4, 4), ((17, 13), 8, 2), ((17, 13), 8, 4), ((17, 13), 16, 2)
+            *((1, (30,), 8, 1), (1, (30,), 16, 1), (2, (30,), 8, 1), (2, (30,), 16, 1)),
+            *((1, (17, 13), 4, 4), (1, (17, 13), 8, 2), (1, (17, 13), 8, 4), (1, (17, 13), 16, 2)),
         ),
         pair=OurSetting(counts=(17, 13), rows=8, slots=2),
         peers=_PEERS,
@@ -82,7 +83,10 @@ SUBJECTS: Mapping[str, Subject] = {
         model=ModelSpec(name=str(ROOT / "examples" / "dummy-llama-12l"), load_format="dummy"),
         input_len=32,
         output_len=8,
-        ours=_ours(((12,), 8, 1), ((12,), 16, 1), ((12,), 16, 2), ((6, 6), 8, 2), ((6, 6), 8, 4), ((6, 6), 16, 2)),
+        ours=_ours(
+            *((1, (12,), 16, 1), (2, (12,), 8, 1), (2, (12,), 16, 1), (2, (12,), 16, 2)),
+            *((1, (6, 6), 8, 2), (1, (6, 6), 8, 4), (1, (6, 6), 16, 2)),
+        ),
         pair=OurSetting(counts=(6, 6), rows=8, slots=4),
         peers=_PEERS,
     ),

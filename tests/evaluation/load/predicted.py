@@ -85,7 +85,7 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
         settings = [setting for setting in settings if len(setting.counts) > 1][:2]
     traces = [lab.trace(number) for number in range(max(1, lab.extent.rounds // 2))]
     costs = _profiles(lab, settings)
-    models = {setting.name: _model(lab, setting, costs[len(setting.counts)], traces[0]) for setting in settings}
+    models = {setting.name: _model(lab, setting, costs[len(setting.devices)], traces[0]) for setting in settings}
     predicted = {setting.name: _predicted(models[setting.name], setting, traces, lab.limits) for setting in settings}
     measured: dict[str, list[float]] = {setting.name: [] for setting in settings}
     runs: dict[str, OnlineRun] = {}
@@ -109,7 +109,7 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
     teacher = settings[-1]
     scale = factors(models[teacher.name], teacher.plan, runs[teacher.name])
     refitted = {
-        one.name: _predicted(_model(lab, one, costs[len(one.counts)], traces[0], scale=scale), one, traces, lab.limits)
+        one.name: _predicted(_model(lab, one, costs[len(one.devices)], traces[0], scale=scale), one, traces, lab.limits)
         for one in settings[:-1]
     }
     real = {key: statistics.median(rates) for key, rates in measured.items()}
@@ -122,17 +122,17 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _profiles(lab: Lab, settings: Sequence[OurSetting]) -> dict[int, ProfiledCosts]:
-    """By the number of stages: a single one has all cores."""
+    """By the number of workers: a single one has all cores."""
     found = {}
-    for setting in {len(one.counts): one for one in settings}.values():
-        fleet = lab.rig.experiment(f"{len(setting.counts)}-stages", setting.devices).fleet
+    for setting in {len(one.devices): one for one in settings}.values():
+        fleet = lab.rig.experiment(f"{len(setting.devices)}-stages", setting.devices).fleet
         workload = lab.subject.workload(lab.requests)
-        say(f"profiling {len(setting.counts)} workers")
+        say(f"profiling {len(setting.devices)} workers")
         lens = [len(prompt) for prompt in lab.trace(0).prompts]
         largest = max(one.rows for one in settings)
         rows = tuple(size for size in _ROWS if size <= largest)
         grid = grid_for(workload, lens, micro_batch_sizes=rows, prefill_sizes=rows, devices=setting.devices)
-        found[len(setting.counts)] = ProfiledCosts(fleet.profile(grid))
+        found[len(setting.devices)] = ProfiledCosts(fleet.profile(grid))
     return found
 
 
@@ -141,7 +141,7 @@ def _model(
 ) -> CostModel:
     lens = [len(prompt) for prompt in trace.prompts]
     workload = lab.subject.workload(lab.requests)
-    shape = lab.rig.experiment(f"{len(setting.counts)}-stages", setting.devices).fleet.shape
+    shape = lab.rig.experiment(f"{len(setting.devices)}-stages", setting.devices).fleet.shape
     used: Costs = costs if scale is None else ScaledCosts(base=costs, **scale)
     return CostModel(
         shape=shape,

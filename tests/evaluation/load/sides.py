@@ -63,30 +63,32 @@ class Setting(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OurSetting:
-    """A plan: layers of each stage, and the slots that requests decode in."""
+    """A plan: layers of each stage, and the slots that requests decode in, of each replica."""
 
     counts: tuple[int, ...]
     rows: int
     slots: int
     chunk: int | None = None
     lanes: tuple[Lane, ...] = ()
+    replicas: int = 1
 
     @property
     def name(self) -> str:
-        """As `17+13, 2 slots of 8`."""
-        text = f"{'+'.join(map(str, self.counts))}, {self.slots} slot{'s' * (self.slots > 1)} of {self.rows}"
+        """As `17+13, 2 slots of 8`, `2 × 30, 1 slot of 8`."""
+        copies = f"{self.replicas} × " * (self.replicas > 1)
+        text = f"{copies}{'+'.join(map(str, self.counts))}, {self.slots} slot{'s' * (self.slots > 1)} of {self.rows}"
         return ", ".join((text, *([f"chunk {self.chunk}"] if self.chunk else []), *self.plan.lane_words))
 
     @property
     def devices(self) -> tuple[str, ...]:
         """A single stage has a worker with all cores."""
-        return DEVICES[: len(self.counts)]
+        return DEVICES[: len(self.counts) * self.replicas]
 
     @property
     def plan(self) -> Plan:
         """The plan."""
-        plan = Plan.from_layer_counts(self.counts, self.devices, self.rows, prefill_chunk_size=self.chunk)
-        return plan.model_copy(update={"lanes": self.lanes})
+        plan = Plan.from_layer_counts(self.counts, self.devices, self.rows, replicas=self.replicas)
+        return plan.model_copy(update={"prefill_chunk_size": self.chunk, "lanes": self.lanes})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,13 +153,13 @@ class Ours:
     last_run: OnlineRun | None = field(default=None, init=False)
 
     def settings(self) -> Sequence[Setting]:
-        """Single stages on all cores, and two stages."""
+        """Single stages on all cores, two of them with a core each, and two stages."""
         return self.grid
 
     def serve(self, setting: Setting, trace: Trace, requests: Sequence[OnlineRequest]) -> list[Served]:
-        """On a fleet of as many workers as there are stages."""
+        """On a fleet of as many workers as it takes."""
         assert isinstance(setting, OurSetting)
-        fleet = self.rig.experiment(f"{len(setting.counts)}-stages", setting.devices).fleet
+        fleet = self.rig.experiment(f"{len(setting.devices)}-stages", setting.devices).fleet
         self.last_run = fleet.run_trace(setting.plan, requests, in_flight=setting.slots, timeout_s=TIMEOUT_S)
         return [
             Served(at_s=one.arrived_s, times_s=one.token_times_s, tokens=one.token_ids)

@@ -311,7 +311,6 @@ def test_what_cannot_be_under_arrivals_is_refused(tmp_path: Path) -> None:
             sources.resolve_settings({**base, **given}, reads_trace=True, warn=print)
         return str(error.value)
 
-    assert "space.replicas: requests over time go to one pipeline" in refused(replicas=[2])
     assert "space.compile" in refused(compile=True)
     rated = {"objective": ["max_request_rate"], "goodput": ["ttft:5"]}
     assert "max_concurrency: it hides what rate" in refused(**rated, max_concurrency=3)

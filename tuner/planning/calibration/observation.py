@@ -96,12 +96,13 @@ def observe(record: Record) -> Observation | None:
     if any(note.startswith(SHARED_DEVICE_NOTE) for note in measurement.notes):
         return None
     runs = measurement.iterations
+    num_stages = len(record.effective.plan.stages)
     if measurement.is_under_arrivals:
-        tasks, runs = _loaded_tasks(runs), (_end_to_end(runs),)
-        counts: Sequence[int] = (len(tasks),)
+        parts = [_loaded_tasks(runs, first) for first in range(0, len(runs[0].stages), num_stages)]
+        tasks, counts = list(itertools.chain(*parts)), tuple(map(len, parts))
+        runs = (_end_to_end(runs),)
     else:
         tasks, counts = _tasks(measurement), measurement.replica_tasks or (len(measurement.tasks),)
-    num_stages = len(record.effective.plan.stages)
     lengths = [count for count in counts for _ in range(num_stages)]
     if any([len(trace.compute_start_s) for trace in run.stages] != lengths for run in runs):
         return None
@@ -184,9 +185,9 @@ class _Task(NamedTuple):
     """None where nobody knows which tokens it waited for."""
 
 
-def _loaded_tasks(runs: Sequence[Iteration]) -> list[_Task]:
-    """All tasks under arrivals, one iteration after the other."""
-    tasks = [one for run in runs for one in run.load_tasks]
+def _loaded_tasks(runs: Sequence[Iteration], stage: int) -> list[_Task]:
+    """All tasks of a stage under arrivals, one iteration after the other."""
+    tasks = [one for run in runs for one in run.stage_loads[stage].load_tasks]
     kinds = [TaskKind(one.rows, one.tokens, one.past, one.samples) for one in tasks]
     return [_Task(kind, one.kind == "decode", None) for kind, one in zip(kinds, tasks, strict=True)]
 

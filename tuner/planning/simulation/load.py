@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial, singledispatch
 from typing import NamedTuple
 
-from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait, rules_of
+from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait, deal, rules_of
 from pipetune.bench.load.arrivals import arrival_times_s
 from pipetune.bench.load.rates import RateSearch
 from pipetune.bench.metrics import good_requests, latency_metrics
@@ -82,26 +82,28 @@ def simulate_load(
 
     Beyond `max_concurrency` in the system at once others wait before it, and their latencies count that.
     """
-    rules, most = rules_of(plan, in_flight), max_concurrency or len(requests)
-    replicas = [_Replica(model, plan.replica(index), rules, plan.replicas, requests) for index in range(plan.replicas)]
-    outside: deque[int] = deque()
+    shares, rules = deal(plan.replicas, max_concurrency), rules_of(plan, in_flight)
+    replicas = [
+        _Replica(model, plan.replica(index), rules, plan.replicas, requests, places)
+        for index, (_, places) in enumerate(shares)
+    ]
     events: list[tuple[float, int, Callable[[], None]]] = []
     counter = itertools.count()
 
     def note(at_s: float, happens: Callable[[], None]) -> None:
         heapq.heappush(events, (at_s, next(counter), happens))
 
-    for number, request in enumerate(requests):
-        note(request.at_s, partial(outside.append, number))
+    for replica, (own, _) in zip(replicas, shares, strict=True):
+        for number in range(len(requests))[own]:
+            note(requests[number].at_s, partial(replica.outside.append, number))
     while events:
         now, _, happens = heapq.heappop(events)
         happens()
         # What happens at one moment is known before anything is decided.
         if events and events[0][0] == now:
             continue
-        while outside and sum(len(one.admission) for one in replicas) < most:
-            min(replicas, key=lambda one: len(one.admission)).arrive(outside.popleft(), now)
         for replica in replicas:
+            replica.admit(now)
             while (task := replica.begin(now)) is not None:
                 order, free_s, ended_s, known_s = task
                 note(free_s, lambda: None)
@@ -168,9 +170,17 @@ class _Replica:
     """One pipeline, and the state of its stages."""
 
     def __init__(
-        self, model: CostModel, plan: Plan, rules: Rules, num_replicas: int, requests: Sequence[LoadedRequest]
+        self,
+        model: CostModel,
+        plan: Plan,
+        rules: Rules,
+        num_replicas: int,
+        requests: Sequence[LoadedRequest],
+        places: int | None,
     ) -> None:
+        """`places` is how many requests it has at once."""
         self.model, self.plan, self.num_replicas, self.requests = model, plan, num_replicas, requests
+        self.outside, self._places = deque[int](), places or len(requests)
         count = len(plan.stages)
         self.admission, self._costs = Admission(rules), model.known_tasks(plan.stages)
         self.busy_s, self._free_s = [0.0] * count, [0.0] * count
@@ -183,10 +193,13 @@ class _Replica:
         """By the requests' numbers."""
         self._empty_since_s = self._idle_s = 0.0
 
-    def arrive(self, number: int, at_s: float) -> None:
-        if not len(self.admission):
-            self._idle_s += at_s - self._empty_since_s
-        self.admission.arrive(Request(number=number, prompt_len=self.requests[number].prompt_len))
+    def admit(self, now_s: float) -> None:
+        """Lets in whom there is a place for."""
+        while self.outside and len(self.admission) < self._places:
+            number = self.outside.popleft()
+            if not len(self.admission):
+                self._idle_s += now_s - self._empty_since_s
+            self.admission.arrive(Request(number=number, prompt_len=self.requests[number].prompt_len))
 
     def idle_s(self, end_s: float) -> float:
         """Seconds without a request, up to an end at which there is none."""

@@ -48,8 +48,6 @@ def build_space(
     if shape.recurrent:
         prefill_sizes = (max(sizes),)
     fractions = tuple(sorted(set(config.memory_fractions)))
-    if cost.arrivals is not None and config.replicas is None:
-        config = config.model_copy(update={"replicas": (1,)})
     if not (widths := tuple(_widths(config, len(devices), cuts + 1, cost.num_prompts))):
         raise ConfigError(
             f"space.replicas={', '.join(map(str, config.replicas or ()))}: {cost.num_prompts} prompts over "

@@ -94,6 +94,13 @@ def test_what_is_beyond_the_concurrency_waits_and_its_latency_counts_that() -> N
     found = simulate_load(MODEL, plan, 2, load, max_concurrency=1).times_s["e2el"]
     # The first stage knows a token a hop later than the last.
     assert found == pytest.approx([alone, 2 * alone, 3 * alone], rel=0.01)
+    (alone,) = simulate_load(MODEL, doubled(4), 2, load[:1]).times_s["e2el"]
+    shared = simulate_load(MODEL, doubled(4), 2, load, max_concurrency=2)
+    assert shared.times_s["e2el"] == pytest.approx([alone, alone, 2 * alone])
+    assert shared.idle_s == pytest.approx(alone)
+    one_place = simulate_load(MODEL, doubled(4), 2, load, max_concurrency=1)
+    assert one_place.times_s["e2el"] == pytest.approx([alone, 2 * alone, 3 * alone])
+    assert one_place.idle_s == pytest.approx(one_place.duration_s)
 
 
 def test_a_stage_that_computes_alone_takes_less() -> None:
