@@ -1,8 +1,9 @@
 """Where to look next for the highest rate that a plan sustains, by the shares of requests that kept their limits.
 
-A share falls steeply near that rate. Between the highest rate that was sustained and the lowest that was not, the next
-one is where a line through the two shares, over the logarithm of the rate, crosses the share that is wanted; or in the
-middle, where one of them is of a rate far beyond it.
+A share falls steeply near that rate. Between the highest rate that was sustained and the lowest that was not it is
+thought to be where a line through the two shares, over the logarithm of the rate, crosses the share that is wanted; or
+in the middle, where one of them is of a rate far beyond it. The next one to try is so far beside that place that two
+rates are likely to enclose it as narrowly as is asked for.
 """
 
 import math
@@ -12,12 +13,11 @@ from typing import Self
 
 from pipetune.bench.spec import Arrivals
 
-STEP = 1.25
-"""Factor to go on by while all rates, or none, were sustained; its square behind the second one, and so on."""
+STEP = 1.1
+"""Factor to go on by while all rates, or none, were sustained; its fourth power behind the second one, its ninth behind
+the third, and so on: guesses are good, or far off."""
 _HIGHEST = 2**12
 """How many times higher than the first a rate is tried, while all are sustained."""
-_EDGE = 0.2
-"""A rate that lies so near to one of two, as a share of the way between them, tells little."""
 
 
 def bracket(shares: Mapping[float, float], wanted: float) -> tuple[float | None, float | None]:
@@ -31,23 +31,33 @@ def bracket(shares: Mapping[float, float], wanted: float) -> tuple[float | None,
     return low, high
 
 
-def next_rate(shares: Mapping[float, float], wanted: float, *, guess: float) -> float:
-    """The rate to measure next; `shares` are those of the rates that were."""
+def next_rate(shares: Mapping[float, float], wanted: float, *, guess: float, tolerance: float = 0.03) -> float:
+    """The rate to measure next, of four digits; `shares` are those of the rates that were."""
+    # Less than it, for what is rounded.
+    return float(f"{_next(shares, wanted, guess, 0.9 * math.log1p(tolerance)):.4g}")
+
+
+def _next(shares: Mapping[float, float], wanted: float, guess: float, room: float) -> float:
     low, high = bracket(shares, wanted)
     if low is None and high is None:
         return guess
     if high is None:
-        return max(shares) * STEP ** len(shares)
+        return max(shares) * STEP ** len(shares) ** 2
     if low is None:
-        return min(shares) / STEP ** len(shares)
-    return math.exp(_crossing(shares, wanted, low, high, edge=_EDGE))
+        return min(shares) / STEP ** len(shares) ** 2
+    place = _crossing(shares, wanted, low, high)
+    if place - math.log(low) < room:
+        return low * math.exp(room)
+    if math.log(high) - place < room:
+        return high / math.exp(room)
+    return math.exp(place + room / 2)
 
 
 def estimate(shares: Mapping[float, float], wanted: float) -> float | None:
     """The highest rate, where two that were measured enclose it."""
     low, high = bracket(shares, wanted)
     # By rounding it could lie below a rate that was sustained.
-    return None if low is None or high is None else max(low, math.exp(_crossing(shares, wanted, low, high, edge=0.0)))
+    return None if low is None or high is None else max(low, math.exp(_crossing(shares, wanted, low, high)))
 
 
 @dataclass(kw_only=True)
@@ -61,7 +71,7 @@ class RateSearch:
     """Between two rates that differ by no more it is found."""
     most: int
     """Rates that are tried at most."""
-    lowest: float = 3.8
+    lowest: float = 3.75
     """How many times lower than the guess one is tried, while none is sustained."""
     shares: dict[float, float] = field(default_factory=dict)
     """By the rates that were tried."""
@@ -81,7 +91,7 @@ class RateSearch:
         return self.highest
 
     def next(self) -> float | None:
-        """The rate to measure next, of four digits; None where it is known, or no run is left; or where none is
+        """The rate to measure next; None where it is known, or no run is left; or where none is
         sustained, down to a quarter of the first, since each takes longer than the one before."""
         is_hopeless = bool(self.shares) and (
             self.sustained >= self.guess * _HIGHEST
@@ -89,7 +99,7 @@ class RateSearch:
         )
         if self.is_narrow or is_hopeless or len(self.shares) >= self.most:
             return None
-        rate = float(f"{next_rate(self.shares, self.wanted, guess=self.guess):.4g}")
+        rate = next_rate(self.shares, self.wanted, guess=self.guess, tolerance=self.tolerance)
         return None if rate in self.shares else rate
 
     @property
@@ -109,9 +119,8 @@ class RateSearch:
         return estimate(self.shares, self.wanted) or self.sustained
 
 
-def _crossing(shares: Mapping[float, float], wanted: float, low: float, high: float, *, edge: float) -> float:
+def _crossing(shares: Mapping[float, float], wanted: float, low: float, high: float) -> float:
     drop = shares[low] - shares[high]
     # Few of them say nothing of where they began to fall.
     place = (shares[low] - wanted) / drop if drop > 0 and shares[high] > wanted / 2 else 0.5
-    place = min(max(place, edge), 1 - edge)
     return math.log(low) + place * (math.log(high) - math.log(low))

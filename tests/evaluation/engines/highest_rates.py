@@ -27,6 +27,8 @@ from tests.evaluation.load.sides import OurSetting
 
 WORKLOAD = Workload(num_prompts=100, input_len=64, output_len=16, random_range_ratio=0.5, random_output_range_ratio=0.5)
 _ALONE, _ALONE_RATE, _MOST_RATES = 8, 0.5, 6
+_ROUGHLY = 0.2
+"""How narrowly a setting's rate is looked for before the rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def compare(python: Path, rounds: int, say: Callable[[str], None]) -> str:
     guesses = {}
     for side in both:
         best, guesses[side.name], _ = best_setting(
-            side.settings, partial(share, side), guess=guess, tolerance=0.1, most=_MOST_RATES
+            side.settings, partial(share, side), guess=guess, tolerance=_ROUGHLY, most=_MOST_RATES
         )
         chosen[side.name] = best
         say(f"{side.name}: {best[1].describe()}")

@@ -83,10 +83,9 @@ def simulate_load(
     Beyond `max_concurrency` in the system at once others wait before it, and their latencies count that.
     """
     shares, rules = deal(plan.replicas, max_concurrency), rules_of(plan, in_flight)
-    replicas = [
-        _Replica(model, plan.replica(index), rules, plan.replicas, requests, places)
-        for index, (_, places) in enumerate(shares)
-    ]
+    replicas: list[_Replica] = []
+    for index, (_, places) in enumerate(shares):
+        replicas.append(_Replica(model, plan.replica(index), rules, replicas, requests, places))
     events: list[tuple[float, int, Callable[[], None]]] = []
     counter = itertools.count()
 
@@ -174,12 +173,12 @@ class _Replica:
         model: CostModel,
         plan: Plan,
         rules: Rules,
-        num_replicas: int,
+        together: "Sequence[_Replica]",
         requests: Sequence[LoadedRequest],
         places: int | None,
     ) -> None:
-        """`places` is how many requests it has at once."""
-        self.model, self.plan, self.num_replicas, self.requests = model, plan, num_replicas, requests
+        """`together` are all replicas, `places` how many requests this one has at once."""
+        self.model, self.plan, self._together, self.requests = model, plan, together, requests
         self.outside, self._places = deque[int](), places or len(requests)
         count = len(plan.stages)
         self.admission, self._costs = Admission(rules), model.known_tasks(plan.stages)
@@ -230,7 +229,7 @@ class _Replica:
         index = len(self._starts_s[0])
         for stage, own_s in enumerate(busy):
             start = max(ready, self._free_s[stage])
-            took = own_s * self._alone(stage, start, kind)
+            took = own_s * self._alone(start, kind)
             end = start + took
             self._starts_s[stage].append(start)
             self.busy_s[stage] += took
@@ -241,13 +240,13 @@ class _Replica:
             ready = end + (hops[stage] if stage + 1 < len(busy) else back)
         return end, ready
 
-    def _alone(self, stage: int, start_s: float, kind: TaskKind) -> float:
+    def _alone(self, start_s: float, kind: TaskKind) -> float:
         """What a task takes less because others do not compute when it begins."""
         contention = self.model.contention
         if contention is None or contention.devices < 2:
             return 1.0
-        others = sum(free_s > start_s for index, free_s in enumerate(self._free_s) if index != stage)
-        share = min((others + (self.num_replicas - 1) * len(self._free_s)) / (contention.devices - 1), 1.0)
+        others = sum(free_s > start_s for replica in self._together for free_s in replica._free_s)
+        share = min(others / (contention.devices - 1), 1.0)
         return math.exp(-contention.of(decode=kind.is_decode) * (1.0 - share))
 
     def conclude(self, order: Prefill | Decode, at_s: float) -> None:

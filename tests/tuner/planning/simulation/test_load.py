@@ -108,6 +108,9 @@ def test_a_stage_that_computes_alone_takes_less() -> None:
     load = [LoadedRequest(at_s=0.0, prompt_len=16, output_len=6)]
     alone, together = (simulate_load(model, plan_of(LAYERS // 2), 1, load) for model in (contended, MODEL))
     assert sum(alone.busy_s) == pytest.approx(sum(together.busy_s) * 2.718281828**-0.5)
+    # Of replicas the one that has nothing to do slows nobody down.
+    alone, together = (simulate_load(model, doubled(4), 1, load) for model in (contended, MODEL))
+    assert sum(alone.busy_s) == pytest.approx(sum(together.busy_s) * 2.718281828**-0.5)
 
 
 def test_limits_are_kept_up_to_a_rate() -> None:
