@@ -254,9 +254,11 @@ def resolve(
 def resolve_slots(
     shape: ModelShape, plan: Plan, *, prompt_len: int, output_len: int, device_bytes: dict[str, int]
 ) -> EffectivePlan | Failure:
-    """Slots of a plan whose requests come over time: what its lanes need, at most two a stage. Raises as `resolve`.
-    Prompts are prefilled beside them, which takes the room of one slot's prefill more than there are slots."""
-    most = plan.max_in_flight or 2 * len(plan.stages)
+    """Slots of a plan whose requests come over time: what its lanes need, at most two a stage, and one of a stage
+    alone, where a second one's steps would be in the way. Raises as `resolve`. Prompts are prefilled beside them, which
+    takes the room of one slot's prefill more than there are slots."""
+    usual = 2 * len(plan.stages) if len(plan.stages) > 1 else 1
+    most = plan.max_in_flight or max(usual, slots_needed(plan.lanes))
     share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len))
     # As many micro-batches as slots and their prefills could come to.
     count = (2 * most + 1) * plan.micro_batch_size * plan.replicas

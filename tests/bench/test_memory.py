@@ -23,7 +23,7 @@ from pipetune.bench.memory import (
     stage_bytes,
 )
 from pipetune.bench.record import Failure, FailureKind
-from pipetune.bench.spec import EffectivePlan, Plan
+from pipetune.bench.spec import EffectivePlan, Lane, Plan
 
 MIB = 2**20
 
@@ -222,6 +222,9 @@ def test_slots_leave_room_for_the_prompts_beside_them() -> None:
 
     wanted = plan(3, 3, micro_batch_size=4, memory_fraction=1.0)
     assert slots(wanted, 2**40) == 4, "two a stage"
+    alone = plan(6, micro_batch_size=4, memory_fraction=1.0)
+    assert slots(alone, 2**40) == 1
+    assert slots(alone.model_copy(update={"lanes": (Lane(up_to_tokens=4, slots=1), Lane())}), 2**40) == 2
     assert slots(wanted.model_copy(update={"max_in_flight": 3}), 2**40) == 3
     needs = [stage_bytes(shape(), wanted, index, prompt_len=32, output_len=8) for index in range(2)]
     # Two slots, and three prefills of four fifths of one each.

@@ -21,12 +21,12 @@ from pipetune.bench.record import Measurement
 from pipetune.bench.spec import Arrivals, EngineSettings, Goodput, Plan, Protocol, Workload
 from tests.evaluation.engines.grid import DEVICES, KV_BYTES, SMOLLM2
 from tests.evaluation.load.estimates import round_up
-from tests.evaluation.load.lab import PILOT_SEED, TPOT_FACTOR, TTFT_FACTOR
+from tests.evaluation.load.lab import PILOT_SEED, STEADY, TPOT_FACTOR, TTFT_FACTOR
 from tests.evaluation.load.rates_of import ATTAINMENT, best_setting
 from tests.evaluation.load.sides import OurSetting
 
 WORKLOAD = Workload(num_prompts=100, input_len=64, output_len=16, random_range_ratio=0.5, random_output_range_ratio=0.5)
-_ALONE, _ALONE_RATE, _MOST_RATES = 8, 0.5, 6
+_ALONE, _ALONE_RATE, _MOST_RATES = 8, 0.5, 8
 _ROUGHLY = 0.2
 """How narrowly a setting's rate is looked for before the rounds."""
 
@@ -50,30 +50,27 @@ class Side:
 
 
 def sides(python: Path) -> tuple[Side, Side]:
-    """Five settings each: one worker with all cores, and two with a copy each, or that share the layers, or of vLLM
-    each layer."""
-    ours = [OurSetting(counts=(17, 13), rows=rows, slots=slots) for rows, slots in ((8, 2), (16, 2))]
-    ours += [OurSetting(counts=(30,), rows=16, slots=1)]
-    ours += [OurSetting(counts=(30,), rows=rows, slots=1, replicas=2) for rows in (8, 16)]
-    theirs = [_engine((30,), 256), _engine((30,), 256, shards=2), _engine((15, 15), 256), _engine((15, 15), 128)]
-    theirs += [_engine((30,), 256, replicas=2)]
+    """Five settings each: two workers with a copy each, of ours also with steps between prefills, or that share the
+    layers, and one with all cores, which serves little by our runtime."""
+    ours = [OurSetting(counts=(30,), rows=16, slots=1, replicas=2, lanes=STEADY)]
+    ours += [OurSetting(counts=(30,), rows=rows, slots=1, replicas=2) for rows in (16, 8)]
+    ours += [OurSetting(counts=(17, 13), rows=rows, slots=2) for rows in (8, 16)]
+    theirs = [_engine((30,), 256), *(_engine((30,), budget, replicas=2) for budget in (256, 128))]
+    theirs += [_engine((15, 15), budget) for budget in (256, 128)]
     return (
-        Side(name="pipetune", settings=tuple((one.devices, one.plan) for one in ours), start=None),
+        Side(name="pipetune", settings=tuple(map(_with_slots, ours)), start=None),
         Side(name="vLLM", settings=tuple(theirs), start=partial(VllmEngine, python=python)),
     )
 
 
-def _engine(
-    counts: tuple[int, ...], budget: int, *, shards: int = 1, replicas: int = 1
-) -> tuple[tuple[str, ...], Plan]:
-    devices = DEVICES[: len(counts) * shards * replicas]
-    settings = EngineSettings(
-        max_num_batched_tokens=budget,
-        kv_cache_memory_bytes=KV_BYTES,
-        enforce_eager=True,
-        tensor_parallel_size=shards,
-    )
-    plan = Plan.from_layer_counts(counts, devices[: len(counts) * replicas], 1, replicas=replicas)
+def _with_slots(setting: OurSetting) -> tuple[tuple[str, ...], Plan]:
+    return setting.devices, setting.plan.model_copy(update={"max_in_flight": setting.slots})
+
+
+def _engine(counts: tuple[int, ...], budget: int, *, replicas: int = 1) -> tuple[tuple[str, ...], Plan]:
+    devices = DEVICES[: len(counts) * replicas]
+    settings = EngineSettings(max_num_batched_tokens=budget, kv_cache_memory_bytes=KV_BYTES, enforce_eager=True)
+    plan = Plan.from_layer_counts(counts, devices, 1, replicas=replicas)
     return devices, plan.model_copy(update={"engine": settings})
 
 
@@ -96,10 +93,10 @@ def compare(python: Path, rounds: int, say: Callable[[str], None]) -> str:
         say(f"{side.name}, {setting[1].describe()}: {found:.1%} at {rate:g} requests/s")
         return found
 
-    guess = 0.3 * both[0].measure(both[0].settings[0], WORKLOAD)["request_throughput"]
     chosen, rates = {}, {side.name: list[float]() for side in both}
     guesses = {}
     for side in both:
+        guess = 0.5 * side.measure(side.settings[0], WORKLOAD)["request_throughput"]
         best, guesses[side.name], _ = best_setting(
             side.settings, partial(share, side), guess=guess, tolerance=_ROUGHLY, most=_MOST_RATES
         )

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from pipetune.bench.models.resolve import resolve_model
-from pipetune.bench.spec import ModelSpec, Workload
+from pipetune.bench.spec import Lane, ModelSpec, Workload
 from tests.evaluation.harness import ROOT, say
 from tests.evaluation.load.estimates import Limits, limits_of
 from tests.evaluation.load.rates_of import best_setting
@@ -57,7 +57,12 @@ class Subject:
 
 
 def _ours(*rows: tuple[int, tuple[int, ...], int, int]) -> tuple[OurSetting, ...]:
+    """Replicas, layers of each stage, rows and slots."""
     return tuple(OurSetting(replicas=own, counts=counts, rows=size, slots=slots) for own, counts, size, slots in rows)
+
+
+STEADY = (Lane(prefills_per_decode=1),)
+"""Lets a step go after each prefill."""
 
 
 _PEERS = (
@@ -72,9 +77,9 @@ SUBJECTS: Mapping[str, Subject] = {
         model=ModelSpec(name="smollm2-135m"),
         input_len=64,
         output_len=16,
-        ours=_ours(
-            *((1, (30,), 8, 1), (1, (30,), 16, 1), (2, (30,), 8, 1), (2, (30,), 16, 1)),
-            *((1, (17, 13), 4, 4), (1, (17, 13), 8, 2), (1, (17, 13), 8, 4), (1, (17, 13), 16, 2)),
+        ours=(
+            OurSetting(replicas=2, counts=(30,), rows=16, slots=1, lanes=STEADY),
+            *_ours((2, (30,), 8, 1), (2, (30,), 16, 1), (1, (30,), 16, 1), (1, (17, 13), 8, 2), (1, (17, 13), 16, 2)),
         ),
         pair=OurSetting(counts=(17, 13), rows=8, slots=2),
         peers=_PEERS,
@@ -83,9 +88,9 @@ SUBJECTS: Mapping[str, Subject] = {
         model=ModelSpec(name=str(ROOT / "examples" / "dummy-llama-12l"), load_format="dummy"),
         input_len=32,
         output_len=8,
-        ours=_ours(
-            *((1, (12,), 16, 1), (2, (12,), 8, 1), (2, (12,), 16, 1), (2, (12,), 16, 2)),
-            *((1, (6, 6), 8, 2), (1, (6, 6), 8, 4), (1, (6, 6), 16, 2)),
+        ours=(
+            OurSetting(replicas=2, counts=(12,), rows=16, slots=1, lanes=STEADY),
+            *_ours((2, (12,), 8, 1), (2, (12,), 16, 1), (1, (12,), 16, 1), (1, (6, 6), 8, 2), (1, (6, 6), 16, 2)),
         ),
         pair=OurSetting(counts=(6, 6), rows=8, slots=4),
         peers=_PEERS,
