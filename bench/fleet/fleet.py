@@ -194,10 +194,10 @@ class Fleet(Closing):
         """Serves requests as they arrive over time, each at its own; decode steps run eagerly, on GPUs as well.
 
         Requests have numbers of their own; those without a time are there from the start. Replicas get them in turn.
-        `in_flight` counts slots of each, by default as many as the plan's memory caps let be, at most two a stage. At
-        most `max_concurrency` requests are in
-        the system at once; others wait before it, and their latencies count that. `sampling` draws tokens by the
-        requests' numbers; None takes the likeliest token. `instrument` keeps what every stage did and when.
+        `in_flight` counts slots of each, by default as many as the plan's memory caps let be, at most two a stage, and
+        one of a stage alone. At most `max_concurrency` requests are in the system at once; others wait before it, and
+        their latencies count that. `sampling` draws tokens by the requests' numbers; None takes the likeliest token.
+        `instrument` keeps what every stage did and when.
 
         PlanError for a plan that cannot be run so: with compiled layers, stages on several hosts, more slots of lanes
         than there are, or of a model whose cache cannot be.

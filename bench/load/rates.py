@@ -91,8 +91,8 @@ class RateSearch:
         return self.highest
 
     def next(self) -> float | None:
-        """The rate to measure next; None where it is known, or no run is left; or where none is
-        sustained, down to a quarter of the first, since each takes longer than the one before."""
+        """The rate to measure next; None where it is known, or no run is left; or where none is sustained, down to a
+        quarter of the first, since each takes longer than the one before."""
         is_hopeless = bool(self.shares) and (
             self.sustained >= self.guess * _HIGHEST
             or (not self.sustained and min(self.shares) <= self.guess / self.lowest)
