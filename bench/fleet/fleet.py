@@ -223,11 +223,9 @@ class Fleet(Closing):
         """A queue for requests that are served as they are given; until it is closed the fleet does nothing else.
 
         All is as in `Pipeline.open_queue`, and `in_flight` as in `run_trace`. ConfigError also where `max_len` is
-        beyond the model's positions, or its cache unfit; PlanError where the first stage is not on the first device.
+        beyond the model's positions, or its cache unfit.
         """
         self._check_online(plan)
-        if plan.devices[0] != self.devices[0]:
-            raise PlanError(f"plan.stages[0].device={plan.devices[0]}: requests come to {self.devices[0]}; start there")
         max_len = max_len or min(self.shape.max_positions or MAX_LEN, MAX_LEN)
         limit = self.shape.max_positions or max_len
         if not 2 <= max_len <= limit:
@@ -235,7 +233,8 @@ class Fleet(Closing):
         rules = rules_of(plan, in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1))
         self._wake()
         args = {"plan": plan, "rules": rules, "max_len": max_len, "sampling": sampling}
-        self._queue = RequestQueue(self._supervisor, partial(self._request, "open_queue", args, math.inf), max_len)
+        serve = partial(self._request, "open_queue", args, math.inf)
+        self._queue = RequestQueue(self._supervisor, serve, max_len, plan.replicas)
         return self._queue
 
     def _slots(self, plan: s.Plan, *, prompt_len: int, output_len: int) -> int:

@@ -3,6 +3,7 @@
 import itertools
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, Self
@@ -46,7 +47,11 @@ class Closing:
 class RequestHandle:
     """One request that was given: its tokens as they come, and its result."""
 
-    def __init__(self, cancel: Callable[[], None], on_text: Callable[[str | None], object] | None = None) -> None:
+    def __init__(
+        self, rank: int, cancel: Callable[[], None], on_text: Callable[[str | None], object] | None = None
+    ) -> None:
+        self.rank = rank
+        """Of the worker that was given it."""
         self.future: Future[GenerationResult] = Future()
         """Its result; raises ConfigError for a request that cannot be served, FleetError if the workers fail. A request
         that was cancelled has the tokens that it got."""
@@ -90,9 +95,11 @@ class RequestQueue(Closing):
         ...         print(token)
     """
 
-    def __init__(self, supervisor: Supervisor, serve: Callable[[], object], max_len: int) -> None:
+    def __init__(self, supervisor: Supervisor, serve: Callable[[], object], max_len: int, replicas: int) -> None:
         """Waits until the workers are ready; raises what `serve` does, which returns once they have served all."""
-        self._supervisor, self._serve, self.max_len = supervisor, serve, max_len
+        self._supervisor, self._serve, self.max_len, self._replicas = supervisor, serve, max_len, replicas
+        self._ranks: list[int] = []
+        """First stages of the replicas: a request goes to the one that has the fewest."""
         self._handles: dict[int, RequestHandle] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -136,18 +143,19 @@ class RequestQueue(Closing):
                 raise self._error
             if self._is_closed:
                 raise ConfigError("the queue of requests is closed; open another one")
-            number = next(self._numbers)
-            handle = RequestHandle(lambda: self._supervisor.tell("cancel", number=number), on_text)
+            number, counts = next(self._numbers), Counter(handle.rank for handle in list(self._handles.values()))
+            rank = min(self._ranks, key=lambda one: counts[one])
+            handle = RequestHandle(rank, lambda: self._cancel(number), on_text)
             self._handles[number] = handle
             wanted = {"prompt": given[0], "max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
-            self._supervisor.tell("submit", number=number, **wanted)
+            self._supervisor.tell("submit", rank, number=number, **wanted)
         return handle
 
     def close(self) -> None:
         """Takes no more requests, and waits for those that were given; raises what the workers died of."""
         with self._lock:
-            if not self._is_closed:
-                self._supervisor.tell("stop")
+            for rank in () if self._is_closed else self._ranks:
+                self._supervisor.tell("stop", rank)
             self._is_closed = True
         self._thread.join()
         if self._error is not None:
@@ -159,6 +167,11 @@ class RequestQueue(Closing):
             for handle in list(self._handles.values()):
                 handle.cancel()
         self.close()
+
+    def _cancel(self, number: int) -> None:
+        # Later queues have requests of the same numbers.
+        if (handle := self._handles.get(number)) is not None:
+            self._supervisor.tell("cancel", handle.rank, number=number)
 
     def _run(self) -> None:
         error: PipetuneError | None = None
@@ -179,7 +192,11 @@ class RequestQueue(Closing):
 
     def _hear(self, message: dict[str, Any]) -> None:
         if message["type"] == "open":
-            self._opened.set()
+            self._ranks.append(message["rank"])
+            if message["rank"] != 0:
+                self._supervisor.tell("begin", message["rank"])
+            if len(self._ranks) == self._replicas:
+                self._opened.set()
             return
         if message["type"] == "tokens":
             for number, token, text in message["tokens"]:

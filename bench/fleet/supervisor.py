@@ -141,11 +141,11 @@ class Supervisor:
         answer: dict[str, Any] = self._answers.pop(number)
         return answer
 
-    def tell(self, command: str, **args: Any) -> None:
-        """Sends rank 0 something that it has no answer to; from any thread, while another waits for an answer, and
+    def tell(self, command: str, rank: int, **args: Any) -> None:
+        """Sends a worker something that it has no answer to; from any thread, while another waits for an answer, and
         finds out who is gone."""
         with contextlib.suppress(OSError, IndexError), self._telling:
-            channel = self._workers[0].channel
+            channel = self._workers[rank].channel
             assert channel is not None
             channel.send({"command": command, "args": args})
 

@@ -1,12 +1,13 @@
 """How commands and answers travel: JSON over a Unix socket to the driver and over gloo among workers; no pickle."""
 
+import contextlib
 import json
 import os
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import psutil
@@ -21,12 +22,13 @@ PINGS = 8
 
 
 class DriverLink:
-    """A worker's own connection to the driver: every worker can report, rank 0 alone is commanded. When the driver goes
-    away the connection ends, and the worker with it."""
+    """A worker's own connection to the driver: every worker can report, rank 0 alone is commanded, but that those which
+    serve requests are given them. When the driver goes away the connection ends, and the worker with it."""
 
     def __init__(self, lines: Lines, rank: int, **hello: Any) -> None:
         self._lines, self.rank = lines, rank
         self._lock = threading.Lock()
+        self._watch: threading.Thread | None = None
         self.send("hello", **hello)
 
     @classmethod
@@ -91,8 +93,24 @@ class DriverLink:
         threading.Thread(target=run, name="heartbeat", daemon=True).start()
 
     def end_with_driver(self) -> None:
-        """Starts the thread that ends this worker when the driver is gone; for ranks that get no commands."""
-        threading.Thread(target=self.receive, name="driver-watch", daemon=True).start()
+        """Starts the thread that ends this worker when the driver is gone, for ranks that get no commands, until it
+        says `begin`; what is told before is dropped."""
+
+        def run() -> None:
+            while self.receive()["command"] != "begin":
+                pass
+
+        self._watch = threading.Thread(target=run, name="driver-watch", daemon=True)
+        self._watch.start()
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Waits until the driver says `begin`, if this rank is no other's to command; what comes is to be read then."""
+        if self._watch is not None:
+            self._watch.join()
+        yield
+        if self._watch is not None:
+            self.end_with_driver()
 
 
 class ControlGroup:

@@ -22,17 +22,13 @@ from pipetune.bench.worker.stage_host import StageHost
 
 
 class Queue(Source):
-    """Requests as the driver gives them, until it says that no more will come; each token is told at once. The first
-    replica hears the driver, and deals requests out in turn."""
+    """Requests as the driver gives them, until it says that no more will come; each token is told at once."""
 
     is_over = False
 
-    def __init__(self, link: DriverLink, replica: int, lines: Sequence[Mail], tokens: Tokens, max_len: int) -> None:
-        """`lines` go from the first replica to the others, or from another one to the first."""
+    def __init__(self, link: DriverLink, tokens: Tokens, max_len: int) -> None:
         super().__init__()
-        self._commands: DriverLink | Mail = lines[0] if replica else link
-        self._others = () if replica else lines
-        self.waits_on = [self._commands]
+        self.waits_on = [link]
         self._link, self._tokens, self._max_len = link, tokens, max_len
         self._cancelled: list[int] = []
         self._texts: dict[int, DecodeStream] = {}
@@ -40,13 +36,8 @@ class Queue(Source):
     def take(self, now_s: float) -> list[OnlineRequest]:
         """Those that were given, but for those that cannot be served, of which the driver is told."""
         found = []
-        for message in self._commands.pending():
+        for message in self._link.pending():
             args = message["args"]
-            owner = args["number"] % (len(self._others) + 1) if "number" in args else 0
-            for line in self._others if message["command"] == "stop" else self._others[owner - 1 : owner]:
-                line.send(message)
-            if owner:
-                continue
             if message["command"] == "submit":
                 try:
                     found.append(self._read(**args))
@@ -132,7 +123,7 @@ class Online:
         shares = deal(len(replicas), max_concurrency)
         if own is not None:
             own.timeline.reset()
-        with self._lines(replicas) as lines, undisturbed():
+        with self._lines() as lines, undisturbed():
             if own is not None and replica is not None and host.index == 0:
                 share, places = shares[replica]
                 source = Source(requests[share])
@@ -165,20 +156,16 @@ class Online:
         host = self._host
         sizes = Sizes(rules=rules, max_len=max_len, prompt_len=max_len - 1)
         own = self.open(plan, sizes, sampling, instrument=False)
-        assert host.placement is not None
-        replica, replicas, leader = host.placement.replica, host.placement.replicas, None
-        firsts = tuple(ranks[0] for ranks in replicas)
-        if firsts[0] != 0:
-            raise ConfigError(f"plan.stages: the first is on {plan.devices[0]}; requests come to {host.devices[0]}")
-        with self._lines(replicas) as lines, self._lines((firsts,)) as between:
-            if own is not None and replica is not None and host.index == 0:
-                queue = Queue(self._link, replica, between, self._tokens, max_len)
-                leader = Leader(own, lines, queue, sizes, keep_tasks=False)
-            if host.rank == 0:
+        leader = None
+        with contextlib.ExitStack() as held:
+            lines = held.enter_context(self._lines())
+            if own is not None and host.index == 0:
+                leader = Leader(own, lines, Queue(self._link, self._tokens, max_len), sizes, keep_tasks=False)
                 self._link.send("open")
+                held.enter_context(self._link.heard())
             self._run(own, leader, lines)
-            # What is answered next says that all have been served.
-            host.control.barrier()
+        # What is answered next says that all have been served.
+        host.control.barrier()
         del own, leader
         host.free()
         return {}
@@ -231,11 +218,11 @@ class Online:
         return zero_s
 
     @contextlib.contextmanager
-    def _lines(self, groups: Sequence[Sequence[int]]) -> Iterator[list[Mail]]:
-        """Of each group of ranks the first one's lines to the others, in their order; of another, its line to the
-        first."""
+    def _lines(self) -> Iterator[list[Mail]]:
+        """The lines of a replica's first stage to the others, in their order; of another, its line to the first."""
         host, lines = self._host, list[Mail]()
-        ranks = next((one for one in groups if host.rank in one), ())
+        assert host.placement is not None
+        ranks = next((own for own in host.placement.replicas if host.rank in own), ())
         with contextlib.ExitStack() as held:
             path, listener = None, None
             if ranks and host.rank == ranks[0]:
@@ -256,5 +243,5 @@ class Online:
                 connection.connect(paths[ranks[0]])
                 lines.append(Mail(connection))
                 held.callback(lines[0].close)
-                lines[0].send(ranks.index(host.rank))
+                lines[0].send(host.index)
             yield lines

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipetune.bench.errors import ConfigError, FleetError, PlanError
+from pipetune.bench.errors import ConfigError, FleetError
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import FailureKind
 from pipetune.bench.spec import ModelSpec, Plan
@@ -62,8 +62,6 @@ def test_requests_from_several_threads_get_the_unsplit_models_tokens(plan: Plan,
 @pytest.mark.parametrize("plan", [PLAN, REPLICAS], ids=["pipeline", "replicas"])
 def test_what_is_refused_and_cancelled_is_let_go(plan: Plan, fleet: Fleet) -> None:
     pids = worker_pids(fleet)
-    with pytest.raises(PlanError, match="start there"):
-        fleet.open_queue(Plan.from_layer_counts((3, 3), ("cpu:1", "cpu:0"), 2), max_len=64)
     with pytest.raises(ConfigError, match=r"max_len=4000.*2048 positions"):
         fleet.open_queue(PLAN, max_len=4000)
     with fleet.open_queue(plan, max_len=64, in_flight=1) as requests:
@@ -88,6 +86,28 @@ def test_what_is_refused_and_cancelled_is_let_go(plan: Plan, fleet: Fleet) -> No
     after.cancel()
     assert len(fleet.generate(PLAN, [[5]], max_new_tokens=2, ignore_eos=True)[0].token_ids) == 2
     assert worker_pids(fleet) == pids
+
+
+def test_requests_go_to_the_replica_with_the_fewest(fleet: Fleet) -> None:
+    for _ in range(2):
+        with fleet.open_queue(REPLICAS, max_len=2000) as requests:
+            long = requests.submit([5], max_new_tokens=1900, ignore_eos=True)
+            others = [requests.submit([5, one], max_new_tokens=2, ignore_eos=True) for one in range(2)]
+            others[0].result(60)
+            others[1].result(60)
+            others += [requests.submit([5, 9], max_new_tokens=2, ignore_eos=True)]
+            assert [one.rank != long.rank for one in others][::2] == [True, True]
+            assert not long.future.done()
+            long.cancel()
+
+
+def test_a_plan_may_begin_on_any_device(fleet: Fleet) -> None:
+    plans = (PLAN, Plan.from_layer_counts((2, 4), ("cpu:1", "cpu:0"), 2))
+    found = []
+    for plan in plans:
+        with fleet.open_queue(plan, max_len=64) as requests:
+            found.append(requests.submit([5, 6], max_new_tokens=5, ignore_eos=True).result(60).token_ids)
+    assert found[0] == found[1]
 
 
 def test_an_error_outside_cancels_what_was_given(fleet: Fleet) -> None:
