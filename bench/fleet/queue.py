@@ -51,7 +51,7 @@ class RequestHandle:
         self, rank: int, cancel: Callable[[], None], on_text: Callable[[str | None], object] | None = None
     ) -> None:
         self.rank = rank
-        """Of the worker that was given it."""
+        """Rank of the worker that was given it."""
         self.future: Future[GenerationResult] = Future()
         """Its result; raises ConfigError for a request that cannot be served, FleetError if the workers fail. A request
         that was cancelled has the tokens that it got."""
