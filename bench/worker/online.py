@@ -181,7 +181,7 @@ class Online:
             host.loop = None
         assert host.placement is not None
         host.status.phase = "serve"
-        edges = [
+        found = [
             host.links.edges(
                 ranks,
                 hidden_numel=sizes.most_tokens * host.stage.message_values,
@@ -192,10 +192,10 @@ class Online:
             )
             for ranks in host.placement.replicas
         ]
-        own = None
-        if host.placement.replica is not None and (found := edges[host.placement.replica]) is not None:
+        own, edges = None, next(filter(None, found), None)
+        if edges is not None:
             own = OnlineStage(
-                *(host.stage, host.device, host.status, found, sizes),
+                *(host.stage, host.device, host.status, edges, sizes),
                 sampling=sampling,
                 pad_token_id=self._tokens.pad_token_id,
                 instrument=instrument,
@@ -222,10 +222,11 @@ class Online:
         """The lines of a replica's first stage to the others, in their order; of another, its line to the first."""
         host, lines = self._host, list[Mail]()
         assert host.placement is not None
-        ranks = next((own for own in host.placement.replicas if host.rank in own), ())
+        replica = host.placement.replica
+        ranks = host.placement.replicas[replica] if replica is not None else ()
         with contextlib.ExitStack() as held:
             path, listener = None, None
-            if ranks and host.rank == ranks[0]:
+            if host.index == 0:
                 path = str(held.enter_context(scratch_folder()) / "orders")
                 listener = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
                 listener.bind(path)

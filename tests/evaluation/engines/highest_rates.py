@@ -50,8 +50,8 @@ class Side:
 
 
 def sides(python: Path) -> tuple[Side, Side]:
-    """Five settings each: two workers with a copy each, of ours also with steps between prefills, or that share the
-    layers, and one with all cores, which serves little by our runtime."""
+    """Five settings each: two workers that share the layers, or with a copy each; of ours also with steps between
+    prefills, of vLLM also one worker with all cores."""
     ours = [OurSetting(counts=(30,), rows=16, slots=1, replicas=2, lanes=STEADY)]
     ours += [OurSetting(counts=(30,), rows=rows, slots=1, replicas=2) for rows in (16, 8)]
     ours += [OurSetting(counts=(17, 13), rows=rows, slots=2) for rows in (8, 16)]
