@@ -5,12 +5,14 @@ prefill begins, so that nothing is ever taken back; it is prefilled beside the s
 at the slot's next step. The first stage asks `decide` whenever it could begin a task, and says what came of tasks by
 `prefilled` and `decoded`.
 
-Within a lane the first come is the first served. Between lanes prefilled tokens are shared out by weight, so that short
-prompts go before the next chunk of a long one, and none waits for ever: by start-time fair queueing (P. Goyal, H. M.
-Vin and H. Cheng, 1996), the lane whose turn began first, of those that had as much the one of shorter prompts.
+Of a lane the request that has waited longest is in its next prefill, with those of about its length. Between lanes
+prefilled tokens are shared out by weight, so that short prompts go before the next chunk of a long one, and none waits
+for ever: by start-time fair queueing (P. Goyal, H. M. Vin and H. Cheng, 1996), the lane whose turn began first, of
+those that had as much the one of shorter prompts.
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -23,8 +25,9 @@ WaitReason = Literal["empty", "underfilled", "blocked"]
 """`empty`: no request is in the system; `underfilled`: all that are wait for their tokens; `blocked`: some wait for a
 row as well."""
 
-_MOST_PADDING = 0.25
-"""Share of a prefill's positions that may be padding, where prompts of unlike lengths are prefilled together."""
+_MOST_PADDING, _MOST_SEEN = 0.25, 64
+"""Share of a prefill's positions that may be padding, where prompts of unlike lengths are prefilled together; and
+requests that are looked at to find such."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,8 +153,10 @@ class _Slot:
     """That are prefilled for it."""
     is_under_way: bool = False
     ready_since: int = 0
-    prefills_before: int = 0
-    """The pipeline's, until its last step or until it had requests."""
+    prefills: int = 0
+    """The pipeline's, since its last step or since it had requests."""
+    steps: int = 0
+    """Its own, since the pipeline's last prefill."""
 
     @property
     def taken(self) -> int:
@@ -174,7 +179,7 @@ class Admission:
             first += lane.slots or 0
         self._now = 0.0
         """When the last prefill was due."""
-        self._count = self._orders = self._prefills = 0
+        self._count = self._orders = 0
 
     def __len__(self) -> int:
         """Requests in the system."""
@@ -199,9 +204,8 @@ class Admission:
         self._orders += 1
         ready = [(slot.ready_since, index) for index, slot in enumerate(self._slots) if self._is_ready(slot)]
         if (lane := self._next_lane()) is not None:
-            most = lane.own.prefills_per_decode
-            if not ready or most is None or self._prefills - self._slots[min(ready)[1]].prefills_before < most:
-                self._prefills += 1
+            most, slot = lane.own.prefills_per_decode, self._slots[min(ready)[1]] if ready else None
+            if slot is None or most is None or slot.prefills + 1 <= most or slot.steps * most >= 1:
                 return self._prefill(lane)
         if ready:
             return self._decode(min(ready)[1])
@@ -217,7 +221,7 @@ class Admission:
         slot.coming.remove(group)
         self._count -= len(finished)
         if not slot.live:
-            slot.ready_since, slot.prefills_before = self._orders, self._prefills
+            slot.ready_since, slot.prefills, slot.steps = self._orders, 0, 0
         slot.joining += [request for request in requests if request.number not in finished]
 
     def decoded(self, slot: int, finished: Collection[int] = ()) -> None:
@@ -263,12 +267,13 @@ class Admission:
         index = min(self._with_room(lane), key=preference)
         most = lane.own.prefill_micro_batch_size or self.rules.prefill_rows
         room = min(self.rules.rows - self._slots[index].taken, self.rules.prefill_rows, most)
-        chosen = [lane.waiting.popleft()]
-        while lane.waiting and len(chosen) < room:
-            lens = [one.prompt_len for one in (*chosen, lane.waiting[0])]
-            if sum(lens) < (1 - _MOST_PADDING) * len(lens) * max(lens):
-                break
-            chosen.append(lane.waiting.popleft())
+        chosen = list[Request]()
+        for request in itertools.islice(lane.waiting, _MOST_SEEN):
+            lens = [one.prompt_len for one in (*chosen, request)]
+            if len(chosen) < room and sum(lens) >= (1 - _MOST_PADDING) * len(lens) * max(lens):
+                chosen.append(request)
+        for request in chosen:
+            lane.waiting.remove(request)
         group = _Group(lane, index, tuple(chosen))
         self._slots[index].coming.append(group)
         return group
@@ -277,6 +282,8 @@ class Admission:
         group = lane.open or self._new_group(lane)
         first, sizes = group.done, (self.rules.chunk_size, lane.own.prefill_chunk_size, group.length)
         group.done = min(first + min(size for size in sizes if size), group.length)
+        for slot in self._slots:
+            slot.prefills, slot.steps = slot.prefills + 1, 0
         self._now = lane.turn
         lane.turn += len(group.requests) * (group.done - first) / lane.own.weight
         lane.open = group if group.done < group.length else None
@@ -286,5 +293,5 @@ class Admission:
         slot = self._slots[index]
         joined, slot.joining = tuple(slot.joining), []
         slot.live += joined
-        slot.is_under_way, slot.prefills_before = True, self._prefills
+        slot.is_under_way, slot.prefills, slot.steps = True, 0, slot.steps + 1
         return Decode(index, tuple(slot.live), joined)

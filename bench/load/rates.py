@@ -22,13 +22,8 @@ _HIGHEST = 2**12
 
 def bracket(shares: Mapping[float, float], wanted: float) -> tuple[float | None, float | None]:
     """The highest rate up to which all were sustained, and the lowest that was not; None where there is none."""
-    low = high = None
-    for rate in sorted(shares):
-        if shares[rate] < wanted:
-            high = rate
-            break
-        low = rate
-    return low, high
+    high = min((rate for rate, share in shares.items() if share < wanted), default=None)
+    return max((rate for rate in shares if high is None or rate < high), default=None), high
 
 
 def next_rate(shares: Mapping[float, float], wanted: float, *, guess: float, tolerance: float = 0.03) -> float:

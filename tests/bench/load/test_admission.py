@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from typing import Any
@@ -40,7 +41,7 @@ def rules_of_any_kind(draw: st.DrawFn) -> Rules:
                 up_to_tokens=limit,
                 prefill_chunk_size=draw(st.none() | st.integers(1, 16)),
                 prefill_micro_batch_size=draw(st.none() | st.integers(1, 3)),
-                prefills_per_decode=draw(st.none() | st.integers(1, 3)),
+                prefills_per_decode=draw(st.none() | st.sampled_from([0.4, 1.0, 2.5])),
                 slots=own,
                 weight=draw(st.sampled_from([0.5, 1.0, 4.0])),
             )
@@ -123,12 +124,18 @@ def test_every_request_gets_all_its_tokens_and_no_row_is_used_twice(
 
 
 @given(RULES, REQUESTS, st.integers(0, 99))
-def test_in_each_lane_what_came_first_is_begun_first(rules: Rules, wanted: list[tuple[int, int]], seed: int) -> None:
+def test_of_each_lane_the_one_that_waited_longest_is_in_the_next_prefill(
+    rules: Rules, wanted: list[tuple[int, int]], seed: int
+) -> None:
     orders, _ = serve(rules, wanted, seed)
-    begun = [one for order in orders if isinstance(order, Prefill) and not order.first_token for one in order.requests]
+    begun = [order.requests for order in orders if isinstance(order, Prefill) and not order.first_token]
     for lane in rules.lanes:
-        numbers = [one.number for one in begun if lane_of(rules, one) == lane]
-        assert numbers == sorted(numbers)
+        groups = [[one.number for one in group] for group in begun if lane_of(rules, group[0]) == lane]
+        left = sorted(itertools.chain(*groups))
+        for numbers in groups:
+            assert numbers == sorted(numbers)
+            assert numbers[0] == left[0]
+            left = [number for number in left if number not in numbers]
 
 
 SHORT_FIRST = (Lane(up_to_tokens=8, weight=4), Lane())
@@ -160,9 +167,11 @@ def order_of(**rules: Any) -> Admission:
     return Admission(Rules(**{"slots": 2, "rows": 2, "prefill_rows": 1} | rules))
 
 
-@pytest.mark.parametrize(("most", "expected"), [(1, "PPDPD"), (2, "PPPDP"), (None, "PPPPP")])
+@pytest.mark.parametrize(
+    ("most", "expected"), [(0.5, "PDDPDDDDP"), (1, "PPDPD"), (2, "PPPDP"), (2.5, "PPPDP"), (None, "PPPPP")]
+)
 def test_prefills_go_between_two_steps_of_a_slot_as_often_as_the_rules_let_them(
-    most: int | None, expected: str
+    most: float | None, expected: str
 ) -> None:
     admission = order_of(slots=4, rows=4, lanes=(Lane(prefills_per_decode=most),))
     for number in range(9):
@@ -176,6 +185,30 @@ def test_prefills_go_between_two_steps_of_a_slot_as_often_as_the_rules_let_them(
         elif isinstance(order, Decode):
             admission.decoded(order.slot)
     assert found == expected
+
+
+def test_prompts_gather_while_steps_go_before_the_next_prefill() -> None:
+    admission = order_of(slots=1, rows=4, prefill_rows=4, lanes=(Lane(prefills_per_decode=0.5),))
+    together = []
+    for number in range(7):
+        admission.arrive(Request(number=number, prompt_len=4))
+        order = admission.decide()
+        if isinstance(order, Prefill):
+            together.append([one.number for one in order.requests])
+            admission.prefilled(order.requests)
+        elif isinstance(order, Decode):
+            admission.decoded(0, [one.number for one in order.requests[1:]])
+    assert together == [[0], [1, 2, 3], [4, 5, 6]]
+
+
+def test_prompts_of_about_one_length_are_prefilled_together_wherever_they_stand() -> None:
+    admission = order_of(rows=8, prefill_rows=3)
+    for number, prompt_len in enumerate((40, 10, 40, 30, 10, 9)):
+        admission.arrive(Request(number=number, prompt_len=prompt_len))
+    found = []
+    while isinstance(order := admission.decide(), Prefill):
+        found.append([one.number for one in order.requests])
+    assert found == [[0, 2, 3], [1, 4, 5]]
 
 
 def test_a_short_prompt_goes_between_the_chunks_of_a_long_one() -> None:

@@ -21,7 +21,7 @@ from pipetune.bench.record import Measurement
 from pipetune.bench.spec import Arrivals, EngineSettings, Goodput, Plan, Protocol, Workload
 from tests.evaluation.engines.grid import DEVICES, KV_BYTES, SMOLLM2
 from tests.evaluation.load.estimates import round_up
-from tests.evaluation.load.lab import PILOT_SEED, STEADY, TPOT_FACTOR, TTFT_FACTOR
+from tests.evaluation.load.lab import GATHERING, PILOT_SEED, STEADY, TPOT_FACTOR, TTFT_FACTOR
 from tests.evaluation.load.rates_of import ATTAINMENT, best_setting
 from tests.evaluation.load.sides import OurSetting
 
@@ -52,9 +52,9 @@ class Side:
 def sides(python: Path) -> tuple[Side, Side]:
     """Five settings each: two workers that share the layers, or with a copy each; of ours also with steps between
     prefills, of vLLM also one worker with all cores."""
-    ours = [OurSetting(counts=(30,), rows=16, slots=1, replicas=2, lanes=STEADY)]
+    ours = [OurSetting(counts=(30,), rows=16, slots=1, replicas=2, lanes=own) for own in (STEADY, GATHERING)]
     ours += [OurSetting(counts=(30,), rows=rows, slots=1, replicas=2) for rows in (16, 8)]
-    ours += [OurSetting(counts=(17, 13), rows=rows, slots=2) for rows in (8, 16)]
+    ours += [OurSetting(counts=(17, 13), rows=16, slots=2)]
     theirs = [_engine((30,), 256), *(_engine((30,), budget, replicas=2) for budget in (256, 128))]
     theirs += [_engine((15, 15), budget) for budget in (256, 128)]
     return (

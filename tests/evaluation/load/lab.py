@@ -61,8 +61,8 @@ def _ours(*rows: tuple[int, tuple[int, ...], int, int]) -> tuple[OurSetting, ...
     return tuple(OurSetting(replicas=own, counts=counts, rows=size, slots=slots) for own, counts, size, slots in rows)
 
 
-STEADY = (Lane(prefills_per_decode=1),)
-"""Lets a step go after each prefill."""
+STEADY, GATHERING = (Lane(prefills_per_decode=1),), (Lane(prefills_per_decode=0.5),)
+"""Let a step go after each prefill, or two."""
 
 
 _PEERS = (
@@ -78,7 +78,7 @@ SUBJECTS: Mapping[str, Subject] = {
         input_len=64,
         output_len=16,
         ours=(
-            OurSetting(replicas=2, counts=(30,), rows=16, slots=1, lanes=STEADY),
+            *(OurSetting(replicas=2, counts=(30,), rows=16, slots=1, lanes=own) for own in (STEADY, GATHERING)),
             *_ours((2, (30,), 8, 1), (2, (30,), 16, 1), (1, (30,), 16, 1), (1, (17, 13), 8, 2), (1, (17, 13), 16, 2)),
         ),
         pair=OurSetting(counts=(17, 13), rows=8, slots=2),
@@ -89,7 +89,7 @@ SUBJECTS: Mapping[str, Subject] = {
         input_len=32,
         output_len=8,
         ours=(
-            OurSetting(replicas=2, counts=(12,), rows=16, slots=1, lanes=STEADY),
+            *(OurSetting(replicas=2, counts=(12,), rows=16, slots=1, lanes=own) for own in (STEADY, GATHERING)),
             *_ours((2, (12,), 8, 1), (2, (12,), 16, 1), (1, (12,), 16, 1), (1, (6, 6), 8, 2), (1, (6, 6), 16, 2)),
         ),
         pair=OurSetting(counts=(6, 6), rows=8, slots=4),

@@ -184,9 +184,10 @@ def _chunk_sizes(config: SpaceConfig, shape: ModelShape, resolve: Resolver, num_
 
 
 def _lane_sets(prompt_lens: Sequence[int]) -> tuple[tuple[Lane, ...], ...]:
-    """None, and one that lets steps go between prefills; where prompts are of two kinds also a lane for each. They are
-    told apart where the logarithms of both kinds are least spread (N. Otsu, 1979)."""
-    steady, logs = Lane(prefills_per_decode=1), sorted(map(math.log, prompt_lens))
+    """None, one step after each prefill, and two; where prompts are of two kinds also a lane for each.
+    They are told apart where the logarithms of both kinds are least spread (N. Otsu, 1979)."""
+    steady, gathering = Lane(prefills_per_decode=1), Lane(prefills_per_decode=0.5)
+    logs = sorted(map(math.log, prompt_lens))
     sums = list(itertools.accumulate(logs, initial=0.0))
 
     def apart(place: int) -> float:
@@ -196,9 +197,9 @@ def _lane_sets(prompt_lens: Sequence[int]) -> tuple[tuple[Lane, ...], ...]:
     places = [place for place in range(1, len(logs)) if logs[place - 1] < logs[place]]
     cut = max(places, key=lambda place: place * (len(logs) - place) * apart(place) ** 2, default=0)
     if not cut or apart(cut) < math.log(_UNLIKE_PROMPTS):
-        return (), (steady,)
+        return (), (steady,), (gathering,)
     short = Lane(up_to_tokens=sorted(prompt_lens)[cut - 1], weight=_WEIGHT)
-    return (), (steady,), (short, steady), (short.model_copy(update={"slots": 1}), steady)
+    return (), (steady,), (gathering,), (short, steady), (short.model_copy(update={"slots": 1}), steady)
 
 
 def _clipped(sizes: Sequence[int], most: int) -> tuple[int, ...]:

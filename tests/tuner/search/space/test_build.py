@@ -288,8 +288,8 @@ def test_stages_that_follow_each_other_stay_on_a_host() -> None:
 )
 def test_short_prompts_get_a_lane_where_others_are_long(lens: list[int], limit: int | None) -> None:
     space, _, resolve = build(2, lens=lens, arrivals=Arrivals(request_rate=2), min_stages=2)
-    assert space.lanes[:2] == ((), (Lane(prefills_per_decode=1),))
-    assert {lanes[0].up_to_tokens for lanes in space.lanes[2:]} == ({limit} if limit else set())
+    assert space.lanes[:3] == ((), (Lane(prefills_per_decode=1),), (Lane(prefills_per_decode=0.5),))
+    assert {lanes[0].up_to_tokens for lanes in space.lanes[3:]} == ({limit} if limit else set())
     assert space.dimensions()["lane_index"] == (0, len(space.lanes) - 1, False)
     assert {one.effective.plan.lanes for one in candidates(space, resolve)} == {*space.lanes}
     batch, *_ = build(2, lens=lens, min_stages=2)
