@@ -523,7 +523,7 @@ class Lane(Value):
     """Requests prefilled together, where these are fewer than the plan's."""
     prefills_per_decode: float | None = Field(default=None, gt=0.0)
     """Prefills between two steps of a slot, after which one of the lane lets it go first: 0.5 lets two steps go, so
-    that prompts gather; None none."""
+    that prompts gather; None never does."""
     slots: int | None = Field(default=None, ge=1)
     """Slots in which the lane's requests decode, and no others; None takes what the other lanes leave."""
     weight: float = Field(default=1.0, gt=0.0, le=1e6)
