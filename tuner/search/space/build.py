@@ -184,8 +184,8 @@ def _chunk_sizes(config: SpaceConfig, shape: ModelShape, resolve: Resolver, num_
 
 
 def _lane_sets(prompt_lens: Sequence[int]) -> tuple[tuple[Lane, ...], ...]:
-    """No lanes, and one with a step or two after each prefill; where prompts are of two kinds also a lane for each. They
-    are told apart where the logarithms of both kinds are least spread (N. Otsu, 1979)."""
+    """No lanes, and one with a step or two after each prefill; where prompts are of two kinds also a lane for each.
+    They are told apart where the logarithms of both kinds are least spread (N. Otsu, 1979)."""
     steady, gathering = Lane(prefills_per_decode=1), Lane(prefills_per_decode=0.5)
     logs = sorted(map(math.log, prompt_lens))
     sums = list(itertools.accumulate(logs, initial=0.0))
