@@ -1,7 +1,7 @@
 """What a model's parts cost, and what fits under a cap: pure arithmetic on a `ModelShape`."""
 
 import math
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field
 
@@ -82,6 +82,8 @@ class ModelShape(Value):
     """Layer indices before which the model must not be cut."""
     recurrent: bool = False
     """Some layers keep a state for whole micro-batches: prefill cannot be cut, neither by rows nor by tokens."""
+    joins: bool = False
+    """Under arrivals prompts of any lengths, and a decode step, go through one forward pass, without padding."""
     embedding_on_every_stage: bool = False
     """Its layers read the embedding of the tokens, too: each stage holds it and embeds for itself."""
     eager_attention: bool = False
@@ -109,8 +111,10 @@ class ModelShape(Value):
         return self.hidden_size * self.kept_bytes if self.message_bytes is None else self.message_bytes
 
     def is_alike(self, other: Self) -> bool:
-        """Whether it is the same model's; what tasks take is known only where a GPU took part."""
-        return self.model_copy(update={"task_bytes": None}) == other.model_copy(update={"task_bytes": None})
+        """Whether it is the same model's; what tasks take is known only where a GPU took part, and what goes through
+        one forward pass not to the first profiles."""
+        unlike: dict[str, Any] = {"task_bytes": None, "joins": False}
+        return self.model_copy(update=unlike) == other.model_copy(update=unlike)
 
 
 class StageBytes(Value):

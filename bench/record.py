@@ -155,11 +155,15 @@ class LoadTask(Value):
     """Where its rows decode, or will."""
     rows: Count
     tokens: Count
-    """Positions of each row that it worked on."""
+    """Positions of each row that it worked on; their mean, rounded up, where prompts were not padded."""
     past: Count
     """Positions before them, padding among them."""
     samples: bool = True
     """Whether tokens came of it: not of a chunk that is not its prompts' last. The first records do not tell."""
+    decode_rows: Count = 0
+    """Rows of a decode step that went through a prefill's forward pass."""
+    decode_past: Count = 0
+    """Positions of each of these rows that were cached before."""
 
 
 Intervals = tuple[tuple[Seconds, Seconds], ...]

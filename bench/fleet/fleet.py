@@ -208,7 +208,7 @@ class Fleet(Closing):
         prompt_len, output_len = max(len(one.prompt) for one in requests), max(one.output_len for one in requests)
         in_flight = in_flight or self._slots(plan, prompt_len=prompt_len, output_len=output_len)
         how: dict[str, Any] = {"max_concurrency": max_concurrency, "sampling": sampling, "instrument": instrument}
-        rules = rules_of(plan, in_flight)
+        rules = rules_of(plan, in_flight, joins=self.shape.joins)
         answer = self._call("run_trace", timeout_s=timeout_s, plan=plan, rules=rules, requests=requests, **how)
         return OnlineRun.model_validate(answer["run"])
 
@@ -230,7 +230,8 @@ class Fleet(Closing):
         limit = self.shape.max_positions or max_len
         if not 2 <= max_len <= limit:
             raise ConfigError(f"max_len={max_len}: must hold a prompt and a token, and at most {limit} positions")
-        rules = rules_of(plan, in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1))
+        in_flight = in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1)
+        rules = rules_of(plan, in_flight, joins=self.shape.joins)
         self._wake()
         args = {"plan": plan, "rules": rules, "max_len": max_len, "sampling": sampling}
         serve = partial(self._request, "open_queue", args, math.inf)

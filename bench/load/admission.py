@@ -13,10 +13,12 @@ those that had as much the one of shorter prompts.
 
 import dataclasses
 import itertools
+import math
+import statistics
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipetune.bench.errors import PlanError
 from pipetune.bench.spec import Lane, Plan, slots_needed
@@ -52,18 +54,21 @@ class Rules:
     """Tokens of a prompt prefilled at a time, at most; None prefills whole prompts."""
     lanes: tuple[Lane, ...] = (Lane(),)
     """By rising lengths, the last one without a limit."""
+    joins: bool = False
+    """Whether prompts of any lengths, and a decode step, go through one forward pass, without padding."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number below 1, or more slots of lanes than there are."""
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, int) and value < 1:
+            if not isinstance(value, bool) and isinstance(value, int) and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         if (needed := slots_needed(self.lanes)) > self.slots:
             raise ValueError(f"slots={self.slots}: these lanes need {needed}; give them fewer of their own")
 
 
-def rules_of(plan: Plan, in_flight: int) -> Rules:
-    """How a plan admits requests: a slot for each micro-batch in flight. PlanError: its lanes need more."""
+def rules_of(plan: Plan, in_flight: int, *, joins: bool) -> Rules:
+    """How a plan admits requests: a slot for each micro-batch in flight; `joins` is the model's. PlanError: its lanes
+    need more."""
     try:
         return Rules(
             slots=in_flight,
@@ -71,6 +76,7 @@ def rules_of(plan: Plan, in_flight: int) -> Rules:
             prefill_rows=plan.prefill_size,
             chunk_size=plan.prefill_chunk_size,
             lanes=plan.lanes or (Lane(),),
+            joins=joins,
         )
     except ValueError as error:
         raise PlanError(f"plan.lanes: {error}") from None
@@ -87,8 +93,25 @@ def deal(replicas: int, max_concurrency: int | None) -> list[tuple[slice, int | 
 
 
 @dataclass(frozen=True, slots=True)
+class Decode:
+    """A step of a slot: a token for each of its requests."""
+
+    slot: int
+    requests: tuple[Request, ...]
+    joined: tuple[Request, ...]
+    """Those of them that were prefilled since the last step."""
+    samples: ClassVar = True
+
+    @property
+    def together(self) -> "tuple[Decode]":
+        """All that is one forward pass."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
 class Prefill:
-    """A task on prompts: the positions `[first_token, end_token)` of requests that are padded to the longest."""
+    """A task on prompts: the positions `[first_token, end_token)` of requests, counted as if they were padded on the
+    left to the longest; and a step of a slot beside it, where the model takes both at once."""
 
     slot: int
     """That they will join."""
@@ -97,16 +120,14 @@ class Prefill:
     end_token: int
     samples: bool
     """Whether tokens come of it: not of a chunk that is not the last."""
+    tokens: int
+    """Positions of each request that are computed, padding among them; without padding their mean, rounded up."""
+    beside: Decode | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """A step of a slot: a token for each of its requests."""
-
-    slot: int
-    requests: tuple[Request, ...]
-    joined: tuple[Request, ...]
-    """Those of them that were prefilled since the last step."""
+    @property
+    def together(self) -> "tuple[Prefill] | tuple[Prefill, Decode]":
+        """All that is one forward pass."""
+        return (self,) if self.beside is None else (self, self.beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +227,10 @@ class Admission:
         if (lane := self._next_lane()) is not None:
             most, slot = lane.own.prefills_per_decode, self._slots[min(ready)[1]] if ready else None
             if slot is None or most is None or slot.prefills + 1 <= most or slot.steps * most >= 1:
-                return self._prefill(lane)
+                prefill = self._prefill(lane)
+                if ready and self.rules.joins:
+                    return dataclasses.replace(prefill, beside=self._decode(min(ready)[1]))
+                return prefill
         if ready:
             return self._decode(min(ready)[1])
         if not len(self):
@@ -270,7 +294,8 @@ class Admission:
         chosen = list[Request]()
         for request in itertools.islice(lane.waiting, _MOST_SEEN):
             lens = [one.prompt_len for one in (*chosen, request)]
-            if len(chosen) < room and sum(lens) >= (1 - _MOST_PADDING) * len(lens) * max(lens):
+            is_alike = self.rules.joins or sum(lens) >= (1 - _MOST_PADDING) * len(lens) * max(lens)
+            if len(chosen) < room and is_alike:
                 chosen.append(request)
         for request in chosen:
             lane.waiting.remove(request)
@@ -287,7 +312,11 @@ class Admission:
         self._now = lane.turn
         lane.turn += len(group.requests) * (group.done - first) / lane.own.weight
         lane.open = group if group.done < group.length else None
-        return Prefill(group.slot, group.requests, first, group.done, lane.open is None)
+        tokens = group.done - first
+        if self.rules.joins:
+            starts = [group.length - request.prompt_len for request in group.requests]
+            tokens = math.ceil(statistics.fmean(max(group.done - max(first, start), 0) for start in starts))
+        return Prefill(group.slot, group.requests, first, group.done, lane.open is None, tokens)
 
     def _decode(self, index: int) -> Decode:
         slot = self._slots[index]

@@ -27,10 +27,11 @@ class Edit(NamedTuple):
     to_first: int
 
 
-class Task(NamedTuple):
-    """One forward pass over the first rows of a cache, whose positions count from `base`."""
+class Rows(NamedTuple):
+    """Rows of a cache, `first` and those behind it, whose positions count from `base`."""
 
     cache: int
+    first: int
     base: int
     past: int
     """Positions that are filled."""
@@ -39,10 +40,28 @@ class Task(NamedTuple):
     starts: Sequence[int]
     """Padded positions of each row."""
     samples: bool
+
+
+class Task(NamedTuple):
+    """One forward pass, over rows of several caches where the model can take them together."""
+
+    parts: Sequence[Rows]
     ids: Sequence[int] | None
     """Tokens that are computed, row by row; None for a stage that reads none."""
     draws: Sequence[float] | None
-    """Numbers that tokens are drawn by; None takes the likeliest."""
+    """Numbers that tokens are drawn by, row by row of those that are; None takes the likeliest."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens of each; what is joined is one row."""
+        if len(self.parts) == 1:
+            return len(self.parts[0].starts), self.parts[0].tokens
+        return 1, sum(len(part.starts) * part.tokens for part in self.parts)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens come of it."""
+        return any(part.samples for part in self.parts)
 
 
 @dataclass(slots=True)
@@ -74,7 +93,7 @@ class Slots:
 
     def __init__(self, rules: Rules, max_len: int, pad_token_id: int = 0) -> None:
         """`max_len` holds any request's prompt and output."""
-        self._max_len, self._pad = max_len, pad_token_id
+        self._max_len, self._pad, self._joins = max_len, pad_token_id, rules.joins
         self._slots = [_Slot() for _ in range(rules.slots)]
         self.free = list(range(rules.slots, 2 * rules.slots + 1))
         """Caches for prompts that no group is in."""
@@ -92,18 +111,26 @@ class Slots:
         """Lets a request go whose prefill was never ordered."""
         del self.rows[number]
 
-    def order(self, order: Prefill | Decode) -> tuple[list[Edit], Task, tuple[int, ...]]:
-        """What the stages do for an order: copies, the task behind them, and whose rows these are."""
-        task, rows = self._prefill(order) if isinstance(order, Prefill) else self._decode(order)
+    def order(self, order: Prefill | Decode) -> tuple[list[Edit], Task]:
+        """What the stages do for an order: copies, and the task behind them."""
+        parts, ids, draws = list[Rows](), list[int](), list[float]()
+        for one in order.together:
+            own, rows = self._prefill(one, ids) if isinstance(one, Prefill) else self._decode(one, ids)
+            parts += own
+            if own[0].samples:
+                draws += [row.draws[row.known] for row in rows if row.draws is not None]
         edits, self._edits = self._edits, []
-        return edits, task, tuple(row.number for row in rows)
+        return edits, Task(parts, ids, draws or None)
+
+    def numbers(self, order: Prefill | Decode) -> list[int]:
+        """Whose tokens come of an order, until they are known."""
+        return [row.number for row in self._rows(order)]
 
     def known(self, order: Prefill | Decode, tokens: Sequence[int], finished: Collection[int]) -> None:
         """Takes in the tokens of an order that samples, row by row; requests that are finished give their rows back."""
-        own, cache = self._slots[order.slot], order.slot
-        rows = own.rows[: len(tokens)]
+        own, cache, rows = self._slots[order.slot], order.slot, self._rows(order)
         if isinstance(order, Prefill):
-            cache, rows = self._prefilling.pop(order.requests[0].number)
+            cache, _ = self._prefilling.pop(order.requests[0].number)
             self.free.append(cache)
         for row, token in zip(rows, tokens, strict=True):
             row.token = token
@@ -115,33 +142,45 @@ class Slots:
         for number in finished:
             del self.rows[number]
 
-    def _prefill(self, order: Prefill) -> tuple[Task, list[_Row]]:
+    def _rows(self, order: Prefill | Decode) -> list[_Row]:
+        if isinstance(order, Prefill):
+            return self._prefilling[order.requests[0].number][1]
+        # Others may have joined behind them since.
+        return self._slots[order.slot].rows[: len(order.requests)]
+
+    def _prefill(self, order: Prefill, ids: list[int]) -> tuple[list[Rows], list[_Row]]:
         first = order.requests[0].number
         if order.first_token == 0:
             self._prefilling[first] = self.free.pop(), [self.rows[one.number] for one in order.requests]
         cache, rows = self._prefilling[first]
         longest = max(row.length for row in rows)
-        ids: list[int] = []
-        for row in rows:
-            padded = [self._pad] * (longest - row.length) + list(row.prompt)
-            ids += padded[order.first_token : order.end_token]
         starts = [longest - row.length for row in rows]
-        tokens = order.end_token - order.first_token
-        return Task(cache, 0, order.first_token, tokens, starts, order.samples, ids, _draws(rows, order.samples)), rows
+        begin, end = order.first_token, order.end_token
+        if not self._joins:
+            for row, start in zip(rows, starts, strict=True):
+                ids += ([self._pad] * start + list(row.prompt))[begin:end]
+            return [Rows(cache, 0, 0, begin, end - begin, starts, order.samples)], rows
+        parts = []
+        for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            past, filled = max(begin - start, 0), max(end - start, 0)
+            if filled > past:
+                ids += row.prompt[past:filled]
+                parts.append(Rows(cache, index, start, past, filled - past, [0], order.samples))
+        return parts, rows
 
-    def _decode(self, order: Decode) -> tuple[Task, list[_Row]]:
+    def _decode(self, order: Decode, ids: list[int]) -> tuple[list[Rows], list[_Row]]:
         own = self._slots[order.slot]
         if own.clock == self._max_len:
             self._turn(own, order.slot, own.longest, own.rows)
-        longest, rows = own.longest, list(own.rows)
+        longest, rows = own.longest, self._rows(order)
         starts = [longest - row.length for row in rows]
-        ids, draws = [row.token for row in rows], _draws(rows, True)
-        task = Task(order.slot, own.clock - longest, longest, 1, starts, True, ids, draws)
+        ids += [row.token for row in rows]
+        part = Rows(order.slot, 0, own.clock - longest, longest, 1, starts, True)
         own.clock += 1
         for row in rows:
             row.length += 1
             row.left -= 1
-        return task, rows
+        return [part], rows
 
     def _join(self, own: _Slot, slot: int, cache: int, rows: list[_Row], finished: Collection[int]) -> None:
         width = max(row.length for row in rows)
@@ -176,9 +215,3 @@ class Slots:
             shifted = begin + clock - own.clock
             self._edits.append(Edit(slot, 0, len(own.rows), begin, own.clock, slot, 0, shifted))
         own.clock = clock
-
-
-def _draws(rows: Sequence[_Row], samples: bool) -> list[float] | None:
-    if not samples or rows[0].draws is None:
-        return None
-    return [row.draws[row.known] for row in rows if row.draws is not None]

@@ -1,5 +1,6 @@
 """What planning must know of a model, read from its modules on the meta device: no weights are touched."""
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,7 +13,16 @@ from pipetune.bench.cuts import embeds_in_layers, forbidden_cuts
 from pipetune.bench.errors import ModelError
 from pipetune.bench.memory import LayerShape, ModelShape
 from pipetune.bench.models.attention import check_attention
-from pipetune.bench.models.hf_private import DummyLayer, DynamicCache, LinearAttentionLayer, family_of, kernel_of
+from pipetune.bench.models.hf_private import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    attends_by_registry,
+    family_of,
+    kernel_of,
+)
 from pipetune.bench.models.layers import cache_name, check_family, check_splittable, find_layers, is_recurrent
 from pipetune.bench.models.resolve import ResolvedModel
 from pipetune.bench.models.torch_private import tensors_in, tensors_of
@@ -26,6 +36,10 @@ _BEHIND = re.compile(
 """Names of what runs behind the layers; everything else runs before them or is used by all."""
 _INTERMEDIATE_SIZES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim")
 _STATE_TOKENS = 8
+_LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")
+_APART = frozenset({*_LATENT, "diffllama", "gemma4_unified", "jetmoe", "llama4", "llama4_text"})
+"""Families, by `model_type`, that compute with what is cached before they attend (multi-head latent attention among
+them), or whose masks look at the padding of a batch's rows."""
 
 
 def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
@@ -131,10 +145,20 @@ def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
         layers=shapes,
         forbidden_cuts=forbidden_cuts(model.config),
         recurrent=recurrent,
+        joins=not recurrent and _joins(model, cached),
         embedding_on_every_stage=embeds_in_layers(model.config),
         eager_attention=kernel_of(config) == "eager",
         max_positions=getattr(config, "max_position_embeddings", None),
     )
+
+
+def _joins(model: Any, cached: list[Any]) -> bool:
+    """Whether tokens of unlike requests may stand in one row: all that looks beyond its own token is attention by
+    transformers' registries, over keys and values alone, and positions are those given. Known of its own families."""
+    is_known = type(model).__module__.startswith("transformers.") and model.config.model_type not in _APART
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    plain = all(type(entry) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for entry in cached)
+    return is_known and attends_by_registry(model) and takes_positions and plain
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

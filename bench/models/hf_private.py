@@ -48,6 +48,11 @@ def kernel_of(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
+def attends_by_registry(model: Any) -> bool:
+    """Whether masks and attention are those that are registered, for the kernel that was chosen."""
+    return bool(getattr(model, "_supports_attention_backend", False)) and kernel_of(model.config) == "sdpa"
+
+
 def kernels_of(family: Any) -> tuple[bool, bool, tuple[str, ...] | None]:
     """Whether a family has SDPA and flash attention, and which kinds of the latter where it says so."""
     known = getattr(family, "_compatible_flash_implementations", None)

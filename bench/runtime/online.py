@@ -15,19 +15,20 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pipetune.bench.load.admission import Admission, Decode, Prefill, Request, Rules, Wait
 from pipetune.bench.load.online import OnlineRequest, ServedRequest
-from pipetune.bench.load.slots import Edit, Slots, Task
+from pipetune.bench.load.slots import Edit, Rows, Slots, Task
 from pipetune.bench.memory import KV_ALIGNMENT
 from pipetune.bench.record import LoadTask
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.links import to_device
 from pipetune.bench.runtime.loop import Edges, Status, likeliest
 from pipetune.bench.runtime.sampling import draw, uniforms
+from pipetune.bench.runtime.stage.joined import JoinedCache, Part
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.runtime.timeline import Timeline
 from pipetune.bench.spec import Sampling
@@ -91,7 +92,7 @@ class Mail:
 
 def pack(edits: Sequence[Edit], task: Task) -> bytes:
     """An order, as `Mail.put` takes it."""
-    plain: Any = [tuple(edit) for edit in edits], (*task,)
+    plain: Any = [tuple(edit) for edit in edits], [tuple(part) for part in task.parts], task.ids, task.draws
     return marshal.dumps(plain)
 
 
@@ -113,7 +114,8 @@ class Sizes:
     @property
     def most_tokens(self) -> int:
         """Tokens of the largest task."""
-        return max(self.rules.prefill_rows * self.chunk, self.rules.rows)
+        prefill, rows = self.rules.prefill_rows * self.chunk, self.rules.rows
+        return prefill + rows if self.rules.joins else max(prefill, rows)
 
 
 class OnlineStage:
@@ -161,7 +163,7 @@ class OnlineStage:
             past, tokens = (self._sizes.max_len - 1, 1) if is_slot else (0, min(self._sizes.chunk, _REHEARSED))
             if index not in (0, self._sizes.rules.slots):
                 past, tokens = 0, 1
-            task = Task(index, 0, past, tokens, [0] * cache.rows, True, None, None)
+            task = Task([Rows(index, 0, 0, past, tokens, [0] * cache.rows, True)], None, None)
             shape = (cache.rows, tokens, self.stage.message_values)
             hidden = torch.zeros(shape, dtype=self.stage.message_dtype, device=self.stage.device)
             self._forward(task, None if self.stage.is_first else hidden)
@@ -181,12 +183,13 @@ class OnlineStage:
                 wait = False
                 is_over = order == ()
                 if not is_over:
-                    orders.append(([Edit(*edit) for edit in order[0]], Task(*order[1])))
+                    edits, parts, *rest = order
+                    orders.append(([Edit(*edit) for edit in edits], Task([Rows(*part) for part in parts], *rest)))
                     unposted.append(orders[-1][1])
             # The ring holds so many, the one that is computed with among them.
             while unposted and len(orders) - len(unposted) < room:
                 task = unposted.popleft()
-                receiver.post((len(task.starts), task.tokens, self.stage.message_values))
+                receiver.post((*task.shape, self.stage.message_values))
 
         self.timeline.receive_begins()
         while True:
@@ -213,7 +216,7 @@ class OnlineStage:
             target, source = self.caches[edit.target], self.caches[edit.source]
             target.copy(source, rows, span, to_row=edit.to_row, to_first=edit.to_first)
         output = self._forward(task, hidden)
-        tokens = self._sample(output, task.draws).tolist() if self.stage.is_last and task.samples else None
+        tokens = self._sample(output, task) if self.stage.is_last and task.samples else None
         self.timeline.compute_ended()
         if self.edges.hidden_in is not None:
             self.edges.hidden_in.consumed()
@@ -240,26 +243,35 @@ class OnlineStage:
         self.status.activity = "idle"
 
     def _forward(self, task: Task, hidden: torch.Tensor | None) -> torch.Tensor:
-        rows, end = len(task.starts), task.past + task.tokens
-        starts = torch.tensor(task.starts).unsqueeze(-1)
-        positions = (torch.arange(task.past, end) - starts).clamp(min=0)
-        has_mask = self.stage.needs_mask or any(task.starts)
-        mask = to_device((torch.arange(end) >= starts).long(), self.stage.device) if has_mask else None
-        if task.ids is None:
-            ids = torch.full((rows, task.tokens), self.pad_token_id)
+        """`[rows, tokens, M]`, or logits `[rows, V]`; of joined parts `[1, N, M]`, or logits of each one's rows."""
+        device, is_joined = self.stage.device, len(task.parts) > 1
+        parts, positions = list[Part](), list[torch.Tensor]()
+        for own in task.parts:
+            rows, end = len(own.starts), own.past + own.tokens
+            starts = torch.tensor(own.starts).unsqueeze(-1)
+            positions.append((torch.arange(own.past, end) - starts).clamp(min=0))
+            has_mask = any(own.starts) or (self.stage.needs_mask and not is_joined)
+            mask = to_device((torch.arange(end) >= starts).long(), device) if has_mask else None
+            parts.append(Part(self.caches[own.cache], own.first, rows, own.base, own.past, own.tokens, mask))
+        ids = torch.full(task.shape, self.pad_token_id) if task.ids is None else torch.tensor(task.ids).view(task.shape)
+        if is_joined:
+            lens = torch.tensor([part.tokens for part in parts for _ in range(part.rows)])
+            cache, mask = JoinedCache(parts, to_device(lens.cumsum(0) - 1, device)), None
         else:
-            ids = torch.tensor(task.ids).view(rows, task.tokens)
-        cache = self.caches[task.cache]
-        cache.seek_from(task.base, rows, task.past)
-        ids, positions = to_device(ids, self.stage.device), to_device(positions, self.stage.device)
-        return self.stage.forward(ids, mask, positions, cache, hidden, without_logits=not task.samples)
+            cache, mask = parts[0].seek(), parts[0].mask
+        places = torch.cat([own.flatten() for own in positions]).view(task.shape)
+        ids, places = to_device(ids, device), to_device(places, device)
+        return self.stage.forward(ids, mask, places, cache, hidden, without_logits=not task.samples)
 
     @torch.inference_mode()
-    def _sample(self, logits: torch.Tensor, draws: Sequence[float] | None) -> torch.Tensor:
-        if draws is None:
-            return likeliest(logits)
+    def _sample(self, logits: torch.Tensor, task: Task) -> list[int]:
+        if not all(part.samples for part in task.parts):
+            logits = logits[[part.samples for part in task.parts for _ in part.starts]]
+        if task.draws is None:
+            return likeliest(logits).tolist()
         assert self.sampling is not None
-        return draw(logits, torch.tensor(draws, dtype=torch.float64, device=logits.device), self.sampling)
+        draws = torch.tensor(task.draws, dtype=torch.float64, device=logits.device)
+        return draw(logits, draws, self.sampling).tolist()
 
 
 class Source:
@@ -350,7 +362,7 @@ class Leader:
         self._max_concurrency, self._keep_tasks = max_concurrency, keep_tasks
         self._outside: deque[_Served] = deque()
         self._served: dict[int, _Served] = {}
-        self._under_way: deque[tuple[Prefill | Decode, tuple[int, ...]]] = deque()
+        self._under_way: deque[Prefill | Decode] = deque()
         self._empty_since_s: float | None = 0.0
         self._zero_s = 0.0
 
@@ -386,7 +398,7 @@ class Leader:
             for line in (one for one in ready if one in self._lines):
                 # Of stages but the last nothing is heard but that they are gone.
                 for tokens in line.pending():
-                    self._learn(*self._under_way.popleft(), tokens)
+                    self._learn(self._under_way.popleft(), tokens)
         elif timeout_s:
             time.sleep(timeout_s)
         now = self._now()
@@ -424,28 +436,32 @@ class Leader:
             self._source.finished(one.request, one.result())
 
     def _carry_out(self, order: Prefill | Decode) -> None:
-        edits, task, numbers = self.slots.order(order)
+        edits, task = self.slots.order(order)
         if isinstance(order, Prefill) and order.first_token == 0:
             now = self._now()
-            for number in numbers:
-                self._served[number].began_s = now
+            for request in order.requests:
+                self._served[request.number].began_s = now
         data = pack(edits, task if self._stage.stage.reads_ids else task._replace(ids=None)) if self._lines else b""
         for line in self._lines:
             line.put(data)
         if self._keep_tasks:
-            kind: Literal["prefill", "decode"] = "prefill" if isinstance(order, Prefill) else "decode"
-            shape = {"slot": order.slot, "rows": len(numbers), "tokens": task.tokens, "past": task.past}
-            self.tasks.append(LoadTask(kind=kind, **shape, samples=task.samples))
+            self.tasks.append(_task_of(order, task.parts[-1].past))
         tokens = self._stage.run(edits, task, None)
         if tokens is not None:
-            self._learn(order, numbers, tokens)
+            self._learn(order, tokens)
         elif task.samples:
-            self._under_way.append((order, numbers))
+            self._under_way.append(order)
 
-    def _learn(self, order: Prefill | Decode, numbers: Sequence[int], tokens: Sequence[int]) -> None:
+    def _learn(self, order: Prefill | Decode, tokens: Sequence[int]) -> None:
         now = self.last_s = self._now()
+        for one in order.together:
+            if one.samples:
+                own, tokens = tokens[: len(one.requests)], tokens[len(one.requests) :]
+                self._learn_of(one, own, now)
+
+    def _learn_of(self, order: Prefill | Decode, tokens: Sequence[int], now: float) -> None:
         finished, told = [], []
-        for number, token in zip(numbers, tokens, strict=True):
+        for number, token in zip(self.slots.numbers(order), tokens, strict=True):
             one = self._served[number]
             if not one.is_cancelled:
                 one.token_ids.append(token)
@@ -470,3 +486,13 @@ class Leader:
             del self._served[number]
         if not self._served:
             self._empty_since_s = now_s
+
+
+def _task_of(order: Prefill | Decode, past: int) -> LoadTask:
+    """What records say of an order; a step that is part of it has `past` positions behind it."""
+    rows = len(order.requests)
+    if isinstance(order, Decode):
+        return LoadTask(kind="decode", slot=order.slot, rows=rows, tokens=1, past=past)
+    step = {"decode_rows": len(order.beside.requests), "decode_past": past} if order.beside is not None else {}
+    own = {"slot": order.slot, "rows": rows, "tokens": order.tokens, "past": order.first_token}
+    return LoadTask(kind="prefill", **own, samples=order.samples, **step)

@@ -58,8 +58,9 @@ def attention_on(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
+    before = hf.ALL_ATTENTION_FUNCTIONS["sdpa"], hf.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     hf.ALL_ATTENTION_FUNCTIONS["sdpa"], hf.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = attend, build_mask
     try:
         yield
     finally:
-        del hf.ALL_ATTENTION_FUNCTIONS["sdpa"], hf.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        hf.ALL_ATTENTION_FUNCTIONS["sdpa"], hf.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = before

@@ -216,9 +216,9 @@ class SlotCache(hf.Cache):
                 # What is shifted lies over where it goes.
                 own[to_row:end_row, :, to_first:end].copy_(states.clone() if self is source else states)
 
-    def seek_from(self, base: int, rows: int, length: int) -> None:
-        """Points at the first rows, whose positions are counted from `base`; for a cache that is movable."""
-        self.seek(0, rows, length)
+    def seek_from(self, base: int, rows: range, length: int) -> None:
+        """Points at some rows, whose positions are counted from `base`; for a cache that is movable."""
+        self.seek(rows.start, rows.stop, length)
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.base = base

@@ -23,6 +23,7 @@ from pipetune.bench.runtime.device import TORCH_DTYPES
 from pipetune.bench.runtime.packed_linear import PackedLinear, pack_linears, packed_bytes
 from pipetune.bench.runtime.stage.attention import attention_on
 from pipetune.bench.runtime.stage.boundary import Boundary, StageDone, probe
+from pipetune.bench.runtime.stage.joined import JoinedCache, joining
 from pipetune.bench.runtime.stage.kv_cache import SLOT_CACHES, SlotCache
 from pipetune.bench.runtime.stage.parts import Parts, PlaceholderEmbedding
 from pipetune.bench.spec import ModelSpec
@@ -145,7 +146,7 @@ class Stage:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
-        cache: SlotCache,
+        cache: SlotCache | JoinedCache,
         hidden_states: torch.Tensor | None = None,
         *,
         all_logits: bool = False,
@@ -158,7 +159,10 @@ class Stage:
         on the first. Gives `[B, S, M]` for the next stage, or on the last one the logits `[B, V]` of the last position,
         `[B, S, V]` of every one with `all_logits`. `without_logits` leaves out the head, as for a chunk of a prompt
         that is not its last: what is returned then means nothing.
+
+        Of joined parts, all `[1, N]` and without a mask, each row has a last position, and logits are `[rows, V]`.
         """
+        joined = cache if isinstance(cache, JoinedCache) else None
         kwargs: dict[str, Any] = {"input_ids": input_ids, self._cache_name: cache, "use_cache": True}
         # What has states alone takes the mask of the new tokens, and none once the padding lies behind.
         is_whole = attention_mask is not None and attention_mask.shape == input_ids.shape
@@ -167,16 +171,19 @@ class Stage:
         if "position_ids" in self._accepts:
             kwargs["position_ids"] = position_ids
         if self.is_last and not all_logits and "logits_to_keep" in self._accepts:
-            kwargs["logits_to_keep"] = 1
+            kwargs["logits_to_keep"] = 1 if joined is None else joined.last
         self._boundary.received = hidden_states
         self._without_logits = without_logits
         try:
-            with computing(self.resolved.spec, self.device), attention_on(self.device):
+            attention = attention_on(self.device) if joined is None else joining(joined)
+            with computing(self.resolved.spec, self.device), attention:
                 logits: torch.Tensor = self.model(**kwargs).logits
         except StageDone as done:
             return done.message
         finally:
             self._boundary.received = None
+        if joined is not None:
+            return logits[0] if "logits_to_keep" in self._accepts else logits[0, joined.last]
         return logits if all_logits else logits[:, -1]
 
     def _attach(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from typing import Any
@@ -52,6 +53,7 @@ def rules_of_any_kind(draw: st.DrawFn) -> Rules:
         prefill_rows=draw(st.integers(1, 4)),
         chunk_size=draw(st.none() | st.integers(1, 16)),
         lanes=tuple(lanes),
+        joins=draw(st.booleans()),
     )
 
 
@@ -79,17 +81,22 @@ def serve(rules: Rules, wanted: list[tuple[int, int]], seed: int) -> tuple[list[
         elif not coming and not under_way:
             raise AssertionError(f"nothing to wait for: {order}, {len(admission)} requests")
         while under_way and (isinstance(order, Wait) or source.random() < 0.5):
-            done = under_way.pop(0)
-            if isinstance(done, Prefill) and not done.samples:
-                continue
-            tokens.update(request.number for request in done.requests)
-            finished = {one.number for one in done.requests if tokens[one.number] == wanted[one.number][1]}
-            if isinstance(done, Prefill):
-                admission.prefilled(done.requests, finished)
-            else:
-                admission.decoded(done.slot, finished)
-            break
+            known = [one for one in under_way.pop(0).together if one.samples]
+            for done in known:
+                tokens.update(request.number for request in done.requests)
+                finished = {one.number for one in done.requests if tokens[one.number] == wanted[one.number][1]}
+                if isinstance(done, Prefill):
+                    admission.prefilled(done.requests, finished)
+                else:
+                    admission.decoded(done.slot, finished)
+            if known:
+                break
     return orders, tokens
+
+
+def each(orders: list[Order]) -> list[Order]:
+    """Orders one by one, those of one forward pass as well."""
+    return [one for order in orders for one in ((order,) if isinstance(order, Wait) else order.together)]
 
 
 @given(RULES, REQUESTS, st.integers(0, 99))
@@ -100,8 +107,9 @@ def test_every_request_gets_all_its_tokens_and_no_row_is_used_twice(
     assert tokens == {number: count for number, (_, count) in enumerate(wanted)}
     done: Counter[int] = Counter()
     joined: set[int] = set()
-    for order in orders:
+    for order in each(orders):
         if isinstance(order, Prefill):
+            assert rules.joins or not order.beside
             (lane,) = {lane_of(rules, request) for request in order.requests}
             assert len(order.requests) <= min(rules.prefill_rows, rules.rows, lane.prefill_micro_batch_size or 9)
             length = max(request.prompt_len for request in order.requests)
@@ -111,7 +119,11 @@ def test_every_request_gets_all_its_tokens_and_no_row_is_used_twice(
             for request in order.requests:
                 assert done[request.number] == order.first_token
                 done[request.number] = order.end_token
-            assert sum(request.prompt_len for request in order.requests) >= 0.75 * length * len(order.requests)
+            lens = [request.prompt_len for request in order.requests]
+            padded, starts = order.end_token - order.first_token, [length - own for own in lens]
+            own = [len(range(max(order.first_token, start), order.end_token)) for start in starts]
+            assert order.tokens == (math.ceil(sum(own) / len(own)) if rules.joins else padded)
+            assert rules.joins or sum(lens) >= 0.75 * length * len(lens)
         elif isinstance(order, Decode):
             numbers = [request.number for request in order.requests]
             if any(lane_of(rules, request).slots for request in order.requests):
@@ -187,6 +199,23 @@ def test_prefills_go_between_two_steps_of_a_slot_as_often_as_the_rules_let_them(
     assert found == expected
 
 
+def test_a_step_goes_with_each_prefill_where_one_pass_takes_both() -> None:
+    admission = order_of(slots=1, rows=4, prefill_rows=2, chunk_size=6, joins=True)
+    found = []
+    for number, prompt_len in enumerate((9, 4, 2, 3)):
+        admission.arrive(Request(number=number, prompt_len=prompt_len))
+        order = admission.decide()
+        assert not isinstance(order, Wait)
+        found.append([(type(one).__name__[0], [request.number for request in one.requests]) for one in order.together])
+        for one in order.together:
+            if isinstance(one, Prefill) and one.samples:
+                admission.prefilled(one.requests)
+            elif isinstance(one, Decode):
+                admission.decoded(one.slot)
+    # The second chunk of a prompt of nine; then two of unlike lengths, and a step of the first beside them.
+    assert found == [[("P", [0])], [("P", [0])], [("P", [1, 2]), ("D", [0])], [("P", [3]), ("D", [0, 1, 2])]]
+
+
 def test_prompts_gather_while_steps_go_before_the_next_prefill() -> None:
     admission = order_of(slots=1, rows=4, prefill_rows=4, lanes=(Lane(prefills_per_decode=0.5),))
     together = []
@@ -258,5 +287,5 @@ def test_a_rule_below_one_is_refused() -> None:
         update={"lanes": (Lane(up_to_tokens=9, slots=2), Lane())}
     )
     with pytest.raises(PlanError, match=r"plan\.lanes: slots=2: these lanes need 3"):
-        rules_of(plan, 2)
-    assert rules_of(plan, 3).lanes == plan.lanes
+        rules_of(plan, 2, joins=False)
+    assert rules_of(plan, 3, joins=True).lanes == plan.lanes

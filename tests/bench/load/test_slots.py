@@ -46,20 +46,25 @@ class Memory:
             assert edit.to_first + len(cells) <= len(target)
             target[edit.to_first : edit.to_first + len(cells)] = cells
 
-    def run(self, task: Task, numbers: tuple[int, ...], tokens: dict[int, list[int]]) -> None:
-        """Checks that each row holds all of its request's positions behind its padding, and writes the new ones."""
+    def run(self, task: Task, numbers: dict[bool, list[int]], tokens: dict[int, list[int]]) -> None:
+        """Checks that each row holds all of its request's positions behind its padding, and writes the new ones; whose
+        they are is given for rows of slots and for those of prompts."""
         assert task.ids is not None
-        for row, (number, start) in enumerate(zip(numbers, task.starts, strict=True)):
-            cells = self.caches[task.cache][row]
-            end = task.past + task.tokens
-            for place in range(task.past, end):
-                token = task.ids[row * task.tokens + place - task.past]
-                position = place - start
-                if position >= 0:
-                    assert token == tokens[number][position], "the token that stands there"
-                cells[task.base + place] = (number, position) if position >= 0 else None
-            held = cells[task.base + min(start, end) : task.base + end]
-            assert held == [(number, position) for position in range(end - start)]
+        ids = list(task.ids)
+        for part in task.parts:
+            for row, start in enumerate(part.starts, start=part.first):
+                number = numbers[part.cache < self.rules.slots][row]
+                cells = self.caches[part.cache][row]
+                end = part.past + part.tokens
+                for place in range(part.past, end):
+                    token, position = ids.pop(0), place - start
+                    if position >= 0:
+                        assert token == tokens[number][position], "the token that stands there"
+                    cells[part.base + place] = (number, position) if position >= 0 else None
+                held = cells[part.base + min(start, end) : part.base + end]
+                assert held == [(number, position) for position in range(end - start)]
+        assert not ids
+        assert self.rules.joins or len(task.parts) == 1
 
 
 @given(RULES, st.integers(0, 8), st.integers(0, 10**6))
@@ -77,7 +82,7 @@ def run(rules: Rules, slack: int, seed: int, count: int = 25) -> set[str]:
     memory = Memory(rules, max_len, max(prompt for prompt, _ in lens))
     tokens: dict[int, list[int]] = {}
     left = list(range(count))
-    under_way: list[tuple[Prefill | Decode, tuple[int, ...]]] = []
+    under_way: list[Prefill | Decode] = []
     while left or len(admission) or under_way:
         if left and source.random() < 0.3:
             number = left.pop(0)
@@ -89,33 +94,36 @@ def run(rules: Rules, slack: int, seed: int, count: int = 25) -> set[str]:
             assert admission.cancel(number)
             book.forget(number)
         if under_way and source.random() < 0.5:
-            order, numbers = under_way.pop(0)
-            for number in numbers:
-                tokens[number].append(1000 * number + len(tokens[number]))
-            finished = [
-                number for number in numbers if len(tokens[number]) == sum(lens[number]) or source.random() < 0.05
-            ]
-            book.known(order, [tokens[number][-1] for number in numbers], finished)
-            if isinstance(order, Prefill):
-                admission.prefilled(order.requests, finished)
-            else:
-                admission.decoded(order.slot, finished)
+            for order in (one for one in under_way.pop(0).together if one.samples):
+                numbers = book.numbers(order)
+                for number in numbers:
+                    tokens[number].append(1000 * number + len(tokens[number]))
+                finished = [
+                    number for number in numbers if len(tokens[number]) == sum(lens[number]) or source.random() < 0.05
+                ]
+                book.known(order, [tokens[number][-1] for number in numbers], finished)
+                if isinstance(order, Prefill):
+                    admission.prefilled(order.requests, finished)
+                else:
+                    admission.decoded(order.slot, finished)
         decision = admission.decide()
         if isinstance(decision, Wait):
             continue
-        edits, task, numbers = book.order(decision)
-        assert {one.number for one in decision.requests} == set(numbers)
+        edits, task = book.order(decision)
+        owners = {isinstance(order, Decode): book.numbers(order) for order in decision.together}
+        for order in decision.together:
+            assert {one.number for one in order.requests} == set(owners[isinstance(order, Decode)])
         for edit in edits:
             memory.copy(edit)
-        memory.run(task, numbers, tokens)
+        memory.run(task, owners, tokens)
         if task.samples:
-            under_way.append((decision, numbers))
+            under_way.append(decision)
     assert not book.rows
     assert len(book.free) == rules.slots + 1
     return memory.kinds
 
 
 def test_rows_are_joined_moved_and_shifted_both_ways() -> None:
-    rules = Rules(slots=2, rows=4, prefill_rows=2)
-    kinds = set().union(*(run(rules, 0, seed) for seed in range(5)))
+    rules = [Rules(slots=2, rows=4, prefill_rows=2, joins=joins) for joins in (False, True)]
+    kinds = set().union(*(run(own, 0, seed) for own in rules for seed in range(5)))
     assert kinds == {"join", "move", "shift-left", "shift-right"}

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from pipetune.bench.load.admission import Rules
 from pipetune.bench.load.online import OnlineRequest, ServedRequest
 from pipetune.bench.load.slots import Edit, Task
+from pipetune.bench.models.describe import describe_model
 from pipetune.bench.models.resolve import resolve_model
 from pipetune.bench.runtime.device import DeviceContext
 from pipetune.bench.runtime.job import Job
@@ -190,11 +191,14 @@ def test_tokens_equal_those_of_each_prompt_alone(family: str, tmp_path: Path) ->
         {"slots": 3, "rows": 2, "prefill_rows": 2, "chunk_size": 7, "lanes": (Lane(prefills_per_decode=1),)},
         {"slots": 3, "rows": 2, "prefill_rows": 2, "lanes": UNLIKE_LANES},
     ]
-    for counts, rules in zip((*CUTS, CUTS[1]), ways, strict=True):
+    joins = describe_model(resolve_model(ModelSpec(name=str(folder)))).joins
+    assert joins == (family != "bloom")
+    for (counts, rules), joined in itertools.product(zip((*CUTS, CUTS[1]), ways, strict=True), {False, joins}):
         source = Source(requests)
-        leader, first = serve(stages_of(folder, counts), source, sizes_of(requests, **rules))
+        leader, first = serve(stages_of(folder, counts), source, sizes_of(requests, **rules, joins=joined))
         check(source.served, expected)
         assert is_empty(leader)
+        assert any(task.decode_rows for task in leader.tasks) == joined
         for edit in first.edits:
             shifted = "left" if edit.to_first < edit.first else "right" if edit.to_first > edit.first else "no"
             seen.add("join" if edit.source != edit.target else f"{shifted} shift")
@@ -253,7 +257,7 @@ def test_draws_depend_on_the_number_alone(tmp_path: Path) -> None:
             for place, number in enumerate(order)
         ]
         source = Source(requests)
-        sizes = sizes_of(requests, slots=len(counts), rows=2, prefill_rows=1)
+        sizes = sizes_of(requests, slots=len(counts), rows=2, prefill_rows=1, joins=len(counts) != 2)
         serve(stages_of(folder, counts), source, sizes, sampling=sampling)
         check(source.served, expected)
 

@@ -61,7 +61,10 @@ def factors(model: CostModel, plan: Plan, run: OnlineRun) -> dict[str, float]:
     """What the tasks of a run took, over what they are predicted to take, by phase; 1 of a phase that had none."""
     took, thought = dict.fromkeys(("prefill", "decode"), 0.0), dict.fromkeys(("prefill", "decode"), 0.0)
     for index, task in enumerate(run.load_tasks):
-        busy_s, _, _ = model.task_s(plan, TaskKind(task.rows, task.tokens, task.past))
+        kinds = [TaskKind(task.rows, task.tokens, task.past)]
+        if task.decode_rows:
+            kinds.append(TaskKind(task.decode_rows, 1, task.decode_past))
+        busy_s, _, _ = model.joined_s(plan, kinds)
         thought[task.kind] += sum(busy_s)
         took[task.kind] += sum(stage.compute_end_s[index] - stage.compute_start_s[index] for stage in run.stages)
     return {phase: took[phase] / thought[phase] if thought[phase] else 1.0 for phase in took}

@@ -62,7 +62,7 @@ def measure(lines: Sequence[Mail], rows: int, steps: int) -> dict[str, list[floa
         began = time.monotonic()
         order = admission.decide()
         assert isinstance(order, Prefill | Decode)
-        edits, task, numbers = slots.order(order)
+        edits, task = slots.order(order)
         decided = time.monotonic()
         data = pack(edits, task._replace(ids=None))
         for line in lines:
@@ -70,7 +70,7 @@ def measure(lines: Sequence[Mail], rows: int, steps: int) -> dict[str, list[floa
         announced = time.monotonic()
         read = max(line.receive() for line in lines)
         known = time.monotonic()
-        slots.known(order, [7] * len(numbers), ())
+        slots.known(order, [7] * len(order.requests), ())
         if isinstance(order, Prefill):
             admission.prefilled(order.requests)
         else:

@@ -183,13 +183,18 @@ class _Task(NamedTuple):
     is_decode: bool
     micro_batch: int | None
     """None where nobody knows which tokens it waited for."""
+    is_joined: bool = False
+    """Whether a decode step was part of it, so that its time is of neither kind."""
 
 
 def _loaded_tasks(runs: Sequence[Iteration], stage: int) -> list[_Task]:
     """All tasks of a stage under arrivals, one iteration after the other."""
     tasks = [one for run in runs for one in run.stage_loads[stage].load_tasks]
     kinds = [TaskKind(one.rows, one.tokens, one.past, one.samples) for one in tasks]
-    return [_Task(kind, one.kind == "decode", None) for kind, one in zip(kinds, tasks, strict=True)]
+    return [
+        _Task(kind, one.kind == "decode", None, is_joined=one.decode_rows > 0)
+        for kind, one in zip(kinds, tasks, strict=True)
+    ]
 
 
 def _end_to_end(runs: Sequence[Iteration]) -> Iteration:
@@ -247,9 +252,11 @@ class _StageSpans:
     def tasks(self) -> list[TaskSpan]:
         """Mean times by stage and kind of task, similar lengths taken together."""
         groups: dict[tuple[bool, int, int, int, bool], list[int]] = {}
-        for index, (kind, is_decode) in enumerate(zip(self.kinds, self.decodes.tolist(), strict=True)):
-            key = (is_decode, kind.rows, _bucket(kind.new_tokens), _bucket(kind.past_tokens), kind.samples)
-            groups.setdefault(key, []).append(index)
+        for index, task in enumerate(self.shapes):
+            kind = task.kind
+            key = (task.is_decode, kind.rows, _bucket(kind.new_tokens), _bucket(kind.past_tokens), kind.samples)
+            if not task.is_joined:
+                groups.setdefault(key, []).append(index)
         # Under arrivals there are so many kinds.
         kept = set(sorted(groups, key=lambda key: -len(groups[key]))[:_MOST_KINDS])
         groups = {key: members for key, members in groups.items() if key in kept}

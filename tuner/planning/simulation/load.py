@@ -82,7 +82,8 @@ def simulate_load(
 
     Beyond `max_concurrency` in the system at once others wait before it, and their latencies count that.
     """
-    shares, rules = deal(plan.replicas, max_concurrency), rules_of(plan, in_flight)
+    shares = deal(plan.replicas, max_concurrency)
+    rules = rules_of(plan, in_flight, joins=model.shape.joins)
     replicas: list[_Replica] = []
     for index, (_, places) in enumerate(shares):
         replicas.append(_Replica(model, plan.replica(index), rules, replicas, requests, places))
@@ -211,25 +212,25 @@ class _Replica:
         order = self.admission.decide()
         if isinstance(order, Wait):
             return None
-        ended_s, known_s = self._go_through(now_s, self._kind(order))
+        ended_s, known_s = self._go_through(now_s, tuple(self._kind(one) for one in order.together))
         return order, self._free_s[0], ended_s, known_s
 
     def _kind(self, order: Prefill | Decode) -> TaskKind:
         if isinstance(order, Prefill):
-            return TaskKind(len(order.requests), order.end_token - order.first_token, order.first_token, order.samples)
+            return TaskKind(len(order.requests), order.tokens, order.first_token, order.samples)
         # All rows share one clock.
         past = max(request.prompt_len + self._tokens[request.number] - 1 for request in order.requests)
         return TaskKind(len(order.requests), 1, past)
 
-    def _go_through(self, now_s: float, kind: TaskKind) -> tuple[float, float]:
-        if kind not in self._costs:
-            self._costs[kind] = self.model.task_s(self.plan, kind)
-        busy, hops, back = self._costs[kind]
+    def _go_through(self, now_s: float, kinds: tuple[TaskKind, ...]) -> tuple[float, float]:
+        if kinds not in self._costs:
+            self._costs[kinds] = self.model.joined_s(self.plan, kinds)
+        busy, hops, back = self._costs[kinds]
         ready = end = now_s
         index = len(self._starts_s[0])
         for stage, own_s in enumerate(busy):
             start = max(ready, self._free_s[stage])
-            took = own_s * self._alone(start, kind)
+            took = own_s * self._alone(start, kinds[0])
             end = start + took
             self._starts_s[stage].append(start)
             self.busy_s[stage] += took
@@ -250,8 +251,11 @@ class _Replica:
         return math.exp(-contention.of(decode=kind.is_decode) * (1.0 - share))
 
     def conclude(self, order: Prefill | Decode, at_s: float) -> None:
-        if isinstance(order, Prefill) and not order.samples:
-            return
+        for one in order.together:
+            if one.samples:
+                self._conclude(one, at_s)
+
+    def _conclude(self, order: Prefill | Decode, at_s: float) -> None:
         finished = set()
         for request in order.requests:
             self._tokens[request.number] += 1

@@ -32,6 +32,8 @@ On CPUs measured, with gloo: the median over many plans. On GPUs the host does i
 STALLS_S: Mapping[str, float] = {"cpu": 2e-3, "cuda": 0.0}
 """By kind of device: see `simulate_plans`. On CPUs measured, with gloo, on a machine whose workers take every core."""
 TOKEN_BYTES = 8
+_FEW = 16
+"""Tokens of a prefill that is mostly what any pass takes."""
 
 
 def of_device(known: Mapping[str, float], device: str) -> float:
@@ -132,9 +134,24 @@ class CostModel:
         back = self.costs.hop_s(plan.devices[-1], plan.devices[0], kind.rows * TOKEN_BYTES) if last else 0.0
         return busy, hops, back
 
+    def joined_s(self, plan: Plan, kinds: Sequence[TaskKind]) -> tuple[list[float], list[float], float]:
+        """As `task_s`, of tasks that are one forward pass: what a pass takes whatever its tokens, of which reading the
+        weights is a part, is spent once. It is what prefills of few tokens come to, drawn on to none."""
+        each = [self.task_s(plan, kind) for kind in kinds]
+        busy, hops, back = each[0]
+        if len(each) > 1:
+            few, twice = (self.task_s(plan, TaskKind(1, tokens, 0))[0] for tokens in (_FEW, 2 * _FEW))
+            once = [max(0.0, 2 * one - two) for one, two in zip(few, twice, strict=True)]
+            step, further, _ = each[1]
+            busy = [one + max(0.0, two - own) for one, two, own in zip(busy, step, once, strict=True)]
+            hops = [max(pair) for pair in zip(hops, further, strict=True)]
+        return busy, hops, back
+
     @remembered
-    def known_tasks(self, stages: tuple[StagePlan, ...]) -> dict[TaskKind, tuple[list[float], list[float], float]]:
-        """What `task_s` gave, for those who ask it often."""
+    def known_tasks(
+        self, stages: tuple[StagePlan, ...]
+    ) -> dict[tuple[TaskKind, ...], tuple[list[float], list[float], float]]:
+        """What `joined_s` gave, for those who ask it often."""
         return {}
 
     def _sequence(self, plan: Plan, in_flight: int | None, replica: int) -> TaskSequence:

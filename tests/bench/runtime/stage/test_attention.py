@@ -86,8 +86,9 @@ def test_no_mask_is_looked_at(tokens: int, length: int) -> None:
 
 
 def test_on_a_cpu_nothing_is_changed() -> None:
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     for device, own in ((torch.device("cpu"), False), (torch.device("cuda", 0), True)):
         with attention_on(device):
             assert (ALL_ATTENTION_FUNCTIONS["sdpa"] is attend) == own
             assert (ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is build_mask) == own
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        assert (ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]) == before

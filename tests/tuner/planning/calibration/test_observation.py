@@ -137,7 +137,10 @@ def loaded(steps: int) -> Iteration:
         LoadTask(kind="prefill", slot=0, rows=2, tokens=6, past=0, samples=False),
         LoadTask(kind="prefill", slot=0, rows=2, tokens=2, past=6),
     ]
-    tasks = (*chunks, *(LoadTask(kind="decode", slot=0, rows=2, tokens=1, past=8 + step) for step in range(steps)))
+    # What is two things at once teaches neither.
+    both = LoadTask(kind="prefill", slot=0, rows=3, tokens=5, past=0, decode_rows=2, decode_past=9)
+    step = LoadTask(kind="decode", slot=0, rows=2, tokens=1, past=8)
+    tasks = (*chunks, both, *(step.model_copy(update={"past": 8 + place}) for place in range(steps)))
     starts = [0.1 * place for place in range(len(tasks))]
     took = [(0.02, 0.04) if task.kind == "prefill" else (0.02, 0.01) for task in tasks]
     begun = starts, [start + own[0] + 0.002 for start, own in zip(starts, took, strict=True)]

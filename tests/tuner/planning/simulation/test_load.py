@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from pipetune.bench.load.arrivals import unit_trace
 from pipetune.bench.load.rates import RateSearch
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.spec import Goodput, Lane, Plan
 from pipetune.tuner.planning.costs.contention import Contention
 from pipetune.tuner.planning.simulation.load import LoadedRequest, simulate_load
+from pipetune.tuner.planning.simulation.model import CostModel
 from tests.tuner.planning.factory_costs import make_model
 
 DEVICES = ("cpu:0", "cpu:1")
 MODEL = make_model()
+JOINING = dataclasses.replace(MODEL, shape=MODEL.shape.model_copy(update={"joins": True}))
 LAYERS = len(MODEL.shape.layers)
 
 
@@ -42,13 +45,19 @@ def requests(count: int, rate: float, *, prompt_len: int = 16, output_len: int =
     st.none() | st.integers(1, 20),
     st.lists(st.tuples(st.floats(0, 20), st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=30),
     st.sampled_from([(Lane(),), (Lane(up_to_tokens=20, weight=4), Lane())]),
+    st.sampled_from([MODEL, JOINING]),
 )
 def test_what_holds_of_any_load(
-    first: int, rows: int, chunk: int | None, given_: list[tuple[float, int, int]], lanes: tuple[Lane, ...]
+    first: int,
+    rows: int,
+    chunk: int | None,
+    given_: list[tuple[float, int, int]],
+    lanes: tuple[Lane, ...],
+    model: CostModel,
 ) -> None:
     load = [LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs) for at, inputs, outputs in sorted(given_)]
     plan = plan_of(first, rows, chunk=chunk).model_copy(update={"lanes": lanes})
-    found = simulate_load(MODEL, plan, 2, load)
+    found = simulate_load(model, plan, 2, load)
     for ttft, tpot, e2el, request in zip(
         *(found.times_s[name] for name in ("ttft", "tpot", "e2el")), load, strict=True
     ):
@@ -59,6 +68,27 @@ def test_what_holds_of_any_load(
     assert sum(found.busy_s) + found.idle_s + metrics["bubble_ratio"] * area == pytest.approx(area, abs=1e-9)
     assert min(metrics["bubble_ratio"], metrics["idle_ratio"]) >= -1e-9
     assert found.idle_s >= 2 * load[0].at_s - 1e-9
+
+
+def test_a_step_within_a_prefill_costs_less_than_beside_it() -> None:
+    plan, kinds = plan_of(LAYERS // 2), (TaskKind(2, 20, 0), TaskKind(4, 1, 24))
+    (prefill, _, _), (step, _, _) = (MODEL.task_s(plan, kind) for kind in kinds)
+    joined, _, _ = MODEL.joined_s(plan, kinds)
+    (few, _, _), (twice, _, _) = (MODEL.task_s(plan, TaskKind(1, tokens, 0)) for tokens in (16, 32))
+    for stage, seconds in enumerate(joined):
+        assert prefill[stage] <= seconds < prefill[stage] + step[stage]
+        # What a pass takes whatever its tokens is in both.
+        once = min(2 * few[stage] - twice[stage], step[stage])
+        assert seconds == pytest.approx(prefill[stage] + step[stage] - once)
+    rest = MODEL.task_s(plan, kinds[0])
+    assert MODEL.joined_s(plan, kinds[:1]) == rest
+
+
+def test_joined_passes_serve_a_burst_sooner() -> None:
+    load = [LoadedRequest(at_s=0.01 * number, prompt_len=5 + number % 30, output_len=8) for number in range(60)]
+    apart, joined = (simulate_load(model, plan_of(LAYERS // 2), 2, load) for model in (MODEL, JOINING))
+    assert joined.duration_s < apart.duration_s
+    assert sum(joined.busy_s) < sum(apart.busy_s)
 
 
 def test_a_request_alone_takes_what_its_tasks_take() -> None:
