@@ -29,6 +29,7 @@ from pipetune.bench.runtime.links import to_device
 from pipetune.bench.runtime.loop import Edges, Status, likeliest
 from pipetune.bench.runtime.sampling import draw, uniforms
 from pipetune.bench.runtime.stage.joined import JoinedCache, Part
+from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.runtime.timeline import Timeline
 from pipetune.bench.spec import Sampling
@@ -254,9 +255,12 @@ class OnlineStage:
             mask = to_device((torch.arange(end) >= starts).long(), device) if has_mask else None
             parts.append(Part(self.caches[own.cache], own.first, rows, own.base, own.past, own.tokens, mask))
         ids = torch.full(task.shape, self.pad_token_id) if task.ids is None else torch.tensor(task.ids).view(task.shape)
+        cache: JoinedCache | SlotCache
         if is_joined:
             lens = torch.tensor([part.tokens for part in parts for _ in range(part.rows)])
-            cache, mask = JoinedCache(parts, to_device(lens.cumsum(0) - 1, device)), None
+            cache = JoinedCache(parts, to_device(lens.cumsum(0) - 1, device))
+            # Made part by part; some models look for padding where there is none at all.
+            mask = to_device(torch.ones(task.shape).long(), device) if self.stage.needs_mask else None
         else:
             cache, mask = parts[0].seek(), parts[0].mask
         places = torch.cat([own.flatten() for own in positions]).view(task.shape)

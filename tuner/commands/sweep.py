@@ -114,6 +114,11 @@ def draw_sweeps(path: Path, points: Sequence[Point]) -> None:
         for xs, ys in [tuple(zip(*sorted(points), strict=True))]
     )
     chart = Chart(
-        title="Time to first token against rate", x_label="requests per second", y_label="p90 TTFT, ms", marks=lines
+        title="Time to first token against rate",
+        x_label="requests per second",
+        y_label="p90 TTFT, ms",
+        marks=lines,
+        y_range=(0.0, 1.05 * max(time_ms for _, _, time_ms in points)),
+        legend_columns=1,
     )
     path.write_bytes(render_png(chart))

@@ -57,13 +57,13 @@ class JoinedCache(hf.Cache):
         super().__init__(layers=parts[0].cache.layers)
         self.parts, self.last = parts, last
         self.sizes: list[tuple[int, int]] = []
-        """Of each part: length and offset of the positions that the next mask is for."""
+        """Length and offset of the positions that the next mask is for, part by part."""
 
     def split(self, states: torch.Tensor) -> list[torch.Tensor]:
         """`[rows, heads, tokens, D]` of each part, of `[1, heads, N, D]`."""
         lens = [part.rows * part.tokens for part in self.parts]
         pieces = zip(self.parts, torch.split(states[0], lens, dim=1), strict=True)
-        return [piece.unflatten(1, (part.rows, part.tokens)).transpose(0, 1) for part, piece in pieces]
+        return [torch.unflatten(piece, 1, (part.rows, part.tokens)).transpose(0, 1) for part, piece in pieces]
 
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
