@@ -63,8 +63,7 @@ class PlanRequest:
     def engine_name(self) -> EngineName:
         """The engine that is to run the plan, where another than our own runtime is."""
         own = self.plan_file.plan.engine if self.plan_file is not None else None
-        name: EngineName = (self.engine or {}).get("name") or (own or EngineSettings()).name
-        return name
+        return (self.engine or {}).get("name") or (own or EngineSettings()).name
 
     def settings_below(self) -> Below:
         """Settings that a file brings along, for those that nobody gives: model, workload and devices."""

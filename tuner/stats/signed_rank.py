@@ -91,8 +91,7 @@ def _pair_means(values: Sequence[float]) -> npt.NDArray[np.float64]:
 @functools.lru_cache
 def _tail(count: int) -> npt.NDArray[np.float64]:
     """P(W <= w) of so many values without ties, for w = 0, 1, …"""
-    tail: npt.NDArray[np.float64] = np.cumsum(_ways(range(1, count + 1))) / 2.0**count
-    return tail
+    return np.cumsum(_ways(range(1, count + 1))) / 2.0**count
 
 
 def _ways(ranks: Sequence[int]) -> npt.NDArray[np.float64]:

@@ -88,8 +88,7 @@ class RefittedCosts:
         terms = (*speed_terms(device, kind), *layer_terms(device, kind, self.middles[kind.is_decode]))
         factor = math.exp(self._sum(terms))
         by_group = np.exp([self.terms.get(group_term(group, kind), 0.0) for group in range(max(self.groups) + 1)])
-        seconds: Floats = self.base.layers_s(device, kind) * factor * by_group[list(self.groups)]
-        return seconds
+        return self.base.layers_s(device, kind) * factor * by_group[list(self.groups)]
 
     def ends_s(self, device: str, kind: TaskKind, *, is_first: bool, is_last: bool) -> float:
         """Seconds of a task beside its layers, corrected by phase and place in the pipeline."""

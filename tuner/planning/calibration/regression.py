@@ -278,5 +278,4 @@ class _Problem:
 
 
 def _huber_weight(scaled: Floats) -> Floats:
-    weight: Floats = np.minimum(1.0, HUBER / np.maximum(np.abs(scaled), 1e-12))
-    return weight
+    return np.minimum(1.0, HUBER / np.maximum(np.abs(scaled), 1e-12))

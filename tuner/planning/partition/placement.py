@@ -28,8 +28,7 @@ def levels_of(seconds: Floats) -> Floats:
     for value in np.unique(seconds).tolist():
         if not levels or value > ALIKE_LINKS * levels[-1]:
             levels.append(value)
-    found: Floats = np.array(levels)[np.searchsorted(levels, seconds, side="right") - 1]
-    return found
+    return np.array(levels)[np.searchsorted(levels, seconds, side="right") - 1]
 
 
 def crossing_s(order: Order, hops_s: Floats, returns_s: Floats, replicas: int = 1) -> float:

@@ -251,8 +251,7 @@ class CostModel:
     @remembered
     def _layers_of(self, sequence: TaskSequence, device: str) -> Floats:
         """`[kind, num_layers + 1]`: of all layers before each one."""
-        seconds: Floats = sequence.weights @ np.stack([self._layers_before(device, at) for at in sequence.grid_points])
-        return seconds
+        return sequence.weights @ np.stack([self._layers_before(device, at) for at in sequence.grid_points])
 
     @remembered
     def _ends_of(self, sequence: TaskSequence, device: str, is_first: bool, is_last: bool) -> Floats:

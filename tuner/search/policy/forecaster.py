@@ -87,8 +87,7 @@ class Forecast:
 
     def worth(self, cost: Floats) -> Floats:
         """What a run of each plan promises, doubt left aside: less where it may fail or break a constraint."""
-        value: Floats = np.exp(np.min(cost) - cost) * self.kept * self.works
-        return value
+        return np.exp(np.min(cost) - cost) * self.kept * self.works
 
     def incumbent(self, cost: Floats) -> int | None:
         """Place of the best plan that was measured and keeps the constraints, its luck smoothed out by the model."""
