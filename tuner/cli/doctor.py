@@ -42,8 +42,7 @@ def doctor(
     )
     given = {"micro_batch_size": micro_batch_size, "memory_fraction": memory_fraction}
     fitting = {name: value for name, value in given.items() if value is not None} if named else None
-    reporter = make_reporter(common.err(), silent=no_progress)
-    result = run_doctor(resolved.config, fitting, reporter, described)
+    result = run_doctor(resolved.config, fitting, make_reporter(common.err(), silent=no_progress), described)
     values = result.model_dump(mode="json", by_alias=True) | {"schema_version": 1, "exit_code": result.fault_code}
     common.give(values, result.document(), json=json)
     return result.fault_code

@@ -172,8 +172,7 @@ def _comparison(result: BenchResult, comparison: Comparison) -> Iterator[Part]:
                 _busy_text(row.stage_busy_ms),
             )
         )
-    latency = "TTFT" if generates else "E2EL"
-    numbers = ("tok/s", "IQR", "×", "95 % interval", "bubble", latency)
+    numbers = ("tok/s", "IQR", "×", "95 % interval", "bubble", "TTFT" if generates else "E2EL")
     busy = Column("busy/stage", wrap="narrow")
     yield Table(columns=(left("", "narrow"), *map(Column, numbers), busy), rows=rows_of(rows))
     yield GAP

@@ -94,7 +94,6 @@ def why_nothing(ranking: Ranking) -> str | None:
 def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
     """The study for machines: what `--json` prints."""
     ranking = report.ranking
-    files = sorted(path.name for path in report.folder.iterdir() if not path.name.startswith("."))
     return {
         "schema_version": 1,
         "study": str(report.folder),
@@ -124,7 +123,7 @@ def document(report: Report, *, interrupted: bool = False) -> dict[str, Any]:
             {"record": row.record, "role": row.role, "kind": row.failure.kind.value, "message": row.failure.message}
             for row in ranking.failures
         ],
-        "files": files,
+        "files": sorted(path.name for path in report.folder.iterdir() if not path.name.startswith(".")),
     }
 
 

@@ -194,8 +194,7 @@ def _look_at_model(
     )
     found.model_fit = fit_model(shape, wanted)
     if found.model_fit.remedy is not None:
-        text = f"not even one micro-batch fits: {found.model_fit.remedy}"
-        found.fail("fit", text, NothingFeasibleError.exit_code)
+        found.fail("fit", f"not even one micro-batch fits: {found.model_fit.remedy}", NothingFeasibleError.exit_code)
 
 
 def _start(model: ModelSpec, devices: Sequence[str], reporter: Reporter) -> Experiment:

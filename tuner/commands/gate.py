@@ -92,8 +92,7 @@ class GateRequest:
         if plan is None:
             raise ConfigError(f"--stored {self.stored[0]}: no plan of it has a rank; name one by --candidate-plan FILE")
         name: SideName = "candidate" if self.stored else "baseline"
-        shown = [sources.show(self._settings(name, plan, config)) for config in self._configs()]
-        return "---\n".join(shown)
+        return "---\n".join(sources.show(self._settings(name, plan, config)) for config in self._configs())
 
     def _measured_plan(self) -> Path:
         if self.baseline_plan is None:
@@ -195,8 +194,7 @@ class GateRequest:
         return found if plan.engine is not None else None
 
     def _settings(self, name: SideName, plan: Path, config: Path | None) -> sources.Resolved:
-        request = PlanRequest(source=str(plan), plan_file=read_plan(plan))
-        below, below_name = request.settings_below()
+        below, below_name = PlanRequest(source=str(plan), plan_file=read_plan(plan)).settings_below()
         if self.stored and (self.stored[0] / StudyFile.CONFIG).is_file():
             protocol = read_config(self.stored[0]).protocol.model_dump(mode="json")
             below = {**below, **{("protocol", key): value for key, value in protocol.items()}}

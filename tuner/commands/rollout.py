@@ -225,8 +225,7 @@ class Chain:
         folder = self.request.folder / f"fleet-{number}"
         self.reporter.say(f"fleet {number + 1} of {len(self.request.fleets)}: {','.join(devices)}")
         sd = carried.PRIOR_SD if self.request.first_model is None else carried.FEWER_LAYERS_SD
-        width = carried.half_width(misses, sd)
-        prediction = self._predict(folder.with_suffix(".json"), devices, width)
+        prediction = self._predict(folder.with_suffix(".json"), devices, carried.half_width(misses, sd))
         records = self._measure(folder, prediction)
         self.observations[devices] = [*filter(None, map(observe, records))]
         tried = []

@@ -181,8 +181,7 @@ def resolve_settings(
 
 def with_rate_search(resolved: Resolved, source: str) -> Resolved:
     """Each measurement looks for the highest rate that is sustained."""
-    path = ("workload", "arrivals", "slo_attainment")
-    return _with(resolved, {path: resolved.config.slo_attainment}, source)
+    return _with(resolved, {("workload", "arrivals", "slo_attainment"): resolved.config.slo_attainment}, source)
 
 
 def _with_trace(resolved: Resolved, warn: Callable[[str], None]) -> Resolved:
@@ -405,9 +404,8 @@ def _explain(error: ValidationError, sources: Mapping[KeyPath, str], *, elsewher
         named = place.startswith(("--", ENVIRONMENT_PREFIX)) or not key or message.startswith(f"{key}.")
         line = f"{place}{message}" if named else f"{place}{key}: {message}"
         given = problem["input"]
-        shown = json.dumps(given, default=str, ensure_ascii=False)
         if isinstance(given, (str, int, float)) and str(given) not in message:
-            line += f" (given: {shown})"
+            line += f" (given: {json.dumps(given, ensure_ascii=False)})"
         if line not in lines:
             lines.append(line)
     return "\n".join(lines)

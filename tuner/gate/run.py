@@ -91,9 +91,8 @@ class Gate:
                 except OutOfTime:
                     for case in self.cases:
                         self._decide(case, looks, because=v.Reason.OUT_OF_TIME)
-        findings = tuple(self._findings[case.name, metric] for case in self.cases for metric in case.metrics)
         return result_of(
-            findings,
+            tuple(self._findings[case.name, metric] for case in self.cases for metric in case.metrics),
             self._clock,
             method=self.runner.method,
             cannot_see=self.runner.cannot_see,

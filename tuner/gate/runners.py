@@ -64,12 +64,10 @@ class SideRunner(contextlib.AbstractContextManager["SideRunner"], Protocol):
         """Gets both sides ready by a deadline of the monotonic clock, and says what those of the first case run on.
         UserError: sides that cannot be started as they were asked for; FleetError: workers that do not start;
         OutOfTime: not ready by the deadline."""
-        ...
 
     def run(self, case: Case, name: SideName, *, check: bool, timeout_s: float | None = None) -> Sample:
         """One unit, its output compared with the unsplit model's where that is to be checked, given up beyond the
         timeout; None is what the protocol lets a run take."""
-        ...
 
 
 class FreshProcesses(Closing):
@@ -228,8 +226,7 @@ def _run(
     model = _given(side.model) | {"name": side.model.name}
     trusted = model.pop("trust_remote_code", False)
     asked = {"workload": _given(case.workload), "protocol": _given(case.protocol)}
-    settings = {"model": model, **asked, "devices": list(side.devices)}
-    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    config.write_text(yaml.safe_dump({"model": model, **asked, "devices": list(side.devices)}), encoding="utf-8")
     plan.write_text(side.plan.model_dump_json(exclude_defaults=True), encoding="utf-8")
     command = [interpreter.python, "-P", "-m", interpreter.module, "bench", "--config", str(config)]
     command += ["--plan", str(plan), "--check" if check else "--no-check"]
@@ -308,9 +305,8 @@ def _nothing(done: subprocess.CompletedProcess[str], name: SideName, interpreter
 def _read(output: Path, case: Case, name: SideName) -> Record | str:
     """The last record: others stand before it where a run was repeated. An old revision, whose defaults are not ours,
     may have done other work."""
-    line = output.read_text(encoding="utf-8").splitlines()[-1]
     try:
-        record = Record.model_validate_json(line)
+        record = Record.model_validate_json(output.read_text(encoding="utf-8").splitlines()[-1])
     except ValidationError as error:
         return (
             f"its record is of another version than this pipetune reads: {explain(error)}; compare with a "

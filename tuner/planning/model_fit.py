@@ -98,14 +98,9 @@ class Wanted:
         return {"memory_fraction": self.memory_fraction, "max_memory_bytes": self.max_memory_bytes}
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(self.prompt_lens)
-
-    @property
     def lens(self) -> dict[str, int]:
         """What the size of a stage depends on, as `stage_bytes` takes it."""
-        return {"prompt_len": self.longest, "output_len": self.workload.generated_len}
+        return {"prompt_len": max(self.prompt_lens), "output_len": self.workload.generated_len}
 
     def resolve(self, shape: ModelShape, plan: Plan) -> EffectivePlan | Failure:
         """The plan with its micro-batches in flight, or why it cannot run."""
@@ -115,8 +110,7 @@ class Wanted:
 def fit_model(shape: ModelShape, wanted: Wanted) -> ModelFit:
     """Describes a model and what of it would fit."""
     cuts = tuple(sorted(set(range(1, shape.num_layers)) - set(shape.forbidden_cuts)))
-    num_stages = min(len(wanted.devices), len(cuts) + 1)
-    fit = _fit(shape, wanted, num_stages)
+    fit = _fit(shape, wanted, min(len(wanted.devices), len(cuts) + 1))
     return ModelFit(
         shape=shape,
         groups=group_layers(shape.layers),
@@ -230,8 +224,7 @@ def _remedy(shape: ModelShape, wanted: Wanted, cuts: tuple[int, ...], fit: Fit) 
     size = fit.micro_batch_size
     while size > 1:
         size //= 2
-        smaller = _fit_at(shape, wanted, len(fit.stages), size)
-        if smaller.in_flight:
+        if _fit_at(shape, wanted, len(fit.stages), size).in_flight:
             return f"micro-batches of {size} would fit"
     helps = []
     if shape.dtype_bytes == 4:

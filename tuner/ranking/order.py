@@ -76,8 +76,7 @@ def _least_of_tied(ranked: Sequence[Row], state: State | None) -> tuple[Row | No
 def _knee(ranked: Sequence[Row], objectives: Sequence[Objective]) -> tuple[Row | None, str | None]:
     """The knee of the front; where plans are confirmed, the confirmed one that bulges most. The whole front gives the
     scale, so that which plans came into the finals does not move it."""
-    confirmed = [row for row in ranked if row.in_finals]
-    best = pareto_front(confirmed or ranked, objectives)
+    best = pareto_front([row for row in ranked if row.in_finals] or ranked, objectives)
     pool = [row for row in ranked if row.key in best]
     points = [*pool, *(row for row in ranked if row.on_front and row.key not in best)]
     found = bulges([costs_of(row, objectives) for row in points])

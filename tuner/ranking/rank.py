@@ -88,7 +88,10 @@ def rank(
 
     rows = [complete(row, at) for at, row in enumerate(rows, start=1)]
     ranked = tuple(row for row in rows if not row.unranked_because)
-    other, default = _rival(ranked), _engine_default(ranked)
+    other = _rival(ranked)
+    # The most even of an engine's longest pipelines at its own limits, by the finals where it ran there.
+    defaults = (row for row in ranked if row.plan.is_engine_default)
+    default = min(defaults, key=lambda row: (not row.in_finals, unevenness(row.plan.layer_counts)), default=None)
     return Ranking(
         objectives=tuple(objectives),
         constraints=tuple(constraints),
@@ -108,7 +111,7 @@ def rank(
                 record=record.number,
                 role=record.role,
                 plan=record.spec.plan if record.spec else None,
-                batch_size=_batch_size(record),
+                batch_size=size if isinstance(size := (record.params or {}).get("batch_size"), int) else None,
                 failure=record.result,
             )
             for record in records
@@ -126,17 +129,6 @@ def _rival(ranked: Sequence[Row]) -> Row | None:
     replicated = ranked[0].plan.replicas > 1
     others = (row for row in ranked if row.feasible and len(row.plan.devices) > 1)
     return next((row for row in others if (row.plan.replicas > 1) != replicated), None)
-
-
-def _engine_default(ranked: Sequence[Row]) -> Row | None:
-    """The most even of an engine's longest pipelines at its own limits, by the finals where it ran there."""
-    found = [row for row in ranked if row.plan.is_engine_default]
-    return min(found, key=lambda row: (not row.in_finals, unevenness(row.plan.layer_counts)), default=None)
-
-
-def _batch_size(record: Record) -> int | None:
-    size = (record.params or {}).get("batch_size")
-    return size if isinstance(size, int) else None
 
 
 def _row(

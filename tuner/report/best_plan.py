@@ -192,8 +192,7 @@ def _gains(report: Report, row: Row) -> list[doc.Bar]:
         who = report.engine or "our runtime"
         steps.append(("single stage", f"{who} on one device, {single.plan.describe()}", single.spread, 2))
     steps.append(("best plan" if row.rank == 1 else "plan", w.row_text(row), row.spread, 1))
-    first = steps[0][2]
-    gains = [unpaired(report.objective, spread, first) for _, _, spread, _ in steps]
+    gains = [unpaired(report.objective, spread, steps[0][2]) for _, _, spread, _ in steps]
     largest = max((gain.value for gain in gains if gain), default=1.0)
     bars = []
     for (label, what, spread, colour), gain in zip(steps, gains, strict=True):

@@ -95,8 +95,7 @@ def search_chart(report: Report, *, wide: bool = True) -> Chart | None:
         marks.append(Line(xs=numbers, ys=reached, colour="orange", label="best so far", width=2, is_stepped=True))
     marks.append(Dots(xs=tuple(number for number, *_ in found), ys=tuple(values), colour="plan", label="trial"))
     if failed := tuple(trial.number for trial in trials if trial.measured is None):
-        foot = min(values) - 0.12 * (max(values) - min(values))
-        foots = (foot,) * len(failed)
+        foots = (min(values) - 0.12 * (max(values) - min(values)),) * len(failed)
         marks.append(Dots(xs=failed, ys=foots, colour="vermilion", marker="x", size=8, label="no measurement"))
     return Chart(
         title="The search, trial by trial",

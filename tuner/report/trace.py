@@ -48,8 +48,7 @@ def trace_events(measurement: Measurement, iteration: int, plan: Plan) -> list[E
     events: list[Event] = []
     width = len(plan.stages)
     for index, device in enumerate(plan.devices):
-        stage = plan.stages[index % width]
-        name = f"{stage_name(plan, index)} · {device} · layers {stage.range_text}"
+        name = f"{stage_name(plan, index)} · {device} · layers {plan.stages[index % width].range_text}"
         # Viewers take process 0 for one of the system's own.
         meta: Event = {"ph": "M", "pid": index + 1}
         events.append({**meta, "name": "process_name", "args": {"name": name}})
@@ -110,7 +109,8 @@ def _flow_events(
     def arrow(name: str, sender: int, sent: int, receiver: int, received: int) -> None:
         common = {"cat": "flow", "name": name, "id": first_id + len(events) // 2, "tid": _COMPUTE}
         # Viewers bind an end to the span around it: the middle of both spans is safely inside.
-        begin, end = _middle_s(traces[sender], sent), _middle_s(traces[receiver], received)
+        ends = (traces[sender], sent), (traces[receiver], received)
+        begin, end = ((trace.compute_start_s[at] + trace.compute_end_s[at]) / 2 for trace, at in ends)
         events.append({**common, "ph": "s", "pid": first_stage + sender + 1, "ts": round(begin * 1e6, 3)})
         events.append({**common, "ph": "f", "bp": "e", "pid": first_stage + receiver + 1, "ts": round(end * 1e6, 3)})
 
@@ -124,7 +124,3 @@ def _flow_events(
             arrow("hidden states", stage, index, stage + 1, index)
         last_of[task.micro_batch] = index
     return events
-
-
-def _middle_s(trace: StageTrace, index: int) -> float:
-    return (trace.compute_start_s[index] + trace.compute_end_s[index]) / 2

@@ -49,18 +49,14 @@ def layers_text(plan: Plan) -> str:
 
 
 def sizes_text(effective: EffectivePlan) -> tuple[str, str, str]:
-    """Micro-batch, what is prefilled together, and how many are in flight; of an engine budget, sequences, KV cache."""
+    """Micro-batch, rows prefilled together, with the tokens of a chunk where prompts are cut (`8`, `8·64`), and how
+    many are in flight; of an engine budget, sequences, KV cache."""
     plan, engine = effective.plan, effective.plan.engine
     if engine is None:
-        return str(plan.micro_batch_size), prefill_text(plan), str(effective.in_flight)
+        chunk = f"·{plan.prefill_chunk_size}" if plan.prefill_chunk_size is not None else ""
+        return str(plan.micro_batch_size), f"{plan.prefill_size}{chunk}", str(effective.in_flight)
     budget, seqs = (str(limit or MISSING) for limit in (engine.max_num_batched_tokens, engine.max_num_seqs))
     return budget, seqs, bytes_text(engine.kv_cache_memory_bytes)
-
-
-def prefill_text(plan: Plan) -> str:
-    """Rows prefilled together, and where prompts are cut, in chunks of how many tokens: `8`, `8·64`."""
-    chunk = f"·{plan.prefill_chunk_size}" if plan.prefill_chunk_size is not None else ""
-    return f"{plan.prefill_size}{chunk}"
 
 
 def stage_name(plan: Plan, place: int) -> str:
@@ -274,8 +270,7 @@ def rival_text(ranking: Ranking) -> str | None:
     if not gain.paired:
         return sentence(f"{ours} {'were' if several else 'was'} faster during the search than {against}")
     most = max(best.plan.replicas, rival.row.plan.replicas)
-    beat = "beat" if several else "beats"
-    return sentence(f"{ours} {beat} {against}; {most} replicas hold the weights {most} times")
+    return sentence(f"{ours} beat{'' if several else 's'} {against}; {most} replicas hold the weights {most} times")
 
 
 def engine_default_text(ranking: Ranking) -> str | None:
@@ -292,9 +287,8 @@ def engine_default_text(ranking: Ranking) -> str | None:
 def compared_text(check: OutputCheck, *, scored: bool) -> str:
     """`logits within 2.1e-05 (allowed 2.0e-04)`, and how many positions lie beyond that."""
     what = "log-probabilities" if scored else "logits"
-    text = f"{what} within {check.max_logit_error:.1e} (allowed {check.tolerance:.1e})"
     if check.max_logit_error <= check.tolerance or not check.outliers:
-        return text
+        return f"{what} within {check.max_logit_error:.1e} (allowed {check.tolerance:.1e})"
     return (
         f"{what} within {check.tolerance:.1e} but for {check.outliers} of {check.positions} positions, as where two "
         "experts are nearly tied"

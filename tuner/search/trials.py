@@ -125,8 +125,7 @@ class Search:
         if not kept or objective.metric not in derived or objective.cost(derived[objective.metric]) >= self._best_cost:
             return
         self._best_cost = objective.cost(derived[objective.metric])
-        values = values_text(derived, self._config.objectives)
-        self.runs.reporter.best(f"{record.spec.plan.describe()} · {values}")
+        self.runs.reporter.best(f"{record.spec.plan.describe()} · {values_text(derived, self._config.objectives)}")
 
     def _restore(self, study: OptunaStudy) -> None:
         """Makes database and records agree; a trial whose driver died gets its record now."""

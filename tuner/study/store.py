@@ -17,7 +17,6 @@ from pipetune.bench.record import Failure, Machine, Record
 from pipetune.bench.spec import Workload
 from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import STUDY_NAME, TuneConfig
-from pipetune.tuner.config.sources import differences
 from pipetune.tuner.config.storage_url import check_sharing, sqlite_url
 from pipetune.tuner.study import files
 from pipetune.tuner.study.files import StudyFile
@@ -120,7 +119,7 @@ class StudyStore(Closing):
             if Path(now.model.name).is_absolute():
                 # A folder may have moved: it is known by its content, which the fleet compares as well.
                 before, now = (one.model_copy(update={"model": one.model.by_content}) for one in (recorded, now))
-            changed = differences(before, now)
+            changed = sources.differences(before, now)
             changed = [line for line in changed if line.partition(":")[0].partition(".")[0] not in MAY_CHANGE]
             if changed:
                 raise StudyError(
@@ -205,12 +204,12 @@ class StudyStore(Closing):
         if before.hardware_id != machine.hardware_id:
             raise StudyError(
                 f"{self.folder} was measured on other hardware, and its records would not compare:\n  "
-                + "\n  ".join(differences(before.hardware, machine.hardware))
+                + "\n  ".join(sources.differences(before.hardware, machine.hardware))
                 + "\ntake another folder on this machine"
             )
         if files.read(self.folder / StudyFile.SHAPE, ModelShape) != shape:
             raise StudyError(f"{self.folder} was measured with another model than {self.config.model.name} is now")
-        return tuple(differences(before.software, machine.software))
+        return tuple(sources.differences(before.software, machine.software))
 
     def set_revision(self, revision: str | None, dtype: str = "auto") -> None:
         """Pins the checkpoint that the fleet resolved, and the dtype where it was left open; a resume demands the same.

@@ -63,8 +63,7 @@ def compare_stored(
     if len(new.samples) < SESSION_RUNS:
         # Runs that are missing though none failed are those for which there was no time.
         findings = out_of_time(findings, len(new.samples))
-    notes = notes_of(stored, new, case.candidate.model)
-    return _result(clock, findings, stored, (new,), cases=(case,), notes=notes)
+    return _result(clock, findings, stored, (new,), cases=(case,), notes=notes_of(stored, new, case.candidate.model))
 
 
 def _runs(case: Case, runner: SideRunner, reporter: Reporter, clock: Clock) -> list[Sample]:

@@ -8,10 +8,9 @@ times a factor that plans with as many replicas, stages and shards have in commo
 Before anything is seen, rates are nominal; they tell which split is even, and not how long it takes.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 
 import numpy as np
@@ -78,7 +77,7 @@ class EngineModel(CostModel):
             factors = _factors(took / np.maximum(features @ rates, 1e-9), took * weight**2, layouts)
         gaps = [one.gap_s[0] for one in observations if one.gap_s and one.gap_s[0] is not None]
         hops = [gap for one in observations for gap in one.gap_s[1:] if gap is not None]
-        return dataclasses.replace(
+        return replace(
             self,
             rates=tuple(rates.tolist()),
             factors=factors,

@@ -4,11 +4,10 @@ A model is refitted by the times of tasks (`regression`), and in what lies betwe
 messages, gaps, stalls and contention.
 """
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -132,7 +131,7 @@ class Predictor:
         for (plan, in_flight, most), batch in zip(keys, batches, strict=True):
             if (plan, in_flight, most) not in self._loads:
                 metrics = under_load(self.model, plan, in_flight, most=most)
-                self._loads[plan, in_flight, most] = dataclasses.replace(batch, metrics=metrics)
+                self._loads[plan, in_flight, most] = replace(batch, metrics=metrics)
         return tuple(self._loads[key] for key in keys)
 
     def _features(self, plans: Sequence[tuple[Plan, int]], predictions: Sequence[Prediction]) -> Features:
@@ -211,7 +210,7 @@ def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
         middles=rows.middles,
         hops={between: _fit_hops(model, observations, between=between) for between in (False, True)},
     )
-    return dataclasses.replace(
+    return replace(
         model,
         costs=costs,
         gaps_s=_by_device(model.gaps_s, observations, "gap_s"),
@@ -223,7 +222,6 @@ def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
 def _fit_hops(model: CostModel, observations: Sequence[Observation], *, between: bool) -> tuple[float, float, float]:
     """Log factor on messages between hosts or within one, its slope over doublings of the bytes, and the bytes where
     the factor holds."""
-    position_bytes = model.shape.crossing_bytes
     rows = []
     for observation in observations:
         devices = observation.effective.plan.devices
@@ -232,7 +230,7 @@ def _fit_hops(model: CostModel, observations: Sequence[Observation], *, between:
             if between_hosts(*ends) != between:
                 continue
             positions = hand_over.rows * hand_over.new_tokens
-            num_bytes = positions * position_bytes or hand_over.rows * TOKEN_BYTES
+            num_bytes = positions * model.shape.crossing_bytes or hand_over.rows * TOKEN_BYTES
             base = model.costs.hop_s(*ends, num_bytes)
             if base > 0 and hand_over.seconds > 0:
                 rows.append((math.log(hand_over.seconds / base), math.log2(max(num_bytes, 1)), hand_over.count))

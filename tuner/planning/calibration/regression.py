@@ -9,12 +9,11 @@ the uncorrected costs do. How wide a prior should be depends on where these are 
 their modes averaged by the evidence for each, in Laplace's approximation (D. J. C. MacKay, Neural Computation 4, 1992).
 """
 
-import dataclasses
 import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import huber
@@ -71,13 +70,13 @@ MEASURED = Widths(
     all=0.05, phase=0.04, device=0.04, device_phase=0.02, size=0.02, cell=0.02, group=0.04, ends=0.1, extra=0.3
 )
 """For costs that were measured part by part: a whole pipeline differs from its parts by some hundredths."""
-SCALED = dataclasses.replace(MEASURED, all=1.0, log_odds=-0.5)
+SCALED = replace(MEASURED, all=1.0, log_odds=-0.5)
 """The same, but the machine was slower or faster as a whole while they were measured."""
 NOMINAL = Widths(
     all=1.0, phase=0.3, device=0.05, device_phase=0.03, size=0.1, cell=0.02, group=0.2, ends=0.3, extra=1.0, log_odds=-1
 )
 """For nominal rates, which may be far off, and in other ways for small and for large tasks; devices are alike."""
-UNLIKE = dataclasses.replace(NOMINAL, device=0.5, device_phase=0.2, log_odds=-1.5)
+UNLIKE = replace(NOMINAL, device=0.5, device_phase=0.2, log_odds=-1.5)
 """The same for devices that are not."""
 PRIORS = (MEASURED, SCALED, NOMINAL, UNLIKE)
 

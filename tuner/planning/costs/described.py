@@ -248,16 +248,14 @@ def _device(
     else:
         if lacking := [key for key in ("memory_gib", "tflops", "memory_gb_per_s") if getattr(entry, key) is None]:
             raise ConfigError(f"{place}: {name} has no {' and no '.join(lacking)}; give it, or like: another device")
-        usual = RATES[device_kind(name)]
-        base = DescribedDevice(name=name, memory_bytes=0, speed=1.0, rates=usual)
+        base = DescribedDevice(name=name, memory_bytes=0, speed=1.0, rates=RATES[device_kind(name)])
     if base.profile is not None:
         given = [key for key in ("tflops", "memory_gb_per_s", "layer_overhead_us") if getattr(entry, key) is not None]
         if given:
             raise ConfigError(f"{place}.{given[0]}: {name} takes its times from a profile; scale them by speed instead")
-    memory = base.memory_bytes if entry.memory_gib is None else int(entry.memory_gib * _GIB)
     return replace(
         base,
-        memory_bytes=memory,
+        memory_bytes=base.memory_bytes if entry.memory_gib is None else int(entry.memory_gib * _GIB),
         speed=base.speed * entry.speed,
         rates=None if base.rates is None else _changed(base.rates, entry),
     )
@@ -312,10 +310,7 @@ def _links(
 
 
 def _pairs(entry: LinkEntry, devices: Mapping[str, DescribedDevice], place: str) -> Iterator[tuple[str, str]]:
-    if entry.between == "any":
-        yield from itertools.permutations(devices, 2)
-        return
-    groups = [_names(text, place) for text in entry.between]
+    groups = [tuple(devices)] if entry.between == "any" else [_names(text, place) for text in entry.between]
     for name in itertools.chain.from_iterable(groups):
         if name not in devices:
             raise ConfigError(f"{place}: {name} is not among the devices {', '.join(devices)}")

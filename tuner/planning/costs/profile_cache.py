@@ -170,11 +170,10 @@ def grid_for(
     # In a micro-batch of unlike prompts the longest one decides; short ones come together, at the end.
     if longest > 2 * min(prompt_lens):
         lengths = sorted({*lengths, min(prompt_lens)})
-    decodes = workload.generated_len > 1
     return ProfileGrid(
         rows=spread(sorted(sizes), MOST_ROWS),
         lengths=tuple(lengths),
-        pasts=tuple(sorted({mean, longest + workload.generated_len - 1})) if decodes else (),
+        pasts=tuple(sorted({mean, longest + workload.generated_len - 1})) if workload.generated_len > 1 else (),
         chunks=tuple((size, past) for size in chunks for past in sorted({size, (longest - 1) // size * size})),
         max_tokens=most_tokens,
         scores=workload.kind == "score",

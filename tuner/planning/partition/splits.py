@@ -245,5 +245,5 @@ class Columns:
 
     def devices_of(self, order: Sequence[int]) -> tuple[int, ...]:
         """The devices of columns in this order, replica by replica and stage by stage."""
-        replicas = len(self.members[0])
-        return tuple(self.members[column][replica] for replica in range(replicas) for column in order)
+        replicas = range(len(self.members[0]))
+        return tuple(self.members[column][replica] for replica in replicas for column in order)

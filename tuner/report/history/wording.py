@@ -29,9 +29,8 @@ def screen_of(history: History) -> doc.Document:
             parts.append(doc.Text(f"· and {count_text(more, 'earlier night')}, on the page of --output-dir"))
         parts += [] if events else [doc.Text("no level has changed")]
         parts.append(doc.Text(_trust_text(question), "faint"))
-        width = max(map(len, question.metrics), default=0)
         columns = (
-            doc.left("", min_width=width),
+            doc.left("", min_width=max(map(len, question.metrics), default=0)),
             doc.Column("first level", wrap="narrow", min_width=11, spare=1),
             doc.Column("last level", wrap="narrow", min_width=11),
             doc.left("nights"),

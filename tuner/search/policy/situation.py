@@ -1,9 +1,8 @@
 """What the rules of a search look at in one step, and whether a plan promises more than the noise hides."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from pipetune.bench.spec import EffectivePlan
@@ -63,7 +62,7 @@ class Terms:
 
     def forget(self) -> None:
         """Forgets the records, and what was made of them."""
-        make = functools.partial(
+        make = partial(
             Forecaster, self.space, self.model, self.resolve, objectives=self.objectives, constraints=self.constraints
         )
         self.history = History(self.space, self.resolve)

@@ -147,8 +147,7 @@ def _best_points(
     earlier: StudyContents, space: SearchSpace, resolve: Resolver, config: TuneConfig
 ) -> tuple[list[Point], int]:
     """Points of the earlier study's best plans by what is asked now, and how many of them have none."""
-    objectives = [Objective(metric=name) for name in config.objectives]
-    rows = rank(earlier.records, objectives, config.constraints).rows
+    rows = rank(earlier.records, [Objective(metric=name) for name in config.objectives], config.constraints).rows
     if max(len(space.devices), len(earlier.config.concrete_devices)) > 1:
         rows = tuple(row for row in rows if len(row.plan.devices) > 1)
     best = [row.plan for row in rows if row.feasible][:BEST_PLANS] or [row.plan for row in rows][:BEST_PLANS]

@@ -181,8 +181,7 @@ class Layouts:
 
     def _most_bytes(self, whole: Plan, device: str) -> int:
         """More than any stage takes: what two stages do that hold the model, or its only layer."""
-        cuts = (0, 1, self.shape.num_layers) if self.shape.num_layers > 1 else (0, 1)
-        pairs = itertools.pairwise(cuts)
+        pairs = itertools.pairwise((0, 1, self.shape.num_layers) if self.shape.num_layers > 1 else (0, 1))
         stages = tuple(StagePlan(device=device, first_layer=first, end_layer=end) for first, end in pairs)
         plan = whole.model_copy(update={"stages": stages})
         return sum(self.resolve.stage_bytes(plan, index).total(1) for index in range(len(stages)))
