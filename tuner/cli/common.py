@@ -66,7 +66,6 @@ def show_study(report: "Report", *, json: bool, interrupted: bool = False, goes_
         from pipetune.tuner.report.ranking import screen_of
 
         show(screen_of(report, goes_on=goes_on))
-    why = conclude.why_nothing(report.ranking)
-    if why is not None and not interrupted:
+    if not interrupted and (why := conclude.why_nothing(report.ranking)) is not None:
         warn(why)
     return code

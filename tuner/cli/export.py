@@ -55,8 +55,7 @@ def export(
         )
     lens = report.prompt_lens
     text = render(plan_file(contents, row), contents.shape, known, names, machine=contents.machine, prompt_lens=lens)
-    note = export_note(row.plan) if known in MAPS else None
-    if note is not None:
+    if known in MAPS and (note := export_note(row.plan)) is not None:
         common.warn(note)
     if output is None:
         typer.echo(text, nl=False)

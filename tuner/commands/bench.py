@@ -138,9 +138,8 @@ class _Work:
 
     def run(self, reference: Path) -> BenchResult:
         config, fleet = self.job.config, self.experiment.fleet
-        num_prompts = config.workload.num_prompts
         fleet.prompts(config.workload, as_text=self.job.save_outputs is not None)
-        plan = self.job.request.complete(fleet.shape, fleet.devices, num_prompts, config.device_names)
+        plan = self.job.request.complete(fleet.shape, fleet.devices, config.workload.num_prompts, config.device_names)
         effective = fleet.resolve(plan, config.workload)
         if isinstance(effective, Failure):
             return BenchResult(plan=plan, outcome=effective)

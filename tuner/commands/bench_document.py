@@ -116,13 +116,12 @@ def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
     rows = []
     for index, device in enumerate(plan.devices):
         replica, own = divmod(index, len(plan.stages))
-        stage = plan.stages[own]
         memory = outcome.memory[index] if index < len(outcome.memory) else None
         rows.append(
             (
                 f"{replica}.{own}" if plan.replicas > 1 else str(own),
                 device,
-                stage.range_text,
+                plan.stages[own].range_text,
                 f"{stages['stage_busy_ms'][index] / 1e3:.2f} s" if stages else w.MISSING,
                 f"{stages['comm_ms'][index] / 1e3:.2f} s" if stages else w.MISSING,
                 f"{host_us[index]:.0f} µs" if host_us else w.MISSING,

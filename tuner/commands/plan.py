@@ -42,14 +42,13 @@ from pipetune.tuner.study.plan_file import PlanFile, render
 
 _MOST_TRACED, _MOST_RATED = 2000, 10
 """Requests of a trace that are simulated, and plans whose highest rate is looked for."""
-SourceKind = Literal["profile", "described", "nominal"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What predictions are made from."""
 
-    kind: SourceKind
+    kind: Literal["profile", "described", "nominal"]
     text: str
     """For people: which profile, of when and where; which file; or that rates are nominal."""
     remedy: str | None = None
@@ -188,7 +187,6 @@ class Planned:
         costs, self.source = _costs(config, known, described, profile_file)
         earlier = [lessons_of(one, config, known.model, known.machine, known.shape) for one in config.warm_start]
         said = zip(config.warm_start, earlier, strict=True)
-        told = [f"{folder}: {text or 'it measured nothing'}" for folder, (_, _, text) in said]
         if seen := [one for _, lessons, _ in earlier for one in lessons]:
             self.source = replace(self.source, text=f"{self.source.text}, corrected by {len(seen)} earlier runs")
         reporter.begin("predicting")
@@ -205,7 +203,7 @@ class Planned:
         self.objective, self.notes = config.objectives[0], _notes(config, planned)
         if workload.arrivals is not None:
             planned, self.objective, self.notes = _under_load(config, known, planned, model, reporter, top)
-        self.notes += told
+        self.notes += [f"{folder}: {text or 'it measured nothing'}" for folder, (_, _, text) in said]
         if all(one.broken for one in planned):
             self.notes.append("no plan is predicted to keep all constraints; those come first that break them least")
         self.plans = rank(planned, self.objective)[:top]

@@ -46,7 +46,7 @@ from pipetune.tuner.study.store import StudyStore
 
 _TELLING = 2.0
 """An interval that is wider than this factor either way says little; chosen."""
-TUNE, GATE, ROLLOUT = "tune", "gate", "rollout"
+TUNE, GATE = "tune", "gate"
 PROMOTED_FILE = "promoted_plan.json"
 
 

@@ -126,9 +126,8 @@ def _rival(ranked: Sequence[Row]) -> Row | None:
     """The best pipeline of several stages where replicas are best, the best replicas where a pipeline is."""
     if not ranked or not ranked[0].feasible:
         return None
-    replicated = ranked[0].plan.replicas > 1
     others = (row for row in ranked if row.feasible and len(row.plan.devices) > 1)
-    return next((row for row in others if (row.plan.replicas > 1) != replicated), None)
+    return next((row for row in others if (row.plan.replicas > 1) != (ranked[0].plan.replicas > 1)), None)
 
 
 def _row(

@@ -39,11 +39,10 @@ def best_plan_parts(report: Report, timeline: doc.Figures) -> tuple[doc.Part, ..
         "peak without what the process took before any model was loaded. The peak is real, the parts are counted.",
         "faint",
     )
-    gains: tuple[doc.Part, ...] = (*_gains(report, row), doc.Text(_gains_text(report, row)), doc.Text(rival))
     return (
         _hero(report, row),
         _cards(report, row),
-        doc.Section("What gained what", gains),
+        doc.Section("What gained what", (*_gains(report, row), doc.Text(_gains_text(report, row)), doc.Text(rival))),
         doc.Section(
             "Where the time goes",
             (*_bubble(row), _stage_table(row, measurement), *launch_gaps(row.plan), timeline, before),

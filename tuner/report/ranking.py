@@ -102,11 +102,10 @@ def _table(report: Report, caption: str, plans: Sequence[Row], base: BaselineRow
 def _on_screen(table: doc.Table) -> doc.Table:
     """The first plans, and what they are compared with."""
     plans = [row for row in table.rows if row.style != "other"]
-    others = [row for row in table.rows if row.style == "other"]
     if len(plans) > _MOST_ROWS:
         more = ("", f"… {len(plans) - _MOST_ROWS + 1} more in ranking.md", *[""] * (len(table.columns) - 2))
         plans = [*plans[: _MOST_ROWS - 1], doc.TableRow(more, "faint")]
-    return replace(table, rows=(*plans, *others))
+    return replace(table, rows=(*plans, *(row for row in table.rows if row.style == "other")))
 
 
 def failures_of(report: Report) -> tuple[doc.Section, ...]:

@@ -196,11 +196,8 @@ def _arrivals_text(arrivals: Arrivals | None) -> str:
     if arrivals.trace is not None:
         scale = f" at {1 / arrivals.time_scale:.3g} times its rate" if arrivals.time_scale != 1 else ""
         return f", as in {clean(arrivals.trace)}{scale}"
-    rate = (
-        f"{arrivals.request_rate:.3g}"
-        if arrivals.request_rate is not None
-        else (f"{arrivals.ramp_up_start_rps:.3g} to {arrivals.ramp_up_end_rps:.3g}")
-    )
+    ramp = (arrivals.ramp_up_start_rps, arrivals.ramp_up_end_rps)
+    rate = " to ".join(f"{rate:.3g}" for rate in ((arrivals.request_rate,) if arrivals.request_rate else ramp))
     return f", {rate} requests/s" + f" of burstiness {arrivals.burstiness:g}" * (arrivals.burstiness != 1)
 
 

@@ -50,20 +50,14 @@ class PredictedMetrics:
 
     def of(self, place: int) -> tuple[dict[str, float], dict[str, float]]:
         """Metrics of one plan, and their relative deviations."""
-        return (
-            {name: float(values[place]) for name, values in self.mean.items()},
-            {name: float(values[place]) for name, values in self.relative_sd.items()},
-        )
+        means, sds = ({name: float(own[place]) for name, own in of.items()} for of in (self.mean, self.relative_sd))
+        return means, sds
 
     def joined(self, other: "PredictedMetrics") -> "PredictedMetrics":
         """The metrics of these plans and then of others."""
-        return PredictedMetrics(
-            mean={name: np.concatenate([values, other.mean[name]]) for name, values in self.mean.items()},
-            relative_sd={
-                name: np.concatenate([values, other.relative_sd[name]]) for name, values in self.relative_sd.items()
-            },
-            predictions=self.predictions + other.predictions,
-        )
+        pairs = (self.mean, other.mean), (self.relative_sd, other.relative_sd)
+        means, sds = ({name: np.concatenate([own, more[name]]) for name, own in of.items()} for of, more in pairs)
+        return PredictedMetrics(mean=means, relative_sd=sds, predictions=self.predictions + other.predictions)
 
 
 class Predictor:
@@ -113,11 +107,10 @@ class Predictor:
         features = self._features(plans, predictions)
         means, sds = {}, {}
         for metric in self.metrics:
-            modelled = _logs(predictions, metric)
             error, sd = np.zeros(len(plans)), np.full(len(plans), PRIOR_SD)
             if metric in self._processes:
                 error, sd = self._processes[metric].predict(features)
-            means[metric], sds[metric] = _back(modelled + error, sd, metric)
+            means[metric], sds[metric] = _back(_logs(predictions, metric) + error, sd, metric)
         return PredictedMetrics(mean=means, relative_sd=sds, predictions=predictions)
 
     def _predictions(

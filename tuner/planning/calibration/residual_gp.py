@@ -73,10 +73,9 @@ class Features:
             places[row, widest - 1 :] = [
                 math.log2(size) / length for size, length in zip(sizes, LENGTHS.values(), strict=True)
             ]
+        layouts = [4096 * (plan.replicas + 4096 * plan.width) + len(plan.stages) for plan, _ in plans]
         return cls(
-            layouts=np.array(
-                [4096 * (plan.replicas + 4096 * plan.width) + len(plan.stages) for plan, _ in plans], dtype=np.intp
-            ),
+            layouts=np.array(layouts, dtype=np.intp),
             orders=np.array([_number(plan.devices) for plan, _ in plans], dtype=np.intp),
             switches=np.array([_number(plan.switches) if plan.switches else 0 for plan, _ in plans], dtype=np.intp),
             places=places,

@@ -52,7 +52,6 @@ class Contention:
 
 def _others(total_s: Floats, *, tasks: int, slots: int | None, replicas: int) -> Floats:
     """`[stage, plan]`: how many others compute while a stage does that takes `total_s`; slots are those of decode."""
-    num_stages = len(total_s)
     slowest, together = total_s.max(axis=0), total_s.sum(axis=0)
     if slots is None:
         took, further = slowest + (together - slowest) / tasks, tasks - 1
@@ -61,4 +60,4 @@ def _others(total_s: Floats, *, tasks: int, slots: int | None, replicas: int) ->
     share = total_s / np.maximum(took, 1e-12)
     mates = np.minimum(share.sum(axis=0) - share, further)
     others: Floats = mates + (replicas - 1) * share.sum(axis=0)
-    return np.minimum(others, num_stages * replicas - 1)
+    return np.minimum(others, len(total_s) * replicas - 1)

@@ -179,11 +179,10 @@ class CostModel:
         # A replica without prompts has idle stages.
         for replica in range(min(plans[0].replicas, self.num_prompts)):
             part = slice(replica * width, (replica + 1) * width)
-            own = [names[part] for names in devices]
             # The last stage's is of no link.
             sharers = np.array([self._sharers(names, width)[part][:-1] for names in devices]).T
             sequence = self._sequence(plans[0], in_flight, replica)
-            runs.append(self._run(sequence, own, bounds, sharers, plans[0].replicas))
+            runs.append(self._run(sequence, [names[part] for names in devices], bounds, sharers, plans[0].replicas))
         return runs
 
     def _run(
@@ -217,13 +216,12 @@ class CostModel:
         # What a message of no bytes takes is latency, which others may share.
         empty_s = {link: self.costs.hop_s(*link, 0) for link in {link for row in links for link in row}}
         latency_s = np.array([[empty_s[link] for link in row] for row in links]).T.reshape(num_stages - 1, num_plans)
-        returns_s = self._hops(sequence, [(row[-1], row[0]) for row in devices], tokens=True)
         gaps, stalls = (np.array([of_device(known, name) for name in names]) for known in (self.gaps_s, self.stalls_s))
         timeline = simulate_plans(
             sequence,
             busy_s,
             hops_s,
-            returns_s,
+            self._hops(sequence, [(row[-1], row[0]) for row in devices], tokens=True),
             # A stage alone hands nothing on.
             gap_s=gaps[device.T] if num_stages > 1 else 0.0,
             stall_s=stalls[device.T[1:]],

@@ -117,10 +117,9 @@ def _tokens_per_joule(runs: Sequence[Measurement]) -> float | None:
 
 
 def _shared(figures: Mapping[str, Mapping[str, PlanResult]]) -> tuple[SharedPlan, ...]:
-    keys = list(dict.fromkeys(key for rows in figures.values() for key in rows))
     base = next(iter(figures))
     found = []
-    for key in keys:
+    for key in dict.fromkeys(key for rows in figures.values() for key in rows):
         own = {name: rows[key] for name, rows in figures.items() if key in rows}
         if len(own) < 2:
             continue
@@ -160,7 +159,6 @@ def _work(one: Contestant, other: Contestant) -> tuple[str, ...]:
 def _change(first: Contestant, other: Contestant, plans: Sequence[SharedPlan]) -> Change:
     work = _work(first, other)
     shared = next((plan for plan in plans if plan.key == first.best_key), None)
-    same_plan = shared.ratios.get(other.name) if shared is not None and first.name in shared.figures else None
     own_best = moved = None
     if first.best is not None and other.best is not None and not work:
         own_best = _ratio(other.best, first.best)
@@ -176,7 +174,7 @@ def _change(first: Contestant, other: Contestant, plans: Sequence[SharedPlan]) -
         protocol=tuple(protocol),
         software=tuple(software),
         work=work,
-        same_plan=same_plan,
+        same_plan=shared.ratios.get(other.name) if shared is not None and first.name in shared.figures else None,
         own_best=own_best,
         moved=moved,
         text="",

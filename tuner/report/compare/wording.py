@@ -211,7 +211,6 @@ def comparison_figures(comparison: StudyComparison) -> dict[str, doc.Figure]:
 def _best_chart(comparison: StudyComparison) -> Chart:
     """Tokens per second of each study's best plan."""
     shown = [(one.name, one.best) for one in comparison.contestants if one.best is not None]
-    rows = range(len(shown))
     bars = [
         Bars(spans=((row + 0.14, 0.0, best.throughput, ""),), colour=SERIES[row % len(SERIES)], height=0.36)
         for row, (_, best) in enumerate(shown)
@@ -219,7 +218,7 @@ def _best_chart(comparison: StudyComparison) -> Chart:
     # Above its bar, where a long plan has room whatever the bar's length and colour.
     words = Words(
         xs=(0.0,) * len(shown),
-        ys=tuple(row - 0.1 for row in rows),
+        ys=tuple(row - 0.1 for row in range(len(shown))),
         texts=tuple(f"{best.throughput:.1f} · {best.plan.describe()}" for _, best in shown),
     )
     return Chart(

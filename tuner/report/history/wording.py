@@ -63,14 +63,13 @@ def page_of(history: History) -> doc.Document:
 def _section(question: Question, figures: Mapping[str, doc.Figure]) -> doc.Section:
     events = _events_of(question)
     changes = doc.Bullets(events) if events else doc.Text("No level has changed.")
-    drawn = doc.Figures(tuple(figures.values()))
     nights, trust = doc.Text(_nights_text(question)), doc.Text(_trust_text(question))
     lines = [
         (one.subject, one.metric, str(len(one.values)), *_levels(one), str(len(one.changes))) for one in question.series
     ]
     titles = map(doc.Column, ("nights", "first level", "last level", "changes"))
     table = doc.Table(columns=(doc.left("subject"), doc.left("metric"), *titles), rows=doc.rows_of(lines))
-    return doc.Section(question.title, (nights, changes, trust, table, drawn))
+    return doc.Section(question.title, (nights, changes, trust, table, doc.Figures(tuple(figures.values()))))
 
 
 def sparkline(series: Series) -> str:

@@ -313,11 +313,8 @@ class Forecaster:
         """Memory by the accounting, times what the measured plans needed of it."""
         mean = dict(metrics.mean)
         for name in self._accounted:
-            ratios = []
-            for place, known in enumerate(runs):
-                value = known.value(name)
-                if value and mean[name][place] > 0:
-                    ratios.append(value / mean[name][place])
+            pairs = zip((known.value(name) for known in runs), mean[name], strict=True)
+            ratios = [value / accounted for value, accounted in pairs if value and accounted > 0]
             mean[name] = mean[name] * (float(np.median(ratios)) if ratios else 1.0)
         return replace(metrics, mean=mean)
 

@@ -194,9 +194,8 @@ def kinds_of(plan: Plan, num_devices: int) -> tuple[tuple[str, int], ...]:
     """What the cost model knows least of: replicas, prompts in chunks, compiled layers, lanes; or a single device of
     many."""
     if plan.engine is not None:
-        budget = plan.engine.max_num_batched_tokens is not None
         layout = ("replicas", plan.replicas), ("stages", len(plan.stages)), ("shards", plan.width)
-        return (*layout, ("budget", int(budget)))
+        return (*layout, ("budget", int(plan.engine.max_num_batched_tokens is not None)))
     if len(plan.devices) == 1 < num_devices:
         return (("devices", 1),)
     return (
