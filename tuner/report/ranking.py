@@ -237,10 +237,9 @@ def verdict_of(report: Report) -> list[doc.Text]:
     over = f", {w.ratio_text(gain)} over {report.baseline_name} ({w.ratio_evidence(gain)})" if gain else ""
     tied = [f"#{row.rank} ({w.layers_text(row.plan)})" for row in ranking.rows if row.tied and row is not best]
     ties = f"; tied with {w.list_text(tied)}" if tied else ""
-    because, rival, note = ranking.recommended_because, w.rival_text(ranking), w.export_note(best.plan, DEVICE_MAP_FILE)
-    warnings = w.warnings_of(best)
-    default, separation = w.engine_default_text(ranking), ranking.separation.text
-    told = (default, w.sentence(separation), w.sentence(because), rival, w.sentence(note))
+    warnings, note = w.warnings_of(best), w.export_note(best.plan, DEVICE_MAP_FILE)
+    separation, because = w.sentence(ranking.separation.text), w.sentence(ranking.recommended_because)
+    told = (w.engine_default_text(ranking), separation, because, w.rival_text(ranking), w.sentence(note))
     return [
         doc.Text(f"Best plan: {w.row_text(best)}: {value}{over}{ties}", "warning" if warnings else "good"),
         *(doc.Text(warning, "warning") for warning in warnings),

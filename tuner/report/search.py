@@ -78,9 +78,7 @@ def trials_of(report: Report) -> tuple[Trial, ...]:
     entries = {entry.trial_number: entry for entry in report.log.entries} if report.log else {}
     metric, best = report.objective.metric, None
     trials = []
-    for record in sorted(report.records, key=lambda record: record.number):
-        if record.role != "trial":
-            continue
+    for record in sorted((one for one in report.records if one.role == "trial"), key=lambda one: one.number):
         number = record.trial_number if record.trial_number is not None else record.number
         values = derive(record.result) if isinstance(record.result, Measurement) else {}
         value = values.get(metric)

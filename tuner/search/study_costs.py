@@ -90,12 +90,11 @@ def _grid(space: SearchSpace, workload: Workload, lens: Sequence[int]) -> Profil
 
 def _measured(runs: Runs, grid: ProfileGrid) -> Profile | None:
     """The profile; None, and said so, where the workers failed at it."""
-    config = runs.store.config.space
+    space = runs.store.config.space
     runs.reporter.begin("profile: what layers and links take")
     try:
         with runs.stop.interruptible():
-            wanted = {"packed_weights": config.packed_weights, "cuda_graphs": config.cuda_graphs}
-            profile = profile_for(runs.fleet, grid, **wanted)
+            profile = profile_for(runs.fleet, grid, packed_weights=space.packed_weights, cuda_graphs=space.cuda_graphs)
     except FleetError as error:
         runs.reporter.end(f"failed, nominal costs serve instead: {error}")
         return None

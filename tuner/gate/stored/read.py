@@ -131,16 +131,12 @@ def other_plans(stored: Sequence[Stored]) -> str:
     plans = [(one, one.plan) for one in stored if one.plan is not None]
     for one, plan in plans[1:]:
         first, its_plan = plans[0]
-        of_study = first.of_study or one.of_study
-        if plan != its_plan and not (of_study and _uncapped(plan) == _uncapped(its_plan)):
+        uncapped, its_uncapped = (EffectivePlan(plan=each, in_flight=1).key for each in (plan, its_plan))
+        if plan != its_plan and not ((first.of_study or one.of_study) and uncapped == its_uncapped):
             texts = [its_plan.describe(), plan.describe()]
             what = " → ".join(texts) if texts[0] != texts[1] else "; ".join(differences(its_plan, plan))
             return f"{first.place} and {one.place}: {what}"
     return ""
-
-
-def _uncapped(plan: Plan) -> str:
-    return EffectivePlan(plan=plan, in_flight=1).key
 
 
 def _called(model: ModelSpec) -> str:

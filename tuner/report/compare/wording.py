@@ -141,9 +141,7 @@ def entries_of(comparison: StudyComparison) -> Iterator[dict[str, CsvCell]]:
         if one.best is not None and one.best_key is not None:
             shared.setdefault(one.best_key, (one.best.plan.describe(), {one.name: one.best}, {}))
     for key, (text, figures, ratios) in shared.items():
-        for one in comparison.contestants:
-            if one.name not in figures:
-                continue
+        for one in (each for each in comparison.contestants if each.name in figures):
             own, ratio = figures[one.name], ratios.get(one.name)
             yield {
                 "plan": text,

@@ -184,9 +184,7 @@ class History:
             self.broke.update(traits(plan))
         elif effective is not None:
             needed = self._resolve.needed_bytes(effective)
-            device = failure.device
-            if device not in needed:
-                device = max(needed, key=lambda name: needed[name])
+            device = failure.device if failure.device in needed else max(needed, key=lambda name: needed[name])
             self.out_of_memory[device] = min(needed[device], self.out_of_memory.get(device, needed[device]))
 
 

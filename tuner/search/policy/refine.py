@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetune.bench.spec import EffectivePlan
-from pipetune.tuner.planning.partition.splits import Partition, Table, best_partitions, count_partitions
+from pipetune.tuner.planning.partition.splits import Partition, best_partitions, count_partitions
 from pipetune.tuner.planning.partition.stage_table import stage_seconds
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.search.space.resolver import Resolver
@@ -62,10 +62,7 @@ class Refiner:
         plan = candidate.effective.plan
         stages = len(plan.stages)
         kinds = model.kinds(plan, candidate.effective.in_flight)
-        known: dict[str, Table] = {}
-        for device in plan.devices:
-            if device not in known:
-                known[device] = stage_seconds(model.costs, device, kinds)
+        known = {device: stage_seconds(model.costs, device, kinds) for device in dict.fromkeys(plan.devices)}
         # All replicas are cut alike: a stage is as slow as the slowest of the devices that hold it.
         columns = [[known[device] for device in plan.devices[index::stages]] for index in range(stages)]
         table = np.array([np.max(tables, axis=0) for tables in columns])

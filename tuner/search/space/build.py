@@ -44,9 +44,8 @@ def build_space(
             )
     _check_recurrent(config, shape)
     sizes = _micro_batch_sizes(config, cost.num_prompts, len(devices), under_arrivals=cost.arrivals is not None)
-    prefill_sizes = _clipped(config.prefill_micro_batch_sizes or sizes, max(sizes))
-    if shape.recurrent:
-        prefill_sizes = (max(sizes),)
+    together = config.prefill_micro_batch_sizes or sizes
+    prefill_sizes = (max(sizes),) if shape.recurrent else _clipped(together, max(sizes))
     fractions = tuple(sorted(set(config.memory_fractions)))
     if not (widths := tuple(_widths(config, len(devices), cuts + 1, cost.num_prompts))):
         raise ConfigError(
