@@ -32,8 +32,7 @@ def export(
     from pipetune.tuner.study.files import load_study, study_at, write_new
     from pipetune.tuner.study.plan_file import FORMATS, MAPS, render
 
-    known = next((name for name in FORMATS if name == form), None)
-    if known is None:
+    if (known := next((name for name in FORMATS if name == form), None)) is None:
         raise ConfigError(f"--format: {form!r} is none of {', '.join(FORMATS)}")
     contents = load_study(study_at(study))
     report = Report.of(contents)

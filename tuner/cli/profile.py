@@ -45,8 +45,7 @@ def profile(
         if text is None:
             continue
         parts = [part.strip() for part in text.split(",")]
-        wrong = next((part for part in parts if not part.isdecimal() or int(part) < 1), None)
-        if wrong is not None:
+        if (wrong := next((part for part in parts if not part.isdecimal() or int(part) < 1), None)) is not None:
             raise ConfigError(f"--{name}: {wrong!r} is no number above 0; write them as 1,4,16")
         grid[name] = tuple(sorted({int(part) for part in parts}))
     switches = {"packed_weights": space.packed_weights, "cuda_graphs": space.cuda_graphs}

@@ -140,8 +140,7 @@ class _Work:
         config, fleet = self.job.config, self.experiment.fleet
         fleet.prompts(config.workload, as_text=self.job.save_outputs is not None)
         plan = self.job.request.complete(fleet.shape, fleet.devices, config.workload.num_prompts, config.device_names)
-        effective = fleet.resolve(plan, config.workload)
-        if isinstance(effective, Failure):
+        if isinstance(effective := fleet.resolve(plan, config.workload), Failure):
             return BenchResult(plan=plan, outcome=effective)
         if config.protocol.check_outputs:
             self.reporter.begin("reference: what the unsplit model says")
@@ -204,8 +203,7 @@ class _Work:
         once = finals.side_by_side(config.protocol)
         sizes = baseline_batch_sizes(config.baseline_batch_sizes, config.workload.num_prompts)
         self.most_records = 1 + len(sizes) + 3 * rounds
-        batch_size = self._best_batch_size(sizes, once)
-        if isinstance(batch_size, Failure):
+        if isinstance(batch_size := self._best_batch_size(sizes, once), Failure):
             found.outcome = batch_size
             return
         plan = effective.plan

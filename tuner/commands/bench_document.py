@@ -193,8 +193,7 @@ def _busy_text(stage_busy_ms: Sequence[float]) -> str:
 
 
 def _check_text(outcome: Measurement) -> str:
-    check = outcome.check
-    if check is None:
+    if (check := outcome.check) is None:
         return "output: not checked"
     tokens = {True: ", tokens equal", False: ", free-running tokens differ at near ties", None: ""}[check.tokens_equal]
     compared = w.compared_text(check, scored=outcome.output_len == 0)

@@ -83,8 +83,7 @@ def why_nothing(ranking: Ranking) -> str | None:
         )
     if ranking.unranked:
         return f"no plan can be ranked: {ranking.unranked[0].unranked_because}"
-    trials = [row.failure for row in ranking.failures if row.role in ("trial", "single_stage")]
-    if not trials:
+    if not (trials := [row.failure for row in ranking.failures if row.role in ("trial", "single_stage")]):
         return "no plan was run"
     kind, count = Counter(failure.kind for failure in trials).most_common(1)[0]
     example = next(failure for failure in trials if failure.kind == kind)

@@ -130,8 +130,7 @@ def _look_at_host(found: DoctorResult) -> None:
     nodes = [f"{path.parent.name} has cores {path.read_text().strip()}" for path in lists]
     if len(nodes) > 1:
         found.add("NUMA", "; ".join(nodes))
-    governors = {path.read_text().strip() for path in system.glob("cpu/cpu*/cpufreq/scaling_governor")}
-    if governors:
+    if governors := {path.read_text().strip() for path in system.glob("cpu/cpu*/cpufreq/scaling_governor")}:
         steady = governors <= {"performance"}
         slow = ": clocks follow the load, and times with them; `cpupower frequency-set -g performance`"
         found.add("governor", ", ".join(sorted(governors)) + ("" if steady else slow), "ok" if steady else "warning")

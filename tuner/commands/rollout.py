@@ -266,8 +266,7 @@ class Chain:
             raise ConfigError(
                 f"objectives: {self.objective} is not predicted; roll out by one that `pipetune plan` shows"
             )
-        kept = [one for one in planned.plans if not one.broken]
-        if not kept:
+        if not (kept := [one for one in planned.plans if not one.broken]):
             broken = ", ".join(map(str, planned.plans[0].broken))
             raise NothingFeasibleError(f"fleet {','.join(devices)}: every plan is predicted to break {broken}")
         found = Prediction(

@@ -29,8 +29,7 @@ def document_of(rollout: Rollout, *, title: str = "") -> doc.Document:
     columns = (doc.left("fleet", "narrow"), doc.left("plan", "prose"), *numbers)
     chain = doc.Table(columns=columns, rows=doc.rows_of(_rows(rollout)), legend=_LEGEND, gap=1)
     parts: list[doc.Part] = [verdict, doc.GAP, chain, doc.GAP, doc.Facts(tuple(facts))]
-    failed = [one for fleet in rollout.fleets for one in fleet.tried if one.failure]
-    if failed:
+    if failed := [one for fleet in rollout.fleets for one in fleet.tried if one.failure]:
         told = (w.clean(f"{one.predicted.effective.plan.describe()}: {one.failure}") for one in failed)
         parts += [doc.GAP, doc.Bullets(tuple(told))]
     if rollout.gate is not None:

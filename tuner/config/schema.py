@@ -45,8 +45,7 @@ class Constraint(Value):
     def _parse(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        match = _CONSTRAINT.fullmatch(value)
-        if not match:
+        if not (match := _CONSTRAINT.fullmatch(value)):
             raise ValueError(f"{value!r} is no constraint; write metric<=number, as in p90_ttft_ms<=500")
         return {"metric": match[1], "operator": match[2], "limit": match[3]}
 

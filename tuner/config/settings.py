@@ -85,8 +85,7 @@ def leaves_of(values: Mapping[str, Any], above: KeyPath = ()) -> dict[KeyPath, A
 
 def _walk(schema: type[BaseModel], above: KeyPath) -> Iterator[Setting]:
     for key, field in schema.model_fields.items():
-        section = section_of(schema, key)
-        if section is not None:
+        if (section := section_of(schema, key)) is not None:
             yield from _walk(section, (*above, key))
         for flag in field.metadata:
             if isinstance(flag, Flag):

@@ -379,12 +379,10 @@ def _walk(
 
 
 def _nearest(key: str, model: type[BaseModel]) -> str:
-    close = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
-    if close:
+    if close := difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5):
         return f"did you mean {close[0]}?"
     for section in model.model_fields:
-        inner = section_of(model, section)
-        if inner is not None and key in inner.model_fields:
+        if (inner := section_of(model, section)) is not None and key in inner.model_fields:
             return f"did you mean {section}.{key}?"
     return f"there are {', '.join(model.model_fields)}"
 

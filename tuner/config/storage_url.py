@@ -58,8 +58,7 @@ def is_postgresql(url: str) -> bool:
 
 def check_sharing(config: TuneConfig) -> None:
     """Refuses to share a study without a database, or in one for a single process: by a ConfigError with the remedy."""
-    name = config.shared_study
-    if name is None:
+    if (name := config.shared_study) is None:
         return
     if not STUDY_NAME.fullmatch(name):
         raise ConfigError(f"shared_study: {name!r} {NO_NAME}")

@@ -150,8 +150,7 @@ def _break_of(metric: str, pairs: Sequence[v.Pair]) -> tuple[int, Fault | None]:
             run = pair.side(name)
             recorded = run.recorded_hardware_id
             first = first_of.setdefault(name, recorded) if recorded is not None else None
-            fault = fault_of(metric, name, run) or _moved(run, hardware, first)
-            if fault is not None:
+            if (fault := fault_of(metric, name, run) or _moved(run, hardware, first)) is not None:
                 where = "rehearsal" if pair.number == v.REHEARSAL else f"pair {pair.number + 1}"
                 return count, (fault[0], f"{where}, {name}: {fault[1]}")
     return len(pairs), None

@@ -233,8 +233,7 @@ def _remedy(shape: ModelShape, wanted: Wanted, cuts: tuple[int, ...], fit: Fit) 
         helps.append(f"--dtype bfloat16 {verb}")
     # The largest device is what one would get more of.
     largest = max(wanted.device_bytes.values())
-    count = _fewest_devices(shape, wanted, cuts, largest)
-    if count is None:
+    if (count := _fewest_devices(shape, wanted, cuts, largest)) is None:
         helps.append("it needs larger devices: not even a layer on each of them would fit")
     else:
         helps.append(f"{count} devices of {largest / 2**30:.1f} GiB would hold it")

@@ -120,8 +120,7 @@ class Fit:
     def gap(self, plan: str, other: str, pool: "Fit | None" = None) -> Gap | None:
         """How far one plan is behind another by the noise of `pool`, a fit of fewer plans, or of this one; None without
         a common round."""
-        common = self.figures.get(plan, {}).keys() & self.figures.get(other, {}).keys()
-        if not common:
+        if not (common := self.figures.get(plan, {}).keys() & self.figures.get(other, {}).keys()):
             return None
         noise, places = pool or self, [*self.levels]
         contrast = self._inverse[places.index(plan)] - self._inverse[places.index(other)]

@@ -79,8 +79,7 @@ def _knee(ranked: Sequence[Row], objectives: Sequence[Objective]) -> tuple[Row |
     best = pareto_front([row for row in ranked if row.in_finals] or ranked, objectives)
     pool = [row for row in ranked if row.key in best]
     points = [*pool, *(row for row in ranked if row.on_front and row.key not in best)]
-    found = bulges([costs_of(row, objectives) for row in points])
-    if found is None:
+    if (found := bulges([costs_of(row, objectives) for row in points])) is None:
         return None, None
     chosen = pool[max(range(len(pool)), key=lambda index: found[index])]
     ends = "line" if len(objectives) == 2 else "plane"

@@ -202,8 +202,7 @@ def why_broken(constraint: Constraint, values: Mapping[str, float]) -> str | Non
 
 def _why_unranked(measurement: Measurement, plan: Plan) -> str | None:
     """Why a measurement is no basis for a claim of speed."""
-    check = measurement.check
-    if check is not None and _is_wrong(check):
+    if (check := measurement.check) is not None and _is_wrong(check):
         return (
             f"wrong output: logits differ by {check.max_logit_error:.3g} (tolerance {check.tolerance:.3g}), "
             f"{check.argmax_flips} argmax flips"

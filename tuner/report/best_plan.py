@@ -27,8 +27,7 @@ _STAGE_COLUMNS = (
 
 def best_plan_parts(report: Report, timeline: doc.Figures) -> tuple[doc.Part, ...]:
     """The best plan, or the plan shown for lack of one; the headline alone where nothing was measured."""
-    row = report.shown
-    if row is None:
+    if (row := report.shown) is None:
         return (doc.Section("", _headline(report), is_hero=True),)
     measurement = report.typical(row)
     rival = (w.rival_text(report.ranking) if row.rank == 1 else None) or ""
@@ -54,12 +53,10 @@ def best_plan_parts(report: Report, timeline: doc.Figures) -> tuple[doc.Part, ..
 
 def _headline(report: Report) -> tuple[doc.Text, doc.Text]:
     """The one number, and the line below it."""
-    best = report.ranking.best
-    if best is None:
+    if (best := report.ranking.best) is None:
         return doc.Text("No best plan", "warning"), doc.Text(verdict_of(report)[0].text, "faint")
     style: doc.Style = "warning" if w.warnings_of(best) else "good"
-    gain = best.speedup_over_baseline
-    if gain is None:
+    if (gain := best.speedup_over_baseline) is None:
         number = w.metric_text(report.objective.metric, best.value)
         return doc.Text(number, style), doc.Text("No baseline was measured beside it, so there is no gain", "faint")
     metric = "" if report.objective.metric == report.throughput_metric else f" in {report.objective.metric}"

@@ -36,8 +36,7 @@ def write_report(report: Report, sections: Sequence[Section] = ()) -> None:
             (folder / PLOTS_FOLDER / f"{name}.png").unlink(missing_ok=True)
         else:
             write_durably(folder / PLOTS_FOLDER / f"{name}.png", render_png(figure.chart))
-    trace = render_trace(report)
-    if trace is None:
+    if (trace := render_trace(report)) is None:
         (folder / TRACE_FILE).unlink(missing_ok=True)
     else:
         write_durably(folder / TRACE_FILE, trace)

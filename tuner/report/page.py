@@ -89,8 +89,7 @@ def _baseline(report: Report) -> tuple[doc.Part, ...]:
 
 
 def _machine(report: Report) -> doc.Facts | doc.Text:
-    machine = report.machine
-    if machine is None:
+    if (machine := report.machine) is None:
         return doc.Text("The study holds no description of its machine.")
     hardware, software = machine.hardware, machine.software
     gpus = (f"{gpu.name}, {w.bytes_text(gpu.memory_bytes)}, {gpu.uuid}" for gpu in hardware.gpus)
@@ -135,8 +134,7 @@ def _notes(report: Report, *, measured: bool) -> doc.Bullets | doc.Text:
 
 def _uses(report: Report) -> list[doc.Section]:
     """What can be done with the best plan, with lines to copy; empty without one."""
-    best = report.ranking.best
-    if best is None:
+    if (best := report.ranking.best) is None:
         return []
     folder = w.clean(str(report.folder))
     note = f" ({text})" if (text := w.export_note(best.plan)) else ""

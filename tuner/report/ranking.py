@@ -249,8 +249,7 @@ def verdict_of(report: Report) -> list[doc.Text]:
 
 def next_steps(report: Report) -> dict[str, str]:
     """What to do with the best plan, and the command for it; empty without one."""
-    best = report.ranking.best
-    if best is None:
+    if (best := report.ranking.best) is None:
         return {}
     folder = w.clean(str(report.folder))
     model = shlex.quote(w.clean(report.config.model.name))

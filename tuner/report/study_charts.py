@@ -41,8 +41,7 @@ def plans_chart(report: Report, metric: str, x_label: str, scale: float) -> Char
     and then tokens per second of the two do not compare."""
     ranking, base = report.ranking, report.ranking.baseline
     references = (row for row in ranking.unranked if row.is_reference)
-    rows = [row for row in (*ranking.rows, *references) if metric in row.metrics]
-    if not rows:
+    if not (rows := [row for row in (*ranking.rows, *references) if metric in row.metrics]):
         return None
     gains = [row.speedup_over_baseline for row in rows if row.speedup_over_baseline]
     relative = report.objective.metric == report.throughput_metric and len(gains) == len(rows)

@@ -194,8 +194,7 @@ def naming_losses(url: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
-        path = sqlite_path(url)
-        if path is not None:
+        if (path := sqlite_path(url)) is not None:
             raise OSError(errno.EIO, reason(error), str(path)) from None
         raise StorageError(
             f"storage {shown(url)} was lost: {reason(error)}. What was measured is kept; once the database is back, "

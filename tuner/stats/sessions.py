@@ -101,8 +101,7 @@ class NewLevel:
 
 def _variance_of_runs(sessions: Sequence[Sequence[float]]) -> float | None:
     """Within sessions, pooled; None where each has but one run."""
-    freedom = sum(len(session) - 1 for session in sessions)
-    if not freedom:
+    if not (freedom := sum(len(session) - 1 for session in sessions)):
         return None
     return sum(statistics.variance(session) * (len(session) - 1) for session in sessions if len(session) > 1) / freedom
 

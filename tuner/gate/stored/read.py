@@ -52,8 +52,7 @@ def read_stored(places: Sequence[Path], case: Case, *, other_dtype: bool = False
                     f"--stored {place}: no plan of this study, the first, has a rank, so that none is named whose "
                     "sessions the others hold; leave it out, or give another one first"
                 )
-        other = other_work([one], case.candidate.model, case.workload, other_dtype=other_dtype)
-        if other:
+        if other := other_work([one], case.candidate.model, case.workload, other_dtype=other_dtype):
             raise ConfigError(
                 f"--stored {place}: other work was measured there than is asked for now ({other}); give the same by "
                 "flags, or by a --config; another dtype is compared by --candidate-dtype"

@@ -31,8 +31,7 @@ def judge_case(
     alpha = FALSE_ALARM / (hypotheses or len(metrics))
     findings = []
     for metric, tolerance in metrics.items():
-        fault = _stored_fault(metric, stored) or _candidate_fault(metric, stored, new)
-        if fault is not None:
+        if (fault := _stored_fault(metric, stored) or _candidate_fault(metric, stored, new)) is not None:
             findings.append(v.finding_of(case, metric, tolerance, *fault))
             continue
         old_levels, (new_levels,) = _levels(stored, metric), _levels((new,), metric)

@@ -60,8 +60,7 @@ def larger_fleet(
     """
     devices = []
     for name, size in larger.items():
-        alike = [one for one in smaller if device_kind(one) == device_kind(name)]
-        if not alike:
+        if not (alike := [one for one in smaller if device_kind(one) == device_kind(name)]):
             raise ConfigError(
                 f"fleet {','.join(larger)}: {name} is like none of the smaller fleet {','.join(smaller)}; begin with a "
                 "fleet that has a device of each kind"

@@ -299,8 +299,7 @@ def _links(
         for source, target in _pairs(entry, devices, f"{path}: links[{index}].between"):
             links.setdefault((source, target), LinkProfile(source=source, target=target, **rates))
     for source, target in itertools.permutations(devices, 2):
-        link = links.get((source, target)) or _measured(devices[source], devices[target])
-        if link is None:
+        if (link := links.get((source, target)) or _measured(devices[source], devices[target])) is None:
             raise ConfigError(
                 f"{path}: links: nothing says what lies between {source} and {target}; add "
                 f"{{between: [{source}, {target}], gb_per_s: …, latency_us: …}}, or one with between: any"

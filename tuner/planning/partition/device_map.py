@@ -148,8 +148,7 @@ def _expand(devices: Mapping[str, str], shape: ModelShape, place: str) -> tuple[
     others = (*shape.first_modules, *shape.last_modules)
     unknown, doubled = [], []
     for name, device in devices.items():
-        match = _LAYER.fullmatch(name)
-        if match and match["prefix"] == shape.layers_prefix:
+        if (match := _LAYER.fullmatch(name)) and match["prefix"] == shape.layers_prefix:
             first, last = int(match["first"]), int(match["last"] or match["first"])
             if last < first:
                 raise PlanError(f"{place}: {name!r} runs backwards; write {shape.layers_prefix}.{last}-{first}")

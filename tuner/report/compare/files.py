@@ -46,8 +46,7 @@ def write_comparison(comparison: StudyComparison, folder: Path) -> None:
 def _records_file(path: Path) -> Report:
     """Records as a study without a search: what was asked is known from their specs, the machine by its id alone."""
     records = read_records(path)
-    specs = [record.spec for record in records if record.spec is not None]
-    if not specs:
+    if not (specs := [record.spec for record in records if record.spec is not None]):
         raise StudyError(f"{path}: holds no record of a plan")
     first = specs[0]
     asked = {(spec.model.digest(), spec.workload.digest()) for spec in specs}

@@ -168,8 +168,7 @@ def _ratio(ratio: Ratio | None) -> str:
 
 
 def _study(one: Contestant) -> tuple[str, ...]:
-    best = one.best
-    if best is None:
+    if (best := one.best) is None:
         return (one.name, "none has a rank", *[MISSING] * (len(_STUDY_COLUMNS) - 2))
     return (
         one.name,

@@ -25,8 +25,7 @@ def read_history(places: Sequence[Path], metrics: Sequence[str] = ()) -> History
     that still runs, is named in the history and does not end it. Metrics are by default those that most people watch.
     ConfigError: a metric that there is not, or a place that is no folder."""
     known = metric_names(10**6, 2, gpu=True, goodput=True, arrivals=True, rates=True)
-    unknown = [name for name in metrics if name not in known]
-    if unknown:
+    if unknown := [name for name in metrics if name not in known]:
         raise ConfigError(f"--metric {unknown[0]}: there are {', '.join(known)}")
     found = list(_read_all(_studies(places)))
     nights = [night for night, _ in found if night is not None]

@@ -69,8 +69,7 @@ class Refiner:
         cuts = self._resolve.shape.forbidden_cuts
         for partition in best_partitions(table, cuts, tolerance=_TOLERANCE, limit=limit):
             point = self.point(candidate.point, partition)
-            resolved = self._resolve(self._space.plan(point))
-            if isinstance(resolved, EffectivePlan):
+            if isinstance(resolved := self._resolve(self._space.plan(point)), EffectivePlan):
                 yield Candidate(point=point, effective=resolved)
 
     def point(self, point: Point, partition: Partition) -> Point:

@@ -44,8 +44,7 @@ def spent_budget(now: Situation) -> Stop | None:
 
 def unfinished_plan(now: Situation) -> Proposal | None:
     """A plan that was stopped or lost its workers."""
-    known = now.history.due_again()
-    if known is None or known.point is None:
+    if (known := now.history.due_again()) is None or known.point is None:
         return None
     lost = any(map(is_lost, known.records))
     return now.propose(known.point, "again", "it lost its workers" if lost else "it was stopped")

@@ -36,8 +36,7 @@ def collect(url: str, name: str, folder: Path) -> int:
         finally:
             storage.engine.dispose()
     devices = tuple(next((member["devices"] for member in members_of(attributes)), ()))
-    records = list(records_of(trials, devices))
-    if not records:
+    if not (records := list(records_of(trials, devices))):
         raise StudyError(f"storage {shown(url)}: nothing has been measured in {name} yet")
     try:
         key = StudyKey.model_validate(attributes[STUDY_KEY])

@@ -67,8 +67,7 @@ def build_engine_space(
     )
     found: list[tuple[float, tuple[int, int, Partition]]] = []
     refused: list[Failure] = []
-    entries = list(_entries(config, len(devices), cost))
-    if not entries:
+    if not (entries := list(_entries(config, len(devices), cost))):
         raise ConfigError(
             f"space.min_stages={config.space.min_stages}, space.replicas, engine.tensor_parallel_sizes: no such plan "
             f"on {len(devices)} devices for {resolve.shape.num_attention_heads} attention heads and {cost.num_prompts} "

@@ -189,8 +189,7 @@ def candidates(space: SearchSpace, resolve: Resolver, *, limit: int = MAX_CANDID
     for point in _points(space, limit):
         if len(found) >= limit and point.get("memory_index", 0) < len(space.memory_fractions) - 1:
             break
-        resolved = resolve(space.plan(point))
-        if isinstance(resolved, EffectivePlan):
+        if isinstance(resolved := resolve(space.plan(point)), EffectivePlan):
             found.setdefault(resolved.key, Candidate(point=point, effective=resolved))
     return tuple(found.values())
 
