@@ -117,18 +117,11 @@ def _one(result: BenchResult, outcome: Measurement) -> Iterator[Part]:
     for index, device in enumerate(plan.devices):
         replica, own = divmod(index, len(plan.stages))
         memory = outcome.memory[index] if index < len(outcome.memory) else None
-        rows.append(
-            (
-                f"{replica}.{own}" if plan.replicas > 1 else str(own),
-                device,
-                plan.stages[own].range_text,
-                f"{stages['stage_busy_ms'][index] / 1e3:.2f} s" if stages else w.MISSING,
-                f"{stages['comm_ms'][index] / 1e3:.2f} s" if stages else w.MISSING,
-                f"{host_us[index]:.0f} µs" if host_us else w.MISSING,
-                w.bytes_text(memory.peak_bytes if memory else None),
-                _of_cap_text(memory) if memory else w.MISSING,
-            )
-        )
+        name = f"{replica}.{own}" if plan.replicas > 1 else str(own)
+        spent = (f"{stages[of][index] / 1e3:.2f} s" if stages else w.MISSING for of in ("stage_busy_ms", "comm_ms"))
+        host = f"{host_us[index]:.0f} µs" if host_us else w.MISSING
+        taken = w.bytes_text(memory.peak_bytes if memory else None), _of_cap_text(memory) if memory else w.MISSING
+        rows.append((name, device, plan.stages[own].range_text, *spent, host, *taken))
     numbers = map(Column, ("busy", "waits", "host/task", "peak memory", "of its cap"))
     yield Table(columns=(*map(left, ("stage", "device", "layers")), *numbers), rows=rows_of(rows))
     if plan.replicas > 1:
@@ -159,18 +152,10 @@ def _comparison(result: BenchResult, comparison: Comparison) -> Iterator[Part]:
     rows = []
     for row in comparison.contenders:
         wait_ms = row.mean_ttft_ms if generates and row.mean_ttft_ms else row.mean_e2el_ms
-        rows.append(
-            (
-                row.name,
-                f"{row.throughput:.1f}",
-                f"{row.iqr:.1f}",
-                f"{row.ratio:.2f}",
-                w.MISSING if row.ratio_low is None else f"{row.ratio_low:.2f}–{row.ratio_high:.2f}",
-                w.MISSING if row.bubble_ratio is None else f"{100 * row.bubble_ratio:.0f} %",
-                f"{wait_ms / 1e3:.2f} s",
-                _busy_text(row.stage_busy_ms),
-            )
-        )
+        speeds = f"{row.throughput:.1f}", f"{row.iqr:.1f}", f"{row.ratio:.2f}"
+        interval = w.MISSING if row.ratio_low is None else f"{row.ratio_low:.2f}–{row.ratio_high:.2f}"
+        bubble = w.MISSING if row.bubble_ratio is None else f"{100 * row.bubble_ratio:.0f} %"
+        rows.append((row.name, *speeds, interval, bubble, f"{wait_ms / 1e3:.2f} s", _busy_text(row.stage_busy_ms)))
     numbers = ("tok/s", "IQR", "×", "95 % interval", "bubble", "TTFT" if generates else "E2EL")
     busy = Column("busy/stage", wrap="narrow")
     yield Table(columns=(left("", "narrow"), *map(Column, numbers), busy), rows=rows_of(rows))

@@ -12,20 +12,13 @@ from pipetune.tuner.report.data import Report
 from pipetune.tuner.report.document import Section
 from pipetune.tuner.report.files import write_report
 from pipetune.tuner.report.search import prediction_errors, trials_of
+from pipetune.tuner.search.policy.history import OVER_MEMORY
 from pipetune.tuner.study.files import StudyContents, load_study
 from pipetune.tuner.study.plan_file import DEVICE_MAP_FILE, PLAN_FILE, PlanFile, write_best
 
 DONE, NOTHING_FEASIBLE, FAULT, INTERRUPTED = 0, 3, 4, 130
 
-PLANS_FAULT = frozenset(
-    {
-        FailureKind.OVER_MEMORY_CAP,
-        FailureKind.OUT_OF_MEMORY,
-        FailureKind.WRONG_OUTPUT,
-        FailureKind.UNSUPPORTED_MODEL,
-        FailureKind.TIMEOUT,
-    }
-)
+PLANS_FAULT = OVER_MEMORY | {FailureKind.WRONG_OUTPUT, FailureKind.UNSUPPORTED_MODEL, FailureKind.TIMEOUT}
 """Failures that lie with a plan or its model; all others lie with the machine or with us."""
 
 
@@ -167,10 +160,7 @@ def _search(report: Report) -> dict[str, Any]:
                 "source": trial.record.source,
                 "kind": trial.entry.kind if trial.entry else None,
                 "reason": trial.entry.reason if trial.entry else None,
-                "predicted": trial.predicted,
-                "predicted_sd": trial.predicted_sd,
-                "measured": trial.measured,
-                "error": trial.error,
+                **{name: getattr(trial, name) for name in ("predicted", "predicted_sd", "measured", "error")},
             }
             for trial in trials
         ],

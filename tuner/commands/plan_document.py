@@ -134,38 +134,28 @@ def _ranking(planned: Planned) -> Table:
 def _loads(planned: Planned) -> Table:
     """Plans where requests come over time."""
     columns = {"TTFT p90": "p90_ttft_ms", "TPOT p90": "p90_tpot_ms", "E2EL p90": "p90_e2el_ms"}
-    rows = [
-        (
-            str(rank),
-            w.layers_text(plan.plan),
-            *("/".join(w.sizes_text(plan.effective)[:2]), w.sizes_text(plan.effective)[2]),
-            *(w.ms_text(plan.metrics.get(name)) for name in columns.values()),
-            w.percent_text(plan.metrics.get("slo_attainment")),
-            w.number_text(plan.metrics.get("max_request_rate")),
-            w.percent_text(plan.metrics["bubble_ratio"]),
-        )
-        for rank, plan in enumerate(planned.plans, start=1)
-    ]
-    sizes, legend = ("rows", "slots"), f"{_ROWS}, in each of the slots; {_LOAD_LEGEND}"
+    rows = []
+    for rank, plan in enumerate(planned.plans, start=1):
+        *sizes, slots = w.sizes_text(plan.effective)
+        times = (w.ms_text(plan.metrics.get(name)) for name in columns.values())
+        good, rate = w.percent_text(plan.metrics.get("slo_attainment")), plan.metrics.get("max_request_rate")
+        plan_cells = (str(rank), w.layers_text(plan.plan), "/".join(sizes), slots)
+        rows.append((*plan_cells, *times, good, w.number_text(rate), w.percent_text(plan.metrics["bubble_ratio"])))
+    heads, legend = ("rows", "slots"), f"{_ROWS}, in each of the slots; {_LOAD_LEGEND}"
     if planned.config.engine is not None:
-        sizes, legend = ("budget/seqs", "KV"), f"{_LIMITS}; {_LOAD_LEGEND}"
-    numbers = map(Column, (*sizes, *columns, "good", "max rate", "bubble"))
+        heads, legend = ("budget/seqs", "KV"), f"{_LIMITS}; {_LOAD_LEGEND}"
+    numbers = map(Column, (*heads, *columns, "good", "max rate", "bubble"))
     return Table(columns=(Column("#"), left("plan", "prose"), *numbers), rows=rows_of(rows), legend=legend, gap=1)
 
 
 def _stages(best: PlannedPlan) -> Table:
-    rows = [
-        (
-            f"{stage.replica}." * (best.plan.replicas > 1) + str(place % len(best.plan.stages)),
-            stage.device,
-            ranges_text(range(stage.first_layer, stage.end_layer)),
-            w.number_text(stage.busy_s),
-            w.percent_text(stage.idle_share),
-            *map(w.bytes_text, (stage.weights_bytes, stage.kv_bytes, stage.activation_bytes)),
-            w.percent_text(stage.cap_share),
-        )
-        for place, stage in enumerate(best.stages)
-    ]
+    rows = []
+    for place, stage in enumerate(best.stages):
+        name = f"{stage.replica}." * (best.plan.replicas > 1) + str(place % len(best.plan.stages))
+        layers = ranges_text(range(stage.first_layer, stage.end_layer))
+        busy, idle = w.number_text(stage.busy_s), w.percent_text(stage.idle_share)
+        sizes = map(w.bytes_text, (stage.weights_bytes, stage.kv_bytes, stage.activation_bytes))
+        rows.append((name, stage.device, layers, busy, idle, *sizes, w.percent_text(stage.cap_share)))
     numbers = map(Column, ("busy s", "idle", "weights", "KV", "activations", "of cap"))
     return Table(columns=(Column("stage"), left("device"), left("layers"), *numbers), rows=rows_of(rows), gap=1)
 

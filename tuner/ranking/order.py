@@ -32,16 +32,12 @@ def costs_of(row: Row, objectives: Sequence[Objective]) -> tuple[float, ...]:
 def ordered(rows: Sequence[Row], objectives: Sequence[Objective], state: State | None) -> tuple[list[Row], str | None]:
     """The rows, best first, and why the first is what is recommended where its value alone does not say so."""
     several = len(objectives) > 1
-    found = sorted(
-        rows,
-        key=lambda row: (
-            not row.feasible,
-            not row.in_finals,
-            not row.on_front if several else False,
-            costs_of(row, objectives),
-            row.key,
-        ),
-    )
+
+    def place(row: Row) -> tuple[bool, bool, bool, tuple[float, ...], str]:
+        behind = several and not row.on_front
+        return not row.feasible, not row.in_finals, behind, costs_of(row, objectives), row.key
+
+    found = sorted(rows, key=place)
     ranked = [row for row in found if row.feasible and not row.unranked_because]
     chosen, because = _knee(ranked, objectives) if several else _least_of_tied(ranked, state)
     if chosen is not None:

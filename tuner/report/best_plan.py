@@ -101,18 +101,13 @@ def launch_gaps(plan: Plan) -> tuple[doc.Text, ...]:
 
 def _stage_table(row: Row, measurement: Measurement) -> doc.Table:
     timed, host_us = stage_metrics(measurement), host_us_a_task(measurement)
-    rows = [
-        (
-            w.stage_name(row.plan, place),
-            device,
-            row.plan.stages[place % len(row.plan.stages)].range_text,
-            w.ms_text(timed["stage_busy_ms"][place] if timed else None),
-            w.ms_text(timed["comm_ms"][place] if timed else None),
-            f"{host_us[place]:.0f} µs" if host_us else w.MISSING,
-            w.percent_text(timed["stage_utilization"][place] if timed else None),
-        )
-        for place, device in enumerate(row.plan.devices)
-    ]
+    rows = []
+    for place, device in enumerate(row.plan.devices):
+        layers = row.plan.stages[place % len(row.plan.stages)].range_text
+        times = (w.ms_text(timed[of][place] if timed else None) for of in ("stage_busy_ms", "comm_ms"))
+        host = f"{host_us[place]:.0f} µs" if host_us else w.MISSING
+        used = w.percent_text(timed["stage_utilization"][place] if timed else None)
+        rows.append((w.stage_name(row.plan, place), device, layers, *times, host, used))
     return doc.Table(columns=_STAGE_COLUMNS, rows=doc.rows_of(rows))
 
 

@@ -71,18 +71,14 @@ def _split_text(fit: Fit) -> str:
 
 
 def _stages(fit: Fit) -> Table:
-    rows = [
-        (
-            str(index),
-            stage.device,
-            ranges_text(range(stage.first_layer, stage.end_layer)),
-            *map(_mib, (stage.weight_bytes, stage.kv_bytes_per_micro_batch, stage.activation_bytes, stage.cap_bytes)),
-            "any" if stage.in_flight is None else str(stage.in_flight),
-        )
-        for index, stage in enumerate(fit.stages)
-    ]
-    sizes = map(Column, ("weights", "KV/micro-batch", "activations", "cap", "room for"))
-    return Table(columns=(*map(left, ("stage", "device", "layers")), *sizes), rows=rows_of(rows))
+    rows = []
+    for index, stage in enumerate(fit.stages):
+        layers = ranges_text(range(stage.first_layer, stage.end_layer))
+        sizes = (stage.weight_bytes, stage.kv_bytes_per_micro_batch, stage.activation_bytes, stage.cap_bytes)
+        room = "any" if stage.in_flight is None else str(stage.in_flight)
+        rows.append((str(index), stage.device, layers, *map(_mib, sizes), room))
+    numbers = map(Column, ("weights", "KV/micro-batch", "activations", "cap", "room for"))
+    return Table(columns=(*map(left, ("stage", "device", "layers")), *numbers), rows=rows_of(rows))
 
 
 def _mib(size: float) -> str:

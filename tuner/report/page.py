@@ -69,23 +69,14 @@ def _baseline(report: Report) -> tuple[doc.Part, ...]:
         "runs before them."
     )
     metric, latency = report.latency
-    table = doc.Table(
-        columns=tuple(map(doc.Column, ("batch", "runs", "tok/s", latency, "memory"))),
-        rows=tuple(
-            doc.TableRow(
-                (
-                    label,
-                    str(len(row.used_records)),
-                    w.spread_text(row.throughput),
-                    w.ms_text(row.metrics.get(metric)),
-                    w.bytes_text(row.metrics.get("peak_memory_bytes")),
-                ),
-                "good" if best is not None and row.batch_size == best.batch_size else "",
-            )
-            for label, row in rows
-        ),
-    )
-    return doc.Text(how), table
+    lines = []
+    for label, row in rows:
+        speed, wait = w.spread_text(row.throughput), w.ms_text(row.metrics.get(metric))
+        cells = (label, str(len(row.used_records)), speed, wait, w.bytes_text(row.metrics.get("peak_memory_bytes")))
+        is_best = best is not None and row.batch_size == best.batch_size
+        lines.append(doc.TableRow(cells, "good" if is_best else ""))
+    columns = tuple(map(doc.Column, ("batch", "runs", "tok/s", latency, "memory")))
+    return doc.Text(how), doc.Table(columns=columns, rows=tuple(lines))
 
 
 def _machine(report: Report) -> doc.Facts | doc.Text:

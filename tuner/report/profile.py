@@ -106,13 +106,10 @@ def _bytes(profile: Profile) -> doc.Facts:
     groups: dict[tuple[int, int], list[int]] = {}
     for index, layer in enumerate(shape.layers):
         groups.setdefault((layer.weight_bytes, layer.kv_bytes_per_token), []).append(index)
-    facts = [
-        (
-            f"layer of {short_list(ranges_text(layers), _MAX_RANGES)}",
-            f"{weight_bytes / 2**20:.3g} MiB of weights, {kv_bytes} B of KV a token",
-        )
-        for (weight_bytes, kv_bytes), layers in groups.items()
-    ]
+    facts = []
+    for (weight_bytes, kv_bytes), layers in groups.items():
+        text = f"{weight_bytes / 2**20:.3g} MiB of weights, {kv_bytes} B of KV a token"
+        facts.append((f"layer of {short_list(ranges_text(layers), _MAX_RANGES)}", text))
     facts.append(("embedding", f"{shape.embedding_bytes / 2**20:.3g} MiB" + (", the head's as well" * shape.tied)))
     facts += [("head", f"{shape.head_bytes / 2**20:.3g} MiB")] if shape.head_bytes else []
     return doc.Facts((*facts, ("between stages", f"{shape.hidden_size * shape.kept_bytes} B a token")))

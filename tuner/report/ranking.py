@@ -112,20 +112,12 @@ def failures_of(report: Report) -> tuple[doc.Section, ...]:
     """A section of every run without a measurement; none where there is none."""
     if not report.ranking.failures:
         return ()
-    table = doc.Table(
-        columns=(doc.Column("record"), *map(doc.left, ("plan", "kind", "where")), doc.left("what happened", "prose")),
-        rows=doc.rows_of(
-            (
-                f"{row.record:04}",
-                w.failure_plan(row, report.baseline_name),
-                row.failure.kind.value,
-                w.failure_where(row),
-                w.clean(row.failure.message),
-            )
-            for row in report.ranking.failures
-        ),
-    )
-    return (doc.Section("Runs without a measurement", (table,)),)
+    lines = []
+    for row in report.ranking.failures:
+        plan, where = w.failure_plan(row, report.baseline_name), w.failure_where(row)
+        lines.append((f"{row.record:04}", plan, row.failure.kind.value, where, w.clean(row.failure.message)))
+    columns = (doc.Column("record"), *map(doc.left, ("plan", "kind", "where")), doc.left("what happened", "prose"))
+    return (doc.Section("Runs without a measurement", (doc.Table(columns=columns, rows=doc.rows_of(lines)),)),)
 
 
 def remarks_of(report: Report) -> tuple[str, ...]:

@@ -126,9 +126,8 @@ def _judgement(result: GateResult) -> str:
         margins = {finding.margin for finding in result.findings}
         within = f"less than {100 * margins.pop():g} % worse" if len(margins) == 1 else "within its margin"
         what = "comparison" if several else "metric"
-        return (
-            f"each of {of} {what}s is surely {within}" if of > 1 else f"{result.findings[0].metric} is surely {within}"
-        )
+        which = f"each of {of} {what}s" if of > 1 else result.findings[0].metric
+        return f"{which} is surely {within}"
     told = [finding for finding in result.findings if finding.verdict is result.verdict]
     if result.verdict is Verdict.INCONCLUSIVE:
         return f"{len(told)} of {of} comparison{'s' if of > 1 else ''} cannot be told, and nothing failed"

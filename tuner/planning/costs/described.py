@@ -231,13 +231,9 @@ def _device(
     folder: Path,
 ) -> DescribedDevice:
     if entry.card is not None:
-        entry = entry.model_copy(
-            update={
-                key: value
-                for key, value in _card(entry.card, f"{place}.card").items()
-                if key in DeviceEntry.model_fields and getattr(entry, key) is None
-            }
-        )
+        usual = _card(entry.card, f"{place}.card")
+        open_keys = [key for key in usual if key in DeviceEntry.model_fields and getattr(entry, key) is None]
+        entry = entry.model_copy(update={key: usual[key] for key in open_keys})
     if isinstance(entry.like, LikeProfiled):
         base = _like_profiled(name, entry.like, profiles, place, folder)
     elif entry.like is not None:

@@ -12,14 +12,8 @@ from pipetune.tuner.report.render.csv import Cell as CsvCell
 from pipetune.tuner.report.wording import MISSING, bytes_text, percent_text, ratio_text
 from pipetune.tuner.stats.ratios import Ratio
 
-_STUDY_COLUMNS = (
-    doc.left("study"),
-    doc.left("best plan"),
-    *map(
-        doc.Column,
-        ("in flight", "tok/s", "× device_map", "tok/s/device", "tok/J", "tok per price", "peak memory", "of its cap"),
-    ),
-)
+_NUMBERS = ("in flight", "tok/s", "× device_map", "tok/s/device", "tok/J", "tok per price", "peak memory", "of its cap")
+_STUDY_COLUMNS = (doc.left("study"), doc.left("best plan"), *map(doc.Column, _NUMBERS))
 _MOST_PLANS = 12
 """What a screen, or a chart, has room for."""
 CSV_COLUMNS = (
@@ -106,17 +100,11 @@ def _plans(comparison: StudyComparison) -> doc.Table | None:
         return None
     names = [one.name for one in comparison.contestants]
     titles = (*names, *(f"{name} / first" for name in names[1:]))
-    return doc.Table(
-        columns=(doc.left("plan"), *map(doc.Column, titles)),
-        rows=doc.rows_of(
-            (
-                plan.text,
-                *(f"{plan.figures[name].throughput:.1f}" if name in plan.figures else MISSING for name in names),
-                *(_ratio(plan.ratios.get(name)) for name in names[1:]),
-            )
-            for plan in comparison.plans
-        ),
-    )
+    rows = []
+    for plan in comparison.plans:
+        speeds = (f"{plan.figures[name].throughput:.1f}" if name in plan.figures else MISSING for name in names)
+        rows.append((plan.text, *speeds, *(_ratio(plan.ratios.get(name)) for name in names[1:])))
+    return doc.Table(columns=(doc.left("plan"), *map(doc.Column, titles)), rows=doc.rows_of(rows))
 
 
 def remarks_of(comparison: StudyComparison) -> tuple[str, ...]:

@@ -153,15 +153,10 @@ def _metric_chart(question: Question, series: Sequence[Series]) -> Chart:
             level = statistics.median(values[first:end])
             marks.append(Line(xs=(nights[first] - 0.4, nights[end - 1] + 0.4), ys=(level, level), colour=colour))
         for change in one.changes:
-            marks.append(
-                Dots(
-                    xs=(nights[change.night],),
-                    ys=(unit * change.after,),
-                    colour="vermilion" if change.is_worse else "green",
-                    marker="v" if change.after < change.before else "^",
-                    size=10,
-                )
-            )
+            tint: Colour = "vermilion" if change.is_worse else "green"
+            arrow = "v" if change.after < change.before else "^"
+            at, height = (nights[change.night],), (unit * change.after,)
+            marks.append(Dots(xs=at, ys=height, colour=tint, marker=arrow, size=10))
     count = len(question.nights)
     places = sorted({round(place * (count - 1) / 5) for place in range(6)})
     low, high = _scale_of([unit * value for one in shown for value in one.values])

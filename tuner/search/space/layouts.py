@@ -96,12 +96,8 @@ class Layouts:
     def every_size(self, replicas: int) -> tuple[Sizes, ...]:
         """Sizes that make a difference for replicas that share the prompts out, the smallest first."""
         share = self._share(replicas)
-        rows = {min(size, share) for size in self.sizes}
-        every = {
-            Sizes(size, size if self.shape.recurrent else min(prefill, size))
-            for size in rows
-            for prefill in self.prefill_sizes
-        }
+        pairs = itertools.product({min(size, share) for size in self.sizes}, self.prefill_sizes)
+        every = {Sizes(size, size if self.shape.recurrent else min(prefill, size)) for size, prefill in pairs}
         return tuple(sorted(every))
 
     def kinds(self, sizes: Sizes, replicas: int, phase: _Phase = "run") -> Mapping[TaskKind, int]:
