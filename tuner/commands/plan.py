@@ -410,13 +410,8 @@ def _planned(effective: EffectivePlan, prediction: Prediction, resolve: Resolver
         "peak_memory_bytes": float(max(stage.total_bytes for stage in stages)),
         "peak_memory_fraction": max(stage.cap_share for stage in stages),
     }
-    return PlannedPlan(
-        effective=effective,
-        prediction=prediction,
-        metrics=metrics,
-        stages=tuple(stages),
-        broken=_broken(config, metrics),
-    )
+    broken = _broken(config, metrics)
+    return PlannedPlan(effective=effective, prediction=prediction, metrics=metrics, stages=tuple(stages), broken=broken)
 
 
 def _notes(config: TuneConfig, planned: Sequence[PlannedPlan]) -> list[str]:

@@ -233,15 +233,10 @@ class Chain:
             runs = [record for record in records if record.spec and record.spec.plan == predicted.effective.plan]
             failed = next((run.result for run in runs if isinstance(run.result, Failure)), None)
             done = [derive(run.result) for run in runs if isinstance(run.result, Measurement)]
-            tried.append(
-                Tried(
-                    predicted=predicted,
-                    low=predicted.value * math.exp(-prediction.half_width),
-                    high=predicted.value * math.exp(prediction.half_width),
-                    measured=() if failed else tuple(values[self.objective] for values in done),
-                    failure=failed.message if failed else None,
-                )
-            )
+            low, high = (predicted.value * math.exp(sign * prediction.half_width) for sign in (-1, 1))
+            measured = () if failed else tuple(values[self.objective] for values in done)
+            why = failed.message if failed else None
+            tried.append(Tried(predicted=predicted, low=low, high=high, measured=measured, failure=why))
         return FleetStep(devices=devices, made_from=prediction.made_from, tried=tuple(tried))
 
     def _predict(self, path: Path, devices: tuple[str, ...], width: float) -> Prediction:

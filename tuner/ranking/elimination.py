@@ -198,15 +198,8 @@ def decide(
         due = tuple(name for name in (*active, *running) if rounds not in cells[name])
         if kind != "open" or due:
             fit, pool = Fit(cells), Fit(table)
-            return State(
-                kind=kind,
-                rounds=rounds,
-                level=level,
-                fit=fit,
-                pool=pool,
-                active=tuple(fit.ordered(active)),
-                due=due if kind == "open" else (),
-            )
+            ahead, due = tuple(fit.ordered(active)), due if kind == "open" else ()
+            return State(kind=kind, rounds=rounds, level=level, fit=fit, pool=pool, active=ahead, due=due)
         rounds += 1
 
 

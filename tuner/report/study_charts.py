@@ -96,14 +96,9 @@ def search_chart(report: Report, *, wide: bool = True) -> Chart | None:
     if failed := tuple(trial.number for trial in trials if trial.measured is None):
         foots = (min(values) - 0.12 * (max(values) - min(values)),) * len(failed)
         marks.append(Dots(xs=failed, ys=foots, colour="vermilion", marker="x", size=8, label="no measurement"))
-    return Chart(
-        title="The search, trial by trial",
-        x_label="trial",
-        y_label=_unit(report),
-        marks=tuple(marks),
-        size=(10.0, 3.6) if wide else (6.4, 4.6),
-        legend_columns=4 if wide else 2,
-    )
+    title, unit = "The search, trial by trial", _unit(report)
+    size, columns = ((10.0, 3.6), 4) if wide else ((6.4, 4.6), 2)
+    return Chart(title=title, x_label="trial", y_label=unit, marks=tuple(marks), size=size, legend_columns=columns)
 
 
 def prediction_chart(report: Report) -> Chart | None:

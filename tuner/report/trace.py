@@ -28,17 +28,10 @@ def render_trace(report: Report) -> bytes | None:
         return None
     row, measurement = found
     iteration = typical_iteration(measurement)
-    document = {
-        "displayTimeUnit": "ms",
-        "otherData": {
-            "study": clean(report.name),
-            "model": clean(report.config.model.name),
-            "plan": row_text(row),
-            "record": row.typical_record,
-            "iteration": iteration,
-        },
-        "traceEvents": trace_events(measurement, iteration, row.plan),
-    }
+    about = {"study": clean(report.name), "model": clean(report.config.model.name), "plan": row_text(row)}
+    run = {"record": row.typical_record, "iteration": iteration}
+    events = trace_events(measurement, iteration, row.plan)
+    document = {"displayTimeUnit": "ms", "otherData": {**about, **run}, "traceEvents": events}
     return gzip.compress(json.dumps(document, separators=(",", ":")).encode(), mtime=0)
 
 

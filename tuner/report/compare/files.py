@@ -57,14 +57,8 @@ def _records_file(path: Path) -> Report:
     config = TuneConfig(model=first.model, workload=first.workload, protocol=first.protocol, devices=tuple(devices))
     # Files that were joined by hand count from 0 more than once.
     numbered = tuple(record.model_copy(update={"number": number}) for number, record in enumerate(records))
-    return Report(
-        folder=path,
-        config=config,
-        machine=None,
-        shape=None,
-        records=numbered,
-        ranking=rank(numbered, [Objective(metric=name) for name in config.objectives]),
-    )
+    ranking = rank(numbered, [Objective(metric=name) for name in config.objectives])
+    return Report(folder=path, config=config, machine=None, shape=None, records=numbered, ranking=ranking)
 
 
 def _names(places: Sequence[Path]) -> list[str]:

@@ -123,14 +123,9 @@ def _unless_all(values: Sequence[_T], same: _T) -> tuple[_T, ...]:
 
 def _caps_matter(space: SearchSpace, resolve: Resolver) -> bool:
     # Whole prompts need the most memory, and no switch needs any.
-    few = space.model_copy(
-        update={
-            "chunk_sizes": space.chunk_sizes[-1:],
-            "compile": space.compile[:1],
-            "lanes": space.lanes[:1],
-            "memory_fractions": space.memory_fractions[-1:],
-        }
-    )
+    first = {"compile": space.compile[:1], "lanes": space.lanes[:1]}
+    last = {"chunk_sizes": space.chunk_sizes[-1:], "memory_fractions": space.memory_fractions[-1:]}
+    few = space.model_copy(update={**first, **last})
 
     def outcome(point: Point, fraction: float) -> int | None:
         capped = few.model_copy(update={"memory_fractions": (fraction,)})
