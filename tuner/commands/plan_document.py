@@ -106,23 +106,18 @@ def _ranking(planned: Planned) -> Table:
     throughput = "total_token_throughput" if scored else "output_throughput"
     engine = planned.config.engine
     has_kv = engine is not None and len(engine.kv_cache_memory_bytes or ()) > 1
-    rows = [
-        (
-            str(rank),
-            w.layers_text(plan.plan),
-            "/".join(w.sizes_text(plan.effective)[: 2 + has_kv]),
-            w.number_text(plan.metrics[throughput]),
-            *(w.ms_text(plan.metrics.get(name)) for name in latencies.values()),
-            w.percent_text(plan.metrics["bubble_ratio"]),
-            w.percent_text(plan.metrics["peak_memory_fraction"]) + ("!" if plan.broken else ""),
-            f"{plan.limiting.device} {w.percent_text(plan.bottleneck_share)}",
-            w.percent_text(plan.prediction.ideal_s / plan.prediction.duration_s),
-        )
-        for rank, plan in enumerate(planned.plans, start=1)
-    ]
+    rows = []
+    for rank, plan in enumerate(planned.plans, start=1):
+        sizes, speed = "/".join(w.sizes_text(plan.effective)[: 2 + has_kv]), w.number_text(plan.metrics[throughput])
+        times = (w.ms_text(plan.metrics.get(name)) for name in latencies.values())
+        bubble, memory = (w.percent_text(plan.metrics[name]) for name in ("bubble_ratio", "peak_memory_fraction"))
+        limit = f"{plan.limiting.device} {w.percent_text(plan.bottleneck_share)}"
+        ideal = w.percent_text(plan.prediction.ideal_s / plan.prediction.duration_s)
+        cells = (str(rank), w.layers_text(plan.plan), sizes, speed, *times, bubble, memory + "!" * bool(plan.broken))
+        rows.append((*cells, limit, ideal))
     limits = "budget/seqs/KV" if has_kv else "budget/seqs"
-    sizes, legend = ("rows", _ROWS) if engine is None else (limits, _LIMITS)
-    numbers = map(Column, (sizes, "tok/s", *latencies, "bubble", "memory"))
+    head, legend = ("rows", _ROWS) if engine is None else (limits, _LIMITS)
+    numbers = map(Column, (head, "tok/s", *latencies, "bubble", "memory"))
     return Table(
         columns=(Column("#"), left("plan", "prose"), *numbers, left("limited by"), Column("ideal")),
         rows=rows_of(rows),
@@ -139,8 +134,8 @@ def _loads(planned: Planned) -> Table:
         *sizes, slots = w.sizes_text(plan.effective)
         times = (w.ms_text(plan.metrics.get(name)) for name in columns.values())
         good, rate = w.percent_text(plan.metrics.get("slo_attainment")), plan.metrics.get("max_request_rate")
-        plan_cells = (str(rank), w.layers_text(plan.plan), "/".join(sizes), slots)
-        rows.append((*plan_cells, *times, good, w.number_text(rate), w.percent_text(plan.metrics["bubble_ratio"])))
+        cells = (str(rank), w.layers_text(plan.plan), "/".join(sizes), slots)
+        rows.append((*cells, *times, good, w.number_text(rate), w.percent_text(plan.metrics["bubble_ratio"])))
     heads, legend = ("rows", "slots"), f"{_ROWS}, in each of the slots; {_LOAD_LEGEND}"
     if planned.config.engine is not None:
         heads, legend = ("budget/seqs", "KV"), f"{_LIMITS}; {_LOAD_LEGEND}"

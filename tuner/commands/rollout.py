@@ -99,11 +99,8 @@ class Tried(Value):
     def held(self) -> str:
         """What it says that the measured value lies within the interval."""
         factor = math.sqrt(self.high / self.low)
-        return (
-            "the prediction held"
-            if factor < _TELLING
-            else f"the prediction, good to a factor of {factor:.2g}, says little"
-        )
+        little = f"the prediction, good to a factor of {factor:.2g}, says little"
+        return "the prediction held" if factor < _TELLING else little
 
 
 class FleetStep(Value):

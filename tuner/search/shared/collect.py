@@ -42,15 +42,9 @@ def collect(url: str, name: str, folder: Path) -> int:
         key = StudyKey.model_validate(attributes[STUDY_KEY])
     except ValueError as error:
         raise StudyError(f"storage {shown(url)}: {name} is of another version of pipetune ({explain(error)})") from None
-    config = TuneConfig(
-        model=key.model,
-        workload=key.workload.model_copy(update={"prompts_file": None}),
-        protocol=key.protocol,
-        objectives=key.objectives,
-        constraints=key.constraints,
-        space=key.space,
-        devices=devices,
-    )
+    workload = key.workload.model_copy(update={"prompts_file": None})
+    alike = {name: getattr(key, name) for name in ("model", "protocol", "objectives", "constraints", "space")}
+    config = TuneConfig(**alike, workload=workload, devices=devices)
     with StudyStore.create(folder, config) as store:
         # The prompts are in the processes' folders.
         write_durably(folder / StudyFile.CONFIG, sources.dump(config.model_copy(update={"workload": key.workload})))

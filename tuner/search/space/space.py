@@ -142,13 +142,10 @@ class SearchSpace(Value):
 
     def dimensions(self) -> dict[str, tuple[int, int, bool]]:
         """Name → (low, high, whether on a log scale), both ends included."""
-        dimensions = {"partition_rank": (1, len(self.partitions), True)}
+        always: dict[str, Sequence[object]] = {}
         if self.engine is None:
-            dimensions |= {
-                "micro_batch_index": (0, len(self.micro_batch_sizes) - 1, False),
-                "prefill_index": (0, len(self.prefill_sizes) - 1, False),
-            }
-        optional = {
+            always = {"micro_batch_index": self.micro_batch_sizes, "prefill_index": self.prefill_sizes}
+        optional: dict[str, Sequence[object]] = {
             "budget_index": self.token_budgets,
             "seqs_index": self.max_num_seqs,
             "kv_index": self.kv_cache_sizes,
@@ -157,7 +154,9 @@ class SearchSpace(Value):
             "compile_index": self.compile,
             "lane_index": self.lanes,
         }
-        return dimensions | {name: (0, len(values) - 1, False) for name, values in optional.items() if len(values) > 1}
+        listed = always | {name: values for name, values in optional.items() if len(values) > 1}
+        ranks = {"partition_rank": (1, len(self.partitions), True)}
+        return ranks | {name: (0, len(values) - 1, False) for name, values in listed.items()}
 
     @property
     def num_points(self) -> int:
