@@ -73,8 +73,7 @@ class LocalLauncher:
 
     def rank_of(self, hello: dict[str, Any], channel: Lines) -> int | None:
         """Rank of the worker that says hello, as it was told."""
-        rank: int = hello["rank"]
-        return rank
+        return int(hello["rank"])
 
     def hears(self, message: dict[str, Any], channel: Lines) -> None:
         """Takes in what somebody says who is no worker."""

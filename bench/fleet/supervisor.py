@@ -105,7 +105,7 @@ class Supervisor:
         self._selector: selectors.BaseSelector | None = None
         self._telling = threading.Lock()
         self._next_id = 0
-        self._answers: dict[int, Any] = {}
+        self._answers: dict[int, dict[str, Any]] = {}
         self._oom_kills_before = 0
 
     @property
@@ -138,8 +138,7 @@ class Supervisor:
             worker.beat_at = time.monotonic()
         self._send({"id": number, "command": command, "args": args})
         self._await(lambda: number in self._answers, timeout_s, command)
-        answer: dict[str, Any] = self._answers.pop(number)
-        return answer
+        return self._answers.pop(number)
 
     def tell(self, command: str, rank: int, **args: Any) -> None:
         """Sends a worker something that it has no answer to; from any thread, while another waits for an answer, and
@@ -256,12 +255,10 @@ class Supervisor:
     def _receive(self, message: dict[str, Any], channel: Lines) -> None:
         assert self._launcher is not None
         if message["type"] == "hello":
-            rank = self._launcher.rank_of(message, channel)
-            if rank is None:
+            if (rank := self._launcher.rank_of(message, channel)) is None:
                 return
             self._workers[rank].channel = channel
-        worker = next((one for one in self._workers if one.channel is channel), None)
-        if worker is None:
+        if (worker := next((one for one in self._workers if one.channel is channel), None)) is None:
             self._launcher.hears(message, channel)
             return
         worker.beat_at = time.monotonic()
