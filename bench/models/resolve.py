@@ -142,12 +142,11 @@ def _from_cache(hub_id: str, spec: ModelSpec) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(hub_id, revision=spec.revision, local_files_only=True, **_patterns(spec))
+        folder = Path(snapshot_download(hub_id, revision=spec.revision, local_files_only=True, **_patterns(spec)))
     except HFValidationError as error:
         raise ModelError(f"model.name: {hub_id!r} is no folder here and no Hugging Face id: {error}") from error
     except LocalEntryNotFoundError:
         return None
-    folder = Path(found)
     # Snapshots that were fetched in part, for example for a tokenizer alone, look like others.
     return folder if _wholeness(spec)(folder) else None
 

