@@ -63,8 +63,7 @@ def own(tensors: Iterable[torch.Tensor], folder: Path) -> None:
     ranges = _mapped({str(path.resolve()) for path in folder.iterdir()})
     for tensor in tensors:
         address = tensor.data_ptr()
-        mapped_end = next((end for begin, end in ranges if begin <= address < end), None)
-        if mapped_end is None:
+        if (mapped_end := next((end for begin, end in ranges if begin <= address < end), None)) is None:
             continue
         source = tensor.data
         copy = torch.empty_like(source, memory_format=torch.contiguous_format)
