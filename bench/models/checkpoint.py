@@ -32,6 +32,8 @@ HASHED = (
 )
 """What beside weights a model's content is."""
 
+UNQUANTIZED = "pipetune runs float32, bfloat16 and float16 checkpoints: choose the unquantized one"
+"""What to do about a checkpoint of another kind."""
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config")
 _METHOD_KEYS = ("quant_method", "quant_algo", "format", "qformat_weight", "version")
 

