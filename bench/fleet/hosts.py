@@ -285,10 +285,8 @@ def lead_or_join(
     found = [os.environ[name] for name in NODE_RANK_VARIABLES if os.environ.get(name, "").isdecimal()]
     rank = int(found[0]) if node_rank is None and found else node_rank
     if rank is None or rank >= nnodes:
-        raise ConfigError(
-            f"--node-rank: {'not given' if rank is None else rank}; give 0 to {nnodes - 1}, or one of "
-            f"{', '.join(NODE_RANK_VARIABLES)} in the environment"
-        )
+        given, names = "not given" if rank is None else rank, ", ".join(NODE_RANK_VARIABLES)
+        raise ConfigError(f"--node-rank: {given}; give 0 to {nnodes - 1}, or one of {names} in the environment")
     address = f"{master_addr}:{master_port or DEFAULT_PORT}"
     if rank > 0:
         return join(address, rank, host_ip=host_ip)
