@@ -101,16 +101,15 @@ class CpuSensors:
 
     def stop(self) -> Reading:
         """What was seen since `start`."""
-        assert self._began is not None, "stop without start"
+        began, self._began = self._began, None
+        assert began is not None, "stop without start"
         now = _CpuLook.take()
-        foreign = now.foreign_since(self._began, self._own)
-        reading = Reading(
+        foreign = now.foreign_since(began, self._own)
+        return Reading(
             foreign_cores=sum(cores for _, _, cores in foreign),
             foreign_names=tuple(f"{name} (pid {pid})" for pid, name, cores in foreign if cores > FOREIGN_SHARE),
-            stolen_cores=now.stolen_since(self._began),
+            stolen_cores=now.stolen_since(began),
         )
-        self._began = None
-        return reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -104,11 +104,7 @@ class Links:
         if self._rank in key:
             # The first message sets the communicator up, which both sides must do at the same time.
             probe = torch.zeros(1, device=self._device)
-            work = (
-                dist.isend(probe, dst=destination, group=group)
-                if self._rank == source
-                else dist.irecv(probe, src=source, group=group)
-            )
+            work = dist.isend(probe, destination, group) if self._rank == source else dist.irecv(probe, source, group)
             assert work is not None
             work.wait()
             torch.cuda.synchronize(self._device)

@@ -184,7 +184,5 @@ def agents_store() -> Any:
     from pipetune.bench.worker.rendezvous import ROUND_VARIABLE
 
     torch_stores: Any = dist
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch_stores.PrefixStore(
-        f"workers-{os.environ[ROUND_VARIABLE]}", torch_stores.TCPStore(address, port, is_master=False)
-    )
+    store = torch_stores.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return torch_stores.PrefixStore(f"workers-{os.environ[ROUND_VARIABLE]}", store)
