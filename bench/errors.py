@@ -69,8 +69,7 @@ def explain(error: Exception) -> str:
 
     A `pydantic.ValidationError` is told by what it offers, since commands that need no values import this module too.
     """
-    problems = getattr(error, "errors", None)
-    if problems is None:
+    if (problems := getattr(error, "errors", None)) is None:
         return str(error)
     first = problems(include_url=False)[0]
     where, what = ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")
@@ -87,6 +86,4 @@ def disk_fault(error: OSError) -> str:
 
 def harmless(text: str) -> str:
     """Foreign text in its lines: other control characters, which could drive a terminal, become spaces."""
-    if text.isprintable():
-        return text
     return "".join(char if char == "\n" or char.isprintable() else " " for char in text)

@@ -62,9 +62,8 @@ def metric_names(
     rates: bool = False,
 ) -> tuple[str, ...]:
     """Names of the scalar metrics that a run of this size yields; percentiles with too few samples are absent."""
-    names = ["total_token_throughput", "request_throughput", "duration_s"]
-    if output_len > 0:
-        names.insert(0, "output_throughput")
+    names = ["output_throughput"] if output_len > 0 else []
+    names += ["total_token_throughput", "request_throughput", "duration_s"]
     if goodput:
         names += ["request_goodput", "slo_attainment", *(["max_request_rate"] if rates else [])]
     for latency in (*LATENCIES, *(LOAD_LATENCIES if arrivals else ())):

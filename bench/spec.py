@@ -46,9 +46,8 @@ SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-_DEVICE = re.compile(
-    r"(host(0|[1-9][0-9]*)/)?(cpu|cuda):(0|[1-9][0-9]*)"
-)  # one spelling a device: cuda:01 would pass for another than cuda:1
+# One spelling a device: cuda:01 would pass for another than cuda:1.
+_DEVICE = re.compile(r"(host(0|[1-9][0-9]*)/)?(cpu|cuda):(0|[1-9][0-9]*)")
 
 
 def _check_device(value: str) -> str:
@@ -70,6 +69,9 @@ def _count_bytes(value: object) -> int:
 
 
 Bytes = Annotated[int, BeforeValidator(_count_bytes), Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+Factor = Annotated[float, Field(gt=0.0, le=1e9)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
@@ -144,8 +146,7 @@ class Value(BaseModel):
 
 def digest_of(values: object) -> str:
     """sha256 of the canonical JSON, 16 hex digits."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -222,13 +223,9 @@ class ModelSpec(Value):
 class Sampling(Value):
     """How tokens are drawn: each draw depends on the seed, the prompt and the place alone, and not on the plan."""
 
-    temperature: Annotated[float, Flag("Workload", "Draw tokens, not the likeliest; divides logits.")] = Field(
-        default=1.0, gt=0.0
-    )
+    temperature: Annotated[Positive, Flag("Workload", "Draw tokens, not the likeliest; divides logits.")] = 1.0
     top_k: Annotated[int, Flag("Workload", "Draw among the k likeliest tokens alone; 0: all.")] = Field(default=0, ge=0)
-    top_p: Annotated[float, Flag("Workload", "Draw among the likeliest tokens of that probability.")] = Field(
-        default=1.0, gt=0.0, le=1.0
-    )
+    top_p: Annotated[Share, Flag("Workload", "Draw among the likeliest tokens of that probability.")] = 1.0
     """Only the fewest likeliest tokens that together have this probability can be drawn."""
     seed: Annotated[int, Flag("Workload", "Seed of draws.", name="sampling_seed")] = 0
 
@@ -273,7 +270,6 @@ class Goodput(Value):
         return {name: limit for name in type(self).model_fields if (limit := getattr(self, name)) is not None}
 
 
-RampUpStrategy = Literal["linear", "exponential"]
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 """Requests a second."""
 
@@ -282,11 +278,9 @@ class Arrivals(Value):
     """How requests come, in place of all at time 0."""
 
     request_rate: Annotated[Rate | None, Flag("Load", "Requests a second, that come one by one.")] = None
-    burstiness: Annotated[float, Flag("Load", "Of the gaps: 1 is Poisson, below bursty, above even.")] = Field(
-        default=1.0, gt=0.0, le=1e9
-    )
+    burstiness: Annotated[Factor, Flag("Load", "Of the gaps: 1 is Poisson, below bursty, above even.")] = 1.0
     """Shape of the gamma distribution that gaps are drawn from."""
-    ramp_up_strategy: Annotated[RampUpStrategy | None, Flag("Load", "linear or exponential.")] = None
+    ramp_up_strategy: Annotated[Literal["linear", "exponential"] | None, Flag("Load", "linear or exponential.")] = None
     """How the rate grows from `ramp_up_start_rps` to `ramp_up_end_rps` over the requests, in place of one rate."""
     ramp_up_start_rps: Annotated[Rate | None, Flag("Load", "Rate that a ramp begins with.")] = None
     ramp_up_end_rps: Annotated[Rate | None, Flag("Load", "Rate that a ramp ends with.")] = None
@@ -294,9 +288,7 @@ class Arrivals(Value):
         str | None, Flag("Load", "Mooncake's, Azure's or BurstGPT's, or JSONL with timestamp.", metavar="FILE")
     ] = None
     """File of recorded arrivals and lengths, in place of a rate."""
-    time_scale: Annotated[float, Flag("Load", "Factor on the trace's times; 0.5 doubles its rate.")] = Field(
-        default=1.0, gt=0.0, le=1e9
-    )
+    time_scale: Annotated[Factor, Flag("Load", "Factor on the trace's times; 0.5 doubles its rate.")] = 1.0
     max_concurrency: Annotated[int | None, Flag("Load", "Most requests in the system at once.")] = Field(
         default=None, ge=1
     )
@@ -443,7 +435,7 @@ class StagePlan(Value):
     device: Device
     first_layer: int = Field(ge=0)
     end_layer: int = Field(ge=1)
-    memory_fraction: float = Field(default=0.9, gt=0.0, le=1.0)
+    memory_fraction: Share = 0.9
     """Share of the device's memory that weights, KV cache and activations may take."""
     max_memory_bytes: Bytes | None = None
     """Most that they may take, whatever share that is."""
@@ -622,8 +614,7 @@ class Plan(Value):
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without an engine or lanes as before there were any: other versions read plans, too."""
-        values: dict[str, Any] = write(self)
-        return {name: value for name, value in values.items() if name not in ("engine", "lanes") or value}
+        return {name: value for name, value in write(self).items() if name not in ("engine", "lanes") or value}
 
     @property
     def num_layers(self) -> int:
@@ -687,8 +678,7 @@ class Plan(Value):
     def without(self, device: str) -> Self | None:
         """A plan of the same model that leaves a device out, of the replicas that can, else of stages that take on the
         device's layers; None where nothing is left."""
-        replicas = [own for own in map(self.replica, range(self.replicas)) if device not in own.devices]
-        if replicas:
+        if replicas := [own for own in map(self.replica, range(self.replicas)) if device not in own.devices]:
             others = tuple(own.devices for own in replicas[1:])
             return replicas[0].model_copy(update={"replicas": len(replicas), "replica_devices": others})
         left = [stage for stage in self.stages if stage.device != device]
@@ -719,7 +709,6 @@ class Plan(Value):
         if width * replicas > len(devices):
             what = f"{width} stages" if replicas == 1 else f"{replicas} replicas of {width} stages"
             raise ValueError(f"{what} need as many devices; given are {len(devices)}: {devices}")
-        ends = itertools.accumulate(counts)
         return cls(
             stages=tuple(
                 StagePlan(
@@ -729,7 +718,7 @@ class Plan(Value):
                     memory_fraction=memory_fraction,
                     max_memory_bytes=max_memory_bytes,
                 )
-                for device, count, end in zip(devices, counts, ends, strict=False)
+                for device, count, end in zip(devices, counts, itertools.accumulate(counts), strict=False)
             ),
             micro_batch_size=micro_batch_size,
             prefill_micro_batch_size=prefill_micro_batch_size,

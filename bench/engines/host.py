@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipetune.bench.engines.failures import died, reason_of
 from pipetune.bench.errors import ConfigError, FleetError
@@ -134,9 +134,8 @@ class EngineHost:
 
     def _await(self, key: str, deadline: float, patience_s: float) -> dict[str, Any]:
         while True:
-            now = time.monotonic()
             try:
-                message = self._lines.get(timeout=min(max(deadline - now, 0.0), 0.2))
+                message = self._lines.get(timeout=min(max(deadline - time.monotonic(), 0.0), 0.2))
             except queue.Empty:
                 now = time.monotonic()
                 if now >= deadline:
@@ -152,12 +151,11 @@ class EngineHost:
             if not isinstance(message, dict) or not {"hello", "beat", "id"} & set(message):
                 self._fail(FailureKind.WORKER_ERROR, f"it said what is no message: {str(message)[:200]!r}")
             if key in message:
-                found: dict[str, Any] = message
-                return found
+                return message
             if message.get("died"):
                 self._died(message["died"])
 
-    def _ended(self) -> None:
+    def _ended(self) -> NoReturn:
         try:
             code = self._process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -172,13 +170,13 @@ class EngineHost:
         kind, text = reason_of(f"it exited with code {code} during {self._phase}", self.log_text())
         self._fail(FailureKind.WORKER_DIED if kind is FailureKind.WORKER_ERROR else kind, text)
 
-    def _died(self, who: Mapping[str, Any]) -> None:
+    def _died(self, who: Mapping[str, Any]) -> NoReturn:
         code: int = who["exit_code"]
         by_kernel = code == -signal.SIGKILL and oom_kills() > self._oom_kills_before
         kind, text = died(code, self._phase, by_kernel=by_kernel)
         self._fail(kind, text, who["rank"])
 
-    def _fail(self, kind: FailureKind, text: str, rank: int | None = None) -> None:
+    def _fail(self, kind: FailureKind, text: str, rank: int | None = None) -> NoReturn:
         detail = self.log_text()[-2000:]
         stage = device = None
         if rank is not None and self._plan is not None:

@@ -53,8 +53,7 @@ class EngineReference:
 
     def forced(self) -> list[list[int]]:
         """The tokens that the checked prompts are continued by."""
-        found: list[list[int]] = self.tokens[list(self.checked), : self.logits.shape[1]].tolist()
-        return found
+        return list(self.tokens[list(self.checked), : self.logits.shape[1]].tolist())
 
     def compare(self, rows: Sequence[Sequence[tuple[float, int]]]) -> OutputCheck:
         """Compares log-probabilities of forced tokens, and the likeliest token at each, with the reference's; a row for

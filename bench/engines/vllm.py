@@ -176,15 +176,13 @@ class VllmEngine(Closing):
     def baseline(self, workload: Workload, protocol: Protocol, batch_size: int) -> Measurement | Failure:
         """Measures the engine un-pipelined on one device, with `batch_size` sequences at once."""
         settings = self._baseline.model_copy(update={"max_num_seqs": batch_size})
-        whole = Plan.from_layer_counts((self.shape.num_layers,), self.devices, 1)
-        plan = whole.model_copy(update={"engine": settings})
+        plan = Plan.from_layer_counts((self.shape.num_layers,), self.devices, 1).model_copy(update={"engine": settings})
         outcome = self.measure(RunSpec(model=self.model, workload=workload, plan=plan, protocol=protocol))
         return outcome if isinstance(outcome, Failure) else outcome.model_copy(update={"batch_size": batch_size})
 
     def measure(self, spec: RunSpec, effective: EffectivePlan | None = None) -> Measurement | Failure:
         """Moves to the plan, in place where that can be, checks its output, warms up and measures."""
-        known = self.resolve(spec.plan, spec.workload)
-        if isinstance(known, Failure):
+        if isinstance(known := self.resolve(spec.plan, spec.workload), Failure):
             return known
         self._fleet.interrupt()
         try:
@@ -228,8 +226,7 @@ class VllmEngine(Closing):
         sensors.start(*([family(below=True)] if isinstance(sensors, CpuSensors) else []))
         passes = [self._pass(spec, deadline, "measure", number) for number in range(protocol.num_iters)]
         telemetry = read_telemetry(sensors, before)
-        outcome = outcome_of(self, spec, passes, self._workers, reference, check)
-        if isinstance(outcome, Failure):
+        if isinstance(outcome := outcome_of(self, spec, passes, self._workers, reference, check), Failure):
             return outcome
         durations = [*(warmup[-1:] if len(passes) == 1 else []), *(one.duration_s for one in passes)]
         return outcome.model_copy(
@@ -364,8 +361,7 @@ class VllmEngine(Closing):
 
     def _longest(self, workload: Workload) -> int:
         """Tokens of the longest request, with the one that is generated when outputs are checked."""
-        lens = zip(self.prompt_lens(workload), workload.generated_lens, strict=True)
-        return 1 + max(map(sum, lens))
+        return 1 + max(map(sum, zip(self.prompt_lens(workload), workload.generated_lens, strict=True)))
 
     def _stop(self) -> None:
         hosts, self._hosts = self._hosts, []

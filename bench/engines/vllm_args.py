@@ -18,8 +18,7 @@ def vllm_arguments(model: ModelSpec, plan: Plan, *, max_model_len: int, device_b
         of = sum(device_bytes.values()) if device_kind(plan.devices[0]) == "cpu" else None
         sizes = ((stage, device_bytes[stage.device]) for stage in plan.stages)
         found["gpu_memory_utilization"] = round(min(stage.cap_bytes(size) / (of or size) for stage, size in sizes), 4)
-    told: Arguments = {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code}
-    return found | told | {"max_model_len": max_model_len}
+    return found | {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code, "max_model_len": max_model_len}
 
 
 def cores_of_workers(plan: Plan, devices: Sequence[str], cores: Sequence[int], each: int) -> str:

@@ -8,6 +8,7 @@ Experiment.start ──► fleet of workers, GPUs held against other studies
 """
 
 import contextlib
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,10 +42,6 @@ class Labels(TypedDict, total=False):
     round: int | None
 
 
-def _once(run: Callable[[], Outcome]) -> Outcome:
-    return run()
-
-
 class Experiment(Closing, Generic[Runner]):
     """A fleet whose runs become records."""
 
@@ -54,8 +51,7 @@ class Experiment(Closing, Generic[Runner]):
         self.fleet = start()
         try:
             if exclusive:
-                held = hold_gpus(devices_here(self.fleet.devices), self.fleet.machine.hardware.gpus)
-                self._held.enter_context(held)
+                self._held.enter_context(hold_gpus(devices_here(self.fleet.devices), self.fleet.machine.hardware.gpus))
         except BaseException:
             self.fleet.close()
             raise
@@ -115,7 +111,7 @@ class Experiment(Closing, Generic[Runner]):
         protocol: Protocol,
         *,
         resolved: EffectivePlan | Failure | None = None,
-        attempt: Attempt = _once,
+        attempt: Attempt = operator.call,
         **labels: Unpack[Labels],
     ) -> Record:
         """Measures a plan, or says why it is not run; raises as the fleet's `resolve` and `measure`.
@@ -125,10 +121,10 @@ class Experiment(Closing, Generic[Runner]):
         known = self.fleet.resolve(plan, workload) if resolved is None else resolved
         spec = self.spec(plan, workload, protocol)
         if isinstance(known, Failure):
-            return self._record(lambda: attempt(lambda: known), spec, None, labels)
+            return self._record(lambda: known, attempt, spec, None, labels)
         arrivals = workload.arrivals
         run = self._at_highest_rate if arrivals is not None and arrivals.slo_attainment else self.fleet.measure
-        return self._record(lambda: attempt(lambda: run(spec, known)), spec, known, labels)
+        return self._record(lambda: run(spec, known), attempt, spec, known, labels)
 
     def _at_highest_rate(self, spec: RunSpec, known: EffectivePlan) -> Outcome:
         """Runs at one rate after the other, and what was measured at the highest that was sustained."""
@@ -163,20 +159,23 @@ class Experiment(Closing, Generic[Runner]):
         workload: Workload,
         protocol: Protocol,
         *,
-        attempt: Attempt = _once,
+        attempt: Attempt = operator.call,
         **labels: Unpack[Labels],
     ) -> Record:
         """Measures the un-pipelined model at one batch size."""
         labels.setdefault("params", {"batch_size": batch_size})
-        return self._record(
-            lambda: attempt(lambda: self.fleet.baseline(workload, protocol, batch_size)), None, None, labels
-        )
+        return self._record(lambda: self.fleet.baseline(workload, protocol, batch_size), attempt, None, None, labels)
 
     def _record(
-        self, run: Callable[[], Outcome], spec: RunSpec | None, effective: EffectivePlan | None, labels: Labels
+        self,
+        run: Callable[[], Outcome],
+        attempt: Attempt,
+        spec: RunSpec | None,
+        effective: EffectivePlan | None,
+        labels: Labels,
     ) -> Record:
         started_at, began = timestamp(), time.monotonic()
-        result = run()
+        result = attempt(run)
         named: Labels = {"number": 0, "role": "bench", **labels}
         return Record(
             spec=spec,

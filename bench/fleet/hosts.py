@@ -113,14 +113,13 @@ class HostsLauncher:
         if hello["round"] != self._round:
             channel.socket.shutdown(socket.SHUT_RDWR)
             return None
+        self._pids.setdefault(host, []).append(hello["pid"])
         if hello["local_rank"] >= len(ranks):
             # Its agent would end all of its workers with it: it waits until this fleet's end.
-            self._pids.setdefault(host, []).append(hello["pid"])
             return None
         rank: int = ranks[hello["local_rank"]]
         self._processes[rank].pid = hello["pid"]
         self._workers[channel] = self._processes[rank]
-        self._pids.setdefault(host, []).append(hello["pid"])
         channel.send({"type": "assignment", "rank": rank, **self._told})
         return rank
 
@@ -136,9 +135,8 @@ class HostsLauncher:
             ours = {name: importlib.metadata.version(name) for name, _ in theirs}
             other = [f"{name} {there} ({ours[name]} here)" for name, there in theirs if there != ours[name]]
             if other or host not in self._hosts:
-                why = f"is none of {', '.join(self._hosts)}"
-                if other:
-                    why = f"has {', '.join(other)}: install the same versions"
+                strange = f"is none of {', '.join(self._hosts)}"
+                why = f"has {', '.join(other)}: install the same versions" if other else strange
                 self._refused = f"{host} ({message['hostname']}) {why}"
                 channel.send({"type": "close", "why": self._refused})
                 return
@@ -169,9 +167,8 @@ class HostsLauncher:
         deadline, said, self._refused = time.monotonic() + self.patience_s, -_SAY_EVERY_S, ""
         while missing := [host for host in self._hosts if host not in self._stores]:
             if self._refused or time.monotonic() > deadline:
-                why = self._refused or f"did not join {self.address} within {self.patience_s:.0f} s"
-                text = why if self._refused else f"{', '.join(missing)} {why}"
-                raise FleetError(Failure(kind=FailureKind.WORKER_DIED, phase="start", message=text))
+                late = f"{', '.join(missing)} did not join {self.address} within {self.patience_s:.0f} s"
+                raise FleetError(Failure(kind=FailureKind.WORKER_DIED, phase="start", message=self._refused or late))
             others = [host for host in missing if host != self._hosts[0]]
             if others and time.monotonic() - said > _SAY_EVERY_S:
                 said = time.monotonic()
@@ -217,9 +214,9 @@ class HostsLauncher:
                 self._own.wait()
         self._log_dir.cleanup()
 
-    def use(self, devices: Sequence[str]) -> None:
-        """Takes the devices of the next fleet."""
-        self.devices = tuple(devices)
+    def use(self, devices: Sequence[str], patience_s: float) -> None:
+        """Takes the devices of the next fleet, and the time that its hosts have to join."""
+        self.devices, self.patience_s = tuple(devices), patience_s
         self._hosts = tuple(sorted({device_host(device) for device in devices}, key=lambda host: int(host[4:])))
 
     def _start_own(self, log_dir: Path | None) -> None:
@@ -244,10 +241,9 @@ def join(address: str, node_rank: int, *, host_ip: str | None = None, timeout_s:
     read_token()
     split_address(address)
     command = [*JOIN, address, "--node-rank", str(node_rank), "--timeout", str(timeout_s), "--host-ip", host_ip or ""]
+    command += ["--driver-pid", str(os.getpid())]
     # A Ctrl-C at the terminal ends it by ours.
-    whole = [*command, "--driver-pid", str(os.getpid())]
-    status = subprocess.run(whole, check=False, start_new_session=True).returncode
-    return 0 if status == 0 else 4
+    return 0 if subprocess.run(command, check=False, start_new_session=True).returncode == 0 else 4
 
 
 def dismiss(address: str, hosts: Iterable[str]) -> None:
@@ -289,10 +285,8 @@ def lead_or_join(
     found = [os.environ[name] for name in NODE_RANK_VARIABLES if os.environ.get(name, "").isdecimal()]
     rank = int(found[0]) if node_rank is None and found else node_rank
     if rank is None or rank >= nnodes:
-        raise ConfigError(
-            f"--node-rank: {'not given' if rank is None else rank}; give 0 to {nnodes - 1}, or one of "
-            f"{', '.join(NODE_RANK_VARIABLES)} in the environment"
-        )
+        given, names = "not given" if rank is None else rank, ", ".join(NODE_RANK_VARIABLES)
+        raise ConfigError(f"--node-rank: {given}; give 0 to {nnodes - 1}, or one of {names} in the environment")
     address = f"{master_addr}:{master_port or DEFAULT_PORT}"
     if rank > 0:
         return join(address, rank, host_ip=host_ip)
@@ -309,8 +303,7 @@ def launcher_at(address: str, devices: Sequence[str], *, patience_s: float) -> H
     key = os.getpid(), address
     if key not in _launchers:
         _launchers[key] = HostsLauncher(address, read_token())
-    _launchers[key].use(devices)
-    _launchers[key].patience_s = patience_s
+    _launchers[key].use(devices, patience_s)
     return _launchers[key]
 
 

@@ -56,12 +56,10 @@ class LocalLauncher:
         self._scratch = contextlib.ExitStack()
         self._folder = self._scratch.enter_context(scratch_folder())
         path = self._folder / "driver.sock"
-        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+        if (length := len(os.fsencode(path))) > _MAX_SOCKET_PATH:
             self._scratch.close()
-            raise ConfigError(
-                f"TMPDIR: {tempfile.gettempdir()} is too long: a socket's path there would have "
-                f"{len(os.fsencode(path))} bytes of at most {_MAX_SOCKET_PATH}; give a shorter one"
-            )
+            why = f"a socket's path there would have {length} bytes of at most {_MAX_SOCKET_PATH}; give a shorter one"
+            raise ConfigError(f"TMPDIR: {tempfile.gettempdir()} is too long: {why}")
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listener.bind(str(path))
         path.chmod(0o600)
@@ -73,8 +71,7 @@ class LocalLauncher:
 
     def rank_of(self, hello: dict[str, Any], channel: Lines) -> int | None:
         """Rank of the worker that says hello, as it was told."""
-        rank: int = hello["rank"]
-        return rank
+        return int(hello["rank"])
 
     def hears(self, message: dict[str, Any], channel: Lines) -> None:
         """Takes in what somebody says who is no worker."""

@@ -105,7 +105,7 @@ class Supervisor:
         self._selector: selectors.BaseSelector | None = None
         self._telling = threading.Lock()
         self._next_id = 0
-        self._answers: dict[int, Any] = {}
+        self._answers: dict[int, dict[str, Any]] = {}
         self._oom_kills_before = 0
 
     @property
@@ -138,8 +138,7 @@ class Supervisor:
             worker.beat_at = time.monotonic()
         self._send({"id": number, "command": command, "args": args})
         self._await(lambda: number in self._answers, timeout_s, command)
-        answer: dict[str, Any] = self._answers.pop(number)
-        return answer
+        return self._answers.pop(number)
 
     def tell(self, command: str, rank: int, **args: Any) -> None:
         """Sends a worker something that it has no answer to; from any thread, while another waits for an answer, and
@@ -151,10 +150,8 @@ class Supervisor:
 
     def close(self) -> None:
         """Asks the workers to exit, and ends those that do not."""
-        asked = isinstance(self._launcher, LocalLauncher) and all(
-            worker.process.poll() is None and worker.ready for worker in self._workers
-        )
-        if self._workers and asked:
+        can_hear = all(worker.process.poll() is None and worker.ready for worker in self._workers)
+        if self._workers and can_hear and isinstance(self._launcher, LocalLauncher):
             with contextlib.suppress(OSError, FleetError):
                 self._send({"id": -1, "command": "exit", "args": {}})
                 deadline = time.monotonic() + 2.0
@@ -220,10 +217,8 @@ class Supervisor:
         listen = self._options.get("listen") or os.environ.get(LISTEN_VARIABLE)
         if hosts_of(self._devices) == ("",):
             if listen:
-                named = ", ".join(self._devices)
-                raise ConfigError(
-                    f"devices: {named} name no host, and other hosts are to join; write host0/cuda:0-3,host1/cuda:0-3"
-                )
+                why = "name no host, and other hosts are to join; write host0/cuda:0-3,host1/cuda:0-3"
+                raise ConfigError(f"devices: {', '.join(self._devices)} {why}")
             return LocalLauncher(self._devices, self._options.get("worker_env") or {})
         if not listen:
             raise ConfigError("devices: they name hosts, which have to join; give --listen ADDRESS:PORT, or --nnodes")
@@ -256,12 +251,10 @@ class Supervisor:
     def _receive(self, message: dict[str, Any], channel: Lines) -> None:
         assert self._launcher is not None
         if message["type"] == "hello":
-            rank = self._launcher.rank_of(message, channel)
-            if rank is None:
+            if (rank := self._launcher.rank_of(message, channel)) is None:
                 return
             self._workers[rank].channel = channel
-        worker = next((one for one in self._workers if one.channel is channel), None)
-        if worker is None:
+        if (worker := next((one for one in self._workers if one.channel is channel), None)) is None:
             self._launcher.hears(message, channel)
             return
         worker.beat_at = time.monotonic()
@@ -329,12 +322,10 @@ class Supervisor:
         return max(self.hang_timeout_s, CONTEXT_S) if claims else self.hang_timeout_s
 
     def _silent(self, worker: _Worker) -> Failure:
-        return worker.failure(
-            FailureKind.WORKER_HUNG,
-            f"{worker.where} gave no sign of life for {self._patience_s(worker):.0f} s during "
-            f"{worker.state['phase']}: it is stopped or stuck; a slower machine may need a larger "
-            "protocol.hang_timeout_s",
-        )
+        phase, waited_s = worker.state["phase"], self._patience_s(worker)
+        why = "it is stopped or stuck; a slower machine may need a larger protocol.hang_timeout_s"
+        told = f"{worker.where} gave no sign of life for {waited_s:.0f} s during {phase}: {why}"
+        return worker.failure(FailureKind.WORKER_HUNG, told)
 
     def _stuck(self, stages: Sequence[_Worker], waited_s: float) -> Failure:
         doing = ", ".join(f"{worker.where} {worker.state['activity']}s" for worker in stages)

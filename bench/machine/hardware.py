@@ -19,7 +19,7 @@ from typing import Any
 
 import pynvml
 
-from pipetune.bench.machine.nvml import read, text, visible_gpus
+from pipetune.bench.machine.nvml import read, visible_gpus
 from pipetune.bench.record import GpuInfo, Hardware, Machine, Software
 from pipetune.bench.spec import device_index, device_kind, devices_here
 
@@ -51,7 +51,7 @@ def read_machine() -> Machine:
             gpus=tuple(_gpu_info(handle) for handle in gpus.values()),
             links=tuple(f"{a}-{b}:{_link(gpus[a], gpus[b])}" for a, b in combinations(sorted(gpus), 2)),
         )
-        driver = text(read(pynvml.nvmlSystemGetDriverVersion)) or None
+        driver = read(pynvml.nvmlSystemGetDriverVersion) or None
     return Machine(
         hostname=socket.gethostname(),
         hardware_id=hardware.hardware_id,
@@ -139,7 +139,7 @@ def _near(gpu: Any) -> tuple[int | None, set[int]]:
     """A GPU's NUMA node and the CPUs there; None and none where the kernel does not tell."""
     whole = read(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, gpu)
     found = read(pynvml.nvmlDeviceGetPciInfo, gpu if whole is None else whole)
-    domain, _, place = text(getattr(found, "busId", "")).lower().partition(":")
+    domain, _, place = getattr(found, "busId", "").lower().partition(":")
     # NVML writes eight digits of the domain, the kernel four.
     folder = _PCI / f"{int(domain or '0', 16):04x}:{place}"
     node = int([*_words(folder / "numa_node"), "-1"][0])
@@ -163,13 +163,11 @@ def host_memory_bytes() -> int:
 
 def git_revision(folder: Path) -> str | None:
     """Commit of the checkout whose root `folder` is, with `-dirty` behind it where files were changed; else None."""
-    git = ["git", "-C", str(folder)]
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
 
     def run(*command: str) -> str:
-        return subprocess.run(
-            [*git, *command], capture_output=True, text=True, check=True, timeout=10, env=environment
-        ).stdout.strip()
+        git = ["git", "-C", str(folder), *command]
+        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True, timeout=10, env=env).strip()
 
     try:
         # pipetune may be installed somewhere inside a repository that is not its own.
@@ -185,9 +183,9 @@ def _gpu_info(handle: Any) -> GpuInfo:
     capability = read(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
     memory = read(pynvml.nvmlDeviceGetMemoryInfo, handle)
     return GpuInfo(
-        name=text(read(pynvml.nvmlDeviceGetName, handle)) or "not known",
+        name=read(pynvml.nvmlDeviceGetName, handle) or "not known",
         memory_bytes=None if memory is None else int(memory.total),
-        uuid=text(read(pynvml.nvmlDeviceGetUUID, handle)),
+        uuid=read(pynvml.nvmlDeviceGetUUID, handle) or "",
         compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
         numa_node=_near(handle)[0],
     )
@@ -204,9 +202,9 @@ def _link(one: Any, other: Any) -> str:
 
 def _num_nvlinks(one: Any, other: Any) -> int:
     """Active links from one GPU to the other, or all its active links where they end at a switch."""
-    target = text(getattr(read(pynvml.nvmlDeviceGetPciInfo, other), "busId", ""))
+    target = getattr(read(pynvml.nvmlDeviceGetPciInfo, other), "busId", "")
     ends = [
-        text(getattr(read(pynvml.nvmlDeviceGetNvLinkRemotePciInfo, one, link), "busId", ""))
+        getattr(read(pynvml.nvmlDeviceGetNvLinkRemotePciInfo, one, link), "busId", "")
         for link in range(pynvml.NVML_NVLINK_MAX_LINKS)
         if read(pynvml.nvmlDeviceGetNvLinkState, one, link) == pynvml.NVML_FEATURE_ENABLED
     ]
@@ -235,11 +233,9 @@ def _cgroup_cores(membership: str, root: Path) -> float | None:
 
 def _cgroup_memory(membership: str, root: Path) -> int | None:
     """The tightest memory limit, in bytes, of a process's cgroup and those above it; None without one."""
-    limits = []
-    for folder in _cgroup_folders(membership, root, controller="memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            limits += [int(word) for word in _words(folder / name) if word.isdecimal()]
-    return min(limits, default=None)
+    names = ("memory.max", "memory.limit_in_bytes")
+    files = [folder / name for folder in _cgroup_folders(membership, root, controller="memory") for name in names]
+    return min((int(word) for file in files for word in _words(file) if word.isdecimal()), default=None)
 
 
 def _cgroup_folders(membership: str, root: Path, *, controller: str) -> list[Path]:

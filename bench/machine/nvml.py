@@ -32,7 +32,7 @@ def visible_gpus() -> Iterator[dict[int, Any]]:
 
 def _visible(gpus: Sequence[Any]) -> list[Any]:
     """Those of all GPUs that CUDA shows: of a split one its first MIG instance, and beside an instance nothing."""
-    uuids = [text(read(pynvml.nvmlDeviceGetUUID, gpu)) for gpu in gpus]
+    uuids = [read(pynvml.nvmlDeviceGetUUID, gpu) or "" for gpu in gpus]
     shown, blind = list(gpus), set()
     instances: dict[str, Any] = {}
     for index, gpu in enumerate(gpus):
@@ -41,7 +41,7 @@ def _visible(gpus: Sequence[Any]) -> list[Any]:
         for part in (part for part in reversed(found) if part is not None):
             of, share = read(pynvml.nvmlDeviceGetGpuInstanceId, part), read(pynvml.nvmlDeviceGetComputeInstanceId, part)
             shown[index] = instances[f"MIG-{uuids[index]}/{of}/{share}"] = part
-            instances[text(read(pynvml.nvmlDeviceGetUUID, part))] = part
+            instances[read(pynvml.nvmlDeviceGetUUID, part) or ""] = part
         if not uuids[index]:
             blind.add("GPU-")
         if slots is None or (slots and shown[index] is gpu):
@@ -87,8 +87,3 @@ def read(function: Callable[..., Any], *args: Any) -> Any:
         return None if None in args else function(*args)
     except pynvml.NVMLError:
         return None
-
-
-def text(value: str | bytes | None) -> str:
-    """NVML's strings are bytes in some versions."""
-    return value.decode() if isinstance(value, bytes) else value or ""

@@ -85,12 +85,11 @@ class CpuSensors:
         last = _CpuLook.take()
         frequency = psutil.cpu_freq()
         busy = [row for row in last.foreign_since(first, own) if row[2] > FOREIGN_SHARE]
-        foreign = tuple(f"{name} (pid {pid}, {cores:.0%} of a core)" for pid, name, cores in busy)
         host = {
             "clock_mhz": frequency.current if frequency is not None and frequency.current > 0 else None,
             "utilization": last.utilization_since(first),
             "memory_used_bytes": psutil.virtual_memory().used,
-            "foreign_processes": foreign,
+            "foreign_processes": tuple(f"{name} (pid {pid}, {cores:.0%} of a core)" for pid, name, cores in busy),
             "load_average": os.getloadavg()[0],
         }
         return tuple(DeviceState.model_validate({"device": device, **host}) for device in self._devices)
@@ -102,16 +101,15 @@ class CpuSensors:
 
     def stop(self) -> Reading:
         """What was seen since `start`."""
-        assert self._began is not None, "stop without start"
+        began, self._began = self._began, None
+        assert began is not None, "stop without start"
         now = _CpuLook.take()
-        foreign = now.foreign_since(self._began, self._own)
-        reading = Reading(
+        foreign = now.foreign_since(began, self._own)
+        return Reading(
             foreign_cores=sum(cores for _, _, cores in foreign),
             foreign_names=tuple(f"{name} (pid {pid})" for pid, name, cores in foreign if cores > FOREIGN_SHARE),
-            stolen_cores=now.stolen_since(self._began),
+            stolen_cores=now.stolen_since(began),
         )
-        self._began = None
-        return reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,8 +141,7 @@ class _CpuLook:
         return sorted(rows, key=lambda row: -row[2])
 
     def stolen_since(self, earlier: Self) -> float:
-        span_s = max(self.at_s - earlier.at_s, 1e-9)
-        return max(0.0, float(self.host.steal - earlier.host.steal) / span_s)
+        return max(0.0, float(self.host.steal - earlier.host.steal) / max(self.at_s - earlier.at_s, 1e-9))
 
     def utilization_since(self, earlier: Self) -> float | None:
         spent = [now - then for now, then in zip(self.host, earlier.host, strict=True)]

@@ -53,6 +53,11 @@ def split_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def encode(value: Any) -> bytes:
+    """JSON, of pydantic values as well."""
+    return json.dumps(value, allow_nan=False, default=to_jsonable_python).encode()
+
+
 class Lines:
     """One connection, a line of JSON a message: here plain ones, of a socket in a folder that keeps others out."""
 
@@ -66,8 +71,7 @@ class Lines:
 
     def send(self, message: dict[str, Any]) -> None:
         """Sends one; OSError where the other side is gone."""
-        payload = json.dumps(message, allow_nan=False, default=to_jsonable_python).encode()
-        self.socket.sendall(self._seal(payload) + b"\n")
+        self.socket.sendall(self._seal(encode(message)) + b"\n")
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Messages that these bytes complete. WireError for a wrong proof or signature, a replayed line, or one over

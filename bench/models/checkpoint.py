@@ -32,6 +32,8 @@ HASHED = (
 )
 """What beside weights a model's content is."""
 
+UNQUANTIZED = "pipetune runs float32, bfloat16 and float16 checkpoints: choose the unquantized one"
+"""What to do about a checkpoint of another kind."""
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config")
 _METHOD_KEYS = ("quant_method", "quant_algo", "format", "qformat_weight", "version")
 
@@ -102,8 +104,7 @@ def stored_dtype(config: dict[str, Any], weights: tuple[Path, ...]) -> str:
     """What `dtype="auto"` means to transformers: what the config says, else the first weight; float32 for others."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        named = part.get("dtype") or part.get("torch_dtype")
-        if named:
+        if named := part.get("dtype") or part.get("torch_dtype"):
             return str(named) if named in DTYPE_BYTES else "float32"
     first = next(iter(stored_tensors(weights[:1]).values()), None)
     return {"BF16": "bfloat16", "F16": "float16"}.get(first.dtype if first else "", "float32")
@@ -161,8 +162,7 @@ def content_revision(folder: Path, weights: tuple[Path, ...]) -> str:
     """
     digest = hashlib.sha256()
     for name in HASHED:
-        path = folder / name
-        if path.is_file():
+        if (path := folder / name).is_file():
             digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     whole = sum(file.stat().st_size for file in weights) <= FULL_HASH_BYTES
     for file in weights:
@@ -184,5 +184,4 @@ def _why_not(folder: Path) -> str:
             f", but {others[0]}: pipetune reads safetensors only, since pickles can run code; "
             "convert it with `AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)` if you trust it"
         )
-    dummy = "; for random weights from its config.json alone say --load-format dummy"
-    return what_is_there(folder, is_whole) or dummy
+    return what_is_there(folder, is_whole) or "; for random weights from its config.json alone say --load-format dummy"

@@ -155,8 +155,7 @@ def convert(
                 f"{file}: transformers finds no values for {len(missing)} weights of {type(model).__name__}, "
                 f"{missing[0]} first; give the safetensors checkpoint that the file was made from"
             )
-        unused = header.num_values - model.num_parameters()
-        if unused > 0:
+        if (unused := header.num_values - model.num_parameters()) > 0:
             say(f"{file.name}: transformers made no use of {unused} of its {header.num_values} values")
         # It is an ordinary checkpoint now; these marks would make `save_pretrained` refuse it.
         model.hf_quantizer = None
@@ -181,8 +180,7 @@ def read_header(file: Path) -> Header:
 
         architecture = str(value("general.architecture", ""))
         sizes = {name: value(f"{architecture}.{key}", None) for key, name in _UNREAD.items()}
-        types = {tensor.tensor_type.name for tensor in reader.tensors}
-        half = types - {"F32"}
+        half = {tensor.tensor_type.name for tensor in reader.tensors} - {"F32"}
         return Header(
             architecture=architecture,
             kind=str(value("general.type", "model")),
@@ -219,16 +217,13 @@ def _check(file: Path, header: Header) -> None:
 def _need_room(file: Path, folder: Path, size: int) -> None:
     """Refuses before the work what would end in a full disk or a killed process."""
     free, available = shutil.disk_usage(folder).free, psutil.virtual_memory().available
+    takes = f"{file}: its conversion takes {size / 2**30:.1f} GiB"
     if free < size:
-        raise ModelError(
-            f"{file}: its conversion takes {size / 2**30:.1f} GiB and {folder.parent} has {free / 2**30:.1f}; "
-            f"name a folder with more room in {CACHE_VARIABLE}"
-        )
+        remedy = f"name a folder with more room in {CACHE_VARIABLE}"
+        raise ModelError(f"{takes} and {folder.parent} has {free / 2**30:.1f}; {remedy}")
     if available < size:
-        raise ModelError(
-            f"{file}: its conversion takes {size / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are available; "
-            f"convert it on a larger machine and copy {CACHE_VARIABLE}, or give the safetensors checkpoint"
-        )
+        remedy = f"convert it on a larger machine and copy {CACHE_VARIABLE}, or give the safetensors checkpoint"
+        raise ModelError(f"{takes} of memory and {available / 2**30:.1f} are available; {remedy}")
 
 
 @contextmanager

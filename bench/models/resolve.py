@@ -52,10 +52,7 @@ def resolve_model(spec: ModelSpec, *, on_progress: Callable[[str], None] | None 
     architecture = _architecture(spec, config)
     if method := checkpoint.quantization_method(folder, config):
         if spec.load_format != "dummy":
-            raise ModelError(
-                f"model.name: {spec.name!r} is quantized ({method}); pipetune runs float32, bfloat16 and float16 "
-                "checkpoints: choose the unquantized one"
-            )
+            raise ModelError(f"model.name: {spec.name!r} is quantized ({method}); {checkpoint.UNQUANTIZED}")
         say(f"{spec.name} is quantized ({method}); sizes and times are those of unquantized {spec.kept_dtype} weights")
     weights = () if spec.load_format == "dummy" else checkpoint.weight_files(folder)
     if weights == (folder / checkpoint.SINGLE,) and (folder / checkpoint.INDEX).is_file():
@@ -98,10 +95,8 @@ def _locate(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | No
     if path.is_file():
         raise ModelError(f"model.name: {name!r} is a file; give the folder that holds config.json and the weights")
     if not _HUB_ID.fullmatch(name):
-        raise ModelError(
-            f"model.name: {name!r} is no folder here and no Hugging Face id; "
-            f"give a folder, an id such as Qwen/Qwen3-0.6B, or {smollm2.ALIAS}"
-        )
+        remedy = f"give a folder, an id such as Qwen/Qwen3-0.6B, or {smollm2.ALIAS}"
+        raise ModelError(f"model.name: {name!r} is no folder here and no Hugging Face id; {remedy}")
     folder = _from_cache(name, spec) or _from_hub(name, spec, say)
     return folder, folder.name
 
@@ -112,10 +107,8 @@ def _wholeness(spec: ModelSpec) -> Callable[[Path], bool]:
 
 def _demand_revision(spec: ModelSpec, place: Path, revision: str) -> None:
     if spec.revision not in (None, revision):
-        raise ModelError(
-            f"model.revision: {place} now holds {revision} and {spec.revision} is asked for; "
-            "its files were changed since: bring the old ones back, or start anew without a revision"
-        )
+        why = "its files were changed since: bring the old ones back, or start anew without a revision"
+        raise ModelError(f"model.revision: {place} now holds {revision} and {spec.revision} is asked for; {why}")
 
 
 def _locate_smollm2(spec: ModelSpec, say: Callable[[str], None]) -> tuple[Path, str | None]:
@@ -142,12 +135,11 @@ def _from_cache(hub_id: str, spec: ModelSpec) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(hub_id, revision=spec.revision, local_files_only=True, **_patterns(spec))
+        folder = Path(snapshot_download(hub_id, revision=spec.revision, local_files_only=True, **_patterns(spec)))
     except HFValidationError as error:
         raise ModelError(f"model.name: {hub_id!r} is no folder here and no Hugging Face id: {error}") from error
     except LocalEntryNotFoundError:
         return None
-    folder = Path(found)
     # Snapshots that were fetched in part, for example for a tokenizer alone, look like others.
     return folder if _wholeness(spec)(folder) else None
 
@@ -199,13 +191,9 @@ def _architecture(spec: ModelSpec, config: dict[str, Any]) -> str:
         return str(own_code).rpartition(".")[2]
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))
     if known is None and own_code:
-        raise ModelError(
-            f"model.name: {spec.name!r} (model_type {model_type!r}) brings code of its own; "
-            "if you trust it, say --trust-remote-code"
-        )
+        why = "brings code of its own; if you trust it, say --trust-remote-code"
+        raise ModelError(f"model.name: {spec.name!r} (model_type {model_type!r}) {why}")
     if known is None:
-        raise ModelError(
-            f"model.name: {spec.name!r} has model_type {model_type!r}, which is no causal language model "
-            "that the installed transformers knows"
-        )
+        why = "which is no causal language model that the installed transformers knows"
+        raise ModelError(f"model.name: {spec.name!r} has model_type {model_type!r}, {why}")
     return known if isinstance(known, str) else str(known[0])

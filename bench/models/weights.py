@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from pipetune.bench.errors import ModelError
-from pipetune.bench.models.checkpoint import StoredTensor, read_config, stored_tensors, weight_files
+from pipetune.bench.models.checkpoint import UNQUANTIZED, StoredTensor, read_config, stored_tensors, weight_files
 from pipetune.bench.models.describe import build_on_meta
 from pipetune.bench.models.layers import check_family, find_layers
 from pipetune.bench.models.resolve import ResolvedModel
@@ -99,14 +99,11 @@ def _check_narrow(
 ) -> None:
     """Refuses weights that are stored as integers or in 8 bits: what they mean is for a quantization method to say."""
     values = skeleton.state_dict()
-    lacking = sorted(name for name in _load_on_meta(skeleton, wide, where)[0]["missing_keys"])
-    lacking = [name for name in lacking if values[name].is_floating_point()]
-    if lacking:
+    missing = _load_on_meta(skeleton, wide, where)[0]["missing_keys"]
+    if lacking := sorted(name for name in missing if values[name].is_floating_point()):
         name = _likest(lacking[0], stored.keys() - wide.keys())
-        raise ModelError(
-            f"{where} is quantized: {name} is stored as {stored[name].dtype}, and nothing says by which method; "
-            "pipetune runs float32, bfloat16 and float16 checkpoints: choose the unquantized one"
-        )
+        why = f"{name} is stored as {stored[name].dtype}, and nothing says by which method"
+        raise ModelError(f"{where} is quantized: {why}; {UNQUANTIZED}")
 
 
 def _is_harmless(name: str, config: Mapping[str, Any], skeleton: Any) -> bool:

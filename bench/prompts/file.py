@@ -79,8 +79,7 @@ def read_requests(path: str | Path) -> list[tuple[str, Request]]:
     else:
         lines = [(f"{path}:{number}", line.strip("\ufeff \t")) for number, line in enumerate(text.split("\n"), start=1)]
         values = [(place, _parsed(line, place)) for place, line in lines if line.strip()]
-    found = [(place, request) for place, value in values for request in requests_of(value, place)]
-    if not found:
+    if not (found := [(place, request) for place, value in values for request in requests_of(value, place)]):
         raise ConfigError(f"{path}: holds no prompt; write one JSON object a line")
     return found
 

@@ -63,17 +63,13 @@ def own(tensors: Iterable[torch.Tensor], folder: Path) -> None:
     ranges = _mapped({str(path.resolve()) for path in folder.iterdir()})
     for tensor in tensors:
         address = tensor.data_ptr()
-        mapped_end = next((end for begin, end in ranges if begin <= address < end), None)
-        if mapped_end is None:
+        if (mapped_end := next((end for begin, end in ranges if begin <= address < end), None)) is None:
             continue
-        source = tensor.data
-        copy = torch.empty_like(source, memory_format=torch.contiguous_format)
-        rows = max(1, _COPIED_BYTES * source.shape[0] // source.nbytes) if source.dim() and source.nbytes else 1
-        if source.dim() == 0:
-            copy.copy_(source)
-        for first in range(0, source.shape[0] if source.dim() else 0, rows):
-            part, target = source[first : first + rows], copy[first : first + rows]
-            target.copy_(part)
+        copy = torch.empty_like(tensor.data, memory_format=torch.contiguous_format)
+        source, target = (one if one.dim() else one.unsqueeze(0) for one in (tensor.data, copy))
+        rows = max(1, _COPIED_BYTES * len(source) // max(source.nbytes, 1))
+        for part, place in zip(torch.split(source, rows), torch.split(target, rows), strict=True):
+            place.copy_(part)
             if part.is_contiguous():
                 _forget(part.data_ptr(), min(part.data_ptr() + part.nbytes, mapped_end))
         tensor.data = copy

@@ -165,8 +165,7 @@ class StagedReceiver(Receiver):
         It was issued `depth` messages ago and waits for nothing but its own buffer: there is little to wait for.
         """
         place, tensor = self._host.next(shape)
-        copied = self._copied[place]
-        if copied is not None:
+        if (copied := self._copied[place]) is not None:
             copied.synchronize()
         self._receive(place, tensor)
 

@@ -141,8 +141,7 @@ class _Pass:
         self.uniforms = None
         if job.sampling is not None and self.stage.is_last:
             numbers = job.numbers or range(len(job.prompts))
-            in_rows = [numbers[index] for index in job.order]
-            self.uniforms = uniforms(job.sampling, in_rows, job.output_len).to(device)
+            self.uniforms = uniforms(job.sampling, [numbers[index] for index in job.order], job.output_len).to(device)
         # Rows that have not met an end-of-sequence token yet; with fixed length, always all.
         self.unfinished = [[True] * size for size in job.sizes]
         self.known_step = [-1] * len(job.sizes)
@@ -284,10 +283,9 @@ class _Pass:
         if task.end_row == self.job.sizes[task.micro_batch]:
             self.known_step[task.micro_batch] = task.step
         if self.job.eos_token_ids is not None:
-            unfinished = self.unfinished[task.micro_batch]
             for row, token in zip(range(task.first_row, task.end_row), tokens.tolist(), strict=True):
                 if token in self.job.eos_token_ids:
-                    unfinished[row] = False
+                    self.unfinished[task.micro_batch][row] = False
 
     def is_done(self, micro_batch: int) -> bool:
         """Whether every row of the micro-batch has met its end."""
@@ -295,8 +293,7 @@ class _Pass:
 
     def post_hidden(self, *, in_use: int) -> None:
         """Posts receives for the tasks that come next, as far as the ring goes and it is known that they will run."""
-        receiver = self.edges.hidden_in
-        if receiver is None:
+        if (receiver := self.edges.hidden_in) is None:
             return
         while self.next_post < len(self.tasks) and self.outstanding + in_use < receiver.depth:
             task = self.tasks[self.next_post]

@@ -41,8 +41,7 @@ def pack_linears(model: Any) -> int:
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            packed = _packed(child)
-            if packed is not None:
+            if (packed := _packed(child)) is not None:
                 setattr(parent, name, packed)
                 count += 1
     return count

@@ -60,8 +60,7 @@ def draw_margins(logits: torch.Tensor, u: torch.Tensor, sampling: Sampling) -> t
         ordered, _, shares = _likeliest(logits, sampling)
         count = torch.full_like(place, most)
         if sampling.top_p < 1.0:
-            stays = _stays(shares, sampling)
-            count = stays.sum(-1)
+            count = _stays(shares, sampling).sum(-1)
             last = (count - 1).unsqueeze(-1)
             sums = shares.cumsum(-1).gather(-1, last).squeeze(-1)
             without = sums - shares.gather(-1, last).squeeze(-1)

@@ -70,8 +70,7 @@ class Links:
         """
         *others, last = ranks
         told = others if tokens_to_all else others[:1]
-        directed = [*itertools.pairwise(ranks), *((last, rank) for rank in told)]
-        for source, destination in directed:
+        for source, destination in (*itertools.pairwise(ranks), *((last, rank) for rank in told)):
             self._open(source, destination)
         # All stages of a plan, replicas among them, have fewer; the oldest go first, on every rank alike.
         while len(self._groups) > 2 * len(self._devices):
@@ -100,17 +99,12 @@ class Links:
         # Messages go before compute: whoever waits for one has nothing else to do.
         options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         options.config.max_ctas = MAX_CTAS
-        timeout = dt.timedelta(hours=1)
-        group = dist.new_group([source, destination], backend="nccl", timeout=timeout, pg_options=options)
+        group = dist.new_group([source, destination], backend="nccl", timeout=dt.timedelta(hours=1), pg_options=options)
         self._groups[key] = group
         if self._rank in key:
             # The first message sets the communicator up, which both sides must do at the same time.
             probe = torch.zeros(1, device=self._device)
-            work = (
-                dist.isend(probe, dst=destination, group=group)
-                if self._rank == source
-                else dist.irecv(probe, src=source, group=group)
-            )
+            work = dist.isend(probe, destination, group) if self._rank == source else dist.irecv(probe, source, group)
             assert work is not None
             work.wait()
             torch.cuda.synchronize(self._device)

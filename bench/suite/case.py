@@ -34,10 +34,8 @@ class PlanCase(BaseModel):
         except OSError as error:
             raise PlanError(f"{path}: cannot read the plan: {error.strerror or error}") from None
         except (ValueError, RecursionError) as error:
-            raise PlanError(
-                f"{path}: {explain(error)}; take the best_plan.json of a study, or write plan, model and "
-                "workload into one file"
-            ) from None
+            remedy = "take the best_plan.json of a study, or write plan, model and workload into one file"
+            raise PlanError(f"{path}: {explain(error)}; {remedy}") from None
         if (prompts := case.workload.prompts_file) is None:
             return case
         file = (path.parent / prompts).absolute()

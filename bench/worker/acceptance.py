@@ -59,8 +59,7 @@ def _wrong(phase: str, what: str) -> Failure:
 def over_cap(memory: Sequence[StageMemory]) -> Failure | None:
     """The failure of a stage whose real peak lies above its cap, if there is one."""
     for index, stage in enumerate(memory):
-        used = stage.peak_bytes - stage.baseline_bytes
-        if used > stage.cap_bytes:
+        if (used := stage.peak_bytes - stage.baseline_bytes) > stage.cap_bytes:
             return Failure(
                 kind=FailureKind.OVER_MEMORY_CAP,
                 stage=index,

@@ -17,7 +17,6 @@ from pipetune.bench.record import Iteration, Measurement, StageMemory, TaskShape
 from pipetune.bench.runtime.device import undisturbed
 from pipetune.bench.runtime.job import MicroBatchInputs, sort_by_length
 from pipetune.bench.runtime.sampling import log_probabilities
-from pipetune.bench.schedule import micro_batch_sizes
 from pipetune.bench.spec import Protocol, Sampling, Workload, device_index, device_kind
 from pipetune.bench.worker.acceptance import is_steady
 
@@ -187,11 +186,9 @@ def measure_baseline(
         )
         for name in devices
     )
-    sizes = micro_batch_sizes(len(prompts), batch_size)
     durations = [one.duration_s for one in passes]
     order, lens = sort_by_length(prompts), workload.generated_lens
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    steady = is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, protocol.steady_tolerance)
     return Measurement(
         method="hf_forward" if workload.kind == "score" else "hf_generate",
         batch_size=batch_size,
@@ -200,17 +197,17 @@ def measure_baseline(
         output_len=workload.generated_len,
         output_lens=workload.unlike_lens,
         goodput=workload.goodput,
-        micro_batch_sizes=sizes,
+        micro_batch_sizes=tuple(map(len, batches)),
         tasks=tuple(
-            TaskShape(micro_batch=batch, step=step, first_row=0, end_row=size)
-            for batch, (size, chosen) in enumerate(zip(sizes, batches, strict=True))
+            TaskShape(micro_batch=batch, step=step, first_row=0, end_row=len(chosen))
+            for batch, chosen in enumerate(batches)
             for step in range(max(1, *(lens[index] for index in chosen)))
         ),
         iterations=tuple(
             Iteration(duration_s=round(one.duration_s, 6), token_times_s=one.token_times_s, stages=()) for one in passes
         ),
         warmup_s=tuple(warmup),
-        steady=steady,
+        steady=is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, protocol.steady_tolerance),
         memory=memory,
         telemetry=telemetry,
         transport="device_map" if len(devices) > 1 else "local",

@@ -13,9 +13,8 @@ from typing import Any, Self
 import psutil
 import torch
 import torch.distributed as dist
-from pydantic_core import to_jsonable_python
 
-from pipetune.bench.machine.wire import Lines, Wire, read_token, split_address
+from pipetune.bench.machine.wire import Lines, Wire, encode, read_token, split_address
 
 PINGS = 8
 """Round trips by which two hosts' clocks are compared."""
@@ -121,7 +120,7 @@ class ControlGroup:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        return json.loads(self.broadcast_bytes(_encode(value) if self.rank == 0 else b""))
+        return json.loads(self.broadcast_bytes(encode(value) if self.rank == 0 else b""))
 
     def clock_ahead(self, hosts: Sequence[str]) -> tuple[float, float]:
         """How far the monotonic clock of this rank's host is ahead of that of rank 0's, and how far off that may be.
@@ -155,7 +154,7 @@ class ControlGroup:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value in the order of ranks, on every rank."""
-        payload = _encode(value)
+        payload = encode(value)
         sizes = torch.zeros(self.world_size, dtype=torch.long)
         sizes[self.rank] = len(payload)
         dist.all_reduce(sizes, group=self._group)
@@ -180,17 +179,10 @@ class ControlGroup:
         dist.barrier(group=self._group)
 
 
-def _encode(value: Any) -> bytes:
-    """JSON, of pydantic values as well."""
-    return json.dumps(value, allow_nan=False, default=to_jsonable_python).encode()
-
-
 def agents_store() -> Any:
     """Where workers of several hosts meet: the elastic agents' store, with a part of its own for every round."""
     from pipetune.bench.worker.rendezvous import ROUND_VARIABLE
 
     torch_stores: Any = dist
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch_stores.PrefixStore(
-        f"workers-{os.environ[ROUND_VARIABLE]}", torch_stores.TCPStore(address, port, is_master=False)
-    )
+    store = torch_stores.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return torch_stores.PrefixStore(f"workers-{os.environ[ROUND_VARIABLE]}", store)

@@ -79,8 +79,7 @@ class Worker:
         name = self.devices[self.rank]
         self.blamed: str | None = name
         """The device that a fault of this worker is laid to; None where several come into question."""
-        host = s.device_host(name)
-        self._local = s.on_host(self.devices, host)
+        self._local = s.on_host(self.devices, s.device_host(name))
         own_name = s.local_name(name)
         if s.device_kind(name) == "cuda":
             bind_near(own_name)
@@ -154,8 +153,7 @@ class Worker:
         while True:
             self.status.phase, self.status.activity = "idle", "idle"
             command = self.control.broadcast(self.link.question() if self.rank == 0 else None)
-            name = command["command"]
-            if name == "exit":
+            if (name := command["command"]) == "exit":
                 return
             try:
                 if name in self._for_use:
@@ -172,24 +170,21 @@ class Worker:
                 self.link.send("answer", id=command["id"], result=result)
 
     def do_describe(self) -> dict[str, Any]:
-        """Model, shape, machine and memory."""
-        return {
-            "model": self.resolved.spec,
-            "shape": self.host.shape,
-            "machine": self._machine(),
-            "device_bytes": self.device_bytes,
-            "folder": str(self.resolved.folder),
-        }
-
-    def _machine(self) -> Machine:
-        """The machine, of all hosts; every rank calls it."""
+        """Model, shape, memory, and the machine, of all hosts."""
         hosts = [s.device_host(one) for one in self.devices]
         is_first = hosts.index(hosts[self.rank]) == self.rank
         found = self.control.gather(read_machine() if is_first else None)
         machine, *others = [Machine.model_validate(row) for row in found if row is not None]
         hardware = machine.hardware.model_copy(update={"further_hosts": tuple(one.hardware for one in others)})
         names = ", ".join(one.hostname for one in (machine, *others))
-        return machine.model_copy(update={"hostname": names, "hardware": hardware, "hardware_id": hardware.hardware_id})
+        whole = {"hostname": names, "hardware": hardware, "hardware_id": hardware.hardware_id}
+        return {
+            "model": self.resolved.spec,
+            "shape": self.host.shape,
+            "machine": machine.model_copy(update=whole),
+            "device_bytes": self.device_bytes,
+            "folder": str(self.resolved.folder),
+        }
 
     @validate_call
     def do_prompts(self, workload: s.Workload, as_text: bool) -> dict[str, Any]:
@@ -238,8 +233,7 @@ class Worker:
         if len(s.hosts_of(self.devices)) == 1:
             yield path
             return
-        there = path.read_bytes() if self.rank == 0 and path.exists() else b""
-        held = self.control.broadcast_bytes(there)
+        held = self.control.broadcast_bytes(path.read_bytes() if self.rank == 0 and path.exists() else b"")
         with scratch_folder() as folder:
             copy = folder / path.name
             if held:
@@ -257,8 +251,7 @@ class Worker:
             yield own
             rows = self.control.gather(base64.b64encode(own.read_bytes()).decode() if own.exists() else None)
         if self.rank == 0:
-            written = next(row for row in rows if row is not None)
-            write_durably(path, base64.b64decode(written))
+            write_durably(path, base64.b64decode(next(row for row in rows if row is not None)))
 
     def _load_reference(self, path: Path, digest: str) -> Reference:
         """The reference, where every rank can read it; else StudyError on all of them, none left behind."""

@@ -53,22 +53,16 @@ def serve(fd: int, driver_pid: int) -> list[str]:
                 for one in (woken, wake):
                     os.close(one)
                 control.close()
-                return [*_become(request, files[0]), "--driver-pid", str(own_pid)]
+                os.setsid()
+                for stream in (1, 2):
+                    os.dup2(files[0], stream)
+                os.close(files[0])
+                os.chdir(request["cwd"])
+                sys.argv[1:] = request["arguments"]
+                return [*sys.argv[1:], "--driver-pid", str(own_pid)]
             os.close(files[0])
             _say(control, started=pid)
     os._exit(0)
-
-
-def _become(request: dict[str, Any], output: int) -> list[str]:
-    """Makes this process the worker asked for; its arguments."""
-    os.setsid()
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    os.close(output)
-    os.chdir(request["cwd"])
-    arguments: list[str] = request["arguments"]
-    sys.argv[1:] = arguments
-    return arguments
 
 
 def _tell_of_the_ended(control: socket.socket) -> None:

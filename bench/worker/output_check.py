@@ -29,8 +29,7 @@ def check_output(host: StageHost, plan: Plan, job: Job, reference: ref.Reference
         mine = ref.compare_scores(reference, {checked[place]: row for place, row in found.items()})
     elif found is not None:
         mine = ref.compare_logits(reference, found)
-    gathered = host.control.gather(mine)
-    return ref.worst_check([OutputCheck.model_validate(row) for row in gathered if row is not None])
+    return ref.worst_check([OutputCheck.model_validate(row) for row in host.control.gather(mine) if row is not None])
 
 
 def wrong_logits(check: OutputCheck, job: Job, shape: ModelShape, *, phase: str = "check") -> Failure | None:

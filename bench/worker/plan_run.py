@@ -78,11 +78,8 @@ class PlanRun:
         return is_steady(durations if len(durations) > 1 else warmup[-1:] + durations, self.protocol.steady_tolerance)
 
     def _notes(self, steady: bool) -> list[str]:
-        notes = []
-        if not steady:
-            notes.append(
-                f"never steady: passes of the same work vary by more than {self.protocol.steady_tolerance:.0%}"
-            )
+        varies = f"never steady: passes of the same work vary by more than {self.protocol.steady_tolerance:.0%}"
+        notes = [] if steady else [varies]
         devices = self.host.devices
         shared = {name for name in devices if device_kind(name) == "cuda" and devices.count(name) > 1}
         if shared & set(self.plan.devices) and len(self.plan.devices) > 1:
@@ -126,8 +123,7 @@ class PlanRun:
             clock_error_s = max(clock_error_s, host.device.clock_error_s)
         telemetry = t.read_telemetry(sensors, before)
         notes = [*host.compiled.notes]
-        if host.compiled.graphs > compiled_before:
-            count = host.compiled.graphs - compiled_before
+        if (count := host.compiled.graphs - compiled_before) > 0:
             notes.append(f"compile: {count} graphs of stage {host.index} were compiled while it was timed")
         if host.loop is not None and host.loop.graphs is not None:
             notes += host.loop.graphs.notes

@@ -78,10 +78,8 @@ class Tokens:
             longest, limit = max(len(row) for row in rows), self._shape.max_positions
             if limit is not None and longest + max_new_tokens > limit:
                 more = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
-                raise ConfigError(
-                    f"the longest prompt has {longest} tokens{more}: more than the model's {limit} positions; "
-                    "shorten it"
-                )
+                why = f"more than the model's {limit} positions; shorten it"
+                raise ConfigError(f"the longest prompt has {longest} tokens{more}: {why}")
             return rows
 
         return self._from_rank_0(read)
@@ -141,10 +139,8 @@ def load_prompts(
         path = workload.prompts_file
         entries = read_requests(path)
         if len(entries) < workload.num_prompts:
-            raise ConfigError(
-                f"workload.num_prompts={workload.num_prompts}, but {path} holds {len(entries)} prompts; "
-                "lower --num-prompts or add prompts"
-            )
+            few = f"workload.num_prompts={workload.num_prompts}, but {path} holds {len(entries)} prompts"
+            raise ConfigError(f"{few}; lower --num-prompts or add prompts")
         if output_lens(workload, entries) not in (None, workload.output_lens):
             raise ConfigError(f"{path}: its lines have output lengths of their own; give them as workload.output_lens")
         used = entries[: workload.num_prompts]
@@ -157,10 +153,8 @@ def load_prompts(
     if max_positions is not None and longest + workload.generated_len > max_positions:
         output_len = workload.generated_len
         generated = f", and with {output_len=} that is" if output_len else ", which is"
-        raise ConfigError(
-            f"workload: the longest prompt has {longest} tokens{generated} "
-            f"more than the model's {max_positions} positions; shorten it"
-        )
+        why = f"more than the model's {max_positions} positions; shorten it"
+        raise ConfigError(f"workload: the longest prompt has {longest} tokens{generated} {why}")
     return prompts
 
 

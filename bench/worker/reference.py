@@ -118,9 +118,7 @@ def choose_checked(prompts: Sequence[Sequence[int]], count: int) -> tuple[int, .
     """Prompts to check, spread over the lengths, shortest and longest included, so that padding is checked too."""
     order = sort_by_length(prompts)
     count = min(count, len(order))
-    if count == 1:
-        return (order[0],)
-    places = {round(place * (len(order) - 1) / (count - 1)) for place in range(count)}
+    places = {round(place * (len(order) - 1) / max(count - 1, 1)) for place in range(count)}
     return tuple(sorted(order[place] for place in places))
 
 
@@ -187,12 +185,9 @@ def compare_tokens(reference: Reference, tokens: dict[int, list[int]]) -> tuple[
     for index, own in tokens.items():
         truth = reference.tokens[index].tolist()
         parting = next((place for place, (a, b) in enumerate(zip(own, truth, strict=False)) if a != b), None)
-        if parting is None:
-            continue
-        if reference.margins[index, parting].item() <= reference.tolerance:
-            near += 1
-        else:
-            wrong += 1
+        if parting is not None:
+            is_near = reference.margins[index, parting].item() <= reference.tolerance
+            wrong, near = wrong + (not is_near), near + is_near
     return wrong, near
 
 

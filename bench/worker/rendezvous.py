@@ -80,10 +80,8 @@ class DriverRendezvous(elastic.RendezvousHandler):
             self._wire.send({"type": "join", "store": [self._address, self._port]})
         with self._news:
             self._news.wait_for(lambda: self._round is not None or self._is_closed or self._is_lost)
-            if self._is_closed:
+            if self._is_closed or self._round is None:
                 raise self._end()
-            if self._round is None:
-                raise elastic.RendezvousConnectionError("the driver is gone")
             told, self._round = self._round, None
         address, port = told["store"]
         is_host = told["node"] == 0
@@ -103,14 +101,13 @@ class DriverRendezvous(elastic.RendezvousHandler):
 
     def num_nodes_waiting(self) -> int:
         """The agent asks ten times a second; more than none ends its workers and brings it to `next_rendezvous`."""
-        if self._is_closed:
+        if self._is_closed or self._is_lost:
             raise self._end()
-        if self._is_lost:
-            raise elastic.RendezvousConnectionError("the driver is gone")
         return int(self._is_over)
 
     def _end(self) -> Exception:
-        return elastic.RendezvousConnectionError(self._why) if self._why else elastic.RendezvousClosedError()
+        why = self._why if self._is_closed else "the driver is gone"
+        return elastic.RendezvousConnectionError(why) if why else elastic.RendezvousClosedError()
 
     @property
     def was_cut(self) -> bool:

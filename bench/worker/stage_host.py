@@ -206,8 +206,7 @@ class StageHost:
                 tokens_to_all=self.stage.reads_ids or job.eos_token_ids is not None,
             )
             own = edges or own
-        job = self.own_job(jobs)
-        if job is None:
+        if (job := self.own_job(jobs)) is None:
             return
         if self.loop is None:
             graphs = self._graphs(f"stage {self.index}") if self.plan.cuda_graphs else None
@@ -249,8 +248,7 @@ class StageHost:
     def transport(self) -> str:
         """What lies between the stages, in a word."""
         assert self.placement is not None
-        kinds = {self.links.kind(ranks) for ranks in self.placement.replicas}
-        return ", ".join(sorted(kinds))
+        return ", ".join(sorted({self.links.kind(ranks) for ranks in self.placement.replicas}))
 
 
 def job_of(plan: Plan, prompts: tuple[tuple[int, ...], ...], **rest: Any) -> Job:

@@ -134,8 +134,7 @@ def _scored(
     spreads.append(spread_of(torch.cat([rows[index] for index in checked]), [ask(checked, 1)], dtype))
     with torch.inference_mode():
         for index in checked:
-            steps = min(protocol.check_tokens, len(rows[index]))
-            if steps:
+            if steps := min(protocol.check_tokens, len(rows[index])):
                 spreads.append(spread_of(rows[index][-steps:], [ask_cached(prompts[index], steps)], dtype))
     return Reference(
         source="unsplit",

@@ -137,13 +137,11 @@ class VllmHost(Host):  # type: ignore[misc]
         for output, prompt, tokens in zip(outputs, prompts, continuations, strict=True):
             found = need(output, "prompt_logprobs")[len(prompt) :]
             likeliest = [max((one.logprob, token) for token, one in row.items())[1] for row in found]
-            pairs = zip(tokens, found, likeliest, strict=True)
-            rows.append([[row[token].logprob, best] for token, row, best in pairs])
+            rows.append([[row[token].logprob, best] for token, row, best in zip(tokens, found, likeliest, strict=True)])
         return {"rows": rows}
 
     def _rpc(self, method: str) -> list[Any]:
-        answers: list[Any] = self._llm.collective_rpc(method) if self._server is None else self._server.rpc(method)
-        return answers
+        return list(self._llm.collective_rpc(method) if self._server is None else self._server.rpc(method))
 
     @property
     def _core(self) -> Any:

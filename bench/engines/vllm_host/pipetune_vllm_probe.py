@@ -56,8 +56,7 @@ class StageProbe:
         self.pipetune_on, self.pipetune_device = False, need(runner, "device").type
         self.pipetune_entered: Any = None
         self.pipetune_zero: Any = None
-        is_later_on_cpu = self.pipetune_device == "cpu" and not group.is_first_rank
-        if is_later_on_cpu and need(runner, "intermediate_tensors") is None:
+        if self.pipetune_device == "cpu" and not group.is_first_rank and need(runner, "intermediate_tensors") is None:
             # On CPUs vLLM 0.32 makes them in a dummy run, which eager mode has none of, and then fails an assertion.
             how = {"dtype": need(runner, "model_config", "dtype"), "device": need(runner, "device")}
             make = need(model, "make_empty_intermediate_tensors")

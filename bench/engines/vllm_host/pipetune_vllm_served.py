@@ -38,8 +38,7 @@ class Server:
 
     def rpc(self, method: str) -> list[Any]:
         """What each worker answers; what is no dictionary, as text."""
-        answers: list[Any] = self._ask("/collective_rpc", {"method": method})["results"]
-        return answers
+        return list(self._ask("/collective_rpc", {"method": method})["results"])
 
     def run(
         self, prompts: list[list[int]], output_lens: list[int], at_s: list[float], **how: Any

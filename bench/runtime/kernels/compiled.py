@@ -84,8 +84,7 @@ class CompiledLayers:
 
     def _attach(self, layer: nn.Module, index: int) -> None:
         eager = layer.forward
-        function = self._functions.get(type(layer))
-        if function is None:
+        if (function := self._functions.get(type(layer))) is None:
             function = self._functions[type(layer)] = torch.compile(type(layer).forward, backend=self._backend)
         places: set[Any] = {getattr(module, "layer_idx", None) for module in layer.modules()} - {None}
         place = places.pop() if len(places) == 1 else index
@@ -241,8 +240,7 @@ _library.define("packed_linear(Tensor input, Tensor handle, Tensor? bias, int ou
 
 
 def _packed_linear(x: torch.Tensor, handle: torch.Tensor, bias: torch.Tensor | None, out: int) -> torch.Tensor:
-    weight = _by_handle[int(handle)]._packed
-    return packed_linear(x, weight, bias)
+    return packed_linear(x, _by_handle[int(handle)]._packed, bias)
 
 
 def _packed_linear_sizes(x: torch.Tensor, handle: torch.Tensor, bias: torch.Tensor | None, out: int) -> torch.Tensor:

@@ -184,8 +184,7 @@ class DecodeGraphs:
         new = {key: last for key, last in wanted.items() if key not in known or last > compared[key.rows, key.kv_len]}
         if not new:
             return
-        reason = self._why_not(len(new.keys() | self._steps.keys()))
-        if reason is not None:
+        if (reason := self._why_not(len(new.keys() | self._steps.keys()))) is not None:
             self._note(reason)
             return
         began = time.perf_counter()
@@ -216,8 +215,7 @@ class DecodeGraphs:
         if task.is_prefill or not self._steps:
             return None
         key = StepKey(task.slot, task.num_rows, kv_length(task.end_token, max_len=self._max_len))
-        step = self._steps.get(key)
-        if step is None:
+        if (step := self._steps.get(key)) is None:
             return None
         step.load(task.first_token, inputs, hidden, u)
         output = step.run()
@@ -242,8 +240,7 @@ class DecodeGraphs:
 
     def _why_not(self, count: int) -> str | None:
         reason = why_not_static(self._slots[0])
-        config = self._stage.model.config.get_text_config(decoder=True)
-        kernel = kernel_of(config)
+        kernel = kernel_of(self._stage.model.config.get_text_config(decoder=True))
         if reason is None and kernel not in STATIC_KERNELS:
             reason = f"attention by {kernel} has no static form"
         if reason is None and count > MAX_GRAPHS:

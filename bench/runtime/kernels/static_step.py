@@ -123,9 +123,8 @@ class StaticStep:
         self._u = torch.full((key.rows,), 0.5, dtype=torch.float64, device=device)
         self._hidden: torch.Tensor | None = None
         if not stage.is_first:
-            shape = (key.rows, 1, stage.message_values)
-            self._hidden = torch.zeros(shape, dtype=stage.message_dtype, device=device)
-        self._cache = StaticSlotCache(slot, rows=key.rows, kv_len=key.kv_len, position=self._position)
+            self._hidden = torch.zeros((key.rows, 1, stage.message_values), dtype=stage.message_dtype, device=device)
+        self._cache: Any = StaticSlotCache(slot, rows=key.rows, kv_len=key.kv_len, position=self._position)
         self._loaded: MicroBatchInputs | None = None
 
     def load(
@@ -153,8 +152,7 @@ class StaticStep:
 
     def forward(self) -> torch.Tensor:
         """The work itself. At one position it may be repeated: keys and values are written where they stood."""
-        cache: Any = self._cache
-        return self._stage.forward(self._ids, self._mask, self._positions, cache, self._hidden)
+        return self._stage.forward(self._ids, self._mask, self._positions, self._cache, self._hidden)
 
     def choose(self, logits: torch.Tensor, sampling: Sampling | None) -> torch.Tensor:
         """Tokens `[rows]`: the likeliest, or those that `u` draws."""
@@ -192,8 +190,7 @@ class Probe:
             values = torch.randn((rows, 1, stage.message_values), generator=generator)
             hidden = values.to(stage.device, stage.message_dtype)
         ids, mask, positions = (tensor.to(stage.device) for tensor in (ids, mask, positions))
-        inputs = MicroBatchInputs(ids=ids, mask=mask, positions=positions, prompt_len=position)
-        return cls(inputs=inputs, hidden=hidden)
+        return cls(inputs=MicroBatchInputs(ids=ids, mask=mask, positions=positions, prompt_len=position), hidden=hidden)
 
     def run_eagerly(self, stage: Stage, slot: SlotCache) -> torch.Tensor:
         """What the step gives."""

@@ -69,8 +69,7 @@ def time_sizes(round_trips: Callable[[int, int], Sequence[float]], budget_s: flo
 def fit(seconds: Mapping[int, float] | Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Latency, s, and bandwidth, bytes/s, of `latency + bytes / bandwidth` through times of messages by size in bytes.
     Least squares of the relative errors, so that small messages count as much as large ones; neither is below 0."""
-    pairs = [(float(size), time_s) for size, time_s in dict(seconds).items()]
-    sizes, times = np.array(pairs).T
+    sizes, times = np.array([(float(size), time_s) for size, time_s in dict(seconds).items()]).T
     design = np.stack([np.ones_like(sizes), sizes], axis=1) / times[:, None]
     (latency_s, per_byte_s), *_ = np.linalg.lstsq(design, np.ones_like(times), rcond=None)
     if latency_s < 0:
@@ -105,8 +104,7 @@ def _round_trips(host: StageHost, ranks: tuple[int, int]) -> dict[int, float]:
                 host.status.tasks_done += 1
             host.device.synchronize()
             host.status.activity = "idle"
-        seconds: Sequence[float] = host.control.gather(times)[ranks[0]]
-        return seconds
+        return list(host.control.gather(times)[ranks[0]])
 
     return time_sizes(round_trips)
 

@@ -44,12 +44,7 @@ class PartStamps(contextlib.ExitStack):
         moments = self._clock.resolve([stamp for _, *stamps in self._calls for stamp in stamps])
         begins, ends = moments[::2], moments[1::2]
         calls = list(zip((part for part, _, _ in self._calls), begins, ends, strict=True))
-        found = []
-        for start_s, end_s in spans:
-            # A clock that is tied to the host's anew may be some microseconds off.
-            inside = [call for call in calls if start_s - 1e-4 <= call[1] and call[2] <= end_s + 1e-4]
-            found.append(self._shares(start_s, end_s, inside))
-        return found
+        return [self._shares(start_s, end_s, calls) for start_s, end_s in spans]
 
     def forget(self) -> None:
         """Lets go of what was stamped, also within calls that never came back."""
@@ -59,7 +54,9 @@ class PartStamps(contextlib.ExitStack):
         whole = max(end_s - start_s, 1e-9)
         shares: dict[Part, float] = {"embedding": 0.0, **dict.fromkeys(self._stage.own_layers, 0.0)}
         behind_s = start_s
-        for part, begin, end in calls:
+        # A clock that is tied to the host's anew may be some microseconds off.
+        inside = [call for call in calls if start_s - 1e-4 <= call[1] and call[2] <= end_s + 1e-4]
+        for part, begin, end in inside:
             if part != "embedding":
                 behind_s = max(behind_s, end)
             if part in shares:

@@ -230,8 +230,7 @@ class Profiler:
             loop.slots[0].fill(0.01)
             self._filled = loop.slots[0]
         timeline = loop.run(job, start=self.host.control.barrier if together else lambda: None).timeline
-        spans = list(zip(timeline.compute_start_s, timeline.compute_end_s, strict=True))
-        return spans[-count:]
+        return list(zip(timeline.compute_start_s, timeline.compute_end_s, strict=True))[-count:]
 
 
 def _alike(host: StageHost) -> tuple[int, ...]:

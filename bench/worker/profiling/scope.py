@@ -52,7 +52,14 @@ def scope_of(
     used = {device_kind(name): name for name in devices}.values()
 
     def bytes_of(window: range, kind: TaskKind) -> int:
-        return max(_bytes(shape, window, kind, name, grid, packed_weights=packed_weights) for name in used)
+        """Bytes that a model of these layers alone takes while it runs such a task."""
+        part = shape.model_copy(update={"layers": shape.layers[window.start : window.stop]})
+        chunk = None if kind.past_tokens == 0 or shape.recurrent else kind.new_tokens
+        output_len = 0 if grid.scores else DECODE_STEPS if kind.is_decode else 1
+        lens = {"prompt_len": kind.past_tokens + kind.new_tokens, "output_len": output_len}
+        plans = (Plan.from_layer_counts((len(window),), (one,), kind.rows, prefill_chunk_size=chunk) for one in used)
+        switched = (plan.model_copy(update={"packed_weights": packed_weights}) for plan in plans)
+        return max(stage_bytes(part, plan, 0, **lens).total(1) for plan in switched)
 
     windows: tuple[range, ...] = ()
     for width in range(math.ceil(shape.num_layers / len(devices)), 0, -1):
@@ -60,8 +67,7 @@ def scope_of(
         if all(bytes_of(window, kind) <= cap for window in windows for kind in kinds):
             return Scope(windows=windows, kinds=kinds, notes=notes)
     need = {kind: max(bytes_of(window, kind) for window in windows) for kind in kinds}
-    fitting = tuple(kind for kind in kinds if need[kind] <= cap)
-    if not fitting:
+    if not (fitting := tuple(kind for kind in kinds if need[kind] <= cap)):
         least = min(need.values(), default=0)
         return Failure(
             kind=FailureKind.OVER_MEMORY_CAP,
@@ -121,23 +127,6 @@ def _possible(grid: ProfileGrid, shape: ModelShape) -> tuple[tuple[TaskKind, ...
     if not any(kind.past_tokens == 0 for kind in small):
         small.append(min(kind for kind in kinds if kind.past_tokens == 0))
     return tuple(small), tuple(notes)
-
-
-def _bytes(
-    shape: ModelShape, window: range, kind: TaskKind, device: str, grid: ProfileGrid, *, packed_weights: bool
-) -> int:
-    """Bytes that a model of these layers alone takes while it runs such a task."""
-    part = shape.model_copy(update={"layers": shape.layers[window.start : window.stop]})
-    chunk = None if kind.past_tokens == 0 or shape.recurrent else kind.new_tokens
-    plan = Plan.from_layer_counts((len(window),), (device,), kind.rows, prefill_chunk_size=chunk)
-    need = stage_bytes(
-        part,
-        plan.model_copy(update={"packed_weights": packed_weights}),
-        0,
-        prompt_len=kind.past_tokens + kind.new_tokens,
-        output_len=0 if grid.scores else DECODE_STEPS if kind.is_decode else 1,
-    )
-    return need.total(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
