@@ -403,7 +403,7 @@ def _explain(error: ValidationError, sources: Mapping[KeyPath, str], *, elsewher
         line = f"{place}{message}" if named else f"{place}{key}: {message}"
         given = problem["input"]
         if isinstance(given, (str, int, float)) and str(given) not in message:
-            line += f" (given: {json.dumps(given, ensure_ascii=False)})"
+            line += f" (given: {json.dumps(given, default=str, ensure_ascii=False)})"
         if line not in lines:
             lines.append(line)
     return "\n".join(lines)
