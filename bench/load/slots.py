@@ -117,7 +117,7 @@ class Slots:
         for one in order.together:
             own, rows = self._prefill(one, ids) if isinstance(one, Prefill) else self._decode(one, ids)
             parts += own
-            if own[0].samples:
+            if own[0].samples and rows[0].draws is not None:
                 draws += [row.draws[row.known] for row in rows if row.draws is not None]
         edits, self._edits = self._edits, []
         return edits, Task(parts, ids, draws or None)

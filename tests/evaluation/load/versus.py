@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from pipetune.bench.load.rates import RateSearch
+from pipetune.bench.load.rates import RateSearch, estimate
+from pipetune.tuner.stats.signed_rank import above, below
 from tests.evaluation.harness import say
 from tests.evaluation.load.estimates import interval
 from tests.evaluation.load.lab import PILOT_SEED, Lab
-from tests.evaluation.load.rates_of import find_together
+from tests.evaluation.load.rates_of import ATTAINMENT, find_together
 from tests.evaluation.load.sides import serve
 from tests.evaluation.load.values import Row
 
@@ -93,7 +96,7 @@ def null(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
     """One plan as both sides: what rounds differ by when nothing does."""
     setting = lab.subject.pair
     guess = 0.7 * lab.capacity(lab.ours, setting)
-    ratios, kept = [], []
+    kept = []
     for number in range(lab.extent.rounds):
         trace = lab.trace(number)
         found = find_together(
@@ -105,20 +108,27 @@ def null(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
         )
         kept.append({key: search.shares for key, search in found.items()})
         if (a := found["a"].highest) and (b := found["b"].highest):
-            ratios.append(a / b)
             guess = (a * b) ** 0.5
             say(f"{name}, round {number}: {a:.4g} and {b:.4g} requests/s")
+    return null_rows(f"{name}; {setting.name}", kept), {"rounds": kept}
+
+
+def null_rows(note: str, rounds: Sequence[Mapping[str, Mapping[float, float]]]) -> list[Row]:
+    """What the shares of either side in each round, by the rates that were tried, tell of one plan as both."""
+    rates = [[estimate(round_[key], ATTAINMENT) for key in ("a", "b")] for round_ in rounds]
+    ratios = [a / b for a, b in rates if a and b]
     if not ratios:
-        return [], {"rounds": kept}
+        return []
     apart = [max(ratio, 1 / ratio) - 1 for ratio in ratios]
-    note = f"{name}; {setting.name}"
-    rows = []
+    logs = [math.log(ratio) for ratio in ratios]
+    either = min(1.0, 2 * min(above(logs), below(logs, 0.0)))
+    rows = [Row(name="null: p of the gate's test", value=either, n=len(ratios), of="rounds", note=note, aim=0.05)]
     for label, values in (("null: rate of a plan / its own", ratios), ("null: how far apart", apart)):
         low, high = interval(values)
         rows.append(
             Row(name=label, value=statistics.median(values), low=low, high=high, n=len(values), of="rounds", note=note)
         )
-    return rows, {"rounds": kept}
+    return rows
 
 
 def _equal_tokens(lab: Lab, chosen: dict[str, Any]) -> dict[str, tuple[int, int]]:
