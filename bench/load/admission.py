@@ -13,8 +13,6 @@ those that had as much the one of shorter prompts.
 
 import dataclasses
 import itertools
-import math
-import statistics
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -60,7 +58,7 @@ class Rules:
     def __post_init__(self) -> None:
         """Raises ValueError for a number below 1, or more slots of lanes than there are."""
         for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, bool) and isinstance(value, int) and value < 1:
+            if type(value) is int and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         if (needed := slots_needed(self.lanes)) > self.slots:
             raise ValueError(f"slots={self.slots}: these lanes need {needed}; give them fewer of their own")
@@ -315,7 +313,7 @@ class Admission:
         tokens = group.done - first
         if self.rules.joins:
             starts = [group.length - request.prompt_len for request in group.requests]
-            tokens = math.ceil(statistics.fmean(max(group.done - max(first, start), 0) for start in starts))
+            tokens = -(-sum(max(group.done - max(first, start), 0) for start in starts) // len(starts))
         return Prefill(group.slot, group.requests, first, group.done, lane.open is None, tokens)
 
     def _decode(self, index: int) -> Decode:

@@ -56,13 +56,13 @@ class JoinedCache(hf.Cache):
         """`last` is `[rows of all parts]`, on their device: where each row's last token is."""
         super().__init__(layers=parts[0].cache.layers)
         self.parts, self.last = parts, last
+        self._lens = [part.rows * part.tokens for part in parts]
         self.sizes: list[tuple[int, int]] = []
         """Length and offset of the positions that the next mask is for, part by part."""
 
     def split(self, states: torch.Tensor) -> list[torch.Tensor]:
         """`[rows, heads, tokens, D]` of each part, of `[1, heads, N, D]`."""
-        lens = [part.rows * part.tokens for part in self.parts]
-        pieces = zip(self.parts, torch.split(states[0], lens, dim=1), strict=True)
+        pieces = zip(self.parts, torch.split(states[0], self._lens, dim=1), strict=True)
         return [torch.unflatten(piece, 1, (part.rows, part.tokens)).transpose(0, 1) for part, piece in pieces]
 
     def update(  # type: ignore[override]

@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipetune.bench.runtime.stage.attention import attend, attention_on, build_mask
+from pipetune.bench.runtime.stage.joined import JoinedCache
 
 
 class Seen(TorchDispatchMode):
@@ -55,6 +56,10 @@ def test_it_is_transformers_own(rows: int, kv_heads: int, groups: int, tokens: i
     actual, _ = attend(module, query, key, value, mask, scaling=0.3)
     assert actual.shape == expected.shape
     assert torch.allclose(actual, expected, atol=1e-5)
+    # What stands in the registry for joined passes leaves all others as they were, to the bit.
+    registered = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert registered.__module__ == JoinedCache.__module__
+    assert torch.equal(registered(module, query, key, value, mask, scaling=0.3)[0], expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
