@@ -8,7 +8,7 @@ from pydantic import Field
 from pipetune.bench.errors import PlanError
 from pipetune.bench.record import Count, Failure, FailureKind
 from pipetune.bench.schedule import micro_batch_sizes
-from pipetune.bench.spec import EffectivePlan, Plan, Value, device_kind, slots_needed
+from pipetune.bench.spec import EffectivePlan, Lane, Plan, Value, device_kind, slots_needed
 
 KV_ALIGNMENT = 16
 """On GPUs KV slots have a multiple of so many positions: kernels of attention pad them in every call otherwise."""
@@ -275,6 +275,13 @@ def resolve_slots(
     if (needed := slots_needed(plan.lanes)) > slots:
         why = f"plan.lanes: they need {needed} slots, and the plan has room for {slots}; give them fewer of their own"
         return Failure(kind=FailureKind.OVER_MEMORY_CAP, phase="plan", message=why)
+    if shape.joins and slots == len(plan.stages) == 1:
+        # Each prefill takes the slot's step along: none comes between two of them that could let one go first.
+        lanes = [
+            one.model_copy(update={"prefills_per_decode": None}) if (one.prefills_per_decode or 0) >= 1 else one
+            for one in plan.lanes
+        ]
+        plan = plan.model_copy(update={"lanes": () if lanes == [Lane()] else tuple(lanes)})
     return EffectivePlan(plan=plan, in_flight=slots)
 
 

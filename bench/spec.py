@@ -270,7 +270,8 @@ class Goodput(Value):
         return {name: limit for name in type(self).model_fields if (limit := getattr(self, name)) is not None}
 
 
-Rate = Annotated[float, Field(gt=0.0, le=1e6)]
+HIGHEST_RATE = 1e6
+Rate = Annotated[float, Field(gt=0.0, le=HIGHEST_RATE)]
 """Requests a second."""
 
 
@@ -298,9 +299,10 @@ class Arrivals(Value):
     ] = Field(default=None, ge=1)
     slo_attainment: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Each measurement looks for the highest rate at which so large a share of the requests keeps the limits, from
-    `request_rate` on; filled in where `max_request_rate` is asked for. None: it is made at `request_rate`."""
+    `request_rate` on, or near what a study thinks the plan sustains; filled in where `max_request_rate` is asked for.
+    None: it is made at `request_rate`."""
     most_rates: Annotated[int, Flag("Load", "Rates that a search for the highest one tries at most.")] = Field(
-        default=6, ge=2
+        default=8, ge=2
     )
     times_s: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
     """When each request of the trace comes, seconds; filled in when that is read."""

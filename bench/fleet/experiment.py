@@ -21,7 +21,7 @@ from pipetune.bench.fleet.engine import Engine
 from pipetune.bench.fleet.fleet import Closing, Fleet
 from pipetune.bench.fleet.locks import hold_gpus
 from pipetune.bench.fleet.supervisor import FleetOptions
-from pipetune.bench.load.rates import RateSearch
+from pipetune.bench.load.rates import RateSearch, bracket
 from pipetune.bench.metrics import derive
 from pipetune.bench.record import Failure, FailureKind, Measurement, Outcome, Record, Role, timestamp
 from pipetune.bench.spec import EffectivePlan, ModelSpec, Plan, Protocol, RunSpec, Workload, devices_here
@@ -111,26 +111,29 @@ class Experiment(Closing, Generic[Runner]):
         protocol: Protocol,
         *,
         resolved: EffectivePlan | Failure | None = None,
+        near_rate: float | None = None,
         attempt: Attempt = operator.call,
         **labels: Unpack[Labels],
     ) -> Record:
         """Measures a plan, or says why it is not run; raises as the fleet's `resolve` and `measure`.
 
-        `resolved` is what the plan comes to under its memory caps; None resolves it here.
+        `resolved` is what the plan comes to under its memory caps; None resolves it here. `near_rate` is what it is
+        thought to sustain, requests/s, where the highest rate is looked for.
         """
         known = self.fleet.resolve(plan, workload) if resolved is None else resolved
         spec = self.spec(plan, workload, protocol)
         if isinstance(known, Failure):
             return self._record(lambda: known, attempt, spec, None, labels)
         arrivals = workload.arrivals
-        run = self._at_highest_rate if arrivals is not None and arrivals.slo_attainment else self.fleet.measure
-        return self._record(lambda: run(spec, known), attempt, spec, known, labels)
+        if arrivals is None or arrivals.slo_attainment is None:
+            return self._record(lambda: self.fleet.measure(spec, known), attempt, spec, known, labels)
+        search = RateSearch.of(arrivals, near=near_rate)
+        return self._record(lambda: self._at_highest_rate(spec, known, search), attempt, spec, known, labels)
 
-    def _at_highest_rate(self, spec: RunSpec, known: EffectivePlan) -> Outcome:
+    def _at_highest_rate(self, spec: RunSpec, known: EffectivePlan, search: RateSearch) -> Outcome:
         """Runs at one rate after the other, and what was measured at the highest that was sustained."""
         arrivals = spec.workload.arrivals
         assert arrivals is not None
-        search = RateSearch.of(arrivals)
         found: dict[float, Measurement] = {}
         while (rate := search.next()) is not None:
             once = arrivals.model_copy(update={"request_rate": rate, "slo_attainment": None})
@@ -139,10 +142,14 @@ class Experiment(Closing, Generic[Runner]):
             if isinstance(outcome, Failure):
                 return outcome
             found[rate], search.shares[rate] = outcome, derive(outcome)["slo_attainment"]
-        kept, low = found[search.sustained or min(found)], min(search.shares.values())
-        notes = [] if low < search.wanted else ["all rates that were tried are sustained; the highest may be higher"]
-        notes += [] if search.sustained else ["no rate that was tried is sustained"]
-        notes = [f"{note}: give another --request-rate to begin with, or more --most-rates" for note in notes]
+        kept, (low, high) = found[search.sustained or min(found)], bracket(search.shares, search.wanted)
+        note = "all rates that were tried are sustained; the highest may be higher"
+        if low is None:
+            note = "no rate that was tried is sustained"
+        elif high is not None:
+            note = f"no rate between {low:g} and {high:g} requests/s was tried, where the highest is"
+        way_out = "give another --request-rate to begin with, or more --most-rates"
+        notes = [] if search.is_narrow else [f"{note}: {way_out}"]
         disturbances = dict.fromkeys(text for one in found.values() for text in one.telemetry.disturbances)
         return kept.model_copy(
             update={

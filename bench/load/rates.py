@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from pipetune.bench.spec import Arrivals
+from pipetune.bench.spec import HIGHEST_RATE, Arrivals
 
 STEP = 1.1
 """Factor to go on by while all rates, or none, were sustained; its fourth power behind the second one, its ninth behind
 the third, and so on: guesses are good, or far off."""
 _HIGHEST = 2**12
 """How many times higher than the first a rate is tried, while all are sustained."""
+_FURTHEST = 16
+"""How many times higher than the arrivals' rate a search begins at most."""
+_MOST_SIMULATED = 20
 
 
 def bracket(shares: Mapping[float, float], wanted: float) -> tuple[float | None, float | None]:
@@ -72,12 +75,20 @@ class RateSearch:
     """By the rates that were tried."""
 
     @classmethod
-    def of(cls, arrivals: Arrivals) -> Self:
-        """As arrivals with `slo_attainment` ask for it."""
-        wanted, guess = arrivals.slo_attainment, arrivals.request_rate
+    def of(cls, arrivals: Arrivals, *, near: float | None = None) -> Self:
+        """As arrivals with `slo_attainment` ask for it: from their rate on, or from one that it is thought to be near,
+        a quarter of theirs or 16 times as high at most. Down to a quarter of theirs, since lower ones take longer."""
+        wanted, first = arrivals.slo_attainment, arrivals.request_rate
         assert wanted is not None
-        assert guess is not None
-        return cls(wanted=wanted, guess=guess, most=arrivals.most_rates)
+        assert first is not None
+        lowest = first / cls.lowest
+        guess = first if near is None else min(max(near, lowest), _FURTHEST * first, HIGHEST_RATE)
+        return cls(wanted=wanted, guess=guess, most=arrivals.most_rates, lowest=guess / lowest)
+
+    @classmethod
+    def simulated(cls, wanted: float, *, guess: float, tolerance: float) -> Self:
+        """One whose runs cost nothing: it goes on until the rate is found, however low that is."""
+        return cls(wanted=wanted, guess=guess, tolerance=tolerance, most=_MOST_SIMULATED, lowest=_HIGHEST)
 
     def run(self, share_at: Callable[[float], float]) -> float:
         """The highest rate, by runs that cost nothing: each gives the share at a rate."""
@@ -86,8 +97,8 @@ class RateSearch:
         return self.highest
 
     def next(self) -> float | None:
-        """The rate to measure next; None where it is known, or no run is left; or where none is sustained, down to a
-        quarter of the first, since each takes longer than the one before."""
+        """The rate to measure next; None where it is known, or no run is left; or where none is sustained, down to the
+        lowest."""
         is_hopeless = bool(self.shares) and (
             self.sustained >= self.guess * _HIGHEST
             or (not self.sustained and min(self.shares) <= self.guess / self.lowest)
@@ -95,7 +106,7 @@ class RateSearch:
         if self.is_narrow or is_hopeless or len(self.shares) >= self.most:
             return None
         rate = next_rate(self.shares, self.wanted, guess=self.guess, tolerance=self.tolerance)
-        return None if rate in self.shares else rate
+        return None if rate in self.shares or rate > HIGHEST_RATE else rate
 
     @property
     def is_narrow(self) -> bool:

@@ -234,6 +234,24 @@ def test_slots_leave_room_for_the_prompts_beside_them() -> None:
     assert isinstance(slots(wanted, 8 * MIB), Failure)
 
 
+def test_prefills_between_steps_say_nothing_where_each_takes_the_only_slot_along() -> None:
+    joining = shape().model_copy(update={"joins": True})
+
+    def lanes(model: ModelShape, wanted: Plan, *given_: Lane) -> tuple[Lane, ...]:
+        room = dict.fromkeys(wanted.devices, 2**40)
+        own = wanted.model_copy(update={"lanes": given_})
+        found = resolve_slots(model, own, prompt_len=32, output_len=8, device_bytes=room)
+        assert isinstance(found, EffectivePlan)
+        return found.plan.lanes
+
+    alone, steady, gathering = plan(6), Lane(prefills_per_decode=1), Lane(prefills_per_decode=0.5)
+    short = Lane(up_to_tokens=4, weight=4)
+    assert lanes(joining, alone, steady) == ()
+    assert lanes(joining, alone, short, steady) == (short, Lane())
+    for kept in ((shape(), alone, steady), (joining, alone, gathering), (joining, plan(3, 3), steady)):
+        assert lanes(*kept) == kept[2:]
+
+
 def test_a_model_without_kv_is_limited_by_micro_batches_alone() -> None:
     model = shape(kv_bytes_per_token=0)
     wanted = plan(6, memory_fraction=1.0)

@@ -15,6 +15,7 @@ from pipetune.bench.fleet.experiment import Labels
 from pipetune.bench.fleet.fleet import Fleet
 from pipetune.bench.record import Measurement, Record
 from pipetune.bench.spec import EffectivePlan, Plan
+from pipetune.tuner.planning.simulation.load import under_load
 from pipetune.tuner.planning.simulation.model import CostModel
 from pipetune.tuner.progress import Reporter
 from pipetune.tuner.ranking import finals
@@ -142,7 +143,7 @@ def _run(runs: Runs, stack: contextlib.ExitStack) -> None:
     with log.spend("baseline"):
         _measure_baseline(runs)
     with log.spend("single_stage"):
-        _measure_single_stage(runs, space, resolve)
+        _measure_single_stage(runs, space, resolve, cost)
     preferred = Search(runs, participant, space, cost, resolve, warm).run()
     with log.spend("finals"):
         _run_finals(runs, participant, preferred)
@@ -198,7 +199,7 @@ def _measure_baseline(runs: Runs) -> None:
             sizes.append(size // 2)
 
 
-def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> None:
+def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver, cost: CostModel) -> None:
     """Our runtime without a pipeline, which tells what pipelining gains from what the rest of it gains. Where it does
     not fit below `max_memory_per_device`, it is measured without that cap, to compare with."""
     if space.engine is not None or not is_due([one for one in runs.store.current if one.role == "single_stage"]):
@@ -217,7 +218,10 @@ def _measure_single_stage(runs: Runs, space: SearchSpace, resolve: Resolver) -> 
     )
     if space.max_memory_bytes is not None and not isinstance(resolve(plan), EffectivePlan):
         plan = plan.model_copy(update={"stages": (plan.stages[0].model_copy(update={"max_memory_bytes": None}),)})
-    runs.measure(f"single stage: {plan.describe()}", plan, resolve(plan), role="single_stage")
+    resolved, predicted = resolve(plan), None
+    if isinstance(resolved, EffectivePlan) and workload.arrivals is not None and workload.arrivals.slo_attainment:
+        predicted = under_load(cost, plan, resolved.in_flight)["max_request_rate"]
+    runs.measure(f"single stage: {plan.describe()}", plan, resolved, predicted=predicted, role="single_stage")
 
 
 def _run_finals(runs: Runs, participant: Participant, preferred: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import signal
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from pipetune.bench.record import Failure, FailureKind, Outcome, Record
 from pipetune.bench.spec import EffectivePlan, Plan, Protocol, RunSpec, devices_here
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.progress import Reporter, describe
+from pipetune.tuner.ranking.runs import PlanRun
 from pipetune.tuner.search.policy.history import is_lost
 from pipetune.tuner.study.files import LOGS_FOLDER, StudyFile
 from pipetune.tuner.study.search_log import SearchLogWriter
@@ -170,9 +172,11 @@ class Runs:
         resolved: EffectivePlan | Failure,
         *,
         protocol: Protocol | None = None,
+        predicted: float | None = None,
         **labels: Unpack[Labels],
     ) -> Record:
-        """Measures a plan, or records why it is not run. Interrupted: somebody asked to stop, and this is no trial: it
+        """Measures a plan, or records why it is not run; where the highest rate is looked for, near what its own runs
+        sustained, else near what is predicted. Interrupted: somebody asked to stop, and this is no trial: it
         leaves no record and is run again, where a trial's record says that it was interrupted. FleetError: workers lost
         too often."""
         spec = self.spec(plan, protocol)
@@ -183,10 +187,25 @@ class Runs:
         return self._keep(
             label,
             lambda attempt: self.experiment.measure(
-                plan, spec.workload, spec.protocol, resolved=resolved, attempt=attempt, **labels
+                plan,
+                spec.workload,
+                spec.protocol,
+                resolved=resolved,
+                near_rate=self._own_rate(resolved) or predicted,
+                attempt=attempt,
+                **labels,
             ),
             is_trial=labels.get("trial_number") is not None,
         )
+
+    def _own_rate(self, resolved: EffectivePlan | Failure) -> float | None:
+        """The median of the highest rates that were measured of a plan."""
+        if isinstance(resolved, Failure):
+            return None
+        key = resolved.by(served=False).key
+        own = [one for one in self.store.current if one.effective and one.effective.by(served=False).key == key]
+        rates = [rate for one in own if (rate := PlanRun(one).metrics.get("max_request_rate"))]
+        return statistics.median(rates) if rates else None
 
     def baseline(self, label: str, protocol: Protocol, batch_size: int, **labels: Unpack[Labels]) -> Record:
         """Measures the un-pipelined model at one batch size; raises as `measure`."""

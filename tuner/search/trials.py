@@ -106,7 +106,13 @@ class Search:
             label += f" · predicted {predicted}"
         with self._log.spend("trials"):
             record = self.runs.measure(
-                label, plan, self.resolve(plan), role="trial", trial_number=number, params=dict(proposal.point)
+                label,
+                plan,
+                self.resolve(plan),
+                predicted=proposal.predicted.get("max_request_rate"),
+                role="trial",
+                trial_number=number,
+                params=dict(proposal.point),
             )
         with self._log.spend("search"):
             study.tell(record)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipetune.bench.load.rates import RateSearch, bracket, estimate, next_rate
+from pipetune.bench.spec import Arrivals
 
 WANTED = 0.9
 
@@ -93,6 +94,26 @@ def test_a_search_encloses_where_shares_fall_below_what_is_wanted(truth: float, 
         own.shares[rate] = min(1.0, max(0.0, 0.9 - steepness * (rate / truth - 1)))
     assert own.is_narrow
     assert own.highest == estimate(own.shares, WANTED) == pytest.approx(truth, rel=0.03)
+
+
+def test_a_search_begins_at_the_arrivals_rate_or_near_what_a_plan_is_thought_to_sustain() -> None:
+    asked = Arrivals(request_rate=60.0, slo_attainment=0.9, most_rates=7)
+    for near, first in ((None, 60.0), (131.24, 131.2), (1e9, 960.0), (1.0, 16.0)):
+        own = RateSearch.of(asked, near=near)
+        assert (own.next(), own.wanted, own.most) == (first, 0.9, 7)
+        # Where none is sustained, the first that is no higher than a quarter of the arrivals' rate is the last.
+        assert own.run(lambda _: 0.0) == 0.0
+        assert [rate <= 60 / 3.75 for rate in own.shares] == [False] * (len(own.shares) - 1) + [True]
+    highest = RateSearch.of(Arrivals(request_rate=8e5, slo_attainment=0.9))
+    assert highest.run(lambda _: 1.0) == 8.8e5, "no run comes at a rate beyond those that can be asked for"
+
+
+@given(truth=st.floats(0.05, 2000.0))
+def test_a_simulated_search_finds_the_rate_however_far_it_is(truth: float) -> None:
+    own = RateSearch.simulated(WANTED, guess=10.0, tolerance=0.03)
+    found = own.run(lambda rate: min(1.0, max(0.0, 0.9 - 5 * (rate / truth - 1))))
+    assert own.is_narrow
+    assert found == pytest.approx(truth, rel=0.03)
 
 
 def test_a_search_that_was_enclosed_by_nothing_tells_what_was_sustained() -> None:

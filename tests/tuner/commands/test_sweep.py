@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -151,7 +153,10 @@ def test_a_search_under_arrivals_ranks_by_good_requests(
     for record, lesson in zip(records, lessons, strict=True):
         assert lesson is not None
         assert isinstance(record.result, Measurement)
-        assert {span.stage for span in lesson.tasks} == set(range(len(record.result.iterations[0].stages)))
+        runs = record.result.iterations
+        assert {span.stage for span in lesson.tasks} == set(range(len(runs[0].stages)))
+        joined = sum(span.count for span in lesson.tasks if span.stage == 0 and span.decode_rows)
+        assert joined == sum(task.decode_rows > 0 for run in runs for task in run.stage_loads[0].load_tasks)
     trials = json.loads((folder / "search.json").read_text(encoding="utf-8"))["entries"]
     assert len(trials) == 3
     assert all(0 < one["predicted"]["request_goodput"] < 70 for one in trials)
@@ -181,4 +186,16 @@ def test_a_search_for_the_plan_of_the_highest_rate(
     assert best_plan["workload"]["arrivals"]["slo_attainment"] == 0.9
     assert "req/s" in text
     trials = json.loads((folder / "search.json").read_text("utf-8"))["entries"]
-    assert all(one["predicted"]["max_request_rate"] > 0 for one in trials)
+    predicted = {one["trial_number"]: one["predicted"]["max_request_rate"] for one in trials}
+    found: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        assert isinstance(record.result, Measurement)
+        assert record.effective is not None
+        key, tried = record.effective.key, dict(record.result.tried_rates)
+        known = statistics.median(found[key]) if found[key] else None
+        near = known or predicted.get(record.trial_number or 0)
+        # Each begins near what its plan is known or thought to sustain.
+        if record.role in ("trial", "finalist") and near is not None:
+            assert float(f"{min(max(near, 200 / 3.75), 16 * 200):.4g}") in tried
+        if (own := derive(record.result).get("max_request_rate")) is not None:
+            found[key].append(own)

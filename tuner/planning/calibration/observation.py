@@ -35,6 +35,9 @@ class TaskSpan(Value):
     """New tokens of each row; the mean over the tasks, as similar lengths are taken together."""
     past_tokens: int
     samples: bool = True
+    decode_rows: int = 0
+    """Rows of the decode step that was part of each."""
+    decode_past: int = 0
     others: float = 0.0
     """Mean number of the plan's other devices that computed meanwhile; tasks with few and with many stand apart."""
     seconds: float
@@ -45,6 +48,11 @@ class TaskSpan(Value):
     def kind(self) -> TaskKind:
         """Kind of task that the cost model is asked for."""
         return TaskKind(self.rows, self.new_tokens, self.past_tokens, self.samples)
+
+    @property
+    def step(self) -> TaskKind:
+        """Kind of the step that was part of each, where there was one."""
+        return TaskKind(self.decode_rows, 1, self.decode_past)
 
 
 class HandOver(Value):
@@ -183,17 +191,21 @@ class _Task(NamedTuple):
     is_decode: bool
     micro_batch: int | None
     """None where nobody knows which tokens it waited for."""
-    is_joined: bool = False
-    """Whether a decode step was part of it, so that its time is of neither kind."""
+    step: TaskKind | None = None
+    """The decode step that was part of it."""
 
 
 def _loaded_tasks(runs: Sequence[Iteration], stage: int) -> list[_Task]:
     """All tasks of a stage under arrivals, one iteration after the other."""
     tasks = [one for run in runs for one in run.stage_loads[stage].load_tasks]
-    kinds = [TaskKind(one.rows, one.tokens, one.past, one.samples) for one in tasks]
     return [
-        _Task(kind, one.kind == "decode", None, is_joined=one.decode_rows > 0)
-        for kind, one in zip(kinds, tasks, strict=True)
+        _Task(
+            TaskKind(one.rows, one.tokens, one.past, one.samples),
+            one.kind == "decode",
+            None,
+            TaskKind(one.decode_rows, 1, one.decode_past) if one.decode_rows else None,
+        )
+        for one in tasks
     ]
 
 
@@ -251,19 +263,20 @@ class _StageSpans:
 
     def tasks(self) -> list[TaskSpan]:
         """Mean times by stage and kind of task, similar lengths taken together."""
-        groups: dict[tuple[bool, int, int, int, bool], list[int]] = {}
+        groups: dict[tuple[bool, int, int, int, bool, int | None], list[int]] = {}
         for index, task in enumerate(self.shapes):
-            kind = task.kind
-            key = (task.is_decode, kind.rows, _bucket(kind.new_tokens), _bucket(kind.past_tokens), kind.samples)
-            if not task.is_joined:
-                groups.setdefault(key, []).append(index)
+            kind, beside = task.kind, _bucket(task.step.rows) if task.step else None
+            key = (task.is_decode, kind.rows, _bucket(kind.new_tokens), _bucket(kind.past_tokens), kind.samples, beside)
+            groups.setdefault(key, []).append(index)
         # Under arrivals there are so many kinds.
         kept = set(sorted(groups, key=lambda key: -len(groups[key]))[:_MOST_KINDS])
         groups = {key: members for key, members in groups.items() if key in kept}
         spans = []
         for place, stage in enumerate(self.stages):
             took, others = self.ends[:, place] - self.starts[:, place], self.others[:, place]
-            for (_, rows, _, _, samples), members in groups.items():
+            for (_, rows, _, _, samples, _), members in groups.items():
+                steps = [step for index in members if (step := self.shapes[index].step)]
+                joined = {"decode_rows": [one.rows for one in steps], "decode_past": [one.past_tokens for one in steps]}
                 many = others[:, members] >= 0.5 * self.most_others
                 for seen in (~many, many):
                     if not seen.any():
@@ -277,6 +290,7 @@ class _StageSpans:
                             new_tokens=round(statistics.fmean(self.kinds[index].new_tokens for index in members)),
                             past_tokens=round(statistics.fmean(self.kinds[index].past_tokens for index in members)),
                             samples=samples,
+                            **{name: round(statistics.fmean(own)) for name, own in joined.items() if own},
                             others=round(float(others[:, members][seen].mean()), 3),
                             seconds=round(float(seconds[cut : len(seconds) - cut].mean()), 7),
                             count=len(seconds),

@@ -18,6 +18,7 @@ from pipetune.tuner.planning.calibration.engine_model import EngineModel
 from pipetune.tuner.planning.calibration.observation import Observation
 from pipetune.tuner.planning.calibration.regression import Rows
 from pipetune.tuner.planning.calibration.residual_gp import PRIOR_SD, Features, Process
+from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.simulation.load import under_load
 from pipetune.tuner.planning.simulation.model import TOKEN_BYTES, CostModel, of_device
 from pipetune.tuner.planning.simulation.prediction import Prediction
@@ -25,6 +26,8 @@ from pipetune.tuner.planning.simulation.prediction import Prediction
 NOISE_SD, NOISE_WEIGHT, LEAST_NOISE = 0.02, 3.0, 0.003
 """Relative standard deviation of repeated runs before any are seen, what that counts in repeats, and its floor."""
 _NOT_COSTS = ("drift", "switches", "contention")
+_JOINED_FITS = 4
+"""Each halves what is left of the error of prefills that were never seen by themselves."""
 _HOP_SD = 0.3
 """Standard deviation of the logarithm of a hand-over's median."""
 _HOP_WIDTHS = (1.0, 0.1)
@@ -186,15 +189,25 @@ def _mean(runs: Sequence[Observation], metric: str, noise: float) -> tuple[float
 
 
 def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
-    """A model over uncorrected costs, with these corrected by what was observed; itself if that teaches nothing."""
+    """A model over uncorrected costs, with these corrected by what was observed; itself if that teaches nothing. Tasks
+    of one kind teach first; what prefills with a step beside them would take alone is then known by the costs so far,
+    again and again."""
     if isinstance(model, EngineModel):
         return model.refit(observations)
+    lone = [_without_joined(observation) for observation in observations]
+    refitted = _refit(model, lone, model.costs)
+    for _ in range(_JOINED_FITS if lone != [*observations] else 0):
+        refitted = _refit(model, observations, refitted.costs)
+    return refitted
+
+
+def _refit(model: CostModel, observations: Sequence[Observation], joined_by: Costs) -> CostModel:
     if not any(observation.tasks for observation in observations):
         return model
     # Layers of equal shape share a group.
     numbers = {layer: number for number, layer in enumerate(dict.fromkeys(model.shape.layers))}
     groups = tuple(numbers[layer] for layer in model.shape.layers)
-    rows = Rows(model.costs, groups, observations, model.contention)
+    rows = Rows(model.costs, groups, observations, model.contention, joined_by)
     terms = rows.fit()
     costs = RefittedCosts(
         base=model.costs,
@@ -210,6 +223,10 @@ def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
         stalls_s=_by_device(model.stalls_s, observations, "stall_s"),
         contention=rows.contention(terms),
     )
+
+
+def _without_joined(observation: Observation) -> Observation:
+    return observation.model_copy(update={"tasks": tuple(one for one in observation.tasks if not one.decode_rows)})
 
 
 def _fit_hops(model: CostModel, observations: Sequence[Observation], *, between: bool) -> tuple[float, float, float]:

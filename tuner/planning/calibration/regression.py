@@ -25,6 +25,7 @@ from pipetune.tuner.planning.calibration import corrected_costs as corrected
 from pipetune.tuner.planning.calibration.observation import Observation, TaskSpan
 from pipetune.tuner.planning.costs.base import Costs
 from pipetune.tuner.planning.costs.contention import Contention
+from pipetune.tuner.planning.simulation.model import FEW, joined_s
 
 HUBER = 1.5
 """Deviations beyond so many standard deviations count linearly."""
@@ -85,10 +86,16 @@ class Rows:
     """The regression's rows: the time of a kind of task on a stage of a record each."""
 
     def __init__(
-        self, base: Costs, groups: Sequence[int], observations: Sequence[Observation], measured: Contention | None
+        self,
+        base: Costs,
+        groups: Sequence[int],
+        observations: Sequence[Observation],
+        measured: Contention | None,
+        joined_by: Costs,
     ) -> None:
-        """`measured` is what devices lose to each other, as far as it is known: what is fitted comes on top."""
-        self.base = base
+        """`measured` is what devices lose to each other, as far as it is known: what is fitted comes on top. A prefill
+        with a step beside it is taken to be longer than by itself as `joined_by` has it."""
+        self.base, self._joined_by = base, joined_by
         most = max(len(observation.effective.plan.devices) for observation in observations)
         self.measured = measured or Contention(prefill=0.0, decode=0.0, devices=most)
         self.devices = self.measured.devices
@@ -135,6 +142,9 @@ class Rows:
             share = min(span.others / (self.devices - 1), 1.0) - 1.0
             log_s -= share * self.measured.of(decode=kind.is_decode)
             self._enter("whole", [(("contention", kind.is_decode), share)])
+        if span.decode_rows:
+            alone, *others = (self._stage_s(device, stage, one, **place) for one in (kind, span.step, *FEW))
+            log_s -= math.log(joined_s(alone, *others) / alone)
         self._enter("whole", corrected.speed_terms(device, kind))
         self._enter("layers", terms)
         self._enter("ends", corrected.place_terms("ends", kind, **place))
@@ -142,6 +152,10 @@ class Rows:
         self._enter("extra", corrected.place_terms("extra", kind, **place), unit)
         self.group_columns.append([self._column(corrected.group_term(n, kind)) for n in range(self.groups.shape[1])])
         self.log_s.append(log_s)
+
+    def _stage_s(self, device: str, stage: StagePlan, kind: TaskKind, **place: bool) -> float:
+        layers_s = self._joined_by.layers_s(device, kind)[stage.first_layer : stage.end_layer]
+        return float(layers_s.sum()) + self._joined_by.ends_s(device, kind, **place)
 
     def _enter(self, part: str, terms: Iterable[tuple[corrected.Term, float]], unit: float = 1.0) -> None:
         """Puts terms into the row to come."""

@@ -143,9 +143,9 @@ def under_load(model: CostModel, plan: Plan, in_flight: int, *, most: int | None
     arrivals = model.arrivals
     assert arrivals is not None
     if arrivals.slo_attainment is not None:
-        # As a run looks for it.
-        search = RateSearch.of(arrivals)
-        search.tolerance = _ROUGHLY if most else search.tolerance
+        assert arrivals.request_rate is not None
+        tolerance = _ROUGHLY if most else RateSearch.tolerance
+        search = RateSearch.simulated(arrivals.slo_attainment, guess=arrivals.request_rate, tolerance=tolerance)
         tried: dict[float, dict[str, float]] = {}
         while (rate := search.next()) is not None:
             once = arrivals.model_copy(update={"request_rate": rate, "slo_attainment": None})

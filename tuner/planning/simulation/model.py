@@ -32,8 +32,14 @@ On CPUs measured, with gloo: the median over many plans. On GPUs the host does i
 STALLS_S: Mapping[str, float] = {"cpu": 2e-3, "cuda": 0.0}
 """By kind of device: see `simulate_plans`. On CPUs measured, with gloo, on a machine whose workers take every core."""
 TOKEN_BYTES = 8
-_FEW = 16
-"""Tokens of a prefill that is mostly what any pass takes."""
+FEW = TaskKind(1, 16, 0), TaskKind(1, 32, 0)
+"""A prefill that is mostly what any pass takes, and one of twice as many tokens."""
+
+
+def joined_s(prefill_s: float, step_s: float, few_s: float, twice_s: float) -> float:
+    """Seconds of a prefill and a decode step in one forward pass: what a pass takes whatever its tokens, of which
+    reading the weights is a part, is spent once. It is what prefills of few tokens come to, drawn on to none."""
+    return prefill_s + max(0.0, step_s - max(0.0, 2 * few_s - twice_s))
 
 
 def of_device(known: Mapping[str, float], device: str) -> float:
@@ -135,15 +141,13 @@ class CostModel:
         return busy, hops, back
 
     def joined_s(self, plan: Plan, kinds: Sequence[TaskKind]) -> tuple[list[float], list[float], float]:
-        """As `task_s`, of tasks that are one forward pass: what a pass takes whatever its tokens, of which reading the
-        weights is a part, is spent once. It is what prefills of few tokens come to, drawn on to none."""
+        """As `task_s`, of tasks that are one forward pass, as the function `joined_s` has it."""
         each = [self.task_s(plan, kind) for kind in kinds]
         busy, hops, back = each[0]
         if len(each) > 1:
-            few, twice = (self.task_s(plan, TaskKind(1, tokens, 0))[0] for tokens in (_FEW, 2 * _FEW))
-            once = [max(0.0, 2 * one - two) for one, two in zip(few, twice, strict=True)]
+            few, twice = (self.task_s(plan, kind)[0] for kind in FEW)
             step, further, _ = each[1]
-            busy = [one + max(0.0, two - own) for one, two, own in zip(busy, step, once, strict=True)]
+            busy = list(map(joined_s, busy, step, few, twice))
             hops = [max(pair) for pair in zip(hops, further, strict=True)]
         return busy, hops, back
 

@@ -14,7 +14,6 @@ from pipetune.tuner.planning.simulation.model import CostModel
 REQUESTS = 1000
 """At least so many are simulated: short runs flatter."""
 _ROUGH = 300
-_MOST_RATES = 20
 TRACES = 3
 """Seeds, over which the highest rate is a median."""
 
@@ -67,6 +66,5 @@ class Load:
                 served = self.serve(effective, [at / rate for at in times])
                 return served.metrics(self._workload.goodput)["slo_attainment"]
 
-            search = RateSearch(wanted=attainment, guess=guess, tolerance=tolerance, most=_MOST_RATES, lowest=2**12)
-            found.append(search.run(attained))
+            found.append(RateSearch.simulated(attainment, guess=guess, tolerance=tolerance).run(attained))
         return statistics.median(found)

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from pipetune.bench.metrics import derive, stage_busy_s
+from pipetune.bench.profile import TaskKind
 from pipetune.bench.record import (
     SHARED_DEVICE_NOTE,
     Failure,
@@ -137,7 +138,6 @@ def loaded(steps: int) -> Iteration:
         LoadTask(kind="prefill", slot=0, rows=2, tokens=6, past=0, samples=False),
         LoadTask(kind="prefill", slot=0, rows=2, tokens=2, past=6),
     ]
-    # What is two things at once teaches neither.
     both = LoadTask(kind="prefill", slot=0, rows=3, tokens=5, past=0, decode_rows=2, decode_past=9)
     step = LoadTask(kind="decode", slot=0, rows=2, tokens=1, past=8)
     tasks = (*chunks, both, *(step.model_copy(update={"past": 8 + place}) for place in range(steps)))
@@ -173,7 +173,9 @@ def test_a_load_teaches_what_its_tasks_took_and_what_stages_waited_for() -> None
     seen = {(one.stage, one.kind.is_decode, one.samples): one for one in observation.tasks}
     assert (seen[0, False, False].seconds, seen[0, False, False].count) == pytest.approx((0.02, 2))
     assert (seen[1, False, True].seconds, seen[1, False, True].count) == pytest.approx((0.04, 2))
-    assert {(one.rows, one.new_tokens) for one in observation.tasks} == {(2, 6), (2, 2), (2, 1)}
+    assert {(one.rows, one.new_tokens) for one in observation.tasks if not one.decode_rows} == {(2, 6), (2, 2), (2, 1)}
+    joined = {(one.rows, one.new_tokens, one.step, one.count) for one in observation.tasks if one.decode_rows}
+    assert joined == {(3, 5, TaskKind(2, 1, 9), 2)}
     assert sum(one.count for one in observation.tasks if one.kind.is_decode and one.stage) == 8
     assert {(one.source, one.target, one.seconds) for one in observation.hand_overs} == {(0, 1, 0.002)}
     assert observation.gap_s == (None, None)

@@ -116,36 +116,45 @@ def test_errors_are_learnt_from_neighbours_and_forgotten_far_away() -> None:
     assert sd[13] < 0.01 < sd[0]
 
 
-def arriving(costs: FactoryCosts) -> CostModel:
+def arriving(costs: FactoryCosts, *, joins: bool = False) -> CostModel:
     """The factory's requests, one by one."""
     arrivals, goodput = Arrivals(request_rate=9.0), Goodput(ttft=1300)
-    return dataclasses.replace(make_model(costs), arrivals=arrivals, goodput=goodput)
+    model = make_model(costs)
+    shape = model.shape.model_copy(update={"joins": joins})
+    return dataclasses.replace(model, shape=shape, arrivals=arrivals, goodput=goodput)
 
 
 def learn_load(truth: CostModel, plan: Plan) -> Observation:
     effective = make_effective(plan)
-    kinds = [TaskKind(rows, 1, past) for rows in (1, 2, 4, 8) for past in (64, 72)]
-    kinds += [TaskKind(rows, 64, 0) for rows in (1, 2, 4, 8)]
+    steps = [TaskKind(rows, 1, past) for rows in (1, 2, 4, 8) for past in (64, 72)]
+    prefills = [TaskKind(rows, 64, 0) for rows in (1, 2, 4, 8)]
+    # Where a model's passes are joined no prefill is ever by itself.
+    joins = truth.shape.joins
+    tasks = [[kind] for kind in steps]
+    tasks += [[kind, *steps[2 * place :][:joins]] for place, kind in enumerate(prefills)]
     spans = [
         TaskSpan(
             stage=stage,
             rows=kind.rows,
             new_tokens=kind.new_tokens,
             past_tokens=kind.past_tokens,
+            decode_rows=sum(one.rows for one in beside),
+            decode_past=sum(one.past_tokens for one in beside),
             others=1.0,
             seconds=seconds,
             count=50,
         )
-        for kind in kinds
-        for stage, seconds in enumerate(truth.task_s(plan, kind)[0])
+        for kind, *beside in tasks
+        for stage, seconds in enumerate(truth.joined_s(plan, (kind, *beside))[0])
     ]
     metrics = under_load(truth, plan, effective.in_flight)
     return Observation(effective=effective, tasks=tuple(spans), gap_s=(None, None), metrics=metrics)
 
 
-def test_runs_under_arrivals_teach_what_other_plans_give_under_them() -> None:
+@pytest.mark.parametrize("joins", [False, True])
+def test_runs_under_arrivals_teach_what_other_plans_give_under_them(*, joins: bool) -> None:
     metrics = ("p90_ttft_ms", "mean_tpot_ms", "request_goodput", "slo_attainment")
-    truth, model = arriving(FactoryCosts()), arriving(FactoryCosts(prefill=1.6, decode=0.7))
+    truth, model = (arriving(own, joins=joins) for own in (FactoryCosts(), FactoryCosts(prefill=1.6, decode=0.7)))
     observations = [learn_load(truth, make_plan(counts, 8)) for counts in ((20, 10), (16, 14))]
     ((plan, in_flight),) = other = asked(make_plan((12, 18), 4))
     expected = under_load(truth, plan, in_flight)

@@ -91,6 +91,19 @@ def test_joined_passes_serve_a_burst_sooner() -> None:
     assert sum(joined.busy_s) < sum(apart.busy_s)
 
 
+@given(
+    st.lists(st.tuples(st.floats(0, 2), st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=30),
+    st.none() | st.integers(1, 20),
+)
+def test_prefills_a_step_change_nothing_where_each_takes_the_only_slot_along(
+    given_: list[tuple[float, int, int]], chunk: int | None
+) -> None:
+    load = [LoadedRequest(at_s=at, prompt_len=inputs, output_len=outputs) for at, inputs, outputs in sorted(given_)]
+    plan = Plan.from_layer_counts((LAYERS,), DEVICES[:1], 4).model_copy(update={"prefill_chunk_size": chunk})
+    steady = plan.model_copy(update={"lanes": (Lane(prefills_per_decode=1),)})
+    assert simulate_load(JOINING, steady, 1, load) == simulate_load(JOINING, plan, 1, load)
+
+
 def test_a_request_alone_takes_what_its_tasks_take() -> None:
     plan = plan_of(LAYERS // 2)
     alone = dataclasses.replace(MODEL, prompt_lens=(16,), output_lens=(6,))
