@@ -2,8 +2,9 @@
 
 A share falls steeply near that rate. Between the highest rate that was sustained and the lowest that was not it is
 thought to be where a line through the two shares, over the logarithm of the rate, crosses the share that is wanted; or
-in the middle, where one of them is of a rate far beyond it. The next one to try is so far beside that place that two
-rates are likely to enclose it as narrowly as is asked for.
+in the middle, where one of them is of a rate far beyond it; or halfway from there to the higher rate, where all kept
+them at the lower. The next one to try is so far beside that place that two rates are likely to enclose it as narrowly
+as is asked for.
 """
 
 import math
@@ -127,6 +128,8 @@ class RateSearch:
 
 def _crossing(shares: Mapping[float, float], wanted: float, low: float, high: float) -> float:
     drop = shares[low] - shares[high]
-    # Few of them say nothing of where they began to fall.
+    # Few of them say nothing of where they began to fall; all of them only that it was no earlier.
     place = (shares[low] - wanted) / drop if drop > 0 and shares[high] > wanted / 2 else 0.5
+    if shares[low] == 1.0 and shares[high] > wanted / 2:
+        place = (1 + place) / 2
     return math.log(low) + place * (math.log(high) - math.log(low))

@@ -98,8 +98,10 @@ def test_every_stages_tasks_teach(record: Record) -> None:
     loads = [run.stage_loads for run in record.result.iterations]
     for stage in range(2):
         counted = sum(task.count for task in found.tasks if task.stage == stage)
-        # A step that was part of a prefill has no time of its own.
-        assert counted == sum(not task.decode_rows for own in loads for task in own[stage].load_tasks)
+        assert counted == sum(len(own[stage].load_tasks) for own in loads)
+    seen = [(task.decode_rows, task.decode_past) for task in found.tasks]
+    assert any(rows for rows, _ in seen), "prefills that took a step along are kinds of their own"
+    assert all((rows > 0) == (past > 0) for rows, past in seen)
 
 
 def test_latencies_count_from_the_scheduled_arrival(record: Record) -> None:
