@@ -260,10 +260,10 @@ def resolve_slots(
 ) -> EffectivePlan | Failure:
     """Slots of a plan whose requests come over time: what its lanes need, at most two a stage, and one of a stage
     alone, where a second one's steps would be in the way. Raises as `resolve`. Prompts are prefilled beside them, which
-    takes the room of one slot's prefill more than there are slots."""
+    takes the room of one slot's prefill more than there are slots; where states are kept, within them."""
     usual = 2 * len(plan.stages) if len(plan.stages) > 1 else 1
     most = plan.max_in_flight or max(usual, slots_needed(plan.lanes))
-    share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len))
+    share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len)) * (not shape.recurrent)
     # As many micro-batches as slots and their prefills could come to.
     count = (2 * most + 1) * plan.micro_batch_size * plan.replicas
     lens = {"num_prompts": count, "prompt_len": prompt_len, "output_len": output_len}
@@ -295,8 +295,12 @@ def check_plan(shape: ModelShape, plan: Plan) -> None:
             f"plan.stages: layers 0-{plan.num_layers - 1} are given and {shape.architecture} has "
             f"{shape.num_layers} layers (0-{shape.num_layers - 1}); {what}"
         )
-    if shape.recurrent and (plan.prefill_size < plan.micro_batch_size or plan.prefill_chunk_size is not None):
-        name = "prefill_chunk_size" if plan.prefill_chunk_size is not None else "prefill_micro_batch_size"
+    cut = {
+        "prefill_chunk_size": plan.prefill_chunk_size is not None,
+        "prefill_micro_batch_size": plan.prefill_size < plan.micro_batch_size,
+        "lanes.prefill_chunk_size": any(one.prefill_chunk_size is not None for one in plan.lanes),
+    }
+    if shape.recurrent and (name := next((name for name, is_cut in cut.items() if is_cut), None)):
         raise PlanError(
             f"plan.{name}: {shape.architecture} must be given whole prompts and whole micro-batches, since a state "
             "covers them or it masks otherwise once something is cached; leave it out"

@@ -208,7 +208,7 @@ class Fleet(Closing):
         prompt_len, output_len = max(len(one.prompt) for one in requests), max(one.output_len for one in requests)
         in_flight = in_flight or self._slots(plan, prompt_len=prompt_len, output_len=output_len)
         how: dict[str, Any] = {"max_concurrency": max_concurrency, "sampling": sampling, "instrument": instrument}
-        rules = rules_of(plan, in_flight, joins=self.shape.joins)
+        rules = rules_of(plan, in_flight, joins=self.shape.joins, whole_slots=self.shape.recurrent)
         answer = self._call("run_trace", timeout_s=timeout_s, plan=plan, rules=rules, requests=requests, **how)
         return OnlineRun.model_validate(answer["run"])
 
@@ -231,7 +231,7 @@ class Fleet(Closing):
         if not 2 <= max_len <= limit:
             raise ConfigError(f"max_len={max_len}: must hold a prompt and a token, and at most {limit} positions")
         in_flight = in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1)
-        rules = rules_of(plan, in_flight, joins=self.shape.joins)
+        rules = rules_of(plan, in_flight, joins=self.shape.joins, whole_slots=self.shape.recurrent)
         self._wake()
         args = {"plan": plan, "rules": rules, "max_len": max_len, "sampling": sampling}
         serve = partial(self._request, "open_queue", args, math.inf)
@@ -245,11 +245,9 @@ class Fleet(Closing):
     def _check_online(self, plan: s.Plan) -> None:
         self._check_stages(plan)
         check_plan(self.shape, plan)
-        named = f"{self.shape.architecture} keeps recurrent states"
         refused = {
             "plan.compile: its graphs are made for whole batches; leave it out": plan.compile,
             "plan.stages: orders do not travel between hosts yet; use one host's": len(s.hosts_of(plan.devices)) > 1,
-            f"model: {named}, which cannot be moved within a slot yet; give it whole batches": self.shape.recurrent,
         }
         if why := next((text for text, applies in refused.items() if applies), None):
             raise PlanError(f"requests over time: {why}")

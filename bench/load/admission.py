@@ -2,8 +2,9 @@
 
 A slot holds up to `rows` requests that decode together, a token a step. A request has its row from the moment its
 prefill begins, so that nothing is ever taken back; it is prefilled beside the slot, in chunks if it is long, and joins
-at the slot's next step. The first stage asks `decide` whenever it could begin a task, and says what came of tasks by
-`prefilled` and `decoded`.
+at the slot's next step. Of models that keep more than keys and values slots are filled whole: prompts of one length at
+once, prefilled in place, and no others until all of them have left. The first stage asks `decide` whenever it could
+begin a task, and says what came of tasks by `prefilled` and `decoded`.
 
 Of a lane the request that has waited longest is in its next prefill, with those of about its length. Between lanes
 prefilled tokens are shared out by weight, so that short prompts go before the next chunk of a long one, and none waits
@@ -54,6 +55,8 @@ class Rules:
     """By rising lengths, the last one without a limit."""
     joins: bool = False
     """Whether prompts of any lengths, and a decode step, go through one forward pass, without padding."""
+    whole_slots: bool = False
+    """Whether requests come to a slot, and are computed in it, all together: what it keeps cannot be copied."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number below 1, or more slots of lanes than there are."""
@@ -64,9 +67,9 @@ class Rules:
             raise ValueError(f"slots={self.slots}: these lanes need {needed}; give them fewer of their own")
 
 
-def rules_of(plan: Plan, in_flight: int, *, joins: bool) -> Rules:
-    """How a plan admits requests: a slot for each micro-batch in flight; `joins` is the model's. PlanError: its lanes
-    need more."""
+def rules_of(plan: Plan, in_flight: int, *, joins: bool, whole_slots: bool) -> Rules:
+    """How a plan admits requests: a slot for each micro-batch in flight; what else is said is the model's. PlanError:
+    its lanes need more."""
     try:
         return Rules(
             slots=in_flight,
@@ -75,6 +78,7 @@ def rules_of(plan: Plan, in_flight: int, *, joins: bool) -> Rules:
             chunk_size=plan.prefill_chunk_size,
             lanes=plan.lanes or (Lane(),),
             joins=joins,
+            whole_slots=whole_slots,
         )
     except ValueError as error:
         raise PlanError(f"plan.lanes: {error}") from None
@@ -98,6 +102,8 @@ class Decode:
     requests: tuple[Request, ...]
     joined: tuple[Request, ...]
     """Those of them that were prefilled since the last step."""
+    rows: int
+    """That are computed: of a whole slot also those of requests that have left."""
     samples: ClassVar = True
 
     @property
@@ -126,6 +132,11 @@ class Prefill:
     def together(self) -> "tuple[Prefill] | tuple[Prefill, Decode]":
         """All that is one forward pass."""
         return (self,) if self.beside is None else (self, self.beside)
+
+    @property
+    def rows(self) -> int:
+        """That are computed."""
+        return len(self.requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +187,8 @@ class _Slot:
     """The pipeline's, since its last step or since it had requests."""
     steps: int = 0
     """Its own, since the pipeline's last prefill."""
+    filled: int = 0
+    """Rows of the group that came last."""
 
     @property
     def taken(self) -> int:
@@ -279,7 +292,8 @@ class Admission:
         return min(able, key=lambda one: one.turn, default=None)
 
     def _with_room(self, lane: _Lane) -> list[int]:
-        return [index for index in lane.slots if self._slots[index].taken < self.rules.rows]
+        most = 1 if self.rules.whole_slots else self.rules.rows
+        return [index for index in lane.slots if self._slots[index].taken < most]
 
     def _new_group(self, lane: _Lane) -> _Group:
         def preference(index: int) -> tuple[bool, int]:
@@ -290,15 +304,16 @@ class Admission:
         most = lane.own.prefill_micro_batch_size or self.rules.prefill_rows
         room = min(self.rules.rows - self._slots[index].taken, self.rules.prefill_rows, most)
         chosen = list[Request]()
+        padding = 1.0 if self.rules.joins else 0.0 if self.rules.whole_slots else _MOST_PADDING
         for request in itertools.islice(lane.waiting, _MOST_SEEN):
             lens = [one.prompt_len for one in (*chosen, request)]
-            is_alike = self.rules.joins or sum(lens) >= (1 - _MOST_PADDING) * len(lens) * max(lens)
-            if len(chosen) < room and is_alike:
+            if len(chosen) < room and sum(lens) >= (1 - padding) * len(lens) * max(lens):
                 chosen.append(request)
         for request in chosen:
             lane.waiting.remove(request)
         group = _Group(lane, index, tuple(chosen))
         self._slots[index].coming.append(group)
+        self._slots[index].filled = len(chosen)
         return group
 
     def _prefill(self, lane: _Lane) -> Prefill:
@@ -321,4 +336,5 @@ class Admission:
         joined, slot.joining = tuple(slot.joining), []
         slot.live += joined
         slot.is_under_way, slot.prefills, slot.steps = True, 0, slot.steps + 1
-        return Decode(index, tuple(slot.live), joined)
+        rows = slot.filled if self.rules.whole_slots else len(slot.live)
+        return Decode(index, tuple(slot.live), joined, rows)

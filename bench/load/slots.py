@@ -3,7 +3,8 @@
 Caches `0 … slots-1` are the slots; those behind them are for prompts, one more than there are slots, in which groups of
 requests are prefilled, padded on the left. A slot has one clock: each of its n requests fills the row's last positions
 before it, and rows are `[0, n)`. Once a group's first tokens are known it is copied to its slot, so that it ends at the
-clock. The clock starts as late as lets the rows come to their ends, so that a longer one seldom has to shift them.
+clock; where slots are filled whole it is prefilled in the slot itself, and stays there. The clock starts as late as
+lets the rows come to their ends, so that a longer one seldom has to shift them.
 """
 
 import itertools
@@ -93,9 +94,9 @@ class Slots:
 
     def __init__(self, rules: Rules, max_len: int, pad_token_id: int = 0) -> None:
         """`max_len` holds any request's prompt and output."""
-        self._max_len, self._pad, self._joins = max_len, pad_token_id, rules.joins
+        self._max_len, self._pad, self._rules = max_len, pad_token_id, rules
         self._slots = [_Slot() for _ in range(rules.slots)]
-        self.free = list(range(rules.slots, 2 * rules.slots + 1))
+        self.free = [] if rules.whole_slots else list(range(rules.slots, 2 * rules.slots + 1))
         """Caches for prompts that no group is in."""
         self._prefilling: dict[int, tuple[int, list[_Row]]] = {}
         """Cache and rows of each group, by its first request's number."""
@@ -118,12 +119,13 @@ class Slots:
             own, rows = self._prefill(one, ids) if isinstance(one, Prefill) else self._decode(one, ids)
             parts += own
             if own[0].samples and rows[0].draws is not None:
-                draws += [row.draws[row.known] for row in rows if row.draws is not None]
+                # Of those that have left what is drawn does not matter.
+                draws += [row.draws[min(row.known, len(row.draws) - 1)] for row in rows if row.draws is not None]
         edits, self._edits = self._edits, []
         return edits, Task(parts, ids, draws or None)
 
     def numbers(self, order: Prefill | Decode) -> list[int]:
-        """Whose tokens come of an order, until they are known."""
+        """Whose tokens come of an order, until they are known, those that have left a whole slot among them."""
         return [row.number for row in self._rows(order)]
 
     def known(self, order: Prefill | Decode, tokens: Sequence[int], finished: Collection[int]) -> None:
@@ -131,32 +133,36 @@ class Slots:
         own, cache, rows = self._slots[order.slot], order.slot, self._rows(order)
         if isinstance(order, Prefill):
             cache, _ = self._prefilling.pop(order.requests[0].number)
-            self.free.append(cache)
         for row, token in zip(rows, tokens, strict=True):
             row.token = token
             row.known += 1
-        if isinstance(order, Prefill):
+        for number in finished:
+            del self.rows[number]
+        if self._rules.whole_slots:
+            own.rows = rows if any(row.number in self.rows for row in rows) else []
+            own.clock = own.longest
+        elif isinstance(order, Prefill):
+            self.free.append(cache)
             self._join(own, order.slot, cache, rows, finished)
         else:
             self._leave(own, order.slot, finished)
-        for number in finished:
-            del self.rows[number]
 
     def _rows(self, order: Prefill | Decode) -> list[_Row]:
         if isinstance(order, Prefill):
             return self._prefilling[order.requests[0].number][1]
         # Others may have joined behind them since.
-        return self._slots[order.slot].rows[: len(order.requests)]
+        return self._slots[order.slot].rows[: order.rows]
 
     def _prefill(self, order: Prefill, ids: list[int]) -> tuple[list[Rows], list[_Row]]:
         first = order.requests[0].number
         if order.first_token == 0:
-            self._prefilling[first] = self.free.pop(), [self.rows[one.number] for one in order.requests]
+            cache = order.slot if self._rules.whole_slots else self.free.pop()
+            self._prefilling[first] = cache, [self.rows[one.number] for one in order.requests]
         cache, rows = self._prefilling[first]
         longest = max(row.length for row in rows)
         starts = [longest - row.length for row in rows]
         begin, end = order.first_token, order.end_token
-        if not self._joins:
+        if not self._rules.joins:
             for row, start in zip(rows, starts, strict=True):
                 ids += ([self._pad] * start + list(row.prompt))[begin:end]
             return [Rows(cache, 0, 0, begin, end - begin, starts, order.samples)], rows

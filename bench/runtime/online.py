@@ -144,13 +144,15 @@ class OnlineStage:
             return [stage.new_cache(rows=rows, max_len=aligned) for _ in range(count)]
 
         self.caches = caches(rules.slots, rules.rows, sizes.max_len)
-        self.caches += caches(rules.slots + 1, rules.prefill_rows, sizes.prompt_len)
+        self.caches += caches(0 if rules.whole_slots else rules.slots + 1, rules.prefill_rows, sizes.prompt_len)
         self._sizes = sizes
         self._marks: deque[torch.cuda.Event] = deque()
 
     @property
     def unfit(self) -> str | None:
         """Why the model cannot be served so, if it cannot."""
+        if self._sizes.rules.whole_slots:
+            return None
         if not self.caches[0].is_movable:
             return "keeps more than keys and values, which cannot be moved within a slot yet"
         return "counts padding among the positions, which changes its tokens" if self.stage.counts_padding else None
@@ -159,15 +161,16 @@ class OnlineStage:
     def rehearse(self) -> None:
         """Runs a task of each kind on made-up hidden states, and leaves zeros in all caches: what a mask hides still
         must not be NaN. Call it while no message is under way."""
-        for index, cache in enumerate(self.caches):
-            is_slot = index < self._sizes.rules.slots
-            past, tokens = (self._sizes.max_len - 1, 1) if is_slot else (0, min(self._sizes.chunk, _REHEARSED))
-            if index not in (0, self._sizes.rules.slots):
-                past, tokens = 0, 1
-            task = Task([Rows(index, 0, 0, past, tokens, [0] * cache.rows, True)], None, None)
-            shape = (cache.rows, tokens, self.stage.message_values)
+        rules, prompt = self._sizes.rules, min(self._sizes.chunk, _REHEARSED)
+        # A whole slot's step goes on from its prompts.
+        first = [(0, 0, prompt), (0, prompt, 1)] if rules.whole_slots else [(0, self._sizes.max_len - 1, 1)]
+        first += [(index, 0, 1 if index != rules.slots else prompt) for index in range(1, len(self.caches))]
+        for index, past, tokens in first:
+            task = Task([Rows(index, 0, 0, past, tokens, [0] * self.caches[index].rows, True)], None, None)
+            shape = (self.caches[index].rows, tokens, self.stage.message_values)
             hidden = torch.zeros(shape, dtype=self.stage.message_dtype, device=self.stage.device)
             self._forward(task, None if self.stage.is_first else hidden)
+        for cache in self.caches:
             cache.fill(0.0)
 
     def follow(self, line: Mail) -> None:
@@ -460,13 +463,14 @@ class Leader:
         now = self.last_s = self._now()
         for one in order.together:
             if one.samples:
-                own, tokens = tokens[: len(one.requests)], tokens[len(one.requests) :]
+                own, tokens = tokens[: one.rows], tokens[one.rows :]
                 self._learn_of(one, own, now)
 
     def _learn_of(self, order: Prefill | Decode, tokens: Sequence[int], now: float) -> None:
         finished, told = [], []
         for number, token in zip(self.slots.numbers(order), tokens, strict=True):
-            one = self._served[number]
+            if (one := self._served.get(number)) is None:
+                continue
             if not one.is_cancelled:
                 one.token_ids.append(token)
                 one.token_times_s.append(now)
@@ -494,9 +498,8 @@ class Leader:
 
 def _task_of(order: Prefill | Decode, past: int) -> LoadTask:
     """What records say of an order; a step that is part of it has `past` positions behind it."""
-    rows = len(order.requests)
     if isinstance(order, Decode):
-        return LoadTask(kind="decode", slot=order.slot, rows=rows, tokens=1, past=past)
-    step = {"decode_rows": len(order.beside.requests), "decode_past": past} if order.beside is not None else {}
-    own = {"slot": order.slot, "rows": rows, "tokens": order.tokens, "past": order.first_token}
+        return LoadTask(kind="decode", slot=order.slot, rows=order.rows, tokens=1, past=past)
+    step = {"decode_rows": order.beside.rows, "decode_past": past} if order.beside is not None else {}
+    own = {"slot": order.slot, "rows": order.rows, "tokens": order.tokens, "past": order.first_token}
     return LoadTask(kind="prefill", **own, samples=order.samples, **step)

@@ -29,6 +29,7 @@ from pipetune.bench.memory import ModelShape, check_plan, stage_bytes
 from pipetune.bench.models.describe import build_on_meta, describe_model
 from pipetune.bench.models.resolve import ResolvedModel, resolve_model
 from pipetune.bench.runtime.job import MicroBatchInputs
+from pipetune.bench.runtime.stage.kv_cache import SlotCache
 from pipetune.bench.runtime.stage.stage import Stage
 from pipetune.bench.runtime.stage.unsplit import load_unsplit
 from pipetune.bench.spec import ModelSpec, Plan, StagePlan
@@ -218,23 +219,30 @@ def _compare(stages: Sequence[Stage], cases: Mapping[str, Case], what: str) -> d
 def _split_logits(stages: Sequence[Stage], inputs: MicroBatchInputs) -> torch.Tensor:
     """By stages that hand hidden states on, in slots larger than what is asked of them: `[B, t, V]`."""
     rows, total = inputs.ids.shape
-    caches = [stage.new_cache(rows=rows, max_len=total + 3) for stage in stages]
-    logits = []
+    caches, others = ([stage.new_cache(rows=rows, max_len=total + 3) for stage in stages] for _ in range(2))
     has_mask = stages[0].needs_mask or inputs.full_rows < rows
-    for past, end in steps(inputs):
+
+    def through(slots: Sequence[SlotCache], given: torch.Tensor, past: int, end: int) -> torch.Tensor:
         message = None
         mask = inputs.mask[:, :end] if has_mask else None
-        for stage, cache in zip(stages, caches, strict=True):
+        for stage, cache in zip(stages, slots, strict=True):
             cache.seek(0, rows, past)
             # As in a pipeline: stages in between are not told what was sampled, unless they read it.
             knows = past == 0 or stage.is_first or stage.is_last or stage.reads_ids
-            ids = inputs.ids[:, past:end] * int(knows)
+            ids = given[:, past:end] * int(knows)
             message = stage.forward(ids, mask, inputs.positions[:, past:end], cache, message)
             if not stage.is_last:
                 expected = (rows, end - past, stage.message_values)
                 assert tuple(message.shape) == expected, f"a message is {tuple(message.shape)}, announced is {expected}"
         assert message is not None
-        logits.append(message)
+        return message
+
+    logits = []
+    for past, end in steps(inputs):
+        logits.append(through(caches, inputs.ids, past, end))
+        if past == 0:
+            # Another micro-batch has its turn, whose states must not be taken for this one's.
+            through(others, inputs.ids.flip(1), past, end)
     return torch.stack(logits, 1)
 
 

@@ -1,6 +1,6 @@
 """The KV cache of one slot: preallocated once, handed to the model as views, kept over micro-batches and runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -155,6 +155,9 @@ class SlotCache(hf.Cache):
     layer of its own stays that class, for a whole micro-batch at a time, and is made anew for every prefill.
     """
 
+    states_of_modules: Sequence[Any] = ()
+    """What the family keeps in its modules, while another slot's pass runs; nothing before a prefill."""
+
     def __init__(
         self,
         config: Any,
@@ -181,8 +184,9 @@ class SlotCache(hf.Cache):
     def seek(self, first_row: int, end_row: int, length: int) -> None:
         """Says which rows the next forward pass works on and how many positions they hold. States that start anew are
         written here: they were made in inference mode, and cannot be outside of it."""
-        if length == 0 and self._of_own_kind:
-            templates = self._templates(0)
+        if length == 0:
+            self.states_of_modules = ()
+            templates = self._templates(0) if self._of_own_kind else []
             for index in self._of_own_kind:
                 self.layers[index] = self._entry(templates[index], True)
         for index, layer in enumerate(self.layers):
@@ -230,7 +234,8 @@ class SlotCache(hf.Cache):
 
     def nbytes(self) -> int:
         """Bytes of keys, values and states held by this stage."""
-        tensors = {id(tensor): tensor for layer in self.layers for tensor in tensors_in(vars(layer))}
+        held = [*map(vars, self.layers), self.states_of_modules]
+        tensors = {id(tensor): tensor for tensor in tensors_in(held)}
         return sum(int(tensor.nbytes) for tensor in tensors.values())
 
     def _templates(self, num_layers: int) -> list[Any]:

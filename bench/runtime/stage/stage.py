@@ -11,6 +11,7 @@ Shapes: B rows, S new tokens, M values of a message, V vocabulary.
 
 import contextlib
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from pipetune.bench.spec import ModelSpec
 
 _DISTANCES = frozenset({"bloom", "mpt"})
 """Families without positions, but with distances between them (ALiBi), by `model_type`."""
+_STATES_OF_MODULES = {"recurrent_gemma": ("conv1d_state", "recurrent_states")}
+"""Names of what families keep in their modules from one forward pass to the next, and not in the cache."""
 
 
 class Stage:
@@ -59,6 +62,7 @@ class Stage:
         self._model: Any = None
         self._head_hook: Any = None
         self._without_logits = False
+        self._states: list[tuple[torch.nn.Module, str]] = []
 
     @property
     def model(self) -> Any:
@@ -174,6 +178,8 @@ class Stage:
             kwargs["logits_to_keep"] = 1 if joined is None else joined.last
         self._boundary.received = hidden_states
         self._without_logits = without_logits
+        for (module, name), state in itertools.zip_longest(self._states, cache.states_of_modules):
+            setattr(module, name, state)
         try:
             attention = attention_on(self.device) if joined is None else joining(joined)
             with computing(self.resolved.spec, self.device), attention:
@@ -182,6 +188,7 @@ class Stage:
             return done.message
         finally:
             self._boundary.received = None
+            cache.states_of_modules = [getattr(*place) for place in self._states]
         if joined is not None:
             return logits[0] if "logits_to_keep" in self._accepts else logits[0, joined.last]
         return logits if all_logits else logits[:, -1]
@@ -189,6 +196,8 @@ class Stage:
     def _attach(self) -> None:
         _, layers = find_layers(self.model)
         own = self.own_layers
+        names = _STATES_OF_MODULES.get(self.config.model_type, ())
+        self._states = [(one, name) for one in self.model.modules() for name in names if hasattr(one, name)]
         self._boundary.attach(None if self.is_first else layers[own.start], None if self.is_last else layers[own.stop])
         head = self.model.get_output_embeddings() if self.is_last else None
         if head is not None:

@@ -32,7 +32,8 @@ def test_every_request_and_every_place_is_one_replicas(replicas: int, places: in
 @st.composite
 def rules_of_any_kind(draw: st.DrawFn) -> Rules:
     """With one lane to three, some with slots of their own."""
-    limits = sorted(draw(st.sets(st.integers(1, 30), max_size=2)))
+    limits, whole = sorted(draw(st.sets(st.integers(1, 30), max_size=2))), draw(st.booleans())
+    chunks = st.none() if whole else st.none() | st.integers(1, 16)
     spare, lanes = draw(st.integers(0, 2)), list[Lane]()
     for limit in (*limits, None):
         own = draw(st.none() | st.just(1)) if spare else None
@@ -40,7 +41,7 @@ def rules_of_any_kind(draw: st.DrawFn) -> Rules:
         lanes.append(
             Lane(
                 up_to_tokens=limit,
-                prefill_chunk_size=draw(st.none() | st.integers(1, 16)),
+                prefill_chunk_size=draw(chunks),
                 prefill_micro_batch_size=draw(st.none() | st.integers(1, 3)),
                 prefills_per_decode=draw(st.none() | st.sampled_from([0.4, 1.0, 2.5])),
                 slots=own,
@@ -51,9 +52,10 @@ def rules_of_any_kind(draw: st.DrawFn) -> Rules:
         slots=sum(lane.slots or 0 for lane in lanes) + draw(st.integers(1, 2)),
         rows=draw(st.integers(1, 4)),
         prefill_rows=draw(st.integers(1, 4)),
-        chunk_size=draw(st.none() | st.integers(1, 16)),
+        chunk_size=draw(chunks),
         lanes=tuple(lanes),
-        joins=draw(st.booleans()),
+        joins=not whole and draw(st.booleans()),
+        whole_slots=whole,
     )
 
 
@@ -105,10 +107,17 @@ def test_every_request_gets_all_its_tokens_and_no_row_is_used_twice(
 ) -> None:
     orders, tokens = serve(rules, wanted, seed)
     assert tokens == {number: count for number, (_, count) in enumerate(wanted)}
-    done: Counter[int] = Counter()
+    done, seen = Counter[int](), Counter[int]()
     joined: set[int] = set()
+    groups: dict[int, set[int]] = {}
     for order in each(orders):
         if isinstance(order, Prefill):
+            if rules.whole_slots:
+                assert len({request.prompt_len for request in order.requests}) == 1
+                assert order.samples
+                assert all(tokens[number] == seen[number] for number in groups.get(order.slot, ())), "all have left"
+                groups[order.slot] = {request.number for request in order.requests}
+            seen.update(request.number for request in order.requests if order.samples)
             assert rules.joins or not order.beside
             (lane,) = {lane_of(rules, request) for request in order.requests}
             assert len(order.requests) <= min(rules.prefill_rows, rules.rows, lane.prefill_micro_batch_size or 9)
@@ -126,6 +135,9 @@ def test_every_request_gets_all_its_tokens_and_no_row_is_used_twice(
             assert rules.joins or sum(lens) >= 0.75 * length * len(lens)
         elif isinstance(order, Decode):
             numbers = [request.number for request in order.requests]
+            seen.update(numbers)
+            assert order.rows == len(groups[order.slot] if rules.whole_slots else numbers)
+            assert not rules.whole_slots or set(numbers) <= groups[order.slot]
             if any(lane_of(rules, request).slots for request in order.requests):
                 assert len({lane_of(rules, request) for request in order.requests}) == 1, "a slot of one lane's own"
             assert len(set(numbers)) == len(numbers) <= rules.rows
@@ -287,5 +299,6 @@ def test_a_rule_below_one_is_refused() -> None:
         update={"lanes": (Lane(up_to_tokens=9, slots=2), Lane())}
     )
     with pytest.raises(PlanError, match=r"plan\.lanes: slots=2: these lanes need 3"):
-        rules_of(plan, 2, joins=False)
-    assert rules_of(plan, 3, joins=True).lanes == plan.lanes
+        rules_of(plan, 2, joins=False, whole_slots=False)
+    own = rules_of(plan, 3, joins=False, whole_slots=True)
+    assert (own.lanes, own.joins, own.whole_slots) == (plan.lanes, False, True)

@@ -26,7 +26,7 @@ class Memory:
     kinds: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        slots, staged = self.rules.slots, self.rules.slots + 1
+        slots, staged = self.rules.slots, 0 if self.rules.whole_slots else self.rules.slots + 1
         sizes = [(self.rules.rows, self.max_len)] * slots + [(self.rules.prefill_rows, self.prompt_len)] * staged
         self.caches: list[list[list[Cell]]] = [[[None] * length for _ in range(rows)] for rows, length in sizes]
 
@@ -99,7 +99,9 @@ def run(rules: Rules, slack: int, seed: int, count: int = 25) -> set[str]:
                 for number in numbers:
                     tokens[number].append(1000 * number + len(tokens[number]))
                 finished = [
-                    number for number in numbers if len(tokens[number]) == sum(lens[number]) or source.random() < 0.05
+                    number
+                    for number in numbers
+                    if number in book.rows and (len(tokens[number]) >= sum(lens[number]) or source.random() < 0.05)
                 ]
                 book.known(order, [tokens[number][-1] for number in numbers], finished)
                 if isinstance(order, Prefill):
@@ -110,16 +112,18 @@ def run(rules: Rules, slack: int, seed: int, count: int = 25) -> set[str]:
         if isinstance(decision, Wait):
             continue
         edits, task = book.order(decision)
-        owners = {isinstance(order, Decode): book.numbers(order) for order in decision.together}
+        owners = {isinstance(order, Decode) or rules.whole_slots: book.numbers(order) for order in decision.together}
         for order in decision.together:
-            assert {one.number for one in order.requests} == set(owners[isinstance(order, Decode)])
+            numbers = owners[isinstance(order, Decode) or rules.whole_slots]
+            assert {one.number for one in order.requests} == set(numbers) & set(book.rows)
+            assert rules.whole_slots or set(numbers) <= set(book.rows)
         for edit in edits:
             memory.copy(edit)
         memory.run(task, owners, tokens)
         if task.samples:
             under_way.append(decision)
     assert not book.rows
-    assert len(book.free) == rules.slots + 1
+    assert len(book.free) == (0 if rules.whole_slots else rules.slots + 1)
     return memory.kinds
 
 

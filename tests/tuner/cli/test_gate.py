@@ -17,6 +17,7 @@ from pipetune.tuner.config import sources
 from pipetune.tuner.config.schema import TuneConfig
 from pipetune.tuner.gate import python_env
 from pipetune.tuner.gate.values import GateResult
+from pipetune.tuner.stats.signed_rank import PAIRS
 from tests.tiny_models import save_tiny_model
 
 PLAN = Plan.from_layer_counts((2, 2), ("cpu:0", "cpu:1"), 2)
@@ -170,7 +171,9 @@ def test_a_whole_gate_writes_its_files(place: Path, capsys: pytest.CaptureFixtur
     code = run([*GATE[:3], "--model", str(model), *flags])
     result = GateResult.model_validate_json(capsys.readouterr().out)
     assert code == result.exit_code == 0
-    assert (result.method, result.order_seed, len(result.pairs)) == ("running_fleet", 3, 8)
+    assert (result.method, result.order_seed) == ("running_fleet", 3)
+    # On a machine that is disturbed it goes on to further looks.
+    assert len(result.pairs) in PAIRS
     assert result.cannot_see
     assert json.loads((place / "out" / "gate.json").read_text()) == json.loads(result.model_dump_json())
     assert {path.name for path in (place / "out").iterdir()} == {

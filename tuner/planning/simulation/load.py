@@ -83,7 +83,7 @@ def simulate_load(
     Beyond `max_concurrency` in the system at once others wait before it, and their latencies count that.
     """
     shares = deal(plan.replicas, max_concurrency)
-    rules = rules_of(plan, in_flight, joins=model.shape.joins)
+    rules = rules_of(plan, in_flight, joins=model.shape.joins, whole_slots=model.shape.recurrent)
     replicas: list[_Replica] = []
     for index, (_, places) in enumerate(shares):
         replicas.append(_Replica(model, plan.replica(index), rules, replicas, requests, places))
@@ -217,10 +217,10 @@ class _Replica:
 
     def _kind(self, order: Prefill | Decode) -> TaskKind:
         if isinstance(order, Prefill):
-            return TaskKind(len(order.requests), order.tokens, order.first_token, order.samples)
+            return TaskKind(order.rows, order.tokens, order.first_token, order.samples)
         # All rows share one clock.
         past = max(request.prompt_len + self._tokens[request.number] - 1 for request in order.requests)
-        return TaskKind(len(order.requests), 1, past)
+        return TaskKind(order.rows, 1, past)
 
     def _go_through(self, now_s: float, kinds: tuple[TaskKind, ...]) -> tuple[float, float]:
         if kinds not in self._costs:
