@@ -84,6 +84,9 @@ class ModelShape(Value):
     """Some layers keep a state for whole micro-batches: prefill cannot be cut, neither by rows nor by tokens."""
     joins: bool = False
     """Under arrivals prompts of any lengths, and a decode step, go through one forward pass, without padding."""
+    whole_slots: bool = False
+    """Under arrivals prompts of one length come to an empty slot together: more than keys and values is kept, or
+    padding before a prompt counts as positions."""
     embedding_on_every_stage: bool = False
     """Its layers read the embedding of the tokens, too: each stage holds it and embeds for itself."""
     eager_attention: bool = False
@@ -111,9 +114,9 @@ class ModelShape(Value):
         return self.hidden_size * self.kept_bytes if self.message_bytes is None else self.message_bytes
 
     def is_alike(self, other: Self) -> bool:
-        """Whether it is the same model's; what tasks take is known only where a GPU took part, and what goes through
-        one forward pass not to the first profiles."""
-        unlike: dict[str, Any] = {"task_bytes": None, "joins": False}
+        """Whether it is the same model's; what tasks take is known only where a GPU took part, and how slots are
+        filled not to the first profiles."""
+        unlike: dict[str, Any] = {"task_bytes": None, "joins": False, "whole_slots": False}
         return self.model_copy(update=unlike) == other.model_copy(update=unlike)
 
 
@@ -260,10 +263,11 @@ def resolve_slots(
 ) -> EffectivePlan | Failure:
     """Slots of a plan whose requests come over time: what its lanes need, at most two a stage, and one of a stage
     alone, where a second one's steps would be in the way. Raises as `resolve`. Prompts are prefilled beside them, which
-    takes the room of one slot's prefill more than there are slots; where states are kept, within them."""
+    takes the room of one slot's prefill more than there are slots; of a model with whole slots, in them."""
     usual = 2 * len(plan.stages) if len(plan.stages) > 1 else 1
     most = plan.max_in_flight or max(usual, slots_needed(plan.lanes))
-    share = plan.prefill_size * prompt_len / (plan.micro_batch_size * (prompt_len + output_len)) * (not shape.recurrent)
+    prefill = 0 if shape.whole_slots else plan.prefill_size * prompt_len
+    share = prefill / (plan.micro_batch_size * (prompt_len + output_len))
     # As many micro-batches as slots and their prefills could come to.
     count = (2 * most + 1) * plan.micro_batch_size * plan.replicas
     lens = {"num_prompts": count, "prompt_len": prompt_len, "output_len": output_len}

@@ -199,8 +199,8 @@ class Fleet(Closing):
         their latencies count that. `sampling` draws tokens by the requests' numbers; None takes the likeliest token.
         `instrument` keeps what every stage did and when.
 
-        PlanError for a plan that cannot be run so: with compiled layers, stages on several hosts, more slots of lanes
-        than there are, or of a model whose cache cannot be.
+        PlanError for a plan that cannot be run so: with compiled layers, stages on several hosts, or more slots of
+        lanes than there are.
         """
         if not requests or len({one.number for one in requests}) < len(requests):
             raise ConfigError(f"requests: {len(requests)} are given; give at least one, each with a number of its own")
@@ -208,7 +208,7 @@ class Fleet(Closing):
         prompt_len, output_len = max(len(one.prompt) for one in requests), max(one.output_len for one in requests)
         in_flight = in_flight or self._slots(plan, prompt_len=prompt_len, output_len=output_len)
         how: dict[str, Any] = {"max_concurrency": max_concurrency, "sampling": sampling, "instrument": instrument}
-        rules = rules_of(plan, in_flight, joins=self.shape.joins, whole_slots=self.shape.recurrent)
+        rules = rules_of(plan, in_flight, joins=self.shape.joins, whole_slots=self.shape.whole_slots)
         answer = self._call("run_trace", timeout_s=timeout_s, plan=plan, rules=rules, requests=requests, **how)
         return OnlineRun.model_validate(answer["run"])
 
@@ -223,7 +223,7 @@ class Fleet(Closing):
         """A queue for requests that are served as they are given; until it is closed the fleet does nothing else.
 
         All is as in `Pipeline.open_queue`, and `in_flight` as in `run_trace`. ConfigError also where `max_len` is
-        beyond the model's positions, or its cache unfit.
+        beyond the model's positions.
         """
         self._check_online(plan)
         max_len = max_len or min(self.shape.max_positions or MAX_LEN, MAX_LEN)
@@ -231,7 +231,7 @@ class Fleet(Closing):
         if not 2 <= max_len <= limit:
             raise ConfigError(f"max_len={max_len}: must hold a prompt and a token, and at most {limit} positions")
         in_flight = in_flight or self._slots(plan, prompt_len=max_len - 1, output_len=1)
-        rules = rules_of(plan, in_flight, joins=self.shape.joins, whole_slots=self.shape.recurrent)
+        rules = rules_of(plan, in_flight, joins=self.shape.joins, whole_slots=self.shape.whole_slots)
         self._wake()
         args = {"plan": plan, "rules": rules, "max_len": max_len, "sampling": sampling}
         serve = partial(self._request, "open_queue", args, math.inf)

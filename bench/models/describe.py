@@ -40,6 +40,8 @@ _LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash
 _APART = frozenset({*_LATENT, "diffllama", "gemma4_unified", "jetmoe", "llama4", "llama4_text"})
 """Families, by `model_type`, that compute with what is cached before they attend (multi-head latent attention among
 them), or whose masks look at the padding of a batch's rows."""
+_DISTANCES = frozenset({"bloom", "mpt"})
+"""Families without positions, but with distances between them (ALiBi), by `model_type`."""
 
 
 def build_on_meta(resolved: ResolvedModel) -> PreTrainedModel:
@@ -110,6 +112,9 @@ def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
         # What takes no keys and values by their name keeps states alone.
         kept = [False] * len(layers)
     recurrent = is_recurrent(model)
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    is_movable = not recurrent and all(type(entry) in plain for entry in cached)
     states = _state_bytes(model, len(layers)) if recurrent else (0,) * len(layers)
     shapes = tuple(
         LayerShape(
@@ -145,20 +150,20 @@ def read_shape(model: Any, dtype_bytes: int) -> ModelShape:
         layers=shapes,
         forbidden_cuts=forbidden_cuts(model.config),
         recurrent=recurrent,
-        joins=not recurrent and _joins(model, cached),
+        joins=is_movable and takes_positions and _joins(model),
+        whole_slots=not is_movable or not (takes_positions or model.config.model_type in _DISTANCES),
         embedding_on_every_stage=embeds_in_layers(model.config),
         eager_attention=kernel_of(config) == "eager",
         max_positions=getattr(config, "max_position_embeddings", None),
     )
 
 
-def _joins(model: Any, cached: list[Any]) -> bool:
-    """Whether tokens of unlike requests may stand in one row: all that looks beyond its own token is attention by
-    transformers' registries, over keys and values alone, and positions are those given. Known of its own families."""
+def _joins(model: Any) -> bool:
+    """Whether tokens of unlike requests may stand in one row, where keys and values alone are kept and positions are
+    those given: all that looks beyond its own token is attention by transformers' registries. Known of its own
+    families."""
     is_known = type(model).__module__.startswith("transformers.") and model.config.model_type not in _APART
-    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-    plain = all(type(entry) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for entry in cached)
-    return is_known and attends_by_registry(model) and takes_positions and plain
+    return is_known and attends_by_registry(model)
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -148,15 +148,6 @@ class OnlineStage:
         self._sizes = sizes
         self._marks: deque[torch.cuda.Event] = deque()
 
-    @property
-    def unfit(self) -> str | None:
-        """Why the model cannot be served so, if it cannot."""
-        if self._sizes.rules.whole_slots:
-            return None
-        if not self.caches[0].is_movable:
-            return "keeps more than keys and values, which cannot be moved within a slot yet"
-        return "counts padding among the positions, which changes its tokens" if self.stage.counts_padding else None
-
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Runs a task of each kind on made-up hidden states, and leaves zeros in all caches: what a mask hides still

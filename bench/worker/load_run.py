@@ -28,7 +28,7 @@ class LoadRun(PlanRun):
         self._arrivals, self._online = spec.workload.arrivals, online
         self._lens = spec.workload.generated_lens
         self._sizes = Sizes(
-            rules=rules_of(self.plan, in_flight, joins=host.shape.joins, whole_slots=host.shape.recurrent),
+            rules=rules_of(self.plan, in_flight, joins=host.shape.joins, whole_slots=host.shape.whole_slots),
             max_len=max(len(prompt) + length for prompt, length in zip(job.prompts, self._lens, strict=True)),
             prompt_len=job.longest,
         )

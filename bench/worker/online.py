@@ -171,8 +171,7 @@ class Online:
         return {}
 
     def open(self, plan: Plan, sizes: Sizes, sampling: Sampling | None, *, instrument: bool) -> OnlineStage | None:
-        """Moves to the plan, and makes and tries this rank's caches and edges; None on ranks without a stage.
-        ConfigError, on every rank, if the model's caches cannot be used so."""
+        """Moves to the plan, and makes and tries this rank's caches and edges; None on ranks without a stage."""
         host = self._host
         if plan != host.plan:
             host.apply(plan)
@@ -200,8 +199,6 @@ class Online:
                 pad_token_id=self._tokens.pad_token_id,
                 instrument=instrument,
             )
-        if why := next(filter(None, host.control.gather(None if own is None else own.unfit)), None):
-            raise ConfigError(f"requests over time: {host.shape.architecture} {why}; give it whole batches")
         if own is not None:
             own.rehearse()
         return own

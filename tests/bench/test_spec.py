@@ -417,7 +417,7 @@ def test_a_plan_without_lanes_is_what_it_was_and_one_with_them_another() -> None
     assert [laned.lane_of(length) for length in (1, 64, 65)] == [lanes[0], *lanes]
     assert plan.lane_of(65) == Lane()
     steady = plan.model_copy(update={"lanes": (Lane(prefills_per_decode=1),)})
-    assert steady.describe() == "2+4 · micro-batch 4 · all requests prefills a step 1"
+    assert steady.describe() == "2+4 · micro-batch 4 · prefills a step 1"
 
 
 @pytest.mark.parametrize("limits", [(64,), (None, None), (None, 64), (64, 32, None), (32, 32, None)])

@@ -201,15 +201,10 @@ class SlotCache(hf.Cache):
                 for tensor in (layer.keys, layer.values):
                     tensor.normal_(value, spread) if spread else tensor.fill_(value)
 
-    @property
-    def is_movable(self) -> bool:
-        """Whether rows can be copied from place to place: keys and values alone are kept."""
-        return type(self) is SlotCache and all(type(layer) in (SlotLayer, hf.DummyLayer) for layer in self.layers)
-
     @torch.inference_mode()
     def copy(self, source: Self, rows: slice, span: slice, *, to_row: int, to_first: int) -> None:
-        """Copies keys and values of some rows and positions from a cache that is movable as well, or from this one.
-        Both have memory already."""
+        """Copies keys and values of some rows and positions from another cache, or from this one; both keep nothing
+        else, and have memory already."""
         layers: Iterator[tuple[Any, Any]] = zip(self.layers, source.layers, strict=True)
         for layer, other in layers:
             if getattr(other, "keys", None) is None:
@@ -221,7 +216,7 @@ class SlotCache(hf.Cache):
                 own[to_row:end_row, :, to_first:end].copy_(states.clone() if self is source else states)
 
     def seek_from(self, base: int, rows: range, length: int) -> None:
-        """Points at some rows, whose positions are counted from `base`; for a cache that is movable."""
+        """Points at some rows, whose positions are counted from `base`: 0 where more than keys and values is kept."""
         self.seek(rows.start, rows.stop, length)
         for layer in self.layers:
             if isinstance(layer, SlotLayer):

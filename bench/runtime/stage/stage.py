@@ -29,8 +29,6 @@ from pipetune.bench.runtime.stage.kv_cache import SLOT_CACHES, SlotCache
 from pipetune.bench.runtime.stage.parts import Parts, PlaceholderEmbedding
 from pipetune.bench.spec import ModelSpec
 
-_DISTANCES = frozenset({"bloom", "mpt"})
-"""Families without positions, but with distances between them (ALiBi), by `model_type`."""
 _STATES_OF_MODULES = {"recurrent_gemma": ("conv1d_state", "recurrent_states")}
 """Names of what families keep in their modules from one forward pass to the next, and not in the cache."""
 
@@ -116,11 +114,6 @@ class Stage:
         self._detach()
         self._model = None
         self.own_layers, self.is_first, self.is_last = range(0), False, False
-
-    @property
-    def counts_padding(self) -> bool:
-        """Whether the model counts positions itself, from the padding on: then tokens depend on how long that is."""
-        return "position_ids" not in self._accepts and self.config.model_type not in _DISTANCES
 
     def weights_bytes(self) -> int:
         """Bytes of parameters, packed ones among them, and buffers; shared storage counted once."""

@@ -114,27 +114,8 @@ def test_what_is_refused_costs_no_worker(tmp_path: Path) -> None:
         assert worker_pids(fleet) == pids
 
 
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [
-        ("bart", "counts padding among the positions"),
-        ("deepseek_v32", "keeps more than keys and values"),
-    ],
-)
-def test_families_whose_tokens_would_change_are_refused(family: str, message: str, tmp_path: Path) -> None:
-    tiny_config(family).save_pretrained(tmp_path)
-    request = OnlineRequest(number=0, prompt=(5, 6, 7), output_len=2)
-    with Fleet.start(ModelSpec(name=str(tmp_path), load_format="dummy"), DEVICES[:2]) as fleet:
-        cut = next(one for one in range(1, fleet.shape.num_layers) if one not in fleet.shape.forbidden_cuts)
-        plan = Plan.from_layer_counts((cut, fleet.shape.num_layers - cut), DEVICES, 2)
-        pids = worker_pids(fleet)
-        with pytest.raises((ConfigError, PlanError), match=message):
-            fleet.run_trace(plan, [request])
-        assert worker_pids(fleet) == pids
-
-
-@pytest.mark.parametrize("family", ["jamba", "minimax", "xlstm"])
-def test_families_that_keep_states_fill_slots_whole(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["jamba", "minimax", "xlstm", "recurrent_gemma", "bart", "deepseek_v32"])
+def test_families_whose_rows_cannot_be_moved_fill_slots_whole(family: str, tmp_path: Path) -> None:
     tiny_config(family).save_pretrained(tmp_path)
     source = random.Random(2)
     lens = [(source.choice((3, 7)), source.randint(1, 9)) for _ in range(16)]
@@ -151,14 +132,20 @@ def test_families_that_keep_states_fill_slots_whole(family: str, tmp_path: Path)
         cut = next(one for one in range(1, fleet.shape.num_layers) if one not in fleet.shape.forbidden_cuts)
         plan = Plan.from_layer_counts((cut, fleet.shape.num_layers - cut), DEVICES, 3)
         alone, prompts = plan.model_copy(update={"micro_batch_size": 1}), [one.prompt for one in requests]
-        for sampling in (None, Sampling(temperature=0.8, seed=5)):
-            batch = fleet.generate(alone, prompts, max_new_tokens=9, ignore_eos=True, sampling=sampling)
-            run = fleet.run_trace(plan, requests, sampling=sampling)
+        sampling = Sampling(temperature=0.8, seed=5)
+        for own in (None, sampling):
+            batch = fleet.generate(alone, prompts, max_new_tokens=9, ignore_eos=True, sampling=own)
+            run = fleet.run_trace(plan, requests, sampling=own)
             for one, row, (_, output_len) in zip(run.requests, batch, lens, strict=True):
                 assert one.token_ids == row.token_ids[:output_len]
             assert max(task.rows for task in run.load_tasks) > 1
-        with pytest.raises(PlanError, match=r"plan\.lanes\.prefill_chunk_size: .* must be given whole prompts"):
-            fleet.run_trace(plan.model_copy(update={"lanes": (Lane(prefill_chunk_size=2),)}), requests)
+        chunks = plan.model_copy(update={"lanes": (Lane(prefill_chunk_size=2),)})
+        if fleet.shape.recurrent:
+            with pytest.raises(PlanError, match=r"plan\.lanes\.prefill_chunk_size: .* must be given whole prompts"):
+                fleet.run_trace(chunks, requests)
+        else:
+            runs = [fleet.run_trace(one, requests, sampling=sampling).requests for one in (plan, chunks)]
+            assert len({tuple(one.token_ids for one in own) for own in runs}) == 1
 
 
 def test_a_pipeline_without_requests_is_not_taken_for_stuck(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,3 +374,14 @@ def test_rounding_never_invents_signs_or_digits() -> None:
         "1234",
     ]
     assert percent_text(-1e-9) == "0 %"
+
+
+def test_columns_that_are_alike_in_all_rows_are_left_out_first(tmp_path: Path) -> None:
+    records: list[Record] = []
+    for round_ in range(3):
+        for plan in (make_plan((17, 13), 8, prefill=2), make_plan((17, 13), 8, prefill=4)):
+            result = make_measurement(plan, num_iters=1, seed=round_)
+            records.append(make_record(len(records), "finalist", plan, result, round_=round_))
+    (table,) = ranking_tables(Report.of(load_study(write_study(tmp_path / "study", records))))
+    spare = {column.title: column.spare for column in table.columns}
+    assert 0 < spare["pre"] < min(spare["runs"], spare["fly"])

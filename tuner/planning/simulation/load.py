@@ -83,7 +83,7 @@ def simulate_load(
     Beyond `max_concurrency` in the system at once others wait before it, and their latencies count that.
     """
     shares = deal(plan.replicas, max_concurrency)
-    rules = rules_of(plan, in_flight, joins=model.shape.joins, whole_slots=model.shape.recurrent)
+    rules = rules_of(plan, in_flight, joins=model.shape.joins, whole_slots=model.shape.whole_slots)
     replicas: list[_Replica] = []
     for index, (_, places) in enumerate(shares):
         replicas.append(_Replica(model, plan.replica(index), rules, replicas, requests, places))

@@ -118,23 +118,28 @@ class _Grid:
         for spare in sorted((column for column in table.columns if column.spare), key=lambda column: -column.spare):
             if _width(table) > options.max_width:
                 table = table.only(column.title for column in table.columns if column is not spare)
-        yield _table(table, is_narrow=_width(table) > options.max_width)
+        is_narrow, breaks_titles = (_width(table, whole_titles=own) > options.max_width for own in (False, True))
+        yield _table(table, is_narrow=is_narrow, breaks_titles=breaks_titles)
 
 
-def _width(table: doc.Table) -> int:
-    """Characters that it takes where only those cells break that may."""
+def _width(table: doc.Table, *, whole_titles: bool = False) -> int:
+    """Characters that it takes where only those cells break that may, and titles of numbers where they may."""
     gap = table.gap + table.ruled
     width = -gap
     for place, column in enumerate(table.columns):
-        cells = [cell if isinstance(cell, str) else cell.text for cell in (row.cells[place] for row in table.rows)]
-        # A column of numbers whose title may break keeps its cells whole.
-        whole = cells if column.wrap == "narrow" and column.align == "right" else [column.title, *cells]
-        fixed = 0 if column.wrap != "no" and column.align == "left" else max(map(cell_len, whole), default=0)
+        fixed = 0 if column.wrap != "no" and column.align == "left" else _cells_width(table, place)
+        if column.wrap == "no" or (column.align == "right" and whole_titles):
+            fixed = max(fixed, cell_len(column.title))
         width += max(fixed, column.min_width) + gap
     return width
 
 
-def _table(table: doc.Table, *, is_narrow: bool) -> rich.Table:
+def _cells_width(table: doc.Table, place: int) -> int:
+    cells = (row.cells[place] for row in table.rows)
+    return max((cell_len(cell if isinstance(cell, str) else cell.text) for cell in cells), default=0)
+
+
+def _table(table: doc.Table, *, is_narrow: bool, breaks_titles: bool = False) -> rich.Table:
     grid = rich.Table(
         box=box.SIMPLE_HEAD if table.ruled else None,
         padding=(0, table.gap, 0, 0),
@@ -142,10 +147,13 @@ def _table(table: doc.Table, *, is_narrow: bool) -> rich.Table:
         show_edge=False,
         show_header=any(column.title for column in table.columns),
     )
-    for column in table.columns:
+    for place, column in enumerate(table.columns):
+        # Of numbers none is cut so that a title stays whole.
+        is_cells = breaks_titles and column.wrap == "narrow" and column.align == "right"
         grid.add_column(
             _line(column.title),
             justify=column.align,
+            max_width=_cells_width(table, place) if is_cells else None,
             no_wrap=column.wrap == "no" and not is_narrow,
             overflow="fold",
             min_width=column.min_width or None,
