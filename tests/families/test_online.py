@@ -53,7 +53,8 @@ def test_a_family_is_served_right(family: str, tmp_path: Path) -> None:
     ]
     rules = Rules(slots=2, rows=3, prefill_rows=2, chunk_size=9, joins=shape.joins)
     if shape.whole_slots:
-        rules = Rules(slots=2, rows=3, prefill_rows=3, chunk_size=None if shape.recurrent else 9, whole_slots=True)
+        # Where an indexer's scores tie, as in a tiny model, a chunk chooses otherwise than a whole prompt.
+        rules = Rules(slots=2, rows=3, prefill_rows=3, whole_slots=True)
     sizes = Sizes(rules=rules, max_len=22, prompt_len=13)
     online = OnlineStage(stage, device, Status(), Edges(), sizes)
     loop, expected = StageLoop(stage, device, Status()), {}
