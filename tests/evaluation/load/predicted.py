@@ -1,7 +1,7 @@
 """Part 4: the highest rates that plans are predicted to sustain, against those measured on the same traces.
 
 Predicted twice: with a profile of this machine, and with its times scaled, prefill and decode each by a factor, to what
-the tasks of one plan took; that plan is not judged then.
+the tasks of all runs of one plan took; that plan is not judged then.
 """
 
 from __future__ import annotations
@@ -57,16 +57,17 @@ class ScaledCosts:
         return self.decode if kind.is_decode else self.prefill
 
 
-def factors(model: CostModel, plan: Plan, run: OnlineRun) -> dict[str, float]:
-    """What the tasks of a run took, over what they are predicted to take, by phase; 1 of a phase that had none."""
+def factors(model: CostModel, plan: Plan, runs: Sequence[OnlineRun]) -> dict[str, float]:
+    """What the tasks of runs took, over what they are predicted to take, by phase; 1 of a phase that had none."""
     took, thought = dict.fromkeys(("prefill", "decode"), 0.0), dict.fromkeys(("prefill", "decode"), 0.0)
-    for index, task in enumerate(run.load_tasks):
-        kinds = [TaskKind(task.rows, task.tokens, task.past)]
-        if task.decode_rows:
-            kinds.append(TaskKind(task.decode_rows, 1, task.decode_past))
-        busy_s, _, _ = model.joined_s(plan, kinds)
-        thought[task.kind] += sum(busy_s)
-        took[task.kind] += sum(stage.compute_end_s[index] - stage.compute_start_s[index] for stage in run.stages)
+    for run in runs:
+        for index, task in enumerate(run.load_tasks):
+            kinds = [TaskKind(task.rows, task.tokens, task.past)]
+            if task.decode_rows:
+                kinds.append(TaskKind(task.decode_rows, 1, task.decode_past))
+            busy_s, _, _ = model.joined_s(plan, kinds)
+            thought[task.kind] += sum(busy_s)
+            took[task.kind] += sum(stage.compute_end_s[index] - stage.compute_start_s[index] for stage in run.stages)
     return {phase: took[phase] / thought[phase] if thought[phase] else 1.0 for phase in took}
 
 
@@ -91,13 +92,14 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
     models = {setting.name: _model(lab, setting, costs[len(setting.devices)], traces[0]) for setting in settings}
     predicted = {setting.name: _predicted(models[setting.name], setting, traces, lab.limits) for setting in settings}
     measured: dict[str, list[float]] = {setting.name: [] for setting in settings}
-    runs: dict[str, OnlineRun] = {}
+    teacher, runs = settings[-1], list[OnlineRun]()
     for trace in traces:
 
         def share(setting: OurSetting, rate: float, trace: Trace = trace) -> float:
             found = lab.share(lab.ours, setting, trace, rate)
             assert lab.ours.last_run is not None
-            runs[setting.name] = lab.ours.last_run
+            if setting == teacher:
+                runs.append(lab.ours.last_run)
             return found
 
         searches = find_together(
@@ -109,8 +111,7 @@ def compare(lab: Lab, name: str) -> tuple[list[Row], dict[str, Any]]:
         )
         for key, search in searches.items():
             measured[key].append(search.highest)
-    teacher = settings[-1]
-    scale = factors(models[teacher.name], teacher.plan, runs[teacher.name])
+    scale = factors(models[teacher.name], teacher.plan, runs)
     refitted = {
         one.name: _predicted(_model(lab, one, costs[len(one.devices)], traces[0], scale=scale), one, traces, lab.limits)
         for one in settings[:-1]

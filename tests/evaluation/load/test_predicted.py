@@ -1,4 +1,4 @@
-"""Costs scaled by phase, and the factors that one run tells."""
+"""Costs scaled by phase, and the factors that runs tell."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_tasks_that_took_twice_as_long_tell_a_factor_of_two(model: CostModel) ->
     run = OnlineRun(
         requests=(), duration_s=1.0, load_tasks=tasks, stages=stages, idle_s=(), underfilled_s=(), transport="gloo"
     )
-    found = factors(model, SETTING.plan, run)
+    found = factors(model, SETTING.plan, [run])
     assert found == pytest.approx({"prefill": 2.0, "decode": 1.0})
     scaled = ScaledCosts(base=model.costs, **found)
     first, then = kinds
