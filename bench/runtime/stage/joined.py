@@ -52,8 +52,6 @@ class _PerPart(list[torch.Tensor]):
 class JoinedCache(hf.Cache):
     """The caches of some parts as one, for one forward pass."""
 
-    states_of_modules: Sequence[Any] = ()
-
     def __init__(self, parts: Sequence[Part], last: torch.Tensor) -> None:
         """`last` is `[rows of all parts]`, on their device: where each row's last token is."""
         super().__init__(layers=parts[0].cache.layers)

@@ -11,7 +11,6 @@ Shapes: B rows, S new tokens, M values of a message, V vocabulary.
 
 import contextlib
 import inspect
-import itertools
 from typing import Any
 
 import torch
@@ -171,8 +170,10 @@ class Stage:
             kwargs["logits_to_keep"] = 1 if joined is None else joined.last
         self._boundary.received = hidden_states
         self._without_logits = without_logits
-        for (module, name), state in itertools.zip_longest(self._states, cache.states_of_modules):
-            setattr(module, name, state)
+        kept = cache if self._states and isinstance(cache, SlotCache) else None
+        if kept is not None:
+            for place, (module, name) in enumerate(self._states):
+                setattr(module, name, kept.states_of_modules[place] if kept.states_of_modules else None)
         try:
             attention = attention_on(self.device) if joined is None else joining(joined)
             with computing(self.resolved.spec, self.device), attention:
@@ -181,7 +182,8 @@ class Stage:
             return done.message
         finally:
             self._boundary.received = None
-            cache.states_of_modules = [getattr(*place) for place in self._states]
+            if kept is not None:
+                kept.states_of_modules = [getattr(*place) for place in self._states]
         if joined is not None:
             return logits[0] if "logits_to_keep" in self._accepts else logits[0, joined.last]
         return logits if all_logits else logits[:, -1]
