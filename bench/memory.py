@@ -85,8 +85,7 @@ class ModelShape(Value):
     joins: bool = False
     """Under arrivals prompts of any lengths, and a decode step, go through one forward pass, without padding."""
     whole_slots: bool = False
-    """Under arrivals prompts of one length come to an empty slot together: more than keys and values is kept, or
-    padding before a prompt counts as positions."""
+    """Under arrivals prompts of one length come to an empty slot together: rows cannot be moved, or not be padded."""
     embedding_on_every_stage: bool = False
     """Its layers read the embedding of the tokens, too: each stage holds it and embeds for itself."""
     eager_attention: bool = False

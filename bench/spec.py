@@ -641,7 +641,7 @@ class Plan(Value):
     def lane_words(self) -> tuple[str, ...]:
         """Words for the lanes, if there are any."""
         if len(self.lanes) == 1:
-            return (self.lanes[0].text.removeprefix("others ").replace("others", "all requests"),)
+            return (self.lanes[0].text.removeprefix("others "),)
         return (f"lanes {', '.join(lane.text for lane in self.lanes)}",) if self.lanes else ()
 
     @property

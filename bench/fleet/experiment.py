@@ -148,7 +148,7 @@ class Experiment(Closing, Generic[Runner]):
             note = "no rate that was tried is sustained"
         elif high is not None:
             note = f"no rate between {low:g} and {high:g} requests/s was tried, where the highest is"
-        way_out = "give another --request-rate to begin with, or more --most-rates"
+        way_out = "give another --request-rate, or more --most-rates"
         notes = [] if search.is_narrow else [f"{note}: {way_out}"]
         disturbances = dict.fromkeys(text for one in found.values() for text in one.telemetry.disturbances)
         return kept.model_copy(

@@ -107,6 +107,7 @@ class RateSearch:
         if self.is_narrow or is_hopeless or len(self.shares) >= self.most:
             return None
         rate = next_rate(self.shares, self.wanted, guess=self.guess, tolerance=self.tolerance)
+        rate = rate if self.sustained else max(rate, float(f"{self.guess / self.lowest:.4g}"))
         return None if rate in self.shares or rate > HIGHEST_RATE else rate
 
     @property

@@ -268,6 +268,7 @@ def _under_load(
         prompt_len=load.longest[0],
         output_len=load.longest[1],
         device_bytes=known.device_bytes,
+        under_arrivals=True,
     )
     chosen: dict[str, PlannedPlan] = {}
     factors: tuple[int | None, ...] = (1, 2)

@@ -101,9 +101,11 @@ def test_a_search_begins_at_the_arrivals_rate_or_near_what_a_plan_is_thought_to_
     for near, first in ((None, 60.0), (131.24, 131.2), (1e9, 960.0), (1.0, 16.0)):
         own = RateSearch.of(asked, near=near)
         assert (own.next(), own.wanted, own.most) == (first, 0.9, 7)
-        # Where none is sustained, the first that is no higher than a quarter of the arrivals' rate is the last.
+        # Where none is sustained, about a quarter of the arrivals' rate is the last, and none below it is tried.
+        own.most = 20
         assert own.run(lambda _: 0.0) == 0.0
         assert [rate <= 60 / 3.75 for rate in own.shares] == [False] * (len(own.shares) - 1) + [True]
+        assert min(own.shares) == 60 / 3.75
     highest = RateSearch.of(Arrivals(request_rate=8e5, slo_attainment=0.9))
     assert highest.run(lambda _: 1.0) == 8.8e5, "no run comes at a rate beyond those that can be asked for"
 

@@ -118,6 +118,8 @@ def test_plans_are_ranked_by_the_rate_that_they_sustain(
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= 80
     assert "200 requests/s" in told
+    # Lanes of which one has a slot of its own do not fit where there is one.
+    assert plan(*args, *limits, "--input-len", "20", "--num-prompts", "24", "--random-range-ratio", "0.9") == 0
 
 
 def test_a_trace_says_when_requests_come_and_how_long_they_are(

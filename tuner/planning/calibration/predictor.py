@@ -27,7 +27,7 @@ NOISE_SD, NOISE_WEIGHT, LEAST_NOISE = 0.02, 3.0, 0.003
 """Relative standard deviation of repeated runs before any are seen, what that counts in repeats, and its floor."""
 _NOT_COSTS = ("drift", "switches", "contention")
 _JOINED_FITS = 4
-"""Each halves what is left of the error of prefills that were never seen by themselves."""
+"""Where no prefill was seen by itself: each halves what is left of the error."""
 _HOP_SD = 0.3
 """Standard deviation of the logarithm of a hand-over's median."""
 _HOP_WIDTHS = (1.0, 0.1)
@@ -190,13 +190,13 @@ def _mean(runs: Sequence[Observation], metric: str, noise: float) -> tuple[float
 
 def refit(model: CostModel, observations: Sequence[Observation]) -> CostModel:
     """A model over uncorrected costs, with these corrected by what was observed; itself if that teaches nothing. Tasks
-    of one kind teach first; what prefills with a step beside them would take alone is then known by the costs so far,
-    again and again."""
+    of one kind teach first; what prefills with a step beside them would take alone is then known by those costs."""
     if isinstance(model, EngineModel):
         return model.refit(observations)
     lone = [_without_joined(observation) for observation in observations]
     refitted = _refit(model, lone, model.costs)
-    for _ in range(_JOINED_FITS if lone != [*observations] else 0):
+    fits = 1 if any(not one.kind.is_decode for own in lone for one in own.tasks) else _JOINED_FITS
+    for _ in range(fits if lone != [*observations] else 0):
         refitted = _refit(model, observations, refitted.costs)
     return refitted
 

@@ -45,7 +45,8 @@ def build_space(
     _check_recurrent(config, shape)
     sizes = _micro_batch_sizes(config, cost.num_prompts, len(devices), under_arrivals=cost.arrivals is not None)
     together = config.prefill_micro_batch_sizes or sizes
-    prefill_sizes = (max(sizes),) if shape.recurrent else _clipped(together, max(sizes))
+    is_whole = shape.recurrent or (shape.whole_slots and cost.arrivals is not None)
+    prefill_sizes = (max(sizes),) if is_whole else _clipped(together, max(sizes))
     fractions = tuple(sorted(set(config.memory_fractions)))
     if not (widths := tuple(_widths(config, len(devices), cuts + 1, cost.num_prompts))):
         raise ConfigError(
