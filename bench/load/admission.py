@@ -2,7 +2,7 @@
 
 A slot holds up to `rows` requests that decode together, a token a step. A request has its row from the moment its
 prefill begins, so that nothing is ever taken back; it is prefilled beside the slot, in chunks if it is long, and joins
-at the slot's next step. Of models that keep more than keys and values slots are filled whole: prompts of one length at
+at the slot's next step. Where rows cannot be moved, or not be padded, slots are filled whole: prompts of one length at
 once, prefilled in place, and no others until all of them have left. The first stage asks `decide` whenever it could
 begin a task, and says what came of tasks by `prefilled` and `decoded`.
 
@@ -56,7 +56,7 @@ class Rules:
     joins: bool = False
     """Whether prompts of any lengths, and a decode step, go through one forward pass, without padding."""
     whole_slots: bool = False
-    """Whether requests come to a slot, and are computed in it, all together: what it keeps cannot be copied."""
+    """Whether requests come to a slot, and are computed in it, all together: rows cannot be moved, or not be padded."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number below 1, or more slots of lanes than there are."""

@@ -102,7 +102,6 @@ def test_a_search_begins_at_the_arrivals_rate_or_near_what_a_plan_is_thought_to_
         own = RateSearch.of(asked, near=near)
         assert (own.next(), own.wanted, own.most) == (first, 0.9, 7)
         # Where none is sustained, about a quarter of the arrivals' rate is the last, and none below it is tried.
-        own.most = 20
         assert own.run(lambda _: 0.0) == 0.0
         assert [rate <= 60 / 3.75 for rate in own.shares] == [False] * (len(own.shares) - 1) + [True]
         assert min(own.shares) == 60 / 3.75
